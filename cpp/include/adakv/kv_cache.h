@@ -1,0 +1,111 @@
+// The memory of a compressed KV cache: who owns which page, and the tensors that the verbs of ops.h work on.
+//
+// A KVCache holds, counts and hands out; it computes nothing. The life of a sequence:
+//
+//   for each layer:  pages = cache.begin(layer, sequence, num_kept)    host: takes pages for what was kept of the prompt
+//                    compact(..., cache.layer(layer), pages)           device: deals them to the rows and fills them
+//   for each step:   cache.grow({1, 1, ...})                           host: refills the fresh pages, all layers at once
+//                    for each layer: append(...), attend(...)          device
+//   at the end:      cache.remove(sequence)                            host: every page goes back
+//
+// The host never asks the device how long a row is, because two facts suffice.
+//  1. A (sequence, layer) that keeps K entries over Hkv rows fills at most K / P + Hkv pages, however they are spread.
+//  2. In P appends every row starts exactly one new page, wherever it stood before. So each row has one fresh page in reserve,
+//     and all rows of a sequence are given the next one after every P tokens.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "adakv/memory.h"
+#include "adakv/page_pool.h"
+#include "adakv/types.h"
+
+namespace adakv {
+
+struct CacheConfig {
+  int32_t num_layers = 0;
+  int32_t num_sequences = 0;  // most sequences at a time
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;      // a multiple of 8, at most 256
+  int32_t page_size = 16;    // entries of a page: a power of two, 8 to 256
+  int32_t num_pages = 0;     // pages of the pool, over all layers
+  int32_t max_row_pages = 0;  // most pages of one row: columns of the block table
+  DType dtype = DType::kBFloat16;
+  Device device = {};
+};
+
+/// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most pages of a row, P page size.
+struct LayerView {
+  TensorView pages;           // [N, 2, P, D]      keys, then values, of one row each; shared by all layers
+  TensorView page_positions;  // [N, P]     int32  where the entry of each slot stood in its sequence; shared by all layers
+  TensorView block_table;     // [B, Hkv, M] int32 pages of each row in slot order; -1 behind the last
+  TensorView lengths;         // [B, Hkv]   int32  entries that each row holds
+  TensorView seen;            // [B]        int32  tokens that went by, kept or not: the position of the next one
+  TensorView fresh_pages;     // [B, Hkv, F] int32 pages for rows that outgrow their last one: the k-th new page of a row
+                              //                   within one append is fresh_pages[b, h, k]
+};
+
+class KVCache {
+ public:
+  /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
+  static constexpr int32_t kFreshColumns = 32;
+
+  /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config that makes no sense and
+  /// Error if the memory can't be had.
+  KVCache(const CacheConfig& config, Memory& memory);
+  ~KVCache();
+  KVCache(const KVCache&) = delete;
+  KVCache& operator=(const KVCache&) = delete;
+
+  const CacheConfig& config() const { return config_; }
+  const PagePool& pool() const { return pool_; }
+
+  /// Bytes of one page: keys, values and positions.
+  size_t page_bytes() const;
+
+  /// The tensors of layer `layer`, all sequences.
+  LayerView layer(int32_t layer) const;
+
+  /// The same tensors with all layers in front, as plan() takes them: lengths [L, B, Hkv], block_table [L, B, Hkv, M], ...
+  const LayerView& all_layers() const { return all_layers_; }
+
+  /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones included.
+  int32_t pages_needed(int64_t num_kept) const;
+
+  /// Takes the pages for `num_kept` entries of a sequence in a layer and returns them, to be passed to compact(). Throws Error
+  /// if too few are free (the message says how many are needed and free) and InvalidArgument if the sequence holds entries
+  /// in this layer already. Either way nothing changes.
+  const std::vector<int32_t>& begin(int32_t layer, int32_t sequence, int64_t num_kept);
+
+  /// Makes room for appending tokens, in all layers. `num_new[b]` is the number of tokens that come for sequence b, of which
+  /// the last columns of a batch `num_columns` wide are filled (right-aligned). Returns how many of the columns may be
+  /// appended now, at least 1: append those, then call again for the rest. Throws Error if too few pages are free;
+  /// then nothing changes, and rows can be read as before.
+  int32_t grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream);
+
+  /// Pages that grow() would take for all the given tokens.
+  int64_t pages_to_grow(const std::vector<int32_t>& num_new) const;
+
+  /// Gives the pages of a sequence back and empties its rows.
+  void remove(int32_t sequence, Stream stream);
+
+  /// Pages that a sequence owns in a layer.
+  int32_t num_pages(int32_t layer, int32_t sequence) const;
+
+ private:
+  struct Sequence {
+    std::vector<std::vector<int32_t>> pages;  // [num_layers], owned pages
+    int64_t appended = 0;                     // tokens since begin()
+    bool is_active = false;
+  };
+
+  CacheConfig config_;
+  Memory& memory_;
+  PagePool pool_;
+  std::vector<Sequence> sequences_;
+  void* data_ = nullptr;   // the one allocation that all tensors lie in
+  LayerView all_layers_;
+};
+
+}  // namespace adakv

@@ -1,0 +1,29 @@
+// Which pages are free. Host bookkeeping only: no memory, no device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace adakv {
+
+/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken; low ids are handed out first.
+class PagePool {
+ public:
+  explicit PagePool(int32_t num_pages);
+
+  int32_t num_pages() const { return static_cast<int32_t>(taken_.size()); }
+  int32_t num_free() const { return static_cast<int32_t>(free_.size()); }
+  int32_t num_used() const { return num_pages() - num_free(); }
+
+  /// Appends `count` page ids to `pages`. Throws Error, and takes nothing, if fewer are free; the message names both numbers.
+  void take(int32_t count, std::vector<int32_t>& pages);
+
+  /// Makes pages free again. Throws InvalidArgument, and frees nothing, for a page that is not taken.
+  void give_back(const std::vector<int32_t>& pages);
+
+ private:
+  std::vector<int32_t> free_;  // a stack: the next page to hand out is at the back
+  std::vector<bool> taken_;    // [num_pages]
+};
+
+}  // namespace adakv

@@ -1,0 +1,80 @@
+// The types that every other header speaks in: element types, devices and views of tensors.
+//
+// A TensorView owns nothing. It is a pointer, a shape and strides (in elements), as any framework can give them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace adakv {
+
+/// Element type of a tensor.
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+
+/// Size of one element in bytes.
+constexpr size_t dtype_size(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
+}
+
+/// "float32", "float16", "bfloat16" or "int32".
+const char* dtype_name(DType dtype);
+
+enum class DeviceType : uint8_t { kCpu, kCuda };
+
+/// Where memory lives. The CPU is always index 0.
+struct Device {
+  DeviceType type = DeviceType::kCpu;
+  int32_t index = 0;
+
+  friend bool operator==(Device a, Device b) { return a.type == b.type && a.index == b.index; }
+  friend bool operator!=(Device a, Device b) { return !(a == b); }
+};
+
+/// "cpu" or "cuda:0".
+std::string device_name(Device device);
+
+/// A cudaStream_t for CUDA tensors; ignored for CPU tensors. nullptr is the default stream.
+using Stream = void*;
+
+/// A tensor that somebody else owns.
+struct TensorView {
+  static constexpr int kMaxRank = 4;
+
+  void* data = nullptr;
+  int64_t shape[kMaxRank] = {};
+  int64_t stride[kMaxRank] = {};  // in elements
+  int32_t rank = -1;              // -1: no tensor was given (for optional arguments)
+  DType dtype = DType::kFloat32;
+  Device device = {};
+
+  TensorView() = default;
+
+  /// A contiguous tensor.
+  TensorView(void* data, std::initializer_list<int64_t> shape, DType dtype, Device device = {});
+
+  /// True if a tensor was given at all, be it an empty one.
+  explicit operator bool() const { return rank >= 0; }
+
+  /// Number of elements.
+  int64_t size() const {
+    int64_t n = rank < 0 ? 0 : 1;
+    for (int i = 0; i < rank; ++i) n *= shape[i];
+    return n;
+  }
+
+  /// Pointer to the first element; the caller vouches for the type.
+  template <typename T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+
+  /// The part [begin, begin + count) along dimension `dim`.
+  TensorView narrow(int dim, int64_t begin, int64_t count) const;
+
+  /// "[2, 8, 512, 128]", for messages.
+  std::string shape_string() const;
+};
+
+}  // namespace adakv

@@ -1,0 +1,318 @@
+"""The eight verbs as torch functions, and as torch operators for compiled graphs.
+
+    prefill:  score, value_norm -> allocate -> select -> compact        decode:  plan, append -> attend
+
+Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads, Hkv kv heads, G = Hq / Hkv,
+D head dim (a multiple of 8, at most 256), E model width, P page size, N pages in the pool, M most pages of a row, F fresh pages
+of a row, K kept entries of the whole batch, L layers. A row is one (sequence, kv head) pair. Queries, keys and values are
+float32, float16 or bfloat16, all of one dtype and device, with a contiguous last dimension; other strides are free.
+
+Every function here is also ``torch.ops.adakv.<verb>``, with fake implementations and declared mutation, and takes that way by
+itself inside ``torch.compile``. None of them waits for the device, copies to the host or is differentiable.
+
+Wrong arguments raise ``ValueError`` naming the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv import _C
+
+Reduce = Literal["mean", "max", "sum"]
+Pool = Literal["max", "avg", "none"]
+Order = Literal["group_first", "pool_first"]
+Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
+Norm = Literal["l1", "l2_gram"]
+
+
+class Kept(NamedTuple):
+    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r + 1]]``, ascending.
+
+    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1. ``indptr`` is ``[B * Hkv + 1]`` int32.
+    """
+
+    positions: Tensor
+    indptr: Tensor
+
+
+class Layer(NamedTuple):
+    """The tensors of one layer of a :class:`adakv.cache.KVCache` (or of some of its sequences)."""
+
+    pages: Tensor  #: ``[N, 2, P, D]`` keys, then values; each page belongs to one row; shared by all layers
+    page_positions: Tensor  #: ``[N, P]`` int32, where the entry of each slot stood in its sequence; shared by all layers
+    block_table: Tensor  #: ``[B, Hkv, M]`` int32, pages of each row in slot order, -1 behind the last
+    lengths: Tensor  #: ``[B, Hkv]`` int32, entries that each row holds
+    seen: Tensor  #: ``[B]`` int32, tokens that went by, kept or not
+    fresh_pages: Tensor  #: ``[B, Hkv, F]`` int32, the pages that rows take when they outgrow their last one
+
+
+def score(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window_reduce: Reduce = "mean",
+    group_reduce: Reduce = "mean",
+    order: Order = "group_first",
+    pool: Pool = "max",
+    pool_width: int = 7,
+) -> Tensor:
+    """How strongly the last W queries of a prompt attend to each of its entries (SnapKV, arXiv 2404.14469, section 4).
+
+    ``z[q,w,t] = softcap * tanh(queries[q,w] . keys[q // G, t] * scale / softcap)`` (without softcap the bare product),
+    ``p = softmax_t(z)`` over all positions up to the query's own, and
+    ``scores[h,t] = pool_t(group_reduce_q(window_reduce_w(p[q,w,t])))``, all in float32.
+
+    Parameters
+    ----------
+    queries : ``[B, Hq, W, D]``
+        Queries of the last W positions of each sequence, after RoPE.
+    keys : ``[B, Hkv, T, D]``
+        Prompt keys, after RoPE.
+    seq_lens : ``[B]`` int32, optional
+        Prompt lengths, 0 to T. Default: all T.
+    sinks : ``[Hq]`` float32, optional
+        Logits that join each softmax and attend to nothing (gpt-oss).
+    lse : ``[B, Hq, W]`` float32, optional
+        Log-sum-exp of z (natural log, sinks included), if the attention handed it over; saves a pass over the keys.
+    scale, softcap : float, optional
+        Default: ``1 / sqrt(D)``, and no cap.
+    window_reduce, group_reduce : "mean", "max" or "sum"
+    order : "group_first" or "pool_first"
+        Whether the group is reduced before pooling or after.
+    pool, pool_width : "max", "avg" or "none", and an odd width
+        Max-pooling ignores what is outside of the candidates; average pooling counts it as zero (as torch and kvpress do).
+
+    Returns
+    -------
+    scores : ``[B, Hkv, T]`` float32
+        ``-inf`` where an entry doesn't compete: in the window (the last W positions) and behind ``seq_lens``.
+    """
+    return _C_or_op("score")(
+        queries, keys, seq_lens, sinks, lse, scale or 0.0, softcap or 0.0, window_reduce, group_reduce, order, pool, pool_width
+    )
+
+
+def value_norm(
+    values: Tensor, w_o: Tensor, *, seq_lens: Tensor | None = None, norm: Norm = "l1"
+) -> Tensor:
+    """How far an entry can move the layer's output (CriticalKV, arXiv 2502.03805, Theorem 3.3 and Algorithm 1).
+
+    Parameters
+    ----------
+    values : ``[B, Hkv, T, D]``
+    w_o : ``[E, Hq * D]``
+        Weight of the output projection, as ``torch.nn.Linear`` stores it.
+    seq_lens : ``[B]`` int32, optional
+        Prompt lengths, 0 to T. Default: all T.
+    norm : "l1" or "l2_gram"
+        "l1": the mean over the q heads q of the group of ``||v Wo[q]||_1``, with ``Wo[q] = w_o[:, q*D:(q+1)*D].T``.
+        "l2_gram": ``sqrt(v G v^T)`` with ``G`` the mean of ``Wo[q] Wo[q]^T``; much cheaper, nearly the same choice.
+
+    Returns
+    -------
+    norms : ``[B, Hkv, T]`` float32, ``-inf`` behind ``seq_lens``
+    """
+    return _C_or_op("value_norm")(values, w_o, seq_lens, norm)
+
+
+def allocate(
+    scores: Tensor,
+    budget: int,
+    *,
+    window: int,
+    seq_lens: Tensor | None = None,
+    floor: float = 0.2,
+    safeguard: Safeguard = "blend",
+) -> Tensor:
+    """How many entries each kv head may keep, from one top-k over all heads (Ada-KV, arXiv 2407.11550, Algorithms 1 and 2).
+
+    With ``b = budget - window`` and ``f[h]`` the number of the ``Hkv * b`` highest candidate scores that lie in head h:
+
+    ================  ==========================================================================================
+    blend             ``(1 - floor) * f[h] + floor * b`` by largest remainder; sums to exactly ``Hkv * b``
+    hard_floor        every head first takes its own top ``int(floor * b)``, then the layer-wide top-k fills up
+    official_round    ``round_half_even((1 - floor) * f[h] + int(floor * b))``, the authors' code; its sum drifts
+    none              ``f[h]``
+    ================  ==========================================================================================
+
+    Equal scores: lower position first, then lower head. NaN counts as ``-inf`` and ranks last.
+
+    Parameters
+    ----------
+    scores : ``[B, Hkv, T]`` float32
+    budget : int
+        Entries per kv head on average, window included; at least ``window``.
+    window : int
+        The last ``window`` positions of a sequence are no candidates and are always kept.
+    seq_lens : ``[B]`` int32, optional
+        Prompt lengths, 0 to T. Default: all T.
+    floor : float, 0 to 1
+        Share of the budget that is given evenly (the papers' alpha).
+
+    Returns
+    -------
+    budgets : ``[B, Hkv]`` int32, window included
+        Sequences of at most ``budget`` tokens keep everything.
+    """
+    return _C_or_op("allocate")(scores, budget, window, seq_lens, floor, safeguard)
+
+
+def select(
+    scores: Tensor,
+    budgets: Tensor,
+    *,
+    window: int,
+    seq_lens: Tensor | None = None,
+    norms: Tensor | None = None,
+    first: float = 0.5,
+    eps: float = 1e-4,
+    total: int | None = None,
+) -> Kept:
+    """Which positions each row keeps: its window and its best candidates.
+
+    Without ``norms`` the best by score. With ``norms`` in two stages (CriticalKV, arXiv 2502.03805, Algorithm 1): of a row's
+    ``count = budget - window`` candidates the first ``int(first * count)`` by score, the rest by ``(score + eps) * norm``.
+    A score of ``+inf`` pins an entry. Equal values: lower position first. NaN ranks last.
+
+    Parameters
+    ----------
+    scores : ``[B, Hkv, T]`` float32
+    budgets : ``[B, Hkv]`` int32
+        Entries to keep per row, window included; clamped to what the row has (``min(window, seq_len)`` to ``seq_len``).
+    window : int
+    seq_lens : ``[B]`` int32, optional
+    norms : ``[B, Hkv, T]`` float32, optional
+    first : float, 0 to 1
+    eps : float
+        Against scores of zero; the scores are means, so that 1e-4 means something.
+    total : int, optional
+        Size of ``Kept.positions``, at least the sum of the (clamped) budgets. Default: that sum, for which a CUDA device
+        has to be waited for; pass it where it is known.
+
+    Returns
+    -------
+    kept : :class:`Kept`
+    """
+    if total is None:
+        total = int(budgets.clamp(min=min(window, scores.shape[-1]), max=scores.shape[-1]).sum())
+    return Kept(*_C_or_op("select")(scores, budgets, window, seq_lens, norms, first, eps, total))
+
+
+def compact(
+    keys: Tensor,
+    values: Tensor,
+    kept: Kept,
+    layer: Layer,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+) -> None:
+    """Moves the kept entries of a prompt into pages; slot i of a row holds its i-th kept position.
+
+    Parameters
+    ----------
+    keys, values : ``[B, Hkv, T, D]``
+    kept : :class:`Kept`
+    layer : :class:`Layer`
+        Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from ``seq_lens``.
+    page_ids, page_indptr : ``[Q]`` and ``[B + 1]`` int32
+        Sequence b may use the pages ``page_ids[page_indptr[b]:page_indptr[b + 1]]``; they are dealt to its rows in order, then one
+        fresh page to each row.
+    seq_lens : ``[B]`` int32, optional
+    """
+    _C_or_op("compact")(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
+
+
+def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
+    """Adds S new tokens of each sequence to all of its rows, after :meth:`adakv.cache.KVCache.grow` made room.
+
+    Parameters
+    ----------
+    keys, values : ``[B, Hkv, S, D]``, keys after RoPE
+    layer : :class:`Layer`
+    num_new : ``[B]`` int32, optional
+        How many of the S columns, counted from the right, belong to the sequence; the others are padding and not stored.
+    """
+    _C_or_op("append")(keys, values, *layer, num_new)
+
+
+def plan(
+    lengths: Tensor,
+    block_table: Tensor,
+    fresh_pages: Tensor,
+    *,
+    new_tokens: int = 1,
+    num_new: Tensor | None = None,
+    page_size: int = 16,
+) -> Tensor:
+    """Shares the pages of all rows out to workers, for all layers of a step at once; before the step's ``append``.
+
+    Parameters
+    ----------
+    lengths : ``[L, B, Hkv]`` int32
+    block_table : ``[L, B, Hkv, M]`` int32
+    fresh_pages : ``[L, B, Hkv, F]`` int32
+    new_tokens : int
+        S of the step; 0 if the step's tokens were appended already.
+    num_new : ``[B]`` int32, optional
+        As in :func:`append`.
+
+    Returns
+    -------
+    schedule : ``[L, X]`` int32
+        ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
+    """
+    return _C_or_op("plan")(lengths, block_table, fresh_pages, new_tokens, num_new, page_size)
+
+
+def attend(
+    queries: Tensor,
+    layer: Layer,
+    schedule: Tensor,
+    *,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    num_new: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of S new queries over what each row holds, causal among the newest S entries.
+
+    ``z = softcap * tanh(q . k * scale / softcap)``, ``out = softmax(z) v`` over the slots ``0 .. length - S + s`` of the row, the
+    head's sink logit included. With ``keys`` and ``values`` they are appended first, in the same launch.
+
+    Parameters
+    ----------
+    queries : ``[B, Hq, S, D]``
+    layer : :class:`Layer`
+    schedule : ``[X]`` int32
+        This layer's part of :func:`plan`'s result.
+    keys, values : ``[B, Hkv, S, D]``, optional
+    num_new : ``[B]`` int32, optional
+        As in :func:`append`; padding columns give 0.
+    sinks : ``[Hq]`` float32, optional
+        Logits that join each softmax and attend to nothing (gpt-oss).
+    scale, softcap : float, optional
+        Default: ``1 / sqrt(D)``, and no cap.
+
+    Returns
+    -------
+    out : ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``
+    lse : ``[B, Hq, S]`` float32
+        Natural log of the sum of exponentials, sinks included; ``-inf`` where nothing was attended to.
+    """
+    out, lse = _C_or_op("attend")(
+        queries, *layer, schedule, keys, values, num_new, sinks, scale or 0.0, softcap or 0.0
+    )
+    return out, lse
