@@ -1,0 +1,1 @@
+"""Policies: which entries of a prompt stay in the cache."""

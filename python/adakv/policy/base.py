@@ -1,0 +1,302 @@
+"""What a policy is: a scorer, an allocator and a selector, and the function that runs them.
+
+    scores  = scorer.score(inputs)                     how much each entry matters      [B, Hkv, T]
+    budgets = allocator.allocate(scores, inputs, ...)  how many each kv head may keep   [B, Hkv]
+    kept    = selector.select(scores, budgets, ...)    which ones                       ragged
+
+The parts are frozen dataclasses of settings. They hold no tensors and no state, so that one policy
+serves any number of models, layers and threads. Nothing here waits for the device: all sizes follow
+from integers that the host knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.ops import Kept
+
+__all__ = [
+    "Allocator",
+    "Kept",
+    "LayerInputs",
+    "LayerSchedule",
+    "Policy",
+    "Scorer",
+    "Selector",
+    "check_choice",
+    "check_range",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What one layer's prefill hands to a policy.
+
+    Parameters
+    ----------
+    queries : ``[B, Hq, W, D]``
+        Of the policy's window, after RoPE: row w of sequence b stands at ``prompt_lens[b] - W + w``.
+    keys, values : ``[B, Hkv, T, D]``
+        The prompt, keys after RoPE, padded at the end.
+    w_o : ``[E, Hq * D]``, optional
+        Weight of the output projection; only policies with :attr:`Policy.needs_w_o` read it.
+    prompt_lens : tuple of int
+        True length of each sequence, known to the host.
+    layer, num_layers : int
+    seq_lens : ``[B]`` int32, optional
+        ``prompt_lens`` on the device; may be left out if all are T.
+    scale, softcap : float, optional
+        Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
+    sinks : ``[Hq]`` float32, optional
+        Logits that join each softmax (gpt-oss).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    w_o: Tensor | None
+    prompt_lens: tuple[int, ...]
+    layer: int
+    num_layers: int
+    seq_lens: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+            raise ValueError(
+                "keys and values must both be [B, Hkv, T, D], "
+                f"got {list(self.keys.shape)} and {list(self.values.shape)}"
+            )
+        batch, _, length, _ = self.keys.shape
+        if len(self.prompt_lens) != batch:
+            raise ValueError(
+                f"prompt_lens must hold the length of each of the {batch} sequences, "
+                f"got {len(self.prompt_lens)}"
+            )
+        if any(not 0 <= n <= length for n in self.prompt_lens):
+            raise ValueError(f"prompt_lens must be in [0, {length}], got {self.prompt_lens}")
+        if self.seq_lens is None and any(n != length for n in self.prompt_lens):
+            raise ValueError(
+                f"seq_lens must be given when prompts are shorter than T = {length}, "
+                f"got prompt_lens {self.prompt_lens}"
+            )
+        if not 0 <= self.layer < self.num_layers:
+            raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """T, the padded length of the prompts."""
+        return self.keys.shape[2]
+
+    def norms(self, norm: ops.Norm = "l1") -> Tensor:
+        """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
+        if self.w_o is None:
+            raise ValueError("w_o must be given to a policy that weighs values, got None")
+        if norm not in self._norms:
+            self._norms[norm] = ops.value_norm(
+                self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
+            )
+        return self._norms[norm]
+
+
+class Scorer(Protocol):
+    """How much each entry of a layer matters."""
+
+    @property
+    def window(self) -> int:
+        """The last ``window`` entries, at least one, are always kept and don't compete."""
+        ...
+
+    @property
+    def sinks(self) -> int:
+        """How many of the first entries the scorer pins by a score of ``+inf``."""
+        ...
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]`` float32, higher is better; not read in the window and in padding."""
+        ...
+
+
+class LayerSchedule(Protocol):
+    """How much each layer gets, before any score is known."""
+
+    def budget(
+        self, mean: int, *, window: int, prompt_len: int, layer: int, num_layers: int
+    ) -> int:
+        """Mean entries per kv head of ``layer``, window included, of ``mean`` over all layers."""
+        ...
+
+
+class Allocator(Protocol):
+    """How a layer's budget is shared out among its kv heads."""
+
+    @property
+    def layers(self) -> LayerSchedule:
+        """What each layer gets."""
+        ...
+
+    @property
+    def needs_w_o(self) -> bool:
+        """Whether :meth:`allocate` reads ``inputs.norms``."""
+        ...
+
+    def allocate(
+        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
+    ) -> Tensor:
+        """``[B, Hkv]`` int32, window included, from this layer's mean budget of each sequence."""
+        ...
+
+    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
+        """Most entries that :meth:`allocate` gives to all heads of one sequence together."""
+        ...
+
+
+class Selector(Protocol):
+    """Which entries a kv head keeps within its budget."""
+
+    @property
+    def needs_w_o(self) -> bool:
+        """Whether :meth:`select` reads ``inputs.norms``."""
+        ...
+
+    def select(
+        self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
+    ) -> Kept:
+        """The kept positions; ``total`` is at least the sum of the budgets."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which entries of a prompt stay in the cache: scorer x allocator x selector.
+
+    ``choose`` runs the three over one layer. ``budget`` is the mean number of entries per kv head
+    over all layers, window included; the allocator's layer schedule turns it into each layer's.
+    """
+
+    scorer: Scorer
+    allocator: Allocator
+    selector: Selector
+
+    @property
+    def window(self) -> int:
+        """The last ``window`` entries are always kept; :attr:`LayerInputs.queries` are theirs."""
+        return self.scorer.window
+
+    @property
+    def needs_w_o(self) -> bool:
+        """Whether :attr:`LayerInputs.w_o` has to be given."""
+        return self.allocator.needs_w_o or self.selector.needs_w_o
+
+    def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
+        """Most entries that each sequence keeps in this layer, all kv heads together.
+
+        From host integers alone. It is exactly what :meth:`choose` keeps, except under the
+        safeguard ``official_round``, whose sums depend on the scores: there it is an upper bound.
+        """
+        return tuple(
+            self.allocator.total(
+                layer_budget, window=self.window, prompt_len=n, num_kv_heads=inputs.num_kv_heads
+            )
+            for n, layer_budget in zip(
+                inputs.prompt_lens, self._layer_budgets(inputs, budget), strict=True
+            )
+        )
+
+    def choose(self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None) -> Kept:
+        """The entries of a layer to keep.
+
+        Parameters
+        ----------
+        inputs : :class:`LayerInputs`
+        budget : int
+            Mean entries per kv head over all layers, at least the window and the pinned sinks.
+        scores : ``[B, Hkv, T]`` floating point, optional
+            Scores from elsewhere, taken in the place of the scorer's; ``+inf`` pins an entry.
+
+        Returns
+        -------
+        kept : :class:`adakv.ops.Kept`
+            The window is always among them. Sequences that fit into their budget keep everything,
+            and if all do, nothing is scored.
+        """
+        if scores is not None:
+            scores = _outside_scores(scores, inputs)
+        layer_budgets = self._layer_budgets(inputs, budget)
+        total = sum(self.totals(inputs, budget))
+        if all(n <= b for n, b in zip(inputs.prompt_lens, layer_budgets, strict=True)):
+            return _keep_everything(inputs)
+        if scores is None:
+            scores = self.scorer.score(inputs)
+        budgets = self.allocator.allocate(scores, inputs, layer_budgets, window=self.window)
+        return self.selector.select(scores, budgets, inputs, window=self.window, total=total)
+
+    def _layer_budgets(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
+        pinned = self.window + self.scorer.sinks
+        if budget < pinned:
+            raise ValueError(
+                f"budget must be at least {pinned} entries per kv head "
+                f"(window {self.window}, sinks {self.scorer.sinks}), got {budget}"
+            )
+        return tuple(
+            self.allocator.layers.budget(
+                budget,
+                window=self.window,
+                prompt_len=n,
+                layer=inputs.layer,
+                num_layers=inputs.num_layers,
+            )
+            for n in inputs.prompt_lens
+        )
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ``ValueError`` unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        allowed = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _outside_scores(scores: Tensor, inputs: LayerInputs) -> Tensor:
+    expected = list(inputs.keys.shape[:3])
+    if list(scores.shape) != expected or not scores.is_floating_point():
+        raise ValueError(
+            f"scores must be floating point [B, Hkv, T] = {expected}, "
+            f"got {scores.dtype} {list(scores.shape)}"
+        )
+    if scores.device != inputs.keys.device:
+        raise ValueError(
+            f"scores must be on the keys' device {inputs.keys.device}, got {scores.device}"
+        )
+    return scores.float()
+
+
+def _keep_everything(inputs: LayerInputs) -> Kept:
+    """All entries of all rows: ``select`` clamps budgets of T, and scores don't matter."""
+    batch, num_kv_heads, length = inputs.keys.shape[:3]
+    device = inputs.keys.device
+    budgets = torch.full((batch, num_kv_heads), length, dtype=torch.int32, device=device)
+    scores = torch.zeros((batch, num_kv_heads, length), device=device)
+    total = num_kv_heads * sum(inputs.prompt_lens)
+    return ops.select(scores, budgets, window=0, seq_lens=inputs.seq_lens, total=total)
