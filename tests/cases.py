@@ -1,0 +1,164 @@
+"""Case tables, and inputs made to be hostile.
+
+Everything that a verb must not read holds NaN, views are not contiguous, block tables are shuffled
+and lengths ragged, unless a case says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adakv.ops import Layer
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def noncontiguous(x: Tensor) -> Tensor:
+    """The same numbers with gaps between them in every dimension but the last one, which stays contiguous."""
+    shape = [2 * size + 1 for size in x.shape[:-1]] + [x.shape[-1] + 8]
+    hole = float("nan") if x.is_floating_point() else -(2**31)
+    host = torch.full(shape, hole, dtype=x.dtype, device=x.device)
+    view = host[tuple(slice(1, None, 2) for _ in x.shape[:-1])][..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's tensors: B sequences of T positions (or ``seq_lens``), as score and value_norm take them."""
+
+    batch: int = 2
+    kv_heads: int = 2
+    group: int = 4
+    length: int = 100
+    window: int = 8
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    seq_lens: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        shape = f"{self.batch}x{self.kv_heads}x{self.group}-T{self.length}-W{self.window}"
+        ragged = "" if self.seq_lens is None else "-" + "_".join(map(str, self.seq_lens))
+        return f"{shape}-D{self.head_dim}-{str(self.dtype)[6:]}{ragged}"
+
+    def lengths(self, device: torch.device) -> Tensor | None:
+        """``seq_lens`` as a tensor."""
+        return None if self.seq_lens is None else int32(self.seq_lens, device)
+
+    def queries(self, device: torch.device) -> Tensor:
+        """``[B, Hq, W, D]``."""
+        return self._random(self.kv_heads * self.group, self.window, device)
+
+    def entries(self, device: torch.device) -> Tensor:
+        """Keys or values ``[B, Hkv, T, D]``; NaN behind ``seq_lens``."""
+        x = self._random(self.kv_heads, self.length, device)
+        for b, seq_len in enumerate(self.seq_lens or ()):
+            x[b, :, seq_len:] = float("nan")
+        return x
+
+    def w_o(self, device: torch.device, width: int = 96) -> Tensor:
+        """``[E, Hq * D]``."""
+        x = torch.randn(width, self.kv_heads * self.group * self.head_dim) / self.head_dim**0.5
+        return noncontiguous(x.to(device, self.dtype))
+
+    def _random(self, heads: int, length: int, device: torch.device) -> Tensor:
+        x = torch.randn(self.batch, heads, length, self.head_dim)
+        return noncontiguous(x.to(device, self.dtype))
+
+
+def int32(values: object, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def random_scores(batch: int, heads: int, length: int, *, levels: int = 0) -> Tensor:
+    """``[B, H, T]`` float32 as a softmax gives them, heads of very different sharpness.
+
+    With ``levels`` there are only so many different values: ties everywhere.
+    """
+    sharpness = torch.rand(batch, heads, 1) * 4
+    scores = torch.softmax(torch.randn(batch, heads, length) * sharpness, -1)
+    return torch.floor(scores * length * levels / 4) / levels if levels else scores
+
+
+def paged_layer(
+    lengths: list[list[int]],
+    *,
+    page_size: int = 16,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: int = 0,
+    seen: list[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Layer:
+    """A layer whose rows hold random entries, with fresh pages for ``new_tokens`` more.
+
+    Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
+    """
+    held = int32(lengths)  # [B, Hkv]
+    used = -(-held // page_size)
+    fresh = -(-(held + new_tokens) // page_size) - used
+    num_fresh = max(int(fresh.max()), 1) if held.numel() else 1
+    columns = int((used + num_fresh).max()) + 2 if held.numel() else 2
+    num_pages = 2 * int((used + num_fresh).sum()) + 3
+    free = iter(torch.randperm(num_pages).tolist())
+    pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"))
+    page_positions = torch.full((num_pages, page_size), -7, dtype=torch.int32)
+    table = torch.full((*held.shape, columns), -1, dtype=torch.int32)
+    fresh_pages = torch.full((*held.shape, num_fresh), -1, dtype=torch.int32)
+    if seen is None:
+        seen = [max(row, default=0) + 5 for row in lengths]
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in held.shape)).tolist():
+        length = lengths[b][h]
+        positions = torch.randperm(max(seen[b], length))[:length].sort().values
+        for slot in range(0, length, page_size):
+            page = next(free)
+            count = min(page_size, length - slot)
+            table[b, h, slot // page_size] = page
+            pages[page, :, :count] = torch.randn(2, count, head_dim)
+            page_positions[page, :count] = positions[slot : slot + count]
+        for k in range(num_fresh):
+            fresh_pages[b, h, k] = next(free)
+    return Layer(
+        pages=pages.to(device, dtype),
+        page_positions=page_positions.to(device),
+        block_table=noncontiguous(table.to(device)),
+        lengths=noncontiguous(held.to(device)),
+        seen=int32(seen, device),
+        fresh_pages=noncontiguous(fresh_pages.to(device)),
+    )
+
+
+def copied(layer: Layer) -> Layer:
+    """A layer of its own with the same contents and strides, on the CPU."""
+    return Layer(*(torch.empty_like(x, device="cpu").copy_(x) for x in layer))
+
+
+#: Shapes that together reach every branch; quick.
+PROMPTS = [
+    Prompt(),
+    Prompt(dtype=torch.float16),
+    Prompt(dtype=torch.bfloat16),
+    Prompt(head_dim=128, dtype=torch.bfloat16, seq_lens=(100, 61)),
+    Prompt(head_dim=80, group=2, seq_lens=(37, 100)),
+    Prompt(head_dim=96, group=1, dtype=torch.float16, window=32),
+    Prompt(head_dim=256, kv_heads=1, group=8, length=257),
+    Prompt(head_dim=8, group=16, window=1, dtype=torch.bfloat16),
+    Prompt(head_dim=120, kv_heads=3, group=3, length=70, window=5),
+]
+
+#: Where things go wrong: T < W, T = 1, nothing at all, a window that covers everything.
+CORNER_PROMPTS = [
+    Prompt(length=5, window=8, seq_lens=(5, 3)),
+    Prompt(length=1, window=1),
+    Prompt(length=8, window=8),
+    Prompt(length=9, window=8),
+    Prompt(seq_lens=(0, 1)),
+    Prompt(seq_lens=(8, 9)),
+    Prompt(batch=0),
+    Prompt(batch=1, kv_heads=1, group=1, length=3, window=1, head_dim=8),
+]
+
+LARGE_PROMPTS = [Prompt(batch=1, kv_heads=4, length=5000, window=32, head_dim=128)]

@@ -1,0 +1,365 @@
+"""The eight verbs in plain torch: the specification that both backends are tested against.
+
+Loops and float64, no cleverness. Shapes and options are those of ``adakv.ops``; nothing here uses
+a kernel of ours. The three verbs that give floats take a ``dtype``: with the inputs' own dtype they
+are what a user of plain torch would get, which is the yardstick of ``tolerance.py``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INF = float("inf")
+
+
+def _lengths(seq_lens: Tensor | None, batch: int, length: int) -> list[int]:
+    return [length] * batch if seq_lens is None else seq_lens.tolist()
+
+
+def _reduce(x: Tensor, how: str, dim: int) -> Tensor:
+    return {"mean": x.mean, "sum": x.sum, "max": x.amax}[how](dim)
+
+
+def _pool(x: Tensor, pool: str, width: int) -> Tensor:
+    """``[..., n]`` pooled with stride 1; outside counts as -inf for "max" and as 0 for "avg"."""
+    if pool == "none" or x.shape[-1] == 0:
+        return x
+    side = width // 2
+    windows = F.pad(x, (side, side), value=-INF if pool == "max" else 0.0).unfold(-1, width, 1)
+    return windows.amax(-1) if pool == "max" else windows.mean(-1)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if not softcap else softcap * torch.tanh(logits / softcap)
+
+
+def window_logits(
+    queries: Tensor, keys: Tensor, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """Causal logits ``[Hq, W, T]`` of the last W positions of one sequence.
+
+    Queries are ``[Hq, W, D]``, keys ``[Hkv, T, D]``.
+    """
+    num_heads, window, head_dim = queries.shape
+    length = keys.shape[1]
+    keys = keys.repeat_interleave(num_heads // keys.shape[0], 0)
+    z = _capped(queries @ keys.mT * (scale or head_dim**-0.5), softcap)
+    position = torch.arange(length - window, length)[:, None]
+    return z.masked_fill(torch.arange(length) > position, -INF)
+
+
+def score(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window_reduce: str = "mean",
+    group_reduce: str = "mean",
+    order: str = "group_first",
+    pool: str = "max",
+    pool_width: int = 7,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """SnapKV, arXiv 2404.14469: ``pool_t(group_reduce_q(window_reduce_w(softmax_t(z))))``."""
+    batch, num_heads, window, _ = queries.shape
+    _, num_kv_heads, length, _ = keys.shape
+    scores = torch.full((batch, num_kv_heads, length), -INF, dtype=dtype)
+    for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):
+        n = seq_len - window
+        if n <= 0:
+            continue
+        q, k = queries[b].cpu().to(dtype), keys[b, :, :seq_len].cpu().to(dtype)
+        z = window_logits(q, k, scale, softcap)
+        if sinks is not None:
+            z = torch.cat([z, sinks.cpu().to(dtype)[:, None, None].expand(-1, window, 1)], -1)
+        a = _reduce(z.softmax(-1)[..., :n], window_reduce, 1)  # [Hq, n]
+        if order == "pool_first":
+            a = _pool(a, pool, pool_width)
+        g = _reduce(a.view(num_kv_heads, -1, n), group_reduce, 1)  # [Hkv, n]
+        scores[b, :, :n] = _pool(g, pool, pool_width) if order == "group_first" else g
+    return scores
+
+
+def value_norm(
+    values: Tensor,
+    w_o: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+    norm: str = "l1",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """CriticalKV, arXiv 2502.03805: group mean of ``||v Wo[q]||_1``, or ``sqrt(v G v^T)``."""
+    batch, num_kv_heads, length, head_dim = values.shape
+    wo = w_o.cpu().to(dtype).T.reshape(num_kv_heads, -1, head_dim, w_o.shape[0])  # [Hkv, G, D, E]
+    norms = torch.full((batch, num_kv_heads, length), -INF, dtype=dtype)
+    for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):
+        for h in range(num_kv_heads):
+            v = values[b, h, :seq_len].cpu().to(dtype)
+            if norm == "l1":
+                norms[b, h, :seq_len] = (v @ wo[h]).abs().sum(-1).mean(0)
+            else:
+                gram = (wo[h] @ wo[h].mT).mean(0)
+                norms[b, h, :seq_len] = ((v @ gram) * v).sum(-1).clamp(min=0).sqrt()
+    return norms
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Flat indices of ``[H, n]``, best first: by value (NaN as -inf), then position, then head."""
+    values = np.where(np.isnan(values), -INF, values)
+    head, position = np.indices(values.shape)
+    return np.lexsort((head.ravel(), position.ravel(), -values.ravel()))
+
+
+def largest_remainder(shares: list[float], total: int) -> list[int]:
+    """Whole numbers that sum to ``total``, from shares rounded to 9 decimals.
+
+    What is left after rounding down goes to the larger remainder first, then to the lower index.
+    """
+    nanos = [round(share * 1e9) for share in shares]
+    whole = [x // 10**9 for x in nanos]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (-(nanos[i] % 10**9), i))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def allocate(
+    scores: Tensor,
+    budget: int,
+    *,
+    window: int,
+    seq_lens: Tensor | None = None,
+    floor: float = 0.2,
+    safeguard: str = "blend",
+) -> Tensor:
+    """Ada-KV, arXiv 2407.11550, Algorithms 1 and 2 (the latter as its text has it)."""
+    batch, num_heads, length = scores.shape
+    budgets = np.zeros((batch, num_heads), np.int32)
+    b = budget - window
+    for i, seq_len in enumerate(_lengths(seq_lens, batch, length)):
+        n = seq_len - window
+        if n <= b or n <= 0:
+            budgets[i] = seq_len
+            continue
+        order = ranked(scores[i, :, :n].cpu().numpy())
+        heads = order // n
+        f = np.bincount(heads[: num_heads * b], minlength=num_heads)
+        if safeguard == "blend":
+            f = largest_remainder([(1 - floor) * x + floor * b for x in f.tolist()], num_heads * b)
+        elif safeguard == "official_round":
+            f = [round(round((1 - floor) * x + int(floor * b), 9)) for x in f.tolist()]
+        elif safeguard == "hard_floor":
+            rank_in_head = np.zeros(len(order), int)
+            for h in range(num_heads):
+                rank_in_head[heads == h] = np.arange(n)
+            own = rank_in_head < int(floor * b)
+            chosen = np.concatenate([heads[own], heads[~own][: num_heads * b - own.sum()]])
+            f = np.bincount(chosen, minlength=num_heads)
+        budgets[i] = np.asarray(f) + window
+    return torch.from_numpy(budgets)
+
+
+def select(
+    scores: Tensor,
+    budgets: Tensor,
+    *,
+    window: int,
+    seq_lens: Tensor | None = None,
+    norms: Tensor | None = None,
+    first: float = 0.5,
+    eps: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Top-k of each row, or CriticalKV's two stages (arXiv 2502.03805, Algorithm 1).
+
+    Returns the positions, ascending within a row, and their indptr.
+    """
+    batch, num_heads, length = scores.shape
+    positions: list[int] = []
+    indptr = [0]
+    for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):
+        n = max(seq_len - window, 0)
+        for h in range(num_heads):
+            count = min(max(int(budgets[b, h]) - window, 0), n)
+            value = scores[b, h, :n].cpu().float().numpy()
+            if norms is None:
+                kept = ranked(value[None])[:count].tolist()
+            else:
+                kept = ranked(value[None])[: int(first * count)].tolist()
+                with np.errstate(all="ignore"):  # float32 throughout, as the backends
+                    product = (value + np.float32(eps)) * norms[b, h, :n].cpu().float().numpy()
+                product = np.where(value == INF, INF, product)
+                rest = ranked(product[None])
+                kept += rest[~np.isin(rest, kept)][: count - len(kept)].tolist()
+            positions += sorted(kept) + list(range(n, seq_len))
+            indptr.append(len(positions))
+    return torch.tensor(positions, dtype=torch.int32), torch.tensor(indptr, dtype=torch.int32)
+
+
+def compact(
+    keys: Tensor,
+    values: Tensor,
+    kept: tuple[Tensor, Tensor],
+    layer: Any,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+    *,
+    seq_lens: Tensor | None = None,
+) -> None:
+    """Deals pages to rows in order, then one fresh page to each; slot i: the i-th kept position."""
+    batch, num_heads, length, _ = keys.shape
+    page_size = layer.pages.shape[2]
+    positions, indptr = kept[0].tolist(), kept[1].tolist()
+    layer.block_table.fill_(-1)
+    layer.fresh_pages.fill_(-1)
+    for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):
+        pages = iter(page_ids[int(page_indptr[b]) : int(page_indptr[b + 1])].tolist())
+        layer.seen[b] = seq_len
+        for h in range(num_heads):
+            row = positions[indptr[b * num_heads + h] : indptr[b * num_heads + h + 1]]
+            layer.lengths[b, h] = len(row)
+            for slot, position in enumerate(row):
+                if slot % page_size == 0:
+                    layer.block_table[b, h, slot // page_size] = next(pages)
+                _store(layer, b, h, slot, keys[b, h, position], values[b, h, position], position)
+        for h in range(num_heads):
+            layer.fresh_pages[b, h, 0] = next(pages)
+
+
+def _store(
+    layer: Any, b: int, h: int, slot: int, key: Tensor, value: Tensor, position: int
+) -> None:
+    page_size = layer.pages.shape[2]
+    page = int(layer.block_table[b, h, slot // page_size])
+    layer.pages[page, 0, slot % page_size] = key
+    layer.pages[page, 1, slot % page_size] = value
+    layer.page_positions[page, slot % page_size] = position
+
+
+def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None = None) -> None:
+    """Stores the last ``num_new[b]`` of the S columns of each sequence in all of its rows.
+
+    A row that outgrows its last page takes its next fresh one.
+    """
+    batch, num_heads, num_columns, _ = keys.shape
+    page_size = layer.pages.shape[2]
+    for b, count in enumerate(_lengths(num_new, batch, num_columns)):
+        for h in range(num_heads):
+            fresh = iter(layer.fresh_pages[b, h].tolist())
+            for i in range(count):
+                slot = int(layer.lengths[b, h])
+                column = num_columns - count + i
+                if slot % page_size == 0:
+                    layer.block_table[b, h, slot // page_size] = next(fresh)
+                position = int(layer.seen[b]) + i
+                _store(layer, b, h, slot, keys[b, h, column], values[b, h, column], position)
+                layer.lengths[b, h] = slot + 1
+        layer.seen[b] += count
+
+
+def plan_borders(pages: list[int], num_workers: int) -> list[int]:
+    """Where the workers' ranges begin and end: ascending units from 0 to the sum of ``pages``."""
+    total = sum(pages)
+    workers = max(1, min(total // 8, num_workers))
+    chunk = 1
+    while chunk < max(pages, default=0) and sum(-(-p // chunk) for p in pages) > workers:
+        chunk += 1
+    row_ends = np.cumsum([0, *pages]).tolist()
+    if sum(-(-p // chunk) for p in pages) <= workers and 5 * chunk * workers <= 7 * total:
+        borders = [0]  # whole rows in even parts of at most `chunk` pages
+        for begin, p in zip(row_ends, pages, strict=False):
+            parts = -(-p // chunk)
+            borders += [begin + (j + 1) * p // parts for j in range(parts)]
+        return borders
+    borders = []
+    for k in range(workers + 1):  # equal ranges; a border near the end of a row moves there
+        even = k * total // workers
+        nearest = min(row_ends, key=lambda end: (abs(end - even), end))
+        borders.append(nearest if 5 * abs(nearest - even) * workers <= total else even)
+    return borders
+
+
+def plan(
+    lengths: Tensor,
+    block_table: Tensor,
+    fresh_pages: Tensor,
+    *,
+    num_workers: int,
+    new_tokens: int = 1,
+    num_new: Tensor | None = None,
+    page_size: int = 16,
+) -> Tensor:
+    """The schedule of ``cpp/ops/schedule.h``, layer by layer, field by field."""
+    num_layers, batch, num_heads = lengths.shape
+    num_rows = batch * num_heads
+    schedule = torch.zeros(num_layers, num_workers * 64 + num_rows * 8, dtype=torch.int32)
+    new = [n if new_tokens else 0 for n in _lengths(num_new, batch, new_tokens)]
+    for layer in range(num_layers):
+        held = lengths[layer].flatten().tolist()
+        grown = [held[r] + new[r // num_heads] for r in range(num_rows)]
+        pages = [-(-x // page_size) for x in grown]
+        units = []  # page id of each unit
+        for r in range(num_rows):
+            b, h = divmod(r, num_heads)
+            old = -(-held[r] // page_size)
+            units += block_table[layer, b, h, :old].tolist()
+            units += fresh_pages[layer, b, h, : pages[r] - old].tolist()
+        borders = plan_borders(pages, num_workers)
+        ranges = [(a, z) for a, z in pairwise(borders) if a < z]
+        facts, begin, partials = [], 0, 0
+        for r in range(num_rows):
+            end = begin + pages[r]
+            sharing = [w for w, (a, z) in enumerate(ranges) if a < end and z > begin]
+            shared = len(sharing) if len(sharing) > 1 else 0
+            first = sharing[0] if sharing else 0
+            facts.append([begin, end, grown[r], partials, len(sharing), first, 0, 0])
+            begin, partials = end, partials + shared
+        workers = schedule[layer, : num_workers * 64].view(num_workers, 64)
+        for w, (a, z) in enumerate(ranges):
+            row = next(r for r in range(num_rows) if facts[r][0] <= a < facts[r][1])
+            ids = units[a : min(z, a + 52)]
+            workers[w] = torch.tensor([a, z, row, 0, *facts[row], *ids, *[0] * (52 - len(ids))])
+        if num_rows:
+            schedule[layer, num_workers * 64 :] = torch.tensor(facts).flatten()
+    return schedule
+
+
+def attend(
+    queries: Tensor,
+    layer: Any,
+    *,
+    num_new: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the newest S tokens (appended already) over slots ``0 .. length - S + s``."""
+    batch, num_heads, num_columns, head_dim = queries.shape
+    num_kv_heads, page_size = layer.lengths.shape[1], layer.pages.shape[2]
+    out = torch.zeros(batch, num_heads, num_columns, head_dim, dtype=dtype)
+    lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
+    for b, count in enumerate(_lengths(num_new, batch, num_columns)):
+        for q in range(num_heads):
+            h = q // (num_heads // num_kv_heads)
+            length = int(layer.lengths[b, h])
+            pages = layer.block_table[b, h, : -(-length // page_size)].long()
+            held = layer.pages[pages].transpose(0, 1).reshape(2, -1, head_dim)  # keys, values
+            keys, values = held[:, :length].cpu().to(dtype)
+            for s in range(num_columns - count, num_columns):
+                seen = length - num_columns + s + 1
+                z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
+                z = _capped(z, softcap)
+                if sinks is not None:
+                    z = torch.cat([z, sinks[q : q + 1].cpu().to(dtype)])
+                lse[b, q, s] = z.logsumexp(0)
+                out[b, q, s] = z.softmax(0)[:seen] @ values[:seen]
+    return out, lse
