@@ -73,22 +73,23 @@ class KVCache {
   /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones included.
   int32_t pages_needed(int64_t num_kept) const;
 
-  /// Takes the pages for `num_kept` entries of a sequence in a layer and returns them, to be passed to compact(). Throws Error
-  /// if too few are free (the message says how many are needed and free) and InvalidArgument if the sequence holds entries
-  /// in this layer already. Either way nothing changes.
-  const std::vector<int32_t>& begin(int32_t layer, int32_t sequence, int64_t num_kept);
+  /// Takes the pages for `num_kept` entries of a sequence in a layer, of which no row keeps more than `longest_row`, and
+  /// returns them, to be passed to compact(). Throws Error if too few are free (the message says how many are needed and free) or
+  /// the row might outgrow max_row_pages, and InvalidArgument if the sequence holds entries in this layer already. Either way
+  /// nothing changes.
+  const std::vector<int32_t>& begin(int32_t layer, int32_t sequence, int64_t num_kept, int64_t longest_row);
 
-  /// Makes room for appending tokens, in all layers. `num_new[b]` is the number of tokens that come for sequence b, of which
-  /// the last columns of a batch `num_columns` wide are filled (right-aligned). Returns how many of the columns may be
-  /// appended now, at least 1: append those, then call again for the rest. Throws Error if too few pages are free;
-  /// then nothing changes, and rows can be read as before.
-  int32_t grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream);
+  /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of which the last num_new[b] are
+  /// tokens of sequence b (right-aligned). Returns how many columns, from the left, may be appended now: append those in every
+  /// layer, then call again for the rest. Throws Error if there are too few free pages for all the columns or a row might
+  /// outgrow max_row_pages, and InvalidArgument for a sequence that no begin() was called for; then nothing changes.
+  int32_t grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream = nullptr);
 
-  /// Pages that grow() would take for all the given tokens.
+  /// Pages that have to be free for appending num_new[b] tokens to each sequence b.
   int64_t pages_to_grow(const std::vector<int32_t>& num_new) const;
 
   /// Gives the pages of a sequence back and empties its rows.
-  void remove(int32_t sequence, Stream stream);
+  void remove(int32_t sequence, Stream stream = nullptr);
 
   /// Pages that a sequence owns in a layer.
   int32_t num_pages(int32_t layer, int32_t sequence) const;
@@ -96,16 +97,19 @@ class KVCache {
  private:
   struct Sequence {
     std::vector<std::vector<int32_t>> pages;  // [num_layers], owned pages
+    int64_t longest_row = 0;                  // of the prompt's entries, at most
     int64_t appended = 0;                     // tokens since begin()
-    bool is_active = false;
   };
+
+  void check_row(int64_t entries) const;
+  void refill(int32_t sequence, int32_t first, int32_t last, Stream stream);
 
   CacheConfig config_;
   Memory& memory_;
   PagePool pool_;
   std::vector<Sequence> sequences_;
   void* data_ = nullptr;   // the one allocation that all tensors lie in
-  LayerView all_layers_;
+  LayerView all_layers_;  // fresh_pages lies as [B, L, Hkv, F], so that a sequence's are one copy
 };
 
 }  // namespace adakv

@@ -78,7 +78,7 @@ struct AllocateArgs {
   TensorView seq_lens;  // [B] int32   not given: all T
   int budget = 0;       // entries per kv head, window included: window .. any
   int window = 0;
-  float floor = 0.2f;  // 0 .. 1
+  double floor = 0.2;  // 0 .. 1; in double, so that shares round as written
   Safeguard safeguard = Safeguard::kBlend;
   TensorView budgets;    // [B, Hkv] int32, out; window included, at most seq_len
   TensorView workspace;  // [workspace_bytes(args) / 4] int32
@@ -96,7 +96,7 @@ struct SelectArgs {
   TensorView norms;     // [B, Hkv, T] float32   optional
   TensorView seq_lens;  // [B] int32   not given: all T
   int window = 0;
-  float first = 0.5f;  // share of a row's candidates taken in stage one; 0 .. 1
+  double first = 0.5;  // share of a row's candidates taken in stage one; 0 .. 1
   float eps = 1e-4f;
   TensorView positions;  // [K] int32, out; K at least the sum of the clamped budgets; -1 behind it
   TensorView indptr;     // [B * Hkv + 1] int32, out: row r keeps positions[indptr[r] .. indptr[r + 1])
@@ -173,12 +173,12 @@ struct AttendArgs {
   int num_workers = 0;     // as given to plan
   TensorView out;          // [B, Hq, S, D], out
   TensorView lse;          // [B, Hq, S] float32, out, optional: natural log
-  TensorView workspace;    // [workspace_bytes(args) / 4] int32; zero-filled once, left zero where that matters
+  TensorView workspace;    // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;
 };
 void attend(const AttendArgs& args);
 
-/// Bytes of scratch memory that a call needs; from shapes and options only, tensors' data may be null.
+/// Bytes of scratch memory that a call needs, from shapes and options only. Checks the arguments, but for the workspace itself.
 size_t workspace_bytes(const ScoreArgs& args);
 size_t workspace_bytes(const ValueNormArgs& args);
 size_t workspace_bytes(const AllocateArgs& args);

@@ -73,6 +73,9 @@ struct TensorView {
   /// The part [begin, begin + count) along dimension `dim`.
   TensorView narrow(int dim, int64_t begin, int64_t count) const;
 
+  /// Element `index` along the first dimension: one dimension less.
+  TensorView select(int64_t index) const;
+
   /// "[2, 8, 512, 128]", for messages.
   std::string shape_string() const;
 };

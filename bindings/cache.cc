@@ -1,0 +1,67 @@
+// KVCache for Python: counts as numbers, tensors as torch tensors that keep the cache alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+
+#include "adakv/kv_cache.h"
+#include "tensor_view.h"
+
+namespace adakv {
+namespace {
+
+DType dtype_of(const std::string& name) {
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw py::value_error("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
+py::tuple tensors_of(const std::shared_ptr<KVCache>& cache, const LayerView& view) {
+  return py::make_tuple(tensor_of(view.pages, cache), tensor_of(view.page_positions, cache),
+                        tensor_of(view.block_table, cache), tensor_of(view.lengths, cache), tensor_of(view.seen, cache),
+                        tensor_of(view.fresh_pages, cache));
+}
+
+std::shared_ptr<KVCache> make_cache(int32_t num_layers, int32_t num_sequences, int32_t num_kv_heads, int32_t head_dim,
+                                    int32_t page_size, int32_t num_pages, int32_t max_row_pages, const std::string& dtype,
+                                    const std::string& device_type, int32_t device_index) {
+  CacheConfig config;
+  config.num_layers = num_layers;
+  config.num_sequences = num_sequences;
+  config.num_kv_heads = num_kv_heads;
+  config.head_dim = head_dim;
+  config.page_size = page_size;
+  config.num_pages = num_pages;
+  config.max_row_pages = max_row_pages;
+  config.dtype = dtype_of(dtype);
+  if (device_type == "cuda") config.device = {DeviceType::kCuda, device_index};
+  return std::make_shared<KVCache>(config, device_memory(config.device));
+}
+
+}  // namespace
+
+void bind_cache(py::module_& module) {
+  py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
+      .def(py::init(&make_cache), py::kw_only(), py::arg("num_layers"), py::arg("num_sequences"),
+           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"), py::arg("num_pages"),
+           py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"), py::arg("device_index"))
+      .def("layer", [](const std::shared_ptr<KVCache>& self, int32_t layer) { return tensors_of(self, self->layer(layer)); })
+      .def("all_layers", [](const std::shared_ptr<KVCache>& self) { return tensors_of(self, self->all_layers()); })
+      .def("begin", &KVCache::begin)
+      .def("grow",
+           [](KVCache& self, const std::vector<int32_t>& num_new, int32_t num_columns) {
+             return self.grow(num_new, num_columns, current_stream(self.config().device));
+           })
+      .def("pages_to_grow", &KVCache::pages_to_grow)
+      .def("remove",
+           [](KVCache& self, int32_t sequence) { self.remove(sequence, current_stream(self.config().device)); })
+      .def("pages_needed", &KVCache::pages_needed)
+      .def("num_pages", &KVCache::num_pages)
+      .def_property_readonly("page_bytes", &KVCache::page_bytes)
+      .def_property_readonly("num_free", [](const KVCache& self) { return self.pool().num_free(); })
+      .def_property_readonly("num_used", [](const KVCache& self) { return self.pool().num_used(); });
+}
+
+}  // namespace adakv

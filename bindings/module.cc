@@ -1,0 +1,34 @@
+// The Python module adakv._C: version, backends, errors, and what ops.cc and cache.cc bind.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "adakv/error.h"
+#include "adakv/ops.h"
+
+namespace adakv {
+
+void bind_ops(pybind11::module_& module);
+void bind_cache(pybind11::module_& module);
+
+}  // namespace adakv
+
+PYBIND11_MODULE(_C, module) {
+  namespace py = pybind11;
+  module.attr("__version__") = ADAKV_VERSION;
+  py::register_exception<adakv::Error>(module, "Error", PyExc_RuntimeError).attr("__module__") = "adakv";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const adakv::InvalidArgument& error) {
+      py::set_error(PyExc_ValueError, error.what());
+    }
+  });
+  module.def("cuda_unavailable_reason", []() -> py::object {
+    std::string reason;
+    if (adakv::cuda_available(&reason)) return py::none();
+    return py::str(reason);
+  });
+  adakv::bind_ops(module);
+  adakv::bind_cache(module);
+}

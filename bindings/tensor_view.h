@@ -1,0 +1,41 @@
+// Python tensors to TensorViews and back, through the DLPack exchange API that torch >= 2.10 offers: no torch header, no Python
+// calls, a few tens of nanoseconds each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "adakv/types.h"
+#include "dlpack.h"
+
+namespace adakv {
+
+namespace py = pybind11;
+
+/// View of a Python tensor, which must outlive the view. None gives an empty view. Throws InvalidArgument (with `name`) for
+/// anything that is no tensor, or of a dtype, device or rank that adakv doesn't know.
+TensorView view_of(const char* name, py::handle tensor);
+
+/// A torch tensor over memory that `owner` keeps alive.
+py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner);
+
+/// The framework's current stream on a device.
+Stream current_stream(Device device);
+
+/// Scratch memory from the framework's allocator, given back when this object goes.
+class Workspace {
+ public:
+  Workspace(size_t bytes, Device device);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  TensorView view() const;
+
+ private:
+  dlpack::ManagedTensor* tensor_ = nullptr;
+  Device device_;
+};
+
+}  // namespace adakv

@@ -1,0 +1,225 @@
+#include "adakv/kv_cache.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "adakv/error.h"
+
+namespace adakv {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+void check_config(const CacheConfig& c) {
+  ADAKV_CHECK(c.num_layers >= 1, "KVCache: num_layers must be at least 1, got ", c.num_layers);
+  ADAKV_CHECK(c.num_sequences >= 1, "KVCache: num_sequences must be at least 1, got ", c.num_sequences);
+  ADAKV_CHECK(c.num_kv_heads >= 1, "KVCache: num_kv_heads must be at least 1, got ", c.num_kv_heads);
+  ADAKV_CHECK(c.head_dim >= 8 && c.head_dim <= 256 && c.head_dim % 8 == 0,
+              "KVCache: head_dim must be a multiple of 8, at most 256, got ", c.head_dim);
+  ADAKV_CHECK(c.page_size >= 8 && c.page_size <= 256 && (c.page_size & (c.page_size - 1)) == 0,
+              "KVCache: page_size must be a power of two from 8 to 256, got ", c.page_size);
+  ADAKV_CHECK(c.num_pages >= 1, "KVCache: num_pages must be at least 1, got ", c.num_pages);
+  ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ", c.max_row_pages);
+  ADAKV_CHECK(c.dtype != DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got int32");
+}
+
+// Lays tensors out one behind the other in one allocation: first without a base to learn the size, then with it.
+class Layout {
+ public:
+  Layout(void* base, Device device) : base_(static_cast<char*>(base)), device_(device) {}
+
+  TensorView add(std::initializer_list<int64_t> shape, DType dtype) {
+    TensorView view(base_ ? base_ + bytes_ : nullptr, shape, dtype, device_);
+    bytes_ += view.size() * static_cast<int64_t>(dtype_size(dtype));
+    bytes_ = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
+    return view;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  Device device_;
+  int64_t bytes_ = 0;
+};
+
+LayerView lay_out(Layout& layout, const CacheConfig& c) {
+  LayerView view;
+  view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
+  view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
+  view.block_table = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}, DType::kInt32);
+  view.lengths = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads}, DType::kInt32);
+  view.seen = layout.add({c.num_layers, c.num_sequences}, DType::kInt32);
+  view.fresh_pages =
+      layout.add({c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
+  std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
+  std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
+  return view;
+}
+
+void fill(Memory& memory, const TensorView& view, int value) {
+  const size_t bytes = view.size() * dtype_size(view.dtype);
+  memory.fill_rows(view.data, bytes, value, bytes, 1, nullptr);
+}
+
+// The same for the part that belongs to one sequence: [L, B, ...] -> all layers of sequence b.
+void fill_sequence(Memory& memory, const TensorView& view, int32_t sequence, int value, Stream stream) {
+  const size_t row = view.stride[1] * dtype_size(view.dtype), pitch = view.stride[0] * dtype_size(view.dtype);
+  memory.fill_rows(view.ptr<char>() + sequence * row, pitch, value, row, view.shape[0], stream);
+}
+
+}  // namespace
+
+KVCache::KVCache(const CacheConfig& config, Memory& memory)
+    : config_((check_config(config), config)), memory_(memory), pool_(config.num_pages) {
+  ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ", device_name(memory.device()),
+              ", but config.device is ", device_name(config.device));
+  sequences_.resize(config.num_sequences);
+  for (Sequence& sequence : sequences_) sequence.pages.resize(config.num_layers);
+  Layout size(nullptr, config.device);
+  lay_out(size, config);
+  data_ = memory.allocate(size.bytes());
+  Layout layout(data_, config.device);
+  all_layers_ = lay_out(layout, config);
+  fill(memory_, all_layers_.block_table, -1);
+  fill(memory_, all_layers_.fresh_pages, -1);
+  fill(memory_, all_layers_.lengths, 0);
+  fill(memory_, all_layers_.seen, 0);
+}
+
+KVCache::~KVCache() { memory_.free(data_); }
+
+size_t KVCache::page_bytes() const {
+  return config_.page_size * (2 * config_.head_dim * dtype_size(config_.dtype) + sizeof(int32_t));
+}
+
+LayerView KVCache::layer(int32_t layer) const {
+  ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ", config_.num_layers - 1, ", got ", layer);
+  LayerView view = all_layers_;
+  for (TensorView* tensor : {&view.block_table, &view.lengths, &view.seen, &view.fresh_pages}) {
+    *tensor = tensor->select(layer);
+  }
+  return view;
+}
+
+int32_t KVCache::pages_needed(int64_t num_kept) const {
+  return static_cast<int32_t>(num_kept / config_.page_size) + 2 * config_.num_kv_heads;
+}
+
+// Throws unless a row of so many entries has its pages in the block table.
+void KVCache::check_row(int64_t entries) const {
+  const int64_t pages = (entries + config_.page_size - 1) / config_.page_size;
+  if (pages > config_.max_row_pages) {
+    throw Error(detail::concat("a row may grow to ", entries, " entries, which needs ", pages, " pages; max_row_pages is ",
+                               config_.max_row_pages));
+  }
+}
+
+const std::vector<int32_t>& KVCache::begin(int32_t layer, int32_t sequence, int64_t num_kept, int64_t longest_row) {
+  ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ", config_.num_layers - 1, ", got ", layer);
+  ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ", config_.num_sequences - 1,
+              ", got ", sequence);
+  ADAKV_CHECK(num_kept >= 0, "num_kept must not be negative, got ", num_kept);
+  ADAKV_CHECK(longest_row >= 0, "longest_row must not be negative, got ", longest_row);
+  check_row(longest_row);
+  Sequence& owner = sequences_[sequence];
+  std::vector<int32_t>& pages = owner.pages[layer];
+  ADAKV_CHECK(pages.empty(), "sequence ", sequence, " holds entries in layer ", layer, " already: remove() it first");
+  pool_.take(pages_needed(num_kept), pages);
+  owner.longest_row = std::max(owner.longest_row, longest_row);
+  return pages;
+}
+
+int32_t KVCache::num_pages(int32_t layer, int32_t sequence) const {
+  return static_cast<int32_t>(sequences_.at(sequence).pages.at(layer).size());
+}
+
+int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
+  ADAKV_CHECK(static_cast<int32_t>(num_new.size()) == config_.num_sequences, "num_new must have ",
+              config_.num_sequences, " elements, one for each sequence, got ", num_new.size());
+  const int64_t page_size = config_.page_size;
+  int64_t pages = 0;
+  for (size_t b = 0; b < num_new.size(); ++b) {
+    ADAKV_CHECK(num_new[b] >= 0, "num_new must not be negative, got ", num_new[b], " for sequence ", b);
+    if (num_new[b] == 0) continue;
+    // The first fresh page of each row came with begin(); another is due after every page_size tokens.
+    const int64_t before = std::max<int64_t>(sequences_[b].appended - 1, 0) / page_size;
+    const int64_t after = (sequences_[b].appended + num_new[b] - 1) / page_size;
+    pages += (after - before) * config_.num_layers * config_.num_kv_heads;
+  }
+  return pages;
+}
+
+int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream) {
+  const int64_t needed = pages_to_grow(num_new);
+  for (size_t b = 0; b < num_new.size(); ++b) {
+    ADAKV_CHECK(num_new[b] <= num_columns, "num_new must be at most num_columns = ", num_columns, ", got ", num_new[b],
+                " for sequence ", b);
+    if (num_new[b] == 0) continue;
+    check_row(sequences_[b].longest_row + sequences_[b].appended + num_new[b]);
+    for (int32_t l = 0; l < config_.num_layers; ++l) {
+      ADAKV_CHECK(!sequences_[b].pages[l].empty(), "sequence ", b, " holds nothing in layer ", l, ": begin() it first");
+    }
+  }
+  if (needed > pool_.num_free()) {
+    throw Error(detail::concat("not enough pages for the new tokens: ", needed, " needed, ", pool_.num_free(),
+                               " free of ", pool_.num_pages()));
+  }
+
+  // Columns that go in one piece. A row starts exactly one new page in each stretch of page_size tokens counted from its
+  // compact(), so a piece ends with a stretch; where all sequences begin one together, it may be several whole ones.
+  const int32_t page_size = config_.page_size;
+  int32_t piece = num_columns;
+  bool all_begin = true;
+  for (size_t b = 0; b < num_new.size(); ++b) {
+    if (num_new[b] == 0) continue;
+    const int32_t done = static_cast<int32_t>(sequences_[b].appended % page_size);
+    piece = std::min(piece, num_columns - num_new[b] + page_size - done);
+    all_begin = all_begin && done == 0 && num_new[b] == num_columns;
+  }
+  if (all_begin && num_columns >= page_size) {
+    piece = std::min(num_columns / page_size, kFreshColumns) * page_size;
+  }
+
+  for (int32_t b = 0; b < config_.num_sequences; ++b) {
+    const int32_t tokens = std::max(0, piece - (num_columns - num_new[b]));
+    Sequence& sequence = sequences_[b];
+    if (tokens > 0 && sequence.appended % page_size == 0) {
+      const int32_t first = sequence.appended == 0 ? 1 : 0;  // column 0 of a new sequence was dealt by compact()
+      refill(b, first, std::max(1, tokens / page_size), stream);
+    }
+    sequence.appended += tokens;
+  }
+  return piece;
+}
+
+// Writes new pages into the columns [first, last) of fresh_pages, for every row of a sequence in every layer.
+void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream stream) {
+  const int32_t columns = last - first, rows = config_.num_layers * config_.num_kv_heads;
+  if (columns <= 0) return;
+  std::vector<int32_t> pages;  // [L, Hkv, columns]
+  pool_.take(rows * columns, pages);
+  const int32_t layer_pages = config_.num_kv_heads * columns;
+  for (int32_t l = 0; l < config_.num_layers; ++l) {
+    std::vector<int32_t>& owned = sequences_[sequence].pages[l];
+    owned.insert(owned.end(), pages.begin() + l * layer_pages, pages.begin() + (l + 1) * layer_pages);
+  }
+  const TensorView& fresh = all_layers_.fresh_pages;
+  memory_.copy_rows_from_host(fresh.ptr<int32_t>() + sequence * fresh.stride[1] + first, kFreshColumns * sizeof(int32_t),
+                              pages.data(), columns * sizeof(int32_t), rows, stream);
+}
+
+void KVCache::remove(int32_t sequence, Stream stream) {
+  ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ", config_.num_sequences - 1,
+              ", got ", sequence);
+  Sequence& owner = sequences_[sequence];
+  for (std::vector<int32_t>& pages : owner.pages) {
+    pool_.give_back(pages);
+    pages.clear();
+  }
+  owner.longest_row = owner.appended = 0;
+  fill_sequence(memory_, all_layers_.block_table, sequence, -1, stream);
+  fill_sequence(memory_, all_layers_.lengths, sequence, 0, stream);
+  fill_sequence(memory_, all_layers_.seen, sequence, 0, stream);
+}
+
+}  // namespace adakv

@@ -1,0 +1,244 @@
+// The front door: every verb checks its arguments here, once for both backends, and goes on to the backend of its tensors.
+//
+// Values on a device can't be looked at without waiting for it, so only shapes, dtypes, devices and options are checked; the
+// CPU's small integer inputs (seq_lens, num_new) are checked too, as that costs nothing.
+#include "adakv/ops.h"
+
+#include <cmath>
+
+#include "adakv/error.h"
+#include "ops/backend.h"
+#include "ops/check.h"
+#include "ops/schedule.h"
+
+namespace adakv {
+namespace {
+
+void check_head_dim(const Checker& check) {
+  const int64_t d = check.size("D");
+  check.require(d >= 8 && d <= 256 && d % 8 == 0, "head dim D must be a multiple of 8, at most 256, got ", d);
+}
+
+// G = Hq / Hkv.
+void check_group(const Checker& check) {
+  const int64_t hq = check.size("Hq"), hkv = check.size("Hkv");
+  check.require(hkv >= 1 && hq % hkv == 0 && hq / hkv >= 1 && hq / hkv <= 16,
+                "q heads must be 1 to 16 times the kv heads, got Hq = ", hq, " and Hkv = ", hkv);
+}
+
+// An optional [B] int32 tensor whose values lie in 0 .. limit.
+void check_counts(Checker& check, const char* name, const TensorView& counts, int64_t limit) {
+  check.optional(name, counts, "B", DType::kInt32);
+  if (!counts || counts.device.type != DeviceType::kCpu) return;
+  for (int64_t b = 0; b < counts.shape[0]; ++b) {
+    const int32_t count = counts.ptr<int32_t>()[b];
+    check.require(count >= 0 && count <= limit, name, " must lie in 0 .. ", limit, ", got ", count, " for sequence ", b);
+  }
+}
+
+void check_options(const Checker& check, float scale, float softcap) {
+  check.require(std::isfinite(scale), "scale must be finite, got ", scale);
+  check.require(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or more, got ", softcap);
+}
+
+void check_layer(Checker& check, const LayerView& layer) {
+  check.floats("pages", layer.pages, "N 2 P D");
+  check.tensor("page_positions", layer.page_positions, "N P", DType::kInt32);
+  check.tensor("block_table", layer.block_table, "B Hkv M", DType::kInt32);
+  check.tensor("lengths", layer.lengths, "B Hkv", DType::kInt32);
+  check.tensor("seen", layer.seen, "B", DType::kInt32);
+  check.tensor("fresh_pages", layer.fresh_pages, "B Hkv F", DType::kInt32);
+  const int64_t p = check.size("P"), d = check.size("D");
+  check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0, "page size P must be a power of two from 8 to 256, got ", p);
+  const int64_t* stride = layer.pages.stride;
+  check.require(check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),
+                "pages must be contiguous");
+}
+
+// Tokens that fit one append: KVCache::grow never hands out more.
+void check_new_tokens(const Checker& check) {
+  const int64_t most = check.size("F") * check.size("P"), s = check.size("S");
+  check.require(s <= most, "at most F * P = ", most, " tokens can be appended in one piece, got S = ", s);
+}
+
+// Each verb's checks; then the backend that runs it.
+
+Backend& checked(const ScoreArgs& args) {
+  Checker check("score");
+  check.floats("queries", args.queries, "B Hq W D");
+  check.floats("keys", args.keys, "B Hkv T D");
+  check_head_dim(check);
+  check_group(check);
+  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.optional("sink_logits", args.sink_logits, "Hq", DType::kFloat32);
+  check.optional("lse", args.lse, "B Hq W", DType::kFloat32);
+  check_options(check, args.scale, args.softcap);
+  check.require(args.pool_width >= 1 && args.pool_width % 2 == 1 && args.pool_width <= 63,
+                "pool_width must be odd, 1 to 63, got ", args.pool_width);
+  check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
+  return backend(args.keys.device.type);
+}
+
+Backend& checked(const ValueNormArgs& args) {
+  Checker check("value_norm");
+  check.floats("values", args.values, "B Hkv T D");
+  check.floats("w_o", args.w_o, "E HqD");
+  check_head_dim(check);
+  const int64_t d = check.size("D"), hkv = check.size("Hkv"), columns = check.size("HqD");
+  check.require(hkv >= 1 && columns % (hkv * d) == 0 && columns / (hkv * d) >= 1 && columns / (hkv * d) <= 16,
+                "w_o must be [E, Hq * D] with Hq 1 to 16 times the kv heads, got ", args.w_o.shape_string(),
+                " for Hkv = ", hkv, " and D = ", d);
+  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.tensor("norms", args.norms, "B Hkv T", DType::kFloat32);
+  return backend(args.values.device.type);
+}
+
+Backend& checked(const AllocateArgs& args) {
+  Checker check("allocate");
+  check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
+  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.require(args.window >= 0, "window must not be negative, got ", args.window);
+  check.require(args.budget >= args.window, "budget must be at least the window, got budget = ", args.budget,
+                " and window = ", args.window);
+  check.require(args.floor >= 0 && args.floor <= 1, "floor must lie in 0 .. 1, got ", args.floor);
+  check.tensor("budgets", args.budgets, "B Hkv", DType::kInt32);
+  return backend(args.scores.device.type);
+}
+
+Backend& checked(const SelectArgs& args) {
+  Checker check("select");
+  check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
+  check.tensor("budgets", args.budgets, "B Hkv", DType::kInt32);
+  check.optional("norms", args.norms, "B Hkv T", DType::kFloat32);
+  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.require(args.window >= 0, "window must not be negative, got ", args.window);
+  check.require(args.first >= 0 && args.first <= 1, "first must lie in 0 .. 1, got ", args.first);
+  check.require(std::isfinite(args.eps) && args.eps >= 0, "eps must be 0 or more, got ", args.eps);
+  check.tensor("positions", args.positions, "K", DType::kInt32);
+  check.tensor("indptr", args.indptr, "R+1", DType::kInt32);
+  const int64_t rows = check.size("B") * check.size("Hkv");
+  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ", check.size("R+1"));
+  return backend(args.scores.device.type);
+}
+
+Backend& checked(const CompactArgs& args) {
+  Checker check("compact");
+  check.floats("keys", args.keys, "B Hkv T D");
+  check.floats("values", args.values, "B Hkv T D");
+  check_head_dim(check);
+  check.tensor("positions", args.positions, "K", DType::kInt32);
+  check.tensor("indptr", args.indptr, "R+1", DType::kInt32);
+  const int64_t rows = check.size("B") * check.size("Hkv");
+  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ", check.size("R+1"));
+  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.tensor("page_ids", args.page_ids, "Q", DType::kInt32);
+  check.tensor("page_indptr", args.page_indptr, "B+1", DType::kInt32);
+  check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ", check.size("B") + 1,
+                " elements, got ", check.size("B+1"));
+  check_layer(check, args.layer);
+  return backend(args.keys.device.type);
+}
+
+Backend& checked(const AppendArgs& args) {
+  Checker check("append");
+  check.floats("keys", args.keys, "B Hkv S D");
+  check.floats("values", args.values, "B Hkv S D");
+  check_head_dim(check);
+  check_layer(check, args.layer);
+  check_new_tokens(check);
+  check_counts(check, "num_new", args.num_new, check.size("S"));
+  return backend(args.keys.device.type);
+}
+
+Backend& checked(const PlanArgs& args) {
+  Checker check("plan");
+  check.tensor("lengths", args.lengths, "L B Hkv", DType::kInt32);
+  check.tensor("block_table", args.block_table, "L B Hkv M", DType::kInt32);
+  check.tensor("fresh_pages", args.fresh_pages, "L B Hkv F", DType::kInt32);
+  check.require(args.new_tokens >= 0, "new_tokens must not be negative, got ", args.new_tokens);
+  check_counts(check, "num_new", args.num_new, args.new_tokens);
+  check.require(args.page_size >= 8 && args.page_size <= 256 && (args.page_size & (args.page_size - 1)) == 0,
+                "page_size must be a power of two from 8 to 256, got ", args.page_size);
+  check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
+  check.tensor("schedule", args.schedule, "L X", DType::kInt32);
+  const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
+  check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ", args.schedule.shape_string());
+  return backend(args.lengths.device.type);
+}
+
+Backend& checked(const AttendArgs& args) {
+  Checker check("attend");
+  check.floats("queries", args.queries, "B Hq S D");
+  check_head_dim(check);
+  check_layer(check, args.layer);
+  check_group(check);
+  check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
+  check.tensor("schedule", args.schedule, "X", DType::kInt32);
+  const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
+  check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ", args.schedule.shape_string());
+  check.require(static_cast<bool>(args.keys) == static_cast<bool>(args.values),
+                "keys and values must be given together");
+  if (args.keys) {
+    check.floats("keys", args.keys, "B Hkv S D");
+    check.floats("values", args.values, "B Hkv S D");
+    check_new_tokens(check);
+  }
+  check_counts(check, "num_new", args.num_new, check.size("S"));
+  check.optional("sink_logits", args.sink_logits, "Hq", DType::kFloat32);
+  check_options(check, args.scale, args.softcap);
+  check.floats("out", args.out, "B Hq S D");
+  check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
+  return backend(args.queries.device.type);
+}
+
+// Runs a verb that needs scratch memory.
+template <typename Args>
+void run(const char* verb, void (Backend::*body)(const Args&), const Args& args) {
+  Backend& backend = checked(args);
+  Checker(verb).workspace(args.workspace, backend.workspace_bytes(args));
+  (backend.*body)(args);
+}
+
+}  // namespace
+
+void score(const ScoreArgs& args) { run("score", &Backend::score, args); }
+void value_norm(const ValueNormArgs& args) { run("value_norm", &Backend::value_norm, args); }
+void allocate(const AllocateArgs& args) { run("allocate", &Backend::allocate, args); }
+void select(const SelectArgs& args) { run("select", &Backend::select, args); }
+void compact(const CompactArgs& args) { run("compact", &Backend::compact, args); }
+void append(const AppendArgs& args) { checked(args).append(args); }
+void plan(const PlanArgs& args) { checked(args).plan(args); }
+void attend(const AttendArgs& args) { run("attend", &Backend::attend, args); }
+
+size_t workspace_bytes(const ScoreArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const ValueNormArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const AllocateArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const SelectArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const CompactArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const AttendArgs& args) { return checked(args).workspace_bytes(args); }
+
+int64_t schedule_size(int64_t num_rows, int num_workers) {
+  return static_cast<int64_t>(num_workers) * schedule::kWorkerInts + num_rows * schedule::kRowInts;
+}
+
+int default_num_workers(Device device) { return backend(device.type).default_num_workers(device); }
+
+Memory& device_memory(Device device) { return backend(device.type).memory(device); }
+
+#ifndef ADAKV_HAS_CUDA
+Backend* cuda_backend() { return nullptr; }
+
+bool cuda_available(std::string* reason) {
+  if (reason) *reason = "adakv was built without CUDA";
+  return false;
+}
+#endif
+
+Backend& backend(DeviceType type) {
+  if (type == DeviceType::kCpu) return cpu_backend();
+  std::string reason;
+  if (!cuda_available(&reason)) throw Error(reason);
+  return *cuda_backend();
+}
+
+}  // namespace adakv

@@ -1,0 +1,64 @@
+"""adakv: head-wise KV-cache eviction with real memory and real speed.
+
+``adakv.ops`` holds the eight verbs, ``adakv.cache`` the cache memory, ``adakv.policy`` what to keep, and ``adakv.attach`` and
+``adakv.Cache`` put it all under a Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from adakv import cache, ops, policy
+from adakv._C import Error, __version__, cuda_unavailable_reason
+from adakv.policy import Policy
+
+if TYPE_CHECKING:
+    from adakv.models import Cache, attach
+
+__all__ = [
+    "Cache",
+    "Error",
+    "Policy",
+    "__version__",
+    "attach",
+    "backends",
+    "cache",
+    "cuda_unavailable_reason",
+    "get_cmake_dir",
+    "get_include",
+    "ops",
+    "policies",
+    "policy",
+]
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the backends that run on this machine: ``("cpu",)`` or ``("cpu", "cuda")``."""
+    return ("cpu",) if cuda_unavailable_reason() else ("cpu", "cuda")
+
+
+def policies() -> tuple[str, ...]:
+    """Names of the policies that :class:`adakv.Cache` knows."""
+    return policy.names()
+
+
+def get_include() -> str:
+    """Folder of the C++ headers, for ``#include <adakv/adakv.h>``."""
+    from pathlib import Path
+
+    return str(Path(__file__).parent / "include")
+
+
+def get_cmake_dir() -> str:
+    """Folder for ``find_package(adakv CONFIG)``."""
+    from pathlib import Path
+
+    return str(Path(__file__).parent / "lib" / "cmake" / "adakv")
+
+
+def __getattr__(name: str) -> Any:
+    # What needs transformers is loaded when it is first used.
+    if name in ("Cache", "attach"):
+        return getattr(importlib.import_module("adakv.models"), name)
+    raise AttributeError(f"module 'adakv' has no attribute {name!r}")
