@@ -15,7 +15,9 @@ Wrong arguments raise ``ValueError`` naming the argument, what was expected and 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +98,7 @@ def score(
     scores : ``[B, Hkv, T]`` float32
         ``-inf`` where an entry doesn't compete: in the window (the last W positions) and behind ``seq_lens``.
     """
-    return _C_or_op("score")(
+    return _verb("score")(
         queries, keys, seq_lens, sinks, lse, scale or 0.0, softcap or 0.0, window_reduce, group_reduce, order, pool, pool_width
     )
 
@@ -121,7 +123,7 @@ def value_norm(
     -------
     norms : ``[B, Hkv, T]`` float32, ``-inf`` behind ``seq_lens``
     """
-    return _C_or_op("value_norm")(values, w_o, seq_lens, norm)
+    return _verb("value_norm")(values, w_o, seq_lens, norm)
 
 
 def allocate(
@@ -163,7 +165,7 @@ def allocate(
     budgets : ``[B, Hkv]`` int32, window included
         Sequences of at most ``budget`` tokens keep everything.
     """
-    return _C_or_op("allocate")(scores, budget, window, seq_lens, floor, safeguard)
+    return _verb("allocate")(scores, budget, window, seq_lens, floor, safeguard)
 
 
 def select(
@@ -203,8 +205,9 @@ def select(
     kept : :class:`Kept`
     """
     if total is None:
-        total = int(budgets.clamp(min=min(window, scores.shape[-1]), max=scores.shape[-1]).sum())
-    return Kept(*_C_or_op("select")(scores, budgets, window, seq_lens, norms, first, eps, total))
+        most = seq_lens if seq_lens is not None else torch.full_like(budgets[:, 0], scores.shape[-1])
+        total = int(budgets.clamp(min=window).minimum(most[:, None]).sum())
+    return Kept(*_verb("select")(scores, budgets, window, seq_lens, norms, first, eps, total))
 
 
 def compact(
@@ -230,7 +233,7 @@ def compact(
         fresh page to each row.
     seq_lens : ``[B]`` int32, optional
     """
-    _C_or_op("compact")(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
+    _verb("compact")(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
 
 
 def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
@@ -243,7 +246,7 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
     num_new : ``[B]`` int32, optional
         How many of the S columns, counted from the right, belong to the sequence; the others are padding and not stored.
     """
-    _C_or_op("append")(keys, values, *layer, num_new)
+    _verb("append")(keys, values, *layer, num_new)
 
 
 def plan(
@@ -272,7 +275,7 @@ def plan(
     schedule : ``[L, X]`` int32
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
-    return _C_or_op("plan")(lengths, block_table, fresh_pages, new_tokens, num_new, page_size)
+    return _verb("plan")(lengths, block_table, fresh_pages, new_tokens, num_new, page_size)
 
 
 def attend(
@@ -312,7 +315,182 @@ def attend(
     lse : ``[B, Hq, S]`` float32
         Natural log of the sum of exponentials, sinks included; ``-inf`` where nothing was attended to.
     """
-    out, lse = _C_or_op("attend")(
+    out, lse = _verb("attend")(
         queries, *layer, schedule, keys, values, num_new, sinks, scale or 0.0, softcap or 0.0
     )
     return out, lse
+
+
+# --- The operators --------------------------------------------------------------------------------------------------------------
+# Each verb's body allocates its outputs and calls the core. It is registered as torch.ops.adakv.<verb> for compiled graphs, and
+# called directly otherwise: that saves the dispatcher's 3 us (benchmarks/bench_overhead.py).
+
+
+def _score(
+    queries: Tensor,
+    keys: Tensor,
+    seq_lens: Tensor | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    softcap: float,
+    window_reduce: str,
+    group_reduce: str,
+    order: str,
+    pool: str,
+    pool_width: int,
+) -> Tensor:
+    scores = keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    _C.score(
+        queries, keys, seq_lens, sinks, lse, scale, softcap, window_reduce, group_reduce, order, pool, pool_width, scores
+    )
+    return scores
+
+
+def _value_norm(values: Tensor, w_o: Tensor, seq_lens: Tensor | None, norm: str) -> Tensor:
+    norms = values.new_empty(values.shape[:3], dtype=torch.float32)
+    _C.value_norm(values, w_o, seq_lens, norm, norms)
+    return norms
+
+
+def _allocate(
+    scores: Tensor, budget: int, window: int, seq_lens: Tensor | None, floor: float, safeguard: str
+) -> Tensor:
+    budgets = scores.new_empty(scores.shape[:2], dtype=torch.int32)
+    _C.allocate(scores, budget, window, seq_lens, floor, safeguard, budgets)
+    return budgets
+
+
+def _select(
+    scores: Tensor,
+    budgets: Tensor,
+    window: int,
+    seq_lens: Tensor | None,
+    norms: Tensor | None,
+    first: float,
+    eps: float,
+    total: int,
+) -> tuple[Tensor, Tensor]:
+    positions = budgets.new_empty(total)
+    indptr = budgets.new_empty(budgets.numel() + 1)
+    _C.select(scores, budgets, window, seq_lens, norms, first, eps, positions, indptr)
+    return positions, indptr
+
+
+def _plan(
+    lengths: Tensor,
+    block_table: Tensor,
+    fresh_pages: Tensor,
+    new_tokens: int,
+    num_new: Tensor | None,
+    page_size: int,
+) -> Tensor:
+    workers = _num_workers(lengths.device)
+    schedule = lengths.new_empty((lengths.shape[0], _C.schedule_size(lengths[0].numel(), workers)))
+    _C.plan(lengths, block_table, fresh_pages, new_tokens, num_new, page_size, workers, schedule)
+    return schedule
+
+
+def _attend(
+    queries: Tensor,
+    pages: Tensor,
+    page_positions: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    fresh_pages: Tensor,
+    schedule: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    num_new: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attend_outputs(queries)
+    workers = _num_workers(queries.device)
+    _C.attend(
+        queries, pages, page_positions, block_table, lengths, seen, fresh_pages, schedule,
+        keys, values, num_new, sinks, scale, softcap, workers, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def _attend_outputs(queries: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = queries.shape
+    out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@functools.cache
+def _num_workers(device: torch.device) -> int:
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    return int(_C.default_num_workers(device.type, index or 0))
+
+
+_LAYER = "Tensor(a!) pages, Tensor(b!) page_positions, Tensor(c!) block_table, Tensor(d!) lengths, Tensor(e!) seen, "
+
+#: verb -> (schema, body, fake)
+_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "score": (
+        "(Tensor queries, Tensor keys, Tensor? seq_lens, Tensor? sinks, Tensor? lse, float scale, float softcap, "
+        "str window_reduce, str group_reduce, str order, str pool, int pool_width) -> Tensor",
+        _score,
+        lambda queries, keys, *_: keys.new_empty(keys.shape[:3], dtype=torch.float32),
+    ),
+    "value_norm": (
+        "(Tensor values, Tensor w_o, Tensor? seq_lens, str norm) -> Tensor",
+        _value_norm,
+        lambda values, *_: values.new_empty(values.shape[:3], dtype=torch.float32),
+    ),
+    "allocate": (
+        "(Tensor scores, int budget, int window, Tensor? seq_lens, float floor, str safeguard) -> Tensor",
+        _allocate,
+        lambda scores, *_: scores.new_empty(scores.shape[:2], dtype=torch.int32),
+    ),
+    "select": (
+        "(Tensor scores, Tensor budgets, int window, Tensor? seq_lens, Tensor? norms, float first, float eps, SymInt total)"
+        " -> (Tensor, Tensor)",
+        _select,
+        lambda scores, budgets, *rest: (budgets.new_empty(rest[-1]), budgets.new_empty(budgets.numel() + 1)),
+    ),
+    "compact": (
+        "(Tensor keys, Tensor values, Tensor positions, Tensor indptr, "
+        + _LAYER
+        + "Tensor(f!) fresh_pages, Tensor page_ids, Tensor page_indptr, Tensor? seq_lens) -> ()",
+        _C.compact,
+        lambda *_: None,
+    ),
+    "append": (
+        "(Tensor keys, Tensor values, " + _LAYER + "Tensor fresh_pages, Tensor? num_new) -> ()",
+        _C.append,
+        lambda *_: None,
+    ),
+    "plan": (
+        "(Tensor lengths, Tensor block_table, Tensor fresh_pages, int new_tokens, Tensor? num_new, int page_size) -> Tensor",
+        _plan,
+        lambda lengths, *_: lengths.new_empty(
+            (lengths.shape[0], _C.schedule_size(lengths.shape[1] * lengths.shape[2], _num_workers(lengths.device)))
+        ),
+    ),
+    "attend": (
+        "(Tensor queries, " + _LAYER + "Tensor fresh_pages, Tensor schedule, Tensor? keys, Tensor? values, Tensor? num_new, "
+        "Tensor? sinks, float scale, float softcap) -> (Tensor, Tensor)",
+        _attend,
+        lambda queries, *_: _attend_outputs(queries),
+    ),
+}
+
+_library = torch.library.Library("adakv", "DEF")
+for _name, (_schema, _body, _fake) in _OPS.items():
+    _library.define(_name + _schema)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _body, _key)
+    torch.library.register_fake(f"adakv::{_name}", _fake, lib=_library)
+
+
+def _verb(verb: str) -> Callable[..., Any]:
+    """The verb's operator while torch compiles, else its body."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.adakv, verb)  # type: ignore[no-any-return]
+    return _OPS[verb][1]

@@ -1,0 +1,186 @@
+"""Cache memory: pages, block tables, lengths and positions of every layer, owned by C++.
+
+The life of a sequence::
+
+    page_ids, page_indptr = cache.begin(layer, totals, prompt_lens)     # prefill, for each layer
+    ops.compact(keys, values, kept, cache.layer(layer), page_ids, page_indptr)
+
+    columns = cache.grow(num_new, columns)                              # decode: once for all layers
+    schedule = ops.plan(*cache.plan_inputs, new_tokens=columns)
+    out, lse = ops.attend(queries, cache.layer(layer), schedule[layer], keys=keys, values=values)
+
+    cache.remove(sequence)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adakv import _C
+from adakv.ops import Layer
+
+
+class KVCache:
+    """Pages for the entries that are kept, for a batch of sequences over all layers.
+
+    All memory is taken at once; on the CPU, pages that were never used cost nothing. Tensors that it hands out keep it alive.
+
+    Parameters
+    ----------
+    num_layers, num_sequences, num_kv_heads, head_dim : int
+        ``head_dim`` is a multiple of 8, at most 256.
+    num_pages : int
+        Pages of the pool, shared by all layers. A page holds ``page_size`` entries of one row.
+    max_row_pages : int
+        Most pages of one row: ``ceil(longest / page_size)`` for rows of up to ``longest`` entries.
+    page_size : int
+        Entries of a page: a power of two from 8 to 256.
+    dtype, device
+        Of keys and values.
+
+    Raises
+    ------
+    ValueError
+        For sizes that make no sense.
+    adakv.Error
+        If the memory can't be had.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_sequences: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        max_row_pages: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {device}")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.num_layers = num_layers
+        self.num_sequences = num_sequences
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = device
+        self._cache = _C.KVCache(
+            num_layers=num_layers,
+            num_sequences=num_sequences,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_row_pages=max_row_pages,
+            dtype=str(dtype).removeprefix("torch."),
+            device_type=device.type,
+            device_index=device.index or 0,
+        )
+        self._layers = tuple(Layer(*self._cache.layer(i)) for i in range(num_layers))
+        self.all_layers = Layer(*self._cache.all_layers())
+
+    all_layers: Layer
+    """The tensors of all layers, with a leading L on all but ``pages`` and ``page_positions``."""
+
+    def layer(self, layer: int) -> Layer:
+        """The tensors of one layer, as the verbs take them."""
+        return self._layers[layer]
+
+    @property
+    def plan_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lengths, block table and fresh pages of all layers, as :func:`adakv.ops.plan` takes them."""
+        return self.all_layers.lengths, self.all_layers.block_table, self.all_layers.fresh_pages
+
+    def begin(
+        self, layer: int, totals: Sequence[int], longest: Sequence[int], *, first_sequence: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the pages for what some sequences keep of their prompts in a layer.
+
+        Parameters
+        ----------
+        layer : int
+        totals : ints
+            Most entries that sequence ``first_sequence + i`` keeps, over all its rows.
+        longest : ints
+            Most entries that one of its rows keeps; the prompt's length will do.
+
+        Returns
+        -------
+        page_ids, page_indptr : ``[Q]`` and ``[len(totals) + 1]`` int32, on the cache's device
+            As :func:`adakv.ops.compact` takes them.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages; names how many are needed and free. Nothing changes.
+        """
+        needed = sum(self.pages_needed(total) for total in totals)
+        if needed > self.num_free:
+            raise _C.Error(f"not enough pages: {needed} needed, {self.num_free} free of {self.num_pages}")
+        page_ids: list[int] = []
+        page_indptr = [0]
+        for i, (total, most) in enumerate(zip(totals, longest, strict=True)):
+            page_ids += self._cache.begin(layer, first_sequence + i, total, most)
+            page_indptr.append(len(page_ids))
+        both = torch.tensor(page_indptr + page_ids, dtype=torch.int32).to(self.device, non_blocking=True)
+        return both[len(page_indptr) :], both[: len(page_indptr)]
+
+    def grow(self, num_new: Sequence[int], columns: int) -> int:
+        """Makes room for new tokens in all layers, before they are appended.
+
+        Parameters
+        ----------
+        num_new : ints
+            Tokens that come for each sequence: the last ``num_new[b]`` of ``columns`` (right-aligned).
+        columns : int
+            Width of the batch of new tokens.
+
+        Returns
+        -------
+        now : int
+            How many columns, from the left, may be appended now. Append them in every layer, then call again for the rest.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages for all of the tokens; names how many are needed and free. Nothing changes.
+        """
+        return int(self._cache.grow(num_new, columns))
+
+    def pages_to_grow(self, num_new: Sequence[int]) -> int:
+        """Pages that have to be free for appending ``num_new[b]`` tokens to each sequence b."""
+        return int(self._cache.pages_to_grow(num_new))
+
+    def pages_needed(self, total: int) -> int:
+        """Pages that a (sequence, layer) takes for ``total`` entries, however they are spread over its rows."""
+        return int(self._cache.pages_needed(total))
+
+    def remove(self, sequence: int) -> None:
+        """Gives all pages of a sequence back and empties its rows."""
+        self._cache.remove(sequence)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys, values and positions."""
+        return int(self._cache.page_bytes)
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that are owned by sequences."""
+        return int(self._cache.num_used)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that are free."""
+        return int(self._cache.num_free)
