@@ -41,7 +41,7 @@ class LayerInputs:
     Parameters
     ----------
     queries : ``[B, Hq, W, D]``
-        Of the policy's window, after RoPE: row w of sequence b stands at ``prompt_lens[b] - W + w``.
+        Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
     keys, values : ``[B, Hkv, T, D]``
         The prompt, keys after RoPE, padded at the end.
     w_o : ``[E, Hq * D]``, optional
@@ -111,6 +111,12 @@ class LayerInputs:
                 self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
             )
         return self._norms[norm]
+
+    def pin_window(self, scores: Tensor, window: int) -> Tensor:
+        """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""
+        positions = torch.arange(self.length, device=scores.device)
+        ends = self.length if self.seq_lens is None else self.seq_lens[:, None, None]
+        return scores.masked_fill((positions >= ends - window) & (positions < ends), torch.inf)
 
 
 class Scorer(Protocol):
@@ -252,13 +258,17 @@ class Policy:
                 f"budget must be at least {pinned} entries per kv head "
                 f"(window {self.window}, sinks {self.scorer.sinks}), got {budget}"
             )
+        most = max(inputs.length, self.window)
         return tuple(
-            self.allocator.layers.budget(
-                budget,
-                window=self.window,
-                prompt_len=n,
-                layer=inputs.layer,
-                num_layers=inputs.num_layers,
+            min(
+                most,
+                self.allocator.layers.budget(
+                    budget,
+                    window=self.window,
+                    prompt_len=n,
+                    layer=inputs.layer,
+                    num_layers=inputs.num_layers,
+                ),
             )
             for n in inputs.prompt_lens
         )

@@ -1,0 +1,66 @@
+"""The policies that have a name: rows of one table.
+
+A name with ``@`` is a method with the settings of other people's code (FFY0/AdaKV, NVIDIA/kvpress,
+Zefan-Cai/KVCache-Factory), to reproduce its numbers; docs/policies.md says where they still differ.
+"""
+
+from __future__ import annotations
+
+from adakv.policy.allocators import Adaptive, Everything, Pyramid, Uniform
+from adakv.policy.base import Policy
+from adakv.policy.scorers import Random, Recency, WindowAttention
+from adakv.policy.selectors import TopScore, TwoStage
+
+_snapkv = WindowAttention()
+_adaptive_pyramid = Adaptive(layers=Pyramid())
+
+_ffy0_pyramid = Pyramid(rounding="official")
+_ffy0_adaptive = Adaptive(safeguard="official_round")
+_ffy0_adaptive_pyramid = Adaptive(safeguard="official_round", layers=_ffy0_pyramid)
+
+_kvpress = WindowAttention(window=64, order="pool_first", pool="avg", pool_width=5)
+_kvpress_adaptive = Adaptive(safeguard="hard_floor", counts_window=True)
+_kvpress_stages = TwoStage(counts_window=True)
+
+_factory = WindowAttention(window=8)
+_factory_pyramid = Pyramid(rounding="official", short_prompts="flat")
+_factory_adaptive = Adaptive(safeguard="official_round", weigh_heads=True)
+
+# fmt: off
+_PRESETS: dict[str, Policy] = {
+    "streaming":                   Policy(Recency(sinks=4), Uniform(), TopScore()),
+    "random":                      Policy(Random(), Uniform(), TopScore()),
+    "snapkv":                      Policy(_snapkv, Uniform(), TopScore()),
+    "pyramidkv":                   Policy(_snapkv, Uniform(Pyramid()), TopScore()),
+    "ada_snapkv":                  Policy(_snapkv, Adaptive(), TopScore()),
+    "ada_pyramidkv":               Policy(_snapkv, _adaptive_pyramid, TopScore()),
+    "critical_snapkv":             Policy(_snapkv, Uniform(), TwoStage()),
+    "critical_ada_snapkv":         Policy(_snapkv, Adaptive(), TwoStage()),
+    "critical_ada_pyramidkv":      Policy(_snapkv, _adaptive_pyramid, TwoStage()),
+    "full":                        Policy(Recency(sinks=0), Uniform(Everything()), TopScore()),
+    "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
+    "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),
+    "ada_pyramidkv@ffy0":          Policy(_snapkv, _ffy0_adaptive_pyramid, TopScore()),
+    "snapkv@kvpress":              Policy(_kvpress, Uniform(), TopScore()),
+    "ada_snapkv@kvpress":          Policy(_kvpress, _kvpress_adaptive, TopScore()),
+    "critical_snapkv@kvpress":     Policy(_kvpress, Uniform(), _kvpress_stages),
+    "critical_ada_snapkv@kvpress": Policy(_kvpress, _kvpress_adaptive, _kvpress_stages),
+    "snapkv@kvcache_factory":      Policy(_factory, Uniform(), TopScore()),
+    "pyramidkv@kvcache_factory":   Policy(_factory, Uniform(_factory_pyramid), TopScore()),
+    "ada_snapkv@kvcache_factory":  Policy(_factory, _factory_adaptive, TopScore()),
+}
+# fmt: on
+
+
+def names() -> tuple[str, ...]:
+    """Names of the presets."""
+    return tuple(_PRESETS)
+
+
+def get(policy: str | Policy) -> Policy:
+    """The preset of that name; a :class:`Policy` is given back as it is."""
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in _PRESETS:
+        raise ValueError(f"policy must be a Policy or one of {', '.join(names())}; got {policy!r}")
+    return _PRESETS[policy]
