@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "adakv/kv_cache.h"
 #include "tensor_view.h"
@@ -49,7 +51,12 @@ void bind_cache(py::module_& module) {
            py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"), py::arg("device_index"))
       .def("layer", [](const std::shared_ptr<KVCache>& self, int32_t layer) { return tensors_of(self, self->layer(layer)); })
       .def("all_layers", [](const std::shared_ptr<KVCache>& self) { return tensors_of(self, self->all_layers()); })
-      .def("begin", &KVCache::begin)
+      .def("begin",
+           [](KVCache& self, int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
+              const std::vector<int64_t>& longest_row) {
+             PageList pages = self.begin(layer, first_sequence, num_kept, longest_row);
+             return py::make_tuple(std::move(pages.ids), std::move(pages.indptr));
+           })
       .def("grow",
            [](KVCache& self, const std::vector<int32_t>& num_new, int32_t num_columns) {
              return self.grow(num_new, num_columns, current_stream(self.config().device));

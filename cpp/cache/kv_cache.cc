@@ -93,7 +93,7 @@ size_t KVCache::page_bytes() const {
 }
 
 LayerView KVCache::layer(int32_t layer) const {
-  ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ", config_.num_layers - 1, ", got ", layer);
+  check_layer(layer);
   LayerView view = all_layers_;
   for (TensorView* tensor : {&view.block_table, &view.lengths, &view.seen, &view.fresh_pages}) {
     *tensor = tensor->select(layer);
@@ -101,8 +101,8 @@ LayerView KVCache::layer(int32_t layer) const {
   return view;
 }
 
-int32_t KVCache::pages_needed(int64_t num_kept) const {
-  return static_cast<int32_t>(num_kept / config_.page_size) + 2 * config_.num_kv_heads;
+int64_t KVCache::pages_needed(int64_t num_kept) const {
+  return num_kept / config_.page_size + 2 * config_.num_kv_heads;
 }
 
 // Throws unless a row of so many entries has its pages in the block table.
@@ -114,23 +114,48 @@ void KVCache::check_row(int64_t entries) const {
   }
 }
 
-const std::vector<int32_t>& KVCache::begin(int32_t layer, int32_t sequence, int64_t num_kept, int64_t longest_row) {
+void KVCache::check_layer(int32_t layer) const {
   ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ", config_.num_layers - 1, ", got ", layer);
+}
+
+void KVCache::check_sequence(int32_t sequence) const {
   ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ", config_.num_sequences - 1,
               ", got ", sequence);
-  ADAKV_CHECK(num_kept >= 0, "num_kept must not be negative, got ", num_kept);
-  ADAKV_CHECK(longest_row >= 0, "longest_row must not be negative, got ", longest_row);
-  check_row(longest_row);
-  Sequence& owner = sequences_[sequence];
-  std::vector<int32_t>& pages = owner.pages[layer];
-  ADAKV_CHECK(pages.empty(), "sequence ", sequence, " holds entries in layer ", layer, " already: remove() it first");
-  pool_.take(pages_needed(num_kept), pages);
-  owner.longest_row = std::max(owner.longest_row, longest_row);
-  return pages;
+}
+
+PageList KVCache::begin(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
+                        const std::vector<int64_t>& longest_row) {
+  check_layer(layer);
+  ADAKV_CHECK(num_kept.size() == longest_row.size(), "num_kept and longest_row must have the same size, got ",
+              num_kept.size(), " and ", longest_row.size());
+  const int32_t count = static_cast<int32_t>(num_kept.size());
+  int64_t needed = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    check_sequence(first_sequence + i);
+    ADAKV_CHECK(num_kept[i] >= 0, "num_kept must not be negative, got ", num_kept[i]);
+    ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
+    ADAKV_CHECK(sequences_[first_sequence + i].pages[layer].empty(), "sequence ", first_sequence + i,
+                " holds entries in layer ", layer, " already: remove() it first");
+    check_row(longest_row[i]);
+    needed += pages_needed(num_kept[i]);
+  }
+  pool_.check_free(needed);
+  PageList list;
+  list.indptr.push_back(0);
+  for (int32_t i = 0; i < count; ++i) {
+    Sequence& sequence = sequences_[first_sequence + i];
+    pool_.take(pages_needed(num_kept[i]), sequence.pages[layer]);
+    sequence.longest_row = std::max(sequence.longest_row, longest_row[i]);
+    list.ids.insert(list.ids.end(), sequence.pages[layer].begin(), sequence.pages[layer].end());
+    list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
+  }
+  return list;
 }
 
 int32_t KVCache::num_pages(int32_t layer, int32_t sequence) const {
-  return static_cast<int32_t>(sequences_.at(sequence).pages.at(layer).size());
+  check_layer(layer);
+  check_sequence(sequence);
+  return static_cast<int32_t>(sequences_[sequence].pages[layer].size());
 }
 
 int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
@@ -160,10 +185,7 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
       ADAKV_CHECK(!sequences_[b].pages[l].empty(), "sequence ", b, " holds nothing in layer ", l, ": begin() it first");
     }
   }
-  if (needed > pool_.num_free()) {
-    throw Error(detail::concat("not enough pages for the new tokens: ", needed, " needed, ", pool_.num_free(),
-                               " free of ", pool_.num_pages()));
-  }
+  pool_.check_free(needed);
 
   // Columns that go in one piece. A row starts exactly one new page in each stretch of page_size tokens counted from its
   // compact(), so a piece ends with a stretch; where all sequences begin one together, it may be several whole ones.
@@ -209,8 +231,7 @@ void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream strea
 }
 
 void KVCache::remove(int32_t sequence, Stream stream) {
-  ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ", config_.num_sequences - 1,
-              ", got ", sequence);
+  check_sequence(sequence);
   Sequence& owner = sequences_[sequence];
   for (std::vector<int32_t>& pages : owner.pages) {
     pool_.give_back(pages);

@@ -11,12 +11,16 @@ PagePool::PagePool(int32_t num_pages) {
   for (int32_t i = 0; i < num_pages; ++i) free_[i] = num_pages - 1 - i;
 }
 
-void PagePool::take(int32_t count, std::vector<int32_t>& pages) {
-  ADAKV_CHECK(count >= 0, "PagePool: count must not be negative, got ", count);
+void PagePool::check_free(int64_t count) const {
   if (count > num_free()) {
     throw Error(detail::concat("not enough pages: ", count, " needed, ", num_free(), " free of ", num_pages()));
   }
-  for (int32_t i = 0; i < count; ++i) {
+}
+
+void PagePool::take(int64_t count, std::vector<int32_t>& pages) {
+  ADAKV_CHECK(count >= 0, "PagePool: count must not be negative, got ", count);
+  check_free(count);
+  for (int64_t i = 0; i < count; ++i) {
     pages.push_back(free_.back());
     taken_[free_.back()] = true;
     free_.pop_back();

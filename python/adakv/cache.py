@@ -124,15 +124,10 @@ class KVCache:
         ------
         adakv.Error
             If there are too few free pages; names how many are needed and free. Nothing changes.
+        ValueError
+            If a sequence holds entries in this layer already. Nothing changes.
         """
-        needed = sum(self.pages_needed(total) for total in totals)
-        if needed > self.num_free:
-            raise _C.Error(f"not enough pages: {needed} needed, {self.num_free} free of {self.num_pages}")
-        page_ids: list[int] = []
-        page_indptr = [0]
-        for i, (total, most) in enumerate(zip(totals, longest, strict=True)):
-            page_ids += self._cache.begin(layer, first_sequence + i, total, most)
-            page_indptr.append(len(page_ids))
+        page_ids, page_indptr = self._cache.begin(layer, first_sequence, totals, longest)
         both = torch.tensor(page_indptr + page_ids, dtype=torch.int32).to(self.device, non_blocking=True)
         return both[len(page_indptr) :], both[: len(page_indptr)]
 

@@ -2,7 +2,7 @@
 //
 // A KVCache holds, counts and hands out; it computes nothing. The life of a sequence:
 //
-//   for each layer:  pages = cache.begin(layer, sequence, num_kept)    host: takes pages for what was kept of the prompt
+//   for each layer:  pages = cache.begin(layer, sequence, ...)         host: takes pages for what was kept of the prompt
 //                    compact(..., cache.layer(layer), pages)           device: deals them to the rows and fills them
 //   for each step:   cache.grow({1, 1, ...})                           host: refills the fresh pages, all layers at once
 //                    for each layer: append(...), attend(...)          device
@@ -46,6 +46,12 @@ struct LayerView {
                               //                   within one append is fresh_pages[b, h, k]
 };
 
+/// Pages of several sequences: those of sequence i are ids[indptr[i] .. indptr[i + 1]).
+struct PageList {
+  std::vector<int32_t> ids;
+  std::vector<int32_t> indptr;
+};
+
 class KVCache {
  public:
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
@@ -71,13 +77,14 @@ class KVCache {
   const LayerView& all_layers() const { return all_layers_; }
 
   /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones included.
-  int32_t pages_needed(int64_t num_kept) const;
+  int64_t pages_needed(int64_t num_kept) const;
 
-  /// Takes the pages for `num_kept` entries of a sequence in a layer, of which no row keeps more than `longest_row`, and
-  /// returns them, to be passed to compact(). Throws Error if too few are free (the message says how many are needed and free) or
-  /// the row might outgrow max_row_pages, and InvalidArgument if the sequence holds entries in this layer already. Either way
-  /// nothing changes.
-  const std::vector<int32_t>& begin(int32_t layer, int32_t sequence, int64_t num_kept, int64_t longest_row);
+  /// Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer, to be passed to compact().
+  /// Sequence i keeps at most num_kept[i] entries over all its rows, and at most longest_row[i] in one of them. Throws Error if
+  /// too few pages are free (the message says how many are needed and free) or a row might outgrow max_row_pages, and
+  /// InvalidArgument if a sequence holds entries in this layer already. Then nothing changes.
+  PageList begin(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
+                 const std::vector<int64_t>& longest_row);
 
   /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of which the last num_new[b] are
   /// tokens of sequence b (right-aligned). Returns how many columns, from the left, may be appended now: append those in every
@@ -101,6 +108,8 @@ class KVCache {
     int64_t appended = 0;                     // tokens since begin()
   };
 
+  void check_sequence(int32_t sequence) const;
+  void check_layer(int32_t layer) const;
   void check_row(int64_t entries) const;
   void refill(int32_t sequence, int32_t first, int32_t last, Stream stream);
 

@@ -15,8 +15,11 @@ class PagePool {
   int32_t num_free() const { return static_cast<int32_t>(free_.size()); }
   int32_t num_used() const { return num_pages() - num_free(); }
 
-  /// Appends `count` page ids to `pages`. Throws Error, and takes nothing, if fewer are free; the message names both numbers.
-  void take(int32_t count, std::vector<int32_t>& pages);
+  /// Throws Error, naming both numbers, unless `count` pages are free.
+  void check_free(int64_t count) const;
+
+  /// Appends `count` page ids to `pages`. Throws Error, and takes nothing, if fewer are free.
+  void take(int64_t count, std::vector<int32_t>& pages);
 
   /// Makes pages free again. Throws InvalidArgument, and frees nothing, for a page that is not taken.
   void give_back(const std::vector<int32_t>& pages);
