@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def noncontiguous(x: Tensor) -> Tensor:
-    """The same numbers with gaps between them in every dimension but the last one, which stays contiguous."""
+    """The same numbers in a view with gaps in every dimension but the last, which is contiguous."""
     shape = [2 * size + 1 for size in x.shape[:-1]] + [x.shape[-1] + 8]
     hole = float("nan") if x.is_floating_point() else -(2**31)
     host = torch.full(shape, hole, dtype=x.dtype, device=x.device)
@@ -28,7 +28,7 @@ def noncontiguous(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's tensors: B sequences of T positions (or ``seq_lens``), as score and value_norm take them."""
+    """The tensors of B sequences of T positions, or of ``seq_lens`` positions each."""
 
     batch: int = 2
     kv_heads: int = 2
@@ -132,7 +132,7 @@ def paged_layer(
 
 
 def copied(layer: Layer) -> Layer:
-    """A layer of its own with the same contents and strides, on the CPU."""
+    """A layer of its own with the same contents, on the CPU."""
     return Layer(*(torch.empty_like(x, device="cpu").copy_(x) for x in layer))
 
 

@@ -1,5 +1,80 @@
-#include "cpu/cpu_backend.h"
+// Writes new entries behind the last one of every row. A row that fills its page goes on in its
+// next fresh one.
+#include <cstring>
+
 #include "adakv/error.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/parallel.h"
+#include "ops/schedule.h"
+
 namespace adakv {
-void CpuBackend::append(const AppendArgs&) { throw Error("append: to come"); }
+namespace {
+
+constexpr int64_t kBytesPerThread = 1 << 18;  // below, waking a thread costs more than copying
+
+template <typename T = int32_t>
+T* row_of(const TensorView& x, int64_t b, int64_t h) {
+  return x.ptr<T>() + b * x.stride[0] + h * x.stride[1];
+}
+
+// New pages that a row starts with `count` more entries; throws if it has no room for them.
+void check_room(const LayerView& layer, int64_t b, int64_t h, int32_t count) {
+  const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  const int32_t length = *row_of(layer.lengths, b, h);
+  const int32_t used = schedule::ceil_div(length, page_size);
+  const int32_t pages = schedule::ceil_div(length + count, page_size);
+  const int32_t* fresh = row_of(layer.fresh_pages, b, h);
+  ADAKV_CHECK(pages <= layer.block_table.shape[2], "append: a row of ", length + count,
+              " entries needs ", pages, " pages; the block table has room for ",
+              layer.block_table.shape[2]);
+  for (int32_t k = 0; k < pages - used; ++k) {
+    const bool is_there =
+        k < layer.fresh_pages.shape[2] && fresh[k] >= 0 && fresh[k] < layer.pages.shape[0];
+    ADAKV_CHECK(is_there, "append: sequence ", b, " has no fresh page: call grow() before");
+  }
+}
+
+void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count) {
+  const LayerView& layer = args.layer;
+  const int64_t element = static_cast<int64_t>(dtype_size(args.keys.dtype));
+  const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  const int64_t entry_bytes = args.keys.shape[3] * element, half_page = page_size * entry_bytes;
+  int32_t* table = row_of(layer.block_table, b, h);
+  const int32_t* fresh = row_of(layer.fresh_pages, b, h);
+  int32_t* length = row_of(layer.lengths, b, h);
+  const int32_t seen = layer.seen.ptr<int32_t>()[b];
+  const auto source = [&](const TensorView& x, int64_t column) {
+    return x.ptr<char>() + (b * x.stride[0] + h * x.stride[1] + column * x.stride[2]) * element;
+  };
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t slot = *length % page_size, column = *length / page_size;
+    if (slot == 0) table[column] = *fresh++;
+    const int64_t page = table[column];
+    char* key = layer.pages.ptr<char>() + 2 * half_page * page + slot * entry_bytes;
+    std::memcpy(key, source(args.keys, args.keys.shape[2] - count + i), entry_bytes);
+    std::memcpy(key + half_page, source(args.values, args.keys.shape[2] - count + i), entry_bytes);
+    layer.page_positions.ptr<int32_t>()[page * layer.page_positions.stride[0] + slot] = seen + i;
+    ++*length;
+  }
+}
+
+}  // namespace
+
+void CpuBackend::append(const AppendArgs& args) {
+  const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
+  const auto count = [&](int64_t b) {
+    return args.num_new ? args.num_new.ptr<int32_t>()[b] : static_cast<int32_t>(args.keys.shape[2]);
+  };
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) check_room(args.layer, b, h, count(b));
+  }
+  const auto row = [&](int64_t r) { append_row(args, r / heads, r % heads, count(r / heads)); };
+  if (args.keys.size() * static_cast<int64_t>(dtype_size(args.keys.dtype)) > kBytesPerThread) {
+    parallel_for(batch * heads, row);
+  } else {
+    for (int64_t r = 0; r < batch * heads; ++r) row(r);
+  }
+  for (int64_t b = 0; b < batch; ++b) args.layer.seen.ptr<int32_t>()[b] += count(b);
+}
+
 }  // namespace adakv

@@ -1,6 +1,122 @@
-#include "cpu/cpu_backend.h"
+// Copies the kept entries of a prompt into pages, a row at a time. The first pass over the (small)
+// integers deals the pages and finds everything that could go wrong, before anything is written.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "adakv/error.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/parallel.h"
+#include "ops/schedule.h"
+
 namespace adakv {
-void CpuBackend::compact(const CompactArgs&) { throw Error("compact: to come"); }
-size_t CpuBackend::workspace_bytes(const CompactArgs&) const { return 0; }
+namespace {
+
+// For every row the index of its first page in page_ids, and for the fresh page the index behind
+// the last row's: rows of sequence b start at first_page[b * (Hkv + 1)].
+std::vector<int32_t> deal_pages(const CompactArgs& args) {
+  const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
+  const int32_t length = static_cast<int32_t>(args.keys.shape[2]);
+  const int32_t page_size = static_cast<int32_t>(args.layer.pages.shape[2]);
+  const int32_t* indptr = args.indptr.ptr<int32_t>();            // [B * Hkv + 1]
+  const int32_t* page_indptr = args.page_indptr.ptr<int32_t>();  // [B + 1]
+  const int32_t* positions = args.positions.ptr<int32_t>();      // [K]
+  const int32_t* page_ids = args.page_ids.ptr<int32_t>();        // [Q]
+  std::vector<int32_t> first_page;
+  for (int64_t b = 0; b < batch; ++b) {
+    int32_t next = page_indptr[b];
+    ADAKV_CHECK(next >= 0 && page_indptr[b + 1] <= args.page_ids.shape[0],
+                "compact: page_indptr must lie in 0 .. ", args.page_ids.shape[0]);
+    for (int64_t r = b * heads; r < (b + 1) * heads; ++r) {
+      const int32_t kept = indptr[r + 1] - indptr[r];
+      ADAKV_CHECK(indptr[r] >= 0 && kept >= 0 && indptr[r + 1] <= args.positions.shape[0],
+                  "compact: indptr must ascend from 0 to at most ", args.positions.shape[0]);
+      const int32_t pages = schedule::ceil_div(kept, page_size);
+      ADAKV_CHECK(pages <= args.layer.block_table.shape[2], "compact: a row keeps ", kept,
+                  " entries, which needs ", pages, " pages; the block table has room for ",
+                  args.layer.block_table.shape[2]);
+      first_page.push_back(next);
+      next += pages;
+    }
+    first_page.push_back(next);
+    next += static_cast<int32_t>(heads);
+    ADAKV_CHECK(next <= page_indptr[b + 1], "compact: sequence ", b, " needs ",
+                next - page_indptr[b], " pages, got ", page_indptr[b + 1] - page_indptr[b]);
+  }
+  for (int32_t i = indptr[0]; i < indptr[batch * heads]; ++i) {
+    ADAKV_CHECK(positions[i] >= 0 && positions[i] < length, "compact: positions must lie in 0 .. ",
+                length - 1, ", got ", positions[i]);
+  }
+  for (int32_t i = page_indptr[0]; i < page_indptr[batch]; ++i) {
+    ADAKV_CHECK(page_ids[i] >= 0 && page_ids[i] < args.layer.pages.shape[0],
+                "compact: page_ids must lie in 0 .. ", args.layer.pages.shape[0] - 1, ", got ",
+                page_ids[i]);
+  }
+  return first_page;
+}
+
+// Copies entries [begin, end) of a row, given by their positions, into the slots of one page.
+void fill_page(const TensorView& source,  // keys or values
+               int64_t b,
+               int64_t h,
+               const int32_t* begin,
+               const int32_t* end,
+               char* slots) {
+  const int64_t element = static_cast<int64_t>(dtype_size(source.dtype));
+  const size_t entry_bytes = source.shape[3] * element;
+  const char* row = source.ptr<char>() + (b * source.stride[0] + h * source.stride[1]) * element;
+  const int64_t pitch = source.stride[2] * element;
+  for (const int32_t* position = begin; position != end; ++position, slots += entry_bytes) {
+    std::memcpy(slots, row + *position * pitch, entry_bytes);
+  }
+}
+
+}  // namespace
+
+void CpuBackend::compact(const CompactArgs& args) {
+  const LayerView& layer = args.layer;
+  const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
+  const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  const int64_t half_page = page_size * layer.pages.shape[3] * dtype_size(layer.pages.dtype);
+  const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
+  const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]
+  const int32_t* page_ids = args.page_ids.ptr<int32_t>();  // [Q]
+  const std::vector<int32_t> first_page = deal_pages(args);
+
+  parallel_for(batch * heads, [&](int64_t r) {
+    const int64_t b = r / heads, h = r % heads;
+    const auto row_of = [&](const TensorView& x) {
+      return x.ptr<int32_t>() + b * x.stride[0] + h * x.stride[1];
+    };
+    const int32_t kept = indptr[r + 1] - indptr[r];
+    const int32_t* positions = args.positions.ptr<int32_t>() + indptr[r];  // [kept]
+    const int32_t* pages = page_ids + first_page[b * (heads + 1) + h];
+    const int32_t num_pages = schedule::ceil_div(kept, page_size);
+    for (int32_t i = 0; i < num_pages; ++i) {
+      const int32_t* begin = positions + i * page_size;
+      const int32_t* end = positions + std::min((i + 1) * page_size, kept);
+      char* page = layer.pages.ptr<char>() + 2 * half_page * pages[i];
+      fill_page(args.keys, b, h, begin, end, page);
+      fill_page(args.values, b, h, begin, end, page + half_page);
+      std::copy(begin, end,
+                layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
+    }
+    int32_t* table = row_of(layer.block_table);
+    std::copy(pages, pages + num_pages, table);
+    std::fill(table + num_pages, table + columns, -1);
+    int32_t* fresh = row_of(layer.fresh_pages);
+    std::fill(fresh, fresh + num_fresh, -1);
+    fresh[0] = page_ids[first_page[b * (heads + 1) + heads] + h];
+    *row_of(layer.lengths) = kept;
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    layer.seen.ptr<int32_t>()[b] =
+        args.seq_lens ? args.seq_lens.ptr<int32_t>()[b] : static_cast<int32_t>(args.keys.shape[2]);
+  }
+}
+
+size_t CpuBackend::workspace_bytes(const CompactArgs&) const {
+  return 0;
+}
+
 }  // namespace adakv

@@ -1,5 +1,147 @@
+// Shares the pages of all rows out to workers, a layer at a time. The rules and the format are in
+// ops/schedule.h.
+#include <algorithm>
+#include <vector>
+
 #include "cpu/cpu_backend.h"
-#include "adakv/error.h"
+#include "cpu/parallel.h"
+#include "ops/schedule.h"
+
 namespace adakv {
-void CpuBackend::plan(const PlanArgs&) { throw Error("plan: to come"); }
+namespace {
+
+using schedule::RowFacts;
+using schedule::Worker;
+
+// Whether rows cut into chunks of at most `chunk` units make at most `most` chunks.
+bool makes_few_chunks(const RowFacts* rows, int64_t num_rows, int32_t chunk, int32_t most) {
+  int64_t chunks = 0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    chunks += schedule::ceil_div(rows[r].end - rows[r].begin, chunk);
+  }
+  return chunks <= most;
+}
+
+// Where the workers' ranges begin and end: ascending, from 0 to the number of units.
+std::vector<int32_t> find_borders(const RowFacts* rows, int64_t num_rows, int num_workers) {
+  const int32_t num_units = num_rows ? rows[num_rows - 1].end : 0;
+  const int32_t active = schedule::active_workers(num_units, num_workers);
+  std::vector<int32_t> borders = {0};
+  if (num_units == 0) return borders;
+
+  int32_t chunk = 1, longest = num_units;  // the smallest chunk lies in chunk .. longest
+  while (chunk < longest) {
+    const int32_t middle = chunk + (longest - chunk) / 2;
+    if (makes_few_chunks(rows, num_rows, middle, active)) {
+      longest = middle;
+    } else {
+      chunk = middle + 1;
+    }
+  }
+  if (makes_few_chunks(rows, num_rows, chunk, active) &&
+      schedule::chunks_are_even(chunk, num_units, active)) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int32_t units = rows[r].end - rows[r].begin, parts = schedule::ceil_div(units, chunk);
+      for (int32_t j = 1; j <= parts; ++j) {
+        borders.push_back(rows[r].begin + schedule::even_border(j, units, parts));
+      }
+    }
+    return borders;
+  }
+  int64_t row = 0;
+  for (int32_t k = 1; k <= active; ++k) {
+    const int32_t even = schedule::even_border(k, num_units, active);
+    while (rows[row].end < even) ++row;
+    borders.push_back(
+        schedule::snapped_border(even, rows[row].begin, rows[row].end, num_units, active));
+  }
+  return borders;
+}
+
+// One layer of the arguments.
+struct LayerPlan {
+  const PlanArgs& args;
+  int64_t layer;
+  int64_t heads = args.lengths.shape[2];
+  int64_t num_rows = args.lengths.shape[1] * heads;
+  Worker* workers =
+      reinterpret_cast<Worker*>(args.schedule.ptr<int32_t>() + layer * args.schedule.stride[0]);
+  RowFacts* rows = reinterpret_cast<RowFacts*>(workers + args.num_workers);
+
+  const int32_t* row_of(const TensorView& x, int64_t row) const {
+    return x.ptr<int32_t>() + layer * x.stride[0] + row / heads * x.stride[1] +
+           row % heads * x.stride[2];
+  }
+
+  int32_t length_before(int64_t row) const { return *row_of(args.lengths, row); }
+
+  int32_t page_of(int32_t unit, int64_t row) const {
+    const int32_t index = unit - rows[row].begin;
+    const int32_t used = schedule::ceil_div(length_before(row), args.page_size);
+    return index < used ? row_of(args.block_table, row)[index]
+                        : row_of(args.fresh_pages, row)[index - used];
+  }
+
+  void write_rows() {
+    int32_t begin = 0;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int32_t num_new = args.new_tokens && args.num_new
+                                  ? args.num_new.ptr<int32_t>()[r / heads]
+                                  : args.new_tokens;
+      const int32_t length = length_before(r) + num_new;
+      const int32_t end = begin + schedule::ceil_div(length, args.page_size);
+      rows[r] = {begin, end, length, 0, 0, 0, {0, 0}};
+      begin = end;
+    }
+  }
+
+  // Tells rows who does them. A worker's range holds units of the rows from its first to its last.
+  void share_rows(const std::vector<int32_t>& borders) {
+    int64_t worker = 0;
+    int32_t partials = 0;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      RowFacts& row = rows[r];
+      row.first_partial = partials;
+      if (row.begin == row.end) continue;
+      while (borders[worker + 1] <= row.begin) ++worker;
+      row.first_worker = static_cast<int32_t>(worker);
+      int64_t last = worker;
+      while (borders[last + 1] < row.end) ++last;
+      row.num_partials = static_cast<int32_t>(last - worker + 1);
+      if (row.num_partials > 1) partials += row.num_partials;
+    }
+  }
+
+  void write_workers(const std::vector<int32_t>& borders) {
+    int64_t row = 0;
+    for (int64_t w = 0; w < args.num_workers; ++w) {
+      Worker& worker = workers[w] = {};
+      if (w + 1 >= static_cast<int64_t>(borders.size())) continue;
+      worker.begin = borders[w];
+      worker.end = borders[w + 1];
+      while (rows[row].end <= worker.begin) ++row;
+      worker.row = static_cast<int32_t>(row);
+      worker.facts = rows[row];
+      int64_t r = row;
+      const int32_t listed = std::min<int32_t>(worker.end - worker.begin, schedule::kWorkerPages);
+      for (int32_t i = 0; i < listed; ++i) {
+        while (rows[r].end <= worker.begin + i) ++r;
+        worker.pages[i] = page_of(worker.begin + i, r);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void CpuBackend::plan(const PlanArgs& args) {
+  parallel_for(args.lengths.shape[0], [&](int64_t layer) {
+    LayerPlan plan{args, layer};
+    plan.write_rows();
+    const std::vector<int32_t> borders = find_borders(plan.rows, plan.num_rows, args.num_workers);
+    plan.share_rows(borders);
+    plan.write_workers(borders);
+  });
+}
+
 }  // namespace adakv

@@ -1,21 +1,36 @@
-// What plan writes and attend reads, for one layer. All integers are int32. A unit is one page of one row; units are numbered
-// through all rows, row by row, in slot order.
+// What plan writes and attend reads, for one layer. All integers are int32. A unit is one page of
+// one row; units are numbered through all rows, row by row, in slot order.
 //
 //   schedule = [num_workers x kWorkerInts | num_rows x kRowInts]
 //
-//   worker:  begin, end   the units this worker does; begin == end: nothing
-//            row          the row that unit `begin` belongs to; the worker goes on with row + 1, ... until `end`
+//   worker:  begin, end   the units this worker does; begin == end: nothing (and all 0)
+//            row          the row that unit `begin` belongs to; the worker goes on with row + 1,
+//            ...
+//                         until `end`; rows without units may lie between
 //            0
 //            row facts    of that row (kRowInts integers, a copy)
 //            page ids     of the first kWorkerPages units of the range (0 behind its end)
 //   row:     begin, end   the units of this row (ceil(length / page_size) of them)
 //            length       entries of the row, this step's new ones included
-//            first_partial, num_partials  where the results of the workers that share this row are kept; num_partials <= 1: not shared
-//            first_worker the worker that does unit `begin`
-//            0, 0
+//            first_partial, num_partials
+//                         results of the workers that share this row are kept at first_partial +
+//                         (worker - first_worker); num_partials <= 1: not shared (0: no units)
+//            first_worker the worker that does unit `begin`; sharing workers follow each other
+//            0, 0         free for the backend: attend may count in them
+//
+// How the P units of a layer are shared out (integers only, so both backends agree):
+//   1. N = clamp(P / 8, 1, num_workers) workers are used: below 8 pages a worker, merging costs
+//   more
+//      than reading.
+//   2. C is the smallest chunk with sum over rows of ceil(units / C) <= N. If C <= 1.4 P / N, each
+//      row is cut into ceil(units / C) even parts, one worker each: nobody does two rows.
+//   3. Else the units are cut into N equal ranges. A border that lies within a fifth of a range of
+//      the end of a row moves there (the nearest end, the lower of two).
 #pragma once
 
 #include <cstdint>
+
+#include "ops/host_device.h"
 
 namespace adakv::schedule {
 
@@ -36,7 +51,37 @@ struct Worker {
 };
 static_assert(sizeof(Worker) == kWorkerInts * 4);
 
-/// Partial results that a layer can have: each worker starts at most one row that it doesn't finish, and ends one it didn't start.
-constexpr int64_t max_partials(int num_workers) { return 2 * static_cast<int64_t>(num_workers); }
+/// Partial results that a layer can have: a worker shares at most its first and its last row.
+constexpr int64_t max_partials(int num_workers) {
+  return 2 * static_cast<int64_t>(num_workers);
+}
+
+ADAKV_HOST_DEVICE inline int32_t ceil_div(int32_t a, int32_t b) {
+  return (a + b - 1) / b;
+}
+
+/// N: workers that get something to do.
+ADAKV_HOST_DEVICE inline int32_t active_workers(int32_t num_units, int32_t num_workers) {
+  const int32_t wanted = num_units / 8;
+  return wanted < 1 ? 1 : wanted < num_workers ? wanted : num_workers;
+}
+
+/// Whether chunks of C units that never cross rows are even enough: C <= 1.4 P / N.
+ADAKV_HOST_DEVICE inline bool chunks_are_even(int32_t chunk, int32_t num_units, int32_t active) {
+  return 5 * static_cast<int64_t>(chunk) * active <= 7 * static_cast<int64_t>(num_units);
+}
+
+/// First unit of part `part` of `num_parts`, of a range of `num_units` units.
+ADAKV_HOST_DEVICE inline int32_t even_border(int32_t part, int32_t num_units, int32_t num_parts) {
+  return static_cast<int32_t>(static_cast<int64_t>(part) * num_units / num_parts);
+}
+
+/// The border of equal ranges at `even`, of which `left <= even <= right` are the nearest row ends.
+ADAKV_HOST_DEVICE inline int32_t snapped_border(
+    int32_t even, int32_t left, int32_t right, int32_t num_units, int32_t active) {
+  const int32_t nearest = even - left <= right - even ? left : right;
+  const int64_t distance = nearest < even ? even - nearest : nearest - even;
+  return 5 * distance * active <= num_units ? nearest : even;
+}
 
 }  // namespace adakv::schedule
