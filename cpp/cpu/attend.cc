@@ -1,6 +1,221 @@
+// attend: workers go through their share of the pages (the schedule that plan made), each row's partial results are merged
+// through their maximum and sum, in slot order: the same bits for any number of threads.
+//
+// With more queries per row than one span takes (a chunk of a prompt), there is work enough without cutting rows: then an item is
+// one block of queries of one row, and nothing is merged.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
 #include "cpu/cpu_backend.h"
-#include "adakv/error.h"
+#include "cpu/float16.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "ops/schedule.h"
+
 namespace adakv {
-void CpuBackend::attend(const AttendArgs&) { throw Error("attend: to come"); }
-size_t CpuBackend::workspace_bytes(const AttendArgs&) const { return 0; }
+namespace {
+
+/// What a span gives for its queries; see AttendSpan.
+struct Partial {
+  float* max;  // [R]
+  float* sum;  // [R]
+  float* acc;  // [R, D]
+
+  Partial(float* data, int64_t num_queries)
+      : max(data), sum(data + num_queries), acc(data + 2 * num_queries) {}
+
+  static int64_t num_floats(int64_t num_queries, int64_t head_dim) { return num_queries * (2 + head_dim); }
+};
+
+/// A Partial on the stack.
+struct LocalPartial : Partial {
+  explicit LocalPartial(int64_t num_queries) : Partial(data, num_queries) {}
+  float data[kMaxSpanQueries * (2 + kMaxHeadDim)];
+};
+
+class Attention {
+ public:
+  explicit Attention(const AttendArgs& args)
+      : args_(args),
+        num_kv_heads_(args.layer.lengths.shape[1]),
+        num_rows_(args.layer.lengths.shape[0] * num_kv_heads_),
+        group_(num_kv_heads_ > 0 ? args.queries.shape[1] / num_kv_heads_ : 0),
+        num_tokens_(args.queries.shape[2]),
+        head_dim_(args.queries.shape[3]),
+        workers_(args.schedule.ptr<const schedule::Worker>()),
+        rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
+        attend_span_(kernels().attend_span[static_cast<int>(args.queries.dtype)]) {}
+
+  static bool is_split(const AttendArgs& args) {
+    return args.layer.lengths.shape[1] > 0 &&
+           args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2] <= kMaxSpanQueries;
+  }
+
+  void run_by_pages() const {
+    parallel_for(args_.num_workers, [&](int64_t worker) { run_worker(worker); });
+    const auto needs_merge = [](const schedule::RowFacts& row) { return row.num_partials != 1; };
+    if (!std::any_of(rows_, rows_ + num_rows_, needs_merge)) return;
+    parallel_for(num_rows_, [&](int64_t row) {
+      if (needs_merge(rows_[row])) merge(row);
+    });
+  }
+
+  void run_by_queries() const {
+    const int64_t num_queries = group_ * num_tokens_;
+    const int64_t blocks = (num_queries + kMaxSpanQueries - 1) / kMaxSpanQueries;
+    parallel_for(num_rows_ * blocks, [&](int64_t item) {
+      const int64_t row = item / blocks;
+      const int64_t first = item % blocks * kMaxSpanQueries;
+      const int64_t count = std::min<int64_t>(kMaxSpanQueries, num_queries - first);
+      LocalPartial result(count);
+      attend_slots(row, 0, rows_[row].length, first, count, result);
+      finish(row, first, count, result);
+    });
+  }
+
+ private:
+  /// The worker's pages, row by row.
+  void run_worker(int64_t worker) const {
+    const schedule::Worker& w = workers_[worker];
+    const int64_t num_queries = group_ * num_tokens_;
+    const int page_size = static_cast<int>(args_.layer.pages.shape[2]);
+    for (int32_t unit = w.begin, row = w.row; unit < w.end; ++row) {
+      const schedule::RowFacts& facts = rows_[row];
+      const int32_t end = std::min(w.end, facts.end);
+      if (end <= unit) continue;
+      const int begin_slot = (unit - facts.begin) * page_size;
+      const int end_slot = std::min((end - facts.begin) * page_size, facts.length);
+      if (facts.num_partials > 1) {
+        const Partial shared = partial(facts.first_partial + worker - facts.first_worker);
+        attend_slots(row, begin_slot, end_slot, 0, num_queries, shared);
+      } else {
+        LocalPartial whole(num_queries);
+        attend_slots(row, begin_slot, end_slot, 0, num_queries, whole);
+        finish(row, 0, num_queries, whole);
+      }
+      unit = end;
+    }
+  }
+
+  Partial partial(int64_t index) const {
+    const int64_t num_queries = group_ * num_tokens_;
+    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, head_dim_), num_queries};
+  }
+
+  void attend_slots(int64_t row, int begin, int end, int64_t first_query, int64_t num_queries, const Partial& out) const {
+    const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
+    const TensorView& q = args_.queries;
+    const TensorView& table = args_.layer.block_table;
+    AttendSpan span;
+    span.pages = args_.layer.pages.data;
+    span.page_stride = args_.layer.pages.stride[0];
+    span.page_ids = table.ptr<const int32_t>() + b * table.stride[0] + h * table.stride[1];
+    span.page_size = static_cast<int>(args_.layer.pages.shape[2]);
+    span.head_dim = static_cast<int>(head_dim_);
+    span.group = static_cast<int>(group_);
+    span.begin_slot = begin;
+    span.end_slot = end;
+    span.queries = q.ptr<const char>() + (b * q.stride[0] + h * group_ * q.stride[1]) * dtype_size(q.dtype);
+    span.query_head_stride = q.stride[1];
+    span.query_token_stride = q.stride[2];
+    span.first_query = static_cast<int>(first_query);
+    span.num_queries = static_cast<int>(num_queries);
+    span.first_visible = rows_[row].length - static_cast<int>(num_tokens_) + 1;
+    span.scale = args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(head_dim_));
+    span.softcap = args_.softcap;
+    span.max = out.max;
+    span.sum = out.sum;
+    span.acc = out.acc;
+    attend_span_(span);
+  }
+
+  /// Adds up the partial results of a row, in slot order.
+  void merge(int64_t row) const {
+    const schedule::RowFacts& facts = rows_[row];
+    const int64_t num_queries = group_ * num_tokens_;
+    LocalPartial total(num_queries);
+    std::fill_n(total.max, num_queries, -INFINITY);
+    std::fill_n(total.sum, num_queries, 0.f);
+    std::fill_n(total.acc, num_queries * head_dim_, 0.f);
+    for (int i = 0; i < facts.num_partials; ++i) {
+      const Partial part = partial(facts.first_partial + i);
+      for (int64_t r = 0; r < num_queries; ++r) total.max[r] = std::max(total.max[r], part.max[r]);
+    }
+    for (int i = 0; i < facts.num_partials; ++i) {
+      const Partial part = partial(facts.first_partial + i);
+      for (int64_t r = 0; r < num_queries; ++r) {
+        if (part.max[r] == -INFINITY) continue;
+        const float factor = std::exp(part.max[r] - total.max[r]);
+        total.sum[r] += factor * part.sum[r];
+        for (int64_t d = 0; d < head_dim_; ++d) total.acc[r * head_dim_ + d] += factor * part.acc[r * head_dim_ + d];
+      }
+    }
+    finish(row, 0, num_queries, total);
+  }
+
+  /// Divides by the sum, the sink's share included, and stores out and lse.
+  void finish(int64_t row, int64_t first_query, int64_t num_queries, const Partial& result) const {
+    const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
+    const int64_t num_new = args_.num_new ? args_.num_new.ptr<const int32_t>()[b * args_.num_new.stride[0]] : num_tokens_;
+    for (int64_t r = 0; r < num_queries; ++r) {
+      const int64_t s = (first_query + r) / group_;
+      const int64_t q = h * group_ + (first_query + r) % group_;
+      float factor = 0, lse = -INFINITY;
+      if (s >= num_tokens_ - num_new && result.max[r] != -INFINITY) {
+        float max = result.max[r], sum = result.sum[r];
+        if (args_.sink_logits) {
+          const float sink = args_.sink_logits.ptr<const float>()[q * args_.sink_logits.stride[0]];
+          max = std::max(max, sink);
+          sum = sum * std::exp(result.max[r] - max) + std::exp(sink - max);
+        }
+        factor = std::exp(result.max[r] - max) / sum;
+        lse = max + std::log(sum);
+      }
+      store_out(args_.out, b, q, s, result.acc + r * head_dim_, factor);
+      if (args_.lse) {
+        const TensorView& view = args_.lse;
+        view.ptr<float>()[b * view.stride[0] + q * view.stride[1] + s * view.stride[2]] = lse;
+      }
+    }
+  }
+
+  template <typename Element>
+  static void store_scaled(Element* out, const float* acc, int64_t count, float factor) {
+    for (int64_t d = 0; d < count; ++d) from_float(factor != 0 ? acc[d] * factor : 0.f, out[d]);
+  }
+
+  void store_out(const TensorView& out, int64_t b, int64_t q, int64_t s, const float* acc, float factor) const {
+    const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
+    if (out.dtype == DType::kFloat32) store_scaled(out.ptr<float>() + offset, acc, head_dim_, factor);
+    if (out.dtype == DType::kFloat16) store_scaled(out.ptr<Float16>() + offset, acc, head_dim_, factor);
+    if (out.dtype == DType::kBFloat16) store_scaled(out.ptr<BFloat16>() + offset, acc, head_dim_, factor);
+  }
+
+  const AttendArgs& args_;
+  const int64_t num_kv_heads_, num_rows_, group_, num_tokens_, head_dim_;
+  const schedule::Worker* workers_;      // [num_workers]
+  const schedule::RowFacts* rows_;       // [num_rows]
+  void (*attend_span_)(const AttendSpan&);
+};
+
+}  // namespace
+
+void CpuBackend::attend(const AttendArgs& args) {
+  if (args.keys) append({args.keys, args.values, args.num_new, args.layer, args.stream});
+  const Attention attention(args);
+  if (Attention::is_split(args)) {
+    attention.run_by_pages();
+  } else {
+    attention.run_by_queries();
+  }
+}
+
+size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {
+  if (!Attention::is_split(args)) return 0;
+  const int64_t num_queries = args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
+  const int64_t floats = Partial::num_floats(num_queries, args.queries.shape[3]);
+  return static_cast<size_t>(schedule::max_partials(args.num_workers) * floats) * sizeof(float);
+}
+
 }  // namespace adakv

@@ -1,4 +1,4 @@
-// Work lists shared by a few threads. No OpenMP: a second runtime beside the host framework's would fight it for the cores.
+// Work lists shared by a few threads, without linking to a threading runtime.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,61 @@
+// The two 16-bit formats, one number at a time. Kernels widen whole vectors (simd.h); this is for storing results.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace adakv {
+
+/// The upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+/// IEEE binary16.
+struct Float16 {
+  uint16_t bits;
+};
+
+namespace detail {
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace detail
+
+/// Rounds to nearest, ties to even; NaN stays NaN.
+inline void from_float(float x, float& out) { out = x; }
+
+inline void from_float(float x, BFloat16& out) {
+  const uint32_t bits = detail::float_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(x == x ? rounded : bits >> 16 | 0x40);
+}
+
+inline void from_float(float x, Float16& out) {
+  const uint32_t bits = detail::float_bits(x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and more round to infinity
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes the FPU round at the last bit of a half
+    half = detail::float_bits(detail::bits_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | half);
+}
+
+}  // namespace adakv

@@ -1,0 +1,222 @@
+// attend_span: a few queries of one row over its pages, by online softmax.
+//
+//   for each block of 64 slots:  logits = q . k;  p = exp(logits - max);  acc = acc * exp(old max - max) + sum of p * v
+//
+// Up to four queries go through a block together, so that each key and value is widened once for all of them. Decoding is bound
+// by memory: while the keys of a block are read its values are fetched, and while the values are read the next block's keys.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace adakv::ADAKV_ISA {
+
+constexpr int kBlockSlots = 64;
+constexpr int kQueriesAtOnce = 4;
+constexpr int kSlotsAtOnce = kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
+constexpr int kSlotGroup = 8;                              // page sizes are multiples of it
+
+/// The pages of a row as if they were one array.
+template <typename Element>
+struct RowPages {
+  const Element* pages;
+  int64_t page_stride;
+  const int32_t* page_ids;
+  int log_page_size;
+  int head_dim;
+
+  explicit RowPages(const AttendSpan& span)
+      : pages(static_cast<const Element*>(span.pages)),
+        page_stride(span.page_stride),
+        page_ids(span.page_ids),
+        log_page_size(__builtin_ctz(span.page_size)),
+        head_dim(span.head_dim) {}
+
+  const Element* key(int slot) const {
+    const int in_page = slot & ((1 << log_page_size) - 1);
+    return pages + page_ids[slot >> log_page_size] * page_stride + in_page * head_dim;
+  }
+  const Element* value(int slot) const { return key(slot) + (head_dim << log_page_size); }
+};
+
+/// Asks for `count` vectors of head_dim elements from `data` on.
+template <typename Element>
+inline void prefetch(const Element* data, int count, int head_dim) {
+  const char* bytes = reinterpret_cast<const char*>(data);
+  const int num_bytes = count * head_dim * static_cast<int>(sizeof(Element));
+  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(bytes + i);
+}
+
+/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row.
+template <int kRows, typename Element>
+inline void dot_keys(const float* queries, int stride, const Element* keys, int head_dim, float* logits) {
+  F32 sums[(kRows * kSlotsAtOnce + kLanes - 1) / kLanes * kLanes] = {};
+  const auto step = [&](int d, auto load_keys) {
+    F32Pair k[kSlotsAtOnce];
+    for (int i = 0; i < kSlotsAtOnce; ++i) k[i] = load_keys(keys + i * head_dim + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F32Pair q = load_pair(queries + r * stride + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSlotsAtOnce; ++i) {
+        F32& sum = sums[r * kSlotsAtOnce + i];
+        sum += q.first * k[i].first;
+        sum += q.second * k[i].second;
+      }
+    }
+  };
+  int d = 0;
+  for (; d + kPair <= head_dim; d += kPair) {
+    step(d, [](const Element* data) { return load_pair(data); });
+  }
+  if (d < head_dim) {
+    step(d, [count = head_dim - d](const Element* data) { return load_pair(data, count); });
+  }
+  constexpr int kVectors = sizeof(sums) / sizeof(F32) / kLanes;
+  float totals[kVectors * kLanes];
+  for (int i = 0; i < kVectors; ++i) {
+    store(totals + i * kLanes, sum_each(reinterpret_cast<F32(&)[kLanes]>(sums[i * kLanes])));
+  }
+  for (int r = 0; r < kRows; ++r) {
+    __builtin_memcpy(logits + r * kBlockSlots, totals + r * kSlotsAtOnce, kSlotsAtOnce * sizeof(float));
+  }
+}
+
+/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value.
+template <int kRows, typename Element>
+inline void add_values(const RowPages<Element>& row, int begin, int end, const float* weights, const float* correction,
+                       float* acc, int stride) {
+  const auto step = [&](int d, auto load_values) {
+    F32Pair sums[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = load_pair(acc + r * stride + d);
+      sums[r].first *= correction[r];
+      sums[r].second *= correction[r];
+    }
+    for (int group = begin; group < end; group += kSlotGroup) {
+      const Element* values = row.value(group) + d;
+      const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
+      const float* p = weights + (group - begin);
+      for (int i = 0; i < count; ++i) {
+        const F32Pair v = load_values(values + i * row.head_dim);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r].first += p[r * kBlockSlots + i] * v.first;
+          sums[r].second += p[r * kBlockSlots + i] * v.second;
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      store(acc + r * stride + d, sums[r].first);
+      store(acc + r * stride + d + kLanes, sums[r].second);
+    }
+  };
+  int d = 0;
+  for (; d + kPair <= row.head_dim; d += kPair) {
+    step(d, [](const Element* data) { return load_pair(data); });
+  }
+  if (d < row.head_dim) {
+    step(d, [count = row.head_dim - d](const Element* data) { return load_pair(data, count); });
+  }
+}
+
+/// Turns the block's logits of one query into weights, and takes the new maximum and sum. Returns the factor for what was summed
+/// up before. Slots from `visible` on hold anything; they get weight 0.
+inline float softmax_block(float* logits, int visible, float scale, float softcap, float& max_logit, float& total) {
+  F32 largest = broadcast(-kInfinity);
+  for (int i = 0; i < kBlockSlots; i += kLanes) {
+    F32 z = load(logits + i) * scale;
+    if (softcap > 0) z = softcap * tanh(z / softcap);
+    z = choose(lane_numbers() + i < visible, z, broadcast(-kInfinity));
+    store(logits + i, z);
+    largest = max(z, largest);
+  }
+  const float block_max = max_lane(largest);
+  const float new_max = block_max > max_logit ? block_max : max_logit;
+  const float base = new_max == -kInfinity ? 0.f : new_max;  // nothing seen yet: -inf - -inf would be NaN
+  F32 sums = {};
+  for (int i = 0; i < kBlockSlots; i += kLanes) {
+    const F32 p = exp(load(logits + i) - base);
+    store(logits + i, p);
+    sums += p;
+  }
+  const float correction = exp(broadcast(max_logit - base))[0];
+  total = total * correction + sum(sums);
+  max_logit = new_max;
+  return correction;
+}
+
+/// One block of slots for kRows queries; see attend_span.
+template <int kRows, typename Element>
+inline void attend_block(const AttendSpan& span, const RowPages<Element>& row, int begin, int end, int first_row, bool fetch,
+                         const float* queries, float* acc, int stride) {
+  alignas(64) float logits[kRows][kBlockSlots];
+  float correction[kRows];
+  for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
+    const Element* keys = row.key(slot);
+    if (fetch) prefetch(keys + (row.head_dim << row.log_page_size), kSlotsAtOnce, row.head_dim);
+    dot_keys<kRows>(queries + first_row * stride, stride, keys, row.head_dim, &logits[0][slot - begin]);
+  }
+  if (fetch) {
+    const int next_end = end + kBlockSlots < span.end_slot ? end + kBlockSlots : span.end_slot;
+    for (int slot = end; slot < next_end; slot += kSlotGroup) prefetch(row.key(slot), kSlotGroup, row.head_dim);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const int s = (span.first_query + first_row + r) / span.group;
+    const int limit = span.first_visible + s < end ? span.first_visible + s : end;
+    correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap, span.max[first_row + r],
+                                  span.sum[first_row + r]);
+  }
+  add_values<kRows>(row, begin, end, &logits[0][0], correction, acc + first_row * stride, stride);
+}
+
+template <typename Element>
+void attend_span(const AttendSpan& span) {
+  const RowPages<Element> row(span);
+  const int head_dim = span.head_dim;
+  const int stride = (head_dim + kPair - 1) / kPair * kPair;
+  alignas(64) float queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
+  alignas(64) float acc[kMaxSpanQueries * kMaxHeadDim];      // [num_queries, stride], in load_pair's order
+  for (int r = 0; r < span.num_queries; ++r) {
+    const int query = span.first_query + r;
+    const Element* data = static_cast<const Element*>(span.queries) + query / span.group * span.query_token_stride +
+                          query % span.group * span.query_head_stride;
+    for (int d = 0; d < stride; d += kPair) {
+      const F32Pair q = head_dim - d >= kPair ? load_pair(data + d) : load_pair(data + d, head_dim - d);
+      store(queries + r * stride + d, q.first);
+      store(queries + r * stride + d + kLanes, q.second);
+      store(acc + r * stride + d, F32{});
+      store(acc + r * stride + d + kLanes, F32{});
+    }
+    span.max[r] = -kInfinity;
+    span.sum[r] = 0;
+  }
+
+  for (int begin = span.begin_slot; begin < span.end_slot; begin += kBlockSlots) {
+    for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
+      const int rows = span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
+      const int last_visible = span.first_visible + (span.first_query + first + rows - 1) / span.group;
+      int end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
+      if (end > last_visible) end = last_visible;
+      if (end <= begin) continue;
+      const auto run = [&](auto num_rows) {
+        attend_block<decltype(num_rows)::value>(span, row, begin, end, first, first == 0, queries, acc, stride);
+      };
+      if (rows == 4) run(std::integral_constant<int, 4>{});
+      if (rows == 3) run(std::integral_constant<int, 3>{});
+      if (rows == 2) run(std::integral_constant<int, 2>{});
+      if (rows == 1) run(std::integral_constant<int, 1>{});
+    }
+  }
+
+  for (int r = 0; r < span.num_queries; ++r) {
+    for (int d = 0; d < head_dim; d += kPair) {
+      float pair[kPair];
+      store_pair<Element>(pair, load_pair(acc + r * stride + d));
+      const int count = head_dim - d < kPair ? head_dim - d : kPair;
+      __builtin_memcpy(span.acc + r * head_dim + d, pair, count * sizeof(float));
+    }
+  }
+}
+
+}  // namespace adakv::ADAKV_ISA
