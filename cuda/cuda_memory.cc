@@ -1,0 +1,81 @@
+// Device memory for caches: taken once by cudaMalloc; copies and fills in stream order.
+#include <cuda_runtime.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "common/check.cuh"
+#include "cuda_backend.h"
+
+namespace adakv {
+namespace {
+
+// Makes a device current for one scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index) {
+    ADAKV_CUDA_CHECK("memory", cudaGetDevice(&previous_));
+    if (index != previous_) ADAKV_CUDA_CHECK("memory", cudaSetDevice(index));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+class CudaMemory final : public Memory {
+ public:
+  explicit CudaMemory(Device device) : device_(device) {}
+
+  Device device() const override { return device_; }
+
+  void* allocate(size_t bytes) override {
+    const DeviceGuard guard(device_.index);
+    void* data = nullptr;
+    if (cudaMalloc(&data, bytes) != cudaSuccess) {
+      cudaGetLastError();
+      size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      throw Error(detail::concat("not enough device memory: ", bytes, " bytes needed, ", free, " free of ", total));
+    }
+    return data;
+  }
+
+  void free(void* data) override {
+    const DeviceGuard guard(device_.index);
+    cudaFree(data);  // waits for kernels that still use it
+  }
+
+  void copy_from_host(void* data, const void* host, size_t bytes, Stream stream) override {
+    copy_rows_from_host(data, bytes, host, bytes, 1, stream);
+  }
+
+  // From pageable memory, so the runtime has staged the bytes when the call returns.
+  void copy_rows_from_host(void* data, size_t pitch_bytes, const void* host, size_t row_bytes, size_t rows,
+                           Stream stream) override {
+    ADAKV_CUDA_CHECK("memory", cudaMemcpy2DAsync(data, pitch_bytes, host, row_bytes, row_bytes, rows,
+                                                 cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+  }
+
+  void fill_rows(void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream stream) override {
+    ADAKV_CUDA_CHECK("memory", cudaMemset2DAsync(data, pitch_bytes, value, row_bytes, rows,
+                                                 static_cast<cudaStream_t>(stream)));
+  }
+
+ private:
+  Device device_;
+};
+
+}  // namespace
+
+Memory& CudaBackend::memory(Device device) {
+  static std::mutex mutex;
+  static std::map<int, std::unique_ptr<CudaMemory>> memories;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<CudaMemory>& memory = memories[device.index];
+  if (!memory) memory = std::make_unique<CudaMemory>(device);
+  return *memory;
+}
+
+}  // namespace adakv
