@@ -37,7 +37,7 @@ class WindowAttention:
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
         check_range("sinks", self.sinks, 0)
-        check_range("pool_width", self.pool_width, 1)
+        check_range("pool_width", self.pool_width, 1, 63)
         if self.pool_width % 2 == 0:
             raise ValueError(f"pool_width must be odd, got {self.pool_width}")
         check_choice("window_reduce", self.window_reduce, get_args(ops.Reduce))

@@ -1,0 +1,59 @@
+"""Inputs for policies, and what they kept as plain lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import Prompt
+from torch import Tensor
+
+from adakv.policy import Kept, LayerInputs
+
+NAN = float("nan")
+
+
+def layer_inputs(
+    prompt: Prompt, device: torch.device, *, layer: int = 1, num_layers: int = 4
+) -> LayerInputs:
+    """Random inputs of a layer."""
+    return LayerInputs(
+        queries=prompt.queries(device),
+        keys=prompt.entries(device),
+        values=prompt.entries(device),
+        w_o=prompt.w_o(device),
+        prompt_lens=prompt.seq_lens or (prompt.length,) * prompt.batch,
+        layer=layer,
+        num_layers=num_layers,
+        seq_lens=prompt.lengths(device),
+    )
+
+
+def bare_inputs(scores: Tensor, **options: Any) -> LayerInputs:
+    """Inputs of one sequence for scores ``[1, Hkv, T]`` from outside; nothing else is of interest."""
+    batch, heads, length = scores.shape
+    empty = torch.zeros(batch, heads, length, 16, device=scores.device)
+    options = {
+        "queries": empty[:, :, :1],
+        "keys": empty,
+        "values": empty,
+        "w_o": None,
+        "prompt_lens": (length,) * batch,
+        "layer": 0,
+        "num_layers": 1,
+        **options,
+    }
+    return LayerInputs(**options)
+
+
+def with_window(candidates: list[list[float]], window: int, device: torch.device) -> Tensor:
+    """Scores ``[1, Hkv, n + window]`` of the candidates; NaN in the window, which nobody may read."""
+    rows = [row + [NAN] * window for row in candidates]
+    return torch.tensor([rows], dtype=torch.float32, device=device)
+
+
+def kept_rows(kept: Kept, num_kv_heads: int) -> list[list[list[int]]]:
+    """Positions that each sequence and kv head keeps."""
+    positions, indptr = kept.positions.tolist(), kept.indptr.tolist()
+    rows = [positions[a:b] for a, b in zip(indptr, indptr[1:], strict=False)]
+    return [rows[b : b + num_kv_heads] for b in range(0, len(rows), num_kv_heads)]
