@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
-from cases import Prompt
 from torch import Tensor
 
 from adakv.policy import Kept, LayerInputs
+from cases import Prompt
 
 NAN = float("nan")
 
@@ -30,7 +31,7 @@ def layer_inputs(
 
 
 def bare_inputs(scores: Tensor, **options: Any) -> LayerInputs:
-    """Inputs of one sequence for scores ``[1, Hkv, T]`` from outside; nothing else is of interest."""
+    """Inputs for scores ``[B, Hkv, T]`` from outside; nothing else is of interest."""
     batch, heads, length = scores.shape
     empty = torch.zeros(batch, heads, length, 16, device=scores.device)
     options = {
@@ -47,7 +48,7 @@ def bare_inputs(scores: Tensor, **options: Any) -> LayerInputs:
 
 
 def with_window(candidates: list[list[float]], window: int, device: torch.device) -> Tensor:
-    """Scores ``[1, Hkv, n + window]`` of the candidates; NaN in the window, which nobody may read."""
+    """Scores ``[1, Hkv, n + window]``; NaN in the window, which nobody may read."""
     rows = [row + [NAN] * window for row in candidates]
     return torch.tensor([rows], dtype=torch.float32, device=device)
 
@@ -55,5 +56,5 @@ def with_window(candidates: list[list[float]], window: int, device: torch.device
 def kept_rows(kept: Kept, num_kv_heads: int) -> list[list[list[int]]]:
     """Positions that each sequence and kv head keeps."""
     positions, indptr = kept.positions.tolist(), kept.indptr.tolist()
-    rows = [positions[a:b] for a, b in zip(indptr, indptr[1:], strict=False)]
+    rows = [positions[a:b] for a, b in pairwise(indptr)]
     return [rows[b : b + num_kv_heads] for b in range(0, len(rows), num_kv_heads)]

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from policy.helpers import bare_inputs, kept_rows, with_window
-from tolerance import assert_close
 from torch import Tensor
 
 from adakv.policy import (
@@ -21,6 +19,8 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
+from policy.helpers import bare_inputs, kept_rows, with_window
+from tolerance import assert_close
 
 NEWEST = WindowAttention(window=1)
 

@@ -6,8 +6,6 @@ from typing import get_args
 
 import pytest
 import torch
-from cases import Prompt
-from policy.helpers import bare_inputs, kept_rows, layer_inputs
 from torch._subclasses import FakeTensorMode
 
 import adakv
@@ -25,6 +23,8 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
+from cases import Prompt
+from policy.helpers import bare_inputs, kept_rows, layer_inputs
 
 PROMPTS = [
     Prompt(batch=1, kv_heads=2, group=1, length=180),
