@@ -22,13 +22,20 @@ DType dtype_of(const std::string& name) {
 
 py::tuple tensors_of(const std::shared_ptr<KVCache>& cache, const LayerView& view) {
   return py::make_tuple(tensor_of(view.pages, cache), tensor_of(view.page_positions, cache),
-                        tensor_of(view.block_table, cache), tensor_of(view.lengths, cache), tensor_of(view.seen, cache),
-                        tensor_of(view.fresh_pages, cache));
+                        tensor_of(view.block_table, cache), tensor_of(view.lengths, cache),
+                        tensor_of(view.seen, cache), tensor_of(view.fresh_pages, cache));
 }
 
-std::shared_ptr<KVCache> make_cache(int32_t num_layers, int32_t num_sequences, int32_t num_kv_heads, int32_t head_dim,
-                                    int32_t page_size, int32_t num_pages, int32_t max_row_pages, const std::string& dtype,
-                                    const std::string& device_type, int32_t device_index) {
+std::shared_ptr<KVCache> make_cache(int32_t num_layers,
+                                    int32_t num_sequences,
+                                    int32_t num_kv_heads,
+                                    int32_t head_dim,
+                                    int32_t page_size,
+                                    int32_t num_pages,
+                                    int32_t max_row_pages,
+                                    const std::string& dtype,
+                                    const std::string& device_type,
+                                    int32_t device_index) {
   CacheConfig config;
   config.num_layers = num_layers;
   config.num_sequences = num_sequences;
@@ -48,12 +55,16 @@ void bind_cache(py::module_& module) {
   py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), py::arg("num_layers"), py::arg("num_sequences"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"), py::arg("num_pages"),
-           py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"), py::arg("device_index"))
-      .def("layer", [](const std::shared_ptr<KVCache>& self, int32_t layer) { return tensors_of(self, self->layer(layer)); })
-      .def("all_layers", [](const std::shared_ptr<KVCache>& self) { return tensors_of(self, self->all_layers()); })
+           py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"),
+           py::arg("device_index"))
+      .def("layer", [](const std::shared_ptr<KVCache>& self,
+                       int32_t layer) { return tensors_of(self, self->layer(layer)); })
+      .def(
+          "all_layers",
+          [](const std::shared_ptr<KVCache>& self) { return tensors_of(self, self->all_layers()); })
       .def("begin",
-           [](KVCache& self, int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
-              const std::vector<int64_t>& longest_row) {
+           [](KVCache& self, int32_t layer, int32_t first_sequence,
+              const std::vector<int64_t>& num_kept, const std::vector<int64_t>& longest_row) {
              PageList pages = self.begin(layer, first_sequence, num_kept, longest_row);
              return py::make_tuple(std::move(pages.ids), std::move(pages.indptr));
            })
@@ -63,12 +74,15 @@ void bind_cache(py::module_& module) {
            })
       .def("pages_to_grow", &KVCache::pages_to_grow)
       .def("remove",
-           [](KVCache& self, int32_t sequence) { self.remove(sequence, current_stream(self.config().device)); })
+           [](KVCache& self, int32_t sequence) {
+             self.remove(sequence, current_stream(self.config().device));
+           })
       .def("pages_needed", &KVCache::pages_needed)
       .def("num_pages", &KVCache::num_pages)
       .def_property_readonly("page_bytes", &KVCache::page_bytes)
       .def_property_readonly("num_free", [](const KVCache& self) { return self.pool().num_free(); })
-      .def_property_readonly("num_used", [](const KVCache& self) { return self.pool().num_used(); });
+      .def_property_readonly("num_used",
+                             [](const KVCache& self) { return self.pool().num_used(); });
 }
 
 }  // namespace adakv

@@ -1,5 +1,6 @@
-// The parts of DLPack that we speak, declared from its public specification (dmlc/dlpack, version 1.2): tensors as plain
-// structs, and the exchange API by which a framework converts its own tensor objects without Python calls.
+// The parts of DLPack that we speak, declared from its public specification (dmlc/dlpack,
+// version 1.2): tensors as plain structs, and the exchange API by which a framework converts its
+// own tensor objects without Python calls.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +48,9 @@ struct ExchangeApi {
     Version version;
     Header* previous;
   } header;
-  int (*allocate)(Tensor* prototype, ManagedTensor** out, void* error_ctx,
+  int (*allocate)(Tensor* prototype,
+                  ManagedTensor** out,
+                  void* error_ctx,
                   void (*set_error)(void* error_ctx, const char* kind, const char* message));
   int (*managed_from_object)(void* object, ManagedTensor** out);
   int (*managed_to_object)(ManagedTensor* tensor, void** out_object);

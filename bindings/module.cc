@@ -16,7 +16,8 @@ void bind_cache(pybind11::module_& module);
 PYBIND11_MODULE(_C, module) {
   namespace py = pybind11;
   module.attr("__version__") = ADAKV_VERSION;
-  py::register_exception<adakv::Error>(module, "Error", PyExc_RuntimeError).attr("__module__") = "adakv";
+  py::register_exception<adakv::Error>(module, "Error", PyExc_RuntimeError).attr("__module__") =
+      "adakv";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

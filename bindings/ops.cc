@@ -1,5 +1,5 @@
-// One function per verb: tensors to views, names to enums, scratch memory from torch's allocator, the current stream. Nothing else:
-// checks are in cpp/ops/ops.cc, defaults in python/adakv/ops.py.
+// One function per verb: tensors to views, names to enums, scratch memory from torch's allocator,
+// the current stream. Nothing else: checks are in cpp/ops/ops.cc, defaults in python/adakv/ops.py.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -32,10 +32,16 @@ Enum choice(const char* name, const char* text, Choices<Enum> choices) {
 }
 
 Reduce reduce(const char* name, const char* text) {
-  return choice<Reduce>(name, text, {{"mean", Reduce::kMean}, {"max", Reduce::kMax}, {"sum", Reduce::kSum}});
+  return choice<Reduce>(name, text,
+                        {{"mean", Reduce::kMean}, {"max", Reduce::kMax}, {"sum", Reduce::kSum}});
 }
 
-LayerView layer_of(handle pages, handle page_positions, handle block_table, handle lengths, handle seen, handle fresh_pages) {
+LayerView layer_of(handle pages,
+                   handle page_positions,
+                   handle block_table,
+                   handle lengths,
+                   handle seen,
+                   handle fresh_pages) {
   LayerView layer;
   layer.pages = view_of("pages", pages);
   layer.page_positions = view_of("page_positions", page_positions);
@@ -62,7 +68,8 @@ void run(void (*verb)(const Args&), Args& args, Device device) {
   verb(args);
 }
 
-// The same for verbs that need scratch memory. If the arguments are so wrong that its size can't be told, the verb says so.
+// The same for verbs that need scratch memory. If the arguments are so wrong that its size can't be
+// told, the verb says so.
 template <typename Args>
 void run_with_workspace(void (*verb)(const Args&), Args& args, Device device) {
   const Workspace workspace(workspace_bytes(args), device);
@@ -70,8 +77,18 @@ void run_with_workspace(void (*verb)(const Args&), Args& args, Device device) {
   run(verb, args, device);
 }
 
-void score(handle queries, handle keys, handle seq_lens, handle sink_logits, handle lse, float scale, float softcap,
-           const char* window_reduce, const char* group_reduce, const char* order, const char* pool, int pool_width,
+void score(handle queries,
+           handle keys,
+           handle seq_lens,
+           handle sink_logits,
+           handle lse,
+           float scale,
+           float softcap,
+           const char* window_reduce,
+           const char* group_reduce,
+           const char* order,
+           const char* pool,
+           int pool_width,
            handle scores) {
   ScoreArgs args;
   args.queries = view_of("queries", queries);
@@ -83,8 +100,10 @@ void score(handle queries, handle keys, handle seq_lens, handle sink_logits, han
   args.softcap = softcap;
   args.window_reduce = reduce("window_reduce", window_reduce);
   args.group_reduce = reduce("group_reduce", group_reduce);
-  args.order = choice<Order>("order", order, {{"group_first", Order::kGroupFirst}, {"pool_first", Order::kPoolFirst}});
-  args.pool = choice<Pool>("pool", pool, {{"max", Pool::kMax}, {"avg", Pool::kAvg}, {"none", Pool::kNone}});
+  args.order = choice<Order>(
+      "order", order, {{"group_first", Order::kGroupFirst}, {"pool_first", Order::kPoolFirst}});
+  args.pool =
+      choice<Pool>("pool", pool, {{"max", Pool::kMax}, {"avg", Pool::kAvg}, {"none", Pool::kNone}});
   args.pool_width = pool_width;
   args.scores = view_of("scores", scores);
   run_with_workspace(&adakv::score, args, args.keys.device);
@@ -100,7 +119,13 @@ void value_norm(handle values, handle w_o, handle seq_lens, const char* norm, ha
   run_with_workspace(&adakv::value_norm, args, args.values.device);
 }
 
-void allocate(handle scores, int budget, int window, handle seq_lens, double floor, const char* safeguard, handle budgets) {
+void allocate(handle scores,
+              int budget,
+              int window,
+              handle seq_lens,
+              double floor,
+              const char* safeguard,
+              handle budgets) {
   AllocateArgs args;
   args.scores = view_of("scores", scores);
   args.budget = budget;
@@ -116,8 +141,15 @@ void allocate(handle scores, int budget, int window, handle seq_lens, double flo
   run_with_workspace(&adakv::allocate, args, args.scores.device);
 }
 
-void select(handle scores, handle budgets, int window, handle seq_lens, handle norms, double first, float eps,
-            handle positions, handle indptr) {
+void select(handle scores,
+            handle budgets,
+            int window,
+            handle seq_lens,
+            handle norms,
+            double first,
+            float eps,
+            handle positions,
+            handle indptr) {
   SelectArgs args;
   args.scores = view_of("scores", scores);
   args.budgets = view_of("budgets", budgets);
@@ -131,8 +163,18 @@ void select(handle scores, handle budgets, int window, handle seq_lens, handle n
   run_with_workspace(&adakv::select, args, args.scores.device);
 }
 
-void compact(handle keys, handle values, handle positions, handle indptr, handle pages, handle page_positions,
-             handle block_table, handle lengths, handle seen, handle fresh_pages, handle page_ids, handle page_indptr,
+void compact(handle keys,
+             handle values,
+             handle positions,
+             handle indptr,
+             handle pages,
+             handle page_positions,
+             handle block_table,
+             handle lengths,
+             handle seen,
+             handle fresh_pages,
+             handle page_ids,
+             handle page_indptr,
              handle seq_lens) {
   CompactArgs args;
   args.keys = view_of("keys", keys);
@@ -146,8 +188,15 @@ void compact(handle keys, handle values, handle positions, handle indptr, handle
   run_with_workspace(&adakv::compact, args, args.keys.device);
 }
 
-void append(handle keys, handle values, handle pages, handle page_positions, handle block_table, handle lengths,
-            handle seen, handle fresh_pages, handle num_new) {
+void append(handle keys,
+            handle values,
+            handle pages,
+            handle page_positions,
+            handle block_table,
+            handle lengths,
+            handle seen,
+            handle fresh_pages,
+            handle num_new) {
   AppendArgs args;
   args.keys = view_of("keys", keys);
   args.values = view_of("values", values);
@@ -156,8 +205,14 @@ void append(handle keys, handle values, handle pages, handle page_positions, han
   run(&adakv::append, args, args.keys.device);
 }
 
-void plan(handle lengths, handle block_table, handle fresh_pages, int new_tokens, handle num_new, int page_size,
-          int num_workers, handle schedule) {
+void plan(handle lengths,
+          handle block_table,
+          handle fresh_pages,
+          int new_tokens,
+          handle num_new,
+          int page_size,
+          int num_workers,
+          handle schedule) {
   PlanArgs args;
   args.lengths = view_of("lengths", lengths);
   args.block_table = view_of("block_table", block_table);
@@ -170,9 +225,23 @@ void plan(handle lengths, handle block_table, handle fresh_pages, int new_tokens
   run(&adakv::plan, args, args.lengths.device);
 }
 
-void attend(handle queries, handle pages, handle page_positions, handle block_table, handle lengths, handle seen,
-            handle fresh_pages, handle schedule, handle keys, handle values, handle num_new, handle sink_logits,
-            float scale, float softcap, int num_workers, handle out, handle lse) {
+void attend(handle queries,
+            handle pages,
+            handle page_positions,
+            handle block_table,
+            handle lengths,
+            handle seen,
+            handle fresh_pages,
+            handle schedule,
+            handle keys,
+            handle values,
+            handle num_new,
+            handle sink_logits,
+            float scale,
+            float softcap,
+            int num_workers,
+            handle out,
+            handle lse) {
   AttendArgs args;
   args.queries = view_of("queries", queries);
   args.layer = layer_of(pages, page_positions, block_table, lengths, seen, fresh_pages);
@@ -209,6 +278,8 @@ void define(py::module_& module) {
 
 }  // namespace bindings
 
-void bind_ops(py::module_& module) { bindings::define(module); }
+void bind_ops(py::module_& module) {
+  bindings::define(module);
+}
 
 }  // namespace adakv

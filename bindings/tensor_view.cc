@@ -12,7 +12,8 @@ const dlpack::ExchangeApi& exchange_api() {
   static const dlpack::ExchangeApi* api = [] {
     const py::object type = py::module_::import("torch").attr("Tensor");
     const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-    if (capsule.is_none()) throw Error("adakv needs torch >= 2.10 (its Tensor has no DLPack exchange API)");
+    if (capsule.is_none())
+      throw Error("adakv needs torch >= 2.10 (its Tensor has no DLPack exchange API)");
     void* table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
     if (!table) throw py::error_already_set();
     return static_cast<const dlpack::ExchangeApi*>(table);
@@ -21,18 +22,23 @@ const dlpack::ExchangeApi& exchange_api() {
 }
 
 bool is_tensor(py::handle object) {
-  static PyTypeObject* const type =
-      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
+  static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(
+      py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
   return PyObject_TypeCheck(object.ptr(), type);
 }
 
 bool to_dtype(const dlpack::DataType& from, DType& to) {
   if (from.lanes != 1) return false;
-  if (from.code == dlpack::kFloat && from.bits == 32) to = DType::kFloat32;
-  else if (from.code == dlpack::kFloat && from.bits == 16) to = DType::kFloat16;
-  else if (from.code == dlpack::kBFloat && from.bits == 16) to = DType::kBFloat16;
-  else if (from.code == dlpack::kInt && from.bits == 32) to = DType::kInt32;
-  else return false;
+  if (from.code == dlpack::kFloat && from.bits == 32)
+    to = DType::kFloat32;
+  else if (from.code == dlpack::kFloat && from.bits == 16)
+    to = DType::kFloat16;
+  else if (from.code == dlpack::kBFloat && from.bits == 16)
+    to = DType::kBFloat16;
+  else if (from.code == dlpack::kInt && from.bits == 32)
+    to = DType::kInt32;
+  else
+    return false;
   return true;
 }
 
@@ -53,16 +59,18 @@ dlpack::Device from_device(Device device) {
 TensorView view_of(const char* name, py::handle object) {
   TensorView view;
   if (object.is_none()) return view;
-  ADAKV_CHECK(is_tensor(object), name, " must be a torch.Tensor, got ", std::string(py::str(py::type::of(object))));
+  ADAKV_CHECK(is_tensor(object), name, " must be a torch.Tensor, got ",
+              std::string(py::str(py::type::of(object))));
   dlpack::Tensor tensor;
   if (exchange_api().tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
 
   ADAKV_CHECK(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCuda, name,
               " must be a CPU or CUDA tensor");
-  ADAKV_CHECK(to_dtype(tensor.dtype, view.dtype), name, " must be float32, float16, bfloat16 or int32, got ",
+  ADAKV_CHECK(to_dtype(tensor.dtype, view.dtype), name,
+              " must be float32, float16, bfloat16 or int32, got ",
               std::string(py::str(object.attr("dtype"))));
-  ADAKV_CHECK(tensor.ndim <= TensorView::kMaxRank, name, " must have at most ", TensorView::kMaxRank,
-              " dimensions, got ", tensor.ndim);
+  ADAKV_CHECK(tensor.ndim <= TensorView::kMaxRank, name, " must have at most ",
+              TensorView::kMaxRank, " dimensions, got ", tensor.ndim);
   const bool is_cuda = tensor.device.type == dlpack::kCuda;
   view.device = {is_cuda ? DeviceType::kCuda : DeviceType::kCpu, is_cuda ? tensor.device.id : 0};
   view.rank = tensor.ndim;
@@ -89,9 +97,11 @@ py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner) 
   dlpack::ManagedTensor& managed = holder->managed;
   managed.version = {1, 2};
   managed.manager_ctx = holder;
-  managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Holder*>(self->manager_ctx); };
-  managed.tensor = {view.data, from_device(view.device), view.rank, from_dtype(view.dtype), holder->shape,
-                    holder->strides, 0};
+  managed.deleter = [](dlpack::ManagedTensor* self) {
+    delete static_cast<Holder*>(self->manager_ctx);
+  };
+  managed.tensor = {view.data,     from_device(view.device), view.rank, from_dtype(view.dtype),
+                    holder->shape, holder->strides,          0};
   void* object = nullptr;
   if (exchange_api().managed_to_object(&managed, &object) != 0) {
     delete holder;
@@ -103,16 +113,20 @@ py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner) 
 Stream current_stream(Device device) {
   if (device.type == DeviceType::kCpu) return nullptr;
   void* stream = nullptr;
-  if (exchange_api().current_stream(dlpack::kCuda, device.index, &stream) != 0) throw py::error_already_set();
+  if (exchange_api().current_stream(dlpack::kCuda, device.index, &stream) != 0)
+    throw py::error_already_set();
   return stream;
 }
 
 Workspace::Workspace(size_t bytes, Device device) : device_(device) {
   if (bytes == 0) return;
   int64_t count = static_cast<int64_t>((bytes + 3) / 4);
-  dlpack::Tensor prototype = {nullptr, from_device(device), 1, from_dtype(DType::kInt32), &count, nullptr, 0};
+  dlpack::Tensor prototype = {
+      nullptr, from_device(device), 1, from_dtype(DType::kInt32), &count, nullptr, 0};
   std::string message;
-  const auto set_error = [](void* text, const char*, const char* what) { *static_cast<std::string*>(text) = what; };
+  const auto set_error = [](void* text, const char*, const char* what) {
+    *static_cast<std::string*>(text) = what;
+  };
   if (exchange_api().allocate(&prototype, &tensor_, &message, set_error) != 0) {
     throw Error("no scratch memory: " + message);
   }
@@ -125,7 +139,8 @@ Workspace::~Workspace() {
 TensorView Workspace::view() const {
   if (!tensor_) return {};
   const dlpack::Tensor& tensor = tensor_->tensor;
-  return TensorView(static_cast<char*>(tensor.data) + tensor.byte_offset, {tensor.shape[0]}, DType::kInt32, device_);
+  return TensorView(static_cast<char*>(tensor.data) + tensor.byte_offset, {tensor.shape[0]},
+                    DType::kInt32, device_);
 }
 
 }  // namespace adakv

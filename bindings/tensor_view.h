@@ -1,5 +1,5 @@
-// Python tensors to TensorViews and back, through the DLPack exchange API that torch >= 2.10 offers: no torch header, no Python
-// calls, a few tens of nanoseconds each.
+// Python tensors to TensorViews and back, through the DLPack exchange API that torch >= 2.10
+// offers: no torch header, no Python calls, a few tens of nanoseconds each.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,8 +13,9 @@ namespace adakv {
 
 namespace py = pybind11;
 
-/// View of a Python tensor, which must outlive the view. None gives an empty view. Throws InvalidArgument (with `name`) for
-/// anything that is no tensor, or of a dtype, device or rank that adakv doesn't know.
+/// View of a Python tensor, which must outlive the view. None gives an empty view. Throws
+/// InvalidArgument (with `name`) for anything that is no tensor, or of a dtype, device or rank that
+/// adakv doesn't know.
 TensorView view_of(const char* name, py::handle tensor);
 
 /// A torch tensor over memory that `owner` keeps alive.

@@ -36,7 +36,8 @@ Backend* cuda_backend() {
 
 int CudaBackend::default_num_workers(Device device) {
   int count = 0;
-  ADAKV_CUDA_CHECK("plan", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index));
+  ADAKV_CUDA_CHECK("plan",
+                   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index));
   return count;
 }
 

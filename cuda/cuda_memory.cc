@@ -37,7 +37,8 @@ class CudaMemory final : public Memory {
       cudaGetLastError();
       size_t free = 0, total = 0;
       cudaMemGetInfo(&free, &total);
-      throw Error(detail::concat("not enough device memory: ", bytes, " bytes needed, ", free, " free of ", total));
+      throw Error(detail::concat("not enough device memory: ", bytes, " bytes needed, ", free,
+                                 " free of ", total));
     }
     return data;
   }
@@ -52,13 +53,23 @@ class CudaMemory final : public Memory {
   }
 
   // From pageable memory, so the runtime has staged the bytes when the call returns.
-  void copy_rows_from_host(void* data, size_t pitch_bytes, const void* host, size_t row_bytes, size_t rows,
+  void copy_rows_from_host(void* data,
+                           size_t pitch_bytes,
+                           const void* host,
+                           size_t row_bytes,
+                           size_t rows,
                            Stream stream) override {
-    ADAKV_CUDA_CHECK("memory", cudaMemcpy2DAsync(data, pitch_bytes, host, row_bytes, row_bytes, rows,
-                                                 cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+    ADAKV_CUDA_CHECK("memory",
+                     cudaMemcpy2DAsync(data, pitch_bytes, host, row_bytes, row_bytes, rows,
+                                       cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
   }
 
-  void fill_rows(void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream stream) override {
+  void fill_rows(void* data,
+                 size_t pitch_bytes,
+                 int value,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
     ADAKV_CUDA_CHECK("memory", cudaMemset2DAsync(data, pitch_bytes, value, row_bytes, rows,
                                                  static_cast<cudaStream_t>(stream)));
   }

@@ -12,18 +12,23 @@ constexpr int64_t kAlignment = 256;
 
 void check_config(const CacheConfig& c) {
   ADAKV_CHECK(c.num_layers >= 1, "KVCache: num_layers must be at least 1, got ", c.num_layers);
-  ADAKV_CHECK(c.num_sequences >= 1, "KVCache: num_sequences must be at least 1, got ", c.num_sequences);
-  ADAKV_CHECK(c.num_kv_heads >= 1, "KVCache: num_kv_heads must be at least 1, got ", c.num_kv_heads);
+  ADAKV_CHECK(c.num_sequences >= 1, "KVCache: num_sequences must be at least 1, got ",
+              c.num_sequences);
+  ADAKV_CHECK(c.num_kv_heads >= 1, "KVCache: num_kv_heads must be at least 1, got ",
+              c.num_kv_heads);
   ADAKV_CHECK(c.head_dim >= 8 && c.head_dim <= 256 && c.head_dim % 8 == 0,
               "KVCache: head_dim must be a multiple of 8, at most 256, got ", c.head_dim);
   ADAKV_CHECK(c.page_size >= 8 && c.page_size <= 256 && (c.page_size & (c.page_size - 1)) == 0,
               "KVCache: page_size must be a power of two from 8 to 256, got ", c.page_size);
   ADAKV_CHECK(c.num_pages >= 1, "KVCache: num_pages must be at least 1, got ", c.num_pages);
-  ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ", c.max_row_pages);
-  ADAKV_CHECK(c.dtype != DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got int32");
+  ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ",
+              c.max_row_pages);
+  ADAKV_CHECK(c.dtype != DType::kInt32,
+              "KVCache: dtype must be float32, float16 or bfloat16, got int32");
 }
 
-// Lays tensors out one behind the other in one allocation: first without a base to learn the size, then with it.
+// Lays tensors out one behind the other in one allocation: first without a base to learn the size,
+// then with it.
 class Layout {
  public:
   Layout(void* base, Device device) : base_(static_cast<char*>(base)), device_(device) {}
@@ -46,11 +51,12 @@ LayerView lay_out(Layout& layout, const CacheConfig& c) {
   LayerView view;
   view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
   view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
-  view.block_table = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}, DType::kInt32);
+  view.block_table =
+      layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}, DType::kInt32);
   view.lengths = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads}, DType::kInt32);
   view.seen = layout.add({c.num_layers, c.num_sequences}, DType::kInt32);
-  view.fresh_pages =
-      layout.add({c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
+  view.fresh_pages = layout.add(
+      {c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
   std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
   std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
   return view;
@@ -62,8 +68,10 @@ void fill(Memory& memory, const TensorView& view, int value) {
 }
 
 // The same for the part that belongs to one sequence: [L, B, ...] -> all layers of sequence b.
-void fill_sequence(Memory& memory, const TensorView& view, int32_t sequence, int value, Stream stream) {
-  const size_t row = view.stride[1] * dtype_size(view.dtype), pitch = view.stride[0] * dtype_size(view.dtype);
+void fill_sequence(
+    Memory& memory, const TensorView& view, int32_t sequence, int value, Stream stream) {
+  const size_t row = view.stride[1] * dtype_size(view.dtype),
+               pitch = view.stride[0] * dtype_size(view.dtype);
   memory.fill_rows(view.ptr<char>() + sequence * row, pitch, value, row, view.shape[0], stream);
 }
 
@@ -71,8 +79,8 @@ void fill_sequence(Memory& memory, const TensorView& view, int32_t sequence, int
 
 KVCache::KVCache(const CacheConfig& config, Memory& memory)
     : config_((check_config(config), config)), memory_(memory), pool_(config.num_pages) {
-  ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ", device_name(memory.device()),
-              ", but config.device is ", device_name(config.device));
+  ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ",
+              device_name(memory.device()), ", but config.device is ", device_name(config.device));
   sequences_.resize(config.num_sequences);
   for (Sequence& sequence : sequences_) sequence.pages.resize(config.num_layers);
   Layout size(nullptr, config.device);
@@ -86,7 +94,9 @@ KVCache::KVCache(const CacheConfig& config, Memory& memory)
   fill(memory_, all_layers_.seen, 0);
 }
 
-KVCache::~KVCache() { memory_.free(data_); }
+KVCache::~KVCache() {
+  memory_.free(data_);
+}
 
 size_t KVCache::page_bytes() const {
   return config_.page_size * (2 * config_.head_dim * dtype_size(config_.dtype) + sizeof(int32_t));
@@ -109,33 +119,38 @@ int64_t KVCache::pages_needed(int64_t num_kept) const {
 void KVCache::check_row(int64_t entries) const {
   const int64_t pages = (entries + config_.page_size - 1) / config_.page_size;
   if (pages > config_.max_row_pages) {
-    throw Error(detail::concat("a row may grow to ", entries, " entries, which needs ", pages, " pages; max_row_pages is ",
-                               config_.max_row_pages));
+    throw Error(detail::concat("a row may grow to ", entries, " entries, which needs ", pages,
+                               " pages; max_row_pages is ", config_.max_row_pages));
   }
 }
 
 void KVCache::check_layer(int32_t layer) const {
-  ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ", config_.num_layers - 1, ", got ", layer);
+  ADAKV_CHECK(layer >= 0 && layer < config_.num_layers, "layer must be 0 .. ",
+              config_.num_layers - 1, ", got ", layer);
 }
 
 void KVCache::check_sequence(int32_t sequence) const {
-  ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ", config_.num_sequences - 1,
-              ", got ", sequence);
+  ADAKV_CHECK(sequence >= 0 && sequence < config_.num_sequences, "sequence must be 0 .. ",
+              config_.num_sequences - 1, ", got ", sequence);
 }
 
-PageList KVCache::begin(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
+PageList KVCache::begin(int32_t layer,
+                        int32_t first_sequence,
+                        const std::vector<int64_t>& num_kept,
                         const std::vector<int64_t>& longest_row) {
   check_layer(layer);
-  ADAKV_CHECK(num_kept.size() == longest_row.size(), "num_kept and longest_row must have the same size, got ",
-              num_kept.size(), " and ", longest_row.size());
+  ADAKV_CHECK(num_kept.size() == longest_row.size(),
+              "num_kept and longest_row must have the same size, got ", num_kept.size(), " and ",
+              longest_row.size());
   const int32_t count = static_cast<int32_t>(num_kept.size());
   int64_t needed = 0;
   for (int32_t i = 0; i < count; ++i) {
     check_sequence(first_sequence + i);
     ADAKV_CHECK(num_kept[i] >= 0, "num_kept must not be negative, got ", num_kept[i]);
     ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
-    ADAKV_CHECK(sequences_[first_sequence + i].pages[layer].empty(), "sequence ", first_sequence + i,
-                " holds entries in layer ", layer, " already: remove() it first");
+    ADAKV_CHECK(sequences_[first_sequence + i].pages[layer].empty(), "sequence ",
+                first_sequence + i, " holds entries in layer ", layer,
+                " already: remove() it first");
     check_row(longest_row[i]);
     needed += pages_needed(num_kept[i]);
   }
@@ -164,9 +179,11 @@ int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
   const int64_t page_size = config_.page_size;
   int64_t pages = 0;
   for (size_t b = 0; b < num_new.size(); ++b) {
-    ADAKV_CHECK(num_new[b] >= 0, "num_new must not be negative, got ", num_new[b], " for sequence ", b);
+    ADAKV_CHECK(num_new[b] >= 0, "num_new must not be negative, got ", num_new[b], " for sequence ",
+                b);
     if (num_new[b] == 0) continue;
-    // The first fresh page of each row came with begin(); another is due after every page_size tokens.
+    // The first fresh page of each row came with begin(); another is due after every page_size
+    // tokens.
     const int64_t before = std::max<int64_t>(sequences_[b].appended - 1, 0) / page_size;
     const int64_t after = (sequences_[b].appended + num_new[b] - 1) / page_size;
     pages += (after - before) * config_.num_layers * config_.num_kv_heads;
@@ -177,18 +194,20 @@ int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
 int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream) {
   const int64_t needed = pages_to_grow(num_new);
   for (size_t b = 0; b < num_new.size(); ++b) {
-    ADAKV_CHECK(num_new[b] <= num_columns, "num_new must be at most num_columns = ", num_columns, ", got ", num_new[b],
-                " for sequence ", b);
+    ADAKV_CHECK(num_new[b] <= num_columns, "num_new must be at most num_columns = ", num_columns,
+                ", got ", num_new[b], " for sequence ", b);
     if (num_new[b] == 0) continue;
     check_row(sequences_[b].longest_row + sequences_[b].appended + num_new[b]);
     for (int32_t l = 0; l < config_.num_layers; ++l) {
-      ADAKV_CHECK(!sequences_[b].pages[l].empty(), "sequence ", b, " holds nothing in layer ", l, ": begin() it first");
+      ADAKV_CHECK(!sequences_[b].pages[l].empty(), "sequence ", b, " holds nothing in layer ", l,
+                  ": begin() it first");
     }
   }
   pool_.check_free(needed);
 
-  // Columns that go in one piece. A row starts exactly one new page in each stretch of page_size tokens counted from its
-  // compact(), so a piece ends with a stretch; where all sequences begin one together, it may be several whole ones.
+  // Columns that go in one piece. A row starts exactly one new page in each stretch of page_size
+  // tokens counted from its compact(), so a piece ends with a stretch; where all sequences begin
+  // one together, it may be several whole ones.
   const int32_t page_size = config_.page_size;
   int32_t piece = num_columns;
   bool all_begin = true;
@@ -206,7 +225,8 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
     const int32_t tokens = std::max(0, piece - (num_columns - num_new[b]));
     Sequence& sequence = sequences_[b];
     if (tokens > 0 && sequence.appended % page_size == 0) {
-      const int32_t first = sequence.appended == 0 ? 1 : 0;  // column 0 of a new sequence was dealt by compact()
+      const int32_t first =
+          sequence.appended == 0 ? 1 : 0;  // column 0 of a new sequence was dealt by compact()
       refill(b, first, std::max(1, tokens / page_size), stream);
     }
     sequence.appended += tokens;
@@ -214,7 +234,8 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
   return piece;
 }
 
-// Writes new pages into the columns [first, last) of fresh_pages, for every row of a sequence in every layer.
+// Writes new pages into the columns [first, last) of fresh_pages, for every row of a sequence in
+// every layer.
 void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream stream) {
   const int32_t columns = last - first, rows = config_.num_layers * config_.num_kv_heads;
   if (columns <= 0) return;
@@ -223,11 +244,13 @@ void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream strea
   const int32_t layer_pages = config_.num_kv_heads * columns;
   for (int32_t l = 0; l < config_.num_layers; ++l) {
     std::vector<int32_t>& owned = sequences_[sequence].pages[l];
-    owned.insert(owned.end(), pages.begin() + l * layer_pages, pages.begin() + (l + 1) * layer_pages);
+    owned.insert(owned.end(), pages.begin() + l * layer_pages,
+                 pages.begin() + (l + 1) * layer_pages);
   }
   const TensorView& fresh = all_layers_.fresh_pages;
-  memory_.copy_rows_from_host(fresh.ptr<int32_t>() + sequence * fresh.stride[1] + first, kFreshColumns * sizeof(int32_t),
-                              pages.data(), columns * sizeof(int32_t), rows, stream);
+  memory_.copy_rows_from_host(fresh.ptr<int32_t>() + sequence * fresh.stride[1] + first,
+                              kFreshColumns * sizeof(int32_t), pages.data(),
+                              columns * sizeof(int32_t), rows, stream);
 }
 
 void KVCache::remove(int32_t sequence, Stream stream) {

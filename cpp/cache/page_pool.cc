@@ -13,7 +13,8 @@ PagePool::PagePool(int32_t num_pages) {
 
 void PagePool::check_free(int64_t count) const {
   if (count > num_free()) {
-    throw Error(detail::concat("not enough pages: ", count, " needed, ", num_free(), " free of ", num_pages()));
+    throw Error(detail::concat("not enough pages: ", count, " needed, ", num_free(), " free of ",
+                               num_pages()));
   }
 }
 

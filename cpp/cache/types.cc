@@ -38,7 +38,8 @@ TensorView::TensorView(void* data, std::initializer_list<int64_t> shape, DType d
 
 TensorView TensorView::narrow(int dim, int64_t begin, int64_t count) const {
   ADAKV_CHECK(dim >= 0 && dim < rank && begin >= 0 && count >= 0 && begin + count <= shape[dim],
-              "narrow: [", begin, ", ", begin + count, ") is outside of dimension ", dim, " of ", shape_string());
+              "narrow: [", begin, ", ", begin + count, ") is outside of dimension ", dim, " of ",
+              shape_string());
   TensorView part = *this;
   part.shape[dim] = count;
   if (data) part.data = ptr<char>() + begin * stride[dim] * static_cast<int64_t>(dtype_size(dtype));

@@ -1,5 +1,5 @@
-// One backend holds the eight bodies for one device type. The front door (ops.cc) has checked every argument before a body runs,
-// so bodies check nothing, allocate nothing and keep no state.
+// One backend holds the eight bodies for one device type. The front door (ops.cc) has checked every
+// argument before a body runs, so bodies check nothing, allocate nothing and keep no state.
 #pragma once
 
 #include "adakv/ops.h"
@@ -31,7 +31,8 @@ class Backend {
   virtual size_t workspace_bytes(const AttendArgs& args) const = 0;
 };
 
-/// The backend of a device type. Throws Error if it was not built, or finds no device (and says why).
+/// The backend of a device type. Throws Error if it was not built, or finds no device (and says
+/// why).
 Backend& backend(DeviceType type);
 
 /// The two backends; cuda_backend() is null in a build without CUDA.

@@ -11,8 +11,8 @@ void Checker::device(const char* name, const TensorView& view) {
     first_tensor_ = name;
     device_ = view.device;
   }
-  require(view.device == device_, name, " must be on ", device_name(device_), " like ", first_tensor_, ", got ",
-          device_name(view.device));
+  require(view.device == device_, name, " must be on ", device_name(device_), " like ",
+          first_tensor_, ", got ", device_name(view.device));
 }
 
 void Checker::shape(const char* name, const TensorView& view, const char* dims) {
@@ -37,13 +37,15 @@ void Checker::shape(const char* name, const TensorView& view, const char* dims) 
   }
   require(fits && i == view.rank, name, " must be [", wanted, "], got ", view.shape_string());
   require(view.rank == 0 || view.shape[view.rank - 1] <= 1 || view.stride[view.rank - 1] == 1, name,
-          " must be contiguous in its last dimension, got a stride of ", view.stride[view.rank - 1]);
+          " must be contiguous in its last dimension, got a stride of ",
+          view.stride[view.rank - 1]);
 }
 
 void Checker::tensor(const char* name, const TensorView& view, const char* dims, DType dtype) {
   require(static_cast<bool>(view), name, " is missing");
   device(name, view);
-  require(view.dtype == dtype, name, " must be ", dtype_name(dtype), ", got ", dtype_name(view.dtype));
+  require(view.dtype == dtype, name, " must be ", dtype_name(dtype), ", got ",
+          dtype_name(view.dtype));
   shape(name, view, dims);
 }
 
@@ -54,8 +56,8 @@ void Checker::floats(const char* name, const TensorView& view, const char* dims)
     first_float_ = name;
     float_dtype_ = view.dtype;
   }
-  require(view.dtype == float_dtype_, name, " must be ", dtype_name(float_dtype_), " like ", first_float_, ", got ",
-          dtype_name(view.dtype));
+  require(view.dtype == float_dtype_, name, " must be ", dtype_name(float_dtype_), " like ",
+          first_float_, ", got ", dtype_name(view.dtype));
   device(name, view);
   shape(name, view, dims);
 }
@@ -64,8 +66,8 @@ void Checker::workspace(const TensorView& view, size_t bytes) {
   if (bytes == 0) return;
   require(static_cast<bool>(view), "workspace is missing: ", bytes, " bytes are needed");
   device("workspace", view);
-  require(view.size() * dtype_size(view.dtype) >= bytes, "workspace must have ", bytes, " bytes, got ",
-          view.size() * dtype_size(view.dtype));
+  require(view.size() * dtype_size(view.dtype) >= bytes, "workspace must have ", bytes,
+          " bytes, got ", view.size() * dtype_size(view.dtype));
 }
 
 Checker::Dim* Checker::find(const std::string& name) {

@@ -1,4 +1,5 @@
-// Checks of a verb's tensors. Messages read "<verb>: <argument> must be [B, Hkv, T, D], got [2, 8, 512, 96]".
+// Checks of a verb's tensors. Messages read "<verb>: <argument> must be [B, Hkv, T, D], got [2, 8,
+// 512, 96]".
 #pragma once
 
 #include <string>
@@ -8,13 +9,14 @@
 
 namespace adakv {
 
-/// Checks the tensors of one call. Sizes are named when they are first met and must agree after that.
+/// Checks the tensors of one call. Sizes are named when they are first met and must agree after
+/// that.
 class Checker {
  public:
   explicit Checker(const char* verb) : verb_(verb) {}
 
-  /// A tensor that must be there, of the given names of dimensions ("B Hkv T D") and dtype. A name that was not met before is
-  /// bound to the size; a number is that number.
+  /// A tensor that must be there, of the given names of dimensions ("B Hkv T D") and dtype. A name
+  /// that was not met before is bound to the size; a number is that number.
   void tensor(const char* name, const TensorView& view, const char* dims, DType dtype);
 
   /// The same with one floating-point dtype for all tensors that are checked this way.

@@ -1,7 +1,9 @@
-// The front door: every verb checks its arguments here, once for both backends, and goes on to the backend of its tensors.
+// The front door: every verb checks its arguments here, once for both backends, and goes on to the
+// backend of its tensors.
 //
-// Values on a device can't be looked at without waiting for it, so only shapes, dtypes, devices and options are checked; the
-// CPU's small integer inputs (seq_lens, num_new) are checked too, as that costs nothing.
+// Values on a device can't be looked at without waiting for it, so only shapes, dtypes, devices and
+// options are checked; the CPU's small integer inputs (seq_lens, num_new) are checked too, as that
+// costs nothing.
 #include "adakv/ops.h"
 
 #include <cmath>
@@ -16,7 +18,8 @@ namespace {
 
 void check_head_dim(const Checker& check) {
   const int64_t d = check.size("D");
-  check.require(d >= 8 && d <= 256 && d % 8 == 0, "head dim D must be a multiple of 8, at most 256, got ", d);
+  check.require(d >= 8 && d <= 256 && d % 8 == 0,
+                "head dim D must be a multiple of 8, at most 256, got ", d);
 }
 
 // G = Hq / Hkv.
@@ -32,13 +35,15 @@ void check_counts(Checker& check, const char* name, const TensorView& counts, in
   if (!counts || counts.device.type != DeviceType::kCpu) return;
   for (int64_t b = 0; b < counts.shape[0]; ++b) {
     const int32_t count = counts.ptr<int32_t>()[b];
-    check.require(count >= 0 && count <= limit, name, " must lie in 0 .. ", limit, ", got ", count, " for sequence ", b);
+    check.require(count >= 0 && count <= limit, name, " must lie in 0 .. ", limit, ", got ", count,
+                  " for sequence ", b);
   }
 }
 
 void check_options(const Checker& check, float scale, float softcap) {
   check.require(std::isfinite(scale), "scale must be finite, got ", scale);
-  check.require(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or more, got ", softcap);
+  check.require(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or more, got ",
+                softcap);
 }
 
 void check_layer(Checker& check, const LayerView& layer) {
@@ -49,16 +54,19 @@ void check_layer(Checker& check, const LayerView& layer) {
   check.tensor("seen", layer.seen, "B", DType::kInt32);
   check.tensor("fresh_pages", layer.fresh_pages, "B Hkv F", DType::kInt32);
   const int64_t p = check.size("P"), d = check.size("D");
-  check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0, "page size P must be a power of two from 8 to 256, got ", p);
+  check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
+                "page size P must be a power of two from 8 to 256, got ", p);
   const int64_t* stride = layer.pages.stride;
-  check.require(check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),
-                "pages must be contiguous");
+  check.require(
+      check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),
+      "pages must be contiguous");
 }
 
 // Tokens that fit one append: KVCache::grow never hands out more.
 void check_new_tokens(const Checker& check) {
   const int64_t most = check.size("F") * check.size("P"), s = check.size("S");
-  check.require(s <= most, "at most F * P = ", most, " tokens can be appended in one piece, got S = ", s);
+  check.require(s <= most, "at most F * P = ", most,
+                " tokens can be appended in one piece, got S = ", s);
 }
 
 // Each verb's checks; then the backend that runs it.
@@ -85,9 +93,10 @@ Backend& checked(const ValueNormArgs& args) {
   check.floats("w_o", args.w_o, "E HqD");
   check_head_dim(check);
   const int64_t d = check.size("D"), hkv = check.size("Hkv"), columns = check.size("HqD");
-  check.require(hkv >= 1 && columns % (hkv * d) == 0 && columns / (hkv * d) >= 1 && columns / (hkv * d) <= 16,
-                "w_o must be [E, Hq * D] with Hq 1 to 16 times the kv heads, got ", args.w_o.shape_string(),
-                " for Hkv = ", hkv, " and D = ", d);
+  check.require(
+      hkv >= 1 && columns % (hkv * d) == 0 && columns / (hkv * d) >= 1 && columns / (hkv * d) <= 16,
+      "w_o must be [E, Hq * D] with Hq 1 to 16 times the kv heads, got ", args.w_o.shape_string(),
+      " for Hkv = ", hkv, " and D = ", d);
   check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
   check.tensor("norms", args.norms, "B Hkv T", DType::kFloat32);
   return backend(args.values.device.type);
@@ -98,7 +107,8 @@ Backend& checked(const AllocateArgs& args) {
   check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
   check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
   check.require(args.window >= 0, "window must not be negative, got ", args.window);
-  check.require(args.budget >= args.window, "budget must be at least the window, got budget = ", args.budget,
+  check.require(args.budget >= args.window,
+                "budget must be at least the window, got budget = ", args.budget,
                 " and window = ", args.window);
   check.require(args.floor >= 0 && args.floor <= 1, "floor must lie in 0 .. 1, got ", args.floor);
   check.tensor("budgets", args.budgets, "B Hkv", DType::kInt32);
@@ -117,7 +127,8 @@ Backend& checked(const SelectArgs& args) {
   check.tensor("positions", args.positions, "K", DType::kInt32);
   check.tensor("indptr", args.indptr, "R+1", DType::kInt32);
   const int64_t rows = check.size("B") * check.size("Hkv");
-  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ", check.size("R+1"));
+  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ",
+                check.size("R+1"));
   return backend(args.scores.device.type);
 }
 
@@ -129,12 +140,13 @@ Backend& checked(const CompactArgs& args) {
   check.tensor("positions", args.positions, "K", DType::kInt32);
   check.tensor("indptr", args.indptr, "R+1", DType::kInt32);
   const int64_t rows = check.size("B") * check.size("Hkv");
-  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ", check.size("R+1"));
+  check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ",
+                check.size("R+1"));
   check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
   check.tensor("page_ids", args.page_ids, "Q", DType::kInt32);
   check.tensor("page_indptr", args.page_indptr, "B+1", DType::kInt32);
-  check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ", check.size("B") + 1,
-                " elements, got ", check.size("B+1"));
+  check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ",
+                check.size("B") + 1, " elements, got ", check.size("B+1"));
   check_layer(check, args.layer);
   return backend(args.keys.device.type);
 }
@@ -157,12 +169,14 @@ Backend& checked(const PlanArgs& args) {
   check.tensor("fresh_pages", args.fresh_pages, "L B Hkv F", DType::kInt32);
   check.require(args.new_tokens >= 0, "new_tokens must not be negative, got ", args.new_tokens);
   check_counts(check, "num_new", args.num_new, args.new_tokens);
-  check.require(args.page_size >= 8 && args.page_size <= 256 && (args.page_size & (args.page_size - 1)) == 0,
-                "page_size must be a power of two from 8 to 256, got ", args.page_size);
+  check.require(
+      args.page_size >= 8 && args.page_size <= 256 && (args.page_size & (args.page_size - 1)) == 0,
+      "page_size must be a power of two from 8 to 256, got ", args.page_size);
   check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
   check.tensor("schedule", args.schedule, "L X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
-  check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ", args.schedule.shape_string());
+  check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ",
+                args.schedule.shape_string());
   return backend(args.lengths.device.type);
 }
 
@@ -175,7 +189,8 @@ Backend& checked(const AttendArgs& args) {
   check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
   check.tensor("schedule", args.schedule, "X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
-  check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ", args.schedule.shape_string());
+  check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ",
+                args.schedule.shape_string());
   check.require(static_cast<bool>(args.keys) == static_cast<bool>(args.values),
                 "keys and values must be given together");
   if (args.keys) {
@@ -201,32 +216,66 @@ void run(const char* verb, void (Backend::*body)(const Args&), const Args& args)
 
 }  // namespace
 
-void score(const ScoreArgs& args) { run("score", &Backend::score, args); }
-void value_norm(const ValueNormArgs& args) { run("value_norm", &Backend::value_norm, args); }
-void allocate(const AllocateArgs& args) { run("allocate", &Backend::allocate, args); }
-void select(const SelectArgs& args) { run("select", &Backend::select, args); }
-void compact(const CompactArgs& args) { run("compact", &Backend::compact, args); }
-void append(const AppendArgs& args) { checked(args).append(args); }
-void plan(const PlanArgs& args) { checked(args).plan(args); }
-void attend(const AttendArgs& args) { run("attend", &Backend::attend, args); }
+void score(const ScoreArgs& args) {
+  run("score", &Backend::score, args);
+}
+void value_norm(const ValueNormArgs& args) {
+  run("value_norm", &Backend::value_norm, args);
+}
+void allocate(const AllocateArgs& args) {
+  run("allocate", &Backend::allocate, args);
+}
+void select(const SelectArgs& args) {
+  run("select", &Backend::select, args);
+}
+void compact(const CompactArgs& args) {
+  run("compact", &Backend::compact, args);
+}
+void append(const AppendArgs& args) {
+  checked(args).append(args);
+}
+void plan(const PlanArgs& args) {
+  checked(args).plan(args);
+}
+void attend(const AttendArgs& args) {
+  run("attend", &Backend::attend, args);
+}
 
-size_t workspace_bytes(const ScoreArgs& args) { return checked(args).workspace_bytes(args); }
-size_t workspace_bytes(const ValueNormArgs& args) { return checked(args).workspace_bytes(args); }
-size_t workspace_bytes(const AllocateArgs& args) { return checked(args).workspace_bytes(args); }
-size_t workspace_bytes(const SelectArgs& args) { return checked(args).workspace_bytes(args); }
-size_t workspace_bytes(const CompactArgs& args) { return checked(args).workspace_bytes(args); }
-size_t workspace_bytes(const AttendArgs& args) { return checked(args).workspace_bytes(args); }
+size_t workspace_bytes(const ScoreArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const ValueNormArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const AllocateArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const SelectArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const CompactArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const AttendArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
 
 int64_t schedule_size(int64_t num_rows, int num_workers) {
   return static_cast<int64_t>(num_workers) * schedule::kWorkerInts + num_rows * schedule::kRowInts;
 }
 
-int default_num_workers(Device device) { return backend(device.type).default_num_workers(device); }
+int default_num_workers(Device device) {
+  return backend(device.type).default_num_workers(device);
+}
 
-Memory& device_memory(Device device) { return backend(device.type).memory(device); }
+Memory& device_memory(Device device) {
+  return backend(device.type).memory(device);
+}
 
 #ifndef ADAKV_HAS_CUDA
-Backend* cuda_backend() { return nullptr; }
+Backend* cuda_backend() {
+  return nullptr;
+}
 
 bool cuda_available(std::string* reason) {
   if (reason) *reason = "adakv was built without CUDA";

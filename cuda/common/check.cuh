@@ -5,13 +5,14 @@
 
 #include "adakv/error.h"
 
-/// Throws adakv::Error, naming the verb, if a runtime call failed. After a launch: ADAKV_CUDA_CHECK("score", cudaGetLastError()).
-#define ADAKV_CUDA_CHECK(verb, call)                                                                         \
-  do {                                                                                                       \
-    const cudaError_t adakv_status = (call);                                                                 \
-    if (adakv_status != cudaSuccess) {                                                                       \
-      throw ::adakv::Error(::adakv::detail::concat(verb, ": ", cudaGetErrorString(adakv_status)));           \
-    }                                                                                                        \
+/// Throws adakv::Error, naming the verb, if a runtime call failed. After a launch:
+/// ADAKV_CUDA_CHECK("score", cudaGetLastError()).
+#define ADAKV_CUDA_CHECK(verb, call)                                                               \
+  do {                                                                                             \
+    const cudaError_t adakv_status = (call);                                                       \
+    if (adakv_status != cudaSuccess) {                                                             \
+      throw ::adakv::Error(::adakv::detail::concat(verb, ": ", cudaGetErrorString(adakv_status))); \
+    }                                                                                              \
   } while (0)
 
 /// Checked in debug builds only.

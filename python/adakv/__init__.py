@@ -1,7 +1,7 @@
 """adakv: head-wise KV-cache eviction with real memory and real speed.
 
-``adakv.ops`` holds the eight verbs, ``adakv.cache`` the cache memory, ``adakv.policy`` what to keep, and ``adakv.attach`` and
-``adakv.Cache`` put it all under a Hugging Face model.
+``adakv.ops`` holds the eight verbs, ``adakv.cache`` the cache memory, ``adakv.policy`` what to
+keep, and ``adakv.attach`` and ``adakv.Cache`` put it all under a Hugging Face model.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 The life of a sequence::
 
-    page_ids, page_indptr = cache.begin(layer, totals, prompt_lens)     # prefill, for each layer
+    # prefill, for each layer
+    page_ids, page_indptr = cache.begin(layer, totals, prompt_lens)
     ops.compact(keys, values, kept, cache.layer(layer), page_ids, page_indptr)
 
-    columns = cache.grow(num_new, columns)                              # decode: once for all layers
+    # decode: once for all layers, then for each layer
+    columns = cache.grow(num_new, columns)
     schedule = ops.plan(*cache.plan_inputs, new_tokens=columns)
     out, lse = ops.attend(queries, cache.layer(layer), schedule[layer], keys=keys, values=values)
 
@@ -26,7 +28,8 @@ from adakv.ops import Layer
 class KVCache:
     """Pages for the entries that are kept, for a batch of sequences over all layers.
 
-    All memory is taken at once; on the CPU, pages that were never used cost nothing. Tensors that it hands out keep it alive.
+    All memory is taken at once; on the CPU, pages that were never used cost nothing. Tensors that
+    it hands out keep it alive.
 
     Parameters
     ----------
@@ -99,7 +102,8 @@ class KVCache:
 
     @property
     def plan_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Lengths, block table and fresh pages of all layers, as :func:`adakv.ops.plan` takes them."""
+        """Lengths, block table and fresh pages of all layers, as :func:`adakv.ops.plan` takes
+        them."""
         return self.all_layers.lengths, self.all_layers.block_table, self.all_layers.fresh_pages
 
     def begin(
@@ -128,7 +132,9 @@ class KVCache:
             If a sequence holds entries in this layer already. Nothing changes.
         """
         page_ids, page_indptr = self._cache.begin(layer, first_sequence, totals, longest)
-        both = torch.tensor(page_indptr + page_ids, dtype=torch.int32).to(self.device, non_blocking=True)
+        both = torch.tensor(page_indptr + page_ids, dtype=torch.int32).to(
+            self.device, non_blocking=True
+        )
         return both[len(page_indptr) :], both[: len(page_indptr)]
 
     def grow(self, num_new: Sequence[int], columns: int) -> int:
@@ -137,19 +143,22 @@ class KVCache:
         Parameters
         ----------
         num_new : ints
-            Tokens that come for each sequence: the last ``num_new[b]`` of ``columns`` (right-aligned).
+            Tokens that come for each sequence: the last ``num_new[b]`` of ``columns``
+            (right-aligned).
         columns : int
             Width of the batch of new tokens.
 
         Returns
         -------
         now : int
-            How many columns, from the left, may be appended now. Append them in every layer, then call again for the rest.
+            How many columns, from the left, may be appended now. Append them in every layer, then
+            call again for the rest.
 
         Raises
         ------
         adakv.Error
-            If there are too few free pages for all of the tokens; names how many are needed and free. Nothing changes.
+            If there are too few free pages for all of the tokens; names how many are needed and
+            free. Nothing changes.
         """
         return int(self._cache.grow(num_new, columns))
 
@@ -158,7 +167,8 @@ class KVCache:
         return int(self._cache.pages_to_grow(num_new))
 
     def pages_needed(self, total: int) -> int:
-        """Pages that a (sequence, layer) takes for ``total`` entries, however they are spread over its rows."""
+        """Pages that a (sequence, layer) takes for ``total`` entries, however they are spread over
+        its rows."""
         return int(self._cache.pages_needed(total))
 
     def remove(self, sequence: int) -> None:

@@ -13,7 +13,8 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The caller passed something wrong. The message names the argument, what was expected and what came.
+/// The caller passed something wrong. The message names the argument, what was expected and what
+/// came.
 class InvalidArgument : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
@@ -31,10 +32,11 @@ std::string concat(const Parts&... parts) {
 }  // namespace detail
 }  // namespace adakv
 
-/// Throws InvalidArgument unless `condition` holds; the other arguments are joined into the message.
-#define ADAKV_CHECK(condition, ...)                                             \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      throw ::adakv::InvalidArgument(::adakv::detail::concat(__VA_ARGS__));     \
-    }                                                                           \
+/// Throws InvalidArgument unless `condition` holds; the other arguments are joined into the
+/// message.
+#define ADAKV_CHECK(condition, ...)                                         \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      throw ::adakv::InvalidArgument(::adakv::detail::concat(__VA_ARGS__)); \
+    }                                                                       \
   } while (0)

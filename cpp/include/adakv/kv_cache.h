@@ -1,17 +1,20 @@
-// The memory of a compressed KV cache: who owns which page, and the tensors that the verbs of ops.h work on.
+// The memory of a compressed KV cache: who owns which page, and the tensors that the verbs of ops.h
+// work on.
 //
 // A KVCache holds, counts and hands out; it computes nothing. The life of a sequence:
 //
-//   for each layer:  pages = cache.begin(layer, sequence, ...)         host: takes pages for what was kept of the prompt
-//                    compact(..., cache.layer(layer), pages)           device: deals them to the rows and fills them
-//   for each step:   cache.grow({1, 1, ...})                           host: refills the fresh pages, all layers at once
-//                    for each layer: append(...), attend(...)          device
-//   at the end:      cache.remove(sequence)                            host: every page goes back
+//   for each layer:  pages = cache.begin(layer, sequence, ...)   host: takes pages for the kept
+//                    compact(..., cache.layer(layer), pages)     device: deals and fills them
+//   for each step:   cache.grow({1, 1, ...})                     host: fresh pages, all layers
+//                    for each layer: append(...), attend(...)    device
+//   at the end:      cache.remove(sequence)                      host: every page goes back
 //
 // The host never asks the device how long a row is, because two facts suffice.
-//  1. A (sequence, layer) that keeps K entries over Hkv rows fills at most K / P + Hkv pages, however they are spread.
-//  2. In P appends every row starts exactly one new page, wherever it stood before. So each row has one fresh page in reserve,
-//     and all rows of a sequence are given the next one after every P tokens.
+//  1. A (sequence, layer) that keeps K entries over Hkv rows fills at most K / P + Hkv pages,
+//     however they are spread.
+//  2. In P appends every row starts exactly one new page, wherever it stood before. So each row
+//     has one fresh page in reserve, and all rows of a sequence are given the next one after
+//     every P tokens.
 #pragma once
 
 #include <cstdint>
@@ -27,23 +30,30 @@ struct CacheConfig {
   int32_t num_layers = 0;
   int32_t num_sequences = 0;  // most sequences at a time
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;      // a multiple of 8, at most 256
-  int32_t page_size = 16;    // entries of a page: a power of two, 8 to 256
-  int32_t num_pages = 0;     // pages of the pool, over all layers
+  int32_t head_dim = 0;       // a multiple of 8, at most 256
+  int32_t page_size = 16;     // entries of a page: a power of two, 8 to 256
+  int32_t num_pages = 0;      // pages of the pool, over all layers
   int32_t max_row_pages = 0;  // most pages of one row: columns of the block table
   DType dtype = DType::kBFloat16;
   Device device = {};
 };
 
-/// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most pages of a row, P page size.
+/// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most
+/// pages of a row, P page size.
 struct LayerView {
-  TensorView pages;           // [N, 2, P, D]      keys, then values, of one row each; shared by all layers
-  TensorView page_positions;  // [N, P]     int32  where the entry of each slot stood in its sequence; shared by all layers
-  TensorView block_table;     // [B, Hkv, M] int32 pages of each row in slot order; -1 behind the last
-  TensorView lengths;         // [B, Hkv]   int32  entries that each row holds
-  TensorView seen;            // [B]        int32  tokens that went by, kept or not: the position of the next one
-  TensorView fresh_pages;     // [B, Hkv, F] int32 pages for rows that outgrow their last one: the k-th new page of a row
-                              //                   within one append is fresh_pages[b, h, k]
+  /// [N, 2, P, D]  keys, then values, of one row each; shared by all layers
+  TensorView pages;
+  /// [N, P] int32  where the entry of each slot stood in its sequence; shared by all layers
+  TensorView page_positions;
+  /// [B, Hkv, M] int32  pages of each row in slot order; -1 behind the last
+  TensorView block_table;
+  /// [B, Hkv] int32  entries that each row holds
+  TensorView lengths;
+  /// [B] int32  tokens that went by, kept or not: the position of the next one
+  TensorView seen;
+  /// [B, Hkv, F] int32  pages for rows that outgrow their last one: the k-th new page of a row
+  /// within one append is fresh_pages[b, h, k]
+  TensorView fresh_pages;
 };
 
 /// Pages of several sequences: those of sequence i are ids[indptr[i] .. indptr[i + 1]).
@@ -57,8 +67,8 @@ class KVCache {
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
   static constexpr int32_t kFreshColumns = 32;
 
-  /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config that makes no sense and
-  /// Error if the memory can't be had.
+  /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config
+  /// that makes no sense and Error if the memory can't be had.
   KVCache(const CacheConfig& config, Memory& memory);
   ~KVCache();
   KVCache(const KVCache&) = delete;
@@ -73,23 +83,30 @@ class KVCache {
   /// The tensors of layer `layer`, all sequences.
   LayerView layer(int32_t layer) const;
 
-  /// The same tensors with all layers in front, as plan() takes them: lengths [L, B, Hkv], block_table [L, B, Hkv, M], ...
+  /// The same tensors with all layers in front, as plan() takes them: lengths [L, B, Hkv],
+  /// block_table [L, B, Hkv, M], ...
   const LayerView& all_layers() const { return all_layers_; }
 
-  /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones included.
+  /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones
+  /// included.
   int64_t pages_needed(int64_t num_kept) const;
 
-  /// Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer, to be passed to compact().
-  /// Sequence i keeps at most num_kept[i] entries over all its rows, and at most longest_row[i] in one of them. Throws Error if
-  /// too few pages are free (the message says how many are needed and free) or a row might outgrow max_row_pages, and
-  /// InvalidArgument if a sequence holds entries in this layer already. Then nothing changes.
-  PageList begin(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept,
+  /// Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer, to
+  /// be passed to compact(). Sequence i keeps at most num_kept[i] entries over all its rows, and at
+  /// most longest_row[i] in one of them. Throws Error if too few pages are free (the message says
+  /// how many are needed and free) or a row might outgrow max_row_pages, and InvalidArgument if a
+  /// sequence holds entries in this layer already. Then nothing changes.
+  PageList begin(int32_t layer,
+                 int32_t first_sequence,
+                 const std::vector<int64_t>& num_kept,
                  const std::vector<int64_t>& longest_row);
 
-  /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of which the last num_new[b] are
-  /// tokens of sequence b (right-aligned). Returns how many columns, from the left, may be appended now: append those in every
-  /// layer, then call again for the rest. Throws Error if there are too few free pages for all the columns or a row might
-  /// outgrow max_row_pages, and InvalidArgument for a sequence that no begin() was called for; then nothing changes.
+  /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of
+  /// which the last num_new[b] are tokens of sequence b (right-aligned). Returns how many columns,
+  /// from the left, may be appended now: append those in every layer, then call again for the rest.
+  /// Throws Error if there are too few free pages for all the columns or a row might outgrow
+  /// max_row_pages, and InvalidArgument for a sequence that no begin() was called for; then nothing
+  /// changes.
   int32_t grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream = nullptr);
 
   /// Pages that have to be free for appending num_new[b] tokens to each sequence b.
@@ -117,7 +134,7 @@ class KVCache {
   Memory& memory_;
   PagePool pool_;
   std::vector<Sequence> sequences_;
-  void* data_ = nullptr;   // the one allocation that all tensors lie in
+  void* data_ = nullptr;  // the one allocation that all tensors lie in
   LayerView all_layers_;  // fresh_pages lies as [B, L, Hkv, F], so that a sequence's are one copy
 };
 

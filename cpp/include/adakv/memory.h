@@ -1,4 +1,5 @@
-// Where a cache gets its memory from. Implement Memory to let a KVCache live in memory that your runtime owns.
+// Where a cache gets its memory from. Implement Memory to let a KVCache live in memory that your
+// runtime owns.
 #pragma once
 
 #include <cstddef>
@@ -14,25 +15,34 @@ class Memory {
 
   virtual Device device() const = 0;
 
-  /// `bytes` of uninitialised memory. Throws Error if there is none. Memory that is never touched should cost nothing where
-  /// the device can do that (the CPU backend's does).
+  /// `bytes` of uninitialised memory. Throws Error if there is none. Memory that is never touched
+  /// should cost nothing where the device can do that (the CPU backend's does).
   virtual void* allocate(size_t bytes) = 0;
 
   /// Gives back what allocate() returned.
   virtual void free(void* data) = 0;
 
-  /// Copies from host memory to this device, in stream order. `host` may be reused as soon as this returns.
+  /// Copies from host memory to this device, in stream order. `host` may be reused as soon as this
+  /// returns.
   virtual void copy_from_host(void* data, const void* host, size_t bytes, Stream stream) = 0;
 
-  /// Copies `rows` rows of `row_bytes`, each `pitch_bytes` after the one before on the device, packed on the host.
-  virtual void copy_rows_from_host(void* data, size_t pitch_bytes, const void* host, size_t row_bytes, size_t rows,
+  /// Copies `rows` rows of `row_bytes`, each `pitch_bytes` after the one before on the device,
+  /// packed on the host.
+  virtual void copy_rows_from_host(void* data,
+                                   size_t pitch_bytes,
+                                   const void* host,
+                                   size_t row_bytes,
+                                   size_t rows,
                                    Stream stream) = 0;
 
-  /// Sets every byte of `rows` rows of `row_bytes`, `pitch_bytes` apart, to `value`, in stream order.
-  virtual void fill_rows(void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream stream) = 0;
+  /// Sets every byte of `rows` rows of `row_bytes`, `pitch_bytes` apart, to `value`, in stream
+  /// order.
+  virtual void fill_rows(
+      void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream stream) = 0;
 };
 
-/// The memory of a device, from the backend that is built in. Throws Error if that backend is missing or has no device.
+/// The memory of a device, from the backend that is built in. Throws Error if that backend is
+/// missing or has no device.
 Memory& device_memory(Device device);
 
 }  // namespace adakv

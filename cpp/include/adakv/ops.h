@@ -1,16 +1,20 @@
 // The eight verbs.
 //
-//   prefill:  score, value_norm -> allocate -> select -> compact        decode:  plan, append -> attend
+//   prefill:  score, value_norm -> allocate -> select -> compact
+//   decode:   plan, append -> attend
 //
-// Each verb is one struct and one function. A struct lists inputs, options, outputs, then scratch memory and the stream. The
-// function checks its arguments (InvalidArgument names the argument, what was expected and what came), then runs the backend of
-// the tensors' device. No verb allocates device memory, waits for the device or copies to the host; on CUDA all eight can be
-// recorded in a graph. All tensors of a call live on one device. Floating-point tensors of a call have one dtype unless said.
+// Each verb is one struct and one function. A struct lists inputs, options, outputs, then scratch
+// memory and the stream. The function checks its arguments (InvalidArgument names the argument,
+// what was expected and what came), then runs the backend of the tensors' device. No verb allocates
+// device memory, waits for the device or copies to the host; on CUDA all eight can be recorded in a
+// graph. All tensors of a call live on one device. Floating-point tensors of a call have one dtype
+// unless said.
 //
-// Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads, Hkv kv heads, G = Hq / Hkv,
-// D head dim (a multiple of 8, at most 256), E model width, P page size, N pages in the pool, M most pages of a row,
-// F fresh pages of a row, K kept entries of the whole batch, L layers.
-// A row is one (sequence, kv head) pair. The last dimension of every tensor is contiguous; other strides are free.
+// Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads,
+// Hkv kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page
+// size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
+// whole batch, L layers. A row is one (sequence, kv head) pair. The last dimension of every tensor
+// is contiguous; other strides are free.
 #pragma once
 
 #include <cstddef>
@@ -26,18 +30,20 @@ enum class Order : uint8_t { kGroupFirst, kPoolFirst };
 enum class Safeguard : uint8_t { kBlend, kHardFloor, kOfficialRound, kNone };
 enum class Norm : uint8_t { kL1, kL2Gram };
 
-/// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469; the base of Ada-KV and
-/// CriticalKV).
-///   z[q,w,t]      = softcap * tanh(queries[q,w] . keys[q / G, t] * scale / softcap)        (without softcap: the bare product)
-///   p[q,w,:]      = softmax over t of z[q,w,:], causal, the window itself and the head's sink logit included
-///   scores[h,t]   = pool over t ( group_reduce over the q heads of h ( window_reduce over w ( p[q,w,t] ) ) )
-/// All in float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - W; average pooling counts it as zero.
+/// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469;
+/// the base of Ada-KV and CriticalKV).
+///   z[q,w,t]    = softcap * tanh(queries[q,w] . keys[q / G, t] * scale / softcap)
+///                 (without softcap: the bare product)
+///   p[q,w,:]    = softmax over t of z[q,w,:], causal, the window and the head's sink included
+///   scores[h,t] = pool over t ( group_reduce over q of h ( window_reduce over w ( p[q,w,t] ) ) )
+/// All in float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - W;
+/// average pooling counts it as zero.
 struct ScoreArgs {
-  TensorView queries;      // [B, Hq, W, D]   queries of the last W positions of each sequence, after RoPE
+  TensorView queries;      // [B, Hq, W, D]   of the last W positions of each sequence, after RoPE
   TensorView keys;         // [B, Hkv, T, D]  prompt keys, after RoPE
   TensorView seq_lens;     // [B] int32       prompt lengths, 0 .. T; not given: all T
-  TensorView sink_logits;  // [Hq] float32    optional: a logit that joins each softmax and attends to nothing
-  TensorView lse;          // [B, Hq, W] float32  optional: log-sum-exp of z (natural log), if the attention handed it over
+  TensorView sink_logits;  // [Hq] float32    optional: joins each softmax, attends to nothing
+  TensorView lse;          // [B, Hq, W] float32  optional: natural log-sum-exp of z, sink included
   float scale = 0.f;       // 0: 1 / sqrt(D)
   float softcap = 0.f;     // 0: none
   Reduce window_reduce = Reduce::kMean;
@@ -52,8 +58,9 @@ struct ScoreArgs {
 void score(const ScoreArgs& args);
 
 /// How much an entry can move the layer's output (CriticalKV, arXiv 2502.03805).
-///   kL1:      norms[h,t] = mean over the q heads q of h of || values[h,t] Wo[q] ||_1,   Wo[q] = w_o[:, q*D : (q+1)*D]^T
-///   kL2Gram:  norms[h,t] = sqrt(v G_h v^T),  G_h = mean over q of Wo[q] Wo[q]^T; about 32 times cheaper
+///   kL1:      norms[h,t] = mean over the q heads q of h of || values[h,t] Wo[q] ||_1,
+///             Wo[q] = w_o[:, q*D : (q+1)*D]^T
+///   kL2Gram:  norms[h,t] = sqrt(v G_h v^T),  G_h = mean over q of Wo[q] Wo[q]^T; far cheaper
 struct ValueNormArgs {
   TensorView values;    // [B, Hkv, T, D]
   TensorView w_o;       // [E, Hq * D]   weight of the output projection as torch stores it
@@ -65,14 +72,17 @@ struct ValueNormArgs {
 };
 void value_norm(const ValueNormArgs& args);
 
-/// How many entries each kv head may keep, from one top-k over all heads of the layer (Ada-KV, arXiv 2407.11550, Algorithms 1
-/// and 2). Candidates are the positions 0 .. n-1, n = seq_len - window; b = budget - window of them are kept in a head on average.
+/// How many entries each kv head may keep, from one top-k over all heads of the layer (Ada-KV,
+/// arXiv 2407.11550, Algorithms 1 and 2). Candidates are the positions 0 .. n-1, n = seq_len -
+/// window; b = budget - window of them are kept in a head on average.
 ///   f[h] = how many of the Hkv * b highest scores lie in head h
-///   kBlend:          (1 - floor) * f[h] + floor * b, rounded by largest remainder; sums to exactly Hkv * b
-///   kHardFloor:      every head first takes its own top int(floor * b), then the layer-wide top-k fills up
-///   kOfficialRound:  round_half_even((1 - floor) * f[h] + int(floor * b)), as the authors' code; the sum drifts
+///   kBlend:          (1 - floor) * f[h] + floor * b by largest remainder; sums to Hkv * b exactly
+///   kHardFloor:      every head takes its own top int(floor * b), then the layer-wide top-k
+///   kOfficialRound:  round_half_even((1 - floor) * f[h] + int(floor * b)), as the authors' code;
+///                    the sum drifts
 ///   kNone:           f[h]
-/// Equal scores: lower position first, then lower head. NaN counts as -inf and ranks last. Sequences with n <= b keep everything.
+/// Equal scores: lower position first, then lower head. NaN counts as -inf and ranks last.
+/// Sequences with n <= b keep everything.
 struct AllocateArgs {
   TensorView scores;    // [B, Hkv, T] float32
   TensorView seq_lens;  // [B] int32   not given: all T
@@ -86,10 +96,11 @@ struct AllocateArgs {
 };
 void allocate(const AllocateArgs& args);
 
-/// Which positions each row keeps: the window, and the best candidates by score; ascending within a row.
-/// With norms, in two stages (CriticalKV, arXiv 2502.03805, Algorithm 1): of the budgets - window candidates of a row, the first
-/// int(first * count) by score and the rest by (score + eps) * norm. A score of +inf pins an entry in both stages.
-/// Equal values: lower position first. NaN ranks last. Budgets are clamped to what the row has: min(window, seq_len) .. seq_len.
+/// Which positions each row keeps: the window, and the best candidates by score; ascending within a
+/// row. With norms, in two stages (CriticalKV, arXiv 2502.03805, Algorithm 1): of the budgets -
+/// window candidates of a row, the first int(first * count) by score and the rest by (score + eps)
+/// * norm. A score of +inf pins an entry in both stages. Equal values: lower position first. NaN
+/// ranks last. Budgets are clamped to what the row has: min(window, seq_len) .. seq_len.
 struct SelectArgs {
   TensorView scores;    // [B, Hkv, T] float32
   TensorView budgets;   // [B, Hkv] int32, window included
@@ -99,31 +110,33 @@ struct SelectArgs {
   double first = 0.5;  // share of a row's candidates taken in stage one; 0 .. 1
   float eps = 1e-4f;
   TensorView positions;  // [K] int32, out; K at least the sum of the clamped budgets; -1 behind it
-  TensorView indptr;     // [B * Hkv + 1] int32, out: row r keeps positions[indptr[r] .. indptr[r + 1])
+  TensorView indptr;  // [B * Hkv + 1] int32, out: row r keeps positions[indptr[r] .. indptr[r + 1])
   TensorView workspace;  // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;
 };
 void select(const SelectArgs& args);
 
-/// Moves the kept entries of a prompt into pages. The pages of a sequence (in the order KVCache::begin gave them) are dealt to
-/// its rows: first ceil(length / P) to each row in turn, then one fresh page to each.
+/// Moves the kept entries of a prompt into pages. The pages of a sequence (in the order
+/// KVCache::begin gave them) are dealt to its rows: first ceil(length / P) to each row in turn,
+/// then one fresh page to each.
 ///   row (b, h), slot i  <-  keys, values of position positions[indptr[b * Hkv + h] + i]
 struct CompactArgs {
-  TensorView keys;          // [B, Hkv, T, D]
-  TensorView values;        // [B, Hkv, T, D]
-  TensorView positions;     // [K] int32
-  TensorView indptr;        // [B * Hkv + 1] int32
-  TensorView seq_lens;      // [B] int32   not given: all T
-  TensorView page_ids;      // [Q] int32   pages of sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
-  TensorView page_indptr;   // [B + 1] int32
-  LayerView layer;          // of the same B sequences; out: pages, page_positions, block_table, lengths, seen = seq_lens, fresh_pages
-  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  TensorView keys;         // [B, Hkv, T, D]
+  TensorView values;       // [B, Hkv, T, D]
+  TensorView positions;    // [K] int32
+  TensorView indptr;       // [B * Hkv + 1] int32
+  TensorView seq_lens;     // [B] int32   not given: all T
+  TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
+  TensorView page_indptr;  // [B + 1] int32
+  LayerView layer;         // of the same B sequences, out: everything in it; seen = seq_lens
+  TensorView workspace;    // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;
 };
 void compact(const CompactArgs& args);
 
-/// Adds S new tokens of each sequence to all of its rows. The caller has made room with KVCache::grow.
-/// Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left padding is never stored).
+/// Adds S new tokens of each sequence to all of its rows. The caller has made room with
+/// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
+/// padding is never stored).
 struct AppendArgs {
   TensorView keys;     // [B, Hkv, S, D]  after RoPE
   TensorView values;   // [B, Hkv, S, D]
@@ -133,9 +146,10 @@ struct AppendArgs {
 };
 void append(const AppendArgs& args);
 
-/// Shares the pages of all rows out to workers, so that each has the same work although rows differ in length. One call serves
-/// all layers of a step: the schedule of layer l is schedule[l]. It is made before append and valid for the one step.
-/// The format is in cpp/ops/schedule.h; both backends write the same integers.
+/// Shares the pages of all rows out to workers, so that each has the same work although rows differ
+/// in length. One call serves all layers of a step: the schedule of layer l is schedule[l]. It is
+/// made before append and valid for the one step. The format is in cpp/ops/schedule.h; both
+/// backends write the same integers.
 struct PlanArgs {
   TensorView lengths;      // [L, B, Hkv] int32      before this step's append
   TensorView block_table;  // [L, B, Hkv, M] int32
@@ -152,18 +166,21 @@ void plan(const PlanArgs& args);
 /// int32 elements of one layer's schedule.
 int64_t schedule_size(int64_t num_rows, int num_workers);
 
-/// Workers that a device keeps busy: its multiprocessors, or a fixed number on the CPU (results do not depend on threads).
+/// Workers that a device keeps busy: its multiprocessors, or a fixed number on the CPU (results do
+/// not depend on threads).
 int default_num_workers(Device device);
 
-/// Attention of S new queries over what each row holds. The newest S entries of a row are those of the S columns, so that
+/// Attention of S new queries over what each row holds. The newest S entries of a row are those of
+/// the S columns, so that
 ///   query s of sequence b sees slots 0 .. lengths[b,h] - S + s
-///   z = softcap * tanh(q . k * scale / softcap);   out = sum of softmax(z, with the head's sink logit) * v
+///   z = softcap * tanh(q . k * scale / softcap)
+///   out = sum of softmax(z, with the head's sink logit) * v
 /// With keys and values given, they are appended first, in the same launch (see append).
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 struct AttendArgs {
   TensorView queries;      // [B, Hq, S, D]
   LayerView layer;         // in; in and out if keys are given
-  TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, this layer's part of plan's result
+  TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, of this layer
   TensorView keys;         // [B, Hkv, S, D]  optional: the new tokens' keys
   TensorView values;       // [B, Hkv, S, D]  optional: the new tokens' values
   TensorView num_new;      // [B] int32, 0 .. S; not given: all S
@@ -178,7 +195,8 @@ struct AttendArgs {
 };
 void attend(const AttendArgs& args);
 
-/// Bytes of scratch memory that a call needs, from shapes and options only. Checks the arguments, but for the workspace itself.
+/// Bytes of scratch memory that a call needs, from shapes and options only. Checks the arguments,
+/// but for the workspace itself.
 size_t workspace_bytes(const ScoreArgs& args);
 size_t workspace_bytes(const ValueNormArgs& args);
 size_t workspace_bytes(const AllocateArgs& args);
@@ -189,7 +207,8 @@ size_t workspace_bytes(const AttendArgs& args);
 /// Threads that the CPU backend may use, this call's thread included. Results do not depend on it.
 void set_num_threads(int num_threads);
 
-/// True if the CUDA backend is built in and finds a device; otherwise `reason` (if given) says why not.
+/// True if the CUDA backend is built in and finds a device; otherwise `reason` (if given) says why
+/// not.
 bool cuda_available(std::string* reason = nullptr);
 
 }  // namespace adakv

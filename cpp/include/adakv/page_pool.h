@@ -6,7 +6,8 @@
 
 namespace adakv {
 
-/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken; low ids are handed out first.
+/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken; low ids are
+/// handed out first.
 class PagePool {
  public:
   explicit PagePool(int32_t num_pages);
@@ -21,7 +22,8 @@ class PagePool {
   /// Appends `count` page ids to `pages`. Throws Error, and takes nothing, if fewer are free.
   void take(int64_t count, std::vector<int32_t>& pages);
 
-  /// Makes pages free again. Throws InvalidArgument, and frees nothing, for a page that is not taken.
+  /// Makes pages free again. Throws InvalidArgument, and frees nothing, for a page that is not
+  /// taken.
   void give_back(const std::vector<int32_t>& pages);
 
  private:

@@ -1,6 +1,7 @@
 // The types that every other header speaks in: element types, devices and views of tensors.
 //
-// A TensorView owns nothing. It is a pointer, a shape and strides (in elements), as any framework can give them.
+// A TensorView owns nothing. It is a pointer, a shape and strides (in elements), as any framework
+// can give them.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,9 @@
+// Everything that adakv offers to C++.
+#pragma once
+
+#include "adakv/error.h"
+#include "adakv/kv_cache.h"
+#include "adakv/memory.h"
+#include "adakv/ops.h"
+#include "adakv/page_pool.h"
+#include "adakv/types.h"
