@@ -70,7 +70,7 @@ def score(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """SnapKV, arXiv 2404.14469: ``pool_t(group_reduce_q(window_reduce_w(softmax_t(z))))``."""
-    batch, num_heads, window, _ = queries.shape
+    batch, _, window, _ = queries.shape
     _, num_kv_heads, length, _ = keys.shape
     scores = torch.full((batch, num_kv_heads, length), -INF, dtype=dtype)
     for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):

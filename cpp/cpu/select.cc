@@ -23,7 +23,7 @@ struct Threshold {
   int32_t last_tie = -1;
 
   bool takes(uint32_t k, int32_t position) const {
-    return k > key || (k == key && position <= last_tie);
+    return k > key - (position <= last_tie);
   }
 };
 
