@@ -1,0 +1,60 @@
+"""What differs between model families, as tables; adding one is a row here and one in the tests.
+
+Scale, logits soft-cap and attention sinks need no row: transformers hands them to its attention
+functions. Which layers slide is what transformers' own cache makes of a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Attributes of attention modules that hold the output projection, a Linear [E, Hq * D].
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo")
+
+#: Layers of transformers' caches, and types of layers in configs, that adakv works with.
+LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+#: Settings that, if they are there and not 0, make a cache that adakv has no rows for.
+UNSUPPORTED = {
+    "is_encoder_decoder": "is an encoder-decoder model",
+    "kv_lora_rank": "has latent attention (MLA): its cache holds no keys and values of heads",
+    "num_kv_shared_layers": "shares keys and values between layers",
+}
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raises ``ValueError`` if a model can't run with adakv by its config."""
+    for setting, meaning in UNSUPPORTED.items():
+        if getattr(config, setting, None):
+            raise ValueError(f"model: {name} {meaning}")
+    _check_layers(name, set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+
+
+def check_layers(name: str, layers: Sequence[object]) -> None:
+    """The same by the layers of its cache in transformers."""
+    _check_layers(name, {type(layer).__name__ for layer in layers} - LAYERS)
+
+
+def _check_layers(name: str, others: set[str]) -> None:
+    if others:
+        raise ValueError(
+            f"model: {name} has layers that hold no keys and values, or not in the common way: "
+            + ", ".join(sorted(others))
+        )
+
+
+def output_projection(module: torch.nn.Module, width: int) -> Tensor:
+    """``[E, width = Hq * D]``, the weight that the outputs of an attention module's heads meet."""
+    for name in OUTPUT_PROJECTIONS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == width:
+            return weight.detach()
+    raise ValueError(
+        f"model: the policy needs the weight [E, {width}] of the output projection, and "
+        f"{type(module).__name__} has none named {', '.join(OUTPUT_PROJECTIONS)}"
+    )

@@ -1,0 +1,422 @@
+"""adakv under Hugging Face transformers, 4.57 to 5.23, through its public extension points.
+
+    model.forward -> Cache.update         first layer: checks everything that can go wrong
+                  -> layer.update         tags the new keys with their layer and hands them back
+                  -> attention function   keys without a tag: the attention the model had before
+                                          a prompt:           that attention, then choose + compact
+                                          later tokens:       append + attend
+
+The tag is how an attention function knows its cache: it sits on the very tensor that update()
+returned, so that any number of caches and models can run in turn or in threads. Nothing is patched
+and nothing is kept on the model; a prompt's dense keys and values die with its layer's forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation import GenerationMixin
+
+from adakv import policy as policies
+from adakv._C import Error
+from adakv.models import families
+from adakv.models.store import Attention, Budget, Prompt, Store, count_new_tokens
+from adakv.policy import Everything, Policy
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+_logger = logging.getLogger("adakv")
+
+# generate(prefill_chunk_size=...) of 4.57 leaves the prompt's last token to a forward of its own.
+_LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
+
+_PREFIX = "adakv_"
+_TAG = "adakv_layer"
+
+
+class Attachment:
+    """What :func:`attach` did to a model; as a context manager it is undone on leaving."""
+
+    def __init__(self, decoder: PreTrainedModel, inner: str) -> None:
+        self._decoder: PreTrainedModel | None = decoder
+        self._inner = inner
+
+    def detach(self) -> None:
+        """Gives the model its former attention back. A second call does nothing."""
+        if self._decoder is not None:
+            self._decoder.set_attn_implementation(self._inner)
+        self._decoder = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(model: PreTrainedModel) -> Attachment:
+    """Lets a model run with :class:`Cache`, until :meth:`Attachment.detach`.
+
+    Without such a cache the model computes what it did before, with the attention it had before.
+
+    Raises
+    ------
+    ValueError
+        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
+        attention, keys shared between layers, models that don't use transformers' attention
+        interface, flex attention; or if it is attached already.
+    """
+    decoder = _decoder(model)
+    _cache_layers(decoder)
+    inner = decoder.config._attn_implementation
+    masks = AttentionMaskInterface()
+    if inner.startswith(_PREFIX):
+        raise ValueError("model: it is attached already; detach() it first")
+    if inner == "flex_attention" or inner not in masks:
+        raise ValueError(
+            f"model: its attention must be eager, sdpa or flash attention, not {inner}"
+        )
+    # One name for each inner attention: functions, like names, can be registered but not removed.
+    # transformers takes every name with "flash" in it for one of its own.
+    name = _PREFIX + inner.replace("flash_attention", "fa")
+    AttentionInterface.register(name, functools.partial(_attention, inner))
+    AttentionMaskInterface.register(name, masks[inner])
+    decoder.set_attn_implementation(name)
+    if decoder.config._attn_implementation != name:
+        raise ValueError(
+            f"model: {type(decoder).__name__} doesn't look its attention up in AttentionInterface"
+        )
+    return Attachment(decoder, inner)
+
+
+class Cache(TransformersCache):
+    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
+
+    Full-attention layers are compressed right after their prefill attention, which sees everything.
+    Sliding-window layers are transformers' own. Padding on the left is never stored. Later
+    forwards, of one token or of several, attend to what was kept and to all newer tokens.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder in eval mode, to be run under :func:`attach` and without gradients.
+    policy : str or :class:`adakv.Policy`
+        One of :func:`adakv.policies`, or your own.
+    budget : int, optional
+        Mean entries to keep per kv head, the policy's window included.
+    ratio : float in (0, 1], optional
+        Instead of ``budget``: the share of each prompt's tokens.
+    max_new_tokens : int
+        Tokens after the prompt that the pages are made for. CPU memory is taken when it is used.
+    chunked_prefill : bool
+        The prompt comes in several forwards (``generate(prefill_chunk_size=...)``): its keys and
+        values are kept until the first forward of one token, and compressed then. Without it a
+        second forward of several tokens is a second turn, which nothing is evicted from.
+    page_size : int
+        Entries of a page: a power of two from 8 to 256.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = "ada_snapkv",
+        budget: int | None = None,
+        ratio: float | None = None,
+        *,
+        max_new_tokens: int = 4096,
+        chunked_prefill: bool = False,
+        page_size: int = 16,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        decoder = _decoder(model)
+        layers = _cache_layers(decoder)
+        chosen = policies.get(policy)
+        if budget is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
+            ratio = 1.0
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            _logger.warning("every layer of the model has a sliding window: nothing to compress")
+        self._model = decoder
+        self._store = Store(
+            chosen,
+            Budget(chosen, budget, ratio),
+            num_layers=len(full),
+            max_new_tokens=max_new_tokens,
+            page_size=page_size,
+        )
+        self._chunked_prefill = chunked_prefill
+        self._num_forwards = 0
+        self._signature: tuple[object, ...] | None = None
+        for index, layer in enumerate(full):
+            layers[layer] = FullAttentionLayer(
+                self._store, index, decoder.config, chosen.needs_w_o, chunked_prefill
+            )
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention modules, layer by layer."""
+        if layer_idx == 0:
+            self._begin_forward(key_states, value_states)
+        elif layer_idx >= len(self.layers):
+            raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
+        result: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return result
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds.
+
+        Returns
+        -------
+        stats : dict
+            ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
+            sliding layer: what its window holds); ``seen``, tokens per sequence; and of the
+            full-attention layers ``bytes`` in pages, ``pages_used`` and ``full_bytes``, what a full
+            cache would hold.
+        """
+        store = self._store
+        seen = torch.tensor(store.seen, dtype=torch.int32)
+        held = store.lengths()
+        heads = held.shape[2] or self._model.config.num_key_value_heads
+        lengths = [
+            held[layer.index]
+            if isinstance(layer, FullAttentionLayer)
+            else seen.clamp(max=layer.sliding_window - 1)[:, None].expand(-1, heads)
+            for layer in self.layers
+        ]
+        return {
+            "lengths": torch.stack(lengths),
+            "bytes": store.bytes,
+            "full_bytes": store.full_bytes,
+            "pages_used": store.pages_used,
+            "seen": list(store.seen),
+        }
+
+    def kept(self, layer: int) -> list[list[Tensor]]:
+        """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
+
+        Positions count a sequence's own tokens from 0, padding left out.
+        """
+        chosen = self.layers[layer]
+        if not isinstance(chosen, FullAttentionLayer):
+            raise ValueError(f"layer {layer} has a sliding window and is not compressed")
+        return self._store.positions(chosen.index)
+
+    def reset(self) -> None:
+        """Empties the cache and gives its memory back; the next forward is a new prompt."""
+        for layer in self.layers:
+            layer.reset()
+            if not isinstance(layer, FullAttentionLayer):
+                # Some versions only zero a sliding layer's tensors, but the batch may change.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self._store.reset()
+        self._num_forwards = 0
+        self._signature = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("adakv.Cache can't repeat its sequences")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("adakv.Cache can't select from its sequences")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("assisted decoding is not supported: adakv.Cache can't take tokens back")
+
+    def activate_past_recording(self) -> None:
+        self.crop()
+
+    def _begin_forward(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Finds what would go wrong before any layer is changed."""
+        if not self._model.config._attn_implementation.startswith(_PREFIX):
+            raise Error("the model is not attached: run it inside adakv.attach(model)")
+        if self._model.training or key_states.requires_grad:
+            raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if self._store.is_attending or len(lengths) > 1:
+            raise Error(
+                "an earlier forward stopped midway or was of another model: reset() the cache"
+            )
+        batch, heads, columns, head_dim = key_states.shape
+        signature = (batch, heads, head_dim, key_states.dtype, key_states.device)
+        if self._signature not in (None, signature):
+            raise ValueError(
+                "batch, kv heads, head dim, dtype and device must stay what they were for the "
+                f"prompt, {self._signature}, got {signature}"
+            )
+        if self._store.is_prompt:
+            alone = columns == 1 and 0 not in lengths and not _LAST_TOKEN_COMES_ALONE
+            if alone and self._chunked_prefill:
+                self._store.compact_all()
+        else:
+            if columns > 1 and self._num_forwards == 1 and not self._chunked_prefill:
+                _logger.warning(
+                    "%d more tokens right after the prompt are taken for a second turn and are not "
+                    "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
+                    columns,
+                )
+            self._store.check_room(columns)
+        self._signature = signature
+        self._num_forwards += 1
+
+
+class FullAttentionLayer(CacheLayerMixin):
+    """A full-attention layer of a :class:`Cache`; what it holds is in the cache's store."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, store: Store, index: int, config: Any, needs_w_o: bool, chunked_prefill: bool
+    ) -> None:
+        super().__init__()
+        self.index = index  # among the full-attention layers
+        self._store = store
+        self._config = config
+        self._needs_w_o = needs_w_o
+        self._chunked_prefill = chunked_prefill
+        self._num_seen = 0
+        self._sinks: Tensor | None = None
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: the store makes the pages when the first prompt is there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values, tagged; of a prompt in chunks all that came so far."""
+        if self._store.is_attending:
+            raise Error("the attention of an earlier layer did not come to adakv: another model's?")
+        before = self._store.prompt(self.index)
+        if before is not None:
+            key_states = torch.cat([before.keys, key_states], dim=2)
+            value_states = torch.cat([before.values, value_states], dim=2)
+        key_states.__dict__[_TAG] = self
+        self._store.is_attending = True
+        return key_states, value_states
+
+    def attend(
+        self,
+        inner: AttentionFunction,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the attention function does with tagged keys."""
+        if module.config is not self._config:
+            raise ValueError("past_key_values: the cache was made for another model")
+        store, columns = self._store, query.shape[2]
+        store.is_attending = False
+        if store.is_prompt:
+            if self.index == 0:
+                store.seen = count_new_tokens(mask, [0] * key.shape[0], key.shape[2])
+            result = inner(module, query, key, value, mask, **kwargs)
+            self._take_prompt(module, query, key, value, kwargs)
+        else:
+            if self.index == 0:
+                store.grow(count_new_tokens(mask, store.seen, columns), columns)
+            attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
+            result = store.attend(self.index, query, key, value, attention), None
+        self._num_seen += columns
+        return result
+
+    def _take_prompt(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    ) -> None:
+        sinks = kwargs.get("s_aux")
+        self._sinks = None if sinks is None else sinks.detach().float()
+        attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
+        w_o = (
+            families.output_projection(module, query.shape[1] * query.shape[3])
+            if self._needs_w_o
+            else None
+        )
+        self._store.hold(self.index, Prompt(query, key, value, w_o, attention))
+        if not self._chunked_prefill or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
+            self._store.compact(self.index)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what positions and masks are made from."""
+        return self._num_seen
+
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """Length and offset of the mask, from the number of queries or (4.57) their positions."""
+        columns = queries if isinstance(queries, int) else queries.shape[0]
+        return self._num_seen + columns, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in 4.57
+
+    def reset(self) -> None:
+        """Only with the whole cache: see :meth:`Cache.reset`."""
+        self._num_seen = 0
+
+
+def _attention(
+    inner_name: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of attached models."""
+    layer = key.__dict__.pop(_TAG, None)
+    if inner_name == "eager":  # every modeling file has its own
+        inner = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        inner = AttentionInterface()[inner_name]
+    attend = inner if layer is None else functools.partial(layer.attend, inner)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that generates text: most often the model itself."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
+    families.check_config(type(model).__name__, model.config)
+    config = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is config:
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no text decoder")
+
+
+def _cache_layers(decoder: PreTrainedModel) -> list[Any]:
+    """The layers of transformers' own cache for a model: full attention and sliding windows."""
+    name = type(decoder).__name__
+    families.check_config(name, decoder.config)
+    layers = list(DynamicCache(config=decoder.config).layers)
+    families.check_layers(name, layers)
+    return layers

@@ -1,0 +1,377 @@
+"""What one model's cache holds, whatever the framework: prompts come in, pages and tokens follow.
+
+    prompt, layer by layer:   hold(keys, values, ...)    waits, if the prompt comes in chunks
+                              compact()                  policy.choose, then into pages
+    later tokens, each step:  grow()                     once, in the first layer: pages, schedules
+                              attend(layer)              in every layer: append and attend
+
+Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention layers are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv._C import Error
+from adakv.cache import KVCache
+from adakv.policy import LayerInputs, Policy
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a prompt is kept: ``entries`` per kv head, or the share ``ratio`` of its tokens.
+
+    Raises ``ValueError`` if not exactly one of the two is given, or if it is out of range.
+    """
+
+    policy: Policy
+    entries: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.entries is None) == (self.ratio is None):
+            raise ValueError(
+                f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
+            )
+        if self.entries is not None and self.entries < self._least:
+            raise ValueError(
+                f"budget must be at least {self._least}, the policy's window of "
+                f"{self.policy.window} entries and its sinks, got {self.entries}"
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+
+    @property
+    def _least(self) -> int:
+        return self.policy.window + self.policy.scorer.sinks
+
+    def of(self, prompt_len: int) -> int:
+        """Mean entries per kv head, window included, for a prompt of so many tokens."""
+        if self.ratio is None:
+            assert self.entries is not None
+            return self.entries
+        share = math.floor(self.ratio * prompt_len + 0.5)
+        return max(self.policy.window + 1, self._least, share)
+
+
+class Attention(NamedTuple):
+    """What a layer's attention has besides queries, keys and values."""
+
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None  # [Hq] float32
+
+
+class Prompt(NamedTuple):
+    """One layer's prompt until it is compacted, padded on the left."""
+
+    queries: Tensor  # [B, Hq, W, D] of the policy's window
+    keys: Tensor  # [B, Hkv, T, D]
+    values: Tensor  # [B, Hkv, T, D]
+    w_o: Tensor | None  # [E, Hq * D]
+    attention: Attention
+
+
+class _Piece(NamedTuple):
+    """Columns of a step that KVCache.grow made room for in one go."""
+
+    columns: slice
+    fresh_pages: Tensor  # [L, B, Hkv, F]
+    num_new: Tensor | None  # [B] int32
+
+
+class Store:
+    """Prompts, pages and the running step of one cache.
+
+    Parameters
+    ----------
+    policy : :class:`adakv.Policy`
+    budget : :class:`Budget`
+    num_layers : int
+    max_new_tokens : int
+        Tokens after the prompt that pages are reserved for.
+    page_size : int
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: Budget,
+        *,
+        num_layers: int,
+        max_new_tokens: int,
+        page_size: int,
+    ) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._num_layers = num_layers
+        self._max_new_tokens = max_new_tokens
+        self._page_size = page_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and gives the memory back."""
+        self.seen: list[int] = []  # tokens of each sequence, without padding
+        self.is_prompt = True
+        self.is_attending = False  # between a layer's update and its attention
+        self._prompts: list[Prompt | None] = [None] * self._num_layers
+        self._kv: KVCache | None = None
+        self._groups: list[slice] = []
+        self._totals: list[list[int]] = []  # [L][B]
+        self._schedules: tuple[Tensor, ...] = ()
+        self._pieces: list[_Piece] = []
+        self._num_new: Tensor | None = None
+
+    def prompt(self, layer: int) -> Prompt | None:
+        """The prompt that waits to be compacted."""
+        return self._prompts[layer]
+
+    def hold(self, layer: int, prompt: Prompt) -> None:
+        """Takes a layer's prompt as far as it has come; the queries are those that are new."""
+        before = self._prompts[layer]
+        queries = prompt.queries
+        if before is not None:
+            queries = torch.cat([before.queries, queries], dim=2)
+        # A copy, so that the other queries can be freed.
+        window = queries[:, :, max(queries.shape[2] - self._policy.window, 0) :].clone()
+        self._prompts[layer] = prompt._replace(queries=window)
+
+    def compact(self, layer: int) -> None:
+        """Moves what the policy keeps of the layer's prompt into pages and drops the rest."""
+        prompt, self._prompts[layer] = self._prompts[layer], None
+        assert prompt is not None
+        kv = self._kv or self._allocate(prompt)
+        groups = [self._inputs(prompt, group, layer) for group in self._groups]
+        kept = [self._policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
+        page_ids, page_indptr = kv.begin(layer, self._totals[layer], self.seen)
+        for group, inputs, choice in zip(self._groups, groups, kept, strict=True):
+            ops.compact(
+                inputs.keys,
+                inputs.values,
+                choice,
+                _sequences(kv.layer(layer), group),
+                page_ids,
+                page_indptr[group.start : group.stop + 1],
+            )
+        self._kv = kv
+        self.is_prompt = layer < self._num_layers - 1
+
+    def compact_all(self) -> None:
+        """:meth:`compact` of all layers, for a prompt that came in chunks."""
+        for layer in range(self._num_layers):
+            self.compact(layer)
+
+    def _allocate(self, prompt: Prompt) -> KVCache:
+        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
+        batch, heads, length, head_dim = prompt.keys.shape
+        if len(set(self.seen)) == 1 and self.seen[0] == length:
+            self._groups = [slice(0, batch)]
+        else:  # unequal: one by one, so that padding can be cut off without copying
+            self._groups = [slice(b, b + 1) for b in range(batch)]
+        groups = [self._inputs(prompt, group, 0) for group in self._groups]
+        self._totals = [
+            [
+                total
+                for group in groups
+                for total in self._policy.totals(
+                    replace(group, layer=layer), self._budget.of(group.prompt_lens[0])
+                )
+            ]
+            for layer in range(self._num_layers)
+        ]
+        size = self._page_size
+        more = (self._max_new_tokens - 1) // size * heads * batch * self._num_layers
+        pages = sum(total // size + 2 * heads for totals in self._totals for total in totals)
+        return KVCache(
+            num_layers=self._num_layers,
+            num_sequences=batch,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            num_pages=pages + more,
+            max_row_pages=(max(self.seen) + self._max_new_tokens) // size + 2,
+            page_size=size,
+            dtype=prompt.keys.dtype,
+            device=prompt.keys.device,
+        )
+
+    def _inputs(self, prompt: Prompt, group: slice, layer: int) -> LayerInputs:
+        """Prompts of one length as a policy takes them: views, without padding."""
+        length = self.seen[group.start]
+        start = prompt.keys.shape[2] - length
+        window = max(prompt.queries.shape[2] - length, 0)
+        return LayerInputs(
+            prompt.queries[group, :, window:],
+            prompt.keys[group, :, start:],
+            prompt.values[group, :, start:],
+            prompt.w_o,
+            tuple(self.seen[group]),
+            layer,
+            self._num_layers,
+            scale=prompt.attention.scale,
+            softcap=prompt.attention.softcap,
+            sinks=prompt.attention.sinks,
+        )
+
+    def check_room(self, columns: int) -> None:
+        """Raises ``adakv.Error`` unless a step of so many columns fits, whatever its padding."""
+        if self._kv is None:
+            return
+        needed, free = self._kv.pages_to_grow([columns] * len(self.seen)), self._kv.num_free
+        if needed > free:
+            raise Error(
+                f"the cache is full: {needed} pages needed for {columns} new tokens, {free} free; "
+                f"it was made for max_new_tokens={self._max_new_tokens}"
+            )
+
+    def grow(self, num_new: Sequence[int], columns: int) -> None:
+        """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""
+        kv = self._kv
+        assert kv is not None
+        self._num_new = self._to_device(num_new, columns)
+        self._pieces = []
+        left = columns
+        while left:
+            rest = [min(n, left) for n in num_new]
+            now = kv.grow(rest, left)
+            if now < columns:
+                # The next piece's pages overwrite these before the other layers have used them.
+                fresh = kv.all_layers.fresh_pages.clone()
+                counts = self._to_device([max(n - left + now, 0) for n in rest], now)
+                start = columns - left
+                self._pieces.append(_Piece(slice(start, start + now), fresh, counts))
+            left -= now
+        if not self._pieces:
+            schedules = ops.plan(
+                *kv.plan_inputs,
+                new_tokens=columns,
+                num_new=self._num_new,
+                page_size=self._page_size,
+            )
+            self._schedules = schedules.unbind()
+        self.seen = [n + new for n, new in zip(self.seen, num_new, strict=True)]
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
+    ) -> Tensor:
+        """Appends a step's keys and values to a layer and attends: ``[B, S, Hq, D]``."""
+        kv = self._kv
+        assert kv is not None
+        view = kv.layer(layer)
+        scale, softcap, sinks = attention
+        if not self._pieces:
+            out, _ = ops.attend(
+                queries,
+                view,
+                self._schedules[layer],
+                keys=keys,
+                values=values,
+                num_new=self._num_new,
+                sinks=sinks,
+                scale=scale,
+                softcap=softcap,
+            )
+            return out.transpose(1, 2)
+        for columns, fresh_pages, num_new in self._pieces:
+            piece = view._replace(fresh_pages=fresh_pages[layer])
+            ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
+        schedule = ops.plan(
+            view.lengths[None],
+            view.block_table[None],
+            view.fresh_pages[None],
+            new_tokens=0,
+            page_size=self._page_size,
+        )
+        out, _ = ops.attend(
+            queries,
+            view,
+            schedule[0],
+            num_new=self._num_new,
+            sinks=sinks,
+            scale=scale,
+            softcap=softcap,
+        )
+        return out.transpose(1, 2)
+
+    def _to_device(self, num_new: Sequence[int], columns: int) -> Tensor | None:
+        assert self._kv is not None
+        if all(n == columns for n in num_new):
+            return None
+        return torch.tensor(num_new, dtype=torch.int32, device=self._kv.device)
+
+    @property
+    def pages_used(self) -> int:
+        return 0 if self._kv is None else self._kv.pages_used
+
+    @property
+    def bytes(self) -> int:
+        """Of the pages in use."""
+        return 0 if self._kv is None else self._kv.pages_used * self._kv.page_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """What keys and values of all tokens would take."""
+        if self._kv is None:
+            return 0
+        entry = 2 * self._kv.head_dim * self._kv.dtype.itemsize
+        return sum(self.seen) * self._num_layers * self._kv.num_kv_heads * entry
+
+    def lengths(self) -> Tensor:
+        """``[L, B, Hkv]`` int32 on the CPU; without layers or pages Hkv is 0."""
+        if self._kv is None:
+            return torch.zeros(self._num_layers, len(self.seen), 0, dtype=torch.int32)
+        return self._kv.all_layers.lengths.cpu()
+
+    def positions(self, layer: int) -> list[list[Tensor]]:
+        """Per sequence and kv head the positions that are held, ``[length]`` int32, ascending."""
+        if self._kv is None:
+            return []
+        view = self._kv.layer(layer)
+        pages, lengths = view.block_table.cpu(), view.lengths.tolist()
+        positions = view.page_positions.cpu()
+        return [
+            [
+                positions[pages[b, h, : -(-length // self._page_size)]].flatten()[:length]
+                for h, length in enumerate(row)
+            ]
+            for b, row in enumerate(lengths)
+        ]
+
+
+def _sequences(layer: ops.Layer, group: slice) -> ops.Layer:
+    """Some of the sequences of a layer."""
+    return ops.Layer(
+        layer.pages,
+        layer.page_positions,
+        layer.block_table[group],
+        layer.lengths[group],
+        layer.seen[group],
+        layer.fresh_pages[group],
+    )
+
+
+def count_new_tokens(mask: Tensor | None, seen: list[int], columns: int) -> list[int]:
+    """How many of a step's columns belong to each sequence; the others are padding on the left.
+
+    ``mask`` is what the model gives its attention: ``[B, 1, S, columns so far]``, boolean or
+    additive, or ``[B, columns so far]``. Its last row must show all tokens seen and the new ones.
+    """
+    if mask is None:
+        return [columns] * len(seen)
+    row = mask[:, 0, -1] if mask.dim() == 4 else mask
+    row = (row > -1 if row.is_floating_point() else row.bool()).expand(len(seen), -1)
+    unbroken = row[:, -columns:].flip(-1).int().cumprod(-1).sum(-1)
+    num_new, num_shown = torch.stack([unbroken, row.sum(-1)]).tolist()
+    for b, (before, new, shown) in enumerate(zip(seen, num_new, num_shown, strict=True)):
+        if shown != before + new or before + new == 0:
+            raise ValueError(
+                f"attention_mask must hide nothing but padding on the left: sequence {b} has "
+                f"{before} tokens and {new} new ones, and {shown} are shown"
+            )
+    return num_new
