@@ -131,9 +131,52 @@ def paged_layer(
     )
 
 
+def empty_layer(
+    batch: int,
+    heads: int,
+    *,
+    num_pages: int,
+    columns: int,
+    page_size: int = 16,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Layer:
+    """A layer before compact: NaN in all slots, nonsense in all integers."""
+    pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
+    shapes = [
+        (num_pages, page_size),
+        (batch, heads, columns),
+        (batch, heads),
+        (batch,),
+        (batch, heads, 4),
+    ]
+    return Layer(
+        pages.to(device), *(torch.full(x, -7, dtype=torch.int32, device=device) for x in shapes)
+    )
+
+
 def copied(layer: Layer) -> Layer:
     """A layer of its own with the same contents, on the CPU."""
     return Layer(*(torch.empty_like(x, device="cpu").copy_(x) for x in layer))
+
+
+def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[2, length, D]`` of a row in slot order, and their positions."""
+    length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
+    pages = layer.block_table[b, h, : -(-length // page_size)].long()
+    both = layer.pages[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+    return both.cpu(), layer.page_positions[pages].flatten()[:length].cpu()
+
+
+def assert_same_layer(actual: Layer, expected: Layer) -> None:
+    """Equal integers, and bit for bit equal entries in every slot that is in use."""
+    for name in ("block_table", "lengths", "seen", "fresh_pages"):
+        a, b = getattr(actual, name).cpu(), getattr(expected, name).cpu()
+        assert torch.equal(a, b), (name, a, b)
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in expected.lengths.shape)).tolist():
+        for a, e in zip(row_entries(actual, b, h), row_entries(expected, b, h), strict=True):
+            assert torch.equal(a, e), (b, h)
 
 
 #: Shapes that together reach every branch; quick.

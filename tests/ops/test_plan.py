@@ -1,0 +1,162 @@
+"""plan: the schedule against its definition, field by field, and the promises it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+import reference
+from adakv import _C, ops
+
+
+@dataclass(frozen=True)
+class Case:
+    layers: int = 2
+    batch: int = 2
+    heads: int = 4
+    most: int = 1000
+    workers: int = 64
+    new_tokens: int = 1
+    page_size: int = 16
+    has_num_new: bool = False
+    skewed: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.layers}x{self.batch}x{self.heads}-len{self.most}-workers{self.workers}"
+        text += f"-S{self.new_tokens}-P{self.page_size}"
+        return text + "-num_new" * self.has_num_new + "-skewed" * self.skewed
+
+    def lengths(self) -> Tensor:
+        lengths = torch.randint(self.most + 1, (self.layers, self.batch, self.heads))
+        if self.skewed:  # one row holds nearly everything
+            lengths //= 20
+            lengths[:, 0, 0] = self.most
+        return lengths.int()
+
+
+CASES = [
+    Case(),
+    Case(skewed=True),
+    Case(most=4000, workers=132),
+    Case(most=30),
+    Case(most=0),
+    Case(most=0, new_tokens=0),
+    Case(new_tokens=0, most=300),
+    Case(new_tokens=40, has_num_new=True, page_size=8),
+    Case(workers=1),
+    Case(workers=7, skewed=True),
+    Case(batch=16, heads=8, workers=16),
+    Case(batch=40, heads=2, most=20, workers=132),
+    Case(batch=1, heads=1, most=5000, page_size=32),
+    Case(layers=0),
+    Case(batch=0),
+]
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Lengths, block table, fresh pages and num_new; all page ids differ."""
+    lengths = case.lengths()
+    columns = -(-case.most // case.page_size) + 1
+    fresh = -(-case.new_tokens // case.page_size) + 1
+    ids = torch.randperm(lengths.numel() * (columns + fresh)).int()
+    ids = ids.view(*lengths.shape, columns + fresh)
+    table = ids[..., :columns].clone()
+    used = -(-lengths // case.page_size)
+    table[torch.arange(columns) >= used[..., None]] = -1
+    num_new = torch.randint(case.new_tokens + 1, (case.batch,)).int() if case.has_num_new else None
+    return lengths, table, ids[..., columns:], num_new
+
+
+def plan(case: Case, device: torch.device, given: tuple[Tensor | None, ...]) -> Tensor:
+    """The schedule for any number of workers, on a device."""
+    lengths, table, fresh, num_new = (x if x is None else x.to(device) for x in given)
+    size = _C.schedule_size(case.batch * case.heads, case.workers)
+    schedule = torch.full((case.layers, size), -5, dtype=torch.int32, device=device)
+    table, fresh = cases.noncontiguous(table), cases.noncontiguous(fresh)
+    _C.plan(
+        cases.noncontiguous(lengths),
+        table,
+        fresh,
+        case.new_tokens,
+        num_new,
+        case.page_size,
+        case.workers,
+        schedule,
+    )
+    return schedule
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plan_equals_the_definition(case: Case, device: torch.device) -> None:
+    given = inputs(case)
+    expected = reference.plan(
+        *given[:3],
+        num_workers=case.workers,
+        new_tokens=case.new_tokens,
+        num_new=given[3],
+        page_size=case.page_size,
+    )
+    assert torch.equal(plan(case, device, given).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *[Case(most=m, workers=24) for m in (100, 200, 400)]], ids=str
+)
+def test_plan_covers_every_unit_once_and_evenly(case: Case, device: torch.device) -> None:
+    lengths, table, fresh, num_new = given = inputs(case)
+    new = torch.full((case.batch,), case.new_tokens) if num_new is None else num_new
+    for layer, schedule in enumerate(plan(case, device, given).cpu()):
+        workers = schedule[: case.workers * 64].view(-1, 64).tolist()
+        rows = schedule[case.workers * 64 :].view(-1, 8).tolist()
+        busy = [w for w in workers if w[0] < w[1]]
+        assert all(not any(w) for w in workers[len(busy) :])
+        borders = [0, *(w[1] for w in busy)]
+        assert [w[0] for w in busy] == borders[:-1]
+        units = rows[-1][1] if rows else 0
+        assert borders[-1] == units
+        if busy:
+            even = units / min(max(units // 8, 1), case.workers)
+            assert max(w[1] - w[0] for w in busy) <= 1.4 * even + 1
+
+        partials: list[int] = []
+        for r, (begin, end, length, first, count, worker, *unused) in enumerate(rows):
+            b, h = divmod(r, case.heads)
+            held = int(lengths[layer, b, h])
+            assert length == held + int(new[b]) and end - begin == -(-length // case.page_size)
+            used = -(-held // case.page_size)
+            ids = [*table[layer, b, h, :used].tolist(), *fresh[layer, b, h].tolist()]
+            sharing = [w for w in busy if w[0] < end and w[1] > begin]
+            assert count == len(sharing) and unused == [0, 0]
+            assert sharing == busy[worker : worker + count]
+            partials += range(first, first + count) if count > 1 else []
+            for w in sharing:
+                for unit in range(max(begin, w[0]), min(end, w[1], w[0] + 52)):
+                    assert w[12 + unit - w[0]] == ids[unit - begin]
+        for w in busy:
+            assert rows[w[2]][0] <= w[0] < rows[w[2]][1]
+            assert w[3] == 0 and w[4:12] == rows[w[2]]
+            assert w[12 + w[1] - w[0] :] == [0] * (52 - (w[1] - w[0])) or w[1] - w[0] > 52
+        assert partials == list(range(len(partials))) and len(partials) <= 2 * case.workers
+
+
+def test_plan_is_the_same_before_and_after_append(device: torch.device) -> None:
+    layer = cases.paged_layer([[3, 16], [40, 7]], new_tokens=33, device=device)
+    before = ops.plan(
+        layer.lengths[None], layer.block_table[None], layer.fresh_pages[None], new_tokens=33
+    )
+    keys = torch.randn(2, 2, 33, 64, device=device)
+    ops.append(keys, keys, layer)
+    after = ops.plan(
+        layer.lengths[None], layer.block_table[None], layer.fresh_pages[None], new_tokens=0
+    )
+    assert torch.equal(before, after)
+
+
+def test_plan_keeps_rows_whole_where_that_is_even() -> None:
+    assert reference.plan_borders([10, 10, 10, 10], 132) == [0, 10, 20, 30, 40]
+    assert reference.plan_borders([64] * 8, 16) == list(range(0, 513, 32))
+    assert reference.plan_borders([10, 100, 3, 0, 40], 4) == [0, 38, 76, 113, 153]
