@@ -1,0 +1,18 @@
+"""The command line: ``adakv demo``, ``adakv generate`` and ``adakv info``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line; wrong input ends with one line on stderr and exit code 2."""
+    try:
+        from adakv.cli.commands import run_command_line
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        sys.exit(f"adakv: {error.name} is missing; pip install 'adakv[cli]'")
+    sys.exit(run_command_line(sys.argv[1:]))

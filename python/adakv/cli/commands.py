@@ -1,0 +1,250 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+import adakv
+from adakv.cli import report
+from adakv.cli.inputs import (
+    DTYPES,
+    InputError,
+    check_prompt_length,
+    choose_device,
+    encode_prompt,
+    load_model,
+    manual_text,
+    read_text,
+    refusals,
+)
+from adakv.cli.measure import FULL, Run, Setting, compare, run
+
+DEFAULT_RATIO = 0.1
+DEMO_POLICIES = ("ada_snapkv", "critical_ada_snapkv")
+DEMO_QUESTION = "How do I print a number with two digits after the point?"
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Runs one command line; the result is the exit code."""
+    try:
+        cli.main(args=arguments, prog_name="adakv", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.ClickException as error:
+        click.echo(f"adakv: {error.format_message()}", err=True)
+        return 2
+    except click.Abort:
+        click.echo("adakv: stopped", err=True)
+        return 130
+    return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(adakv.__version__, prog_name="adakv")
+def cli() -> None:
+    """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the model runs, and where the results go."""
+
+    dtype: str
+    device: str | None
+    json_path: str | None
+    plot_path: str | None
+
+    def load(self, source: str) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        device = choose_device(self.device)
+        with progress_bar("loading the model") as advance:
+            loaded = load_model(source, dtype=DTYPES[self.dtype], device=device)
+            advance()
+        return loaded
+
+    def save(self, runs: list[Run], model: str) -> None:
+        """Writes the files that were asked for."""
+        if self.json_path:
+            content = {"model": model, "dtype": self.dtype, "machine": report.machine()}
+            report.write_json(self.json_path, content | {"runs": [run.as_dict() for run in runs]})
+        if self.plot_path:
+            report.plot_kept(self.plot_path, runs)
+
+
+def place_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of :class:`Place`, as its argument ``place``."""
+
+    @functools.wraps(command)
+    def with_place(
+        *, dtype: str, device: str | None, json_path: str | None, plot_path: str | None, **rest: Any
+    ) -> None:
+        command(place=Place(dtype, device, json_path, plot_path), **rest)
+
+    for option in (
+        click.option("--plot", "plot_path", metavar="FILE", help="Write a heat map (PNG)."),
+        click.option("--json", "json_path", metavar="FILE", help="Write the results."),
+        click.option("--device", metavar="cpu|cuda", help="Default: cuda where it can be used."),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16"),
+    ):
+        with_place = option(with_place)
+    return with_place
+
+
+def setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a :class:`Setting`, as its argument ``setting``."""
+
+    @functools.wraps(command)
+    def with_setting(*, policy: str, budget: int | None, ratio: float | None, **rest: Any) -> None:
+        command(setting=check_setting(policy, budget, ratio), **rest)
+
+    ratio_help = f"The same, as a share of the prompt.  [default: {DEFAULT_RATIO}]"
+    for option in (
+        click.option("--ratio", type=float, help=ratio_help),
+        click.option("--budget", type=int, help="Entries that a kv head keeps on average."),
+        click.option("--policy", default="ada_snapkv", show_default=True, help="See `adakv info`."),
+    ):
+        with_setting = option(with_setting)
+    return with_setting
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("text")
+@click.option("--question", help="Asked after the text, in the model's chat template if any.")
+@setting_options
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--compare-full", is_flag=True, help="Also run with transformers' own cache.")
+@place_options
+def generate(
+    model: str,
+    text: str,
+    question: str | None,
+    setting: Setting,
+    max_new_tokens: int,
+    compare_full: bool,
+    place: Place,
+) -> None:
+    """Read TEXT (a file, or - for standard input) with MODEL and go on writing.
+
+    MODEL is a folder, a GGUF file or a name on the Hugging Face hub.
+    """
+    content = read_text(text)
+    network, tokenizer = place.load(model)
+    prompt = encode_prompt(tokenizer, content, question)
+    full = [FULL] if compare_full else []
+    runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
+    console = Console()
+    console.print(runs[-1].text, markup=False, highlight=False)
+    report.print_runs(console, runs)
+    place.save(runs, model)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--tokens", type=click.IntRange(min=256), default=7000, show_default=True)
+@click.option("--question", default=DEMO_QUESTION, show_default=True)
+@click.option("--ratio", type=float, default=DEFAULT_RATIO, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@place_options
+def demo(
+    model: str, tokens: int, question: str, ratio: float, max_new_tokens: int, place: Place
+) -> None:
+    """The full cache against Ada-KV and CriticalKV at the same bytes.
+
+    MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads a long real text, the
+    first --tokens of Python's reference manual, and answers a question about it.
+    """
+    settings = [check_setting(policy, None, ratio) for policy in DEMO_POLICIES]
+    network, tokenizer = place.load(model)
+    prompt = encode_prompt(tokenizer, manual_text(tokenizer, tokens), question)
+    runs = run_all(network, tokenizer, prompt, [FULL, *settings], max_new_tokens)
+    console = Console()
+    console.print(f"[bold]question[/bold] (after {tokens} tokens of Python's manual): {question}")
+    report.print_texts(console, runs)
+    console.print()
+    report.print_runs(console, runs)
+    place.save(runs, model)
+
+
+@cli.command()
+def info() -> None:
+    """What is installed, what this machine can run, and the policies."""
+    console = Console()
+    table = Table(show_header=False)
+    for name, value in report.machine().items():
+        table.add_row(name, str(value))
+    table.add_row("backends", ", ".join(adakv.backends()))
+    table.add_row("cuda", adakv.cuda_unavailable_reason() or "available")
+    console.print(table)
+    presets = Table()
+    presets.add_column("policy", no_wrap=True)
+    for name in ("scorer", "allocator", "selector"):
+        presets.add_column(name, overflow="fold")
+    for name in adakv.policies():
+        policy = adakv.policy.get(name)
+        presets.add_row(
+            name, *map(report.brief, (policy.scorer, policy.allocator, policy.selector))
+        )
+    console.print(presets)
+
+
+def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setting:
+    """The policy and its budget, checked before anything is loaded."""
+    if policy not in adakv.policies():
+        raise InputError(f"unknown policy {policy!r}; known are {', '.join(adakv.policies())}")
+    if budget is not None and ratio is not None:
+        raise InputError("give --budget or --ratio, not both")
+    if budget is not None and budget < 1:
+        raise InputError(f"--budget must be at least 1, got {budget}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise InputError(f"--ratio must be above 0 and at most 1, got {ratio}")
+    if budget is None and ratio is None:
+        ratio = DEFAULT_RATIO
+    return Setting(policy, budget, ratio)
+
+
+def run_all(
+    model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int
+) -> list[Run]:
+    """Runs each setting in turn; those after the full cache are compared with it."""
+    check_prompt_length(model, prompt, new)
+    with refusals():
+        for setting in settings:
+            setting.cache(model)  # what is wrong shows before the long work
+    runs: list[Run] = []
+    for setting in settings:
+        with progress_bar(setting.title, new + 1) as advance, refusals():
+            runs.append(run(model, tokenizer, prompt, setting, new=new, on_token=advance))
+        if settings[0] == FULL and len(runs) > 1:
+            with progress_bar(f"{setting.title}: comparing") as advance, refusals():
+                runs[-1] = compare(model, prompt, setting, run=runs[-1], full=runs[0])
+                advance()
+    return runs
+
+
+@contextmanager
+def progress_bar(title: str, total: int = 1) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal; yields the function that moves it by one."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(file=sys.stderr)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,148 @@
+"""What the user hands in: a model, a text, a device; and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+import adakv
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class InputError(click.ClickException):
+    """Something that the user gave can't be used; the message is one line."""
+
+    exit_code = 2
+
+
+@contextmanager
+def refusals(subject: str = "") -> Iterator[None]:
+    """Turns what adakv and transformers refuse into one line for the user."""
+    try:
+        yield
+    except (ValueError, OSError, adakv.Error) as error:
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{subject}: {first_line}" if subject else first_line) from error
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or else CUDA where this build of adakv can use it."""
+    reason = adakv.cuda_unavailable_reason()
+    if name is None:
+        return torch.device("cpu" if reason or not torch.cuda.is_available() else "cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and reason:
+        raise InputError(f"--device {name}: {reason}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, or of standard input for ``-``."""
+    try:
+        with click.open_file(path, encoding="utf-8") as file:
+            text = str(file.read())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} can't be read") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    if not text.strip():
+        raise InputError(f"{path} holds no text")
+    return text
+
+
+def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, a GGUF file or a name on the Hugging Face hub."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("models need transformers; pip install 'adakv[hf]'")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {}
+    path = Path(source)
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+        options["gguf_file"] = path.name
+        source = str(path.parent)
+    elif not path.is_dir() and (path.exists() or source.startswith((".", "/", "~"))):
+        raise InputError(f"{source} is no model: give a folder, a .gguf file or a name on the hub")
+    # transformers draws bars of its own while it reads GGUF files.
+    with refusals(f"{path} can't be loaded"), redirect_stderr(io.StringIO()):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+            # Plain weights: packed ones compute in float32, and policies read the projections.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_gguf(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("GGUF files need the gguf package; pip install 'adakv[hf]'")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+
+
+def encode_prompt(tokenizer: Any, text: str, question: str | None) -> Tensor:
+    """``[1, T]`` tokens of the text and, if there is one, the question about it.
+
+    With a question the two become one message in the tokenizer's chat template, if it has one.
+    """
+    if question is None:
+        return _encode(tokenizer, text)
+    if not tokenizer.chat_template:
+        return _encode(tokenizer, f"{text}\n\nQuestion: {question}\nAnswer:")
+    message = [{"role": "user", "content": f"{text}\n\n{question}"}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, prompt, add_special_tokens=False)
+
+
+def _encode(tokenizer: Any, prompt: str, *, add_special_tokens: bool = True) -> Tensor:
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=add_special_tokens)
+    tokens: Tensor = encoded["input_ids"]
+    return tokens
+
+
+def check_prompt_length(model: Any, prompt: Tensor, max_new_tokens: int) -> None:
+    """Refuses what the model's positions can't hold; nothing is cut off silently."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt.shape[1] + max_new_tokens > limit:
+        raise InputError(
+            f"the prompt has {prompt.shape[1]} tokens and {max_new_tokens} new ones are asked for, "
+            f"but the model takes {limit} in all: shorten the text or lower --max-new-tokens"
+        )
+
+
+def manual_text(tokenizer: Any, num_tokens: int) -> str:
+    """About ``num_tokens`` tokens of Python's own reference manual, on strings first."""
+    from pydoc_data.topics import topics
+
+    first = [name for name in ("formatstrings", "string-methods", "strings") if name in topics]
+    names = first + sorted(set(topics) - set(first))
+    text = ""
+    for name in names:
+        text += topics[name].strip() + "\n\n"
+        if len(tokens := tokenizer(text)["input_ids"]) >= num_tokens:
+            return str(tokenizer.decode(tokens[:num_tokens], skip_special_tokens=True))
+    return text

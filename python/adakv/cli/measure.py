@@ -1,0 +1,157 @@
+"""One prompt, several caches: what each holds, how fast it is, and whether it says the same."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import adakv
+
+OnToken = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one generation was made of."""
+
+    title: str
+    prompt_tokens: int
+    tokens: list[int]  #: the new ones
+    text: str
+    prefill_seconds: float
+    token_seconds: float  #: median of the decode steps; 0 if there were none
+    cache_bytes: int
+    full_bytes: int  #: of a cache that holds every entry
+    kept: list[list[int]] = field(default_factory=list)  #: ``[L][Hkv]`` entries of the prompt
+    same_choice: float | None = None  #: of the full cache's tokens, the share chosen here too
+    same_start: int | None = None  #: tokens before the first that differs from the full cache's
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decode."""
+        return 1 / self.token_seconds if self.token_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+
+
+class _Clock:
+    """A streamer: ``generate`` calls ``put`` with the prompt, then with each new token."""
+
+    def __init__(self, on_token: OnToken) -> None:
+        self.times: list[float] = []
+        self._on_token = on_token
+
+    def put(self, tokens: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self._on_token()
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy, and what it may keep: ``budget`` entries a kv head, or ``ratio`` of the prompt."""
+
+    policy: str | None  #: None: transformers' own cache and attention
+    budget: int | None = None
+    ratio: float | None = None
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.policy or "full (transformers)"
+
+    def cache(self, model: Any) -> Any:
+        """An empty cache; raises ``ValueError`` for settings out of range."""
+        if self.policy is None:
+            from transformers import DynamicCache
+
+            return DynamicCache(config=model.config)
+        return adakv.Cache(model, self.policy, self.budget, self.ratio)
+
+
+FULL = Setting(policy=None)
+
+
+def run(
+    model: Any, tokenizer: Any, prompt: Tensor, setting: Setting, *, new: int, on_token: OnToken
+) -> Run:
+    """Reads the prompt, ``[1, T]``, and writes up to ``new`` tokens greedily."""
+    prompt = prompt.to(model.device)
+    cache, clock = setting.cache(model), _Clock(on_token)
+    with _attached(model, setting):
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=new,
+            do_sample=False,
+            streamer=clock,
+        )
+    tokens = output[0, prompt.shape[1] :].tolist()
+    start, *times = clock.times
+    held, full = cache_bytes(cache)
+    return Run(
+        title=setting.title,
+        prompt_tokens=prompt.shape[1],
+        tokens=tokens,
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+        prefill_seconds=times[0] - start,
+        token_seconds=statistics.median(b - a for a, b in pairwise(times)) if times[1:] else 0.0,
+        cache_bytes=held,
+        full_bytes=full,
+        kept=_kept_of_prompt(cache, prompt.shape[1]),
+    )
+
+
+def compare(model: Any, prompt: Tensor, setting: Setting, *, run: Run, full: Run) -> Run:
+    """``run`` with its agreement with ``full`` filled in.
+
+    Given the same past, how often is the full cache's next token the first choice here too? For
+    that the model reads the prompt once more and is then fed the full cache's answer, so that one
+    early difference doesn't count again and again.
+    """
+    prompt = prompt.to(model.device)
+    answer = torch.tensor([full.tokens], device=model.device)
+    cache = setting.cache(model)
+    with _attached(model, setting), torch.inference_mode():
+        logits = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
+        if len(full.tokens) > 1:
+            logits.append(model(answer[:, :-1], past_key_values=cache).logits)
+    same = torch.cat(logits, dim=1).argmax(dim=-1) == answer
+    pairs = zip(run.tokens, full.tokens, strict=False)
+    same_start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return replace(run, same_choice=same.float().mean().item(), same_start=same_start)
+
+
+def _attached(model: Any, setting: Setting) -> AbstractContextManager[Any]:
+    return nullcontext() if setting.policy is None else adakv.attach(model)
+
+
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that a cache holds, and that a full one would."""
+    if isinstance(cache, adakv.Cache):
+        stats = cache.stats()
+        return stats["bytes"], stats["full_bytes"]
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return held, held
+
+
+def _kept_of_prompt(cache: Any, prompt_tokens: int) -> list[list[int]]:
+    """``[L][Hkv]``: how many entries of the prompt each kv head still holds."""
+    if not isinstance(cache, adakv.Cache):
+        return []
+    new = cache.stats()["seen"][0] - prompt_tokens
+    kept: list[list[int]] = (cache.stats()["lengths"][:, 0] - new).tolist()
+    return kept
