@@ -125,7 +125,7 @@ def test_default_policy_adapts(device, safeguard):
 @pytest.mark.parametrize("name", policy.names())
 def test_choose_waits_for_no_device(name, monkeypatch):
     """Under fake tensors, which hold no numbers, reading one fails."""
-    monkeypatch.setattr(ops, "_verb", lambda verb: getattr(torch.ops.adakv, verb))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # so torch.ops.adakv runs
     preset = policy.get(name)
     with FakeTensorMode():
         x = torch.empty(2, 2, 300, 16)
