@@ -1,0 +1,139 @@
+"""The verbs as torch operators: registration is sound, and compiled graphs give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+from adakv import ops
+
+VERBS = "score value_norm allocate select compact append plan attend".split()
+BATCH, HEADS, GROUP, LENGTH, WINDOW, DIM = 2, 2, 2, 40, 4, 64
+
+
+def prompt() -> dict[str, Tensor]:
+    case = cases.Prompt(BATCH, HEADS, GROUP, LENGTH, WINDOW, DIM, seq_lens=(LENGTH, 30))
+    cpu = torch.device("cpu")
+    return {
+        "queries": case.queries(cpu),
+        "keys": case.entries(cpu),
+        "values": case.entries(cpu),
+        "w_o": case.w_o(cpu),
+        "seq_lens": cases.int32(case.seq_lens),
+    }
+
+
+def prefill(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    w_o: Tensor,
+    seq_lens: Tensor,
+    layer: ops.Layer,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+) -> tuple[Tensor, ...]:
+    """Five verbs, as both papers put them together."""
+    scores = ops.score(queries, keys, seq_lens=seq_lens)
+    norms = ops.value_norm(values, w_o, seq_lens=seq_lens)
+    budgets = ops.allocate(scores, 16, window=WINDOW, seq_lens=seq_lens)
+    total = BATCH * HEADS * 16
+    kept = ops.select(scores, budgets, window=WINDOW, seq_lens=seq_lens, norms=norms, total=total)
+    ops.compact(keys, values, kept, layer, page_ids, page_indptr, seq_lens=seq_lens)
+    return scores, norms, budgets, *kept
+
+
+def decode(queries: Tensor, keys: Tensor, values: Tensor, layer: ops.Layer) -> tuple[Tensor, ...]:
+    """A step by append and attend, and one that attend appends itself."""
+    ops.append(keys, values, layer)
+    rows = (layer.lengths[None], layer.block_table[None], layer.fresh_pages[None])
+    first = ops.attend(queries, layer, ops.plan(*rows, new_tokens=0)[0])
+    schedule = ops.plan(*rows, new_tokens=keys.shape[2])
+    return *first, *ops.attend(queries, layer, schedule[0], keys=keys, values=values)
+
+
+def step() -> dict[str, Any]:
+    layer = cases.paged_layer([[20, 3], [7, 33]], head_dim=DIM, new_tokens=4)
+    layer = layer._replace(pages=layer.pages.nan_to_num())  # NaN is not equal to itself
+    new = {"keys": torch.randn(BATCH, HEADS, 2, DIM), "values": torch.randn(BATCH, HEADS, 2, DIM)}
+    return {"queries": torch.randn(BATCH, HEADS * GROUP, 2, DIM), **new, "layer": layer}
+
+
+def pages() -> dict[str, Any]:
+    layer = cases.empty_layer(BATCH, HEADS, num_pages=40, columns=5, head_dim=DIM)
+    layer = layer._replace(pages=torch.zeros_like(layer.pages))
+    ids = torch.randperm(40)[:20].int()
+    return {"layer": layer, "page_ids": ids, "page_indptr": cases.int32([0, 10, 20])}
+
+
+def operators() -> dict[str, tuple[Any, ...]]:
+    """Positional arguments of each operator."""
+    p, s, room = prompt(), step(), pages()
+    scores = torch.rand(BATCH, HEADS, LENGTH)
+    budgets = cases.int32([[10, 6], [4, 12]])
+    kept = ops.select(scores, budgets, window=WINDOW)
+    table = (s["layer"].lengths[None], s["layer"].block_table[None], s["layer"].fresh_pages[None])
+    schedule = ops.plan(*table, new_tokens=2)[0]
+    reduce = ("mean", "mean", "group_first", "max", 7)
+    new = (s["keys"], s["values"])
+    return {
+        "score": (p["queries"], p["keys"], p["seq_lens"], None, None, 0.1, 0.0, *reduce),
+        "value_norm": (p["values"], p["w_o"], p["seq_lens"], "l1"),
+        "allocate": (scores, 10, WINDOW, p["seq_lens"], 0.2, "blend"),
+        "select": (scores, budgets, WINDOW, None, torch.rand_like(scores), 0.5, 1e-4, 40),
+        "compact": (
+            *(torch.randn(BATCH, HEADS, LENGTH, DIM) for _ in range(2)),
+            *kept,
+            *room["layer"],
+            room["page_ids"],
+            room["page_indptr"],
+            None,
+        ),
+        "append": (*new, *s["layer"], None),
+        "plan": (*table, 2, None, 16),
+        "attend": (s["queries"], *s["layer"], schedule, *new, None, None, 0.1, 0.0),
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -> None:
+    """The schema tells what is mutated, and the fake gives the shapes, dtypes and strides."""
+    args = [x.to(device) if isinstance(x, Tensor) else x for x in operators()[verb]]
+    torch.library.opcheck(getattr(torch.ops.adakv, verb).default, tuple(args))
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """A copy of an input on a device."""
+    if isinstance(value, ops.Layer):
+        return ops.Layer(*(x.to(device, copy=True) for x in value))
+    return value.to(device, copy=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [(prefill, lambda: prompt() | pages()), (decode, step)],
+    ids=["prefill", "decode"],
+)
+def test_torch_compiled_graph_gives_the_same(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Callable[[], dict[str, Any]],
+    backend: str,
+    device: torch.device,
+) -> None:
+    """All eight verbs in two graphs without a break: results and mutated tensors, bit for bit."""
+    host = inputs()
+    eager = {name: on(device, x) for name, x in host.items()}
+    compiled = {name: on(device, x) for name, x in host.items()}
+    expected = function(**eager)
+    got = torch.compile(function, fullgraph=True, backend=backend)(**compiled)
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a, e)
+    for a, e in zip(compiled["layer"], eager["layer"], strict=True):
+        assert torch.equal(a, e)
+    assert not torch.equal(compiled["layer"].pages.cpu(), host["layer"].pages)
