@@ -12,7 +12,7 @@ from torch import Tensor
 import cases
 from adakv import ops
 
-VERBS = "score value_norm allocate select compact append plan attend".split()
+VERBS = ["score", "value_norm", "allocate", "select", "compact", "append", "plan", "attend"]
 BATCH, HEADS, GROUP, LENGTH, WINDOW, DIM = 2, 2, 2, 40, 4, 64
 
 
