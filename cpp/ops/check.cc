@@ -1,13 +1,12 @@
 #include "ops/check.h"
 
-#include <cctype>
-#include <cstdlib>
-#include <sstream>
+#include <algorithm>
+#include <string>
 
 namespace adakv {
 
 void Checker::device(const char* name, const TensorView& view) {
-  if (first_tensor_.empty()) {
+  if (!first_tensor_) {
     first_tensor_ = name;
     device_ = view.device;
   }
@@ -15,33 +14,55 @@ void Checker::device(const char* name, const TensorView& view) {
           first_tensor_, ", got ", device_name(view.device));
 }
 
-void Checker::shape(const char* name, const TensorView& view, const char* dims) {
-  std::istringstream names(dims);
-  std::string dim, wanted;
+// Takes the next name off a list like "B Hkv T D"; empty at its end.
+static std::string_view next_dim(std::string_view& dims) {
+  const size_t begin = std::min(dims.find_first_not_of(' '), dims.size());
+  const size_t end = std::min(dims.find(' ', begin), dims.size());
+  const std::string_view dim = dims.substr(begin, end - begin);
+  dims.remove_prefix(end);
+  return dim;
+}
+
+static bool is_number(std::string_view dim) {
+  return dim[0] >= '0' && dim[0] <= '9';
+}
+
+void Checker::shape(const char* name, const TensorView& view, std::string_view dims) {
+  const int num_known = num_dims_;
   bool fits = true;
   int i = 0;
-  for (; names >> dim; ++i) {
-    wanted += (i ? ", " : "") + dim;
+  std::string_view rest = dims;
+  for (std::string_view dim = next_dim(rest); !dim.empty(); dim = next_dim(rest), ++i) {
     if (i >= view.rank) {
       fits = false;
-      continue;
-    }
-    if (std::isdigit(static_cast<unsigned char>(dim[0]))) {
-      fits = fits && view.shape[i] == std::atoll(dim.c_str());
-    } else if (Dim* known = find(dim)) {
+    } else if (is_number(dim)) {
+      fits = fits && view.shape[i] == dim[0] - '0';
+    } else if (const Dim* known = find(dim)) {
       fits = fits && view.shape[i] == known->size;
-      wanted += " = " + std::to_string(known->size);
-    } else if (fits && num_dims_ < static_cast<int>(sizeof(dims_) / sizeof(dims_[0]))) {
+    } else {
       dims_[num_dims_++] = {dim, view.shape[i]};
     }
   }
-  require(fits && i == view.rank, name, " must be [", wanted, "], got ", view.shape_string());
+  if (!fits || i != view.rank) {
+    num_dims_ = num_known;
+    throw_shape(name, view, dims);
+  }
   require(view.rank == 0 || view.shape[view.rank - 1] <= 1 || view.stride[view.rank - 1] == 1, name,
           " must be contiguous in its last dimension, got a stride of ",
           view.stride[view.rank - 1]);
 }
 
-void Checker::tensor(const char* name, const TensorView& view, const char* dims, DType dtype) {
+void Checker::throw_shape(const char* name, const TensorView& view, std::string_view dims) const {
+  std::string wanted;
+  for (std::string_view dim = next_dim(dims); !dim.empty(); dim = next_dim(dims)) {
+    wanted += (wanted.empty() ? "" : ", ") + std::string(dim);
+    if (const Dim* known = find(dim)) wanted += " = " + std::to_string(known->size);
+  }
+  throw InvalidArgument(
+      detail::concat(verb_, ": ", name, " must be [", wanted, "], got ", view.shape_string()));
+}
+
+void Checker::tensor(const char* name, const TensorView& view, std::string_view dims, DType dtype) {
   require(static_cast<bool>(view), name, " is missing");
   device(name, view);
   require(view.dtype == dtype, name, " must be ", dtype_name(dtype), ", got ",
@@ -49,10 +70,10 @@ void Checker::tensor(const char* name, const TensorView& view, const char* dims,
   shape(name, view, dims);
 }
 
-void Checker::floats(const char* name, const TensorView& view, const char* dims) {
+void Checker::floats(const char* name, const TensorView& view, std::string_view dims) {
   require(static_cast<bool>(view), name, " is missing");
   require(view.dtype != DType::kInt32, name, " must be float32, float16 or bfloat16, got int32");
-  if (first_float_.empty()) {
+  if (!first_float_) {
     first_float_ = name;
     float_dtype_ = view.dtype;
   }
@@ -70,18 +91,16 @@ void Checker::workspace(const TensorView& view, size_t bytes) {
           " bytes, got ", view.size() * dtype_size(view.dtype));
 }
 
-Checker::Dim* Checker::find(const std::string& name) {
+const Checker::Dim* Checker::find(std::string_view name) const {
   for (int i = 0; i < num_dims_; ++i) {
     if (dims_[i].name == name) return &dims_[i];
   }
   return nullptr;
 }
 
-int64_t Checker::size(const char* dim) const {
-  for (int i = 0; i < num_dims_; ++i) {
-    if (dims_[i].name == dim) return dims_[i].size;
-  }
-  return -1;
+int64_t Checker::size(std::string_view dim) const {
+  const Dim* known = find(dim);
+  return known ? known->size : -1;
 }
 
 }  // namespace adakv

@@ -2,7 +2,7 @@
 // 512, 96]".
 #pragma once
 
-#include <string>
+#include <string_view>
 
 #include "adakv/error.h"
 #include "adakv/types.h"
@@ -16,14 +16,15 @@ class Checker {
   explicit Checker(const char* verb) : verb_(verb) {}
 
   /// A tensor that must be there, of the given names of dimensions ("B Hkv T D") and dtype. A name
-  /// that was not met before is bound to the size; a number is that number.
-  void tensor(const char* name, const TensorView& view, const char* dims, DType dtype);
+  /// that was not met before is bound to the size, a digit is that number. Names are kept: pass
+  /// string literals.
+  void tensor(const char* name, const TensorView& view, std::string_view dims, DType dtype);
 
   /// The same with one floating-point dtype for all tensors that are checked this way.
-  void floats(const char* name, const TensorView& view, const char* dims);
+  void floats(const char* name, const TensorView& view, std::string_view dims);
 
   /// The same for tensors that may be left out.
-  void optional(const char* name, const TensorView& view, const char* dims, DType dtype) {
+  void optional(const char* name, const TensorView& view, std::string_view dims, DType dtype) {
     if (view) tensor(name, view, dims, dtype);
   }
 
@@ -31,7 +32,7 @@ class Checker {
   void workspace(const TensorView& view, size_t bytes);
 
   /// Size that a name was bound to.
-  int64_t size(const char* dim) const;
+  int64_t size(std::string_view dim) const;
 
   /// Throws "<verb>: ..." unless the condition holds.
   template <typename... Parts>
@@ -41,18 +42,22 @@ class Checker {
 
  private:
   struct Dim {
-    std::string name;
+    std::string_view name;
     int64_t size;
   };
 
-  Dim* find(const std::string& name);
-  void shape(const char* name, const TensorView& view, const char* dims);
+  const Dim* find(std::string_view name) const;
+  void shape(const char* name, const TensorView& view, std::string_view dims);
+  [[noreturn]] void throw_shape(const char* name,
+                                const TensorView& view,
+                                std::string_view dims) const;
   void device(const char* name, const TensorView& view);
 
   const char* verb_;
-  Dim dims_[16];
+  Dim dims_[16];  // more than the names of any verb
   int num_dims_ = 0;
-  std::string first_float_, first_tensor_;
+  const char* first_float_ = nullptr;
+  const char* first_tensor_ = nullptr;
   DType float_dtype_ = DType::kFloat32;
   Device device_;
 };

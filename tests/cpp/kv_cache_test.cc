@@ -1,0 +1,176 @@
+#include "adakv/kv_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+
+#include "adakv/error.h"
+
+namespace adakv {
+namespace {
+
+CacheConfig small_config() {
+  CacheConfig config;
+  config.num_layers = 2;
+  config.num_sequences = 3;
+  config.num_kv_heads = 2;
+  config.head_dim = 8;
+  config.page_size = 8;
+  config.num_pages = 400;
+  config.max_row_pages = 40;
+  config.dtype = DType::kFloat32;
+  return config;
+}
+
+TEST(KVCache, RefusesConfigsThatMakeNoSense) {
+  Memory& memory = device_memory({});
+  for (const auto change :
+       {+[](CacheConfig& c) { c.num_layers = 0; }, +[](CacheConfig& c) { c.head_dim = 12; },
+        +[](CacheConfig& c) { c.head_dim = 264; }, +[](CacheConfig& c) { c.page_size = 12; },
+        +[](CacheConfig& c) { c.num_pages = 0; }, +[](CacheConfig& c) { c.max_row_pages = 0; },
+        +[](CacheConfig& c) { c.dtype = DType::kInt32; },
+        +[](CacheConfig& c) { c.device = {DeviceType::kCuda, 0}; }}) {
+    CacheConfig config = small_config();
+    change(config);
+    EXPECT_THROW(KVCache(config, memory), InvalidArgument);
+  }
+}
+
+TEST(KVCache, StartsEmpty) {
+  KVCache cache(small_config(), device_memory({}));
+  const LayerView layer = cache.layer(1);
+  EXPECT_EQ(layer.pages.shape_string(), "[400, 2, 8, 8]");
+  EXPECT_EQ(layer.block_table.shape_string(), "[3, 2, 40]");
+  EXPECT_EQ(layer.lengths.shape_string(), "[3, 2]");
+  EXPECT_EQ(layer.seen.shape_string(), "[3]");
+  for (int i = 0; i < 3 * 2 * 40; ++i) EXPECT_EQ(layer.block_table.ptr<int32_t>()[i], -1);
+  for (int i = 0; i < 3 * 2; ++i) EXPECT_EQ(layer.lengths.ptr<int32_t>()[i], 0);
+  EXPECT_EQ(cache.page_bytes(), 8u * (2 * 8 * 4 + 4));
+  EXPECT_THROW(cache.layer(2), InvalidArgument);
+}
+
+// All rows that K entries can be spread over: ceil(length / P) pages each, and a fresh one.
+TEST(KVCache, PagesNeededIsEnoughForEverySpread) {
+  CacheConfig config = small_config();
+  config.num_kv_heads = 3;
+  KVCache cache(config, device_memory({}));
+  for (int total = 0; total <= 60; ++total) {
+    for (int a = 0; a <= total; ++a) {
+      for (int b = 0; a + b <= total; ++b) {
+        const int c = total - a - b;
+        ASSERT_LE((a + 7) / 8 + (b + 7) / 8 + (c + 7) / 8 + 3, cache.pages_needed(total));
+      }
+    }
+  }
+}
+
+TEST(KVCache, BeginTakesAllOrNothing) {
+  KVCache cache(small_config(), device_memory({}));
+  EXPECT_THROW(cache.begin(0, 0, {100, 100000}, {50, 50}), Error);
+  EXPECT_THROW(cache.begin(0, 0, {100, 100}, {50, 321}), Error);  // 321 entries are 41 pages
+  EXPECT_THROW(cache.begin(0, 2, {100, 100}, {50, 50}), InvalidArgument);
+  EXPECT_EQ(cache.pool().num_used(), 0);
+  const PageList pages = cache.begin(0, 0, {100, 10}, {50, 10});
+  EXPECT_EQ(pages.indptr, (std::vector<int32_t>{0, 16, 21}));
+  EXPECT_EQ(cache.pool().num_used(), 21);
+  EXPECT_THROW(cache.begin(0, 1, {10}, {10}), InvalidArgument);  // not twice
+  cache.remove(0);
+  cache.remove(1);
+  EXPECT_EQ(cache.pool().num_used(), 0);
+}
+
+TEST(KVCache, GrowNeedsABeginInEveryLayer) {
+  KVCache cache(small_config(), device_memory({}));
+  cache.begin(0, 0, {10}, {10});
+  EXPECT_THROW(cache.grow({1, 0, 0}, 1), InvalidArgument);
+  cache.begin(1, 0, {10}, {10});
+  EXPECT_EQ(cache.grow({1, 0, 0}, 1), 1);
+  EXPECT_THROW(cache.grow({1, 0}, 1), InvalidArgument);
+  EXPECT_THROW(cache.grow({2, 0, 0}, 1), InvalidArgument);
+}
+
+TEST(KVCache, GrowChangesNothingIfItFails) {
+  CacheConfig config = small_config();
+  config.num_pages = 12;
+  KVCache cache(config, device_memory({}));
+  for (int layer = 0; layer < 2; ++layer) cache.begin(layer, 0, {0}, {0});
+  EXPECT_EQ(cache.pool().num_free(), 4);
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(cache.grow({1, 0, 0}, 1), 1);
+  EXPECT_EQ(cache.pool().num_free(), 0);
+  EXPECT_THROW(cache.grow({1, 0, 0}, 1), Error);
+  cache.remove(0);
+  EXPECT_EQ(cache.pool().num_free(), 12);
+}
+
+// The two facts that spare the host from asking for lengths, by simulating rows of all phases:
+// whatever is appended in whatever portions, each row finds a fresh page when it outgrows its last
+// one, and pages are never taken in vain.
+TEST(KVCache, FreshPagesSufficeForRowsOfEveryPhase) {
+  std::mt19937 random(1);
+  for (int trial = 0; trial < 50; ++trial) {
+    CacheConfig config = small_config();
+    config.num_kv_heads = 8;
+    config.num_pages = 20000;
+    config.max_row_pages = 200;
+    KVCache cache(config, device_memory({}));
+    const int P = config.page_size;
+    std::vector<std::vector<int>> length(3, std::vector<int>(8)), capacity = length;
+    for (int b = 0; b < 3; ++b) {
+      int total = 0;
+      for (int h = 0; h < 8; ++h) {
+        length[b][h] = random() % 30;
+        capacity[b][h] = (length[b][h] + P - 1) / P * P;
+        total += length[b][h];
+      }
+      for (int layer = 0; layer < 2; ++layer) cache.begin(layer, b, {total}, {30});
+    }
+    // The fresh pages as the device would see them: taken in order within an append.
+    const LayerView view = cache.layer(0);
+    auto fresh = [&](int b, int h, int k) {
+      return view.fresh_pages
+          .ptr<int32_t>()[b * view.fresh_pages.stride[0] + h * view.fresh_pages.stride[1] + k];
+    };
+    for (int b = 0; b < 3; ++b) {
+      for (int h = 0; h < 8; ++h) {
+        view.fresh_pages
+            .ptr<int32_t>()[b * view.fresh_pages.stride[0] + h * view.fresh_pages.stride[1]] =
+            100000 + b * 8 + h;
+      }
+    }
+    std::vector<int> taken;
+    for (int step = 0; step < 60; ++step) {
+      int columns = random() % 3 ? 1 : 1 + random() % 50;
+      std::vector<int32_t> num_new(3);
+      for (int32_t& n : num_new) n = random() % 4 ? columns : random() % (columns + 1);
+      for (int left = columns; left > 0;) {
+        const int now = cache.grow(num_new, left);
+        ASSERT_GE(now, 1);
+        ASSERT_LE(now, left);
+        for (int b = 0; b < 3; ++b) {
+          const int tokens = std::max(0, now - (left - num_new[b]));
+          for (int h = 0; h < 8; ++h) {
+            length[b][h] += tokens;
+            for (int k = 0; length[b][h] > capacity[b][h]; ++k) {
+              ASSERT_LT(k, KVCache::kFreshColumns);
+              const int page = fresh(b, h, k);
+              ASSERT_GE(page, 0);
+              taken.push_back(page);
+              capacity[b][h] += P;
+            }
+          }
+          num_new[b] -= tokens;
+        }
+        left -= now;
+      }
+      ASSERT_EQ(num_new, (std::vector<int32_t>{0, 0, 0}));
+    }
+    std::sort(taken.begin(), taken.end());
+    ASSERT_EQ(std::unique(taken.begin(), taken.end()), taken.end()) << "a page was taken twice";
+    for (int b = 0; b < 3; ++b) cache.remove(b);
+    ASSERT_EQ(cache.pool().num_used(), 0);
+  }
+}
+
+}  // namespace
+}  // namespace adakv
