@@ -1,0 +1,124 @@
+"""Nobody looks up: every ``#include`` and ``import`` against the floors of the library.
+
+6  cli, eval, serve        python/adakv/{cli,eval,serve}/
+5  model adapters          python/adakv/models/
+4  policies                python/adakv/policy/
+3  torch ops, cache face   python/adakv/{ops,torch_ops,cache}.py
+2  bindings                bindings/
+1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
+0  types and cache memory  cpp/include/adakv/, cpp/cache/
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "adakv"
+CORE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
+
+#: What an include of each folder may begin with, besides the standard library.
+INCLUDES = {
+    "cpp/include/adakv": ("adakv/",),
+    "cpp/cache": ("adakv/",),
+    "cpp/ops": ("adakv/", "ops/"),
+    "cpp/cpu": ("adakv/", "ops/", "cpu/"),
+    "cuda": ("adakv/", "ops/", "common/", "cuda", "nv"),
+    "bindings": ("adakv/", "pybind11/"),
+}
+FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
+
+FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 5}
+TOP_FLOOR = 6
+ROOT_FLOOR = 4  # `import adakv` loads floors 3 and 4
+TRANSFORMERS = ("models/hf.py", "cli/", "eval/", "serve/")
+
+
+def core_files() -> list[Path]:
+    folders = (ROOT / folder for folder in INCLUDES)
+    return sorted(p for f in folders for p in f.rglob("*") if p.suffix in CORE_SUFFIXES)
+
+
+def includes(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each included name and whether it is in quotes."""
+    for line in path.read_text().splitlines():
+        if match := re.match(r'\s*#\s*include\s*([<"])([^>"]+)[>"]', line):
+            yield match[2], match[1] == '"'
+
+
+@pytest.mark.parametrize("path", core_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers_of_includes(path: Path):
+    folder = next(f for f in INCLUDES if (ROOT / f) in path.parents)
+    for name, quoted in includes(path):
+        if FRAMEWORKS.match(name):
+            allowed = folder == "bindings" and name.startswith("pybind11/")
+        elif quoted:
+            beside = (path.parent / name).exists()
+            allowed = beside or name.startswith(INCLUDES[folder])
+        else:
+            allowed = folder == "cuda" or not name.startswith(("cuda", "nv"))
+        assert allowed, f"{path.relative_to(ROOT)} must not include {name}"
+
+
+def python_files() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules (or the names in them) that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(name: str) -> int:
+    """The floor of ``adakv.<name>``."""
+    if name in FLOORS:
+        return FLOORS[name]
+    known = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
+    return TOP_FLOOR if known else ROOT_FLOOR
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_layers_of_imports(path: Path):
+    place = path.relative_to(PACKAGE)
+    own = place.parts[0].removesuffix(".py")
+    for name in imports(path):
+        message = f"{place} must not import {name}"
+        if name.split(".")[0] == "transformers":
+            assert str(place).startswith(TRANSFORMERS), message
+        if name.split(".")[0] != "adakv" or own == "__init__":
+            continue
+        module = name.split(".")[1] if "." in name else ""
+        assert floor(module) <= floor(own), message
+        if floor(module) == floor(own):  # sideways only within a folder, and on floor 3
+            assert module == own or floor(own) in (3, TOP_FLOOR), message
+        if module == "_C":
+            assert floor(own) == 3, message
+
+
+@pytest.mark.parametrize("part", ["scorers", "allocators", "selectors"])
+def test_layers_parts_of_a_policy_know_only_base(part: str):
+    for name in imports(PACKAGE / "policy" / f"{part}.py"):
+        if name.startswith("adakv.policy"):
+            assert name.startswith("adakv.policy.base"), f"policy/{part}.py must not import {name}"
+
+
+def test_layers_import_needs_no_transformers():
+    """``import adakv`` loads floors 3 and 4 and nothing above."""
+    code = (
+        "import sys; sys.modules['transformers'] = None; import adakv; "
+        "above = [m for m in sys.modules if m.startswith(('adakv.models', 'adakv.cli'))]; "
+        "assert not above, above"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
