@@ -27,10 +27,10 @@ from transformers import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
+from adakv import Error
 from adakv import policy as policies
-from adakv._C import Error
 from adakv.models import families
-from adakv.models.store import Attention, Budget, Prompt, Store, count_new_tokens
+from adakv.models.store import Attention, Budget, Prompt, Store
 from adakv.policy import Everything, Policy
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -195,8 +195,8 @@ class Cache(TransformersCache):
         """
         store = self._store
         seen = torch.tensor(store.seen, dtype=torch.int32)
-        held = store.lengths()
-        heads = held.shape[2] or self._model.config.num_key_value_heads
+        heads = self._model.config.num_key_value_heads
+        held = store.lengths(heads)
         lengths = [
             held[layer.index]
             if isinstance(layer, FullAttentionLayer)
@@ -255,10 +255,9 @@ class Cache(TransformersCache):
         if self._model.training or key_states.requires_grad:
             raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
         lengths = {layer.get_seq_length() for layer in self.layers}
-        if self._store.is_attending or len(lengths) > 1:
-            raise Error(
-                "an earlier forward stopped midway or was of another model: reset() the cache"
-            )
+        self._store.check_attended()
+        if len(lengths) > 1:
+            raise Error("an earlier forward stopped midway: reset() the cache")
         batch, heads, columns, head_dim = key_states.shape
         signature = (batch, heads, head_dim, key_states.dtype, key_states.device)
         if self._signature not in (None, signature):
@@ -278,6 +277,8 @@ class Cache(TransformersCache):
                     columns,
                 )
             self._store.check_room(columns)
+        if not any(isinstance(layer, FullAttentionLayer) for layer in self.layers):
+            self._store.seen = [max(lengths) + columns] * batch  # nobody asks for the padding here
         self._signature = signature
         self._num_forwards += 1
 
@@ -309,8 +310,7 @@ class FullAttentionLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values, tagged; of a prompt in chunks all that came so far."""
-        if self._store.is_attending:
-            raise Error("the attention of an earlier layer did not come to adakv: another model's?")
+        self._store.check_attended()
         before = self._store.prompt(self.index)
         if before is not None:
             key_states = torch.cat([before.keys, key_states], dim=2)
@@ -330,18 +330,19 @@ class FullAttentionLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the attention function does with tagged keys."""
-        if module.config is not self._config:
-            raise ValueError("past_key_values: the cache was made for another model")
         store, columns = self._store, query.shape[2]
         store.is_attending = False
+        if module.config is not self._config:
+            raise ValueError("past_key_values: the cache was made for another model")
         if store.is_prompt:
             if self.index == 0:
-                store.seen = count_new_tokens(mask, [0] * key.shape[0], key.shape[2])
+                whole = not self._chunked_prefill
+                store.begin_prompt(mask, key.shape[0], key.shape[2], is_whole=whole)
             result = inner(module, query, key, value, mask, **kwargs)
             self._take_prompt(module, query, key, value, kwargs)
         else:
             if self.index == 0:
-                store.grow(count_new_tokens(mask, store.seen, columns), columns)
+                store.begin_step(mask, columns)
             attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
             result = store.attend(self.index, query, key, value, attention), None
         self._num_seen += columns

@@ -1,9 +1,10 @@
 """What one model's cache holds, whatever the framework: prompts come in, pages and tokens follow.
 
-    prompt, layer by layer:   hold(keys, values, ...)    waits, if the prompt comes in chunks
-                              compact()                  policy.choose, then into pages
-    later tokens, each step:  grow()                     once, in the first layer: pages, schedules
-                              attend(layer)              in every layer: append and attend
+    prompt:             begin_prompt()   once, in the first layer: who has how many tokens
+                        hold()           in every layer: its keys and values so far
+                        compact()        policy.choose, then into pages
+    later, each step:   begin_step()     once, in the first layer: pages and schedules
+                        attend()         in every layer: append and attend
 
 Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention layers are counted.
 """
@@ -18,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adakv import ops
-from adakv._C import Error
+from adakv import Error, ops
 from adakv.cache import KVCache
 from adakv.policy import LayerInputs, Policy
 
@@ -127,15 +127,36 @@ class Store:
         self._totals: list[list[int]] = []  # [L][B]
         self._schedules: tuple[Tensor, ...] = ()
         self._pieces: list[_Piece] = []
-        self._num_new: Tensor | None = None
+        self._num_new: Tensor | None = None  # [B] int32
+        self._order: Tensor | None = None  # [B, columns], puts padding in front
+
+    def check_attended(self) -> None:
+        """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
+
+        Nothing was stored then: the cache can be used again.
+        """
+        if self.is_attending:
+            self.is_attending = False
+            raise Error("the last forward was stopped, or was of another model that isn't attached")
 
     def prompt(self, layer: int) -> Prompt | None:
         """The prompt that waits to be compacted."""
         return self._prompts[layer]
 
+    def begin_prompt(
+        self, mask: Tensor | None, batch: int, columns: int, *, is_whole: bool
+    ) -> None:
+        """Counts the tokens of prompts as far as they have come, from the model's mask."""
+        self.seen, self._order = _new_tokens(mask, [0] * batch, columns)
+        if self._order is not None and not is_whole:
+            raise ValueError("attention_mask: prompts in chunks must be padded on the left")
+
     def hold(self, layer: int, prompt: Prompt) -> None:
         """Takes a layer's prompt as far as it has come; the queries are those that are new."""
         before = self._prompts[layer]
+        if self._order is not None:
+            keys, values = self._align(prompt.keys), self._align(prompt.values)
+            prompt = prompt._replace(queries=self._align(prompt.queries), keys=keys, values=values)
         queries = prompt.queries
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
@@ -171,6 +192,8 @@ class Store:
     def _allocate(self, prompt: Prompt) -> KVCache:
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
         batch, heads, length, head_dim = prompt.keys.shape
+        if 0 in self.seen:
+            raise ValueError(f"attention_mask: prompt {self.seen.index(0)} is nothing but padding")
         if len(set(self.seen)) == 1 and self.seen[0] == length:
             self._groups = [slice(0, batch)]
         else:  # unequal: one by one, so that padding can be cut off without copying
@@ -230,10 +253,11 @@ class Store:
                 f"it was made for max_new_tokens={self._max_new_tokens}"
             )
 
-    def grow(self, num_new: Sequence[int], columns: int) -> None:
+    def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""
         kv = self._kv
         assert kv is not None
+        num_new, self._order = _new_tokens(mask, self.seen, columns)
         self._num_new = self._to_device(num_new, columns)
         self._pieces = []
         left = columns
@@ -264,40 +288,33 @@ class Store:
         kv = self._kv
         assert kv is not None
         view = kv.layer(layer)
-        scale, softcap, sinks = attention
+        options = {"num_new": self._num_new, **attention._asdict()}
+        if self._order is not None:
+            queries, keys, values = map(self._align, (queries, keys, values))
         if not self._pieces:
-            out, _ = ops.attend(
-                queries,
-                view,
-                self._schedules[layer],
-                keys=keys,
-                values=values,
-                num_new=self._num_new,
-                sinks=sinks,
-                scale=scale,
-                softcap=softcap,
-            )
-            return out.transpose(1, 2)
-        for columns, fresh_pages, num_new in self._pieces:
-            piece = view._replace(fresh_pages=fresh_pages[layer])
-            ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
-        schedule = ops.plan(
-            view.lengths[None],
-            view.block_table[None],
-            view.fresh_pages[None],
-            new_tokens=0,
-            page_size=self._page_size,
-        )
-        out, _ = ops.attend(
-            queries,
-            view,
-            schedule[0],
-            num_new=self._num_new,
-            sinks=sinks,
-            scale=scale,
-            softcap=softcap,
-        )
-        return out.transpose(1, 2)
+            schedule = self._schedules[layer]
+            out, _ = ops.attend(queries, view, schedule, keys=keys, values=values, **options)
+        else:
+            for columns, fresh_pages, num_new in self._pieces:
+                piece = view._replace(fresh_pages=fresh_pages[layer])
+                ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
+            schedule = ops.plan(
+                view.lengths[None],
+                view.block_table[None],
+                view.fresh_pages[None],
+                new_tokens=0,
+                page_size=self._page_size,
+            )[0]
+            out, _ = ops.attend(queries, view, schedule, **options)
+        out = out.transpose(1, 2)
+        if self._order is not None:
+            out = out.gather(1, self._order.argsort()[:, :, None, None].expand(out.shape))
+        return out
+
+    def _align(self, x: Tensor) -> Tensor:
+        """``[B, H, columns, D]`` with the padding moved to the left."""
+        assert self._order is not None
+        return x.gather(2, self._order[:, None, :, None].expand(x.shape))
 
     def _to_device(self, num_new: Sequence[int], columns: int) -> Tensor | None:
         assert self._kv is not None
@@ -322,10 +339,10 @@ class Store:
         entry = 2 * self._kv.head_dim * self._kv.dtype.itemsize
         return sum(self.seen) * self._num_layers * self._kv.num_kv_heads * entry
 
-    def lengths(self) -> Tensor:
-        """``[L, B, Hkv]`` int32 on the CPU; without layers or pages Hkv is 0."""
+    def lengths(self, num_kv_heads: int) -> Tensor:
+        """``[L, B, Hkv]`` int32 on the CPU."""
         if self._kv is None:
-            return torch.zeros(self._num_layers, len(self.seen), 0, dtype=torch.int32)
+            return torch.zeros(self._num_layers, len(self.seen), num_kv_heads, dtype=torch.int32)
         return self._kv.all_layers.lengths.cpu()
 
     def positions(self, layer: int) -> list[list[Tensor]]:
@@ -356,22 +373,27 @@ def _sequences(layer: ops.Layer, group: slice) -> ops.Layer:
     )
 
 
-def count_new_tokens(mask: Tensor | None, seen: list[int], columns: int) -> list[int]:
-    """How many of a step's columns belong to each sequence; the others are padding on the left.
+def _new_tokens(
+    mask: Tensor | None, seen: list[int], columns: int
+) -> tuple[list[int], Tensor | None]:
+    """How many of the newest columns belong to each sequence, and how to move them to the right.
 
     ``mask`` is what the model gives its attention: ``[B, 1, S, columns so far]``, boolean or
-    additive, or ``[B, columns so far]``. Its last row must show all tokens seen and the new ones.
+    additive, or ``[B, columns so far]``. Its last row must show all tokens seen; a new column that
+    it hides is padding. The second result is ``[B, columns]`` int64, or None if all padding is on
+    the left.
     """
     if mask is None:
-        return [columns] * len(seen)
-    row = mask[:, 0, -1] if mask.dim() == 4 else mask
-    row = (row > -1 if row.is_floating_point() else row.bool()).expand(len(seen), -1)
-    unbroken = row[:, -columns:].flip(-1).int().cumprod(-1).sum(-1)
-    num_new, num_shown = torch.stack([unbroken, row.sum(-1)]).tolist()
-    for b, (before, new, shown) in enumerate(zip(seen, num_new, num_shown, strict=True)):
-        if shown != before + new or before + new == 0:
+        return [columns] * len(seen), None
+    shown = mask[:, 0, -1] if mask.dim() == 4 else mask
+    shown = (shown > -1 if shown.is_floating_point() else shown.bool()).expand(len(seen), -1)
+    new = shown[:, -columns:].int()
+    is_mixed = (new.diff() < 0).any(-1)
+    num_new, num_shown, mixed = torch.stack([new.sum(-1), shown.sum(-1), is_mixed]).tolist()
+    for b, (before, now, both) in enumerate(zip(seen, num_new, num_shown, strict=True)):
+        if both != before + now:
             raise ValueError(
-                f"attention_mask must hide nothing but padding on the left: sequence {b} has "
-                f"{before} tokens and {new} new ones, and {shown} are shown"
+                f"attention_mask must show all tokens seen: sequence {b} has {before}, "
+                f"and {both - now} are shown"
             )
-    return num_new
+    return num_new, new.argsort(stable=True) if any(mixed) else None

@@ -1,0 +1,85 @@
+"""Model families, tiny and with random weights: one row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 97
+_V5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """``prefix`` names transformers' classes; ``settings`` go into the config."""
+
+    prefix: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    config: str = ""  # of the config class, if it isn't prefix + Config
+    in_4_57: bool = True
+
+    def __str__(self) -> str:
+        return self.prefix
+
+    @property
+    def is_available(self) -> bool:
+        return _V5 or self.in_4_57
+
+    def model(self, **settings: Any) -> PreTrainedModel:
+        """In eval mode, with weights so large that attention is far from even."""
+        settings = {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attn_implementation": "eager",
+            **self.settings,
+            **settings,
+        }
+        config = getattr(transformers, self.config or f"{self.prefix}Config")(**settings)
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, f"{self.prefix}ForCausalLM")(config)
+        for name, parameter in model.named_parameters():
+            if "sinks" in name or "bias" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+
+_types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_mixed = {"sliding_window": 12, "layer_types": _types}
+_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+LLAMA = Family("Llama")
+
+FAMILIES = [
+    LLAMA,
+    Family("Mistral", {"sliding_window": None}),
+    Family("Mistral", {"sliding_window": 12}),
+    Family("Mixtral", {"sliding_window": None, "num_local_experts": 4}),
+    Family("Qwen2"),
+    Family("Qwen3", {"head_dim": 32}),
+    Family("Qwen3Moe", {"head_dim": 16, **_experts}),
+    Family("Phi3", {"sliding_window": None}),
+    Family("Gemma2", {"head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 2.0}),
+    Family("Gemma3", {"head_dim": 32, **_mixed}, "Gemma3TextConfig"),
+    Family("GptOss", {"head_dim": 16, "sliding_window": 12, "num_local_experts": 4}),
+    Family("Cohere2", _mixed),
+    Family("Olmo2"),
+    Family("Olmo3", _mixed),
+    Family("Granite", {"attention_multiplier": 0.3}),
+    Family("Glm", {"head_dim": 16}),
+    Family("Starcoder2", {"sliding_window": None}),
+    Family("SmolLM3"),
+    Family("StableLm", in_4_57=False),  # looks its attention up in the interface since 5.0
+]

@@ -1,0 +1,220 @@
+"""What the transformers adapter refuses: a named error each, and nothing has changed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+import adakv
+from models.families import FAMILIES, LLAMA, VOCAB
+
+pytestmark = pytest.mark.model
+
+
+def ids(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor, cache: Any, **options: Any) -> Tensor:
+    return model(tokens, past_key_values=cache, **options).logits
+
+
+SLIDING = FAMILIES[8]
+
+
+@pytest.mark.parametrize("family", [LLAMA, SLIDING], ids=str)
+def test_full_pool_says_what_is_needed_and_the_cache_goes_on(family: Any) -> None:
+    model, prompt, tokens = family.model(), ids(60, 2), ids(17, 2)
+    with adakv.attach(model):
+        small = adakv.Cache(model, budget=40, max_new_tokens=32)
+        large = adakv.Cache(model, budget=40, max_new_tokens=100)
+        for cache in (small, large):
+            logits(model, prompt, cache)
+            logits(model, tokens[:, :16], cache)
+        before = str(small.stats())
+        with pytest.raises(adakv.Error, match=r"cache is full: 16 pages needed .* 8 free|max_new"):
+            logits(model, tokens, small)
+        assert str(small.stats()) == before
+        for token in tokens[:, :16].split(1, 1):
+            assert torch.equal(logits(model, token, small), logits(model, token, large))
+        with pytest.raises(adakv.Error, match="pages needed for 1 new tokens, 0 free"):
+            logits(model, tokens[:, :1], small)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"budget": 31}, "budget must be at least 32.* got 31"),
+        ({"policy": "streaming", "budget": 4}, "budget must be at least"),
+        ({"budget": 64, "ratio": 0.5}, "either budget or ratio"),
+        ({}, "either budget or ratio"),
+        ({"ratio": 0.0}, "ratio must be above 0 and at most 1, got 0.0"),
+        ({"ratio": 1.5}, "ratio must be above 0 and at most 1, got 1.5"),
+        ({"policy": "h2o", "budget": 64}, "policy must be .*ada_snapkv.* got 'h2o'"),
+        ({"budget": 64, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adakv.Cache(LLAMA.model(), **settings)
+
+
+def test_cache_needs_an_attached_model_in_eval_mode_without_gradients() -> None:
+    model, prompt = LLAMA.model(), ids(50)
+    cache = adakv.Cache(model, budget=40)
+    with pytest.raises(adakv.Error, match="not attached"):
+        logits(model, prompt, cache)
+    with adakv.attach(model):
+        with pytest.raises(ValueError, match=r"no_grad"):
+            model(prompt, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"eval"):
+            logits(model.train(), prompt, cache)
+        model.eval()
+        assert cache.get_seq_length() == 0
+        logits(model, prompt, cache)
+    with pytest.raises(adakv.Error, match="not attached"):
+        logits(model, prompt[:, :1], cache)
+    assert cache.stats()["seen"] == [50]
+
+
+def test_model_is_attached_once() -> None:
+    model = LLAMA.model()
+    with adakv.attach(model), pytest.raises(ValueError, match="attached already"):
+        adakv.attach(model)
+    with adakv.attach(model):
+        pass
+
+
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_cache_of_another_model_is_refused(is_attached: bool) -> None:
+    model, other, prompt = LLAMA.model(), LLAMA.model(attn_implementation="sdpa"), ids(50)
+    with adakv.attach(model):
+        cache, expected = adakv.Cache(model, budget=40), adakv.Cache(model, budget=40)
+        for tokens in (prompt, prompt[:, :1]):
+            with pytest.raises((ValueError, adakv.Error), match="another model"):
+                if is_attached:
+                    with adakv.attach(other):
+                        logits(other, tokens, cache)
+                else:
+                    logits(other, tokens, cache)
+            assert torch.equal(logits(model, tokens, cache), logits(model, tokens, expected))
+
+
+def test_shapes_may_not_change_after_the_prompt() -> None:
+    model = LLAMA.model()
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        logits(model, ids(50, 2), cache)
+        with pytest.raises(ValueError, match="must stay what they were"):
+            logits(model, ids(1, 3), cache)
+        with pytest.raises(ValueError, match="must stay what they were"):
+            logits(model.double(), ids(1, 2), cache)
+        logits(model.float(), ids(1, 2), cache)
+    assert cache.stats()["seen"] == [51, 51]
+
+
+def test_tokens_seen_may_not_be_hidden_later() -> None:
+    model, mask = LLAMA.model(), torch.ones(2, 81, dtype=torch.long)
+    mask[1, :3] = 0
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        with pytest.raises(ValueError, match="prompt 1 is nothing but padding"):
+            nothing = torch.tensor([[1], [0]]).expand(2, 80)
+            logits(model, ids(80, 2), cache, attention_mask=nothing)
+        logits(model, ids(80, 2), cache)
+        with pytest.raises(ValueError, match="sequence 1 has 80, and 77 are shown"):
+            logits(model, ids(1, 2), cache, attention_mask=mask)
+        logits(model, ids(1, 2), cache)
+    assert cache.stats()["seen"] == [81, 81]
+
+
+def test_beams_and_assistants_are_refused() -> None:
+    model, prompt = LLAMA.model(), ids(50)
+    settings = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    with adakv.attach(model):
+        with pytest.raises(ValueError, match="beam search is not supported"):
+            cache = adakv.Cache(model, budget=40)
+            model.generate(prompt, past_key_values=cache, num_beams=3, **settings)
+        with pytest.raises(ValueError, match="assisted decoding is not supported"):
+            cache = adakv.Cache(model, budget=40)
+            model.generate(prompt, past_key_values=cache, assistant_model=LLAMA.model(), **settings)
+
+
+def test_second_turn_right_after_the_prompt_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = LLAMA.model()
+    with adakv.attach(model), caplog.at_level(logging.WARNING, "adakv"):
+        cache = adakv.Cache(model, budget=40)
+        logits(model, ids(50), cache)
+        logits(model, ids(1), cache)
+        logits(model, ids(20), cache)
+        assert not caplog.records
+        cache.reset()
+        logits(model, ids(50), cache)
+        logits(model, ids(20), cache)
+        assert "chunked_prefill=True" in caplog.text
+
+
+def test_forward_that_stopped_midway_needs_a_reset() -> None:
+    model, prompt = LLAMA.model(), ids(60)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        expected = logits(model, prompt, cache)
+        hook = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, prompt[:, :1], cache)
+        hook.remove()
+        with pytest.raises(adakv.Error, match="stopped midway"):
+            logits(model, prompt[:, :1], cache)
+        cache.reset()
+        assert torch.equal(logits(model, prompt, cache), expected)
+
+
+TINY: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32}
+_GLOBAL = {"attention_types": [[["global"], 1]]}
+REFUSED = [
+    ("T5", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 1}, "encoder-decoder"),
+    ("DeepseekV3", {**TINY, "num_hidden_layers": 1, "moe_intermediate_size": 8}, "MLA"),
+    ("Qwen3Next", {**TINY, "num_hidden_layers": 4, "num_experts": 4}, "linear_attention"),
+    ("Bamba", {**TINY, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 16}, "no keys"),
+    (
+        "GPTNeo",
+        {**TINY, "num_layers": 1, "attention_types": [[["global"], 1]]},
+        "AttentionInterface",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, settings, message", REFUSED, ids=[row[0] for row in REFUSED])
+def test_models_without_rows_are_refused(name: str, settings: Any, message: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**settings)
+    auto = transformers.AutoModelForSeq2SeqLM if name == "T5" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        adakv.attach(model)
+    assert model.config._attn_implementation == before
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="transformers model, got Linear"):
+        adakv.Cache(torch.nn.Linear(2, 2), budget=40)
+
+
+def test_other_caches_know_nothing_of_it() -> None:
+    model, prompt = LLAMA.model(), ids(30)
+    with adakv.attach(model):
+        cache = DynamicCache(config=model.config)
+        logits(model, prompt, cache)
+        assert not any("adakv_layer" in layer.keys.__dict__ for layer in cache.layers)
