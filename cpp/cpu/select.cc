@@ -22,9 +22,7 @@ struct Threshold {
   uint32_t key = kTaken;
   int32_t last_tie = -1;
 
-  bool takes(uint32_t k, int32_t position) const {
-    return k > key - (position <= last_tie);
-  }
+  bool takes(uint32_t k, int32_t position) const { return k > key - (position <= last_tie); }
 };
 
 // `fill(list, begin, count, keys)` makes the keys of the candidates, see top_k.h.
@@ -39,12 +37,13 @@ Threshold find_threshold(int32_t length, int32_t count, const Fill& fill) {
 template <typename Fill>
 void write_positions(int32_t length, int32_t count, const Fill& fill, int32_t* positions) {
   const Threshold threshold = find_threshold(length, count, fill);
-  int32_t written = 0;
   top_k::for_each_block(0, length, fill, [&](int32_t begin, int32_t n, const uint32_t* keys) {
-    for (int32_t i = 0; i < n && written < count; ++i) {
-      positions[written] = begin + i;
-      written += threshold.takes(keys[i], begin + i);
+    int32_t taken[top_k::kBlock], num_taken = 0;
+    for (int32_t i = 0; i < n; ++i) {
+      taken[num_taken] = begin + i;
+      num_taken += threshold.takes(keys[i], begin + i);
     }
+    positions = std::copy(taken, taken + num_taken, positions);
   });
 }
 
@@ -66,14 +65,14 @@ void select_candidates(const SelectArgs& args, const Row& row, int32_t count, in
     write_positions(row.length, count, by_score, positions);
     return;
   }
-  const Threshold first =
-      find_threshold(row.length, static_cast<int32_t>(args.first * count), by_score);
-  const auto by_both = [&](int list, int32_t begin, int32_t n, uint32_t* keys) {
-    by_score(list, begin, n, keys);
-    const float *scores = row.scores + begin, *norms = row.norms + begin;
+  const int32_t num_first = static_cast<int32_t>(args.first * count);
+  const Threshold first = find_threshold(row.length, num_first, by_score);
+  const auto by_both = [&](int, int32_t begin, int32_t n, uint32_t* keys) {
+    const float *scores = row.scores + begin, *norms = row.norms + begin, eps = args.eps;
+    const Threshold stage_one = {first.key, first.last_tie - begin};
     for (int32_t i = 0; i < n; ++i) {
-      keys[i] = first.takes(keys[i], begin + i) ? kTaken
-                                                : second_stage_key(scores[i], norms[i], args.eps);
+      const uint32_t key = second_stage_key(scores[i], norms[i], eps);
+      keys[i] = stage_one.takes(order_key(scores[i]), i) ? kTaken : key;
     }
   };
   write_positions(row.length, count, by_both, positions);

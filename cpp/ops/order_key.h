@@ -27,8 +27,8 @@ ADAKV_HOST_DEVICE inline uint32_t order_key(float score) {
 /// What the second stage of select ranks by (CriticalKV, arXiv 2502.03805, Algorithm 1); a score
 /// of +inf pins its entry, whatever the norm is.
 ADAKV_HOST_DEVICE inline uint32_t second_stage_key(float score, float norm, float eps) {
-  const uint32_t key = order_key(score);
-  return key == kHighestKey ? kHighestKey : order_key((score + eps) * norm);
+  const uint32_t product = order_key((score + eps) * norm);
+  return order_key(score) == kHighestKey ? kHighestKey : product;
 }
 
 }  // namespace adakv
