@@ -1,0 +1,75 @@
+// Launching kernels with what sm_90 adds: clusters, and kernels that start while the one before them
+// still runs (programmatic dependent launch). On older devices the same kernels run without.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/check.cuh"
+
+namespace adakv {
+
+inline int device_attribute(const char* verb, int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  ADAKV_CUDA_CHECK(verb, cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline bool has_sm90(const char* verb, int device) {
+  return device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  size_t shared_bytes = 0;
+  bool early = false;  // may start early: the kernel calls wait_for_previous_kernel(); sm_90 only
+  int cluster = 1;     // CTAs of a cluster along x; more than 1: sm_90 only
+};
+
+template <typename... Params, typename... Args>
+void launch(const char* verb,
+            void (*kernel)(Params...),
+            const LaunchShape& shape,
+            void* stream,
+            const Args&... args) {
+  if (shape.shared_bytes > 48 * 1024) {
+    ADAKV_CUDA_CHECK(verb, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                static_cast<int>(shape.shared_bytes)));
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  ADAKV_CUDA_CHECK(verb, cudaLaunchKernelEx(&config, kernel, Params(args)...));
+}
+
+/// Waits until the kernels before this one are done and their writes are seen. In a kernel that is
+/// launched early every thread calls it before it touches what other kernels write or read.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next kernel start, if that is launched early.
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace adakv
