@@ -307,6 +307,6 @@ def _keep_everything(inputs: LayerInputs) -> Kept:
     batch, num_kv_heads, length = inputs.keys.shape[:3]
     device = inputs.keys.device
     budgets = torch.full((batch, num_kv_heads), length, dtype=torch.int32, device=device)
-    scores = torch.zeros((batch, num_kv_heads, length), device=device)
+    scores = torch.zeros((batch, num_kv_heads, length), dtype=torch.float32, device=device)
     total = num_kv_heads * sum(inputs.prompt_lens)
     return ops.select(scores, budgets, window=0, seq_lens=inputs.seq_lens, total=total)
