@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 VOCAB = 97
-_V5 = int(transformers.__version__.split(".")[0]) >= 5
+V4 = transformers.__version__.startswith("4.")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Family:
 
     @property
     def is_available(self) -> bool:
-        return _V5 or self.in_4_57
+        return not V4 or self.in_4_57
 
     def model(self, **settings: Any) -> PreTrainedModel:
         """In eval mode, with weights so large that attention is far from even."""

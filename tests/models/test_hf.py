@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import adakv
 import reference
-from models.families import FAMILIES, LLAMA, VOCAB, Family
+from models.families import FAMILIES, LLAMA, V4, VOCAB, Family
 
 pytestmark = pytest.mark.model
 
@@ -204,7 +204,7 @@ def test_second_turn_sees_everything(
     assert [len(rows[0]) for rows in cache.kept(3)] == seen
 
 
-@pytest.mark.parametrize("chunk", [16, 47, 119])
+@pytest.mark.parametrize("chunk", [16, 40, 47])
 @pytest.mark.parametrize("padding", [(0,), (0, 30)], ids=str)
 def test_chunked_prefill_keeps_what_one_prefill_keeps(chunk: int, padding: tuple[int, ...]) -> None:
     model, batch = LLAMA.model(), prompts(120, padding)
@@ -216,7 +216,8 @@ def test_chunked_prefill_keeps_what_one_prefill_keeps(chunk: int, padding: tuple
         actual = model.generate(
             **batch, past_key_values=chunked, prefill_chunk_size=chunk, **settings
         )
-    if 120 % chunk != 1 or adakv.models.hf._LAST_TOKEN_COMES_ALONE:
+    # With 4.57, padded chunks have other positions than padded prompts.
+    if not (V4 and len(padding) > 1):
         for layer in range(4):
             for row, other in zip(whole.kept(layer), chunked.kept(layer), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(row, other, strict=True))

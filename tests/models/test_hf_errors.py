@@ -181,18 +181,20 @@ def test_forward_that_stopped_midway_needs_a_reset() -> None:
         assert torch.equal(logits(model, prompt, cache), expected)
 
 
-TINY: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32}
-_GLOBAL = {"attention_types": [[["global"], 1]]}
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
+_GLOBAL = {"num_layers": 1, "attention_types": [[["global"], 1]]}
 REFUSED = [
     ("T5", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 1}, "encoder-decoder"),
-    ("DeepseekV3", {**TINY, "num_hidden_layers": 1, "moe_intermediate_size": 8}, "MLA"),
-    ("Qwen3Next", {**TINY, "num_hidden_layers": 4, "num_experts": 4}, "linear_attention"),
-    ("Bamba", {**TINY, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 16}, "no keys"),
-    (
-        "GPTNeo",
-        {**TINY, "num_layers": 1, "attention_types": [[["global"], 1]]},
-        "AttentionInterface",
-    ),
+    ("DeepseekV3", {**TINY, "moe_intermediate_size": 8, "n_routed_experts": 8}, "MLA"),
+    ("Qwen3Next", {**TINY, "num_experts": 4}, "linear_attention"),
+    ("Bamba", {**TINY, **_MAMBA}, "recurrent"),
+    ("GPTNeo", {"vocab_size": VOCAB, "hidden_size": 32, **_GLOBAL}, "AttentionInterface"),
 ]
 
 

@@ -27,25 +27,18 @@ UNSUPPORTED = {
 }
 
 
-def check_config(name: str, config: Any) -> None:
-    """Raises ``ValueError`` if a model can't run with adakv by its config."""
+def check(model: Any, cache_layers: Sequence[object]) -> None:
+    """Raises ``ValueError`` unless adakv works with a model and with the layers of its cache."""
+    name, config = type(model).__name__, model.config
     for setting, meaning in UNSUPPORTED.items():
         if getattr(config, setting, None):
             raise ValueError(f"model: {name} {meaning}")
-    _check_layers(name, set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
-
-
-def check_layers(name: str, layers: Sequence[object]) -> None:
-    """The same by the layers of its cache in transformers."""
-    _check_layers(name, {type(layer).__name__ for layer in layers} - LAYERS)
-
-
-def _check_layers(name: str, others: set[str]) -> None:
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    others |= {type(layer).__name__ for layer in cache_layers} - LAYERS
+    if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent models
+        others.add("recurrent layers")
     if others:
-        raise ValueError(
-            f"model: {name} has layers that hold no keys and values, or not in the common way: "
-            + ", ".join(sorted(others))
-        )
+        raise ValueError(f"model: {name} has layers without common keys and values: {others}")
 
 
 def output_projection(module: torch.nn.Module, width: int) -> Tensor:

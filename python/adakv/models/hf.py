@@ -125,8 +125,9 @@ class Cache(TransformersCache):
         Tokens after the prompt that the pages are made for. CPU memory is taken when it is used.
     chunked_prefill : bool
         The prompt comes in several forwards (``generate(prefill_chunk_size=...)``): its keys and
-        values are kept until the first forward of one token, and compressed then. Without it a
-        second forward of several tokens is a second turn, which nothing is evicted from.
+        values are kept until the first forward of one token, and compressed then; a last chunk of
+        one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
+        forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int
         Entries of a page: a power of two from 8 to 256.
     """
@@ -406,7 +407,7 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that generates text: most often the model itself."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
-    families.check_config(type(model).__name__, model.config)
+    families.check(model, [])
     config = model.config.get_text_config(decoder=True)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is config:
@@ -416,8 +417,6 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def _cache_layers(decoder: PreTrainedModel) -> list[Any]:
     """The layers of transformers' own cache for a model: full attention and sliding windows."""
-    name = type(decoder).__name__
-    families.check_config(name, decoder.config)
     layers = list(DynamicCache(config=decoder.config).layers)
-    families.check_layers(name, layers)
+    families.check(decoder, layers)
     return layers
