@@ -111,7 +111,7 @@ def test_parity_preset_keeps_what_its_code_keeps(
     device, name: str, peer: Callable[[Tensor, Tensor, int, int], Rows], budget: int
 ):
     preset = policy.get(name)
-    for seed in range(20):
+    for seed in range(8):
         torch.manual_seed(seed)
         scores = random_scores(1, HEADS, LENGTH)
         # No norm is so small that kvpress' second stage would drop a token of the window.
