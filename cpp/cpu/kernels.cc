@@ -1,5 +1,10 @@
 #include "cpu/kernels.h"
 
+#if defined(ADAKV_X86_64) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace adakv {
 
 // One per simd_<isa>.cc.
@@ -13,15 +18,32 @@ extern const Kernels kKernels;
 namespace x86_64_v4 {
 extern const Kernels kKernels;
 }
+namespace x86_64_amx {
+extern const Kernels kKernels;
+}
 #endif
 
 namespace {
+
+#if defined(ADAKV_X86_64)
+/// Whether the machine has AMX and the system lets this process use it.
+bool may_use_amx() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const Kernels& choose_kernels() {
 #if defined(ADAKV_X86_64)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return x86_64_v4::kKernels;
+    return may_use_amx() ? x86_64_amx::kKernels : x86_64_v4::kKernels;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return x86_64_v3::kKernels;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "adakv/types.h"
+#include "adakv/ops.h"
 
 namespace adakv {
 
@@ -33,9 +33,73 @@ struct AttendSpan {
   float* acc;     // [num_queries, D] out: sum of exp(logit - max) * value
 };
 
+/// Results for vectors of this many are written, and read, whole.
+constexpr int kMaxLanes = 16;
+
+/// Some keys of a row, before one q head's queries of the window.
+struct ScoreSpan {
+  const void* keys;     // [num_keys, D]
+  const void* queries;  // [W, D]
+  int64_t key_stride, query_stride;  // in elements
+  int num_keys;
+  int window;
+  int head_dim;
+  int first_visible;  // query w sees the keys below first_visible + w
+  float scale;
+  float softcap;  // 0: none
+  Reduce window_reduce;
+  float* max;     // [W up to kMaxLanes] largest logit of each query: out of score_sums, into score_window
+  float* sum;     // [W up to kMaxLanes] out of score_sums: sum of exp(logit - max);
+                  //                     into score_window: 1 / that sum over all keys, 0 behind the window
+  float* scores;  // [num_keys up to kMaxLanes] out of score_window: probabilities, reduced over the window
+};
+
+/// Some entries of a row, and one q head's part of the output projection.
+struct ValueNormSpan {
+  const void* values;  // [num_values, D]
+  const void* w_o;     // [E, D]
+  int64_t value_stride, w_o_stride;  // in elements
+  int num_values;
+  int width;  // E
+  int head_dim;
+  float* norms;  // [num_values up to kMaxLanes] out: || v Wo ||_1
+};
+
+/// Gram matrices are kept as panels of so many columns as suit the machine: [head_dim_padded / columns, head_dim_padded, columns].
+constexpr int kGramFloats = kMaxHeadDim * kMaxHeadDim;
+
+/// One kv head's part of the output projection.
+struct GramSpan {
+  const void* w_o;  // [E, G * D]
+  int64_t w_o_stride;  // in elements
+  int width;  // E
+  int group;  // G
+  int head_dim;
+  float* gram;  // [kGramFloats] out: mean over the group of Wo Wo^T
+};
+
+/// Some entries of a row, and the Gram matrix of their kv head.
+struct GramNormSpan {
+  const void* values;  // [num_values, D]
+  int64_t value_stride;  // in elements
+  int num_values;
+  int head_dim;
+  const float* gram;  // [kGramFloats]
+  float* norms;  // [num_values] out: sqrt(v G v^T)
+};
+
+/// By DType: float32, float16, bfloat16.
+template <typename Span>
+using PerDType = void (*[3])(const Span&);
+
 struct Kernels {
   const char* isa;
-  void (*attend_span[3])(const AttendSpan&);  // by DType: float32, float16, bfloat16
+  PerDType<AttendSpan> attend_span;
+  PerDType<ScoreSpan> score_sums;
+  PerDType<ScoreSpan> score_window;
+  PerDType<ValueNormSpan> value_norm_span;
+  PerDType<GramSpan> gram_span;
+  PerDType<GramNormSpan> gram_norm_span;
 };
 
 /// The fastest kernels that this machine can run.

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/simd_attend.h"
+#include "cpu/simd_score.h"
+#include "cpu/simd_value_norm.h"
 
 namespace adakv::ADAKV_ISA {
 
@@ -9,6 +11,11 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     ADAKV_ISA_NAME,
     {attend_span<float>, attend_span<Float16>, attend_span<BFloat16>},
+    {score_sums<float>, score_sums<Float16>, score_sums<BFloat16>},
+    {score_window<float>, score_window<Float16>, score_window<BFloat16>},
+    {value_norm_span<float>, value_norm_span<Float16>, value_norm_span<BFloat16>},
+    {gram_span<float>, gram_span<Float16>, gram_span<BFloat16>},
+    {gram_norm_span<float>, gram_norm_span<Float16>, gram_norm_span<BFloat16>},
 };
 
 }  // namespace adakv::ADAKV_ISA

@@ -1,0 +1,124 @@
+"""attend over ragged pages, against torch SDPA on the same entries padded to the longest row.
+
+Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw over
+the heads of a sequence. Several layers in turn, more than the last-level cache holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adakv import ops
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 4
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    mean_length: int = 2048
+    new_tokens: int = 1
+    page_size: int = 16
+    layers: int = 8
+    dtype: str = "bfloat16"
+
+
+def ragged_lengths(case: Case) -> Tensor:
+    """``[L, B, Hkv]`` int32."""
+    share = torch.distributions.Dirichlet(torch.ones(case.kv_heads))
+    draw = share.sample((case.layers, case.batch)) * case.kv_heads
+    return ((0.2 + 0.8 * draw) * case.mean_length).int().clamp(min=case.new_tokens)
+
+
+class Paged:
+    """The layers' pages in one shuffled pool, and their schedule."""
+
+    def __init__(self, case: Case, lengths: Tensor) -> None:
+        dtype = getattr(torch, case.dtype)
+        pages = -(-lengths // case.page_size)
+        num_pages = int(pages.sum())
+        pool = torch.randn(num_pages, 2, case.page_size, case.head_dim, dtype=dtype)
+        table = torch.full((*lengths.shape, int(pages.max())), -1, dtype=torch.int32)
+        used = torch.arange(table.shape[-1]) < pages[..., None]
+        table[used] = torch.randperm(num_pages).int()
+        fresh = torch.full((*lengths.shape, 1), -1, dtype=torch.int32)
+        positions = torch.zeros(num_pages, case.page_size, dtype=torch.int32)
+        seen = lengths[0].amax(-1)
+        self.layers = [
+            ops.Layer(pool, positions, table[i], lengths[i], seen, fresh[i])
+            for i in range(case.layers)
+        ]
+        self.schedule = ops.plan(lengths, table, fresh, new_tokens=0, page_size=case.page_size)
+        self.num_bytes = int(lengths.sum()) * 2 * case.head_dim * pool.element_size() / case.layers
+
+
+class Padded:
+    """Dense keys and values of some layers, padded to the longest row, and the mask they need."""
+
+    def __init__(self, case: Case, lengths: Tensor, layers: int) -> None:
+        longest = int(lengths.max())
+        shape = (case.batch, case.kv_heads, longest, case.head_dim)
+        dtype = getattr(torch, case.dtype)
+        self.keys = [torch.randn(shape, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.randn(shape, dtype=dtype) for _ in range(layers)]
+        first = lengths[:layers, :, :, None, None] - case.new_tokens  # [L, B, Hkv, 1, 1]
+        visible = first + torch.arange(case.new_tokens)[:, None]
+        masks = torch.arange(longest) <= visible
+        self.masks = masks.repeat_interleave(case.group, 2)  # [L, B, Hq, S, T]
+
+
+def run(case: Case, options: object) -> None:
+    torch.manual_seed(0)
+    lengths = ragged_lengths(case)
+    paged = Paged(case, lengths)
+    padded = Padded(case, lengths, min(case.layers, 3))
+    heads = case.kv_heads * case.group
+    queries = torch.randn(case.batch, heads, case.new_tokens, case.head_dim)
+    queries = queries.to(getattr(torch, case.dtype))
+
+    def adakv_attend(i: int) -> None:
+        i %= case.layers
+        ops.attend(queries, paged.layers[i], paged.schedule[i])
+
+    def sdpa(i: int) -> None:
+        i %= len(padded.keys)
+        F.scaled_dot_product_attention(
+            queries, padded.keys[i], padded.values[i], padded.masks[i], enable_gqa=True
+        )
+
+    timings = harness.measure({"adakv": adakv_attend, "sdpa": sdpa}, rounds=options.rounds)
+    rate = harness.read_rate()
+    reached = paged.num_bytes / timings["adakv"].median_us * 1e6
+    derived = {
+        "speedup": timings["sdpa"].median_us / timings["adakv"].median_us,
+        "read_GB_per_s": reached / 1e9,
+        "machine_read_GB_per_s": rate / 1e9,
+        "share_of_read_rate": reached / rate,
+        "longest_over_mean": float(lengths.max()) / case.mean_length,
+    }
+    harness.report("attend", vars(case), timings, derived, options.save)
+
+
+CASES = [
+    Case(),
+    Case(dtype="float32"),
+    Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=700, layers=30),
+    Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=7000, new_tokens=512),
+]
+
+
+def main() -> None:
+    options = harness.parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    for case in CASES:
+        run(case, options)
+
+
+if __name__ == "__main__":
+    main()

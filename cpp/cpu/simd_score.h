@@ -1,0 +1,95 @@
+// The two passes of score over some keys of a row, for one q head: the softmax's maximum and sum for each query of the window, then
+// the probabilities, reduced over the window. Lanes are queries of the window; keys come in blocks.
+#pragma once
+
+#include "cpu/simd_product.h"
+
+namespace adakv::ADAKV_ISA {
+
+constexpr int kBlockKeys = 96;
+constexpr int kSums = 8;  // side by side: long chains of additions would cost accuracy, and time
+
+inline F32 cap_logits(F32 dots, float scale, float softcap) {
+  const F32 z = dots * scale;
+  return softcap > 0 ? softcap * tanh(z / softcap) : z;
+}
+
+/// Calls body(block of logits [num_keys, stride], first key, number of keys, first query, number of queries).
+template <typename Element, typename Body>
+inline void for_each_block(const ScoreSpan& span, Body body) {
+  using P = Product<Element>;
+  const typename P::Session session;
+  (void)session;
+  alignas(64) char panel[P::kPanelBytes];
+  alignas(64) float logits[kBlockKeys * P::kColumns];
+  const Element* keys = static_cast<const Element*>(span.keys);
+  const Element* queries = static_cast<const Element*>(span.queries);
+  for (int first = 0; first < span.window; first += P::kColumns) {
+    const int count = span.window - first < P::kColumns ? span.window - first : P::kColumns;
+    P::pack(queries + first * span.query_stride, span.query_stride, count, span.head_dim, panel);
+    for (int key = 0; key < span.num_keys; key += kBlockKeys) {
+      const int num_keys = span.num_keys - key < kBlockKeys ? span.num_keys - key : kBlockKeys;
+      P::multiply(panel, count, keys + key * span.key_stride, span.key_stride, num_keys, span.head_dim, logits);
+      body(logits, key, num_keys, first, count);
+    }
+  }
+}
+
+template <typename Element>
+void score_sums(const ScoreSpan& span) {
+  const int padded = stride_of(span.window);
+  for (int w = 0; w < padded; ++w) span.max[w] = -kInfinity;
+  for (int w = 0; w < padded; ++w) span.sum[w] = 0;
+  for_each_block<Element>(span, [&](float* logits, int key, int num_keys, int query, int count) {
+    const int stride = stride_of(count);
+    for (int lane = 0; lane < stride; lane += kLanes) {
+      const I32 visible = lane_numbers() + (span.first_visible + query + lane);  // keys that each query sees
+      const F32 old_max = load(span.max + query + lane);
+      F32 largest = old_max;
+      for (int i = 0; i < num_keys; ++i) {
+        F32 z = cap_logits(load(logits + i * stride + lane), span.scale, span.softcap);
+        if (key + num_keys > span.first_visible) z = choose(visible > key + i, z, broadcast(-kInfinity));
+        store(logits + i * stride + lane, z);
+        largest = max(z, largest);
+      }
+      const F32 base = choose(largest == -kInfinity, F32{}, largest);  // nothing seen: -inf - -inf would be NaN
+      F32 sums[kSums] = {};
+      for (int i = 0; i < num_keys; ++i) sums[i % kSums] += exp(load(logits + i * stride + lane) - base);
+      for (int step = kSums / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
+      }
+      store(span.max + query + lane, largest);
+      store(span.sum + query + lane, load(span.sum + query + lane) * exp(old_max - base) + sums[0]);
+    }
+  });
+}
+
+template <typename Element>
+void score_window(const ScoreSpan& span) {
+  const bool takes_max = span.window_reduce == Reduce::kMax;
+  const float factor = span.window_reduce == Reduce::kMean ? 1.f / static_cast<float>(span.window) : 1.f;
+  for_each_block<Element>(span, [&](const float* logits, int key, int num_keys, int query, int count) {
+    const int stride = stride_of(count);
+    for (int first = 0; first < num_keys; first += kLanes) {
+      F32 reduced[kLanes] = {};  // of one key each, over the lanes' queries
+      for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
+        for (int lane = 0; lane < stride; lane += kLanes) {
+          const F32 z = cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap);
+          const F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
+          reduced[i] = takes_max ? max(p, reduced[i]) : reduced[i] + p;
+        }
+      }
+      F32 scores = {};
+      if (takes_max) {
+        for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
+      } else {
+        scores = sum_each(reduced) * factor;
+      }
+      float* out = span.scores + key + first;
+      if (query > 0) scores = takes_max ? max(scores, load(out)) : scores + load(out);
+      store(out, scores);
+    }
+  });
+}
+
+}  // namespace adakv::ADAKV_ISA
