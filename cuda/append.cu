@@ -1,5 +1,68 @@
-#include "adakv/error.h"
+// Writes new entries behind the last one of every row. A row that fills its page goes on in its
+// next fresh one.
+//
+// A decode step's few tokens are one launch, with a block for each sequence. More tokens are shared
+// out to several blocks; lengths may then change only when all have read them: a second launch.
+#include "append.cuh"
+
+#include <algorithm>
+
+#include "common/check.cuh"
+#include "common/device_guard.h"
 #include "cuda_backend.h"
+
 namespace adakv {
-void CudaBackend::append(const AppendArgs&) { throw Error("append: to come"); }
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int64_t kEntriesPerWarp = 4;  // with more, further blocks pay
+
+// grid: [blocks of a sequence, B]; one warp: some rows of the sequence, some of its tokens.
+template <typename Chunk>
+__global__ void __launch_bounds__(kThreads, 2)
+    append_kernel(const __grid_constant__ AppendParams p) {
+  const int32_t b = blockIdx.y, num_warps = gridDim.x * kWarps;
+  const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
+  const int32_t head_step = min(p.layer.num_heads, num_warps);
+  const int32_t token_step = num_warps / head_step;
+  if (warp < head_step * token_step) {
+    append_entries<Chunk>(p, b, {warp % head_step, head_step, warp / head_step, token_step});
+  }
+  if (gridDim.x > 1) return;
+  __syncthreads();
+  count_appended(p, b, threadIdx.x, kThreads);
+}
+
+// grid: [B]
+__global__ void __launch_bounds__(kThreads)
+    append_count_kernel(const __grid_constant__ AppendParams p) {
+  count_appended(p, blockIdx.x, threadIdx.x, kThreads);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------
+
+void CudaBackend::append(const AppendArgs& args) {
+  const DeviceGuard guard(args.keys.device);
+  const AppendParams p = append_params(args.layer, args.keys, args.values, args.num_new);
+  if (p.batch == 0 || p.layer.num_heads == 0 || p.num_tokens == 0) return;
+  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  const int64_t entries = int64_t{p.layer.num_heads} * p.num_tokens;
+  const int64_t wanted = p.num_tokens == 1 ? 1 : entries / (kWarps * kEntriesPerWarp);
+  const dim3 grid(static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, 256)),
+                  static_cast<uint32_t>(p.batch));
+  const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
+                          rows_are_aligned(args.layer.pages, 16);
+  dispatch_chunk(is_aligned, args.keys.dtype, [&](auto tag) {
+    append_kernel<typename decltype(tag)::type><<<grid, kThreads, 0, stream>>>(p);
+  });
+  ADAKV_CUDA_CHECK("append", cudaGetLastError());
+  if (grid.x > 1) {
+    append_count_kernel<<<p.batch, kThreads, 0, stream>>>(p);
+    ADAKV_CUDA_CHECK("append", cudaGetLastError());
+  }
+}
+
 }  // namespace adakv

@@ -1,6 +1,209 @@
-#include "adakv/error.h"
+// attend: the launcher, and the plain kernel for what the fast ones (attend.cuh) don't take: float32,
+// pages of 8, and head dims other than 64, 80, 96, 128 and 256.
+#include <cmath>
+
+#include "attend.h"
+#include "common/check.cuh"
+#include "common/device_guard.h"
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
 #include "cuda_backend.h"
+
 namespace adakv {
-void CudaBackend::attend(const AttendArgs&) { throw Error("attend: to come"); }
-size_t CudaBackend::workspace_bytes(const AttendArgs&) const { return 0; }
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kMostHeadDim = 256;
+constexpr int kColumnsPerLane = kMostHeadDim / kWarpSize;
+
+/// One query of a row; all threads of a block work on it.
+struct Query {
+  int32_t b, h, head, token;
+  int32_t visible;  // slots before this are seen; 0 for padding
+};
+
+__device__ Query find_query(const AttendParams& p, int32_t length) {
+  Query query;
+  query.b = blockIdx.x / p.layer.num_heads;
+  query.h = blockIdx.x % p.layer.num_heads;
+  query.head = query.h * p.group + blockIdx.y % p.group;
+  query.token = blockIdx.y / p.group;
+  const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
+  query.visible = is_padding ? 0 : max(0, length - p.num_tokens + query.token + 1);
+  return query;
+}
+
+/// What a warp has found out; out[j] is column lane + 32 j.
+struct PlainState {
+  float max = -INFINITY, sum = 0;
+  float out[kColumnsPerLane] = {};
+};
+
+/// Slots first_slot .. first_slot + 31 of the query's row, a lane each; then their values in turn.
+template <typename Element>
+__device__ void add_slots(const AttendParams& p,
+                          const Query& query,
+                          const float* q,  // [D]
+                          int32_t head_dim,
+                          int32_t first_slot,
+                          PlainState& state) {
+  const int32_t lane = threadIdx.x % kWarpSize, slot = first_slot + lane;
+  const bool is_visible = slot < query.visible;
+  const char* key = nullptr;
+  float z = -INFINITY;
+  if (is_visible) {
+    const int32_t* table = p.layer.block_table.at(query.b, query.h);
+    key = p.layer.key(table[slot / p.layer.page_size], slot % p.layer.page_size);
+    float dot = 0;
+    for (int32_t d = 0; d < head_dim; ++d) {
+      dot += q[d] * to_float(reinterpret_cast<const Element*>(key)[d]);
+    }
+    z = dot * p.scale;
+    if (p.softcap != 0) z = p.softcap * tanhf(z / p.softcap);
+  }
+  const float most = fmaxf(state.max, warp_max(z));
+  const float factor = expf(state.max - most), probability = expf(z - most);
+  state.max = most;
+  state.sum = state.sum * factor + warp_sum(probability);
+  for (float& x : state.out) x *= factor;
+  const int32_t count = min(kWarpSize, query.visible - first_slot);
+  for (int32_t i = 0; i < count; ++i) {
+    const float share = __shfl_sync(kFullWarp, probability, i);
+    const char* row = reinterpret_cast<const char*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
+    const Element* value = reinterpret_cast<const Element*>(row + p.layer.half_page_bytes());
+#pragma unroll
+    for (int j = 0; j < kColumnsPerLane; ++j) {
+      const int32_t d = lane + j * kWarpSize;
+      if (d < head_dim) state.out[j] += share * to_float(value[d]);
+    }
+  }
+}
+
+// grid: [num_rows, G * S]; one block: one query over its whole row, 32 slots a warp at a time.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    attend_plain_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
+  __shared__ float q[kMostHeadDim];
+  __shared__ float image[kWarps][kMostHeadDim], max[kWarps], sum[kWarps];
+  const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const Query query = find_query(p, p.rows[blockIdx.x].length);
+  const char* queries = p.queries.at(query.b, query.head, query.token);
+  for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
+    q[d] = to_float(reinterpret_cast<const Element*>(queries)[d]);
+  }
+  __syncthreads();
+
+  PlainState state;
+  for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
+    add_slots<Element>(p, query, q, head_dim, first, state);
+  }
+#pragma unroll
+  for (int j = 0; j < kColumnsPerLane; ++j) image[warp][lane + j * kWarpSize] = state.out[j];
+  if (lane == 0) {
+    max[warp] = state.max;
+    sum[warp] = state.sum;
+  }
+  __syncthreads();
+
+  const bool is_empty = query.visible == 0;
+  const float sink = p.sink_logits && !is_empty ? p.sink_logits[query.head] : -INFINITY;
+  float most = sink, total = 0, factors[kWarps];
+  for (int w = 0; w < kWarps; ++w) most = fmaxf(most, max[w]);
+  const float base = is_empty ? 0 : most;
+  for (int w = 0; w < kWarps; ++w) {
+    factors[w] = expf(max[w] - base);
+    total += factors[w] * sum[w];
+  }
+  total += expf(sink - base);
+  Element* out = reinterpret_cast<Element*>(p.out.at(query.b, query.head, query.token));
+  for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
+    float x = 0;
+    for (int w = 0; w < kWarps; ++w) x += factors[w] * image[w][d];
+    out[d] = from_float<Element>(is_empty ? 0 : x / total);
+  }
+  if (threadIdx.x == 0 && p.lse.data) {
+    *reinterpret_cast<float*>(p.lse.at(query.b, query.head, query.token)) =
+        is_empty ? -INFINITY : most + logf(total);
+  }
+}
+
+bool has_fast_kernel(const AttendArgs& args) {
+  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 && args.queries.dtype != DType::kFloat32;
+  return fits_tiles && dispatch_head_dim(args.queries.shape[3], [](auto) {});
+}
+
+int64_t num_queries(const AttendArgs& args) {
+  const int64_t heads = args.layer.lengths.shape[1];
+  return heads == 0 ? 0 : args.queries.shape[1] / heads * args.queries.shape[2];
+}
+
+/// Whether the rows' ranges are those of the schedule; else each row is done in one piece.
+bool cuts_rows(const AttendArgs& args) {
+  return has_fast_kernel(args) && num_queries(args) <= kMostQueries;
+}
+
+AttendParams attend_params(const AttendArgs& args) {
+  AttendParams p = {};
+  p.workers = args.schedule.ptr<const schedule::Worker>();
+  p.rows = reinterpret_cast<schedule::RowFacts*>(args.schedule.ptr<schedule::Worker>() +
+                                                 args.num_workers);
+  p.layer = layer_rows(args.layer);
+  p.queries = entry_rows(args.queries);
+  p.out = entry_rows(args.out);
+  p.lse = entry_rows(args.lse);
+  p.num_new = args.num_new ? args.num_new.ptr<int32_t>() : nullptr;
+  p.sink_logits = args.sink_logits ? args.sink_logits.ptr<float>() : nullptr;
+  p.partials = args.workspace.ptr<float>();
+  p.num_rows = static_cast<int32_t>(args.layer.lengths.shape[0]) * p.layer.num_heads;
+  p.num_workers = args.num_workers;
+  p.max_partials = static_cast<int32_t>(schedule::max_partials(args.num_workers));
+  p.group = static_cast<int32_t>(args.queries.shape[1] / p.layer.num_heads);
+  p.num_tokens = static_cast<int32_t>(args.queries.shape[2]);
+  p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
+  p.softcap = args.softcap;
+  p.queries_are_aligned = rows_are_aligned(args.queries, 4);
+  p.out_is_aligned = rows_are_aligned(args.out, 8);
+  return p;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------
+
+void CudaBackend::attend(const AttendArgs& args) {
+  if (args.queries.size() == 0) return;
+  const DeviceGuard guard(args.queries.device);
+  AttendParams p = attend_params(args);
+  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  const bool appends_along = args.keys && cuts_rows(args) && rows_are_aligned(args.keys, 16) &&
+                             rows_are_aligned(args.values, 16);
+  if (appends_along) {
+    p.append = append_params(args.layer, args.keys, args.values, args.num_new);
+  } else if (args.keys) {
+    append({args.keys, args.values, args.num_new, args.layer, args.stream});
+  }
+  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    if constexpr (!std::is_same_v<Element, float>) {
+      const auto run = [&](auto head_dim) {
+        launch_attend<Element, head_dim>(p, args.layer.pages.shape[0], stream);
+      };
+      if (has_fast_kernel(args)) return (void)dispatch_head_dim(args.queries.shape[3], run);
+    }
+    const dim3 grid(p.num_rows, p.group * p.num_tokens);
+    attend_plain_kernel<Element>
+        <<<grid, kThreads, 0, stream>>>(p, static_cast<int32_t>(args.queries.shape[3]));
+    ADAKV_CUDA_CHECK("attend", cudaGetLastError());
+  });
+}
+
+size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {
+  if (!cuts_rows(args)) return 0;
+  const size_t floats_per_query = args.queries.shape[3] + 2;
+  return schedule::max_partials(args.num_workers) * padded_queries(num_queries(args)) *
+         floats_per_query * sizeof(float);
+}
+
 }  // namespace adakv

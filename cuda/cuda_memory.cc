@@ -6,23 +6,11 @@
 #include <mutex>
 
 #include "common/check.cuh"
+#include "common/device_guard.h"
 #include "cuda_backend.h"
 
 namespace adakv {
 namespace {
-
-// Makes a device current for one scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int index) {
-    ADAKV_CUDA_CHECK("memory", cudaGetDevice(&previous_));
-    if (index != previous_) ADAKV_CUDA_CHECK("memory", cudaSetDevice(index));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
 
 class CudaMemory final : public Memory {
  public:
@@ -31,7 +19,7 @@ class CudaMemory final : public Memory {
   Device device() const override { return device_; }
 
   void* allocate(size_t bytes) override {
-    const DeviceGuard guard(device_.index);
+    const DeviceGuard guard(device_);
     void* data = nullptr;
     if (cudaMalloc(&data, bytes) != cudaSuccess) {
       cudaGetLastError();
@@ -44,7 +32,7 @@ class CudaMemory final : public Memory {
   }
 
   void free(void* data) override {
-    const DeviceGuard guard(device_.index);
+    const DeviceGuard guard(device_);
     cudaFree(data);  // waits for kernels that still use it
   }
 
@@ -59,6 +47,7 @@ class CudaMemory final : public Memory {
                            size_t row_bytes,
                            size_t rows,
                            Stream stream) override {
+    const DeviceGuard guard(device_);
     ADAKV_CUDA_CHECK("memory",
                      cudaMemcpy2DAsync(data, pitch_bytes, host, row_bytes, row_bytes, rows,
                                        cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
@@ -70,6 +59,7 @@ class CudaMemory final : public Memory {
                  size_t row_bytes,
                  size_t rows,
                  Stream stream) override {
+    const DeviceGuard guard(device_);
     ADAKV_CUDA_CHECK("memory", cudaMemset2DAsync(data, pitch_bytes, value, row_bytes, rows,
                                                  static_cast<cudaStream_t>(stream)));
   }

@@ -71,6 +71,11 @@ ADAKV_HOST_DEVICE inline bool chunks_are_even(int32_t chunk, int32_t num_units, 
   return 5 * static_cast<int64_t>(chunk) * active <= 7 * static_cast<int64_t>(num_units);
 }
 
+/// The largest chunk that is even enough.
+ADAKV_HOST_DEVICE inline int32_t largest_even_chunk(int32_t num_units, int32_t active) {
+  return static_cast<int32_t>(7 * static_cast<int64_t>(num_units) / (5 * active));
+}
+
 /// First unit of part `part` of `num_parts`, of a range of `num_units` units.
 ADAKV_HOST_DEVICE inline int32_t even_border(int32_t part, int32_t num_units, int32_t num_parts) {
   return static_cast<int32_t>(static_cast<int64_t>(part) * num_units / num_parts);

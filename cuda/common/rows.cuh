@@ -1,0 +1,98 @@
+// Where the entries and the integers of a row lie: what kernels know of the tensors of a call.
+#pragma once
+
+#include <cstdint>
+
+#include "adakv/kv_cache.h"
+#include "adakv/types.h"
+#include "common/dispatch.cuh"
+
+namespace adakv {
+
+/// A tensor [B, H, T, D] of entries (or queries), or [B, H, T] of numbers.
+struct EntryRows {
+  char* data;         // null: not given
+  int64_t stride[3];  // in bytes
+
+  __device__ char* at(int64_t b, int64_t h, int64_t t) const {
+    return data + b * stride[0] + h * stride[1] + t * stride[2];
+  }
+};
+
+/// A tensor [B, H, ...] of integers.
+struct IntRows {
+  int32_t* data;
+  int64_t stride[2];
+
+  __device__ int32_t* at(int64_t b, int64_t h) const {
+    return data + b * stride[0] + h * stride[1];
+  }
+};
+
+inline EntryRows entry_rows(const TensorView& x) {
+  EntryRows rows = {};
+  if (!x) return rows;
+  const int64_t bytes = static_cast<int64_t>(dtype_size(x.dtype));
+  rows.data = x.ptr<char>();
+  for (int i = 0; i < 3; ++i) rows.stride[i] = x.stride[i] * bytes;
+  return rows;
+}
+
+inline IntRows int_rows(const TensorView& x) {
+  return {x.ptr<int32_t>(), {x.stride[0], x.stride[1]}};
+}
+
+/// A LayerView as kernels take it.
+struct LayerRows {
+  char* pages;                 // [N, 2, P, D]
+  int32_t* page_positions;     // [N, P]
+  int64_t positions_stride;    // of a page
+  IntRows block_table;         // [B, Hkv, M]
+  IntRows lengths;             // [B, Hkv]
+  IntRows fresh_pages;         // [B, Hkv, F]
+  int32_t* seen;               // [B]
+  int32_t num_heads, page_size, entry_bytes;
+
+  /// The key in a slot of a page; its value is half_page_bytes() further.
+  __device__ char* key(int32_t page, int32_t slot) const {
+    return pages + 2 * half_page_bytes() * page + slot * entry_bytes;
+  }
+
+  __device__ int64_t half_page_bytes() const { return int64_t{page_size} * entry_bytes; }
+};
+
+inline LayerRows layer_rows(const LayerView& layer) {
+  LayerRows rows = {};
+  rows.pages = layer.pages.ptr<char>();
+  rows.page_positions = layer.page_positions.ptr<int32_t>();
+  rows.positions_stride = layer.page_positions.stride[0];
+  rows.block_table = int_rows(layer.block_table);
+  rows.lengths = int_rows(layer.lengths);
+  rows.fresh_pages = int_rows(layer.fresh_pages);
+  rows.seen = layer.seen.ptr<int32_t>();
+  rows.num_heads = static_cast<int32_t>(layer.lengths.shape[1]);
+  rows.page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  rows.entry_bytes = static_cast<int32_t>(layer.pages.shape[3] * dtype_size(layer.pages.dtype));
+  return rows;
+}
+
+/// Whether every row of the tensor (along its last dimension) begins at a multiple of `bytes`.
+inline bool rows_are_aligned(const TensorView& x, size_t bytes) {
+  bool is_aligned = reinterpret_cast<uintptr_t>(x.data) % bytes == 0;
+  for (int i = 0; i + 1 < x.rank; ++i) {
+    const bool matters = x.shape[i] > 1;
+    is_aligned &= !matters || x.stride[i] * dtype_size(x.dtype) % bytes == 0;
+  }
+  return is_aligned;
+}
+
+/// Calls the body with the type that entries are copied by: 16 bytes if all of them are aligned to
+/// that, else one element.
+template <typename Body>
+void dispatch_chunk(bool is_aligned, DType dtype, const Body& body) {
+  if (is_aligned) return body(TypeTag<uint4>{});
+  if (dtype_size(dtype) == 2) return body(TypeTag<uint16_t>{});
+  body(TypeTag<uint32_t>{});
+}
+
+}  // namespace adakv
