@@ -25,13 +25,12 @@ class InputError(click.ClickException):
 
 
 @contextmanager
-def refusals(subject: str = "") -> Iterator[None]:
-    """Turns what adakv and transformers refuse into one line for the user."""
+def refusals() -> Iterator[None]:
+    """Turns what adakv refuses into one line for the user."""
     try:
         yield
-    except (ValueError, OSError, adakv.Error) as error:
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{subject}: {first_line}" if subject else first_line) from error
+    except (ValueError, adakv.Error) as error:
+        raise InputError(str(error).partition("\n")[0]) from error
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -82,13 +81,19 @@ def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> tupl
         source = str(path.parent)
     elif not path.is_dir() and (path.exists() or source.startswith((".", "/", "~"))):
         raise InputError(f"{source} is no model: give a folder, a .gguf file or a name on the hub")
-    # transformers draws bars of its own while it reads GGUF files.
-    with refusals(f"{path} can't be loaded"), redirect_stderr(io.StringIO()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
-            # Plain weights: packed ones compute in float32, and policies read the projections.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    try:
+        # transformers draws bars of its own while it reads GGUF files.
+        with redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+                # Plain weights: packed ones compute in float32, and policies read the projections.
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, **options
+            )
+    except Exception as error:  # a broken file makes the parsers raise nearly anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path} can't be loaded: {reason}") from error
     return model.to(device).eval(), tokenizer
 
 

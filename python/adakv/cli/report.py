@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +23,12 @@ from adakv.cli.measure import Run
 def print_runs(console: Console, runs: list[Run]) -> None:
     """One line per run, in the order of ``runs``; the first is what speed is compared with."""
     compared = any(run.same_choice is not None for run in runs)
-    table = Table(title=f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written")
-    names = ["KV MiB", "of full", "prefill s", "tokens/s"]
-    if compared:
-        names += ["speed-up", "same choice", "same start"]
+    title = f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("cache", no_wrap=True)
+    names = ["KV\nMiB", "of\nfull", "prefill\nseconds", "decode\ntokens/s"]
+    if compared:
+        names += ["speed-\nup", "same\nchoice", "same\nstart"]
     for name in names:
         table.add_column(name, justify="right")
     for run in runs:
@@ -47,8 +49,8 @@ def print_runs(console: Console, runs: list[Run]) -> None:
     console.print(table)
     if compared:
         console.print(
-            "tokens/s: of the decode; same choice: how often the full cache's next token comes "
-            "first here too, given the same past; same start: tokens before the first difference",
+            "same choice: how often the full cache's next token comes first here too, given the "
+            "same past; same start: tokens written before the first that differs",
             style="dim",
             highlight=False,
         )
@@ -122,11 +124,11 @@ def plot_kept(path: str, runs: list[Run]) -> None:
     figure = Figure(figsize=(9, 0.9 + 1.7 * len(runs)), layout="constrained", dpi=110)
     axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
     for axis, run in zip(axes, runs, strict=True):
-        heads = torch.tensor(run.kept).T  # [Hkv, L]
+        heads = list(zip(*run.kept, strict=True))  # [Hkv][L]
         image = axis.imshow(heads, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
         axis.set_title(f"{run.title}: entries kept of {run.prompt_tokens}", fontsize=10)
         axis.set_ylabel("kv head")
-        axis.set_yticks(range(heads.shape[0]))
+        axis.set_yticks(range(len(heads)))
     axes[-1].set_xlabel("layer")
     figure.colorbar(image, ax=list(axes), label="entries")
     _write(path, lambda target: figure.savefig(target, format="png"))
