@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adakv import ops
 from adakv.policy import (
     Adaptive,
     LayerInputs,
@@ -222,6 +223,18 @@ def test_critical_norm_is_the_mean_over_the_group(device):
     mean_scores = [[0.3, 0.225, 0.235, 0.24]]
     rows = kept_candidates(mean_scores, 1, device, Uniform(), TwoStage(), **norms)
     assert rows == [{3}]
+
+
+def test_critical_products_per_q_head_come_in_as_scores(device):
+    """Each q head's attention times its own norm, then the mean: another order, another winner."""
+    attention = torch.tensor([[0.5, 0.3, 0.12, 0.08], [0.1, 0.15, 0.35, 0.40]], device=device)
+    tensors = norm_inputs([[[1, 1, 1, 9], [1, 1, 5, 1]]], device)
+    heads = tensors["w_o"].split(16, dim=1)
+    norms = torch.cat([ops.value_norm(tensors["values"], w_o)[0, :, :4] for w_o in heads])
+    product = (attention * norms).mean(0)
+    torch.testing.assert_close(product.cpu(), torch.tensor([0.3, 0.225, 0.935, 0.56]))
+    rows = kept_candidates([product.tolist()], 1, device, Uniform(), TopScore(), **tensors)
+    assert rows == [{2}]
 
 
 # --- PyramidKV, arXiv 2406.02069 ------------------------------------------------------------------
