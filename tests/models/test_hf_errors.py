@@ -187,11 +187,12 @@ TINY: dict[str, Any] = {
     "intermediate_size": 32,
     "num_hidden_layers": 4,
 }
+_LATENT = {"num_attention_heads": 2, "n_routed_experts": 8, "q_lora_rank": 8}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 _GLOBAL = {"num_layers": 1, "attention_types": [[["global"], 1]]}
 REFUSED = [
     ("T5", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 1}, "encoder-decoder"),
-    ("DeepseekV3", {**TINY, "moe_intermediate_size": 8, "n_routed_experts": 8}, "MLA"),
+    ("DeepseekV3", {**TINY, **_LATENT}, "MLA"),
     ("Qwen3Next", {**TINY, "num_experts": 4}, "linear_attention"),
     ("Bamba", {**TINY, **_MAMBA}, "recurrent"),
     ("GPTNeo", {"vocab_size": VOCAB, "hidden_size": 32, **_GLOBAL}, "AttentionInterface"),

@@ -17,7 +17,6 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from transformers.generation import GenerationMixin
 from adakv import Error
 from adakv import policy as policies
 from adakv.models import families
-from adakv.models.store import Attention, Budget, Prompt, Store
+from adakv.models.budget import Budget
+from adakv.models.store import Attention, Prompt, Store
 from adakv.policy import Everything, Policy
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -60,12 +60,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
 
@@ -143,8 +138,6 @@ class Cache(TransformersCache):
         chunked_prefill: bool = False,
         page_size: int = 16,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         decoder = _decoder(model)
         layers = _cache_layers(decoder)
         chosen = policies.get(policy)
@@ -155,19 +148,14 @@ class Cache(TransformersCache):
             _logger.warning("every layer of the model has a sliding window: nothing to compress")
         self._model = decoder
         self._store = Store(
-            chosen,
             Budget(chosen, budget, ratio),
             num_layers=len(full),
             max_new_tokens=max_new_tokens,
             page_size=page_size,
+            is_chunked=chunked_prefill,
         )
-        self._chunked_prefill = chunked_prefill
-        self._num_forwards = 0
-        self._signature: tuple[object, ...] | None = None
         for index, layer in enumerate(full):
-            layers[layer] = FullAttentionLayer(
-                self._store, index, decoder.config, chosen.needs_w_o, chunked_prefill
-            )
+            layers[layer] = FullAttentionLayer(self._store, index, decoder.config)
         super().__init__(layers=layers)
 
     def update(
@@ -175,13 +163,10 @@ class Cache(TransformersCache):
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention modules, layer by layer."""
         if layer_idx == 0:
-            self._begin_forward(key_states, value_states)
+            self._begin_forward(key_states)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
-        result: tuple[Tensor, Tensor] = super().update(
-            key_states, value_states, layer_idx, *args, **kwargs
-        )
-        return result
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds.
@@ -217,10 +202,9 @@ class Cache(TransformersCache):
 
         Positions count a sequence's own tokens from 0, padding left out.
         """
-        chosen = self.layers[layer]
-        if not isinstance(chosen, FullAttentionLayer):
+        if not isinstance(self.layers[layer], FullAttentionLayer):
             raise ValueError(f"layer {layer} has a sliding window and is not compressed")
-        return self._store.positions(chosen.index)
+        return self._store.positions(self.layers[layer].index)
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
@@ -231,8 +215,6 @@ class Cache(TransformersCache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self._store.reset()
-        self._num_forwards = 0
-        self._signature = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
@@ -249,39 +231,19 @@ class Cache(TransformersCache):
     def activate_past_recording(self) -> None:
         self.crop()
 
-    def _begin_forward(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _begin_forward(self, key_states: Tensor) -> None:
         """Finds what would go wrong before any layer is changed."""
         if not self._model.config._attn_implementation.startswith(_PREFIX):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
         if self._model.training or key_states.requires_grad:
             raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
         lengths = {layer.get_seq_length() for layer in self.layers}
-        self._store.check_attended()
         if len(lengths) > 1:
             raise Error("an earlier forward stopped midway: reset() the cache")
-        batch, heads, columns, head_dim = key_states.shape
-        signature = (batch, heads, head_dim, key_states.dtype, key_states.device)
-        if self._signature not in (None, signature):
-            raise ValueError(
-                "batch, kv heads, head dim, dtype and device must stay what they were for the "
-                f"prompt, {self._signature}, got {signature}"
-            )
-        if self._store.is_prompt:
-            alone = columns == 1 and 0 not in lengths and not _LAST_TOKEN_COMES_ALONE
-            if alone and self._chunked_prefill:
-                self._store.compact_all()
-        else:
-            if columns > 1 and self._num_forwards == 1 and not self._chunked_prefill:
-                _logger.warning(
-                    "%d more tokens right after the prompt are taken for a second turn and are not "
-                    "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
-                    columns,
-                )
-            self._store.check_room(columns)
-        if not any(isinstance(layer, FullAttentionLayer) for layer in self.layers):
-            self._store.seen = [max(lengths) + columns] * batch  # nobody asks for the padding here
-        self._signature = signature
-        self._num_forwards += 1
+        self._store.begin_forward(key_states)
+        is_after_prompt = key_states.shape[2] == 1 and 0 not in lengths
+        if self._store.is_prompt and is_after_prompt and not _LAST_TOKEN_COMES_ALONE:
+            self._store.compact_all()
 
 
 class FullAttentionLayer(CacheLayerMixin):
@@ -292,15 +254,11 @@ class FullAttentionLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self, store: Store, index: int, config: Any, needs_w_o: bool, chunked_prefill: bool
-    ) -> None:
+    def __init__(self, store: Store, index: int, config: Any) -> None:
         super().__init__()
         self.index = index  # among the full-attention layers
         self._store = store
         self._config = config
-        self._needs_w_o = needs_w_o
-        self._chunked_prefill = chunked_prefill
         self._num_seen = 0
         self._sinks: Tensor | None = None
 
@@ -337,8 +295,7 @@ class FullAttentionLayer(CacheLayerMixin):
             raise ValueError("past_key_values: the cache was made for another model")
         if store.is_prompt:
             if self.index == 0:
-                whole = not self._chunked_prefill
-                store.begin_prompt(mask, key.shape[0], key.shape[2], is_whole=whole)
+                store.begin_prompt(mask, key.shape[0], key.shape[2])
             result = inner(module, query, key, value, mask, **kwargs)
             self._take_prompt(module, query, key, value, kwargs)
         else:
@@ -355,13 +312,11 @@ class FullAttentionLayer(CacheLayerMixin):
         sinks = kwargs.get("s_aux")
         self._sinks = None if sinks is None else sinks.detach().float()
         attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
-        w_o = (
-            families.output_projection(module, query.shape[1] * query.shape[3])
-            if self._needs_w_o
-            else None
-        )
+        w_o = None
+        if self._store.policy.needs_w_o:
+            w_o = families.output_projection(module, query.shape[1] * query.shape[3])
         self._store.hold(self.index, Prompt(query, key, value, w_o, attention))
-        if not self._chunked_prefill or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
+        if not self._store.is_chunked or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
             self._store.compact(self.index)
 
     def get_seq_length(self) -> int:

@@ -11,9 +11,9 @@ Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention la
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,44 +21,10 @@ from torch import Tensor
 
 from adakv import Error, ops
 from adakv.cache import KVCache
-from adakv.policy import LayerInputs, Policy
+from adakv.models.budget import Budget
+from adakv.policy import LayerInputs
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of a prompt is kept: ``entries`` per kv head, or the share ``ratio`` of its tokens.
-
-    Raises ``ValueError`` if not exactly one of the two is given, or if it is out of range.
-    """
-
-    policy: Policy
-    entries: int | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.entries is None) == (self.ratio is None):
-            raise ValueError(
-                f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
-            )
-        if self.entries is not None and self.entries < self._least:
-            raise ValueError(
-                f"budget must be at least {self._least}, the policy's window of "
-                f"{self.policy.window} entries and its sinks, got {self.entries}"
-            )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
-
-    @property
-    def _least(self) -> int:
-        return self.policy.window + self.policy.scorer.sinks
-
-    def of(self, prompt_len: int) -> int:
-        """Mean entries per kv head, window included, for a prompt of so many tokens."""
-        if self.ratio is None:
-            assert self.entries is not None
-            return self.entries
-        share = math.floor(self.ratio * prompt_len + 0.5)
-        return max(self.policy.window + 1, self._least, share)
+_logger = logging.getLogger("adakv")
 
 
 class Attention(NamedTuple):
@@ -92,35 +58,42 @@ class Store:
 
     Parameters
     ----------
-    policy : :class:`adakv.Policy`
     budget : :class:`Budget`
+        With the policy.
     num_layers : int
     max_new_tokens : int
         Tokens after the prompt that pages are reserved for.
     page_size : int
+    is_chunked : bool
+        Whether prompts come in several forwards.
     """
 
     def __init__(
         self,
-        policy: Policy,
         budget: Budget,
         *,
         num_layers: int,
         max_new_tokens: int,
         page_size: int,
+        is_chunked: bool,
     ) -> None:
-        self._policy = policy
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.policy = budget.policy
         self._budget = budget
         self._num_layers = num_layers
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
+        self.is_chunked = is_chunked
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and gives the memory back."""
         self.seen: list[int] = []  # tokens of each sequence, without padding
         self.is_prompt = True
-        self.is_attending = False  # between a layer's update and its attention
+        self.is_attending = False  # between handing a layer's keys out and attending to them
+        self._signature: tuple[object, ...] | None = None
+        self._num_forwards = 0
         self._prompts: list[Prompt | None] = [None] * self._num_layers
         self._kv: KVCache | None = None
         self._groups: list[slice] = []
@@ -129,6 +102,42 @@ class Store:
         self._pieces: list[_Piece] = []
         self._num_new: Tensor | None = None  # [B] int32
         self._order: Tensor | None = None  # [B, columns], puts padding in front
+
+    def begin_forward(self, keys: Tensor) -> None:
+        """Finds what would go wrong with new keys ``[B, Hkv, S, D]`` before any layer is changed.
+
+        Raises
+        ------
+        ValueError
+            If the keys don't fit to those of the prompt.
+        adakv.Error
+            If there are too few pages for S tokens in every sequence. The cache goes on working.
+        """
+        self.check_attended()
+        batch, heads, columns, head_dim = keys.shape
+        signature = (batch, heads, head_dim, keys.dtype, keys.device)
+        if self._signature not in (None, signature):
+            raise ValueError(
+                "batch, kv heads, head dim, dtype and device must stay what they were for the "
+                f"prompt, {self._signature}, got {signature}"
+            )
+        if self._kv is not None and not self.is_prompt:
+            needed, free = self._kv.pages_to_grow([columns] * batch), self._kv.num_free
+            if needed > free:
+                raise Error(
+                    f"the cache is full: {needed} pages needed for {columns} new tokens, {free} "
+                    f"free; it was made for max_new_tokens={self._max_new_tokens}"
+                )
+            if columns > 1 and self._num_forwards == 1 and not self.is_chunked:
+                _logger.warning(
+                    "%d more tokens right after the prompt are taken for a second turn and are not "
+                    "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
+                    columns,
+                )
+        if self._num_layers == 0:  # nobody will count the padding
+            self.seen = [n + columns for n in self.seen or [0] * batch]
+        self._signature = signature
+        self._num_forwards += 1
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
@@ -143,12 +152,10 @@ class Store:
         """The prompt that waits to be compacted."""
         return self._prompts[layer]
 
-    def begin_prompt(
-        self, mask: Tensor | None, batch: int, columns: int, *, is_whole: bool
-    ) -> None:
+    def begin_prompt(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of prompts as far as they have come, from the model's mask."""
         self.seen, self._order = _new_tokens(mask, [0] * batch, columns)
-        if self._order is not None and not is_whole:
+        if self._order is not None and self.is_chunked:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
 
     def hold(self, layer: int, prompt: Prompt) -> None:
@@ -161,7 +168,7 @@ class Store:
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
         # A copy, so that the other queries can be freed.
-        window = queries[:, :, max(queries.shape[2] - self._policy.window, 0) :].clone()
+        window = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()
         self._prompts[layer] = prompt._replace(queries=window)
 
     def compact(self, layer: int) -> None:
@@ -170,7 +177,7 @@ class Store:
         assert prompt is not None
         kv = self._kv or self._allocate(prompt)
         groups = [self._inputs(prompt, group, layer) for group in self._groups]
-        kept = [self._policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
+        kept = [self.policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
         page_ids, page_indptr = kv.begin(layer, self._totals[layer], self.seen)
         for group, inputs, choice in zip(self._groups, groups, kept, strict=True):
             ops.compact(
@@ -203,7 +210,7 @@ class Store:
             [
                 total
                 for group in groups
-                for total in self._policy.totals(
+                for total in self.policy.totals(
                     replace(group, layer=layer), self._budget.of(group.prompt_lens[0])
                 )
             ]
@@ -241,17 +248,6 @@ class Store:
             softcap=prompt.attention.softcap,
             sinks=prompt.attention.sinks,
         )
-
-    def check_room(self, columns: int) -> None:
-        """Raises ``adakv.Error`` unless a step of so many columns fits, whatever its padding."""
-        if self._kv is None:
-            return
-        needed, free = self._kv.pages_to_grow([columns] * len(self.seen)), self._kv.num_free
-        if needed > free:
-            raise Error(
-                f"the cache is full: {needed} pages needed for {columns} new tokens, {free} free; "
-                f"it was made for max_new_tokens={self._max_new_tokens}"
-            )
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""

@@ -1,0 +1,45 @@
+"""How much of a prompt to keep: the one place where a ratio becomes a number of entries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from adakv.policy import Policy
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a prompt is kept: ``entries`` per kv head, or the share ``ratio`` of its tokens.
+
+    Raises ``ValueError`` if not exactly one of the two is given, or if it is out of range.
+    """
+
+    policy: Policy
+    entries: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.entries is None) == (self.ratio is None):
+            raise ValueError(
+                f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
+            )
+        if self.entries is not None and self.entries < self._least:
+            raise ValueError(
+                f"budget must be at least {self._least}, the policy's window of "
+                f"{self.policy.window} entries and its sinks, got {self.entries}"
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+
+    @property
+    def _least(self) -> int:
+        return self.policy.window + self.policy.scorer.sinks
+
+    def of(self, prompt_len: int) -> int:
+        """Mean entries per kv head, window included, for a prompt of so many tokens."""
+        if self.ratio is None:
+            assert self.entries is not None
+            return self.entries
+        share = math.floor(self.ratio * prompt_len + 0.5)
+        return max(self.policy.window + 1, self._least, share)
