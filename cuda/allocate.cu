@@ -8,6 +8,7 @@
 // Each launch finds the digit of the level before for itself: that costs less than one more launch.
 #include <algorithm>
 
+#include "common/async_copy.cuh"
 #include "common/launch.cuh"
 #include "common/topk.cuh"
 #include "cuda_backend.h"
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Shared shared;
   __shared__ int32_t histogram[kBins];
   for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
-  let_next_kernel_start();
+  let_next_kernel_begin();
   wait_for_previous_kernel();
   const int h = blockIdx.y, b = blockIdx.z;
   const Sequence sequence(params, b);

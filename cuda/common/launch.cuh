@@ -22,7 +22,7 @@ struct LaunchShape {
   dim3 grid;
   int threads;
   size_t shared_bytes = 0;
-  bool early = false;  // may start early: the kernel calls wait_for_previous_kernel(); sm_90 only
+  bool early = false;  // may start early: all threads call wait_for_previous_kernel(); sm_90 only
   int cluster = 1;     // CTAs of a cluster along x; more than 1: sm_90 only
 };
 
@@ -55,21 +55,6 @@ void launch(const char* verb,
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
   ADAKV_CUDA_CHECK(verb, cudaLaunchKernelEx(&config, kernel, Params(args)...));
-}
-
-/// Waits until the kernels before this one are done and their writes are seen. In a kernel that is
-/// launched early every thread calls it before it touches what other kernels write or read.
-__device__ inline void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/// Lets the next kernel start, if that is launched early.
-__device__ inline void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 }  // namespace adakv
