@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "common/async_copy.cuh"
+#include "common/device_guard.h"
 #include "common/launch.cuh"
 #include "common/topk.cuh"
 #include "cuda_backend.h"
@@ -379,6 +380,7 @@ int64_t histogram_ints(const TensorView& scores) {
 }  // namespace
 
 void CudaBackend::allocate(const AllocateArgs& args) {
+  const DeviceGuard guard(args.scores.device);
   const TensorView& scores = args.scores;
   const int batch = static_cast<int>(scores.shape[0]), heads = static_cast<int>(scores.shape[1]);
   if (batch == 0 || heads == 0) return;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/rows.cuh"
@@ -486,6 +487,7 @@ void pool_parts(const ScoreArgs& args, const ScoreParams& score) {
 }  // namespace
 
 void CudaBackend::score(const ScoreArgs& args) {
+  const DeviceGuard guard(args.keys.device);
   if (args.scores.size() == 0) return;
   const bool is_sm90 = !keeps_heads(args) && sm90_score_fits(args);
   const ScoreParams params = make_params(args, is_sm90 ? kSm90Sizes : general_sizes(args));

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/cluster.cuh"
+#include "common/device_guard.h"
 #include "common/launch.cuh"
 #include "common/topk.cuh"
 #include "cuda_backend.h"
@@ -372,6 +373,7 @@ int choose_cluster(const SelectParams& params, int device) {
 }  // namespace
 
 void CudaBackend::select(const SelectArgs& args) {
+  const DeviceGuard guard(args.scores.device);
   const TensorView& scores = args.scores;
   SelectParams params = {};
   params.scores = scores.ptr<float>();

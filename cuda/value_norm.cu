@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/device_guard.h"
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "common/tile.cuh"
@@ -407,6 +408,7 @@ void launch_gram(const ValueNormArgs& args, const ValueNormParams& params, const
 }  // namespace
 
 void CudaBackend::value_norm(const ValueNormArgs& args) {
+  const DeviceGuard guard(args.values.device);
   if (args.norms.size() == 0) return;
   const ValueNormParams params = make_params(args);
   if (sm90_value_norm_fits(args)) return sm90_value_norm(args, params);

@@ -23,6 +23,13 @@ __device__ inline uint64_t read_once_policy() {
   return policy;
 }
 
+/// For data that will be read again soon.
+__device__ inline uint64_t normal_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // --- 16 bytes a thread -----------------------------------------------------------------------------
 
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, uint64_t policy) {

@@ -18,6 +18,11 @@ inline bool has_sm90(const char* verb, int device) {
   return device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
+/// Whether the device runs what is compiled for sm_90a, which no later one does.
+inline bool has_wgmma(const char* verb, int device) {
+  return device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
 struct LaunchShape {
   dim3 grid;
   int threads;
