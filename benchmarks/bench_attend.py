@@ -1,18 +1,18 @@
 """attend over ragged pages, against torch SDPA on the same entries padded to the longest row.
 
-Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw over
-the heads of a sequence. Several layers in turn, more than the last-level cache holds.
+Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw
+over the heads of a sequence. Several layers in turn, more than the last-level cache holds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import harness
 from adakv import ops
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import reference
 import torch
-from cases import DTYPES, copied, int32, noncontiguous, paged_layer
-from tolerance import assert_close
 from torch import Tensor
 
+import reference
 from adakv import ops
+from cases import DTYPES, copied, int32, noncontiguous, paged_layer
+from tolerance import assert_close
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Case:
     def __str__(self) -> str:
         longest = max(map(max, self.lengths))
         shape = f"n{longest}-G{self.group}-S{self.new_tokens}-D{self.head_dim}-P{self.page_size}"
-        flags = [name for name in ("num_new", "softcap", "scale", "with_sinks") if getattr(self, name)]
+        flags = [
+            name for name in ("num_new", "softcap", "scale", "with_sinks") if getattr(self, name)
+        ]
         return "-".join([shape, *flags])
 
 
@@ -104,7 +106,9 @@ def test_attend_appends_first(num_new: tuple[int, ...] | None, device: torch.dev
     lengths = [[40, 15], [16, 100]]
     layer = paged_layer(lengths, new_tokens=3, dtype=torch.bfloat16, device=device)
     by_hand = copied(layer)
-    keys, values = (noncontiguous(torch.randn(2, 2, 3, 64).to(device, torch.bfloat16)) for _ in "kv")
+    keys, values = (
+        noncontiguous(torch.randn(2, 2, 3, 64).to(device, torch.bfloat16)) for _ in "kv"
+    )
     queries = torch.randn(2, 8, 3, 64).to(device, torch.bfloat16)
     counts = None if num_new is None else int32(num_new, device)
     schedule = schedule_of(layer, new_tokens=3, num_new=counts)
@@ -173,7 +177,9 @@ def test_attend_ignores_the_order_of_sequences(device: torch.device) -> None:
     layer = paged_layer([[40, 700], [9, 300]], device=device)
     queries = torch.randn(2, 4, 1, 64, device=device)
     swapped = layer._replace(
-        block_table=layer.block_table.flip(0), lengths=layer.lengths.flip(0), seen=layer.seen.flip(0)
+        block_table=layer.block_table.flip(0),
+        lengths=layer.lengths.flip(0),
+        seen=layer.seen.flip(0),
     )
     other, _ = ops.attend(queries.flip(0), swapped, schedule_of(swapped, new_tokens=0))
     expected, _ = reference.attend(queries, layer)

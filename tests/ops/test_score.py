@@ -6,13 +6,13 @@ from itertools import product
 from typing import Any
 
 import pytest
-import reference
 import torch
-from cases import CORNER_PROMPTS, LARGE_PROMPTS, PROMPTS, Prompt
-from tolerance import assert_close
 from torch import Tensor
 
+import reference
 from adakv import ops
+from cases import CORNER_PROMPTS, LARGE_PROMPTS, PROMPTS, Prompt
+from tolerance import assert_close
 
 
 def check(queries: Tensor, keys: Tensor, **options: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
+
+import reference
+from adakv import ops
 from cases import CORNER_PROMPTS, DTYPES, PROMPTS, Prompt
 from tolerance import assert_close
-
-from adakv import ops
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2_gram"])
