@@ -18,13 +18,13 @@ namespace {
 
 using top_k::Cutoff;
 
-// Hands `rest` more entries to heads: ties in the order of position, then head. `ties[h]` are the
-// positions in head h that may still get one.
+// Positions of the entries of a head that equal the cutoff and may still get in, ascending.
 struct Tied {
   const int32_t* begin;
   const int32_t* end;
 };
 
+// Lets `rest` of the tied entries in, in the order of position, then head.
 void hand_out_ties(const std::vector<Tied>& ties, int32_t length, int64_t rest, int32_t* counts) {
   const int heads = static_cast<int>(ties.size());
   const auto before = [&](int h, int32_t position) {
