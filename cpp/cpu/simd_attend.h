@@ -3,7 +3,8 @@
 //   for each block of 64 slots:  logits = q . k;  p = exp(logits - max);  acc = acc * exp(old max - max) + sum of p * v
 //
 // Up to four queries go through a block together, so that each key and value is widened once for all of them. Decoding is bound
-// by memory: while the keys of a block are read its values are fetched, and while the values are read the next block's keys.
+// by memory, so while the keys of a block are read its values are asked for, and while those are read the next block's keys: one
+// cache line for each vector used, to spread the requests evenly.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -39,21 +40,16 @@ struct RowPages {
   const Element* value(int slot) const { return key(slot) + (head_dim << log_page_size); }
 };
 
-/// Asks for `count` vectors of head_dim elements from `data` on.
-template <typename Element>
-inline void prefetch(const Element* data, int count, int head_dim) {
-  const char* bytes = reinterpret_cast<const char*>(data);
-  const int num_bytes = count * head_dim * static_cast<int>(sizeof(Element));
-  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(bytes + i);
-}
-
-/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row.
-template <int kRows, typename Element>
-inline void dot_keys(const float* queries, int stride, const Element* keys, int head_dim, float* logits) {
+/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row; fetches what lies `ahead` elements behind each.
+template <int kRows, bool kFetch, typename Element>
+inline void dot_keys(const float* queries, int stride, const Element* keys, int head_dim, int ahead, float* logits) {
   F32 sums[(kRows * kSlotsAtOnce + kLanes - 1) / kLanes * kLanes] = {};
   const auto step = [&](int d, auto load_keys) {
     F32Pair k[kSlotsAtOnce];
-    for (int i = 0; i < kSlotsAtOnce; ++i) k[i] = load_keys(keys + i * head_dim + d);
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      k[i] = load_keys(keys + i * head_dim + d);
+      if (kFetch) __builtin_prefetch(keys + i * head_dim + d + ahead);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const F32Pair q = load_pair(queries + r * stride + d);
@@ -82,10 +78,10 @@ inline void dot_keys(const float* queries, int stride, const Element* keys, int 
   }
 }
 
-/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value.
-template <int kRows, typename Element>
-inline void add_values(const RowPages<Element>& row, int begin, int end, const float* weights, const float* correction,
-                       float* acc, int stride) {
+/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value; fetches the keys of the block behind, up to `last`.
+template <int kRows, bool kFetch, typename Element>
+inline void add_values(const RowPages<Element>& row, int begin, int end, int last, const float* weights,
+                       const float* correction, float* acc, int stride) {
   const auto step = [&](int d, auto load_values) {
     F32Pair sums[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -95,10 +91,12 @@ inline void add_values(const RowPages<Element>& row, int begin, int end, const f
     }
     for (int group = begin; group < end; group += kSlotGroup) {
       const Element* values = row.value(group) + d;
+      const Element* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = weights + (group - begin);
       for (int i = 0; i < count; ++i) {
         const F32Pair v = load_values(values + i * row.head_dim);
+        if (kFetch) __builtin_prefetch(next + i * row.head_dim);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r].first += p[r * kBlockSlots + i] * v.first;
@@ -147,19 +145,14 @@ inline float softmax_block(float* logits, int visible, float scale, float softca
 }
 
 /// One block of slots for kRows queries; see attend_span.
-template <int kRows, typename Element>
-inline void attend_block(const AttendSpan& span, const RowPages<Element>& row, int begin, int end, int first_row, bool fetch,
+template <int kRows, bool kFetch, typename Element>
+inline void attend_block(const AttendSpan& span, const RowPages<Element>& row, int begin, int end, int first_row,
                          const float* queries, float* acc, int stride) {
   alignas(64) float logits[kRows][kBlockSlots];
   float correction[kRows];
+  const int ahead = row.head_dim << row.log_page_size;  // from a key to its value
   for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
-    const Element* keys = row.key(slot);
-    if (fetch) prefetch(keys + (row.head_dim << row.log_page_size), kSlotsAtOnce, row.head_dim);
-    dot_keys<kRows>(queries + first_row * stride, stride, keys, row.head_dim, &logits[0][slot - begin]);
-  }
-  if (fetch) {
-    const int next_end = end + kBlockSlots < span.end_slot ? end + kBlockSlots : span.end_slot;
-    for (int slot = end; slot < next_end; slot += kSlotGroup) prefetch(row.key(slot), kSlotGroup, row.head_dim);
+    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row.key(slot), row.head_dim, ahead, &logits[0][slot - begin]);
   }
   for (int r = 0; r < kRows; ++r) {
     const int s = (span.first_query + first_row + r) / span.group;
@@ -167,7 +160,7 @@ inline void attend_block(const AttendSpan& span, const RowPages<Element>& row, i
     correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap, span.max[first_row + r],
                                   span.sum[first_row + r]);
   }
-  add_values<kRows>(row, begin, end, &logits[0][0], correction, acc + first_row * stride, stride);
+  add_values<kRows, kFetch>(row, begin, end, span.end_slot, &logits[0][0], correction, acc + first_row * stride, stride);
 }
 
 template <typename Element>
@@ -200,7 +193,12 @@ void attend_span(const AttendSpan& span) {
       if (end > last_visible) end = last_visible;
       if (end <= begin) continue;
       const auto run = [&](auto num_rows) {
-        attend_block<decltype(num_rows)::value>(span, row, begin, end, first, first == 0, queries, acc, stride);
+        constexpr int kRows = decltype(num_rows)::value;
+        if (first == 0) {
+          attend_block<kRows, true>(span, row, begin, end, first, queries, acc, stride);
+        } else {
+          attend_block<kRows, false>(span, row, begin, end, first, queries, acc, stride);
+        }
       };
       if (rows == 4) run(std::integral_constant<int, 4>{});
       if (rows == 3) run(std::integral_constant<int, 3>{});
