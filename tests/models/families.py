@@ -51,8 +51,10 @@ class Family:
         torch.manual_seed(0)
         model: PreTrainedModel = getattr(transformers, f"{self.prefix}ForCausalLM")(config)
         for name, parameter in model.named_parameters():
-            if "sinks" in name or "bias" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+            if "sinks" in name or "bias" in name:  # made as zeros
+                torch.nn.init.normal_(parameter, std=4.0 if "sinks" in name else 0.3)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the only one that knows float64
         return model.eval()
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from adakv.models import families
 from adakv.models.budget import Budget
 from adakv.models.store import Attention, Prompt, Store
 from adakv.policy import Everything, Policy
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 _logger = logging.getLogger("adakv")
 
@@ -280,7 +277,7 @@ class FullAttentionLayer(CacheLayerMixin):
 
     def attend(
         self,
-        inner: AttentionFunction,
+        inner: str,
         module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
@@ -296,7 +293,7 @@ class FullAttentionLayer(CacheLayerMixin):
         if store.is_prompt:
             if self.index == 0:
                 store.begin_prompt(mask, key.shape[0], key.shape[2])
-            result = inner(module, query, key, value, mask, **kwargs)
+            result = _inner_attention(inner, module, query, key, value, mask, **kwargs)
             self._take_prompt(module, query, key, value, kwargs)
         else:
             if self.index == 0:
@@ -340,7 +337,7 @@ class FullAttentionLayer(CacheLayerMixin):
 
 
 def _attention(
-    inner_name: str,
+    inner: str,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -348,14 +345,18 @@ def _attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of attached models."""
+    """The attention function of models that had ``inner`` before they were attached."""
     layer = key.__dict__.pop(_TAG, None)
-    if inner_name == "eager":  # every modeling file has its own
-        inner = sys.modules[type(module).__module__].eager_attention_forward
+    attend = _inner_attention if layer is None else layer.attend
+    return attend(inner, module, query, key, value, attention_mask, **kwargs)
+
+
+def _inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if inner == "eager":  # every modeling file has its own
+        attend = sys.modules[type(module).__module__].eager_attention_forward
     else:
-        inner = AttentionInterface()[inner_name]
-    attend = inner if layer is None else functools.partial(layer.attend, inner)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+        attend = AttentionInterface()[inner]
+    return attend(module, *args, **kwargs)
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

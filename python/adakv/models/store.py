@@ -22,6 +22,7 @@ from torch import Tensor
 from adakv import Error, ops
 from adakv.cache import KVCache
 from adakv.models.budget import Budget
+from adakv.models.padding import align, new_tokens, restore
 from adakv.policy import LayerInputs
 
 _logger = logging.getLogger("adakv")
@@ -154,7 +155,7 @@ class Store:
 
     def begin_prompt(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of prompts as far as they have come, from the model's mask."""
-        self.seen, self._order = _new_tokens(mask, [0] * batch, columns)
+        self.seen, self._order = new_tokens(mask, [0] * batch, columns)
         if self._order is not None and self.is_chunked:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
 
@@ -162,8 +163,8 @@ class Store:
         """Takes a layer's prompt as far as it has come; the queries are those that are new."""
         before = self._prompts[layer]
         if self._order is not None:
-            keys, values = self._align(prompt.keys), self._align(prompt.values)
-            prompt = prompt._replace(queries=self._align(prompt.queries), keys=keys, values=values)
+            queries, keys, values = (align(x, self._order) for x in prompt[:3])
+            prompt = prompt._replace(queries=queries, keys=keys, values=values)
         queries = prompt.queries
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
@@ -253,7 +254,7 @@ class Store:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""
         kv = self._kv
         assert kv is not None
-        num_new, self._order = _new_tokens(mask, self.seen, columns)
+        num_new, self._order = new_tokens(mask, self.seen, columns)
         self._num_new = self._to_device(num_new, columns)
         self._pieces = []
         left = columns
@@ -284,33 +285,42 @@ class Store:
         kv = self._kv
         assert kv is not None
         view = kv.layer(layer)
-        options = {"num_new": self._num_new, **attention._asdict()}
+        scale, softcap, sinks = attention
         if self._order is not None:
-            queries, keys, values = map(self._align, (queries, keys, values))
-        if not self._pieces:
-            schedule = self._schedules[layer]
-            out, _ = ops.attend(queries, view, schedule, keys=keys, values=values, **options)
+            queries, keys, values = (align(x, self._order) for x in (queries, keys, values))
+        if self._pieces:
+            schedule = self._append_pieces(layer, keys, values)
+            new_keys = new_values = None
         else:
-            for columns, fresh_pages, num_new in self._pieces:
-                piece = view._replace(fresh_pages=fresh_pages[layer])
-                ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
-            schedule = ops.plan(
-                view.lengths[None],
-                view.block_table[None],
-                view.fresh_pages[None],
-                new_tokens=0,
-                page_size=self._page_size,
-            )[0]
-            out, _ = ops.attend(queries, view, schedule, **options)
+            schedule, new_keys, new_values = self._schedules[layer], keys, values
+        out, _ = ops.attend(
+            queries,
+            view,
+            schedule,
+            keys=new_keys,
+            values=new_values,
+            num_new=self._num_new,
+            sinks=sinks,
+            scale=scale,
+            softcap=softcap,
+        )
         out = out.transpose(1, 2)
-        if self._order is not None:
-            out = out.gather(1, self._order.argsort()[:, :, None, None].expand(out.shape))
-        return out
+        return out if self._order is None else restore(out, self._order)
 
-    def _align(self, x: Tensor) -> Tensor:
-        """``[B, H, columns, D]`` with the padding moved to the left."""
-        assert self._order is not None
-        return x.gather(2, self._order[:, None, :, None].expand(x.shape))
+    def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Appends a step that was too wide for one go; the schedule ``[X]`` to attend with."""
+        assert self._kv is not None
+        view = self._kv.layer(layer)
+        for columns, fresh_pages, num_new in self._pieces:
+            piece = view._replace(fresh_pages=fresh_pages[layer])
+            ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
+        return ops.plan(
+            view.lengths[None],
+            view.block_table[None],
+            view.fresh_pages[None],
+            new_tokens=0,
+            page_size=self._page_size,
+        )[0]
 
     def _to_device(self, num_new: Sequence[int], columns: int) -> Tensor | None:
         assert self._kv is not None
@@ -367,29 +377,3 @@ def _sequences(layer: ops.Layer, group: slice) -> ops.Layer:
         layer.seen[group],
         layer.fresh_pages[group],
     )
-
-
-def _new_tokens(
-    mask: Tensor | None, seen: list[int], columns: int
-) -> tuple[list[int], Tensor | None]:
-    """How many of the newest columns belong to each sequence, and how to move them to the right.
-
-    ``mask`` is what the model gives its attention: ``[B, 1, S, columns so far]``, boolean or
-    additive, or ``[B, columns so far]``. Its last row must show all tokens seen; a new column that
-    it hides is padding. The second result is ``[B, columns]`` int64, or None if all padding is on
-    the left.
-    """
-    if mask is None:
-        return [columns] * len(seen), None
-    shown = mask[:, 0, -1] if mask.dim() == 4 else mask
-    shown = (shown > -1 if shown.is_floating_point() else shown.bool()).expand(len(seen), -1)
-    new = shown[:, -columns:].int()
-    is_mixed = (new.diff() < 0).any(-1)
-    num_new, num_shown, mixed = torch.stack([new.sum(-1), shown.sum(-1), is_mixed]).tolist()
-    for b, (before, now, both) in enumerate(zip(seen, num_new, num_shown, strict=True)):
-        if both != before + now:
-            raise ValueError(
-                f"attention_mask must show all tokens seen: sequence {b} has {before}, "
-                f"and {both - now} are shown"
-            )
-    return num_new, new.argsort(stable=True) if any(mixed) else None
