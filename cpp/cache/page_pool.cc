@@ -4,11 +4,8 @@
 
 namespace adakv {
 
-PagePool::PagePool(int32_t num_pages) {
+PagePool::PagePool(int32_t num_pages) : num_pages_(num_pages) {
   ADAKV_CHECK(num_pages >= 0, "PagePool: num_pages must not be negative, got ", num_pages);
-  taken_.assign(num_pages, false);
-  free_.resize(num_pages);
-  for (int32_t i = 0; i < num_pages; ++i) free_[i] = num_pages - 1 - i;
 }
 
 void PagePool::check_free(int64_t count) const {
@@ -22,16 +19,21 @@ void PagePool::take(int64_t count, std::vector<int32_t>& pages) {
   ADAKV_CHECK(count >= 0, "PagePool: count must not be negative, got ", count);
   check_free(count);
   for (int64_t i = 0; i < count; ++i) {
-    pages.push_back(free_.back());
-    taken_[free_.back()] = true;
-    free_.pop_back();
+    if (free_.empty()) {
+      taken_.push_back(true);
+      pages.push_back(next_++);
+    } else {
+      taken_[free_.back()] = true;
+      pages.push_back(free_.back());
+      free_.pop_back();
+    }
   }
 }
 
 void PagePool::give_back(const std::vector<int32_t>& pages) {
   for (size_t i = 0; i < pages.size(); ++i) {
     const int32_t page = pages[i];
-    if (page >= 0 && page < num_pages() && taken_[page]) {
+    if (page >= 0 && page < next_ && taken_[page]) {
       taken_[page] = false;
       continue;
     }

@@ -6,14 +6,14 @@
 
 namespace adakv {
 
-/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken; low ids are
-/// handed out first.
+/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken. Pages that were
+/// given back are handed out first, then those never used by ascending id: memory is touched late.
 class PagePool {
  public:
   explicit PagePool(int32_t num_pages);
 
-  int32_t num_pages() const { return static_cast<int32_t>(taken_.size()); }
-  int32_t num_free() const { return static_cast<int32_t>(free_.size()); }
+  int32_t num_pages() const { return num_pages_; }
+  int32_t num_free() const { return num_pages_ - next_ + static_cast<int32_t>(free_.size()); }
   int32_t num_used() const { return num_pages() - num_free(); }
 
   /// Throws Error, naming both numbers, unless `count` pages are free.
@@ -27,8 +27,10 @@ class PagePool {
   void give_back(const std::vector<int32_t>& pages);
 
  private:
-  std::vector<int32_t> free_;  // a stack: the next page to hand out is at the back
-  std::vector<bool> taken_;    // [num_pages]
+  int32_t num_pages_;
+  int32_t next_ = 0;           // the lowest page that was never taken
+  std::vector<int32_t> free_;  // pages given back; a stack
+  std::vector<bool> taken_;    // [next_]
 };
 
 }  // namespace adakv
