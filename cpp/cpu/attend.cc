@@ -1,8 +1,9 @@
-// attend: workers go through their share of the pages (the schedule that plan made), each row's partial results are merged
-// through their maximum and sum, in slot order: the same bits for any number of threads.
+// attend: workers go through their share of the pages (the schedule that plan made), each row's
+// partial results are merged through their maximum and sum, in slot order: the same bits for any
+// number of threads.
 //
-// With more queries per row than one span takes (a chunk of a prompt), there is work enough without cutting rows: then an item is
-// one block of queries of one row, and nothing is merged.
+// With more queries per row than one span takes (a chunk of a prompt), there is work enough without
+// cutting rows: then an item is one block of queries of one row, and nothing is merged.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -25,7 +26,9 @@ struct Partial {
   Partial(float* data, int64_t num_queries)
       : max(data), sum(data + num_queries), acc(data + 2 * num_queries) {}
 
-  static int64_t num_floats(int64_t num_queries, int64_t head_dim) { return num_queries * (2 + head_dim); }
+  static int64_t num_floats(int64_t num_queries, int64_t head_dim) {
+    return num_queries * (2 + head_dim);
+  }
 };
 
 /// A Partial on the stack.
@@ -49,7 +52,8 @@ class Attention {
 
   static bool is_split(const AttendArgs& args) {
     return args.layer.lengths.shape[1] > 0 &&
-           args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2] <= kMaxSpanQueries;
+           args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2] <=
+               kMaxSpanQueries;
   }
 
   void run_by_pages() const {
@@ -100,10 +104,16 @@ class Attention {
 
   Partial partial(int64_t index) const {
     const int64_t num_queries = group_ * num_tokens_;
-    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, head_dim_), num_queries};
+    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, head_dim_),
+            num_queries};
   }
 
-  void attend_slots(int64_t row, int begin, int end, int64_t first_query, int64_t num_queries, const Partial& out) const {
+  void attend_slots(int64_t row,
+                    int begin,
+                    int end,
+                    int64_t first_query,
+                    int64_t num_queries,
+                    const Partial& out) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
     const TensorView& q = args_.queries;
     const TensorView& table = args_.layer.block_table;
@@ -116,7 +126,8 @@ class Attention {
     span.group = static_cast<int>(group_);
     span.begin_slot = begin;
     span.end_slot = end;
-    span.queries = q.ptr<const char>() + (b * q.stride[0] + h * group_ * q.stride[1]) * dtype_size(q.dtype);
+    span.queries =
+        q.ptr<const char>() + (b * q.stride[0] + h * group_ * q.stride[1]) * dtype_size(q.dtype);
     span.query_head_stride = q.stride[1];
     span.query_token_stride = q.stride[2];
     span.first_query = static_cast<int>(first_query);
@@ -148,7 +159,8 @@ class Attention {
         if (part.max[r] == -INFINITY) continue;
         const float factor = std::exp(part.max[r] - total.max[r]);
         total.sum[r] += factor * part.sum[r];
-        for (int64_t d = 0; d < head_dim_; ++d) total.acc[r * head_dim_ + d] += factor * part.acc[r * head_dim_ + d];
+        for (int64_t d = 0; d < head_dim_; ++d)
+          total.acc[r * head_dim_ + d] += factor * part.acc[r * head_dim_ + d];
       }
     }
     finish(row, 0, num_queries, total);
@@ -157,7 +169,9 @@ class Attention {
   /// Divides by the sum, the sink's share included, and stores out and lse.
   void finish(int64_t row, int64_t first_query, int64_t num_queries, const Partial& result) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const int64_t num_new = args_.num_new ? args_.num_new.ptr<const int32_t>()[b * args_.num_new.stride[0]] : num_tokens_;
+    const int64_t num_new = args_.num_new
+                                ? args_.num_new.ptr<const int32_t>()[b * args_.num_new.stride[0]]
+                                : num_tokens_;
     for (int64_t r = 0; r < num_queries; ++r) {
       const int64_t s = (first_query + r) / group_;
       const int64_t q = h * group_ + (first_query + r) % group_;
@@ -185,17 +199,25 @@ class Attention {
     for (int64_t d = 0; d < count; ++d) from_float(factor != 0 ? acc[d] * factor : 0.f, out[d]);
   }
 
-  void store_out(const TensorView& out, int64_t b, int64_t q, int64_t s, const float* acc, float factor) const {
+  void store_out(const TensorView& out,
+                 int64_t b,
+                 int64_t q,
+                 int64_t s,
+                 const float* acc,
+                 float factor) const {
     const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
-    if (out.dtype == DType::kFloat32) store_scaled(out.ptr<float>() + offset, acc, head_dim_, factor);
-    if (out.dtype == DType::kFloat16) store_scaled(out.ptr<Float16>() + offset, acc, head_dim_, factor);
-    if (out.dtype == DType::kBFloat16) store_scaled(out.ptr<BFloat16>() + offset, acc, head_dim_, factor);
+    if (out.dtype == DType::kFloat32)
+      store_scaled(out.ptr<float>() + offset, acc, head_dim_, factor);
+    if (out.dtype == DType::kFloat16)
+      store_scaled(out.ptr<Float16>() + offset, acc, head_dim_, factor);
+    if (out.dtype == DType::kBFloat16)
+      store_scaled(out.ptr<BFloat16>() + offset, acc, head_dim_, factor);
   }
 
   const AttendArgs& args_;
   const int64_t num_kv_heads_, num_rows_, group_, num_tokens_, head_dim_;
-  const schedule::Worker* workers_;      // [num_workers]
-  const schedule::RowFacts* rows_;       // [num_rows]
+  const schedule::Worker* workers_;  // [num_workers]
+  const schedule::RowFacts* rows_;   // [num_rows]
   void (*attend_span_)(const AttendSpan&);
 };
 
@@ -213,7 +235,8 @@ void CpuBackend::attend(const AttendArgs& args) {
 
 size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {
   if (!Attention::is_split(args)) return 0;
-  const int64_t num_queries = args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
+  const int64_t num_queries =
+      args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
   const int64_t floats = Partial::num_floats(num_queries, args.queries.shape[3]);
   return static_cast<size_t>(schedule::max_partials(args.num_workers) * floats) * sizeof(float);
 }

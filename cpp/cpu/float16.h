@@ -1,4 +1,5 @@
-// The two 16-bit formats, one number at a time. Kernels widen whole vectors (simd.h); this is for storing results.
+// The two 16-bit formats, one number at a time. Kernels widen whole vectors (simd.h); this is for
+// storing results.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,9 @@ inline float bits_float(uint32_t bits) {
 }  // namespace detail
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
-inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, float& out) {
+  out = x;
+}
 
 inline void from_float(float x, BFloat16& out) {
   const uint32_t bits = detail::float_bits(x);
@@ -50,7 +53,8 @@ inline void from_float(float x, Float16& out) {
     half = 0x7e00;
   } else if (magnitude >= 0x477ff000) {  // 65520 and more round to infinity
     half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes the FPU round at the last bit of a half
+  } else if (magnitude <
+             0x38800000) {  // subnormal: adding 0.5 makes the FPU round at the last bit of a half
     half = detail::float_bits(detail::bits_float(magnitude) + 0.5f) - 0x3f000000;
   } else {
     half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;

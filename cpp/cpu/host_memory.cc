@@ -1,5 +1,6 @@
-// The CPU's Memory: anonymous mappings, which the system backs with memory page by page as they are first written. So a pool may
-// be made as large as it could ever need to be; what is never used costs nothing.
+// The CPU's Memory: anonymous mappings, which the system backs with memory page by page as they are
+// first written. So a pool may be made as large as it could ever need to be; what is never used
+// costs nothing.
 #include <sys/mman.h>
 
 #include <cerrno>
@@ -25,7 +26,8 @@ class HostMemory final : public Memory {
 #endif
     void* data = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (data == MAP_FAILED) {
-      throw Error(detail::concat("out of memory: ", bytes, " bytes of host memory can't be had (", std::strerror(errno), ")"));
+      throw Error(detail::concat("out of memory: ", bytes, " bytes of host memory can't be had (",
+                                 std::strerror(errno), ")"));
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     mapped_bytes_[data] = mapped;
@@ -45,14 +47,22 @@ class HostMemory final : public Memory {
     if (bytes > 0) std::memcpy(data, host, bytes);
   }
 
-  void copy_rows_from_host(void* data, size_t pitch_bytes, const void* host, size_t row_bytes, size_t rows, Stream) override {
+  void copy_rows_from_host(void* data,
+                           size_t pitch_bytes,
+                           const void* host,
+                           size_t row_bytes,
+                           size_t rows,
+                           Stream) override {
     for (size_t i = 0; i < rows; ++i) {
-      std::memcpy(static_cast<char*>(data) + i * pitch_bytes, static_cast<const char*>(host) + i * row_bytes, row_bytes);
+      std::memcpy(static_cast<char*>(data) + i * pitch_bytes,
+                  static_cast<const char*>(host) + i * row_bytes, row_bytes);
     }
   }
 
-  void fill_rows(void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream) override {
-    for (size_t i = 0; i < rows; ++i) std::memset(static_cast<char*>(data) + i * pitch_bytes, value, row_bytes);
+  void fill_rows(
+      void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream) override {
+    for (size_t i = 0; i < rows; ++i)
+      std::memset(static_cast<char*>(data) + i * pitch_bytes, value, row_bytes);
   }
 
  private:

@@ -1,5 +1,5 @@
-// The inner loops that are compiled once per instruction set (simd_*.h), and the table to reach them by. Which table serves this
-// machine is found out once, when first asked.
+// The inner loops that are compiled once per instruction set (simd_*.h), and the table to reach
+// them by. Which table serves this machine is found out once, when first asked.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace adakv {
 constexpr int kMaxSpanQueries = 32;
 constexpr int kMaxHeadDim = 256;
 
-/// Attention of some queries of one row over some of its slots, not yet divided by the sum of the exponentials. The queries are
-/// numbered s * group + g.
+/// Attention of some queries of one row over some of its slots, not yet divided by the sum of the
+/// exponentials. The queries are numbered s * group + g.
 struct AttendSpan {
   const void* pages;        // [N, 2, P, D]
   int64_t page_stride;      // in elements
@@ -21,8 +21,8 @@ struct AttendSpan {
   int page_size;
   int head_dim;
   int group;
-  int begin_slot, end_slot;  // begin_slot: a multiple of the page size
-  const void* queries;       // of the group's first q head and s = 0
+  int begin_slot, end_slot;                       // begin_slot: a multiple of the page size
+  const void* queries;                            // of the group's first q head and s = 0
   int64_t query_head_stride, query_token_stride;  // in elements
   int first_query, num_queries;
   int first_visible;  // query s sees the slots below first_visible + s
@@ -38,8 +38,8 @@ constexpr int kMaxLanes = 16;
 
 /// Some keys of a row, before one q head's queries of the window.
 struct ScoreSpan {
-  const void* keys;     // [num_keys, D]
-  const void* queries;  // [W, D]
+  const void* keys;                  // [num_keys, D]
+  const void* queries;               // [W, D]
   int64_t key_stride, query_stride;  // in elements
   int num_keys;
   int window;
@@ -48,16 +48,20 @@ struct ScoreSpan {
   float scale;
   float softcap;  // 0: none
   Reduce window_reduce;
-  float* max;     // [W up to kMaxLanes] largest logit of each query: out of score_sums, into score_window
-  float* sum;     // [W up to kMaxLanes] out of score_sums: sum of exp(logit - max);
-                  //                     into score_window: 1 / that sum over all keys, 0 behind the window
-  float* scores;  // [num_keys up to kMaxLanes] out of score_window: probabilities, reduced over the window
+  // The next three are written, and read, up to a multiple of kMaxLanes.
+  // max: [W] largest logit of each query; out of score_sums, into score_window.
+  // sum: [W] out of score_sums: sum of exp(logit - max); into score_window: 1 / that sum over all
+  //      keys, 0 behind the window.
+  // scores: [num_keys] out of score_window: probabilities, reduced over the window.
+  float* max;
+  float* sum;
+  float* scores;
 };
 
 /// Some entries of a row, and one q head's part of the output projection.
 struct ValueNormSpan {
-  const void* values;  // [num_values, D]
-  const void* w_o;     // [E, D]
+  const void* values;                // [num_values, D]
+  const void* w_o;                   // [E, D]
   int64_t value_stride, w_o_stride;  // in elements
   int num_values;
   int width;  // E
@@ -65,27 +69,28 @@ struct ValueNormSpan {
   float* norms;  // [num_values up to kMaxLanes] out: || v Wo ||_1
 };
 
-/// Gram matrices are kept as panels of so many columns as suit the machine: [head_dim_padded / columns, head_dim_padded, columns].
+/// Gram matrices are kept as panels of so many columns as suit the machine: [head_dim_padded /
+/// columns, head_dim_padded, columns].
 constexpr int kGramFloats = kMaxHeadDim * kMaxHeadDim;
 
 /// One kv head's part of the output projection.
 struct GramSpan {
-  const void* w_o;  // [E, G * D]
+  const void* w_o;     // [E, G * D]
   int64_t w_o_stride;  // in elements
-  int width;  // E
-  int group;  // G
+  int width;           // E
+  int group;           // G
   int head_dim;
   float* gram;  // [kGramFloats] out: mean over the group of Wo Wo^T
 };
 
 /// Some entries of a row, and the Gram matrix of their kv head.
 struct GramNormSpan {
-  const void* values;  // [num_values, D]
+  const void* values;    // [num_values, D]
   int64_t value_stride;  // in elements
   int num_values;
   int head_dim;
   const float* gram;  // [kGramFloats]
-  float* norms;  // [num_values] out: sqrt(v G v^T)
+  float* norms;       // [num_values] out: sqrt(v G v^T)
 };
 
 /// By DType: float32, float16, bfloat16.

@@ -1,9 +1,10 @@
 // parallel_for on the host framework's threads where there are any, else on threads of our own.
 //
-// torch runs its own operators on an OpenMP pool, whose threads spin for a while after each operator, waiting for the next. Threads
-// of ours would have to share the cores with the spinning ones, and a decode step goes back and forth between the two every 100
-// us. So if the process has an OpenMP runtime (any: libgomp, and LLVM's and Intel's, answer to GOMP_parallel), its pool
-// runs our work too. It is looked up when first needed; nothing is linked.
+// torch runs its own operators on an OpenMP pool, whose threads spin for a while after each
+// operator, waiting for the next. Threads of ours would have to share the cores with the spinning
+// ones, and a decode step goes back and forth between the two every 100 us. So if the process has
+// an OpenMP runtime (any: libgomp, and LLVM's and Intel's, answer to GOMP_parallel), its pool runs
+// our work too. It is looked up when first needed; nothing is linked.
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
@@ -45,7 +46,8 @@ struct Work {
   }
 };
 
-/// Threads that sleep until there is work. One parallel_for at a time; a second caller waits for its turn.
+/// Threads that sleep until there is work. One parallel_for at a time; a second caller waits for
+/// its turn.
 class ThreadPool {
  public:
   void run(Work& work, int num_threads) {
@@ -90,28 +92,36 @@ class ThreadPool {
   uint64_t generation_ = 0;
 };
 
-using GompParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+using GompParallel = void (*)(void (*body)(void*),
+                              void* data,
+                              unsigned num_threads,
+                              unsigned flags);
 
 void run_on_threads(Work& work, int num_threads) {
-  static const auto gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto gomp_parallel =
+      reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (gomp_parallel != nullptr) {
-    gomp_parallel([](void* data) { static_cast<Work*>(data)->run(); }, &work, static_cast<unsigned>(num_threads), 0);
+    gomp_parallel([](void* data) { static_cast<Work*>(data)->run(); }, &work,
+                  static_cast<unsigned>(num_threads), 0);
     return;
   }
-  static ThreadPool* pool = new ThreadPool;  // never destroyed: its threads serve until the process ends
+  static ThreadPool* pool =
+      new ThreadPool;  // never destroyed: its threads serve until the process ends
   pool->run(work, num_threads);
 }
 
 }  // namespace
 
 void set_num_threads(int num_threads) {
-  ADAKV_CHECK(num_threads >= 1, "set_num_threads: num_threads must be at least 1, got ", num_threads);
+  ADAKV_CHECK(num_threads >= 1, "set_num_threads: num_threads must be at least 1, got ",
+              num_threads);
   g_num_threads.store(num_threads, std::memory_order_relaxed);
 }
 
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
   Work work{count, body};
-  // All threads or none: OpenMP pools start and stop threads when the number changes from call to call.
+  // All threads or none: OpenMP pools start and stop threads when the number changes from call to
+  // call.
   const int num_threads = g_num_threads.load(std::memory_order_relaxed);
   if (count <= 1 || num_threads == 1) {
     work.run();

@@ -14,9 +14,12 @@
 namespace adakv {
 namespace {
 
-constexpr int64_t kChunk = 768;  // keys of an item; whole blocks, and small enough to share a short prompt out
+constexpr int64_t kChunk =
+    768;  // keys of an item; whole blocks, and small enough to share a short prompt out
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 /// Pools one row of candidates: `pooled` may not be `x`.
 void pool_row(const float* x, int64_t n, Pool pool, int width, float* pooled) {
@@ -69,27 +72,29 @@ class Scoring {
         pools_heads_(args.order == Order::kPoolFirst),
         num_sums_(args.lse ? 0 : batch_ * num_heads_ * num_chunks_ * 2 * padded_window_),
         num_joined_(batch_ * num_heads_ * 2 * padded_window_),
-        num_reduced_(batch_ * (pools_heads_ ? num_heads_ + num_kv_heads_ : num_kv_heads_) * padded_length_),
+        num_reduced_(batch_ * (pools_heads_ ? num_heads_ + num_kv_heads_ : num_kv_heads_) *
+                     padded_length_),
         workspace_(args.workspace.ptr<float>()) {}
 
-  size_t workspace_bytes() const { return static_cast<size_t>(num_sums_ + num_joined_ + num_reduced_) * sizeof(float); }
+  size_t workspace_bytes() const {
+    return static_cast<size_t>(num_sums_ + num_joined_ + num_reduced_) * sizeof(float);
+  }
 
   void run() const {
     if (!args_.lse) {
-      parallel_for(batch_ * num_heads_ * num_chunks_, [&](int64_t item) {
-        add_up(item / num_chunks_, item % num_chunks_);
-      });
+      parallel_for(batch_ * num_heads_ * num_chunks_,
+                   [&](int64_t item) { add_up(item / num_chunks_, item % num_chunks_); });
     }
     for (int64_t q = 0; q < batch_ * num_heads_; ++q) join_sums(q);
-    parallel_for(batch_ * num_kv_heads_ * num_chunks_, [&](int64_t item) {
-      reduce_window(item / num_chunks_, item % num_chunks_);
-    });
+    parallel_for(batch_ * num_kv_heads_ * num_chunks_,
+                 [&](int64_t item) { reduce_window(item / num_chunks_, item % num_chunks_); });
     parallel_for(batch_ * num_kv_heads_, [&](int64_t row) { pool(row); });
   }
 
  private:
   int64_t seq_len(int64_t b) const {
-    return args_.seq_lens ? args_.seq_lens.ptr<const int32_t>()[b * args_.seq_lens.stride[0]] : length_;
+    return args_.seq_lens ? args_.seq_lens.ptr<const int32_t>()[b * args_.seq_lens.stride[0]]
+                          : length_;
   }
 
   /// Positions that compete.
@@ -100,7 +105,8 @@ class Scoring {
     const int64_t b = query_head / num_heads_, q = query_head % num_heads_;
     const TensorView& queries = args_.queries;
     const TensorView& keys = args_.keys;
-    const int64_t key = b * keys.stride[0] + q / group_ * keys.stride[1] + chunk * kChunk * keys.stride[2];
+    const int64_t key =
+        b * keys.stride[0] + q / group_ * keys.stride[1] + chunk * kChunk * keys.stride[2];
     const int64_t query = b * queries.stride[0] + q * queries.stride[1];
     const auto element_bytes = static_cast<int64_t>(dtype_size(keys.dtype));
     ScoreSpan span = {};
@@ -149,11 +155,14 @@ class Scoring {
     for (int64_t w = 0; w < window_; ++w) {
       if (args_.lse) {
         const TensorView& lse = args_.lse;
-        maxima[w] = lse.ptr<const float>()[b * lse.stride[0] + q * lse.stride[1] + w * lse.stride[2]];
+        maxima[w] =
+            lse.ptr<const float>()[b * lse.stride[0] + q * lse.stride[1] + w * lse.stride[2]];
         inverse_sums[w] = 1;
         continue;
       }
-      const float sink = args_.sink_logits ? args_.sink_logits.ptr<const float>()[q * args_.sink_logits.stride[0]] : -INFINITY;
+      const float sink = args_.sink_logits
+                             ? args_.sink_logits.ptr<const float>()[q * args_.sink_logits.stride[0]]
+                             : -INFINITY;
       float max = sink;
       for (int64_t c = 0; c < chunks; ++c) max = std::max(max, chunk_sums(query_head, c)[w]);
       float sum = std::exp(sink - max);
@@ -166,8 +175,11 @@ class Scoring {
     }
   }
 
-  /// Where a row's candidates lie before pooling: a row of a q head if those are pooled, else of a kv head.
-  float* reduced(int64_t row) const { return workspace_ + num_sums_ + num_joined_ + row * padded_length_; }
+  /// Where a row's candidates lie before pooling: a row of a q head if those are pooled, else of a
+  /// kv head.
+  float* reduced(int64_t row) const {
+    return workspace_ + num_sums_ + num_joined_ + row * padded_length_;
+  }
 
   void reduce_window(int64_t row, int64_t chunk) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
@@ -188,13 +200,15 @@ class Scoring {
         reduce_into(own, scores, num_keys, args_.group_reduce);
       }
     }
-    if (!pools_heads_) finish_reduce(reduced(row) + chunk * kChunk, num_keys, args_.group_reduce, group_);
+    if (!pools_heads_)
+      finish_reduce(reduced(row) + chunk * kChunk, num_keys, args_.group_reduce, group_);
   }
 
   void pool(int64_t row) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
     const int64_t n = num_candidates(b);
-    float* scores = args_.scores.ptr<float>() + b * args_.scores.stride[0] + h * args_.scores.stride[1];
+    float* scores =
+        args_.scores.ptr<float>() + b * args_.scores.stride[0] + h * args_.scores.stride[1];
     std::fill(scores + n, scores + length_, -INFINITY);
     if (!pools_heads_) {
       pool_row(reduced(row), n, args_.pool, args_.pool_width, scores);
@@ -221,8 +235,12 @@ class Scoring {
 
 }  // namespace
 
-void CpuBackend::score(const ScoreArgs& args) { Scoring(args).run(); }
+void CpuBackend::score(const ScoreArgs& args) {
+  Scoring(args).run();
+}
 
-size_t CpuBackend::workspace_bytes(const ScoreArgs& args) const { return Scoring(args).workspace_bytes(); }
+size_t CpuBackend::workspace_bytes(const ScoreArgs& args) const {
+  return Scoring(args).workspace_bytes();
+}
 
 }  // namespace adakv

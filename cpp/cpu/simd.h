@@ -1,11 +1,13 @@
-// Vectors of float32 in the compiler's own vector extensions (GCC and Clang), as wide as the instruction set that the including
-// file is compiled for. Only the simd_<isa>.cc files include this; each sets ADAKV_ISA, so that no symbol is shared between them:
-// the linker must never pick, say, the AVX-512 copy of a function for a machine without it. For the same reason the kernels use
+// Vectors of float32 in the compiler's own vector extensions (GCC and Clang), as wide as the
+// instruction set that the including file is compiled for. Only the simd_<isa>.cc files include
+// this; each sets ADAKV_ISA, so that no symbol is shared between them: the linker must never pick,
+// say, the AVX-512 copy of a function for a machine without it. For the same reason the kernels use
 // no functions of the standard library.
 //
-// Vectors of a row are loaded in pairs of 2 * kLanes elements. In which order a pair's elements lie in its two vectors is left
-// to the element type: bfloat16 widens for next to nothing into the even and the odd elements, but not in order. Dot
-// products don't care, as long as both sides were loaded with load_pair; store_pair restores the order.
+// Vectors of a row are loaded in pairs of 2 * kLanes elements. In which order a pair's elements lie
+// in its two vectors is left to the element type: bfloat16 widens for next to nothing into the even
+// and the odd elements, but not in order. Dot products don't care, as long as both sides were
+// loaded with load_pair; store_pair restores the order.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +49,7 @@ struct F32Pair {
   F32 first, second;
 };
 
-// --- moving ---------------------------------------------------------------------------------------------------------------
+// --- moving ---
 
 template <typename Vector>
 inline Vector load_as(const void* data) {
@@ -56,9 +58,15 @@ inline Vector load_as(const void* data) {
   return v;
 }
 
-inline F32 load(const float* data) { return load_as<F32>(data); }
-inline void store(float* data, F32 v) { __builtin_memcpy(data, &v, sizeof v); }
-inline F32 broadcast(float x) { return x - F32{}; }
+inline F32 load(const float* data) {
+  return load_as<F32>(data);
+}
+inline void store(float* data, F32 v) {
+  __builtin_memcpy(data, &v, sizeof v);
+}
+inline F32 broadcast(float x) {
+  return x - F32{};
+}
 
 template <int... kLane>
 inline I32 lane_numbers(std::integer_sequence<int, kLane...>) {
@@ -66,9 +74,13 @@ inline I32 lane_numbers(std::integer_sequence<int, kLane...>) {
 }
 
 /// 0, 1, 2, ...
-inline I32 lane_numbers() { return lane_numbers(LaneNumbers{}); }
+inline I32 lane_numbers() {
+  return lane_numbers(LaneNumbers{});
+}
 
-inline F32Pair load_pair(const float* data) { return {load(data), load(data + kLanes)}; }
+inline F32Pair load_pair(const float* data) {
+  return {load(data), load(data + kLanes)};
+}
 
 inline F32Pair load_pair(const BFloat16* data) {
   const U32 bits = load_as<U32>(data);
@@ -77,15 +89,19 @@ inline F32Pair load_pair(const BFloat16* data) {
 
 inline F32Pair load_pair(const Float16* data) {
 #if defined(__AVX512F__)
-  const auto widen = [](const Float16* half) { return (F32)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(half)); };
+  const auto widen = [](const Float16* half) {
+    return (F32)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(half));
+  };
   return {widen(data), widen(data + kLanes)};
 #elif defined(__AVX2__)
-  return {(F32)_mm256_cvtph_ps(load_as<__m128i>(data)), (F32)_mm256_cvtph_ps(load_as<__m128i>(data + kLanes))};
+  return {(F32)_mm256_cvtph_ps(load_as<__m128i>(data)),
+          (F32)_mm256_cvtph_ps(load_as<__m128i>(data + kLanes))};
 #elif defined(__ARM_NEON)
   const float16x8_t halves = load_as<float16x8_t>(data);
   return {(F32)vcvt_f32_f16(vget_low_f16(halves)), (F32)vcvt_f32_f16(vget_high_f16(halves))};
 #else
-  // Shifted into place the exponent is 112 too small, which a multiplication mends; infinities and NaN need theirs set.
+  // Shifted into place the exponent is 112 too small, which a multiplication mends; infinities and
+  // NaN need theirs set.
   const auto widen = [](U16 narrow) {
     const U32 bits = __builtin_convertvector(narrow, U32);
     const U32 magnitude = (bits & 0x7fff) << 13;
@@ -131,13 +147,19 @@ inline void store_pair(float* out, F32Pair pair) {
   store_in_order(out, pair, static_cast<const Element*>(nullptr));
 }
 
-// --- computing ------------------------------------------------------------------------------------------------------------
+// --- computing ---
 
 /// Lanes of `yes` where the mask is all ones, else of `no`.
-inline F32 choose(I32 mask, F32 yes, F32 no) { return (F32)((mask & (I32)yes) | (~mask & (I32)no)); }
+inline F32 choose(I32 mask, F32 yes, F32 no) {
+  return (F32)((mask & (I32)yes) | (~mask & (I32)no));
+}
 
-inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
-inline F32 abs(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
+inline F32 max(F32 a, F32 b) {
+  return a > b ? a : b;
+}
+inline F32 abs(F32 x) {
+  return (F32)((U32)x & 0x7fffffffu);
+}
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -168,15 +190,18 @@ inline float max_lane(F32 v) {
   float largest[kLanes];
   store(largest, v);
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
+    for (int i = 0; i < step; ++i)
+      largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
   }
   return largest[0];
 }
 
-/// e^x within 2 units in the last place; 0 below -87, where float32 runs out of normal numbers. For x <= 88.
+/// e^x within 2 units in the last place; 0 below -87, where float32 runs out of normal numbers. For
+/// x <= 88.
 inline F32 exp(F32 x) {
   const F32 log2_e = broadcast(1.44269504f);
-  const F32 shift = broadcast(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
+  const F32 shift =
+      broadcast(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
   const F32 shifted = x * log2_e + shift;
   const F32 n = shifted - shift;
   const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln(2), in two parts

@@ -1,5 +1,6 @@
-// Product<BFloat16> on Intel's matrix unit (AMX): 32 rows times 32 columns in four accumulator tiles. About ten times
-// the rate of AVX-512 in float32; products are exact and sums are in float32 all the same.
+// Product<BFloat16> on Intel's matrix unit (AMX): 32 rows times 32 columns in four accumulator
+// tiles. About ten times the rate of AVX-512 in float32; products are exact and sums are in float32
+// all the same.
 #pragma once
 
 #include "cpu/simd_product.h"
@@ -7,13 +8,14 @@
 namespace adakv::ADAKV_ISA {
 
 struct AmxProduct {
-  static constexpr int kTile = 16;       // rows of a tile, and float32 or pairs of bfloat16 in one
+  static constexpr int kTile = 16;  // rows of a tile, and float32 or pairs of bfloat16 in one
   static constexpr int kColumns = 32;
   static constexpr int kRows = 32;
-  static constexpr int kDepth = 32;      // bfloat16 in a tile's row
+  static constexpr int kDepth = 32;  // bfloat16 in a tile's row
   static constexpr int kPanelBytes = kMaxHeadDim * kColumns * 2;
 
-  /// Shapes the tiles of this thread; afterwards they are what they were, for others (oneDNN) use them too.
+  /// Shapes the tiles of this thread; afterwards they are what they were, for others (oneDNN) use
+  /// them too.
   struct Session {
     struct alignas(64) Config {
       uint8_t palette;
@@ -62,7 +64,11 @@ struct AmxProduct {
     }
   }
 
-  static void multiply_tiles(const uint32_t* panel, const BFloat16* rows, int64_t stride, int depth, float* c,
+  static void multiply_tiles(const uint32_t* panel,
+                             const BFloat16* rows,
+                             int64_t stride,
+                             int depth,
+                             float* c,
                              int64_t c_stride) {
     finish_stores();
     _tile_zero(0);
@@ -88,21 +94,28 @@ struct AmxProduct {
     }
   }
 
-  static void multiply(const void* panel, int count, const BFloat16* rows, int64_t stride, int num_rows, int head_dim,
+  static void multiply(const void* panel,
+                       int count,
+                       const BFloat16* rows,
+                       int64_t stride,
+                       int num_rows,
+                       int head_dim,
                        float* c) {
     const uint32_t* columns = static_cast<const uint32_t*>(panel);
     const int c_stride = stride_of(count);
     for (int first = 0; first < num_rows; first += kRows) {
       const int now = num_rows - first < kRows ? num_rows - first : kRows;
       if (now == kRows && head_dim % kDepth == 0) {
-        multiply_tiles(columns, rows + first * stride, stride, head_dim, c + first * c_stride, c_stride);
+        multiply_tiles(columns, rows + first * stride, stride, head_dim, c + first * c_stride,
+                       c_stride);
         continue;
       }
       // Tiles are loaded whole: too few rows, or too short ones, are filled up with zeros.
       alignas(64) BFloat16 filled[kRows * kMaxHeadDim] = {};
       alignas(64) float product[kRows * kColumns];
       for (int r = 0; r < now; ++r) {
-        __builtin_memcpy(filled + r * kMaxHeadDim, rows + (first + r) * stride, head_dim * sizeof(BFloat16));
+        __builtin_memcpy(filled + r * kMaxHeadDim, rows + (first + r) * stride,
+                         head_dim * sizeof(BFloat16));
       }
       multiply_tiles(columns, filled, kMaxHeadDim, padded(head_dim), product, c_stride);
       __builtin_memcpy(c + first * c_stride, product, now * c_stride * sizeof(float));

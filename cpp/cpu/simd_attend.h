@@ -1,10 +1,12 @@
 // attend_span: a few queries of one row over its pages, by online softmax.
 //
-//   for each block of 64 slots:  logits = q . k;  p = exp(logits - max);  acc = acc * exp(old max - max) + sum of p * v
+//   for each block of 64 slots:  logits = q . k;  p = exp(logits - max)
+//                                acc = acc * exp(old max - max) + sum of p * v
 //
-// Up to four queries go through a block together, so that each key and value is widened once for all of them. Decoding is bound
-// by memory, so while the keys of a block are read its values are asked for, and while those are read the next block's keys: one
-// cache line for each vector used, to spread the requests evenly.
+// Up to four queries go through a block together, so that each key and value is widened once for
+// all of them. Decoding is bound by memory, so while the keys of a block are read its values are
+// asked for, and while those are read the next block's keys: one cache line for each vector used,
+// to spread the requests evenly.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -14,8 +16,9 @@ namespace adakv::ADAKV_ISA {
 
 constexpr int kBlockSlots = 64;
 constexpr int kQueriesAtOnce = 4;
-constexpr int kSlotsAtOnce = kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
-constexpr int kSlotGroup = 8;                              // page sizes are multiples of it
+constexpr int kSlotsAtOnce =
+    kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
+constexpr int kSlotGroup = 8;     // page sizes are multiples of it
 
 /// The pages of a row as if they were one array.
 template <typename Element>
@@ -40,9 +43,11 @@ struct RowPages {
   const Element* value(int slot) const { return key(slot) + (head_dim << log_page_size); }
 };
 
-/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row; fetches what lies `ahead` elements behind each.
+/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row; fetches what lies `ahead`
+/// elements behind each.
 template <int kRows, bool kFetch, typename Element>
-inline void dot_keys(const float* queries, int stride, const Element* keys, int head_dim, int ahead, float* logits) {
+inline void dot_keys(
+    const float* queries, int stride, const Element* keys, int head_dim, int ahead, float* logits) {
   F32 sums[(kRows * kSlotsAtOnce + kLanes - 1) / kLanes * kLanes] = {};
   const auto step = [&](int d, auto load_keys) {
     F32Pair k[kSlotsAtOnce];
@@ -74,14 +79,22 @@ inline void dot_keys(const float* queries, int stride, const Element* keys, int 
     store(totals + i * kLanes, sum_each(reinterpret_cast<F32(&)[kLanes]>(sums[i * kLanes])));
   }
   for (int r = 0; r < kRows; ++r) {
-    __builtin_memcpy(logits + r * kBlockSlots, totals + r * kSlotsAtOnce, kSlotsAtOnce * sizeof(float));
+    __builtin_memcpy(logits + r * kBlockSlots, totals + r * kSlotsAtOnce,
+                     kSlotsAtOnce * sizeof(float));
   }
 }
 
-/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value; fetches the keys of the block behind, up to `last`.
+/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value; fetches the keys of
+/// the block behind, up to `last`.
 template <int kRows, bool kFetch, typename Element>
-inline void add_values(const RowPages<Element>& row, int begin, int end, int last, const float* weights,
-                       const float* correction, float* acc, int stride) {
+inline void add_values(const RowPages<Element>& row,
+                       int begin,
+                       int end,
+                       int last,
+                       const float* weights,
+                       const float* correction,
+                       float* acc,
+                       int stride) {
   const auto step = [&](int d, auto load_values) {
     F32Pair sums[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -118,9 +131,11 @@ inline void add_values(const RowPages<Element>& row, int begin, int end, int las
   }
 }
 
-/// Turns the block's logits of one query into weights, and takes the new maximum and sum. Returns the factor for what was summed
-/// up before. Slots from `visible` on hold anything; they get weight 0.
-inline float softmax_block(float* logits, int visible, float scale, float softcap, float& max_logit, float& total) {
+/// Turns the block's logits of one query into weights, and takes the new maximum and sum. Returns
+/// the factor for what was summed up before. Slots from `visible` on hold anything; they get weight
+/// 0.
+inline float softmax_block(
+    float* logits, int visible, float scale, float softcap, float& max_logit, float& total) {
   F32 largest = broadcast(-kInfinity);
   for (int i = 0; i < kBlockSlots; i += kLanes) {
     F32 z = load(logits + i) * scale;
@@ -131,7 +146,8 @@ inline float softmax_block(float* logits, int visible, float scale, float softca
   }
   const float block_max = max_lane(largest);
   const float new_max = block_max > max_logit ? block_max : max_logit;
-  const float base = new_max == -kInfinity ? 0.f : new_max;  // nothing seen yet: -inf - -inf would be NaN
+  const float base =
+      new_max == -kInfinity ? 0.f : new_max;  // nothing seen yet: -inf - -inf would be NaN
   F32 sums = {};
   for (int i = 0; i < kBlockSlots; i += kLanes) {
     const F32 p = exp(load(logits + i) - base);
@@ -146,21 +162,29 @@ inline float softmax_block(float* logits, int visible, float scale, float softca
 
 /// One block of slots for kRows queries; see attend_span.
 template <int kRows, bool kFetch, typename Element>
-inline void attend_block(const AttendSpan& span, const RowPages<Element>& row, int begin, int end, int first_row,
-                         const float* queries, float* acc, int stride) {
+inline void attend_block(const AttendSpan& span,
+                         const RowPages<Element>& row,
+                         int begin,
+                         int end,
+                         int first_row,
+                         const float* queries,
+                         float* acc,
+                         int stride) {
   alignas(64) float logits[kRows][kBlockSlots];
   float correction[kRows];
   const int ahead = row.head_dim << row.log_page_size;  // from a key to its value
   for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
-    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row.key(slot), row.head_dim, ahead, &logits[0][slot - begin]);
+    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row.key(slot), row.head_dim,
+                            ahead, &logits[0][slot - begin]);
   }
   for (int r = 0; r < kRows; ++r) {
     const int s = (span.first_query + first_row + r) / span.group;
     const int limit = span.first_visible + s < end ? span.first_visible + s : end;
-    correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap, span.max[first_row + r],
-                                  span.sum[first_row + r]);
+    correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap,
+                                  span.max[first_row + r], span.sum[first_row + r]);
   }
-  add_values<kRows, kFetch>(row, begin, end, span.end_slot, &logits[0][0], correction, acc + first_row * stride, stride);
+  add_values<kRows, kFetch>(row, begin, end, span.end_slot, &logits[0][0], correction,
+                            acc + first_row * stride, stride);
 }
 
 template <typename Element>
@@ -168,14 +192,18 @@ void attend_span(const AttendSpan& span) {
   const RowPages<Element> row(span);
   const int head_dim = span.head_dim;
   const int stride = (head_dim + kPair - 1) / kPair * kPair;
-  alignas(64) float queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
-  alignas(64) float acc[kMaxSpanQueries * kMaxHeadDim];      // [num_queries, stride], in load_pair's order
+  alignas(64) float
+      queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
+  alignas(
+      64) float acc[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
   for (int r = 0; r < span.num_queries; ++r) {
     const int query = span.first_query + r;
-    const Element* data = static_cast<const Element*>(span.queries) + query / span.group * span.query_token_stride +
+    const Element* data = static_cast<const Element*>(span.queries) +
+                          query / span.group * span.query_token_stride +
                           query % span.group * span.query_head_stride;
     for (int d = 0; d < stride; d += kPair) {
-      const F32Pair q = head_dim - d >= kPair ? load_pair(data + d) : load_pair(data + d, head_dim - d);
+      const F32Pair q =
+          head_dim - d >= kPair ? load_pair(data + d) : load_pair(data + d, head_dim - d);
       store(queries + r * stride + d, q.first);
       store(queries + r * stride + d + kLanes, q.second);
       store(acc + r * stride + d, F32{});
@@ -187,8 +215,10 @@ void attend_span(const AttendSpan& span) {
 
   for (int begin = span.begin_slot; begin < span.end_slot; begin += kBlockSlots) {
     for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
-      const int rows = span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
-      const int last_visible = span.first_visible + (span.first_query + first + rows - 1) / span.group;
+      const int rows =
+          span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
+      const int last_visible =
+          span.first_visible + (span.first_query + first + rows - 1) / span.group;
       int end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
       if (end > last_visible) end = last_visible;
       if (end <= begin) continue;

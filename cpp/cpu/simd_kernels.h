@@ -1,4 +1,5 @@
-// The table of one instruction set. Included once by each simd_<isa>.cc, behind its definition of ADAKV_ISA.
+// The table of one instruction set. Included once by each simd_<isa>.cc, behind its definition of
+// ADAKV_ISA.
 #pragma once
 
 #include "cpu/simd_attend.h"

@@ -1,5 +1,6 @@
-// Products of two matrices whose rows are both contiguous: c[i, j] = rows[i] . columns[j]. score, value_norm (and long attends) are
-// such a product and something done to its result, which stays in a small buffer.
+// Products of two matrices whose rows are both contiguous: c[i, j] = rows[i] . columns[j]. score
+// and value_norm are such a product and something done to its result, which stays in a small
+// buffer.
 //
 // The columns are packed once, into panels; any number of rows is then multiplied with them.
 //   Product<Element>::kColumns   most columns of a panel
@@ -13,7 +14,9 @@
 namespace adakv::ADAKV_ISA {
 
 /// Columns of a panel's result, with those that fill up the last vector.
-constexpr int stride_of(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+constexpr int stride_of(int count) {
+  return (count + kLanes - 1) / kLanes * kLanes;
+}
 
 /// By fused multiply-adds in float32: six rows times up to four vectors of columns at once.
 template <typename Element>
@@ -60,16 +63,19 @@ struct VectorProduct {
 
   /// Sums of 64 products at a time: long chains of additions would cost accuracy.
   template <int kUsed>
-  static void multiply_six(const float* panel, const float* rows, int depth, int num_rows, float* c) {
+  static void multiply_six(
+      const float* panel, const float* rows, int depth, int num_rows, float* c) {
     multiply_part<kUsed, false>(panel, rows, depth < kPart ? depth : kPart, num_rows, c);
     for (int d = kPart; d < depth; d += kPart) {
       const float* columns = panel + d * kUsed * kLanes;
-      multiply_part<kUsed, true>(columns, rows + d, depth - d < kPart ? depth - d : kPart, num_rows, c);
+      multiply_part<kUsed, true>(columns, rows + d, depth - d < kPart ? depth - d : kPart, num_rows,
+                                 c);
     }
   }
 
   template <int kUsed, bool kAdds>
-  static void multiply_part(const float* panel, const float* rows, int depth, int num_rows, float* c) {
+  static void multiply_part(
+      const float* panel, const float* rows, int depth, int num_rows, float* c) {
     F32 sums[kRows][kUsed] = {};
     for (int d = 0; d < depth; ++d) {
       F32 column[kUsed];
@@ -93,14 +99,20 @@ struct VectorProduct {
     }
   }
 
-  static void multiply(const void* panel, int count, const Element* rows, int64_t stride, int num_rows, int head_dim,
+  static void multiply(const void* panel,
+                       int count,
+                       const Element* rows,
+                       int64_t stride,
+                       int num_rows,
+                       int head_dim,
                        float* c) {
     const float* columns = static_cast<const float*>(panel);
     const int used = stride_of(count) / kLanes;
     alignas(64) float wide[kRows * kMaxHeadDim] = {};
     for (int first = 0; first < num_rows; first += kRows) {
       const int now = num_rows - first < kRows ? num_rows - first : kRows;
-      for (int r = 0; r < now; ++r) widen(rows + (first + r) * stride, head_dim, wide + r * kMaxHeadDim);
+      for (int r = 0; r < now; ++r)
+        widen(rows + (first + r) * stride, head_dim, wide + r * kMaxHeadDim);
       float* out = c + first * used * kLanes;
       if (used == 1) multiply_six<1>(columns, wide, padded(head_dim), now, out);
       if (used == 2) multiply_six<2>(columns, wide, padded(head_dim), now, out);

@@ -1,5 +1,6 @@
-// The two passes of score over some keys of a row, for one q head: the softmax's maximum and sum for each query of the window, then
-// the probabilities, reduced over the window. Lanes are queries of the window; keys come in blocks.
+// The two passes of score over some keys of a row, for one q head: the softmax's maximum and sum
+// for each query of the window, then the probabilities, reduced over the window. Lanes are queries
+// of the window; keys come in blocks.
 #pragma once
 
 #include "cpu/simd_product.h"
@@ -14,7 +15,8 @@ inline F32 cap_logits(F32 dots, float scale, float softcap) {
   return softcap > 0 ? softcap * tanh(z / softcap) : z;
 }
 
-/// Calls body(block of logits [num_keys, stride], first key, number of keys, first query, number of queries).
+/// Calls body(block of logits [num_keys, stride], first key, number of keys, first query, number of
+/// queries).
 template <typename Element, typename Body>
 inline void for_each_block(const ScoreSpan& span, Body body) {
   using P = Product<Element>;
@@ -29,7 +31,8 @@ inline void for_each_block(const ScoreSpan& span, Body body) {
     P::pack(queries + first * span.query_stride, span.query_stride, count, span.head_dim, panel);
     for (int key = 0; key < span.num_keys; key += kBlockKeys) {
       const int num_keys = span.num_keys - key < kBlockKeys ? span.num_keys - key : kBlockKeys;
-      P::multiply(panel, count, keys + key * span.key_stride, span.key_stride, num_keys, span.head_dim, logits);
+      P::multiply(panel, count, keys + key * span.key_stride, span.key_stride, num_keys,
+                  span.head_dim, logits);
       body(logits, key, num_keys, first, count);
     }
   }
@@ -43,18 +46,22 @@ void score_sums(const ScoreSpan& span) {
   for_each_block<Element>(span, [&](float* logits, int key, int num_keys, int query, int count) {
     const int stride = stride_of(count);
     for (int lane = 0; lane < stride; lane += kLanes) {
-      const I32 visible = lane_numbers() + (span.first_visible + query + lane);  // keys that each query sees
+      const I32 visible =
+          lane_numbers() + (span.first_visible + query + lane);  // keys that each query sees
       const F32 old_max = load(span.max + query + lane);
       F32 largest = old_max;
       for (int i = 0; i < num_keys; ++i) {
         F32 z = cap_logits(load(logits + i * stride + lane), span.scale, span.softcap);
-        if (key + num_keys > span.first_visible) z = choose(visible > key + i, z, broadcast(-kInfinity));
+        if (key + num_keys > span.first_visible)
+          z = choose(visible > key + i, z, broadcast(-kInfinity));
         store(logits + i * stride + lane, z);
         largest = max(z, largest);
       }
-      const F32 base = choose(largest == -kInfinity, F32{}, largest);  // nothing seen: -inf - -inf would be NaN
+      const F32 base =
+          choose(largest == -kInfinity, F32{}, largest);  // nothing seen: -inf - -inf would be NaN
       F32 sums[kSums] = {};
-      for (int i = 0; i < num_keys; ++i) sums[i % kSums] += exp(load(logits + i * stride + lane) - base);
+      for (int i = 0; i < num_keys; ++i)
+        sums[i % kSums] += exp(load(logits + i * stride + lane) - base);
       for (int step = kSums / 2; step > 0; step /= 2) {
         for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
       }
@@ -67,29 +74,32 @@ void score_sums(const ScoreSpan& span) {
 template <typename Element>
 void score_window(const ScoreSpan& span) {
   const bool takes_max = span.window_reduce == Reduce::kMax;
-  const float factor = span.window_reduce == Reduce::kMean ? 1.f / static_cast<float>(span.window) : 1.f;
-  for_each_block<Element>(span, [&](const float* logits, int key, int num_keys, int query, int count) {
-    const int stride = stride_of(count);
-    for (int first = 0; first < num_keys; first += kLanes) {
-      F32 reduced[kLanes] = {};  // of one key each, over the lanes' queries
-      for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
-        for (int lane = 0; lane < stride; lane += kLanes) {
-          const F32 z = cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap);
-          const F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
-          reduced[i] = takes_max ? max(p, reduced[i]) : reduced[i] + p;
+  const float factor =
+      span.window_reduce == Reduce::kMean ? 1.f / static_cast<float>(span.window) : 1.f;
+  for_each_block<Element>(
+      span, [&](const float* logits, int key, int num_keys, int query, int count) {
+        const int stride = stride_of(count);
+        for (int first = 0; first < num_keys; first += kLanes) {
+          F32 reduced[kLanes] = {};  // of one key each, over the lanes' queries
+          for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
+            for (int lane = 0; lane < stride; lane += kLanes) {
+              const F32 z =
+                  cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap);
+              const F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
+              reduced[i] = takes_max ? max(p, reduced[i]) : reduced[i] + p;
+            }
+          }
+          F32 scores = {};
+          if (takes_max) {
+            for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
+          } else {
+            scores = sum_each(reduced) * factor;
+          }
+          float* out = span.scores + key + first;
+          if (query > 0) scores = takes_max ? max(scores, load(out)) : scores + load(out);
+          store(out, scores);
         }
-      }
-      F32 scores = {};
-      if (takes_max) {
-        for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
-      } else {
-        scores = sum_each(reduced) * factor;
-      }
-      float* out = span.scores + key + first;
-      if (query > 0) scores = takes_max ? max(scores, load(out)) : scores + load(out);
-      store(out, scores);
-    }
-  });
+      });
 }
 
 }  // namespace adakv::ADAKV_ISA

@@ -1,7 +1,8 @@
-// || v Wo ||_1 of some entries for one q head: blocks of the product of Wo's rows with the values, whose absolute values are added up
-// as they come. Lanes are entries.
+// || v Wo ||_1 of some entries for one q head: blocks of the product of Wo's rows with the values,
+// whose absolute values are added up as they come. Lanes are entries.
 //
-// The other norm, sqrt(v G v^T), takes G = mean of Wo Wo^T, made first: panels of kPair columns, both dimensions in load_pair's order.
+// The other norm, sqrt(v G v^T), takes G = mean of Wo Wo^T, made first: panels of kPair columns,
+// both dimensions in load_pair's order.
 #pragma once
 
 #include "cpu/simd_product.h"
@@ -26,14 +27,16 @@ void value_norm_span(const ValueNormSpan& span) {
     F32 sums[P::kColumns / kLanes] = {};
     for (int e = 0; e < span.width; e += kBlockOutputs) {
       const int num_outputs = span.width - e < kBlockOutputs ? span.width - e : kBlockOutputs;
-      P::multiply(panel, count, w_o + e * span.w_o_stride, span.w_o_stride, num_outputs, span.head_dim, product);
+      P::multiply(panel, count, w_o + e * span.w_o_stride, span.w_o_stride, num_outputs,
+                  span.head_dim, product);
       for (int lane = 0; lane < stride; lane += kLanes) {
         F32 block_sum = {};
         for (int i = 0; i < num_outputs; ++i) block_sum += abs(load(product + i * stride + lane));
         sums[lane / kLanes] += block_sum;
       }
     }
-    for (int lane = 0; lane < stride; lane += kLanes) store(span.norms + first + lane, sums[lane / kLanes]);
+    for (int lane = 0; lane < stride; lane += kLanes)
+      store(span.norms + first + lane, sums[lane / kLanes]);
   }
 }
 
@@ -46,11 +49,13 @@ void gram_span(const GramSpan& span) {
   __builtin_memset(span.gram, 0, sizeof(float) * padded * padded);
   alignas(64) float rows[kRowsAtOnce][kMaxHeadDim];
   for (int part = 0; part < span.group * span.width; part += kRowsAtOnce) {
-    const int count = span.group * span.width - part < kRowsAtOnce ? span.group * span.width - part : kRowsAtOnce;
+    const int count =
+        span.group * span.width - part < kRowsAtOnce ? span.group * span.width - part : kRowsAtOnce;
     __builtin_memset(rows, 0, sizeof rows);
     for (int i = 0; i < count; ++i) {
       const int q = (part + i) / span.width, e = (part + i) % span.width;
-      VectorProduct<Element>::widen(w_o + e * span.w_o_stride + q * span.head_dim, span.head_dim, rows[i]);
+      VectorProduct<Element>::widen(w_o + e * span.w_o_stride + q * span.head_dim, span.head_dim,
+                                    rows[i]);
     }
     for (int column = 0; column < padded; column += kPair) {
       F32Pair w[kRowsAtOnce];
@@ -87,7 +92,8 @@ void gram_norm_span(const GramNormSpan& span) {
       P::template multiply_six<2>(span.gram + column * padded, rows, padded, count, product);
       for (int r = 0; r < count; ++r) {
         const F32Pair v = load_pair(rows + r * kMaxHeadDim + column);
-        sums[r] += load(product + r * kPair) * v.first + load(product + r * kPair + kLanes) * v.second;
+        sums[r] +=
+            load(product + r * kPair) * v.first + load(product + r * kPair + kLanes) * v.second;
       }
     }
     for (int r = 0; r < count; ++r) {

@@ -1,5 +1,5 @@
-// value_norm: for each q head of a group the norm of v Wo, averaged over the group. An item is some values of one row; the products
-// are added up as they are computed and never stored.
+// value_norm: for each q head of a group the norm of v Wo, averaged over the group. An item is some
+// values of one row; the products are added up as they are computed and never stored.
 #include <algorithm>
 #include <cmath>
 
@@ -28,14 +28,14 @@ class ValueNorms {
     if (args_.norm == Norm::kL2Gram) {
       parallel_for(num_kv_heads_, [&](int64_t h) { make_gram(h); });
     }
-    parallel_for(args_.values.shape[0] * num_kv_heads_ * num_chunks_, [&](int64_t item) {
-      run_chunk(item / num_chunks_, item % num_chunks_ * kChunk);
-    });
+    parallel_for(args_.values.shape[0] * num_kv_heads_ * num_chunks_,
+                 [&](int64_t item) { run_chunk(item / num_chunks_, item % num_chunks_ * kChunk); });
   }
 
  private:
   const void* w_o(int64_t q) const {
-    return args_.w_o.ptr<const char>() + q * head_dim_ * static_cast<int64_t>(dtype_size(args_.w_o.dtype));
+    return args_.w_o.ptr<const char>() +
+           q * head_dim_ * static_cast<int64_t>(dtype_size(args_.w_o.dtype));
   }
 
   float* gram(int64_t h) const { return args_.workspace.ptr<float>() + h * kGramFloats; }
@@ -53,10 +53,13 @@ class ValueNorms {
 
   void run_chunk(int64_t row, int64_t begin) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const int64_t seq_len = args_.seq_lens ? args_.seq_lens.ptr<const int32_t>()[b * args_.seq_lens.stride[0]] : length_;
+    const int64_t seq_len = args_.seq_lens
+                                ? args_.seq_lens.ptr<const int32_t>()[b * args_.seq_lens.stride[0]]
+                                : length_;
     const int64_t end = std::min(length_, begin + kChunk);
     const int64_t count = std::max<int64_t>(0, std::min(seq_len, end) - begin);
-    float* norms = args_.norms.ptr<float>() + b * args_.norms.stride[0] + h * args_.norms.stride[1] + begin;
+    float* norms =
+        args_.norms.ptr<float>() + b * args_.norms.stride[0] + h * args_.norms.stride[1] + begin;
     std::fill(norms + count, norms + (end - begin), -INFINITY);
     if (count == 0) return;
     const TensorView& v = args_.values;
@@ -102,7 +105,9 @@ class ValueNorms {
 
 }  // namespace
 
-void CpuBackend::value_norm(const ValueNormArgs& args) { ValueNorms(args).run(); }
+void CpuBackend::value_norm(const ValueNormArgs& args) {
+  ValueNorms(args).run();
+}
 
 size_t CpuBackend::workspace_bytes(const ValueNormArgs& args) const {
   if (args.norm != Norm::kL2Gram) return 0;
