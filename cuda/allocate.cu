@@ -1,19 +1,18 @@
-// Budgets from one top-k over the heads of a layer; see ops.h for the formulas. The last of the
-// Hkv * b best entries is found digit by digit of a long key, (order_key(score), ~position):
+// Budgets from one top-k over the heads of a layer, by ordinary launches: below sm_90, for
+// Safeguard::kHardFloor and for many heads; see ops.h for the formulas and allocate.cuh for the search.
 //   1. count, once per level: every head's histogram of the next digit, of the entries that have the
-//      digits found so far (11 + 11 + 10 bits of the score; then the position's highest 11 bits,
-//      skipped unless several heads have entries equal to the last one)
-//   2. finish: f[h] = entries of head h above it, and those equal to it that come first; then the
-//      safeguard (ops/budgets.h)
+//      digits found so far; of the position only the first digit, and only if it matters
+//   2. finish: f[h] = entries of head h above the last one, and those equal to it that come first;
+//      then the safeguard
 // Each launch finds the digit of the level before for itself: that costs less than one more launch.
+#include "allocate.cuh"
+
 #include <algorithm>
 
 #include "common/async_copy.cuh"
 #include "common/device_guard.h"
 #include "common/launch.cuh"
-#include "common/topk.cuh"
 #include "cuda_backend.h"
-#include "ops/budgets.h"
 
 namespace adakv {
 namespace {
@@ -24,24 +23,10 @@ using top_k::kKeyLevels;
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPartKeys = 4096;  // of one head, counted by one CTA
-constexpr int kPositionLevels = 3;
 constexpr int kLevels = kKeyLevels + kPositionLevels;
 constexpr int kHeadBatch = 8;  // heads whose histograms are added up at a time
 
 static_assert(kBins == 2 * kThreads, "a thread looks after two bins");
-
-struct AllocateParams {
-  const float* scores;      // [B, Hkv, T]
-  const int32_t* seq_lens;  // [B] or null
-  int32_t* budgets;         // [B, Hkv]
-  int32_t* histograms;      // [B, kLevels, Hkv, kBins], zeros at first
-  int32_t* states;          // [B, kLevels, 2 + Hkv]: what is known before each level, see State
-  int64_t score_stride[2], budget_stride;
-  double floor;
-  Safeguard safeguard;
-  int32_t heads, length, window, mean, num_parts;
-  int32_t position_bits;  // of positions below T
-};
 
 // What the levels so far have found out about a sequence.
 struct State {
@@ -50,41 +35,10 @@ struct State {
   int32_t* above;         // [Hkv] shared; entries of each head above these digits
 };
 
-struct Sequence {
-  int32_t seq_len, length;  // length: candidates of a head
-  int32_t own;              // every head counts for so many at least
-  int64_t k;                // entries to give away
-
-  __device__ Sequence(const AllocateParams& params, int b) {
-    seq_len = params.seq_lens ? params.seq_lens[b] : params.length;
-    length = seq_len - params.window;
-    own = params.safeguard == Safeguard::kHardFloor
-              ? static_cast<int32_t>(whole_floor(params.floor, params.mean))
-              : 0;
-    k = static_cast<int64_t>(params.heads) * params.mean;
-  }
-
-  __device__ bool keeps_all(int32_t mean) const { return length <= 0 || length <= mean; }
-};
-
 struct Shared {
   int32_t warp_sums[kHeadBatch][kWarps];
   int32_t digit, contested, num_contested;
 };
-
-// Bits of ~position below the digit of a level.
-__device__ int position_shift(const AllocateParams& params, int level) {
-  return max(params.position_bits - 11 * (level - kKeyLevels + 1), 0);
-}
-
-__device__ uint32_t inverted(const AllocateParams& params, int32_t position) {
-  return (1u << params.position_bits) - 1 - static_cast<uint32_t>(position);
-}
-
-// Levels that tell all entries apart.
-__device__ int num_levels(const AllocateParams& params) {
-  return kKeyLevels + max(1, (params.position_bits + 10) / 11);
-}
 
 __device__ int32_t* histogram_of(const AllocateParams& params, int b, int level, int h) {
   return params.histograms +
@@ -320,22 +274,6 @@ __device__ void count_best(const AllocateParams& params,
   __syncthreads();
 }
 
-// counts[h] = (1 - floor) * counts[h] + floor * mean, rounded so that the sum is heads * mean.
-__device__ void blend(const AllocateParams& params, int32_t* counts, int64_t* shares) {
-  const double given = params.floor * static_cast<double>(params.mean);
-  for (int h = threadIdx.x; h < params.heads; h += kThreads) {
-    shares[h] = share_nanos(params.floor, counts[h], given);
-  }
-  __syncthreads();
-  int64_t left = static_cast<int64_t>(params.heads) * params.mean;
-  for (int h = 0; h < params.heads; ++h) left -= shares[h] / kNano;
-  for (int h = threadIdx.x; h < params.heads; h += kThreads) {
-    int64_t before = 0;
-    for (int i = 0; i < params.heads; ++i) before += rounds_up_before(shares[i], i, shares[h], h);
-    counts[h] = static_cast<int32_t>(shares[h] / kNano) + (before < left);
-  }
-}
-
 // grid: [B]; one CTA: the budgets of one sequence.
 __global__ void __launch_bounds__(kThreads)
     allocate_finish_kernel(const __grid_constant__ AllocateParams params) {
@@ -346,11 +284,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous_kernel();
   const int b = blockIdx.x;
   const Sequence sequence(params, b);
-  int32_t* budgets = params.budgets + b * params.budget_stride;
-  if (sequence.keeps_all(params.mean)) {
-    for (int h = threadIdx.x; h < params.heads; h += kThreads) budgets[h] = sequence.seq_len;
-    return;
-  }
+  if (sequence.keeps_all(params.mean)) return store_lengths(params, b, sequence.seq_len);
   State state;
   state.above = above;
   if (sequence.k > 0) {
@@ -359,64 +293,63 @@ __global__ void __launch_bounds__(kThreads)
     for (int h = threadIdx.x; h < params.heads; h += kThreads) counts[h] = 0;
     __syncthreads();
   }
-  if (params.safeguard == Safeguard::kBlend) {
-    blend(params, counts, shares);
-  } else if (params.safeguard == Safeguard::kOfficialRound) {
-    const double own = static_cast<double>(whole_floor(params.floor, params.mean));
-    for (int h = threadIdx.x; h < params.heads; h += kThreads) {
-      counts[h] =
-          static_cast<int32_t>(round_half_even(share_nanos(params.floor, counts[h], own)));
-    }
-  }
-  for (int h = threadIdx.x; h < params.heads; h += kThreads) {
-    budgets[h] = counts[h] + params.window;
-  }
+  store_budgets(params, b, counts, shares);
 }
 
 int64_t histogram_ints(const TensorView& scores) {
   return scores.shape[0] * scores.shape[1] * kLevels * kBins;
 }
 
-}  // namespace
-
-void CudaBackend::allocate(const AllocateArgs& args) {
-  const DeviceGuard guard(args.scores.device);
+AllocateParams make_params(const AllocateArgs& args) {
   const TensorView& scores = args.scores;
-  const int batch = static_cast<int>(scores.shape[0]), heads = static_cast<int>(scores.shape[1]);
-  if (batch == 0 || heads == 0) return;
   AllocateParams params = {};
   params.scores = scores.ptr<float>();
-  params.seq_lens = args.seq_lens ? args.seq_lens.ptr<int32_t>() : nullptr;
+  params.seq_lens = args.seq_lens.ptr<int32_t>();
   params.budgets = args.budgets.ptr<int32_t>();
-  params.histograms = args.workspace.ptr<int32_t>();
-  params.states = params.histograms + histogram_ints(scores);
   std::copy_n(scores.stride, 2, params.score_stride);
   params.budget_stride = args.budgets.stride[0];
   params.floor = args.floor;
   params.safeguard = args.safeguard;
-  params.heads = heads;
+  params.heads = static_cast<int32_t>(scores.shape[1]);
   params.length = static_cast<int32_t>(scores.shape[2]);
   params.window = args.window;
   params.mean = args.budget - args.window;
-  params.num_parts = std::max(1, (params.length + kPartKeys - 1) / kPartKeys);
   while (params.position_bits < 31 && params.length > 1 << params.position_bits) {
     ++params.position_bits;
   }
-  cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  return params;
+}
+
+}  // namespace
+
+void CudaBackend::allocate(const AllocateArgs& args) {
+  const TensorView& scores = args.scores;
+  const DeviceGuard guard(scores.device);
+  const unsigned batch = static_cast<unsigned>(scores.shape[0]);
+  const unsigned heads = static_cast<unsigned>(scores.shape[1]);
+  if (batch == 0 || heads == 0) return;
+  AllocateParams params = make_params(args);
+  if (cluster_allocate_fits(args)) return cluster_allocate(args, params);
+  params.histograms = args.workspace.ptr<int32_t>();
+  params.states = params.histograms + histogram_ints(scores);
+  params.num_parts = std::max(1, (params.length + kPartKeys - 1) / kPartKeys);
   const bool early = has_sm90("allocate", scores.device.index);
   ADAKV_CUDA_CHECK("allocate", cudaMemsetAsync(params.histograms, 0,
-                                               histogram_ints(scores) * sizeof(int32_t), stream));
+                                               histogram_ints(scores) * sizeof(int32_t),
+                                               static_cast<cudaStream_t>(args.stream)));
   const dim3 grid(params.num_parts, heads, batch);
   for (int level = 0; level <= kKeyLevels; ++level) {
     launch("allocate", allocate_count_kernel,
-           {grid, kThreads, heads * sizeof(int32_t), early && level > 0}, stream, params, level);
+           {grid, kThreads, heads * sizeof(int32_t), early && level > 0}, args.stream, params,
+           level);
   }
   launch("allocate", allocate_finish_kernel,
-         {dim3(batch), kThreads, heads * (sizeof(int64_t) + 2 * sizeof(int32_t)), early}, stream,
-         params);
+         {dim3(batch), kThreads, heads * (sizeof(int64_t) + 2 * sizeof(int32_t)), early},
+         args.stream, params);
 }
 
 size_t CudaBackend::workspace_bytes(const AllocateArgs& args) const {
+  if (cluster_allocate_fits(args)) return 0;
   const int64_t states = args.scores.shape[0] * kLevels * (2 + args.scores.shape[1]);
   return (histogram_ints(args.scores) + states) * sizeof(int32_t);
 }

@@ -124,6 +124,7 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads), (ScoreTi
   constexpr int kTiles = Tile::kTiles;
   extern __shared__ __align__(16) char memory[];
   __shared__ float2 joined[Tile::kEntryWarps][Tile::kRows];
+  wait_for_previous_kernel();
   let_next_kernel_begin();
   const ScoreRow row(params, blockIdx.z);
   if (row.candidates <= 0) return;
@@ -452,8 +453,8 @@ void general_score(const ScoreArgs& args, const ScoreParams& params) {
                       static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1]));
       LaunchShape shape = {grid, Tile::kThreads, Tile::kSharedBytes};
       if (!params.lse) {
-        launch("score", score_lse_kernel<Element, dim.value>, shape, args.stream, params);
         shape.early = early;
+        launch("score", score_lse_kernel<Element, dim.value>, shape, args.stream, params);
       }
       const bool is_max = args.window_reduce == Reduce::kMax;
       launch("score",

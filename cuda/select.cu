@@ -1,31 +1,26 @@
 // Positions that each row keeps; see ops.h. One launch, a cluster of CTAs for each row:
-//   1. find the key of the last of the `count` best candidates, digit by digit: each CTA makes the
-//      histogram of its part, the parts are joined through the cluster's shared memory
+//   1. find the key of the last of the `count` best candidates (common/cluster_search.cuh); once its
+//      first digit is known, each warp lists the few candidates that have it
 //   2. of the candidates equal to that key the first ones get in: prefix sums over CTAs and warps
 //   3. write the positions that get in, ascending, and then the window
 // The second stage (norms) is step 1 and 2 again with keys that rank what stage one took above
 // everything else. Below sm_90 a row's cluster is one CTA.
 #include <algorithm>
 
-#include "common/cluster.cuh"
+#include "common/async_copy.cuh"
+#include "common/cluster_search.cuh"
 #include "common/device_guard.h"
 #include "common/launch.cuh"
-#include "common/topk.cuh"
 #include "cuda_backend.h"
 
 namespace adakv {
 namespace {
 
-using top_k::kBins;
-
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxCluster = 8;
-constexpr int kGroup = kBins / kWarps;  // bins that are summed up by one warp
-constexpr int kRounds = 2 * top_k::kKeyLevels;
+constexpr int kMaxShare = 65535;          // positions of a warp that has a list of them
 constexpr uint32_t kTaken = 0xffffffffu;  // above every score
-
-constexpr int kLaneBins = kGroup / kWarpSize;  // of a group, side by side
 
 struct SelectParams {
   const float* scores;    // [B, Hkv, T]
@@ -68,143 +63,112 @@ struct Threshold {
 };
 
 struct Shared {
-  int32_t histogram[2][kBins];         // of rounds in turn
-  int32_t groups[kRounds][kWarps];     // this CTA's histogram, summed up by groups of bins
-  int32_t totals[kRounds][kWarps];     // the same over the cluster
-  int32_t bins[kMaxCluster][kGroup];   // the bins of one group, of every CTA of the cluster
-  int32_t above[kMaxCluster];          // keys above the digits found so far, of every CTA
-  int32_t equal[kMaxCluster];          // keys that have these digits
-  int32_t digit, left;
+  top_k::ClusterSearch<kThreads, kMaxCluster, 2 * top_k::kKeyLevels> search;
   int32_t warp_above[kWarps], warp_equal[kWarps];
   int32_t sums[kWarps];
 };
 
-// One CTA's part of a row: the positions first .. last, in equal shares for its warps.
+// Positions of a warp if `length` of them are dealt to a cluster.
+__host__ __device__ int32_t share_of(int32_t length, int cluster) {
+  const int32_t warps = cluster * kWarps, share = (length + warps - 1) / warps;
+  return (share + kWarpSize - 1) / kWarpSize * kWarpSize;
+}
+
+// A warp's part of a row: positions side by side. If shared memory holds them (`cache`: the keys of a
+// CTA, then the lists) its keys are made once a stage.
 class Part {
  public:
   __device__ Part(const SelectParams& params, const Row& row, int r, uint32_t* cache)
-      : params_(params), cache_(params.caches_keys ? cache : nullptr) {
+      : eps_(params.eps) {
     const int64_t b = r / params.heads, h = r % params.heads;
-    scores_ = params.scores + b * params.score_stride[0] + h * params.score_stride[1];
-    if (params.norms) norms_ = params.norms + b * params.norm_stride[0] + h * params.norm_stride[1];
-    const int warps = cluster_size() * kWarps;
-    const int share = ((row.candidates + warps - 1) / warps + kWarpSize - 1) / kWarpSize * kWarpSize;
-    const int warp = cluster_rank() * kWarps + threadIdx.x / kWarpSize;
-    first_ = min(warp * share, row.candidates);
-    last_ = min(first_ + share, row.candidates);
-    if (cache_) cache_ += threadIdx.x / kWarpSize * share - first_;
+    const int32_t share = share_of(row.candidates, cluster_size()), warp = threadIdx.x / kWarpSize;
+    first_ = min((cluster_rank() * kWarps + warp) * share, row.candidates);
+    count_ = min(share, row.candidates - first_);
+    scores_ = params.scores + b * params.score_stride[0] + h * params.score_stride[1] + first_;
+    if (params.norms) {
+      norms_ = params.norms + b * params.norm_stride[0] + h * params.norm_stride[1] + first_;
+    }
+    if (params.caches_keys) {
+      keys_ = cache + warp * share;
+      list_ = reinterpret_cast<uint16_t*>(cache + kWarps * share) + warp * share;
+    }
   }
 
   // Ranks by score; or, when stage one has been decided, by both.
   __device__ uint32_t make_key(int32_t i, bool second, const Threshold& stage_one) const {
     const uint32_t key = order_key(scores_[i]);
     if (!second) return key;
-    return stage_one.takes(key, i) ? kTaken : second_stage_key(scores_[i], norms_[i], params_.eps);
+    return stage_one.takes(key, first_ + i) ? kTaken
+                                            : second_stage_key(scores_[i], norms_[i], eps_);
   }
 
-  // Calls visit(key, position) for this thread's positions, all lanes of a warp together; lanes
-  // behind the end get is_valid = false.
+  // Makes the keys of a stage: the calls of visit(key) for this thread's.
   template <typename Visit>
-  __device__ void for_each(bool second, const Threshold& stage_one, const Visit& visit) const {
-#pragma unroll 2
-    for (int32_t begin = first_; begin < last_; begin += kWarpSize) {
-      const int32_t i = begin + static_cast<int32_t>(threadIdx.x % kWarpSize);
-      const bool is_valid = i < last_;
-      uint32_t key = 0;
-      if (is_valid) key = cache_ ? cache_[i] : make_key(i, second, stage_one);
-      visit(key, i, is_valid);
-    }
-  }
-
-  // Keeps the keys of a stage in shared memory.
-  __device__ void cache_keys(bool second, const Threshold& stage_one) const {
-    if (!cache_) return;
-#pragma unroll 4
-    for (int32_t i = first_ + threadIdx.x % kWarpSize; i < last_; i += kWarpSize) {
-      cache_[i] = make_key(i, second, stage_one);
+  __device__ void make_keys(bool second, const Threshold& stage_one, const Visit& visit) const {
+#pragma unroll 8
+    for (int32_t i = threadIdx.x % kWarpSize; i < count_; i += kWarpSize) {
+      const uint32_t key = make_key(i, second, stage_one);
+      if (keys_) keys_[i] = key;
+      visit(key);
     }
     __syncwarp();
   }
 
+  // Calls visit(key, position, is_valid), all lanes of the warp together; lanes behind the end are
+  // not valid.
+  template <typename Visit>
+  __device__ void for_each(bool second, const Threshold& stage_one, const Visit& visit) const {
+#pragma unroll 2
+    for (int32_t begin = 0; begin < count_; begin += kWarpSize) {
+      const int32_t i = begin + static_cast<int32_t>(threadIdx.x % kWarpSize);
+      const bool is_valid = i < count_;
+      uint32_t key = 0;
+      if (is_valid) key = keys_ ? keys_[i] : make_key(i, second, stage_one);
+      visit(key, first_ + i, is_valid);
+    }
+  }
+
+  // Lists the positions of keys with the first digit `digit`; returns how many keys are above.
+  __device__ int32_t list_candidates(bool second, const Threshold& stage_one, uint32_t digit) {
+    const uint32_t lower_lanes = (1u << threadIdx.x % kWarpSize) - 1;
+    int32_t above = 0;
+    listed_ = 0;
+    for_each(second, stage_one, [&](uint32_t key, int32_t position, bool is_valid) {
+      const uint32_t digit_of_key = top_k::key_digit(key, 0);
+      above += __popc(__ballot_sync(kFullWarp, is_valid && digit_of_key > digit));
+      const bool is_listed = is_valid && digit_of_key == digit;
+      const uint32_t listed = __ballot_sync(kFullWarp, is_listed);
+      if (is_listed && list_) {
+        list_[listed_ + __popc(listed & lower_lanes)] = static_cast<uint16_t>(position - first_);
+      }
+      listed_ += __popc(listed);
+    });
+    __syncwarp();
+    return above;
+  }
+
+  // for_each over what was listed, at least.
+  template <typename Visit>
+  __device__ void for_each_listed(bool second,
+                                  const Threshold& stage_one,
+                                  const Visit& visit) const {
+    if (!list_) return for_each(second, stage_one, visit);
+    for (int32_t begin = 0; begin < listed_; begin += kWarpSize) {
+      const int32_t i = begin + static_cast<int32_t>(threadIdx.x % kWarpSize);
+      const bool is_valid = i < listed_;
+      const int32_t at = is_valid ? list_[i] : 0;
+      visit(is_valid ? keys_[at] : 0, first_ + at, is_valid);
+    }
+  }
+
  private:
-  const SelectParams& params_;
-  const float* scores_;
-  const float* norms_ = nullptr;
-  uint32_t* cache_;  // cache_[i]: key of position i; or null
-  int32_t first_, last_;
+  float eps_;
+  const float* scores_;           // [count_]
+  const float* norms_ = nullptr;  // [count_]
+  uint32_t* keys_ = nullptr;      // [count_] or null
+  uint16_t* list_ = nullptr;      // [listed_] or null
+  int32_t first_, count_, listed_ = 0;
 };
-
-// Joins the histograms of the cluster and finds the highest digit that `left` keys reach; `left`
-// becomes what is still to be taken of the keys with this digit.
-__device__ uint32_t find_digit(Shared& shared, int round, int32_t& left) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int size = cluster_size();
-  const int32_t* histogram = shared.histogram[round % 2];
-  __syncthreads();
-  int32_t sum = 0;
-#pragma unroll
-  for (int j = 0; j < kLaneBins; ++j) sum += histogram[warp * kGroup + lane + j * kWarpSize];
-  sum = warp_sum(sum);
-  if (lane == 0) shared.groups[round][warp] = sum;
-  if (lane < size && sum) cluster_add(&shared.totals[round][warp], lane, sum);
-  cluster_arrive();
-  cluster_wait();
-  // Nobody reads the histogram of the round before any more.
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[(round + 1) % 2][i] = 0;
-
-  // The group of bins: every warp finds it for itself.
-  const int32_t total = lane < kWarps ? shared.totals[round][lane] : 0;
-  const int32_t reached = top_k::warp_suffix_sum(total);
-  const int group = 31 - __clz(__ballot_sync(kFullWarp, reached >= left) | 1);
-  left -= __shfl_sync(kFullWarp, reached - total, group);
-  int32_t bins[kLaneBins] = {}, groups = 0;  // of the CTA that this warp cares for
-  if (warp < size) {
-#pragma unroll
-    for (int j = 0; j < kLaneBins; ++j) {
-      bins[j] = cluster_load(&histogram[group * kGroup + lane * kLaneBins + j], warp);
-      shared.bins[warp][lane * kLaneBins + j] = bins[j];
-    }
-    if (lane < kWarps) groups = cluster_load(&shared.groups[round][lane], warp);
-  }
-  __syncthreads();
-  // The bin within the group.
-  if (warp == 0) {
-    int32_t joined[kLaneBins] = {}, here = 0;
-    for (int c = 0; c < size; ++c) {
-#pragma unroll
-      for (int j = 0; j < kLaneBins; ++j) joined[j] += shared.bins[c][lane * kLaneBins + j];
-    }
-#pragma unroll
-    for (int j = 0; j < kLaneBins; ++j) here += joined[j];
-    const int32_t reached_here = top_k::warp_suffix_sum(here);
-    const int winner = 31 - __clz(__ballot_sync(kFullWarp, reached_here >= left) | 1);
-    if (lane == winner) {
-      left -= reached_here - here;
-      int j = kLaneBins - 1;
-      for (; j > 0 && joined[j] < left; --j) left -= joined[j];
-      shared.digit = lane * kLaneBins + j;
-      shared.left = left;
-    }
-  }
-  __syncthreads();
-  const int digit = shared.digit;
-  left = shared.left;
-  if (warp < size) {
-    int32_t higher = lane > group ? groups : 0, equal = 0;
-#pragma unroll
-    for (int j = 0; j < kLaneBins; ++j) {
-      if (lane * kLaneBins + j > digit) higher += bins[j];
-      if (lane * kLaneBins + j == digit) equal = bins[j];
-    }
-    higher = warp_sum(higher);
-    equal = warp_sum(equal);
-    if (lane == 0) {
-      shared.above[warp] += higher;
-      shared.equal[warp] = equal;
-    }
-  }
-  return group * kGroup + digit;
-}
 
 // Where this warp's part of what gets in begins, counted from the row's first.
 struct Place {
@@ -213,54 +177,56 @@ struct Place {
 };
 
 // The threshold of the `count` best, as it holds for this warp's positions. 1 <= count.
-__device__ Place find_threshold(Shared& shared,
-                                const Part& part,
-                                bool second,
-                                const Threshold& stage_one,
-                                int32_t count) {
-  const int warp = threadIdx.x / kWarpSize;
-  if (threadIdx.x < kMaxCluster) shared.above[threadIdx.x] = 0;
-  uint32_t key = 0;
+__device__ Place find_threshold(
+    Shared& shared, Part& part, bool second, const Threshold& stage_one, int32_t count) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int first_round = second ? top_k::kKeyLevels : 0;
+  if (threadIdx.x < kMaxCluster) shared.search.above[threadIdx.x] = 0;
   int32_t left = count;
-  for (int level = 0; level < top_k::kKeyLevels; ++level) {
-    const int round = level + (second ? top_k::kKeyLevels : 0);
-    int32_t* histogram = shared.histogram[round % 2];
-    part.for_each(second, stage_one, [&](uint32_t k, int32_t, bool is_valid) {
+  part.make_keys(second, stage_one, [&](uint32_t key) {
+    shared.search.count(first_round, top_k::key_digit(key, 0));
+  });
+  uint32_t key = shared.search.find_digit(first_round, left);
+  int32_t above = part.list_candidates(second, stage_one, key);
+  key <<= top_k::key_shift(0);
+  for (int level = 1; level < top_k::kKeyLevels; ++level) {
+    part.for_each_listed(second, stage_one, [&](uint32_t k, int32_t, bool is_valid) {
       if (is_valid && top_k::has_prefix(k, key, level)) {
-        atomicAdd(&histogram[top_k::key_digit(k, level)], 1);
+        shared.search.count(first_round + level, top_k::key_digit(k, level));
       }
     });
-    key |= find_digit(shared, round, left) << top_k::key_shift(level);
+    key |= shared.search.find_digit(first_round + level, left) << top_k::key_shift(level);
   }
 
-  int32_t above = 0, equal = 0;
-  part.for_each(second, stage_one, [&](uint32_t k, int32_t, bool is_valid) {
-    above += __popc(__ballot_sync(kFullWarp, is_valid && k > key));
+  int32_t equal = 0;
+  const uint32_t first_digit = top_k::key_digit(key, 0);
+  part.for_each_listed(second, stage_one, [&](uint32_t k, int32_t, bool is_valid) {
+    const bool is_above = is_valid && k > key && top_k::key_digit(k, 0) == first_digit;
+    above += __popc(__ballot_sync(kFullWarp, is_above));
     equal += __popc(__ballot_sync(kFullWarp, is_valid && k == key));
   });
   shared.warp_above[warp] = above;
   shared.warp_equal[warp] = equal;
   __syncthreads();
   // What the CTAs and the warps before this one take.
-  const int lane = threadIdx.x % kWarpSize, rank = cluster_rank();
   int32_t above_before = lane < warp ? shared.warp_above[lane] : 0;
   int32_t equal_before = lane < warp ? shared.warp_equal[lane] : 0;
-  if (lane < rank) {
-    above_before += shared.above[lane];
-    equal_before += shared.equal[lane];
+  if (lane < cluster_rank()) {
+    above_before += shared.search.above[lane];
+    equal_before += shared.search.equal[lane];
   }
-  const int32_t ties_before = min(warp_sum(equal_before), left);
-  Place place{{key, -1}, warp_sum(above_before) + ties_before};
+  const int32_t ties_before = min(__reduce_add_sync(kFullWarp, equal_before), left);
+  Place place{{key, -1}, __reduce_add_sync(kFullWarp, above_before) + ties_before};
   left -= ties_before;
   if (left >= equal) {
     place.threshold.last_tie = 0x7fffffff;
   } else if (left > 0) {
     int32_t passed = 0;
-    part.for_each(second, stage_one, [&](uint32_t k, int32_t i, bool is_valid) {
+    part.for_each_listed(second, stage_one, [&](uint32_t k, int32_t i, bool is_valid) {
       const uint32_t ties = __ballot_sync(kFullWarp, is_valid && k == key);
       const int32_t wanted = left - passed;  // the last tie is the wanted-th one from here on
       if (wanted >= 1 && wanted <= __popc(ties)) {
-        place.threshold.last_tie = i - lane + static_cast<int32_t>(__fns(ties, 0, wanted));
+        place.threshold.last_tie = __shfl_sync(kFullWarp, i, __fns(ties, 0, wanted));
       }
       passed += __popc(ties);
     });
@@ -274,17 +240,17 @@ template <typename Value>
 __device__ int32_t block_sum(Shared& shared, int32_t count, const Value& value) {
   int32_t sum = 0;
   for (int32_t i = threadIdx.x; i < count; i += kThreads) sum += value(i);
-  sum = warp_sum(sum);
+  sum = __reduce_add_sync(kFullWarp, sum);
   if (threadIdx.x % kWarpSize == 0) shared.sums[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
   const int lane = threadIdx.x % kWarpSize;
-  return warp_sum(lane < kWarps ? shared.sums[lane] : 0);
+  return __reduce_add_sync(kFullWarp, lane < kWarps ? shared.sums[lane] : 0);
 }
 
 // Writes the positions of the candidates that are kept, ascending.
 __device__ void write_candidates(const SelectParams& params,
                                  Shared& shared,
-                                 const Part& part,
+                                 Part& part,
                                  const Row& row,
                                  int32_t offset) {
   const auto write = [&](int32_t at, int32_t position) {
@@ -302,7 +268,6 @@ __device__ void write_candidates(const SelectParams& params,
   bool second = first == 0;
   Place place;
   while (true) {
-    part.cache_keys(second, stage_one);
     place = find_threshold(shared, part, second, stage_one, second ? row.count : first);
     if (second || !params.norms) break;
     stage_one = place.threshold;
@@ -321,15 +286,13 @@ __device__ void write_candidates(const SelectParams& params,
 // grid: [rows * cluster]; one cluster: one row, its candidates in equal parts.
 __global__ void __launch_bounds__(kThreads, 1)
     select_kernel(const __grid_constant__ SelectParams params) {
-  extern __shared__ uint32_t cache[];  // [keys of this CTA's part]
+  extern __shared__ uint32_t cache[];  // keys and lists of this CTA's part
   __shared__ Shared shared;
   const int r = blockIdx.x / cluster_size(), rank = cluster_rank();
-  for (int i = threadIdx.x; i < kBins; i += kThreads) {
-    shared.histogram[0][i] = shared.histogram[1][i] = 0;
-  }
-  if (threadIdx.x < kRounds * kWarps) (&shared.totals[0][0])[threadIdx.x] = 0;
+  shared.search.init();
   __syncthreads();
   cluster_arrive();
+  wait_for_previous_kernel();
   const Row row = row_of(params, r);
   const int32_t offset = block_sum(shared, r, [&](int32_t i) {
     const Row before = row_of(params, i);
@@ -352,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   cluster_wait();  // all CTAs run: their memory may be written
-  const Part part(params, row, r, cache);
+  Part part(params, row, r, cache);
   write_candidates(params, shared, part, row, offset);
   cluster_arrive();
   cluster_wait();  // nobody reads this CTA's memory any more
@@ -401,15 +364,16 @@ void CudaBackend::select(const SelectArgs& args) {
     return;
   }
   const int device = scores.device.index, cluster = choose_cluster(params, device);
-  const int warps = cluster * kWarps;
-  const int share = ((params.length + warps - 1) / warps + kWarpSize - 1) / kWarpSize * kWarpSize;
-  const int64_t keys = static_cast<int64_t>(share) * kWarps;
+  const int64_t share = share_of(params.length, cluster);
+  const int64_t cache_bytes = share * kWarps * (sizeof(uint32_t) + sizeof(uint16_t));
   const int limit =
       device_attribute("select", device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  params.caches_keys = keys * 4 + static_cast<int64_t>(sizeof(Shared)) <= limit;
-  const size_t shared_bytes = params.caches_keys ? keys * 4 : 0;
+  params.caches_keys = share <= kMaxShare && cache_bytes + int64_t{sizeof(Shared)} <= limit;
+  const size_t shared_bytes = params.caches_keys ? cache_bytes : 0;
   launch("select", select_kernel,
-         {dim3(params.num_rows * cluster), kThreads, shared_bytes, false, cluster}, stream, params);
+         {dim3(params.num_rows * cluster), kThreads, shared_bytes, has_sm90("select", device),
+          cluster},
+         stream, params);
 }
 
 size_t CudaBackend::workspace_bytes(const SelectArgs&) const {

@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   __shared__ Ring<Tile::kStages> ring;
   __shared__ float2 joined[2][kRows];
+  wait_for_previous_kernel();
   let_next_kernel_begin();
   const Place place(params);
   if (place.row.candidates <= 0) return;
@@ -209,7 +210,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   wait_for_previous_kernel();
-  if (threadIdx.x < kRows) lse[threadIdx.x] = row_lse<kRows>(params, place.row, place.chunk, threadIdx.x);
+  if (threadIdx.x < kRows) {
+    lse[threadIdx.x] = row_lse<kRows>(params, place.row, place.chunk, threadIdx.x);
+  }
   asm volatile("bar.sync 1, %0;" ::"n"(kGroups * kGroupThreads) : "memory");  // but the loader
 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
@@ -261,8 +264,8 @@ void launch_score(const ScoreArgs& args, const ScoreParams& params) {
            static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1])),
       kThreads, Tile::kSharedBytes};
   if (!params.lse) {
-    launch("score", score_lse_kernel<Element, kDim>, launch_shape, args.stream, keys, params);
     launch_shape.early = true;
+    launch("score", score_lse_kernel<Element, kDim>, launch_shape, args.stream, keys, params);
   }
   launch("score", score_probs_kernel<Element, kDim>, launch_shape, args.stream, keys, params);
 }
