@@ -6,6 +6,7 @@ over the heads of a sequence. Several layers in turn, more than the last-level c
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +74,7 @@ class Padded:
         self.masks = masks.repeat_interleave(case.group, 2)  # [L, B, Hq, S, T]
 
 
-def run(case: Case, options: object) -> None:
-    torch.manual_seed(0)
+def run(case: Case, options: argparse.Namespace) -> None:
     lengths = ragged_lengths(case)
     paged = Paged(case, lengths)
     padded = Padded(case, lengths, min(case.layers, 3))
@@ -113,12 +113,5 @@ CASES = [
 ]
 
 
-def main() -> None:
-    options = harness.parser(__doc__).parse_args()
-    torch.set_num_threads(options.threads)
-    for case in CASES:
-        run(case, options)
-
-
 if __name__ == "__main__":
-    main()
+    harness.run_cases(__doc__, CASES, run)

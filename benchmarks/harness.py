@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,15 @@ class Timing:
 def measure(
     variants: Mapping[str, Callable[[int], object]], *, rounds: int = 20, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Times every variant once a round."""
+    """Times every variant once a round, until the device is done with it."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(warmup + rounds):
         for name, run in variants.items():
+            wait()
             begin = time.perf_counter()
             run(i)
+            wait()
             if i >= warmup:
                 times[name].append((time.perf_counter() - begin) * 1e6)
     return {name: timing(samples) for name, samples in times.items()}
@@ -70,6 +73,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=20)
     options.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.json")
     return options
+
+
+def run_cases(
+    description: str | None, cases: Iterable[Any], run: Callable[[Any, argparse.Namespace], None]
+) -> None:
+    """Reads the command line and runs every case with the threads and on the device it names."""
+    options = parser(description).parse_args()
+    torch.set_num_threads(options.threads)
+    for case in cases:
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            run(case, options)
 
 
 def report(
