@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     append_kernel(const __grid_constant__ AppendParams p) {
   const int32_t b = blockIdx.y, num_warps = gridDim.x * kWarps;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
-  const int32_t head_step = min(p.layer.num_heads, num_warps);
+  const int32_t head_step = max(1, min(p.layer.num_heads, num_warps));
   const int32_t token_step = num_warps / head_step;
   if (warp < head_step * token_step) {
     append_entries<Chunk>(p, b, {warp % head_step, head_step, warp / head_step, token_step});
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
 void CudaBackend::append(const AppendArgs& args) {
   const DeviceGuard guard(args.keys.device);
   const AppendParams p = append_params(args.layer, args.keys, args.values, args.num_new);
-  if (p.batch == 0 || p.layer.num_heads == 0 || p.num_tokens == 0) return;
+  if (p.batch == 0 || p.num_tokens == 0) return;
   const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   const int64_t entries = int64_t{p.layer.num_heads} * p.num_tokens;
   const int64_t wanted = p.num_tokens == 1 ? 1 : entries / (kWarps * kEntriesPerWarp);

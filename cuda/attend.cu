@@ -1,5 +1,5 @@
 // attend: the launcher, and the plain kernel for what the fast ones (attend.cuh) don't take: float32,
-// pages of 8, and head dims other than 64, 80, 96, 128 and 256.
+// pages of 8, head dims other than 64, 80, 96, 128 and 256, queries at odd addresses.
 #include <cmath>
 
 #include "attend.h"
@@ -27,8 +27,8 @@ __device__ Query find_query(const AttendParams& p, int32_t length) {
   Query query;
   query.b = blockIdx.x / p.layer.num_heads;
   query.h = blockIdx.x % p.layer.num_heads;
-  query.head = query.h * p.group + blockIdx.y % p.group;
-  query.token = blockIdx.y / p.group;
+  query.head = query.h * p.group.value + p.group.remainder(blockIdx.y);
+  query.token = p.group.quotient(blockIdx.y);
   const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
   query.visible = is_padding ? 0 : max(0, length - p.num_tokens + query.token + 1);
   return query;
@@ -55,18 +55,22 @@ __device__ void add_slots(const AttendParams& p,
   if (is_visible) {
     const int32_t* table = p.layer.block_table.at(query.b, query.h);
     key = p.layer.key(table[slot / p.layer.page_size], slot % p.layer.page_size);
-    float dot = 0;
-    for (int32_t d = 0; d < head_dim; ++d) {
-      dot += q[d] * to_float(reinterpret_cast<const Element*>(key)[d]);
+    float dots[8] = {};  // summed up in parts: smaller errors than one by one
+    for (int32_t d = 0; d < head_dim; d += 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        dots[i] += q[d + i] * to_float(reinterpret_cast<const Element*>(key)[d + i]);
+      }
     }
-    z = dot * p.scale;
-    if (p.softcap != 0) z = p.softcap * tanhf(z / p.softcap);
+    z = (((dots[0] + dots[1]) + (dots[2] + dots[3])) +
+         ((dots[4] + dots[5]) + (dots[6] + dots[7]))) * p.scale;
+    if (p.softcap != 0) z = p.softcap * tanhf(z);
   }
   const float most = fmaxf(state.max, warp_max(z));
   const float factor = expf(state.max - most), probability = expf(z - most);
   state.max = most;
   state.sum = state.sum * factor + warp_sum(probability);
-  for (float& x : state.out) x *= factor;
+  float out[kColumnsPerLane] = {};
   const int32_t count = min(kWarpSize, query.visible - first_slot);
   for (int32_t i = 0; i < count; ++i) {
     const float share = __shfl_sync(kFullWarp, probability, i);
@@ -76,9 +80,11 @@ __device__ void add_slots(const AttendParams& p,
 #pragma unroll
     for (int j = 0; j < kColumnsPerLane; ++j) {
       const int32_t d = lane + j * kWarpSize;
-      if (d < head_dim) state.out[j] += share * to_float(value[d]);
+      if (d < head_dim) out[j] += share * to_float(value[d]);
     }
   }
+#pragma unroll
+  for (int j = 0; j < kColumnsPerLane; ++j) state.out[j] = state.out[j] * factor + out[j];
 }
 
 // grid: [num_rows, G * S]; one block: one query over its whole row, 32 slots a warp at a time.
@@ -130,8 +136,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 bool has_fast_kernel(const AttendArgs& args) {
-  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 && args.queries.dtype != DType::kFloat32;
-  return fits_tiles && dispatch_head_dim(args.queries.shape[3], [](auto) {});
+  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 &&
+                          args.queries.dtype != DType::kFloat32 &&
+                          dispatch_head_dim(args.queries.shape[3], [](auto) {});
+  return fits_tiles && rows_are_aligned(args.layer.pages, 16) &&
+         rows_are_aligned(args.queries, 4) && rows_are_aligned(args.out, 8);
 }
 
 int64_t num_queries(const AttendArgs& args) {
@@ -159,12 +168,12 @@ AttendParams attend_params(const AttendArgs& args) {
   p.num_rows = static_cast<int32_t>(args.layer.lengths.shape[0]) * p.layer.num_heads;
   p.num_workers = args.num_workers;
   p.max_partials = static_cast<int32_t>(schedule::max_partials(args.num_workers));
-  p.group = static_cast<int32_t>(args.queries.shape[1] / p.layer.num_heads);
   p.num_tokens = static_cast<int32_t>(args.queries.shape[2]);
+  p.group = Divisor::of(args.queries.shape[1] / p.layer.num_heads);
+  p.num_heads = Divisor::of(p.layer.num_heads);
   p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
+  if (args.softcap != 0) p.scale /= args.softcap;
   p.softcap = args.softcap;
-  p.queries_are_aligned = rows_are_aligned(args.queries, 4);
-  p.out_is_aligned = rows_are_aligned(args.out, 8);
   return p;
 }
 
@@ -192,7 +201,7 @@ void CudaBackend::attend(const AttendArgs& args) {
       };
       if (has_fast_kernel(args)) return (void)dispatch_head_dim(args.queries.shape[3], run);
     }
-    const dim3 grid(p.num_rows, p.group * p.num_tokens);
+    const dim3 grid(p.num_rows, p.group.value * p.num_tokens);
     attend_plain_kernel<Element>
         <<<grid, kThreads, 0, stream>>>(p, static_cast<int32_t>(args.queries.shape[3]));
     ADAKV_CUDA_CHECK("attend", cudaGetLastError());

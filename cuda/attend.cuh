@@ -31,7 +31,7 @@
 namespace adakv {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kTileSlots = 16;
+constexpr int kTileShift = 4, kTileSlots = 1 << kTileShift;
 
 /// Sizes of one instance. Boxes: tiles come by the bulk copy engine into most of the shared memory
 /// of sm_90; else by 16-byte copies into as much as every device has.
@@ -57,7 +57,7 @@ struct AttendConfig {
   static constexpr int kMostBytes = kCopiesBoxes ? 227 << 10 : 99 << 10;
   static constexpr int kOtherBytes =
       kImages * kWarps * kQueries * (kImageStride + 2) * 4 + 1024;  // and barriers
-  static constexpr int kStages = std::min(6, (kMostBytes - kOtherBytes) / (kWarps * kTileBytes));
+  static constexpr int kStages = std::min(5, (kMostBytes - kOtherBytes) / (kWarps * kTileBytes));
   static_assert(kStages >= 2, "loads would not overlap");
 
   // The layout of a half tile: boxes of kBoxColumns columns, one after the other, in which the
@@ -88,43 +88,53 @@ struct Range {
   int32_t begin, end, row;
   const int32_t* listed;    // page ids of the first units
   int32_t num_listed;
-  int32_t tiles_per_page;
+  int32_t page_shift;  // a page has 1 << page_shift tiles
 };
 
-/// Page ids of a warp's tiles: lane l holds that of tile (i & ~31) + l, and the next 32 are fetched
-/// well before they are needed.
-template <int kWarps>
+/// Page ids of a warp's tiles: lane l holds that of tile (i & ~31) + l. The first come with the
+/// worker; others take two round trips to find, so they are looked up while tiles are under way.
+template <typename Config>
 class PageIds {
  public:
   __device__ PageIds(const AttendParams& p, const Range& range, int32_t num_tiles)
       : p_(p), range_(range), num_tiles_(num_tiles), row_(range.row) {
-    current_ = fetch(0);
+    const int32_t offset = unit_offset(0);
+    current_ = offset < range.num_listed ? __ldg(range.listed + offset) : 0;
   }
 
-  /// Page of tile i < 8.
-  __device__ int32_t early(int32_t i) const { return __shfl_sync(kFullWarp, current_, i); }
-
-  /// Page of tile i; for consecutive i.
+  /// Page of tile i; for i = 0, 1, ... in turn.
   __device__ int32_t operator[](int32_t i) {
-    if (i % kWarpSize == 0) current_ = next_;
-    if (i % kWarpSize == 8) next_ = fetch(i / kWarpSize * kWarpSize + kWarpSize);
+    if (i % kWarpSize == 0 && i > 0) current_ = next_;
     return __shfl_sync(kFullWarp, current_, i % kWarpSize);
   }
 
- private:
-  __device__ int32_t fetch(int32_t first) {
-    const int32_t warp = threadIdx.x / kWarpSize, i = first + threadIdx.x % kWarpSize;
-    const int32_t offset = (warp + i * kWarps) / range_.tiles_per_page;
-    const bool is_listed = offset < range_.num_listed;
-    int32_t id = is_listed ? __ldg(range_.listed + offset) : 0;
-    const bool is_missing = i < num_tiles_ && !is_listed;
+  /// Looks up what later tiles need; called after tile i, from i = kStages on.
+  __device__ void look_ahead(int32_t i) {
+    const bool is_first = i == Config::kStages;
+    if (!is_first && i % kWarpSize != kLead) return;
+    const int32_t block = is_first ? 0 : i - kLead + kWarpSize;
+    const int32_t tile = block + threadIdx.x % kWarpSize, offset = unit_offset(block);
+    const bool is_missing = tile < num_tiles_ && offset >= range_.num_listed;
+    int32_t id = offset < range_.num_listed ? __ldg(range_.listed + offset) : 0;
     if (__any_sync(kFullWarp, is_missing)) look_up(range_.begin + offset, is_missing, id);
-    return id;
+    (is_first ? current_ : next_) = id;
+  }
+
+ private:
+  static constexpr int kLead = 8;  // the next ids are fetched when so many are used up
+  static_assert(Config::kStages < kLead);
+  static_assert((Config::kStages + 1) * Config::kWarps <= schedule::kWorkerPages,
+                "the tiles before the first look ahead are listed");
+
+  __device__ int32_t unit_offset(int32_t block) const {
+    const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    return (warp + (block + lane) * Config::kWarps) >> range_.page_shift;
   }
 
   /// Pages of ascending units, where needed. Each lane reads one row's facts, then each finds the
   /// row of its unit among them; again with the next rows until all have.
   __device__ void look_up(int32_t unit, bool is_needed, int32_t& id) {
+#pragma unroll 1
     while (true) {
       const int32_t row = min(row_ + static_cast<int32_t>(threadIdx.x) % kWarpSize, p_.num_rows - 1);
       const int4 facts = __ldcg(reinterpret_cast<const int4*>(p_.rows + row));  // begin, end, length
@@ -147,9 +157,9 @@ class PageIds {
 
   __device__ int32_t page_of(int32_t row, int32_t index, int32_t length) const {
     const LayerRows& layer = p_.layer;
-    const int32_t b = row / layer.num_heads, h = row % layer.num_heads;
+    const int32_t b = p_.num_heads.quotient(row), h = p_.num_heads.remainder(row);
     if (p_.append.keys.data) {
-      const int32_t used = schedule::ceil_div(length - p_.new_tokens(b), layer.page_size);
+      const int32_t used = layer.num_pages(length - p_.new_tokens(b));
       if (index >= used) return layer.fresh_pages.at(b, h)[index - used];
     }
     return layer.block_table.at(b, h)[index];
@@ -168,17 +178,15 @@ class TilePipeline {
   __device__ TilePipeline(const AttendParams& p, const Range& range, AttendShared<Config>& shared)
       : p_(p),
         warp_(threadIdx.x / kWarpSize),
-        num_tiles_(max(0, ((range.end - range.begin) * range.tiles_per_page - warp_ +
-                           Config::kWarps - 1) /
-                              Config::kWarps)),
-        tiles_per_page_(range.tiles_per_page),
+        num_tiles_((((range.end - range.begin) << range.page_shift) - warp_ + Config::kWarps - 1) /
+                   Config::kWarps),
+        page_shift_(range.page_shift),
         tiles_(shared_address(shared.tiles[warp_])),
         barriers_(shared_address(shared.barriers[warp_])),
         policy_(read_once_policy()),
         ids_(p, range, num_tiles_) {
-    static_assert(Config::kStages <= 8, "page ids are at hand for the first tiles");
-#pragma unroll
-    for (int i = 0; i < Config::kStages; ++i) start(i, i < num_tiles_ ? ids_.early(i) : 0);
+#pragma unroll 1
+    for (int i = 0; i < Config::kStages; ++i) start(i);
   }
 
   /// Shared memory of tile i, once it is there.
@@ -197,17 +205,19 @@ class TilePipeline {
   __device__ void release(int32_t i) {
     const int32_t next = i + Config::kStages;
     __syncwarp();
-    start(next, next < num_tiles_ ? ids_[next] : 0);
+    start(next);
+    if (next < num_tiles_) ids_.look_ahead(next);
   }
 
  private:
-  __device__ void start(int32_t i, int32_t page) {
+  __device__ void start(int32_t i) {
     if (i < num_tiles_) {
-      const int32_t tile = (warp_ + i * Config::kWarps) % tiles_per_page_;
+      const int32_t page = ids_[i];
+      const int32_t tile = (warp_ + i * Config::kWarps) & ((1 << page_shift_) - 1);
       const int stage = i % Config::kStages;
       const uint32_t to = tiles_ + stage * Config::kTileBytes;
       if constexpr (Config::kCopiesBoxes) {
-        const int32_t row = (page * 2 * tiles_per_page_ + tile) * kTileSlots;
+        const int32_t row = ((page * 2 << page_shift_) + tile) * kTileSlots;
         if (threadIdx.x % kWarpSize == 0) {
           copy_box(to, &p_.page_map, {0, row, 0, 0}, Config::kTileBytes, barriers_ + stage * 8,
                    policy_);
@@ -233,10 +243,10 @@ class TilePipeline {
 
   const AttendParams& p_;
   int warp_;
-  int32_t num_tiles_, tiles_per_page_;
+  int32_t num_tiles_, page_shift_;
   uint32_t tiles_, barriers_;
   uint64_t policy_;
-  PageIds<Config::kWarps> ids_;
+  PageIds<Config> ids_;
 };
 
 /// A row, as far as its queries are concerned.
@@ -249,10 +259,10 @@ struct RowContext {
 template <typename Config>
 __device__ inline RowContext row_context(const AttendParams& p, int32_t row, int32_t length) {
   RowContext context;
-  context.b = row / p.layer.num_heads;
-  context.h = row % p.layer.num_heads;
+  context.b = p.num_heads.quotient(row);
+  context.h = p.num_heads.remainder(row);
   context.first_query = blockIdx.y * Config::kQueries;
-  context.num_queries = min(Config::kQueries, p.group * p.num_tokens - context.first_query);
+  context.num_queries = min(Config::kQueries, p.group.value * p.num_tokens - context.first_query);
   context.length = length;
   context.settled = p.append.keys.data ? length - p.new_tokens(context.b) : length;
   return context;
@@ -283,7 +293,7 @@ struct WarpState {
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int32_t token = (row.first_query + tile * 8 + 2 * t + c) / p.group;
+        const int32_t token = p.group.quotient(row.first_query + tile * 8 + 2 * t + c);
         visible[tile][c] = row.length - p.num_tokens + token + 1;
         max[tile][c] = -INFINITY;
         sum[tile][c] = 0;
@@ -300,19 +310,15 @@ struct WarpState {
                                            const RowContext& row,
                                            int32_t query) {
     const int32_t number = row.first_query + (query < row.num_queries ? query : 0);
-    return p.queries.at(row.b, row.h * p.group + number % p.group, number / p.group);
+    return p.queries.at(row.b, row.h * p.group.value + p.group.remainder(number),
+                        p.group.quotient(number));
   }
 
   __device__ void load_operand(const AttendParams& p, int tile, int step, uint32_t (&b)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const char* pair = query_data[tile] + step * 32 + i * 16;
-      if (p.queries_are_aligned) {
-        b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
-      } else {
-        const uint16_t* elements = reinterpret_cast<const uint16_t*>(pair);
-        b[i] = __ldg(elements) | uint32_t{__ldg(elements + 1)} << 16;
-      }
+      b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
     }
   }
 
@@ -346,7 +352,7 @@ struct WarpState {
                                 float (&logits)[kTiles][4]) {
     const int lane = threadIdx.x % kWarpSize, slot = lane % 16, chunk = lane / 16;
     float chains[2][kTiles][4] = {};  // two sums in turn: products needn't wait for each other
-#pragma unroll(Config::kHoldsQueries ? Config::kSteps : 4)
+#pragma unroll(Config::kHoldsQueries ? Config::kSteps : 2)
     for (int step = 0; step < Config::kSteps; ++step) {
       uint32_t keys[4];
       load_matrices(keys, tile_data + Config::chunk_offset(slot, 2 * step + chunk));
@@ -372,8 +378,8 @@ struct WarpState {
     const int32_t slot = first_slot + threadIdx.x % kWarpSize / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float z = p.softcap == 0 ? logits[i] * (p.scale * kLog2e)
-                                     : p.softcap * kLog2e * tanhf(logits[i] * p.scale / p.softcap);
+      const float scaled = logits[i] * p.scale;
+      const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
       logits[i] = slot + i / 2 * 8 < visible[tile][i % 2] ? z : -INFINITY;
     }
     float factor[2];
@@ -433,6 +439,7 @@ __device__ inline void patch_tile(const AttendParams& p,
                                   uint32_t tile_data) {
   const int32_t begin = max(0, row.settled - first_slot);
   const int32_t num_chunks = (kTileSlots - begin) * 2 * Config::kEntryChunks;
+#pragma unroll 1
   for (int32_t i = threadIdx.x % kWarpSize; i < num_chunks; i += kWarpSize) {
     const int32_t chunk = i % Config::kEntryChunks, half = i / Config::kEntryChunks % 2;
     const int32_t slot = begin + i / (2 * Config::kEntryChunks);
@@ -493,6 +500,7 @@ class RowEnd {
     wait_for_warps();
 #pragma unroll 1
     while (true) {  // at most twice: the same code adds up warps and workers, and stays small
+#pragma unroll 1
       for (int i = threadIdx.x; i < kAllQuads; i += Config::kThreads) {
         const int query = i / kQuads, column = i % kQuads * 4;
         if (query >= row_.num_queries) break;
@@ -521,8 +529,8 @@ class RowEnd {
 
   /// Writes four columns of a query's result.
   __device__ void finish(int query, int column, const Part& part) const {
-    const int32_t number = row_.first_query + query, token = number / p_.group;
-    const int32_t head = row_.h * p_.group + number % p_.group;
+    const int32_t number = row_.first_query + query, token = p_.group.quotient(number);
+    const int32_t head = row_.h * p_.group.value + p_.group.remainder(number);
     float factor = 0, lse = -INFINITY;
     if (token >= p_.num_tokens - p_.new_tokens(row_.b) && part.max != -INFINITY) {
       const float sink = p_.sink_logits ? p_.sink_logits[head] * kLog2e : -INFINITY;
@@ -539,15 +547,7 @@ class RowEnd {
       packed.y = pack<Element>(x.z * factor, x.w * factor);
     }
     char* to = p_.out.at(row_.b, head, token) + column * 2;
-    if (p_.out_is_aligned) {
-      *reinterpret_cast<uint2*>(to) = packed;
-    } else {
-      uint16_t* elements = reinterpret_cast<uint16_t*>(to);
-      elements[0] = packed.x & 0xffff;
-      elements[1] = packed.x >> 16;
-      elements[2] = packed.y & 0xffff;
-      elements[3] = packed.y >> 16;
-    }
+    *reinterpret_cast<uint2*>(to) = packed;
     if (column == 0 && p_.lse.data) {
       *reinterpret_cast<float*>(p_.lse.at(row_.b, head, token)) = lse;
     }
@@ -649,16 +649,21 @@ class RowEnd {
 
 /// Rows without entries have no worker: out is 0, lse -inf. By one warp of each block.
 template <typename Config>
-__device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows,
-                                        AttendShared<Config>& shared) {
+__device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
   const int32_t lane = threadIdx.x % kWarpSize;
   const int32_t end = cuts_rows ? p.num_rows : blockIdx.x + 1;
+#pragma unroll 1
   for (int32_t r = blockIdx.x + lane * gridDim.x; r < end; r += kWarpSize * gridDim.x) {
     if (p.rows[r].begin < p.rows[r].end) continue;
     const RowContext row = row_context<Config>(p, r, 0);
-    const RowEnd<Config> row_end(p, row, shared, 0);
-    for (int i = 0; i < row.num_queries * RowEnd<Config>::kQuads; ++i) {
-      row_end.finish(i / RowEnd<Config>::kQuads, i % RowEnd<Config>::kQuads * 4, Part::none());
+#pragma unroll 1
+    for (int i = 0; i < row.num_queries * Config::kHeadDim; ++i) {
+      const int32_t query = row.first_query + i / Config::kHeadDim, column = i % Config::kHeadDim;
+      const int32_t head = row.h * p.group.value + p.group.remainder(query);
+      const int32_t token = p.group.quotient(query);
+      reinterpret_cast<uint16_t*>(p.out.at(row.b, head, token))[column] = 0;
+      if (column > 0 || !p.lse.data) continue;
+      *reinterpret_cast<float*>(p.lse.at(row.b, head, token)) = -INFINITY;
     }
   }
 }
@@ -687,6 +692,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   wait_for_previous_kernel();
   let_next_kernel_begin();
   if (warp == Config::kWarps) {
+#pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
       append_entries<uint4>(p.append, b, {0, 1, 0, 1});
       __syncwarp();
@@ -695,8 +701,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     return;
   }
 
-  Range range = {0, 0, static_cast<int32_t>(blockIdx.x), nullptr, 0,
-                 p.layer.page_size / kTileSlots};
+  Range range = {};
+  range.page_shift = p.layer.page_shift - kTileShift;
   schedule::RowFacts facts;
   if (cuts_rows) {
     const schedule::Worker* worker = p.workers + blockIdx.x;
@@ -711,12 +717,17 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     facts = load_facts(p.rows + blockIdx.x);
     range.begin = facts.begin;
     range.end = facts.end;
+    range.row = blockIdx.x;
+    const int32_t b = p.num_heads.quotient(range.row), h = p.num_heads.remainder(range.row);
+    range.listed = p.layer.block_table.at(b, h);
+    range.num_listed = facts.end - facts.begin;
   }
   TilePipeline<Config> pipeline(p, range, shared);
-  if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows, shared);
+  if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows);
 
   int32_t row_index = range.row, tile = 0, image = 0;
   int32_t end = range.begin;
+#pragma unroll 1
   while (end < range.end) {
     end = min(range.end, facts.end);
     const bool has_more = end < range.end;
@@ -725,8 +736,9 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     const RowContext row = row_context<Config>(p, row_index, facts.length);
     WarpState<Config> state;
     state.begin_row(p, row);
-    const int32_t end_tile = (end - range.begin) * range.tiles_per_page;
-    const int32_t row_tile = (range.begin - facts.begin) * range.tiles_per_page;
+    const int32_t end_tile = (end - range.begin) << range.page_shift;
+    const int32_t row_tile = (range.begin - facts.begin) * (1 << range.page_shift);
+#pragma unroll 1
     for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
       const uint32_t data = pipeline.wait(tile);
       const int32_t first_slot = (row_tile + t) * kTileSlots;
@@ -742,6 +754,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     image = (image + 1) % Config::kImages;
     if (Config::kImages == 1) RowEnd<Config>::wait_for_warps();
     facts = next;
+#pragma unroll 1
     for (++row_index; facts.begin == facts.end;) facts = load_facts(p.rows + ++row_index);
   }
 }
@@ -749,7 +762,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
 template <typename Config>
 void launch_instance(const AttendParams& p, cudaStream_t stream) {
   static_assert(sizeof(AttendShared<Config>) <= Config::kMostBytes);
-  const int blocks = schedule::ceil_div(p.group * p.num_tokens, Config::kQueries);
+  const int blocks = schedule::ceil_div(p.group.value * p.num_tokens, Config::kQueries);
   LaunchShape shape;
   shape.grid = blocks == 1 ? dim3(p.num_workers) : dim3(p.num_rows, blocks);
   shape.threads = Config::kThreads + (p.append.keys.data ? kWarpSize : 0);
@@ -760,7 +773,7 @@ void launch_instance(const AttendParams& p, cudaStream_t stream) {
 
 template <typename Element, int kHeadDim, bool kCopiesBoxes>
 void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
-  switch (padded_queries(int64_t{p.group} * p.num_tokens)) {
+  switch (padded_queries(int64_t{p.group.value} * p.num_tokens)) {
     case 4: return launch_instance<AttendConfig<Element, kHeadDim, 4, kCopiesBoxes>>(p, stream);
     case 8: return launch_instance<AttendConfig<Element, kHeadDim, 8, kCopiesBoxes>>(p, stream);
     default: return launch_instance<AttendConfig<Element, kHeadDim, 16, kCopiesBoxes>>(p, stream);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "append.cuh"
+#include "common/divisor.cuh"
 #include "common/rows.cuh"
 #include "ops/schedule.h"
 
@@ -25,10 +26,9 @@ struct AttendParams {
   const float* sink_logits;  // [Hq] or null
   float* partials;           // [max_partials, queries, D], then (max, sum) [max_partials, queries, 2]
   int32_t num_rows, num_workers, max_partials;
-  int32_t group, num_tokens;  // G, S
-  float scale, softcap;       // softcap 0: none
-  bool queries_are_aligned;   // to 4 bytes
-  bool out_is_aligned;        // to 8 bytes
+  int32_t num_tokens;         // S
+  Divisor group, num_heads;   // G, Hkv
+  float scale, softcap;       // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
 };

@@ -64,4 +64,9 @@ __device__ inline float fast_exp2(float x) {
   return result;
 }
 
+/// tanh(x), within a few units of 1e-7.
+__device__ inline float fast_tanh(float x) {
+  return 1.f - __fdividef(2.f, 1.f + fast_exp2(x * 2.885390081777927f));  // 2 log2(e)
+}
+
 }  // namespace adakv

@@ -52,10 +52,16 @@ struct LayerRows {
   IntRows fresh_pages;         // [B, Hkv, F]
   int32_t* seen;               // [B]
   int32_t num_heads, page_size, entry_bytes;
+  int32_t page_shift;  // page_size is 1 << page_shift
 
   /// The key in a slot of a page; its value is half_page_bytes() further.
   __device__ char* key(int32_t page, int32_t slot) const {
     return pages + 2 * half_page_bytes() * page + slot * entry_bytes;
+  }
+
+  /// Pages that `length` entries fill.
+  __device__ int32_t num_pages(int32_t length) const {
+    return (length + page_size - 1) >> page_shift;
   }
 
   __device__ int64_t half_page_bytes() const { return int64_t{page_size} * entry_bytes; }
@@ -72,6 +78,7 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.seen = layer.seen.ptr<int32_t>();
   rows.num_heads = static_cast<int32_t>(layer.lengths.shape[1]);
   rows.page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  while (1 << rows.page_shift < rows.page_size) ++rows.page_shift;
   rows.entry_bytes = static_cast<int32_t>(layer.pages.shape[3] * dtype_size(layer.pages.dtype));
   return rows;
 }
