@@ -100,6 +100,7 @@ def report(
         "command": " ".join(["python", *sys.argv]),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "machine": _cpu_model(),
+        **_gpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "sizes": dict(sizes),
@@ -115,6 +116,13 @@ def report(
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _gpu() -> dict[str, str]:
+    if not torch.cuda.is_initialized():
+        return {}
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda or ""}
 
 
 def _cpu_model() -> str:

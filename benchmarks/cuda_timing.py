@@ -1,0 +1,68 @@
+"""Timing on a GPU, in two ways: launch by launch, and in a graph of many layers.
+
+Launch by launch, the L2 cache is overwritten before each call, and events are recorded around it
+(an empty kernel reads about 4 us then). In a graph, the calls of all layers follow each other as in
+a model's decode step; each layer has buffers of its own, more than the L2 cache holds together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from harness import Timing, timing
+
+FLUSH_BYTES = 256 << 20
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def launch_times(
+    variants: Mapping[str, Callable[[int], object]], rounds: int = 60, warmup: int = 5
+) -> dict[str, Timing]:
+    """Microseconds of one call; variants take turns and are given the number of the round."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(warmup + rounds):
+        events = {}
+        for name, run in variants.items():
+            flush.zero_()
+            begin, end = _event(), _event()
+            begin.record()
+            run(i)
+            end.record()
+            events[name] = begin, end
+        torch.cuda.synchronize()
+        for name, (begin, end) in events.items():
+            if i >= warmup:
+                times[name].append(begin.elapsed_time(end) * 1e3)
+    return {name: timing(samples) for name, samples in times.items()}
+
+
+def graph_times(
+    variants: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 15
+) -> dict[str, Timing]:
+    """Microseconds of one call of many that are recorded in a graph."""
+    graphs = {}
+    for name, calls in variants.items():
+        calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graphs[name] = graph
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(2 + rounds):
+        for name, graph in graphs.items():
+            begin, end = _event(), _event()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 2:
+                times[name].append(begin.elapsed_time(end) * 1e3 / len(variants[name]))
+    return {name: timing(samples) for name, samples in times.items()}
