@@ -69,9 +69,11 @@ class Lockstep:
         """Runs something on both caches, with tensors moved to their devices."""
         return [run(c, layer, *(x.to(c.device) for x in given)) for c in self.caches]
 
-    def grow(self, num_new: list[int], columns: int) -> None:
-        for cache in self.caches:
-            assert cache.grow(num_new, columns) == columns
+    def grow(self, num_new: list[int], columns: int) -> int:
+        """How many columns may be appended now."""
+        first, second = (cache.grow(num_new, columns) for cache in self.caches)
+        assert first == second
+        return first
 
     def remove(self, sequence: int) -> None:
         for cache in self.caches:

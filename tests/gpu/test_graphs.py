@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lockstep import GROUP, KV_HEADS, LAYERS, SEQUENCES, Lockstep, entries
 from torch import Tensor
 
 from adakv import ops
 from adakv.cache import KVCache
+from lockstep import GROUP, KV_HEADS, LAYERS, SEQUENCES, Lockstep, entries
 from tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ def test_replay_with_growing_rows_equals_the_cpu() -> None:
     for sequence, length in enumerate((5, 150, 33)):
         both.prefill(sequence, length, most=length)
     static = [x.cuda() for x in inputs()]
-    both.grow([1] * SEQUENCES, 1)
+    assert both.grow([1] * SEQUENCES, 1) == 1
     given = inputs()
     step(cpu, *given)  # the warm-up below is the same step
     for buffer, x in zip(static, given, strict=True):
@@ -49,7 +49,7 @@ def test_replay_with_growing_rows_equals_the_cpu() -> None:
     with torch.cuda.graph(graph):
         captured = step(cuda, *static)
     for i in range(40):
-        both.grow([1] * SEQUENCES, 1)
+        assert both.grow([1] * SEQUENCES, 1) == 1
         given = inputs()
         expected = step(cpu, *given)
         for buffer, x in zip(static, given, strict=True):

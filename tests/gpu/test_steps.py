@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import random
 
-import lockstep
 import pytest
 import torch
-from lockstep import GROUP, KV_HEADS, LAYERS, SEQUENCES, Lockstep, entries
 from torch import Tensor
 
+import lockstep
 from adakv import Error, ops
 from adakv.cache import KVCache
+from lockstep import GROUP, KV_HEADS, LAYERS, SEQUENCES, Lockstep, entries
 from tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
 
 
 def decode(both: Lockstep, live: set[int], fused: bool) -> None:
-    """A step of up to 20 new tokens of each live sequence, right-aligned."""
+    """Up to 20 new tokens of each live sequence, right-aligned, in as many pieces as it takes."""
     columns = random.choice([1, 1, 1, 2, 4, 20])
     num_new = [random.randint(0, columns) if b in live else 0 for b in range(SEQUENCES)]
-    both.grow(num_new, columns)
+    while columns:
+        now = both.grow(num_new, columns)
+        left = [min(n, columns - now) for n in num_new]
+        append([n - later for n, later in zip(num_new, left, strict=True)], now, both, fused)
+        num_new, columns = left, columns - now
+
+
+def append(num_new: list[int], columns: int, both: Lockstep, fused: bool) -> None:
+    """A step of some new tokens, and what they attend to."""
     counts = torch.tensor(num_new, dtype=torch.int32)
 
     def run(cache: KVCache, layer: int, *given: Tensor) -> Tensor:
