@@ -1,7 +1,5 @@
 #include "adakv/types.h"
 
-#include <sstream>
-
 #include "adakv/error.h"
 
 namespace adakv {
@@ -57,11 +55,9 @@ TensorView TensorView::select(int64_t index) const {
 }
 
 std::string TensorView::shape_string() const {
-  std::ostringstream text;
-  text << '[';
-  for (int i = 0; i < rank; ++i) text << (i ? ", " : "") << shape[i];
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
 }
 
 }  // namespace adakv

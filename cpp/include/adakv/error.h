@@ -1,9 +1,10 @@
 // What adakv throws.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace adakv {
 
@@ -22,11 +23,26 @@ class InvalidArgument : public std::invalid_argument {
 
 namespace detail {
 
+template <typename Part>
+void append(std::string& text, const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char number[32];
+    std::snprintf(number, sizeof(number), "%g", static_cast<double>(part));
+    text += number;
+  } else if constexpr (std::is_integral_v<Part>) {
+    text += std::to_string(part);
+  } else {
+    text += part;
+  }
+}
+
+// Without a stream: those look up locale data that other libraries of a process may have replaced
+// (seen to crash beside PyTorch).
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
+  std::string text;
+  (append(text, parts), ...);
+  return text;
 }
 
 }  // namespace detail
