@@ -1,6 +1,6 @@
 // attend_span: a few queries of one row over its pages, by online softmax.
 //
-//   for each block of 64 slots:  logits = q . k;  p = exp(logits - max)
+//   for each block of 32 slots:  logits = q . k;  p = exp(logits - max)
 //                                acc = acc * exp(old max - max) + sum of p * v
 //
 // Up to four queries go through a block together, so that each key and value is widened once for
@@ -14,7 +14,7 @@
 
 namespace adakv::ADAKV_ISA {
 
-constexpr int kBlockSlots = 64;
+constexpr int kBlockSlots = 32;
 constexpr int kQueriesAtOnce = 4;
 constexpr int kSlotsAtOnce =
     kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
