@@ -1,6 +1,6 @@
-// What the kernels of score share: the general ones (score.cu) and those for sm_90 (sm90/score.cu).
+// What the kernels of score share: the general ones and those for sm_90 (sm90/score.cu).
 //
-//   1. lse:   for each query row the maximum and the sum of exp2(z - maximum) over a split of the keys
+//   1. lse:   for each query row the maximum and the sum of exp2(z - maximum) over a split of keys
 //   2. probs: for each entry the window-reduced probabilities of some rows, a "part"
 //   3. pool:  parts to scores
 // Logits z are in units of log2(e). The rows of a kv head, its group's queries in the window, are
@@ -24,15 +24,27 @@ struct ScoreParams {
   float* scores;             // [B, Hkv, T]
   float2* partials;          // [B * Hkv, chunks, splits, kRows]   maximum and sum
   float* parts;              // [B * Hkv, parts, T]
+  int32_t* arrivals;         // [B * Hkv, splits]
   int64_t query_stride[3], key_stride[3], lse_stride[2], score_stride[2];
   int32_t length, window, group, kv_heads, head_dim;
   int32_t head_rows, num_chunks, num_splits, num_parts, parts_per_chunk;
   bool is_aligned;           // rows of queries and keys lie at multiples of 16 bytes
   float multiplier;          // of a product (or of a capped logit), to get z
   float softcap, cap_scale;  // softcap * tanh(product * cap_scale) is the capped logit; 0: no cap
+  Pool pool;
+  int32_t side;  // entries on one side that the pool reaches
+  float weight;  // 1 / (what means divide by)
 };
 
-/// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, sums over window and group, no cap.
+/// Whether heads have to be told apart: sums over everything can be made in any order.
+bool keeps_heads(const ScoreArgs& args);
+
+/// Steps 1 and 2 (score_general.cu), and 3 (score_pool.cu).
+void general_score(const ScoreArgs& args, const ScoreParams& params);
+void pool_parts(const ScoreArgs& args, const ScoreParams& params);
+
+/// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, sums over window and group, no cap. If there
+/// is one part only, the second one pools too.
 constexpr int kSm90ScoreRows = 128;
 bool sm90_score_fits(const ScoreArgs& args);
 void sm90_score(const ScoreArgs& args, const ScoreParams& params);

@@ -67,12 +67,17 @@ __device__ void load_tiles(const CUtensorMap& keys,
   }
 }
 
-// Copies the chunk's queries to shared memory, zeros for rows that only fill up.
+// Between the warps that work: all but the loader.
+__device__ void sync_workers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * kGroupThreads) : "memory");
+}
+
+// The workers copy the chunk's queries to shared memory, zeros for rows that only fill up.
 template <typename Tile>
 __device__ void load_queries(const ScoreParams& params, const Place& place, char* memory) {
   using Element = typename Tile::Element;
   constexpr int kChunks = Tile::kSteps * 2;  // 16 bytes each
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kGroups * kGroupThreads) {
     const int r = i / kChunks, chunk = i % kChunks;
     const Element* query = query_row<Element>(params, place.row, place.chunk * kRows + r);
     const uint4 zeros = {};
@@ -81,6 +86,7 @@ __device__ void load_queries(const ScoreParams& params, const Place& place, char
         query ? __ldg(reinterpret_cast<const uint4*>(query) + chunk) : zeros;
   }
   fence_before_boxes();
+  sync_workers();
 }
 
 // sums = 64 rows of the tile at `a` times all 128 rows of the tile at `b`.
@@ -130,8 +136,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   let_next_kernel_begin();
   const Place place(params);
   if (place.row.candidates <= 0) return;
-  if (threadIdx.x == 0) ring.init(Tile::kPanels, 2);
-  load_queries<Tile>(params, place, memory);
+  if (threadIdx.x == 0) {
+    ring.init(Tile::kPanels, 2);
+    if (place.chunk == 0) params.arrivals[blockIdx.z * params.num_splits + blockIdx.x] = 0;
+  }
   __syncthreads();
   const uint32_t queries = shared_address(memory), stages = queries + Tile::kTileBytes;
   const TileRange range(place.row.seq_len, kEntries, blockIdx.x, params.num_splits);
@@ -139,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tiles<Tile>(keys, place, ring, stages, range.begin, 1, range.end - range.begin,
                      normal_policy());
   } else {
+    load_queries<Tile>(params, place, memory);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
     const int r = place.half * 64 + warp * 16 + lane / 4;
     const int32_t visible = visible_entries(params, place.row, place.chunk * kRows + r);
@@ -182,6 +191,78 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// --- Pooling, by the workers; of the one part that there is --------------------------------------
+
+__device__ float* score_row(const ScoreParams& params, const Place& place) {
+  return params.scores + place.row.b * params.score_stride[0] +
+         place.row.h * params.score_stride[1];
+}
+
+// The scores of entries begin .. end - 1.
+__device__ void pool_entries(const ScoreParams& params,
+                             const Place& place,
+                             int32_t begin,
+                             int32_t end) {
+  const float* part = params.parts + int64_t{blockIdx.z} * params.length;
+  float* scores = score_row(params, place);
+  const bool is_max = params.pool == Pool::kMax;
+  for (int32_t t = begin + threadIdx.x; t < end; t += kGroups * kGroupThreads) {
+    const int32_t last = min(t + params.side, place.row.candidates - 1);
+    float pooled = 0.f;  // probabilities are not negative
+    for (int32_t i = max(t - params.side, 0); i <= last; ++i) {
+      const float x = __ldcg(part + i);
+      pooled = is_max ? fmaxf(pooled, x) : pooled + x;
+    }
+    scores[t] = pooled * params.weight;
+  }
+}
+
+// Whether this CTA is the second of the two that share the border behind split `split`: what the
+// first has written is seen then.
+__device__ bool is_second(const ScoreParams& params, int split) {
+  __shared__ int32_t others;
+  sync_workers();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    others = atomicAdd(params.arrivals + blockIdx.z * params.num_splits + split, 1);
+    __threadfence();
+  }
+  sync_workers();
+  return others > 0;
+}
+
+// Scores of a span. Those near a border to a neighbour need both parts: the CTA that comes second
+// makes them.
+__device__ void pool_span(const ScoreParams& params, const Place& place, const TileRange& range) {
+  if (range.begin >= range.end) return;
+  const int32_t begin = range.begin * kEntries;
+  const int32_t end = min(range.end * kEntries, place.row.candidates);
+  const bool is_first = begin == 0, is_last = end == place.row.candidates;
+  sync_workers();
+  pool_entries(params, place, is_first ? 0 : begin + params.side,
+               is_last ? end : end - params.side);
+  if (params.side == 0) return;
+  const int split = blockIdx.x;
+  if (!is_first && is_second(params, split - 1)) {
+    pool_entries(params, place, begin - params.side,
+                 min(begin + params.side, place.row.candidates));
+  }
+  if (!is_last && is_second(params, split)) {
+    pool_entries(params, place, end - params.side,
+                 min(end + params.side, place.row.candidates));
+  }
+}
+
+// Entries that don't compete; all CTAs of a row take their share.
+__device__ void fill_rest(const ScoreParams& params, const Place& place) {
+  float* scores = score_row(params, place);
+  const int32_t step = params.num_splits * kGroups * kGroupThreads;
+  for (int32_t t = max(place.row.candidates, 0) + blockIdx.x * kGroups * kGroupThreads + threadIdx.x;
+       t < params.length; t += step) {
+    scores[t] = -INFINITY;
+  }
+}
+
 // One CTA: a chunk's part for a span of entries. Tiles go backwards: the last keys that the kernel
 // before has read are still in the cache.
 template <typename Element, int kDim>
@@ -195,10 +276,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Place place(params);
   if (place.row.candidates <= 0) {
     wait_for_previous_kernel();
+    if (params.num_parts == 1 && !place.is_loader) fill_rest(params, place);
     return;
   }
   if (threadIdx.x == 0) ring.init(Tile::kPanels, 2);
-  load_queries<Tile>(params, place, memory);
   __syncthreads();
   let_next_kernel_begin();
   const uint32_t queries = shared_address(memory), stages = queries + Tile::kTileBytes;
@@ -209,11 +290,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_previous_kernel();
     return;
   }
+  load_queries<Tile>(params, place, memory);
   wait_for_previous_kernel();
   if (threadIdx.x < kRows) {
     lse[threadIdx.x] = row_lse<kRows>(params, place.row, place.chunk, threadIdx.x);
   }
-  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * kGroupThreads) : "memory");  // but the loader
+  sync_workers();
 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
   float* parts = params.parts +
@@ -244,6 +326,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                       lane % 4 * 8;
     if (lane % 4 < 2 && t < place.row.candidates) parts[t] = lane % 4 == 0 ? sum : sum_below;
   }
+  if (params.num_parts == 1) {
+    pool_span(params, place, range);
+    fill_rest(params, place);
+  }
 }
 
 template <typename Element, int kDim>
@@ -266,6 +352,10 @@ void launch_score(const ScoreArgs& args, const ScoreParams& params) {
   if (!params.lse) {
     launch_shape.early = true;
     launch("score", score_lse_kernel<Element, kDim>, launch_shape, args.stream, keys, params);
+  } else if (params.num_parts == 1) {
+    const size_t bytes = launch_shape.grid.x * launch_shape.grid.z * sizeof(int32_t);
+    ADAKV_CUDA_CHECK("score", cudaMemsetAsync(params.arrivals, 0, bytes,
+                                              static_cast<cudaStream_t>(args.stream)));
   }
   launch("score", score_probs_kernel<Element, kDim>, launch_shape, args.stream, keys, params);
 }
