@@ -100,6 +100,20 @@ def test_every_policy_generates(policy: str) -> None:
     assert (entries <= 1.2 * most).all()
 
 
+@pytest.mark.parametrize("policy", ["ada_snapkv", "critical_ada_pyramidkv", "streaming", "random"])
+def test_prompts_shorter_than_the_window_are_kept(policy: str) -> None:
+    model, batch = LLAMA.model(), prompts(9, (0, 8, 3))
+    expected = model.generate(**batch, **GREEDY)
+    with adakv.attach(model):
+        for settings in ({"budget": 32}, {"ratio": 0.1}):
+            cache = adakv.Cache(model, policy, **settings)
+            actual = model.generate(**batch, past_key_values=cache, **GREEDY)
+            if policy in ("streaming", "random") and "ratio" in settings:
+                continue  # their windows are shorter
+            assert torch.equal(actual, expected)
+            assert cache.stats()["lengths"][2, :, 1].tolist() == [20, 12, 17]
+
+
 def test_ratio_gives_each_sequence_what_it_gets_alone() -> None:
     model, padding = LLAMA.model(), (0, 60, 15)
     batch = prompts(160, padding)
@@ -186,8 +200,10 @@ def turn(model: Any, cache: Any, batch: dict[str, Tensor], more: dict[str, Tenso
     return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY)
 
 
-@pytest.mark.parametrize("family", [LLAMA, *FAMILIES[8:12]], ids=str)
-@pytest.mark.parametrize("page_size", [8, 16])
+TURNS = [(LLAMA, 16), *((family, 8) for family in [LLAMA, *FAMILIES[8:12]])]
+
+
+@pytest.mark.parametrize("family, page_size", TURNS, ids=str)
 @pytest.mark.parametrize("padding", [(0,), (0, 0), (3, 290, 0)], ids=str)
 def test_second_turn_sees_everything(
     family: Family, page_size: int, padding: tuple[int, ...]

@@ -210,6 +210,18 @@ def test_models_without_rows_are_refused(name: str, settings: Any, message: str)
     assert model.config._attn_implementation == before
 
 
+def test_policy_that_needs_the_output_projection_says_so() -> None:
+    model = LLAMA.model()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj)
+    with adakv.attach(model):
+        logits(model, ids(60), adakv.Cache(model, "ada_snapkv", budget=40))
+        cache = adakv.Cache(model, "critical_snapkv", budget=40)
+        with pytest.raises(ValueError, match=r"weight \[E, 64\] of the output projection"):
+            logits(model, ids(60), cache)
+    assert cache.stats()["pages_used"] == 0
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(ValueError, match="transformers model, got Linear"):
         adakv.Cache(torch.nn.Linear(2, 2), budget=40)

@@ -41,13 +41,16 @@ def check(model: Any, cache_layers: Sequence[object]) -> None:
         raise ValueError(f"model: {name} has layers without common keys and values: {others}")
 
 
-def output_projection(module: torch.nn.Module, width: int) -> Tensor:
+def output_projection(module: torch.nn.Module, width: int, dtype: torch.dtype) -> Tensor:
     """``[E, width = Hq * D]``, the weight that the outputs of an attention module's heads meet."""
     for name in OUTPUT_PROJECTIONS:
         weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == width:
-            return weight.detach()
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != width:
+            continue
+        if weight.is_floating_point():
+            return weight.detach().to(dtype)
     raise ValueError(
         f"model: the policy needs the weight [E, {width}] of the output projection, and "
-        f"{type(module).__name__} has none named {', '.join(OUTPUT_PROJECTIONS)}"
+        f"{type(module).__name__} has none, in floating point, named "
+        f"{', '.join(OUTPUT_PROJECTIONS)}"
     )

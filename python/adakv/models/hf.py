@@ -100,8 +100,8 @@ class Cache(TransformersCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
 
     Full-attention layers are compressed right after their prefill attention, which sees everything.
-    Sliding-window layers are transformers' own. Padding on the left is never stored. Later
-    forwards, of one token or of several, attend to what was kept and to all newer tokens.
+    Sliding-window layers are transformers' own. Padding is never stored. Later forwards, of one
+    token or of several, attend to what was kept and to all newer tokens.
 
     Parameters
     ----------
@@ -311,7 +311,8 @@ class FullAttentionLayer(CacheLayerMixin):
         attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
         w_o = None
         if self._store.policy.needs_w_o:
-            w_o = families.output_projection(module, query.shape[1] * query.shape[3])
+            width = query.shape[1] * query.shape[3]
+            w_o = families.output_projection(module, width, value.dtype)
         self._store.hold(self.index, Prompt(query, key, value, w_o, attention))
         if not self._store.is_chunked or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
             self._store.compact(self.index)
