@@ -96,12 +96,7 @@ inline void add_values(const RowPages<Element>& row,
                        float* acc,
                        int stride) {
   const auto step = [&](int d, auto load_values) {
-    F32Pair sums[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = load_pair(acc + r * stride + d);
-      sums[r].first *= correction[r];
-      sums[r].second *= correction[r];
-    }
+    F32Pair sums[kRows] = {};  // of this block: long chains of additions would cost accuracy
     for (int group = begin; group < end; group += kSlotGroup) {
       const Element* values = row.value(group) + d;
       const Element* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
@@ -118,8 +113,9 @@ inline void add_values(const RowPages<Element>& row,
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      store(acc + r * stride + d, sums[r].first);
-      store(acc + r * stride + d + kLanes, sums[r].second);
+      const F32Pair before = load_pair(acc + r * stride + d);
+      store(acc + r * stride + d, before.first * correction[r] + sums[r].first);
+      store(acc + r * stride + d + kLanes, before.second * correction[r] + sums[r].second);
     }
   };
   int d = 0;
