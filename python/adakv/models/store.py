@@ -217,7 +217,7 @@ class Store:
             ]
             for layer in range(self._num_layers)
         ]
-        size = self._page_size
+        size = self._page_size  # below, the rules of KVCache.pages_needed and pages_to_grow
         more = (self._max_new_tokens - 1) // size * heads * batch * self._num_layers
         pages = sum(total // size + 2 * heads for totals in self._totals for total in totals)
         return KVCache(
