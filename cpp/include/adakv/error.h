@@ -25,9 +25,13 @@ namespace detail {
 
 template <typename Part>
 void append(std::string& text, const Part& part) {
+  char number[32];
   if constexpr (std::is_floating_point_v<Part>) {
-    char number[32];
     std::snprintf(number, sizeof(number), "%g", static_cast<double>(part));
+    text += number;
+  } else if constexpr (std::is_convertible_v<Part, const void*> &&
+                       !std::is_convertible_v<Part, std::string>) {
+    std::snprintf(number, sizeof(number), "%p", static_cast<const void*>(part));
     text += number;
   } else if constexpr (std::is_integral_v<Part>) {
     text += std::to_string(part);
