@@ -38,7 +38,7 @@ class HostMemory final : public Memory {
     if (data == nullptr) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = mapped_bytes_.find(data);
-    ADAKV_CHECK(found != mapped_bytes_.end(), "free: ", data, " was not allocated here");
+    ADAKV_CHECK(found != mapped_bytes_.end(), "free: this memory was not allocated here");
     munmap(data, found->second);
     mapped_bytes_.erase(found);
   }
