@@ -58,11 +58,15 @@ def timing(samples_us: list[float]) -> Timing:
     return Timing(round(median, 2), round(low, 2), round(high, 2), len(samples_us))
 
 
-def read_rate(num_bytes: int = 1 << 30) -> float:
-    """Bytes per second at which all threads together read memory larger than the caches."""
-    data = torch.ones(num_bytes // 4)
-    timing = measure({"read": lambda _: data.sum()}, rounds=7, warmup=2)["read"]
-    return num_bytes / timing.median_us * 1e6
+class Reader:
+    """A variant that reads memory larger than the caches with all threads, as fast as it goes."""
+
+    def __init__(self, num_bytes: int = 1 << 29) -> None:
+        self.num_bytes = num_bytes
+        self.data = torch.ones(num_bytes // 4)
+
+    def __call__(self, _: int) -> None:
+        self.data.sum()
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
