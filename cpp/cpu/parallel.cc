@@ -5,6 +5,8 @@
 // ones, and a decode step goes back and forth between the two every 100 us. So if the process has
 // an OpenMP runtime (any: libgomp, and LLVM's and Intel's, answer to GOMP_parallel), its pool runs
 // our work too. It is looked up when first needed; nothing is linked.
+// A decode step of 30 layers (two bfloat16 matrix products of torch, then attend, on 2 cores) took
+// 15 to 19 ms that way and 18 to 22 ms with threads of our own (medians of three runs each).
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
