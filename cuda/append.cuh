@@ -21,45 +21,61 @@ struct AppendShare {
   int32_t first_head, head_step, first_token, token_step;
 };
 
-/// One warp copies entries of several rows, `stride` bytes apart, each to the slot that lane i has
-/// for the i-th row. Rows are read kAtOnce at a time before any is written.
+/// What a warp copies at a time: 32 chunks of the key and value of a token, for up to kRows rows.
 template <typename Chunk>
-__device__ inline void copy_entries(
-    const char* from, int64_t stride, char* slot, int32_t num_rows, int32_t entry_bytes) {
-  constexpr int kAtOnce = 8;
-  const int32_t num_chunks = entry_bytes / static_cast<int32_t>(sizeof(Chunk));
-#pragma unroll 1
-  for (int32_t row = 0; row < num_rows; row += kAtOnce) {
-#pragma unroll 1
-    for (int32_t first = 0; first < num_chunks; first += kWarpSize) {
-      const int32_t chunk = first + threadIdx.x % kWarpSize;
-      const int32_t last = chunk < num_chunks ? min(num_rows - row, kAtOnce) : 0;
-      Chunk data[kAtOnce];
+class EntryBatch {
+ public:
+  static constexpr int kRows = 8;
+
+  /// Starts reading chunks from `first` on, of heads `head`, `head` + step, ...
+  __device__ void read(const AppendParams& p,
+                       int32_t b,
+                       int32_t token,
+                       int32_t head,
+                       int32_t step,
+                       int32_t num_rows,
+                       int32_t first) {
+    const int32_t num_chunks = p.layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
+    const int32_t chunk = first + threadIdx.x % kWarpSize;
+    const bool is_value = chunk >= num_chunks;
+    const EntryRows& source = is_value ? p.values : p.keys;
+    const int32_t in_entry = is_value ? chunk - num_chunks : chunk;
+    const char* from = source.at(b, head, token) + in_entry * sizeof(Chunk);
+    to_ = in_entry * sizeof(Chunk) + (is_value ? p.layer.half_page_bytes() : 0);
+    count_ = chunk < 2 * num_chunks ? min(num_rows, kRows) : 0;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const char* source = from + (row + i) * stride;
-        if (i < last) data[i] = __ldg(reinterpret_cast<const Chunk*>(source) + chunk);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const uint64_t to =
-            __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slot), (row + i) % kWarpSize);
-        if (i < last) reinterpret_cast<Chunk*>(to)[chunk] = data[i];
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const char* row = from + i * step * source.stride[1];
+      if (i < count_) data_[i] = __ldg(reinterpret_cast<const Chunk*>(row));
     }
   }
-}
 
-/// One warp appends its share of the tokens of sequence b: entries, positions and new pages, but not
-/// the lengths. Chunk is what entries are copied by.
+  /// Writes them; lane i has the slot of the i-th row, from `first_row` on.
+  __device__ void write(char* slot, int32_t first_row) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const uint64_t key =
+          __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slot), (first_row + i) % kWarpSize);
+      if (i < count_) *reinterpret_cast<Chunk*>(key + to_) = data_[i];
+    }
+  }
+
+ private:
+  Chunk data_[kRows];
+  int64_t to_;
+  int32_t count_;
+};
+
+/// One warp appends its share of the tokens of sequence b: entries, positions and new pages, but
+/// not the lengths. Chunk is what entries are copied by.
 template <typename Chunk>
 __device__ inline void append_entries(const AppendParams& p, int32_t b, const AppendShare& share) {
   const LayerRows& layer = p.layer;
   const int32_t lane = threadIdx.x % kWarpSize, count = p.count(b), seen = layer.seen[b];
+  const int32_t num_chunks = 2 * layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
 #pragma unroll 1
   for (int32_t base = share.first_head; base < layer.num_heads;
        base += kWarpSize * share.head_step) {
-    // Each lane finds the slot in one row; then all lanes copy, row by row.
     const int32_t h = base + lane * share.head_step;
     const bool has_row = h < layer.num_heads;
     const int32_t length = has_row ? *layer.lengths.at(b, h) : 0;
@@ -68,6 +84,9 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
         min(kWarpSize, schedule::ceil_div(layer.num_heads - base, share.head_step));
 #pragma unroll 1
     for (int32_t i = share.first_token; i < count; i += share.token_step) {
+      const int32_t token = p.num_tokens - count + i;
+      EntryBatch<Chunk> batch;  // on its way while each lane finds the slot of one row
+      batch.read(p, b, token, base, share.head_step, num_rows, 0);
       const int32_t slot = (length + i) & (layer.page_size - 1);
       const int32_t column = (length + i) >> layer.page_shift;
       int32_t page = 0;
@@ -77,13 +96,19 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
         if (slot == 0) layer.block_table.at(b, h)[column] = page;
         layer.page_positions[page * layer.positions_stride + slot] = seen + i;
       }
-      const int32_t token = p.num_tokens - count + i;
+      char* key = layer.key(page, slot);
+      int32_t row = 0, chunk = 0;
 #pragma unroll 1
-      for (int32_t half = 0; half < 2; ++half) {
-        char* to = layer.key(page, slot) + half * layer.half_page_bytes();
-        copy_entries<Chunk>((half ? p.values : p.keys).at(b, base, token),
-                            (half ? p.values : p.keys).stride[1] * share.head_step, to, num_rows,
-                            layer.entry_bytes);
+      while (true) {
+        batch.write(key, row);
+        chunk += kWarpSize;
+        if (chunk >= num_chunks) {
+          chunk = 0;
+          row += batch.kRows;
+        }
+        if (row >= num_rows) break;
+        batch.read(p, b, token, base + row * share.head_step, share.head_step, num_rows - row,
+                   chunk);
       }
     }
   }

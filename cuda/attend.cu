@@ -1,5 +1,5 @@
-// attend: the launcher, and the plain kernel for what the fast ones (attend.cuh) don't take: float32,
-// pages of 8, head dims other than 64, 80, 96, 128 and 256, queries at odd addresses.
+// attend: the launcher, and the plain kernel for what the fast ones (attend.cuh) don't take:
+// float32, pages of 8, head dims other than 64, 80, 96, 128 and 256, queries at odd addresses.
 #include <cmath>
 
 #include "attend.h"
@@ -63,7 +63,8 @@ __device__ void add_slots(const AttendParams& p,
       }
     }
     z = (((dots[0] + dots[1]) + (dots[2] + dots[3])) +
-         ((dots[4] + dots[5]) + (dots[6] + dots[7]))) * p.scale;
+         ((dots[4] + dots[5]) + (dots[6] + dots[7]))) *
+        p.scale;
     if (p.softcap != 0) z = p.softcap * tanhf(z);
   }
   const float most = fmaxf(state.max, warp_max(z));
@@ -74,8 +75,8 @@ __device__ void add_slots(const AttendParams& p,
   const int32_t count = min(kWarpSize, query.visible - first_slot);
   for (int32_t i = 0; i < count; ++i) {
     const float share = __shfl_sync(kFullWarp, probability, i);
-    const char* row = reinterpret_cast<const char*>(
-        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
+    const char* row =
+        reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
     const Element* value = reinterpret_cast<const Element*>(row + p.layer.half_page_bytes());
 #pragma unroll
     for (int j = 0; j < kColumnsPerLane; ++j) {

@@ -24,11 +24,11 @@ struct AttendParams {
   AppendParams append;       // keys.data is null: nothing to append
   const int32_t* num_new;    // [B] or null
   const float* sink_logits;  // [Hq] or null
-  float* partials;           // [max_partials, queries, D], then (max, sum) [max_partials, queries, 2]
+  float* partials;  // [max_partials, queries, D], then (max, sum) [max_partials, queries, 2]
   int32_t num_rows, num_workers, max_partials;
-  int32_t num_tokens;         // S
-  Divisor group, num_heads;   // G, Hkv
-  float scale, softcap;       // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
+  int32_t num_tokens;        // S
+  Divisor group, num_heads;  // G, Hkv
+  float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
 };

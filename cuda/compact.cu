@@ -56,8 +56,8 @@ __device__ void fill_page(const CompactParams& p, int32_t b, const PageJob& job)
   }
 }
 
-/// Writes the integers of sequence b, by threads `thread` of `num_threads`. first_page[h] is how many
-/// pages the rows before h fill, [Hkv + 1].
+/// Writes the integers of sequence b, by threads `thread` of `num_threads`. first_page[h] is how
+/// many pages the rows before h fill, [Hkv + 1].
 __device__ void write_rows(const CompactParams& p,
                            int32_t b,
                            const int32_t* first_page,

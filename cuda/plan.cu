@@ -1,13 +1,14 @@
 // Shares the pages of all rows out to workers, a layer at a time; the same integers as
 // cpp/cpu/plan.cc. The rules and the format are in ops/schedule.h.
 //
-// A layer is done by kSlices blocks. Each finds the borders of all ranges for itself, which takes a
-// few prefix sums and searches over the rows, and writes its share of the rows and workers: no block
-// waits for another.
+// A layer is done by kSlices blocks. Each finds the borders of all ranges for itself, which takes
+// a few prefix sums and searches over the rows, and writes its share of the rows and workers: no
+// block waits for another.
 #include <algorithm>
 
 #include "common/check.cuh"
 #include "common/device_guard.h"
+#include "common/divisor.cuh"
 #include "common/reduce.cuh"
 #include "cuda_backend.h"
 #include "ops/schedule.h"
@@ -18,7 +19,7 @@ namespace {
 using schedule::RowFacts;
 using schedule::Worker;
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kSlices = 4;
 
@@ -28,17 +29,10 @@ struct PlanParams {
   const int32_t* fresh_pages;  // [L, B, Hkv, F]
   const int32_t* num_new;      // [B] or null
   int32_t* schedule;           // [L, X]
-  int64_t lengths_stride[3], table_stride[3], fresh_stride[3], num_new_stride, schedule_stride;
-  int32_t num_rows, num_heads, num_workers, page_size, new_tokens;
-  bool keeps_rows_in_schedule;  // too many for shared memory
-};
-
-/// Integers of all rows of a layer, in shared memory or in a field of the schedule's row facts.
-struct RowArray {
-  int32_t* data;
-  int32_t stride;
-
-  __device__ int32_t& operator[](int32_t row) const { return data[int64_t{row} * stride]; }
+  int64_t lengths_stride[3], table_stride[3], fresh_stride[3], schedule_stride;
+  int32_t num_rows, num_workers, page_size, page_shift, new_tokens;
+  Divisor num_heads;
+  bool shares_rows;  // the facts of all rows fit into shared memory
 };
 
 /// First i of 0 .. count with value(i) > wanted; value must ascend.
@@ -62,37 +56,39 @@ struct LayerPlan {
   int64_t layer;
   int32_t slice, num_slices;
   Worker* workers;   // [num_workers]
-  RowFacts* rows;    // [num_rows]
-  RowArray begins;   // [num_rows] units before a row
-  RowArray partials;  // [num_rows] partial results before a row
+  RowFacts* rows;    // [num_rows], in shared memory, or where they go to
   int32_t* borders;  // [num_workers + 1], shared memory
   int32_t* scratch;  // [kWarps + 1], shared memory
   int32_t num_units = 0, num_ranges = 0;
 
   __device__ int64_t row_offset(const int64_t (&stride)[3], int32_t row) const {
-    return layer * stride[0] + row / p.num_heads * stride[1] + row % p.num_heads * stride[2];
+    return layer * stride[0] + p.num_heads.quotient(row) * stride[1] +
+           p.num_heads.remainder(row) * stride[2];
   }
 
-  __device__ int32_t length_before(int32_t row) const {
-    return p.lengths[row_offset(p.lengths_stride, row)];
-  }
-
-  __device__ int32_t length(int32_t row) const {
-    const int32_t b = row / p.num_heads;
+  __device__ int32_t new_tokens(int32_t row) const {
     const bool is_ragged = p.num_new && p.new_tokens > 0;
-    return length_before(row) + (is_ragged ? p.num_new[b * p.num_new_stride] : p.new_tokens);
+    return is_ragged ? p.num_new[p.num_heads.quotient(row)] : p.new_tokens;
   }
 
-  __device__ int32_t end(int32_t row) const {
-    return row + 1 < p.num_rows ? begins[row + 1] : num_units;
+  __device__ int32_t num_pages(int32_t length) const {
+    return (length + p.page_size - 1) >> p.page_shift;
   }
 
-  __device__ int32_t units(int32_t row) const { return end(row) - begins[row]; }
+  __device__ int32_t units(int32_t row) const { return rows[row].end - rows[row].begin; }
 
   __device__ void find_units() {
     num_units = block_exclusive_sum<kThreads>(
-        p.num_rows, [&](int32_t r) { return schedule::ceil_div(length(r), p.page_size); },
-        [&](int32_t r, int32_t before) { begins[r] = before; }, scratch);
+        p.num_rows,
+        [&](int32_t r) {
+          rows[r].length = p.lengths[row_offset(p.lengths_stride, r)] + new_tokens(r);
+          return num_pages(rows[r].length);
+        },
+        [&](int32_t r, int32_t before) {
+          rows[r].begin = before;
+          rows[r].end = before + num_pages(rows[r].length);
+        },
+        scratch);
     __syncthreads();
   }
 
@@ -109,18 +105,18 @@ struct LayerPlan {
   /// below P / N make too many, so a few sizes are left to try, one warp each.
   __device__ int32_t find_chunk(int32_t active) {
     __shared__ int32_t smallest_good, largest_bad;
-    int32_t low = schedule::ceil_div(num_units, active);
     const int32_t too_uneven = schedule::largest_even_chunk(num_units, active) + 1;
-    int32_t high = too_uneven;
+    int32_t low = schedule::ceil_div(num_units, active), high = too_uneven;
     while (low < high) {
       const int32_t step = schedule::ceil_div(high - low, kWarps);
-      const int32_t chunk = low + static_cast<int32_t>(threadIdx.x) / kWarpSize * step;
+      const int32_t warp = threadIdx.x / kWarpSize;
+      const int32_t chunk = min(low + (warp + 1) * step, high) - 1;
       if (threadIdx.x == 0) {
         smallest_good = high;
         largest_bad = low - 1;
       }
       __syncthreads();
-      if (chunk < high) {
+      if (low + warp * step < high) {
         const bool is_good = count_chunks(chunk) <= active;
         if (threadIdx.x % kWarpSize == 0) {
           if (is_good) atomicMin(&smallest_good, chunk);
@@ -141,7 +137,7 @@ struct LayerPlan {
         [&](int32_t r, int32_t before) {
           const int32_t parts = schedule::ceil_div(units(r), chunk);
           for (int32_t j = 1; j <= parts; ++j) {
-            borders[before + j] = begins[r] + schedule::even_border(j, units(r), parts);
+            borders[before + j] = rows[r].begin + schedule::even_border(j, units(r), parts);
           }
         },
         scratch);
@@ -151,8 +147,8 @@ struct LayerPlan {
     num_ranges = active;
     for (int32_t k = threadIdx.x + 1; k <= active; k += kThreads) {
       const int32_t even = schedule::even_border(k, num_units, active);
-      const int32_t row = first_above(even - 1, p.num_rows, [&](int32_t r) { return end(r); });
-      borders[k] = schedule::snapped_border(even, begins[row], end(row), num_units, active);
+      const RowFacts& row = rows[row_of(even - 1)];
+      borders[k] = schedule::snapped_border(even, row.begin, row.end, num_units, active);
     }
   }
 
@@ -175,42 +171,37 @@ struct LayerPlan {
     return first_above(unit, num_ranges, [&](int32_t k) { return borders[k + 1]; });
   }
 
-  __device__ int32_t num_partials(int32_t row) const {
-    return units(row) ? worker_of(end(row) - 1) - worker_of(begins[row]) + 1 : 0;
+  /// The row that a unit belongs to.
+  __device__ int32_t row_of(int32_t unit) const {
+    return first_above(unit, p.num_rows, [&](int32_t r) { return rows[r].end; });
   }
 
-  __device__ void find_partials() {
+  __device__ void share_rows() {
     block_exclusive_sum<kThreads>(
         p.num_rows,
         [&](int32_t r) {
-          const int32_t count = num_partials(r);
-          return count > 1 ? count : 0;
+          RowFacts& row = rows[r];
+          const bool is_empty = row.begin == row.end;
+          row.first_worker = is_empty ? 0 : worker_of(row.begin);
+          row.num_partials = is_empty ? 0 : worker_of(row.end - 1) - row.first_worker + 1;
+          row.unused[0] = row.unused[1] = 0;
+          return row.num_partials > 1 ? row.num_partials : 0;
         },
-        [&](int32_t r, int32_t before) { partials[r] = before; }, scratch);
+        [&](int32_t r, int32_t before) { rows[r].first_partial = before; }, scratch);
     __syncthreads();
   }
 
-  __device__ RowFacts facts(int32_t row) const {
-    const int32_t first_worker = units(row) ? worker_of(begins[row]) : 0;
-    return {begins[row],      end(row),     length(row), partials[row],
-            num_partials(row), first_worker, {0, 0}};
-  }
-
-  __device__ void write_rows() const {
+  __device__ void write_rows(RowFacts* to) const {
     const int32_t step = num_slices * kThreads;
-    for (int32_t r = slice * kThreads + threadIdx.x; r < p.num_rows; r += step) rows[r] = facts(r);
+    for (int32_t r = slice * kThreads + threadIdx.x; r < p.num_rows; r += step) to[r] = rows[r];
   }
 
-  /// Page of a unit, which lies in `row`.
-  __device__ int32_t page_of(int32_t unit, int32_t row) const {
-    const int32_t index = unit - begins[row];
-    const int32_t used = schedule::ceil_div(length_before(row), p.page_size);
+  /// Page of a unit.
+  __device__ int32_t page_of(int32_t unit) const {
+    const int32_t row = row_of(unit), index = unit - rows[row].begin;
+    const int32_t used = num_pages(rows[row].length - new_tokens(row));
     return index < used ? p.block_table[row_offset(p.table_stride, row) + index]
                         : p.fresh_pages[row_offset(p.fresh_stride, row) + index - used];
-  }
-
-  __device__ int32_t row_of(int32_t unit) const {
-    return first_above(unit, p.num_rows, [&](int32_t r) { return end(r); });
   }
 
   /// One warp writes one worker.
@@ -221,8 +212,7 @@ struct LayerPlan {
       const bool is_idle = w >= num_ranges;
       const int32_t begin = is_idle ? 0 : borders[w], end = is_idle ? 0 : borders[w + 1];
       for (int32_t i = lane; i < schedule::kWorkerPages; i += kWarpSize) {
-        const int32_t unit = begin + i;
-        worker.pages[i] = unit < end ? page_of(unit, row_of(unit)) : 0;
+        worker.pages[i] = begin + i < end ? page_of(begin + i) : 0;
       }
       if (lane == 0) {
         const int32_t row = is_idle ? 0 : row_of(begin);
@@ -230,7 +220,7 @@ struct LayerPlan {
         worker.end = end;
         worker.row = row;
         worker.unused = 0;
-        worker.facts = is_idle ? RowFacts{} : facts(row);
+        worker.facts = is_idle ? RowFacts{} : rows[row];
       }
     }
   }
@@ -238,23 +228,26 @@ struct LayerPlan {
 
 // grid: [kSlices, L]; one block: one layer's borders, and a share of its rows and workers.
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
-  extern __shared__ int32_t shared[];  // borders [num_workers + 1], begins and partials [num_rows]
+  extern __shared__ int4 shared[];  // rows [num_rows] if they are shared, borders [num_workers + 1]
   __shared__ int32_t scratch[kWarps + 1];
   const int64_t layer = blockIdx.y;
   Worker* workers = reinterpret_cast<Worker*>(p.schedule + layer * p.schedule_stride);
-  RowFacts* rows = reinterpret_cast<RowFacts*>(workers + p.num_workers);
-  int32_t* after_borders = shared + p.num_workers + 1;
-  const bool is_far = p.keeps_rows_in_schedule;
-  const RowArray begins = is_far ? RowArray{&rows->begin, schedule::kRowInts}
-                                 : RowArray{after_borders, 1};
-  const RowArray partials = is_far ? RowArray{&rows->first_partial, schedule::kRowInts}
-                                   : RowArray{after_borders + p.num_rows, 1};
-  LayerPlan plan{p,    layer,  static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(gridDim.x),
-                 workers, rows, begins, partials, shared, scratch};
+  RowFacts* written_rows = reinterpret_cast<RowFacts*>(workers + p.num_workers);
+  RowFacts* shared_rows = reinterpret_cast<RowFacts*>(shared);
+  RowFacts* rows = p.shares_rows ? shared_rows : written_rows;
+  int32_t* borders = reinterpret_cast<int32_t*>(shared_rows + (p.shares_rows ? p.num_rows : 0));
+  LayerPlan plan{p,
+                 layer,
+                 static_cast<int32_t>(blockIdx.x),
+                 static_cast<int32_t>(gridDim.x),
+                 workers,
+                 rows,
+                 borders,
+                 scratch};
   plan.find_units();
   plan.find_borders();
-  plan.find_partials();
-  plan.write_rows();
+  plan.share_rows();
+  if (p.shares_rows) plan.write_rows(written_rows);
   plan.write_workers();
 }
 
@@ -274,21 +267,22 @@ void CudaBackend::plan(const PlanArgs& args) {
   std::copy_n(lengths.stride, 3, p.lengths_stride);
   std::copy_n(args.block_table.stride, 3, p.table_stride);
   std::copy_n(args.fresh_pages.stride, 3, p.fresh_stride);
-  p.num_new_stride = args.num_new.stride[0];
   p.schedule_stride = args.schedule.stride[0];
-  p.num_heads = static_cast<int32_t>(lengths.shape[2]);
   p.num_rows = static_cast<int32_t>(lengths.shape[1] * lengths.shape[2]);
+  p.num_heads = Divisor::of(std::max<int64_t>(lengths.shape[2], 1));
   p.num_workers = args.num_workers;
   p.page_size = args.page_size;
+  while (1 << p.page_shift < p.page_size) ++p.page_shift;
   p.new_tokens = args.new_tokens;
   if (lengths.shape[0] == 0) return;
 
   constexpr size_t kMostShared = 48 << 10;  // what every device gives without asking
-  size_t shared_ints = size_t(args.num_workers) + 1;
-  p.keeps_rows_in_schedule = (shared_ints + 2 * size_t(p.num_rows)) * 4 > kMostShared;
-  if (!p.keeps_rows_in_schedule) shared_ints += 2 * size_t(p.num_rows);
-  const dim3 grid(p.keeps_rows_in_schedule ? 1 : kSlices, static_cast<uint32_t>(lengths.shape[0]));
-  plan_kernel<<<grid, kThreads, shared_ints * 4, static_cast<cudaStream_t>(args.stream)>>>(p);
+  size_t shared_bytes = (size_t(args.num_workers) + 1) * sizeof(int32_t);
+  const size_t with_rows = shared_bytes + size_t(p.num_rows) * sizeof(RowFacts);
+  p.shares_rows = with_rows <= kMostShared - 1024;
+  if (p.shares_rows) shared_bytes = with_rows;
+  const dim3 grid(p.shares_rows ? kSlices : 1, static_cast<uint32_t>(lengths.shape[0]));
+  plan_kernel<<<grid, kThreads, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(p);
   ADAKV_CUDA_CHECK("plan", cudaGetLastError());
 }
 

@@ -30,11 +30,11 @@ __device__ inline uint64_t normal_policy() {
   return policy;
 }
 
-// --- 16 bytes a thread -----------------------------------------------------------------------------
+// --- 16 bytes a thread ----------------------------------------------------------------------
 
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from), "l"(policy)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
                : "memory");
 }
 
@@ -48,7 +48,7 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- Boxes -----------------------------------------------------------------------------------------
+// --- Boxes ----------------------------------------------------------------------------------
 
 /// Makes a barrier in shared memory for one arriving thread; others see it after the fence.
 __device__ inline void init_barrier(uint32_t barrier) {
@@ -104,7 +104,7 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   if constexpr (kArch >= 900) asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// --- Programmatic launches -------------------------------------------------------------------------
+// --- Programmatic launches ------------------------------------------------------------------
 
 /// Waits for the kernels before this one in the stream, if it was launched to overlap them.
 __device__ inline void wait_for_previous_kernel() {

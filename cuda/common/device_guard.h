@@ -1,5 +1,5 @@
-// Makes a device current for one scope. Launches and copies go to the current device, which need not
-// be the one that the tensors live on.
+// Makes a device current for one scope. Launches and copies go to the current device, which need
+// not be the one that the tensors live on.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -28,10 +28,14 @@ using IntTag = std::integral_constant<int, kValue>;
 template <typename Body>
 void dispatch_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(TypeTag<float>{});
-    case DType::kFloat16: return body(TypeTag<__half>{});
-    case DType::kBFloat16: return body(TypeTag<__nv_bfloat16>{});
-    default: throw Error(detail::concat("no kernel for ", dtype_name(dtype)));
+    case DType::kFloat32:
+      return body(TypeTag<float>{});
+    case DType::kFloat16:
+      return body(TypeTag<__half>{});
+    case DType::kBFloat16:
+      return body(TypeTag<__nv_bfloat16>{});
+    default:
+      throw Error(detail::concat("no kernel for ", dtype_name(dtype)));
   }
 }
 
@@ -40,12 +44,23 @@ void dispatch_dtype(DType dtype, const Body& body) {
 template <typename Body>
 bool dispatch_head_dim(int64_t head_dim, const Body& body) {
   switch (head_dim) {
-    case 64: body(IntTag<64>{}); return true;
-    case 80: body(IntTag<80>{}); return true;
-    case 96: body(IntTag<96>{}); return true;
-    case 128: body(IntTag<128>{}); return true;
-    case 256: body(IntTag<256>{}); return true;
-    default: return false;
+    case 64:
+      body(IntTag<64>{});
+      return true;
+    case 80:
+      body(IntTag<80>{});
+      return true;
+    case 96:
+      body(IntTag<96>{});
+      return true;
+    case 128:
+      body(IntTag<128>{});
+      return true;
+    case 256:
+      body(IntTag<256>{});
+      return true;
+    default:
+      return false;
   }
 }
 

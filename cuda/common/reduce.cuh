@@ -34,9 +34,9 @@ __device__ inline int32_t warp_inclusive_sum(int32_t x) {
   return x;
 }
 
-/// Prefix sums over `count` items by one block of kThreads threads: store(i, sum of value(0 .. i-1))
-/// for every item. All threads call it and get the sum of all items. `scratch` is shared memory,
-/// [kThreads / 32 + 1].
+/// Prefix sums over `count` items by one block of kThreads threads: store(i, sum of value(0) to
+/// value(i - 1)) for every item. All threads call it and get the sum of all items. `scratch` is
+/// shared memory, [kThreads / 32 + 1].
 template <int kThreads, typename Value, typename Store>
 __device__ inline int32_t block_exclusive_sum(int32_t count,
                                               const Value& value,

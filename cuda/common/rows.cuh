@@ -44,13 +44,13 @@ inline IntRows int_rows(const TensorView& x) {
 
 /// A LayerView as kernels take it.
 struct LayerRows {
-  char* pages;                 // [N, 2, P, D]
-  int32_t* page_positions;     // [N, P]
-  int64_t positions_stride;    // of a page
-  IntRows block_table;         // [B, Hkv, M]
-  IntRows lengths;             // [B, Hkv]
-  IntRows fresh_pages;         // [B, Hkv, F]
-  int32_t* seen;               // [B]
+  char* pages;               // [N, 2, P, D]
+  int32_t* page_positions;   // [N, P]
+  int64_t positions_stride;  // of a page
+  IntRows block_table;       // [B, Hkv, M]
+  IntRows lengths;           // [B, Hkv]
+  IntRows fresh_pages;       // [B, Hkv, F]
+  int32_t* seen;             // [B]
   int32_t num_heads, page_size, entry_bytes;
   int32_t page_shift;  // page_size is 1 << page_shift
 

@@ -26,9 +26,8 @@ inline CUtensorMap encode_tensor_map(const char* verb,
   static const Encode encode = [&] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
-    ADAKV_CUDA_CHECK(verb,
-                     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                      cudaEnableDefault, &result));
+    ADAKV_CUDA_CHECK(verb, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                            12000, cudaEnableDefault, &result));
     return reinterpret_cast<Encode>(function);
   }();
   const CUtensorMapSwizzle swizzle = shape.box[0] == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -43,8 +42,8 @@ inline CUtensorMap encode_tensor_map(const char* verb,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    throw Error(detail::concat(verb, ": no tensor map for this memory, error ",
-                               static_cast<int>(status)));
+    throw Error(
+        detail::concat(verb, ": no tensor map for this memory, error ", static_cast<int>(status)));
   }
   return map;
 }
