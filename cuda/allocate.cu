@@ -1,7 +1,8 @@
 // Budgets from one top-k over the heads of a layer, by ordinary launches: below sm_90, for
-// Safeguard::kHardFloor and for many heads; see ops.h for the formulas and allocate.cuh for the search.
-//   1. count, once per level: every head's histogram of the next digit, of the entries that have the
-//      digits found so far; of the position only the first digit, and only if it matters
+// Safeguard::kHardFloor and for many heads; see ops.h for the formulas and allocate.cuh for the
+// search.
+//   1. count, once per level: every head's histogram of the next digit, of the entries that have
+//      the digits found so far; of the position only the first digit, and only if it matters
 //   2. finish: f[h] = entries of head h above the last one, and those equal to it that come first;
 //      then the safeguard
 // Each launch finds the digit of the level before for itself: that costs less than one more launch.
@@ -140,11 +141,11 @@ __device__ void refine(
 }
 
 // Entries of head h that have all digits so far (`level` was the last) and are not its own anyway.
-__device__ int32_t contested(
-    const AllocateParams& params, int b, int h, int level, int32_t own, const State& state) {
-  const uint32_t digit =
-      level < kKeyLevels ? top_k::key_digit(state.key, level)
-                         : state.position >> position_shift(params, level) & (kBins - 1);
+__device__ int32_t
+contested(const AllocateParams& params, int b, int h, int level, int32_t own, const State& state) {
+  const uint32_t digit = level < kKeyLevels
+                             ? top_k::key_digit(state.key, level)
+                             : state.position >> position_shift(params, level) & (kBins - 1);
   const int32_t above = state.above[h];
   const int32_t equal = __ldcg(histogram_of(params, b, level, h) + digit);
   return max(own, above + equal) - max(own, above);
@@ -235,11 +236,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Gives every head what is surely its own, and what is left in the order of heads.
-__device__ void count_best(const AllocateParams& params,
-                           Shared& shared,
-                           int b,
-                           State& state,
-                           int32_t* counts) {
+__device__ void count_best(
+    const AllocateParams& params, Shared& shared, int b, State& state, int32_t* counts) {
   const Sequence sequence(params, b);
   read_state(params, b, kKeyLevels, state);
   int level = kKeyLevels - 1;
@@ -277,9 +275,9 @@ __device__ void count_best(const AllocateParams& params,
 // grid: [B]; one CTA: the budgets of one sequence.
 __global__ void __launch_bounds__(kThreads)
     allocate_finish_kernel(const __grid_constant__ AllocateParams params) {
-  extern __shared__ int64_t shares[];                               // [Hkv]
+  extern __shared__ int64_t shares[];                                   // [Hkv]
   int32_t* counts = reinterpret_cast<int32_t*>(shares + params.heads);  // [Hkv]
-  int32_t* above = counts + params.heads;                           // [Hkv]
+  int32_t* above = counts + params.heads;                               // [Hkv]
   __shared__ Shared shared;
   wait_for_previous_kernel();
   const int b = blockIdx.x;
@@ -334,9 +332,9 @@ void CudaBackend::allocate(const AllocateArgs& args) {
   params.states = params.histograms + histogram_ints(scores);
   params.num_parts = std::max(1, (params.length + kPartKeys - 1) / kPartKeys);
   const bool early = has_sm90("allocate", scores.device.index);
-  ADAKV_CUDA_CHECK("allocate", cudaMemsetAsync(params.histograms, 0,
-                                               histogram_ints(scores) * sizeof(int32_t),
-                                               static_cast<cudaStream_t>(args.stream)));
+  ADAKV_CUDA_CHECK("allocate",
+                   cudaMemsetAsync(params.histograms, 0, histogram_ints(scores) * sizeof(int32_t),
+                                   static_cast<cudaStream_t>(args.stream)));
   const dim3 grid(params.num_parts, heads, batch);
   for (int level = 0; level <= kKeyLevels; ++level) {
     launch("allocate", allocate_count_kernel,

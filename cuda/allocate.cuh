@@ -1,9 +1,9 @@
-// What the kernels of allocate share: those of ordinary launches (allocate.cu) and that of one cluster
-// (allocate_cluster.cu).
+// What the kernels of allocate share: those of ordinary launches (allocate.cu) and that of one
+// cluster (allocate_cluster.cu).
 //
 // The last of the Hkv * b best entries is found digit by digit of a long key, (order_key(score),
-// ~position): 11 + 11 + 10 bits of the score, then 11 at a time of the position. Most often the score
-// is enough: how many entries of each head get in is known, although not which.
+// ~position): 11 + 11 + 10 bits of the score, then 11 at a time of the position. Most often the
+// score is enough: how many entries of each head get in is known, although not which.
 #pragma once
 
 #include "adakv/ops.h"

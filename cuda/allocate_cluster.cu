@@ -1,9 +1,9 @@
-// Budgets from one top-k over the heads of a layer, in one launch (sm_90 and up): a cluster of CTAs for
-// each sequence, with a joint histogram of all heads; see allocate.cuh.
+// Budgets from one top-k over the heads of a layer, in one launch (sm_90 and up): a cluster of CTAs
+// for each sequence, with a joint histogram of all heads; see allocate.cuh.
 //   1. the first digit, of all entries
 //   2. the entries that have it are listed in shared memory, those above are counted per head
-//   3. the other digits, of the listed entries; if several heads have entries equal to the last one,
-//      digits of the position too
+//   3. the other digits, of the listed entries; if several heads have entries equal to the last
+//      one, digits of the position too
 //   4. f[h] from the counts per head, and the safeguard, by one CTA
 #include "allocate.cuh"
 
@@ -18,11 +18,11 @@ namespace {
 
 using top_k::kKeyLevels;
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxCluster = 16;
 constexpr int kMaxHeads = 64;
-constexpr int kBatch = 8;              // scores that a lane loads at a time
+constexpr int kBatch = 24;               // scores that a lane loads at a time
 constexpr int kMaxCapacity = 24 * 1024;  // entries that a CTA lists
 
 struct Entry {
@@ -32,21 +32,13 @@ struct Entry {
 
 struct Shared {
   top_k::ClusterSearch<kThreads, kMaxCluster, kKeyLevels + kPositionLevels> search;
-  int32_t above[kMaxHeads], equal[kMaxHeads];              // entries of this CTA
-  int32_t total_above[2][kMaxHeads], total_equal[2][kMaxHeads];  // of the cluster; by score, by both
+  int32_t above[kMaxHeads], equal[kMaxHeads];  // entries of this CTA
+  int32_t total_above[2][kMaxHeads],
+      total_equal[2][kMaxHeads];  // of the cluster; by score, by both
   int32_t counts[kMaxHeads];
   int64_t shares[kMaxHeads];
   int32_t num_listed;
 };
-
-// Takes a slot of the list; the lanes that come here together need one atomic.
-__device__ int32_t next_slot(Shared& shared) {
-  const uint32_t active = __activemask(), lane = threadIdx.x % kWarpSize;
-  const uint32_t leader = __ffs(active) - 1;
-  int32_t first = 0;
-  if (lane == leader) first = atomicAdd(&shared.num_listed, __popc(active));
-  return __shfl_sync(active, first, leader) + __popc(active & ((1u << lane) - 1));
-}
 
 // A CTA's share of a sequence's entries: units of positions of one head, one warp each.
 class Part {
@@ -61,9 +53,10 @@ class Part {
     unit_ = (unit + kWarpSize - 1) / kWarpSize * kWarpSize;
   }
 
-  // Calls visit(entry) for the entries of this thread, and done(head) at the end of each unit.
-  template <typename Visit, typename Done>
-  __device__ void for_each(const Visit& visit, const Done& done) const {
+  // Calls visit(scores, head, first, end) for batches of this thread's entries: scores[j] is that
+  // of position first + 32 j, if that is below the end. All lanes of a warp come together.
+  template <typename Visit>
+  __device__ void for_each_batch(const Visit& visit) const {
     const int32_t head_units = (length_ + unit_ - 1) / unit_;
     const int32_t warps = cluster_size() * kWarps;
     const int32_t warp = cluster_rank() * kWarps + threadIdx.x / kWarpSize;
@@ -71,40 +64,59 @@ class Part {
       const int32_t head = unit / head_units, begin = unit % head_units * unit_;
       const int32_t end = min(begin + unit_, length_);
       const float* row = scores_ + head * params_.score_stride[1];
-      for (int32_t i = begin + threadIdx.x % kWarpSize; i < end; i += kBatch * kWarpSize) {
+      for (int32_t i = begin; i < end; i += kBatch * kWarpSize) {
+        const int32_t first = i + threadIdx.x % kWarpSize;
         float scores[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          if (i + j * kWarpSize < end) scores[j] = row[i + j * kWarpSize];
+          scores[j] = first + j * kWarpSize < end ? row[first + j * kWarpSize] : 0.f;
         }
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int32_t position = i + j * kWarpSize;
-          if (position < end) visit(Entry{order_key(scores[j]), head, position});
-        }
+        visit(scores, head, first, end);
       }
-      done(head);
     }
+  }
+
+  // Calls visit(entry) for all of this thread's.
+  template <typename Visit>
+  __device__ void for_each(const Visit& visit) const {
+    for_each_batch([&](const float(&scores)[kBatch], int32_t head, int32_t first, int32_t end) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int32_t position = first + j * kWarpSize;
+        if (position < end) visit(Entry{order_key(scores[j]), head, position});
+      }
+    });
   }
 
   // Lists the entries with the first digit `digit` and counts those above.
   __device__ void list(Shared& shared, uint32_t digit) {
-    int32_t above = 0;
-    for_each(
-        [&](const Entry& entry) {
-          const uint32_t digit_of_entry = top_k::key_digit(entry.key, 0);
-          above += digit_of_entry > digit;
-          if (digit_of_entry != digit) return;
-          const int32_t at = next_slot(shared);
-          if (at >= params_.capacity) return;
-          listed_[2 * at] = entry.key;
-          listed_[2 * at + 1] = static_cast<uint32_t>(entry.head) * length_ + entry.position;
-        },
-        [&](int head) {
-          above = __reduce_add_sync(kFullWarp, above);
-          if (threadIdx.x % kWarpSize == 0 && above) atomicAdd(&shared.above[head], above);
-          above = 0;
-        });
+    const int lane = threadIdx.x % kWarpSize;
+    for_each_batch([&](const float(&scores)[kBatch], int32_t head, int32_t first, int32_t end) {
+      int32_t above = 0;
+      uint32_t listed = 0;  // bit j: entry j is
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const uint32_t digit_of_entry = top_k::key_digit(order_key(scores[j]), 0);
+        const bool is_valid = first + j * kWarpSize < end;
+        above += is_valid && digit_of_entry > digit;
+        listed |= (is_valid && digit_of_entry == digit ? 1u : 0u) << j;
+      }
+      above = __reduce_add_sync(kFullWarp, above);
+      if (lane == 0 && above) atomicAdd(&shared.above[head], above);
+      const int32_t count = __popc(listed), reached = warp_inclusive_sum(count);
+      int32_t at = 0;
+      if (lane == kWarpSize - 1 && reached) at = atomicAdd(&shared.num_listed, reached);
+      at = __shfl_sync(kFullWarp, at, kWarpSize - 1) + reached - count;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if ((listed >> j & 1) == 0) continue;
+        if (at < params_.capacity) {
+          listed_[2 * at] = order_key(scores[j]);
+          listed_[2 * at + 1] = static_cast<uint32_t>(head) * length_ + first + j * kWarpSize;
+        }
+        ++at;
+      }
+    });
     __syncthreads();
     first_digit_ = digit;
     num_listed_ = shared.num_listed;
@@ -115,11 +127,9 @@ class Part {
   template <typename Visit>
   __device__ void for_each_listed(const Visit& visit) const {
     if (num_listed_ > params_.capacity) {
-      for_each(
-          [&](const Entry& entry) {
-            if (top_k::key_digit(entry.key, 0) == first_digit_) visit(entry);
-          },
-          [](int) {});
+      for_each([&](const Entry& entry) {
+        if (top_k::key_digit(entry.key, 0) == first_digit_) visit(entry);
+      });
       return;
     }
     for (int32_t i = threadIdx.x; i < num_listed_; i += kThreads) {
@@ -165,8 +175,8 @@ __device__ bool is_settled(const Shared& shared, int heads, int32_t left) {
 // Counts the entries of each head that are the best `k`; in rank 0's shared.counts.
 __device__ void count_best(const AllocateParams& params, Shared& shared, Part& part, int32_t k) {
   int32_t left = k;
-  part.for_each([&](const Entry& entry) { shared.search.count(0, top_k::key_digit(entry.key, 0)); },
-                [](int) {});
+  part.for_each(
+      [&](const Entry& entry) { shared.search.count(0, top_k::key_digit(entry.key, 0)); });
   const uint32_t first_digit = shared.search.find_digit(0, left);
   part.list(shared, first_digit);
   uint32_t key = first_digit << top_k::key_shift(0);
@@ -229,6 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   cluster_arrive();
   wait_for_previous_kernel();
+  let_next_kernel_begin();
   cluster_wait();  // all CTAs run: their memory may be written
   const Sequence sequence(params, b);
   if (sequence.keeps_all(params.mean)) {
@@ -238,9 +249,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Part part(params, sequence, b, listed);
   if (sequence.k > 0) count_best(params, shared, part, static_cast<int32_t>(sequence.k));
   __syncthreads();
+  // Nobody reads another CTA's memory after the last barrier of the cluster.
   if (cluster_rank() == 0) store_budgets(params, b, shared.counts, shared.shares);
-  cluster_arrive();
-  cluster_wait();  // nobody reads this CTA's memory any more
 }
 
 int choose_cluster(const AllocateArgs& args) {

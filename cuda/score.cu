@@ -1,5 +1,6 @@
-// Attention of the last W queries of a prompt to its entries; see ops.h for the formula and score.cuh
-// for how it is made. This file plans and launches. Nothing of size [heads, window, T] is ever stored.
+// Attention of the last W queries of a prompt to its entries; see ops.h for the formula and
+// score.cuh for how it is made. This file plans and launches. Nothing of size [heads, window, T] is
+// ever stored.
 #include "score.cuh"
 
 #include <algorithm>
@@ -24,8 +25,7 @@ ScoreSizes general_sizes(const ScoreArgs& args) {
 }
 
 int num_splits(const ScoreArgs& args, int64_t num_chunks, int ctas_per_sm) {
-  const int sms =
-      device_attribute("score", args.keys.device.index, cudaDevAttrMultiProcessorCount);
+  const int sms = device_attribute("score", args.keys.device.index, cudaDevAttrMultiProcessorCount);
   const int64_t rows = std::max<int64_t>(1, args.scores.shape[0] * args.scores.shape[1]);
   const int64_t wave = int64_t{sms} * ctas_per_sm / (rows * num_chunks);
   // One wave of equal CTAs; or, if that would leave many idle, several waves of small ones.
@@ -45,8 +45,8 @@ void plan_score(const ScoreArgs& args, const ScoreSizes& sizes, ScoreParams& par
   params.head_rows = keeps_heads(args) ? head_units * sizes.unit : params.window;
   params.num_chunks = (params.group * params.head_rows + sizes.rows - 1) / sizes.rows;
   params.parts_per_chunk = keeps_heads(args) ? std::max(1, units / head_units) : 1;
-  params.num_parts = keeps_heads(args) ? params.group * std::max(1, head_units / units)
-                                       : params.num_chunks;
+  params.num_parts =
+      keeps_heads(args) ? params.group * std::max(1, head_units / units) : params.num_chunks;
   params.num_splits = num_splits(args, params.num_chunks, sizes.ctas_per_sm);
 }
 

@@ -43,8 +43,8 @@ bool keeps_heads(const ScoreArgs& args);
 void general_score(const ScoreArgs& args, const ScoreParams& params);
 void pool_parts(const ScoreArgs& args, const ScoreParams& params);
 
-/// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, sums over window and group, no cap. If there
-/// is one part only, the second one pools too.
+/// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, sums over window and group, no cap. If
+/// there is one part only, the second one pools too.
 constexpr int kSm90ScoreRows = 128;
 bool sm90_score_fits(const ScoreArgs& args);
 void sm90_score(const ScoreArgs& args, const ScoreParams& params);
@@ -96,17 +96,20 @@ __device__ inline float2 join(float2 a, float2 b) {
   return {maximum, a.y * fast_exp2(a.x - maximum) + b.y * fast_exp2(b.x - maximum)};
 }
 
-/// log2 of the sum of exp2(z) of row r of a chunk that has kRows of them; +inf (probability 0) for
-/// rows that only fill up.
+/// What the probabilities of a row of a chunk are made with: exp2(z - x) * y. A chunk has kRows
+/// rows; those that only fill it up get y = 0.
 template <int kRows>
-__device__ inline float row_lse(
-    const ScoreParams& params, const ScoreRow& row, int chunk, int row_in_chunk) {
+__device__ inline float2 row_scale(const ScoreParams& params,
+                                   const ScoreRow& row,
+                                   int chunk,
+                                   int row_in_chunk) {
   const int r = chunk * kRows + row_in_chunk;
   const int g = r / params.head_rows, w = r % params.head_rows;
-  if (g >= params.group || w >= params.window) return __int_as_float(0x7f800000);
+  if (g >= params.group || w >= params.window) return {0.f, 0.f};
   const int q = row.h * params.group + g;
   if (params.lse) {
-    return params.lse[row.b * params.lse_stride[0] + q * params.lse_stride[1] + w] * kLog2e;
+    const float* lse = params.lse + row.b * params.lse_stride[0] + q * params.lse_stride[1];
+    return {lse[w] * kLog2e, 1.f};
   }
   const int64_t first = (int64_t{row.b} * params.kv_heads + row.h) * params.num_chunks + chunk;
   const float2* partial = params.partials + first * params.num_splits * kRows + row_in_chunk;
@@ -114,7 +117,17 @@ __device__ inline float row_lse(
 #pragma unroll 8
   for (int i = 0; i < params.num_splits; ++i) joined = join(joined, __ldcg(partial + i * kRows));
   if (params.sink_logits) joined = join(joined, {params.sink_logits[q] * kLog2e, 1.f});
-  return joined.x + log2f(joined.y);
+  return {joined.x, 1.f / joined.y};
+}
+
+/// The same in one number, a little coarser: probabilities are exp2(z - result).
+template <int kRows>
+__device__ inline float row_lse(const ScoreParams& params,
+                                const ScoreRow& row,
+                                int chunk,
+                                int row_in_chunk) {
+  const float2 scale = row_scale<kRows>(params, row, chunk, row_in_chunk);
+  return scale.x - log2f(scale.y);  // +inf for rows that only fill up
 }
 
 }  // namespace adakv

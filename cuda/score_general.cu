@@ -62,21 +62,18 @@ __device__ void for_each_tile(const ScoreParams& params,
   }
 }
 
-// The logits z of a warp's rows for 16 entries.
+// The logits of a warp's rows for 16 entries, still to be multiplied to get z.
 template <typename Kept, typename Element, int kTiles>
 __device__ void logits(const ScoreParams& params,
                        const Kept& queries,
                        const Element* keys,
-                       float (&z)[kTiles][2][4]) {
-  queries.multiply(keys, z);
+                       float (&x)[kTiles][2][4]) {
+  queries.multiply(keys, x);
+  if (params.softcap == 0.f) return;
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& x = z[m][i / 4][i % 4];
-      if (params.softcap > 0) x = params.softcap * tanhf(x * params.cap_scale);
-      x *= params.multiplier;
-    }
+  for (int i = 0; i < 8 * kTiles; ++i) {
+    float& logit = x[i / 8][i / 4 % 2][i % 4];
+    logit = params.softcap * tanhf(logit * params.cap_scale);
   }
 }
 
@@ -140,6 +137,7 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
       params, row, range, row.seq_len, reinterpret_cast<Element*>(memory),
       [&](int32_t tile, const Element* keys) {
         if (first_row >= params.group * params.head_rows) return;
+        const bool masks = (tile + 1) * Tile::kEntries > row.candidates;
 #pragma unroll 1
         for (int i = 0; i < Tile::kWarpEntries; i += 16) {
           const int entry = entry_warp * Tile::kWarpEntries + i;
@@ -153,7 +151,8 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
               float x[4] = {z[m][0][2 * j], z[m][0][2 * j + 1], z[m][1][2 * j], z[m][1][2 * j + 1]};
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
-                if (first + c / 2 * 8 + c % 2 >= visible[m][j]) x[c] = -INFINITY;
+                x[c] *= params.multiplier;
+                if (masks && first + c / 2 * 8 + c % 2 >= visible[m][j]) x[c] = -INFINITY;
               }
               float2& sum = running[m][j];
               const float highest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
@@ -173,8 +172,8 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
     float2 sum = running[m / 2][m % 2];
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
-      sum = join(sum, {__shfl_xor_sync(kFullWarp, sum.x, step),
-                       __shfl_xor_sync(kFullWarp, sum.y, step)});
+      sum = join(
+          sum, {__shfl_xor_sync(kFullWarp, sum.x, step), __shfl_xor_sync(kFullWarp, sum.y, step)});
     }
     if (lane % 4 == 0) joined[entry_warp][unit * Tile::kUnit + m * 8 + lane / 4] = sum;
   }
@@ -196,8 +195,9 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
     score_probs_kernel(const __grid_constant__ ScoreParams params) {
   using Tile = ScoreTile<Element, kDim>;
   constexpr int kTiles = Tile::kTiles;
+  constexpr bool kIsExact = sizeof(Element) == 4;  // 16-bit elements need less, and registers
   extern __shared__ __align__(16) char memory[];
-  __shared__ float lse[Tile::kRows];
+  __shared__ float2 scales[Tile::kRows];
   __shared__ float units[2][Tile::kRowWarps][Tile::kEntries];  // of tiles in turn
   const auto combine = [](float a, float b) { return kIsMax ? fmaxf(a, b) : a + b; };
   const ScoreRow row(params, blockIdx.z);
@@ -214,16 +214,18 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
   let_next_kernel_begin();
   wait_for_previous_kernel();
   for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-    lse[r] = row_lse<Tile::kRows>(params, row, chunk, r);
+    scales[r] = kIsExact ? row_scale<Tile::kRows>(params, row, chunk, r)
+                         : float2{row_lse<Tile::kRows>(params, row, chunk, r), 1.f};
   }
   for (int i = threadIdx.x; i < 2 * Tile::kRowWarps * Tile::kEntries; i += Tile::kThreads) {
     (&units[0][0][0])[i] = 0.f;  // rows that only fill up the chunk add nothing
   }
   __syncthreads();
-  float row_lses[kTiles][2];
+  float2 row_scales[kTiles][2];
 #pragma unroll
   for (int m = 0; m < 2 * kTiles; ++m) {
-    row_lses[m / 2][m % 2] = lse[unit * Tile::kUnit + m * 8 + lane / 4];
+    row_scales[m / 2][m % 2] = scales[unit * Tile::kUnit + m * 8 + lane / 4];
+    if (!kIsExact) row_scales[m / 2][m % 2].y = 1.f;
   }
 
   // Joins the units of a part and stores it.
@@ -256,9 +258,11 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
           for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-              const float low = fast_exp2(z[m][c / 2][c % 2] - row_lses[m][0]);
-              const float high = fast_exp2(z[m][c / 2][c % 2 + 2] - row_lses[m][1]);
-              x[4 * i + c] = combine(x[4 * i + c], combine(low, high));
+              const float2 upper = row_scales[m][0], lower = row_scales[m][1];
+              const float low = z[m][c / 2][c % 2], high = z[m][c / 2][c % 2 + 2];
+              const float p = fast_exp2(fmaf(low, params.multiplier, -upper.x)) * upper.y;
+              const float q = fast_exp2(fmaf(high, params.multiplier, -lower.x)) * lower.y;
+              x[4 * i + c] = combine(x[4 * i + c], combine(p, q));
             }
           }
         }

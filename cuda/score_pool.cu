@@ -1,5 +1,5 @@
-// The last step of score, where several parts make up a score: parts are reduced over the window and
-// the group and pooled, in the order that was asked for.
+// The last step of score, where several parts make up a score: parts are reduced over the window
+// and the group and pooled, in the order that was asked for.
 #include "common/launch.cuh"
 #include "score.cuh"
 
@@ -91,8 +91,7 @@ void pool_parts(const ScoreArgs& args, const ScoreParams& score) {
   params.score = score;
   params.window_reduce = args.window_reduce;
   params.group_reduce = args.group_reduce;
-  params.num_outer =
-      keeps_heads(args) && args.order == Order::kPoolFirst ? score.group : 1;
+  params.num_outer = keeps_heads(args) && args.order == Order::kPoolFirst ? score.group : 1;
   params.parts_per_head = keeps_heads(args) ? score.num_parts / score.group : 0;
   const dim3 grid((score.length + kPoolEntries - 1) / kPoolEntries,
                   static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1]));

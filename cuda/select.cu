@@ -1,6 +1,6 @@
 // Positions that each row keeps; see ops.h. One launch, a cluster of CTAs for each row:
-//   1. find the key of the last of the `count` best candidates (common/cluster_search.cuh); once its
-//      first digit is known, each warp lists the few candidates that have it
+//   1. find the key of the last of the `count` best candidates (common/cluster_search.cuh); once
+//      its first digit is known, each warp lists the few candidates that have it
 //   2. of the candidates equal to that key the first ones get in: prefix sums over CTAs and warps
 //   3. write the positions that get in, ascending, and then the window
 // The second stage (norms) is step 1 and 2 again with keys that rank what stage one took above
@@ -23,8 +23,8 @@ constexpr int kMaxShare = 65535;          // positions of a warp that has a list
 constexpr uint32_t kTaken = 0xffffffffu;  // above every score
 
 struct SelectParams {
-  const float* scores;    // [B, Hkv, T]
-  const float* norms;     // [B, Hkv, T] or null
+  const float* scores;      // [B, Hkv, T]
+  const float* norms;       // [B, Hkv, T] or null
   const int32_t* budgets;   // [B, Hkv]
   const int32_t* seq_lens;  // [B] or null
   int32_t* positions;       // [capacity]
@@ -74,8 +74,8 @@ __host__ __device__ int32_t share_of(int32_t length, int cluster) {
   return (share + kWarpSize - 1) / kWarpSize * kWarpSize;
 }
 
-// A warp's part of a row: positions side by side. If shared memory holds them (`cache`: the keys of a
-// CTA, then the lists) its keys are made once a stage.
+// A warp's part of a row: positions side by side. If shared memory holds them (`cache`: the keys of
+// a CTA, then the lists) its keys are made once a stage.
 class Part {
  public:
   __device__ Part(const SelectParams& params, const Row& row, int r, uint32_t* cache)
@@ -105,7 +105,7 @@ class Part {
   // Makes the keys of a stage: the calls of visit(key) for this thread's.
   template <typename Visit>
   __device__ void make_keys(bool second, const Threshold& stage_one, const Visit& visit) const {
-#pragma unroll 8
+#pragma unroll 16
     for (int32_t i = threadIdx.x % kWarpSize; i < count_; i += kWarpSize) {
       const uint32_t key = make_key(i, second, stage_one);
       if (keys_) keys_[i] = key;
@@ -177,15 +177,14 @@ struct Place {
 };
 
 // The threshold of the `count` best, as it holds for this warp's positions. 1 <= count.
-__device__ Place find_threshold(
-    Shared& shared, Part& part, bool second, const Threshold& stage_one, int32_t count) {
+__device__ Place
+find_threshold(Shared& shared, Part& part, bool second, const Threshold& stage_one, int32_t count) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int first_round = second ? top_k::kKeyLevels : 0;
   if (threadIdx.x < kMaxCluster) shared.search.above[threadIdx.x] = 0;
   int32_t left = count;
-  part.make_keys(second, stage_one, [&](uint32_t key) {
-    shared.search.count(first_round, top_k::key_digit(key, 0));
-  });
+  part.make_keys(second, stage_one,
+                 [&](uint32_t key) { shared.search.count(first_round, top_k::key_digit(key, 0)); });
   uint32_t key = shared.search.find_digit(first_round, left);
   int32_t above = part.list_candidates(second, stage_one, key);
   key <<= top_k::key_shift(0);
@@ -247,22 +246,21 @@ __device__ int32_t block_sum(Shared& shared, int32_t count, const Value& value) 
   return __reduce_add_sync(kFullWarp, lane < kWarps ? shared.sums[lane] : 0);
 }
 
-// Writes the positions of the candidates that are kept, ascending.
-__device__ void write_candidates(const SelectParams& params,
-                                 Shared& shared,
-                                 Part& part,
-                                 const Row& row,
-                                 int32_t offset) {
+// Writes the positions of the candidates that are kept, ascending. Arrives at the cluster's last
+// barrier as soon as nobody else's memory is read.
+__device__ void write_candidates(
+    const SelectParams& params, Shared& shared, Part& part, const Row& row, int32_t offset) {
   const auto write = [&](int32_t at, int32_t position) {
     if (at < params.capacity) params.positions[at] = position;
   };
-  if (row.count == row.candidates) {
-    part.for_each(false, {}, [&](uint32_t, int32_t i, bool is_valid) {
-      if (is_valid) write(offset + i, i);
-    });
+  if (row.count == 0 || row.count == row.candidates) {
+    cluster_arrive();
+    const int32_t step = cluster_size() * kThreads;
+    for (int32_t i = cluster_rank() * kThreads + threadIdx.x; i < row.count; i += step) {
+      write(offset + i, i);
+    }
     return;
   }
-  if (row.count == 0) return;
   Threshold stage_one;
   const int32_t first = params.norms ? static_cast<int32_t>(params.first * row.count) : row.count;
   bool second = first == 0;
@@ -273,6 +271,7 @@ __device__ void write_candidates(const SelectParams& params,
     stage_one = place.threshold;
     second = true;
   }
+  cluster_arrive();
   const uint32_t lower_lanes = (1u << threadIdx.x % kWarpSize) - 1;
   int32_t at = offset + place.offset;
   part.for_each(second, stage_one, [&](uint32_t k, int32_t i, bool is_valid) {
@@ -293,6 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   cluster_arrive();
   wait_for_previous_kernel();
+  let_next_kernel_begin();
   const Row row = row_of(params, r);
   const int32_t offset = block_sum(shared, r, [&](int32_t i) {
     const Row before = row_of(params, i);
@@ -317,7 +317,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_wait();  // all CTAs run: their memory may be written
   Part part(params, row, r, cache);
   write_candidates(params, shared, part, row, offset);
-  cluster_arrive();
   cluster_wait();  // nobody reads this CTA's memory any more
 }
 
@@ -358,16 +357,14 @@ void CudaBackend::select(const SelectArgs& args) {
   cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   if (params.num_rows == 0) {
     ADAKV_CUDA_CHECK("select", cudaMemsetAsync(params.indptr, 0, sizeof(int32_t), stream));
-    ADAKV_CUDA_CHECK("select",
-                     cudaMemsetAsync(params.positions, 0xff,
-                                     params.capacity * sizeof(int32_t), stream));
+    ADAKV_CUDA_CHECK("select", cudaMemsetAsync(params.positions, 0xff,
+                                               params.capacity * sizeof(int32_t), stream));
     return;
   }
   const int device = scores.device.index, cluster = choose_cluster(params, device);
   const int64_t share = share_of(params.length, cluster);
   const int64_t cache_bytes = share * kWarps * (sizeof(uint32_t) + sizeof(uint16_t));
-  const int limit =
-      device_attribute("select", device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int limit = device_attribute("select", device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   params.caches_keys = share <= kMaxShare && cache_bytes + int64_t{sizeof(Shared)} <= limit;
   const size_t shared_bytes = params.caches_keys ? cache_bytes : 0;
   launch("select", select_kernel,

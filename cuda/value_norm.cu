@@ -30,7 +30,7 @@ struct NormTile {
   // 16-bit values only pass through shared memory, before the first stage comes.
   static constexpr size_t kSharedBytes =
       kIsFloat ? kStageBytes + kWarps * Kept::kSharedBytes
-               : std::max<size_t>(kStageBytes, kWarps * Kept::kSharedBytes);
+               : std::max<size_t>(kStageBytes, kWarps* Kept::kSharedBytes);
 };
 
 struct NormRow {
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__((NormTile<Element, kDim>::kThreads), 1)
   using Tile = NormTile<Element, kDim>;
   extern __shared__ __align__(16) char memory[];
   Element* stages = reinterpret_cast<Element*>(memory);
+  wait_for_previous_kernel();
   const NormRow row(params, blockIdx.y);
   const int32_t first_entry = blockIdx.x * Tile::kEntries;
   float sums[Tile::kTiles][2] = {};
@@ -105,12 +106,11 @@ __global__ void __launch_bounds__((NormTile<Element, kDim>::kThreads), 1)
       const int q = row.h * params.group + i / head_stages;
       const int first = i % head_stages * Tile::kStreamed;
       const Element* w_o = static_cast<const Element*>(params.w_o) + q * params.head_dim;
-      copy_rows<kDim>(stages + i % Tile::kStages * Tile::kStageElements, Tile::kStreamed,
-                      params.head_dim, params.is_aligned, w_o, threadIdx.x, Tile::kThreads,
-                      [&](int j) -> const Element* {
-                        return first + j < params.width ? w_o + (first + j) * params.w_o_stride
-                                                        : nullptr;
-                      });
+      copy_rows<kDim>(
+          stages + i % Tile::kStages * Tile::kStageElements, Tile::kStreamed, params.head_dim,
+          params.is_aligned, w_o, threadIdx.x, Tile::kThreads, [&](int j) -> const Element* {
+            return first + j < params.width ? w_o + (first + j) * params.w_o_stride : nullptr;
+          });
     }
     commit_copies();
   };
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__((NormTile<Element, kDim>::kThreads), 1)
   store_norms<Tile>(params, row, first_entry, sums, [&](float sum) { return sum / group; });
 }
 
-// --- l2_gram ---------------------------------------------------------------------------------------
+// --- l2_gram ------------------------------------------------------------------------------------
 
 constexpr int kGramThreads = 256;
 
@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
   using Tile = GramTile<Element, kDim>;
   extern __shared__ __align__(16) char memory[];
   Element* stages = reinterpret_cast<Element*>(memory);
+  wait_for_previous_kernel();
   let_next_kernel_begin();
   const int h = blockIdx.z, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   constexpr int kBlocks = kDim / Tile::kBlock;
@@ -218,8 +219,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
   const int begin = min(static_cast<int>(blockIdx.y) * share, num_rows);
   const int end = min(begin + share, num_rows);
   const int num_stages = (end - begin + Tile::kStreamed - 1) / Tile::kStreamed;
-  const Element* w_o =
-      static_cast<const Element*>(params.w_o) + h * params.group * params.head_dim;
+  const Element* w_o = static_cast<const Element*>(params.w_o) + h * params.group * params.head_dim;
   const auto load = [&](int stage) {
     if (stage < num_stages) {
       copy_rows<kDim>(stages + stage % Tile::kStages * Tile::kStageElements, Tile::kStreamed,
@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int row = i + 16 * m + lane / 4 + c / 2 * 8, column = j + 8 * n + lane % 4 * 2 + c % 2;
+        const int row = i + 16 * m + lane / 4 + c / 2 * 8;
+        const int column = j + 8 * n + lane % 4 * 2 + c % 2;
         if (row < dim && column < dim) partial[row * dim + column] = sums[m][n][c];
       }
     }
@@ -312,8 +313,8 @@ __global__ void __launch_bounds__((NormTile<Element, kDim>::kThreads), 1)
   typename Tile::Kept values;
   load_values<Tile, Element>(params, row, first_entry, memory, values);
   wait_for_previous_kernel();
-  const Element* gram = static_cast<const Element*>(params.gram) +
-                        int64_t{row.h} * params.head_dim * params.head_dim;
+  const Element* gram =
+      static_cast<const Element*>(params.gram) + int64_t{row.h} * params.head_dim * params.head_dim;
 #pragma unroll
   for (int first = 0; first < kDim; first += kStreamed) {
     __syncthreads();
@@ -345,7 +346,7 @@ __global__ void __launch_bounds__((NormTile<Element, kDim>::kThreads), 1)
                     [&](float sum) { return sqrtf(fmaxf(sum, 0.f) / scale); });
 }
 
-// --- Launching -------------------------------------------------------------------------------------
+// --- Launching ----------------------------------------------------------------------------------
 
 constexpr int kGramSplits = 16;
 
@@ -381,24 +382,27 @@ ValueNormParams make_params(const ValueNormArgs& args) {
     const GramBytes bytes = gram_bytes(args);
     params.partials = args.workspace.ptr<float>();
     params.gram = args.workspace.ptr<char>() + bytes.partials;
-    params.gram_scales = reinterpret_cast<float*>(args.workspace.ptr<char>() + bytes.partials +
-                                                  bytes.gram);
+    params.gram_scales =
+        reinterpret_cast<float*>(args.workspace.ptr<char>() + bytes.partials + bytes.gram);
     params.num_splits = kGramSplits;
   }
   return params;
 }
 
 template <typename Element, int kDim>
-void launch_gram(const ValueNormArgs& args, const ValueNormParams& params, const dim3& grid) {
+void launch_gram(const ValueNormArgs& args,
+                 const ValueNormParams& params,
+                 const dim3& grid,
+                 bool early) {
   constexpr int kGramDim = kDim == 96 ? 128 : kDim;  // blocks of G are 64 or 128 wide
   using Gram = GramTile<Element, kGramDim>;
   using Tile = NormTile<Element, kDim>;
-  const bool early = has_sm90("value_norm", args.values.device.index);
   constexpr unsigned kBlocks = kGramDim / Gram::kBlock;
   const unsigned heads = params.kv_heads;
-  launch("value_norm", gram_sum_kernel<Element, kGramDim>,
-         {dim3(kBlocks * kBlocks, params.num_splits, heads), kGramThreads, Gram::kSharedBytes},
-         args.stream, params);
+  launch(
+      "value_norm", gram_sum_kernel<Element, kGramDim>,
+      {dim3(kBlocks * kBlocks, params.num_splits, heads), kGramThreads, Gram::kSharedBytes, early},
+      args.stream, params);
   launch("value_norm", gram_join_kernel<Element>,
          {dim3((params.head_dim + 7) / 8, heads), kGramThreads, 0, early}, args.stream, params);
   launch("value_norm", value_norm_gram_kernel<Element, kDim>,
@@ -412,6 +416,7 @@ void CudaBackend::value_norm(const ValueNormArgs& args) {
   if (args.norms.size() == 0) return;
   const ValueNormParams params = make_params(args);
   if (sm90_value_norm_fits(args)) return sm90_value_norm(args, params);
+  const bool early = has_sm90("value_norm", args.values.device.index);
   dispatch_dtype(args.values.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
     dispatch_tile_dim(params.head_dim, [&](auto dim) {
@@ -419,10 +424,10 @@ void CudaBackend::value_norm(const ValueNormArgs& args) {
       const dim3 grid((params.length + Tile::kEntries - 1) / Tile::kEntries,
                       static_cast<unsigned>(args.values.shape[0] * args.values.shape[1]));
       if (args.norm == Norm::kL2Gram) {
-        launch_gram<Element, dim.value>(args, params, grid);
+        launch_gram<Element, dim.value>(args, params, grid, early);
       } else {
         launch("value_norm", value_norm_l1_kernel<Element, dim.value>,
-               {grid, Tile::kThreads, Tile::kSharedBytes}, args.stream, params);
+               {grid, Tile::kThreads, Tile::kSharedBytes, early}, args.stream, params);
       }
     });
   });

@@ -48,10 +48,10 @@ __device__ inline int32_t cluster_load(const int32_t* shared, int rank) {
 }
 
 __device__ inline void cluster_add(int32_t* shared, int rank, int32_t value) {
-  asm volatile("red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(
-                   cluster_address(shared, rank)),
-               "r"(value)
-               : "memory");
+  asm volatile(
+      "red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(cluster_address(shared, rank)),
+      "r"(value)
+      : "memory");
 }
 
 #else

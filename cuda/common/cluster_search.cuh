@@ -1,5 +1,5 @@
-// The cluster's way to find the k best keys of a list that is spread over its CTAs: the digits of the
-// last key that gets in, from histograms that are joined through distributed shared memory.
+// The cluster's way to find the k best keys of a list that is spread over its CTAs: the digits of
+// the last key that gets in, from histograms that are joined through distributed shared memory.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -7,8 +7,8 @@
 
 namespace adakv::top_k {
 
-/// In shared memory, the same in every CTA. Rounds follow each other: count() the digits of round i,
-/// then find_digit(i).
+/// In shared memory, the same in every CTA. Rounds follow each other: count() the digits of round
+/// i, then find_digit(i).
 template <int kThreads, int kMaxCluster, int kRounds>
 struct ClusterSearch {
   static constexpr int kWarps = kThreads / kWarpSize;

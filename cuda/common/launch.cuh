@@ -1,5 +1,5 @@
-// Launching kernels with what sm_90 adds: clusters, and kernels that start while the one before them
-// still runs (programmatic dependent launch). On older devices the same kernels run without.
+// Launching kernels with what sm_90 adds: clusters, and kernels that start while the one before
+// them still runs (programmatic dependent launch). On older devices the same kernels run without.
 #pragma once
 
 #include <cuda_runtime.h>

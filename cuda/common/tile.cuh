@@ -157,7 +157,8 @@ class KeptRows<float, kDim, kTiles> {
     for (int k = 0; k < kDim; k += 4) {
       float4 b[2][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = load4(columns + (i / 2 * 8 + i % 2) * kPitch + k);
+      for (int i = 0; i < 4; ++i)
+        b[i / 2][i % 2] = load4(columns + (i / 2 * 8 + i % 2) * kPitch + k);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll

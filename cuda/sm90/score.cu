@@ -1,9 +1,9 @@
 // score on sm_90: the products by warpgroup instructions, the keys by the bulk copy engine.
 //
-// Of the 17 warps of a CTA the last one fetches tiles of 128 keys into a ring. Four warpgroups work on
-// them, two on each tile and the pairs on tiles in turn. For the maxima and sums a warpgroup takes 64
-// query rows against all keys of a tile, so that a row's are in four lanes; for the probabilities 64
-// keys against all query rows, so that the sum over rows stays in a lane.
+// Of the 17 warps of a CTA the last one fetches tiles of 128 keys into a ring. Four warpgroups work
+// on them, two on each tile and the pairs on tiles in turn. For the maxima and sums a warpgroup
+// takes 64 query rows against all keys of a tile, so that a row's are in four lanes; for the
+// probabilities 64 keys against all query rows, so that the sum over rows stays in a lane.
 #include "score.cuh"
 
 #include "common/dispatch.cuh"
@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kRows = kSm90ScoreRows, kEntries = 128;  // of a tile
 constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarpSize;
-constexpr int kGroups = 4, kThreads = kGroups * kGroupThreads + kWarpSize;
+constexpr int kGroups = 4, kWorkers = kGroups * kGroupThreads;
+constexpr int kThreads = kWorkers + kWarpSize;
 
 template <typename Element_, int kDim>
 struct ScoreTile {
@@ -69,21 +70,29 @@ __device__ void load_tiles(const CUtensorMap& keys,
 
 // Between the warps that work: all but the loader.
 __device__ void sync_workers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * kGroupThreads) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
 }
 
-// The workers copy the chunk's queries to shared memory, zeros for rows that only fill up.
+// The workers copy the chunk's queries to shared memory, zeros for rows that only fill up. All
+// loads are on their way before the first is stored.
 template <typename Tile>
 __device__ void load_queries(const ScoreParams& params, const Place& place, char* memory) {
   using Element = typename Tile::Element;
   constexpr int kChunks = Tile::kSteps * 2;  // 16 bytes each
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kGroups * kGroupThreads) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    const Element* query = query_row<Element>(params, place.row, place.chunk * kRows + r);
-    const uint4 zeros = {};
-    char* to = memory + chunk / 8 * Tile::kPanelBytes + panel_offset(r, chunk % 8);
-    *reinterpret_cast<uint4*>(to) =
-        query ? __ldg(reinterpret_cast<const uint4*>(query) + chunk) : zeros;
+  constexpr int kLoads = kRows * kChunks / kWorkers;
+  uint4 loaded[kLoads];
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = threadIdx.x + j * kWorkers;
+    const Element* query = query_row<Element>(params, place.row, place.chunk * kRows + i / kChunks);
+    loaded[j] = uint4{};
+    if (query) loaded[j] = __ldg(reinterpret_cast<const uint4*>(query) + i % kChunks);
+  }
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = threadIdx.x + j * kWorkers, chunk = i % kChunks;
+    char* to = memory + chunk / 8 * Tile::kPanelBytes + panel_offset(i / kChunks, chunk % 8);
+    *reinterpret_cast<uint4*>(to) = loaded[j];
   }
   fence_before_boxes();
   sync_workers();
@@ -172,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
-      sum = join(sum, {__shfl_xor_sync(kFullWarp, sum.x, step),
-                       __shfl_xor_sync(kFullWarp, sum.y, step)});
+      sum = join(
+          sum, {__shfl_xor_sync(kFullWarp, sum.x, step), __shfl_xor_sync(kFullWarp, sum.y, step)});
       sum_below = join(sum_below, {__shfl_xor_sync(kFullWarp, sum_below.x, step),
                                    __shfl_xor_sync(kFullWarp, sum_below.y, step)});
     }
@@ -198,66 +207,69 @@ __device__ float* score_row(const ScoreParams& params, const Place& place) {
          place.row.h * params.score_stride[1];
 }
 
-// The scores of entries begin .. end - 1.
+// The scores of entries begin .. end - 1. `values` is shared memory, [capacity].
 __device__ void pool_entries(const ScoreParams& params,
                              const Place& place,
                              int32_t begin,
-                             int32_t end) {
+                             int32_t end,
+                             float* values,
+                             int32_t capacity) {
   const float* part = params.parts + int64_t{blockIdx.z} * params.length;
   float* scores = score_row(params, place);
   const bool is_max = params.pool == Pool::kMax;
-  for (int32_t t = begin + threadIdx.x; t < end; t += kGroups * kGroupThreads) {
-    const int32_t last = min(t + params.side, place.row.candidates - 1);
-    float pooled = 0.f;  // probabilities are not negative
-    for (int32_t i = max(t - params.side, 0); i <= last; ++i) {
-      const float x = __ldcg(part + i);
-      pooled = is_max ? fmaxf(pooled, x) : pooled + x;
+  const float outside = is_max ? -INFINITY : 0.f;
+  const int32_t most = capacity - 2 * params.side;
+  for (int32_t first = begin; first < end; first += most) {
+    const int32_t count = min(end - first, most);
+    sync_workers();
+#pragma unroll 4
+    for (int32_t i = threadIdx.x; i < count + 2 * params.side; i += kWorkers) {
+      const int32_t t = first - params.side + i;
+      values[i] = t >= 0 && t < place.row.candidates ? __ldcg(part + t) : outside;
     }
-    scores[t] = pooled * params.weight;
+    sync_workers();
+    for (int32_t i = threadIdx.x; i < count; i += kWorkers) {
+      float pooled = values[i];
+      for (int32_t j = 1; j <= 2 * params.side; ++j) {
+        pooled = is_max ? fmaxf(pooled, values[i + j]) : pooled + values[i + j];
+      }
+      scores[first + i] = pooled * params.weight;
+    }
   }
 }
 
-// Whether this CTA is the second of the two that share the border behind split `split`: what the
-// first has written is seen then.
-__device__ bool is_second(const ScoreParams& params, int split) {
-  __shared__ int32_t others;
-  sync_workers();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    others = atomicAdd(params.arrivals + blockIdx.z * params.num_splits + split, 1);
-    __threadfence();
-  }
-  sync_workers();
-  return others > 0;
-}
-
-// Scores of a span. Those near a border to a neighbour need both parts: the CTA that comes second
-// makes them.
-__device__ void pool_span(const ScoreParams& params, const Place& place, const TileRange& range) {
+// Scores of a span. Those near a border to a neighbour need the parts of both: the CTA that comes
+// second makes them.
+__device__ void pool_span(const ScoreParams& params,
+                          const Place& place,
+                          const TileRange& range,
+                          float* values,
+                          int32_t capacity) {
+  __shared__ int32_t arrived[2];  // whether the neighbours before and after have been here
   if (range.begin >= range.end) return;
-  const int32_t begin = range.begin * kEntries;
-  const int32_t end = min(range.end * kEntries, place.row.candidates);
-  const bool is_first = begin == 0, is_last = end == place.row.candidates;
+  int32_t begin = range.begin * kEntries;
+  int32_t end = min(range.end * kEntries, place.row.candidates);
+  const bool has_before = begin > 0, has_after = end < place.row.candidates;
   sync_workers();
-  pool_entries(params, place, is_first ? 0 : begin + params.side,
-               is_last ? end : end - params.side);
-  if (params.side == 0) return;
-  const int split = blockIdx.x;
-  if (!is_first && is_second(params, split - 1)) {
-    pool_entries(params, place, begin - params.side,
-                 min(begin + params.side, place.row.candidates));
+  if (threadIdx.x < 2) {
+    const bool is_shared = params.side > 0 && (threadIdx.x == 0 ? has_before : has_after);
+    int32_t* border = params.arrivals + blockIdx.z * params.num_splits + blockIdx.x - 1 +
+                      static_cast<int>(threadIdx.x);
+    __threadfence();
+    arrived[threadIdx.x] = is_shared ? atomicAdd(border, 1) : 0;
+    __threadfence();
   }
-  if (!is_last && is_second(params, split)) {
-    pool_entries(params, place, end - params.side,
-                 min(end + params.side, place.row.candidates));
-  }
+  sync_workers();
+  if (has_before) begin += arrived[0] ? -params.side : params.side;
+  if (has_after) end += arrived[1] ? params.side : -params.side;
+  pool_entries(params, place, begin, min(end, place.row.candidates), values, capacity);
 }
 
 // Entries that don't compete; all CTAs of a row take their share.
 __device__ void fill_rest(const ScoreParams& params, const Place& place) {
   float* scores = score_row(params, place);
   const int32_t step = params.num_splits * kGroups * kGroupThreads;
-  for (int32_t t = max(place.row.candidates, 0) + blockIdx.x * kGroups * kGroupThreads + threadIdx.x;
+  for (int32_t t = max(place.row.candidates, 0) + blockIdx.x * kWorkers + threadIdx.x;
        t < params.length; t += step) {
     scores[t] = -INFINITY;
   }
@@ -298,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   sync_workers();
 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kGroupWarps;
-  float* parts = params.parts +
-                 (int64_t{blockIdx.z} * params.num_parts + place.chunk) * params.length;
+  float* parts =
+      params.parts + (int64_t{blockIdx.z} * params.num_parts + place.chunk) * params.length;
   for (int32_t i = place.pair; i < count; i += 2) {
     float x[64];
     ring.wait_full(i);
@@ -322,12 +334,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum += __shfl_xor_sync(kFullWarp, sum, step);
       sum_below += __shfl_xor_sync(kFullWarp, sum_below, step);
     }
-    const int32_t t = (range.end - 1 - i) * kEntries + place.half * 64 + warp * 16 + lane / 4 +
-                      lane % 4 * 8;
+    const int32_t t =
+        (range.end - 1 - i) * kEntries + place.half * 64 + warp * 16 + lane / 4 + lane % 4 * 8;
     if (lane % 4 < 2 && t < place.row.candidates) parts[t] = lane % 4 == 0 ? sum : sum_below;
   }
   if (params.num_parts == 1) {
-    pool_span(params, place, range);
+    pool_span(params, place, range, reinterpret_cast<float*>(memory),
+              Tile::kSharedBytes / sizeof(float));  // all tiles are done with
     fill_rest(params, place);
   }
 }
@@ -335,11 +348,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename Element, int kDim>
 void launch_score(const ScoreArgs& args, const ScoreParams& params) {
   using Tile = ScoreTile<Element, kDim>;
-  TensorMapShape shape = {{kDim, static_cast<uint64_t>(params.length),
-                           static_cast<uint64_t>(args.keys.shape[1]),
-                           static_cast<uint64_t>(args.keys.shape[0])},
-                          {},
-                          {kPanelColumns, kEntries, 1, 1}};
+  TensorMapShape shape = {
+      {kDim, static_cast<uint64_t>(params.length), static_cast<uint64_t>(args.keys.shape[1]),
+       static_cast<uint64_t>(args.keys.shape[0])},
+      {},
+      {kPanelColumns, kEntries, 1, 1}};
   for (int i = 0; i < 3; ++i) {  // strides of dimensions of one element mean nothing
     const bool matters = args.keys.shape[2 - i] > 1;
     shape.stride[i] = matters ? args.keys.stride[2 - i] * sizeof(Element) : 16;

@@ -1,8 +1,8 @@
 // The L1 norms of value_norm on sm_90: the products by warpgroup instructions, Wo by the bulk copy
 // engine.
 //
-// Two warpgroups keep 128 values each in registers, as two blocks of 64; a third fetches tiles of 128
-// rows of Wo into a ring. While one block's products are made, |.| of the other's is summed up.
+// Two warpgroups keep 128 values each in registers, as two blocks of 64; a third fetches tiles of
+// 128 rows of Wo into a ring. While one block's products are made, |.| of the other's is summed up.
 #include "value_norm.cuh"
 
 #include "common/dispatch.cuh"
@@ -20,8 +20,8 @@ constexpr int kGroupEntries = 128, kEntries = 2 * kGroupEntries;  // of a CTA
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kTileRows = 128;  // of Wo
 constexpr int kStages = 6;
-// Tiles done in straight line: a product under way at a loop's end makes ptxas serialise all of them
-// (warning C7514). The last ones are filled up with tiles behind Wo, which are zeros.
+// Tiles done in straight line: a product under way at a loop's end makes ptxas serialise all of
+// them (warning C7514). The last ones are filled up with tiles behind Wo, which are zeros.
 constexpr int kUnrolled = 4;
 
 template <typename Element_, int kDim>
@@ -75,8 +75,8 @@ __device__ void add_magnitudes(float (&sums)[4], const float (&products)[64]) {
   for (int j = 0; j < 64; ++j) sums[j % 4] += fabsf(products[j]);
 }
 
-__device__ void store_norms(float* norms, int32_t first, int32_t limit, const float (&sums)[4],
-                            float group) {
+__device__ void store_norms(
+    float* norms, int32_t first, int32_t limit, const float (&sums)[4], float group) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kGroupThreads / kWarpSize;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Tile = NormTile<Element, kDim>;
   extern __shared__ __align__(1024) char memory[];  // [kStages, tile]
   __shared__ Ring<kStages> ring;
+  wait_for_previous_kernel();
   const int b = blockIdx.y / params.kv_heads, h = blockIdx.y % params.kv_heads;
   const int32_t seq_len = params.seq_lens ? params.seq_lens[b] : params.length;
   float* norms = params.norms + b * params.norm_stride[0] + h * params.norm_stride[1];
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const Element* head = static_cast<const Element*>(params.values) +
-                          b * params.value_stride[0] + h * params.value_stride[1];
+    const Element* head = static_cast<const Element*>(params.values) + b * params.value_stride[0] +
+                          h * params.value_stride[1];
     const int32_t first = first_entry + group * kGroupEntries;
     uint32_t upper[Tile::kSteps][4], lower[Tile::kSteps][4];
     load_values<Tile>(params, head, first, seq_len, upper);
@@ -168,15 +169,15 @@ template <typename Element, int kDim>
 void launch_value_norm(const ValueNormArgs& args, const ValueNormParams& params) {
   using Tile = NormTile<Element, kDim>;
   const uint64_t row_bytes = args.w_o.shape[0] > 1 ? params.w_o_stride * sizeof(Element) : 16;
-  const TensorMapShape shape = {{static_cast<uint64_t>(args.w_o.shape[1]),
-                                 static_cast<uint64_t>(params.width), 1, 1},
-                                {row_bytes, 16, 16},
-                                {kPanelColumns, kTileRows, 1, 1}};
+  const TensorMapShape shape = {
+      {static_cast<uint64_t>(args.w_o.shape[1]), static_cast<uint64_t>(params.width), 1, 1},
+      {row_bytes, 16, 16},
+      {kPanelColumns, kTileRows, 1, 1}};
   const CUtensorMap w_o = encode_tensor_map("value_norm", params.w_o, shape);
   const dim3 grid((params.length + kEntries - 1) / kEntries,
                   static_cast<unsigned>(args.values.shape[0] * args.values.shape[1]));
   launch("value_norm", value_norm_l1_kernel<Element, kDim>,
-         {grid, kThreads, Tile::kSharedBytes}, args.stream, w_o, params);
+         {grid, kThreads, Tile::kSharedBytes, true}, args.stream, w_o, params);
 }
 
 }  // namespace
