@@ -64,7 +64,6 @@ SHAPES = [
     *(Case(batch=8, group=g, kv_heads=8) for g in (1, 2, 8, 16)),
     *(Case(batch=8, head_dim=d) for d in (64, 80, 96, 256)),
     *(Case(batch=1, head_dim=d) for d in (64, 256)),
-    Case(batch=8, dtype="float16"),
     Case(batch=8, skew=0.1),
     Case(batch=1, mean_length=4096, skew=0.05),
 ]
@@ -179,9 +178,18 @@ class Peer:
 
 
 def peers_of(layers: Layers, wanted: bool) -> dict[str, Peer]:
-    if not wanted:
-        return {}
-    return {f"flashinfer_{n}": Peer(layers, n == "tensor_cores") for n in ("cuda", "tensor_cores")}
+    """Those of FlashInfer's kernels that there are for the case."""
+    peers: dict[str, Peer] = {}
+    if not wanted or layers.case.head_dim not in (64, 128, 256):
+        return peers
+    for kernel in ("cuda", "tensor_cores"):
+        try:
+            peer = Peer(layers, kernel == "tensor_cores")
+            peer.run(0)
+            peers[f"flashinfer_{kernel}"] = peer
+        except Exception as error:
+            sys.stderr.write(f"{layers.case}: no {kernel} kernel of FlashInfer: {error}\n")
+    return peers
 
 
 def run(case: Case, options: argparse.Namespace) -> None:

@@ -34,11 +34,14 @@ def random_entries(batch: int, length: int) -> Tensor:
 
 
 def random_kept(length: int, budget: int) -> ops.Kept:
-    """Unequal budgets, as scores of heads of different sharpness give them."""
-    sharpness = torch.rand(1, KV_HEADS, 1, device="cuda") * 4
-    scores = (torch.randn(1, KV_HEADS, length, device="cuda") * sharpness).softmax(-1)
-    budgets = ops.allocate(scores, budget, window=32)
-    return ops.select(scores, budgets, window=32, total=KV_HEADS * budget)
+    """Random positions in rows of unequal budgets, as Ada-KV gives them."""
+    floor, rest = budget // 5, (budget - budget // 5) * KV_HEADS
+    share = torch.distributions.Dirichlet(torch.full((KV_HEADS,), 2.0)).sample()
+    counts = (floor + share * rest).int().clamp(max=length)
+    counts[0] += KV_HEADS * budget - counts.sum()
+    rows = [torch.randperm(length)[:n].sort().values for n in counts.tolist()]
+    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return ops.Kept(torch.cat(rows).int().cuda(), indptr.int().cuda())
 
 
 def plan(options: object) -> None:

@@ -114,6 +114,7 @@ def report(
     line = json.dumps(record)
     sys.stdout.write(line + "\n")
     if save:
+        RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{save}.json").open("a") as file:
             file.write(line + "\n")
 
