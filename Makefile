@@ -64,8 +64,8 @@ test-cpp: setup ## those of the C++ core; left out where GoogleTest is missing
 test-python: build
 	python -m pytest -m "not slow"
 
-test-gpu: build ## the tests that need a CUDA device
-	python -m pytest -m gpu
+test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
+	python -m pytest tests/ops tests/gpu -k "cuda or gpu"
 
 lint: build ## ruff, mypy --strict, clang-format; changes nothing
 	ruff check $(PYTHON_DIRS)
