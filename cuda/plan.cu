@@ -1,7 +1,7 @@
 // Shares the pages of all rows out to workers, a layer at a time; the same integers as
 // cpp/cpu/plan.cc. The rules and the format are in ops/schedule.h.
 //
-// A layer is done by kSlices blocks. Each finds the borders of all ranges for itself, which takes
+// A layer is done by several blocks. Each finds the borders of all ranges for itself, which takes
 // a few prefix sums and searches over the rows, and writes its share of the rows and workers: no
 // block waits for another.
 #include <algorithm>
@@ -21,7 +21,7 @@ using schedule::Worker;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSlices = 4;
+constexpr int kMostSlices = 8;
 
 struct PlanParams {
   const int32_t* lengths;      // [L, B, Hkv]
@@ -211,6 +211,7 @@ struct LayerPlan {
       Worker& worker = workers[w];
       const bool is_idle = w >= num_ranges;
       const int32_t begin = is_idle ? 0 : borders[w], end = is_idle ? 0 : borders[w + 1];
+#pragma unroll
       for (int32_t i = lane; i < schedule::kWorkerPages; i += kWarpSize) {
         worker.pages[i] = begin + i < end ? page_of(begin + i) : 0;
       }
@@ -226,7 +227,7 @@ struct LayerPlan {
   }
 };
 
-// grid: [kSlices, L]; one block: one layer's borders, and a share of its rows and workers.
+// grid: [slices, L]; one block: one layer's borders, and a share of its rows and workers.
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
   extern __shared__ int4 shared[];  // rows [num_rows] if they are shared, borders [num_workers + 1]
   __shared__ int32_t scratch[kWarps + 1];
@@ -281,7 +282,8 @@ void CudaBackend::plan(const PlanArgs& args) {
   const size_t with_rows = shared_bytes + size_t(p.num_rows) * sizeof(RowFacts);
   p.shares_rows = with_rows <= kMostShared - 1024;
   if (p.shares_rows) shared_bytes = with_rows;
-  const dim3 grid(p.shares_rows ? kSlices : 1, static_cast<uint32_t>(lengths.shape[0]));
+  const int slices = std::min(schedule::ceil_div(args.num_workers, kWarps), kMostSlices);
+  const dim3 grid(p.shares_rows ? slices : 1, static_cast<uint32_t>(lengths.shape[0]));
   plan_kernel<<<grid, kThreads, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(p);
   ADAKV_CUDA_CHECK("plan", cudaGetLastError());
 }
