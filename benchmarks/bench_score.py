@@ -30,7 +30,8 @@ def plain_torch(queries: Tensor, keys: Tensor) -> Tensor:
     window = queries.shape[2]
     group = queries.shape[1] // kv_heads
     logits = queries @ keys.repeat_interleave(group, 1).mT * head_dim**-0.5
-    hidden = torch.ones(window, length, dtype=torch.bool).triu(length - window + 1)
+    ones = torch.ones(window, length, dtype=torch.bool, device=keys.device)
+    hidden = ones.triu(length - window + 1)
     weights = logits.float().masked_fill(hidden, -torch.inf).softmax(-1)
     means = weights[..., : length - window].mean(2).view(batch, kv_heads, group, -1).mean(2)
     return F.max_pool1d(means, 7, 1, 3)
