@@ -23,14 +23,17 @@ struct Query {
   int32_t visible;  // slots before this are seen; 0 for padding
 };
 
-__device__ Query find_query(const AttendParams& p, int32_t length) {
+__device__ Query find_query(const AttendParams& p) {
+  const int32_t num_queries = p.group.value * p.num_tokens;
+  const int32_t row = blockIdx.x / num_queries, number = blockIdx.x % num_queries;
   Query query;
-  query.b = blockIdx.x / p.layer.num_heads;
-  query.h = blockIdx.x % p.layer.num_heads;
-  query.head = query.h * p.group.value + p.group.remainder(blockIdx.y);
-  query.token = p.group.quotient(blockIdx.y);
+  query.b = p.num_heads.quotient(row);
+  query.h = p.num_heads.remainder(row);
+  query.head = query.h * p.group.value + p.group.remainder(number);
+  query.token = p.group.quotient(number);
   const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
-  query.visible = is_padding ? 0 : max(0, length - p.num_tokens + query.token + 1);
+  const int32_t visible = p.rows[row].length - p.num_tokens + query.token + 1;
+  query.visible = is_padding ? 0 : max(0, visible);
   return query;
 }
 
@@ -88,14 +91,14 @@ __device__ void add_slots(const AttendParams& p,
   for (int j = 0; j < kColumnsPerLane; ++j) state.out[j] = state.out[j] * factor + out[j];
 }
 
-// grid: [num_rows, G * S]; one block: one query over its whole row, 32 slots a warp at a time.
+// grid: [num_rows * G * S]; one block: one query over its whole row, 32 slots a warp at a time.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     attend_plain_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
   __shared__ float q[kMostHeadDim];
   __shared__ float image[kWarps][kMostHeadDim], max[kWarps], sum[kWarps];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const Query query = find_query(p, p.rows[blockIdx.x].length);
+  const Query query = find_query(p);
   const char* queries = p.queries.at(query.b, query.head, query.token);
   for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
     q[d] = to_float(reinterpret_cast<const Element*>(queries)[d]);
@@ -202,9 +205,9 @@ void CudaBackend::attend(const AttendArgs& args) {
       };
       if (has_fast_kernel(args)) return (void)dispatch_head_dim(args.queries.shape[3], run);
     }
-    const dim3 grid(p.num_rows, p.group.value * p.num_tokens);
-    attend_plain_kernel<Element>
-        <<<grid, kThreads, 0, stream>>>(p, static_cast<int32_t>(args.queries.shape[3]));
+    const int64_t grid = num_queries(args) * p.num_rows;
+    attend_plain_kernel<Element><<<static_cast<uint32_t>(grid), kThreads, 0, stream>>>(
+        p, static_cast<int32_t>(args.queries.shape[3]));
     ADAKV_CUDA_CHECK("attend", cudaGetLastError());
   });
 }

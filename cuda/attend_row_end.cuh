@@ -55,7 +55,7 @@ class RowEnd {
 #pragma unroll 1
       for (int i = threadIdx.x; i < kAllQuads; i += Config::kThreads) {
         const int query = i / kQuads, column = i % kQuads * 4;
-        if (query >= row_.num_queries) break;
+        if (is_whole && query >= row_.num_queries) break;  // gather() reads the others, too
         const Part part = add_warps(query, column);
         if (is_whole) {
           finish(query, column, part);
