@@ -21,6 +21,9 @@ struct ValueNormParams {
   int32_t num_splits;
 };
 
+/// l2_gram (value_norm_gram.cu); `early`: as LaunchShape has it.
+void value_norm_gram(const ValueNormArgs& args, const ValueNormParams& params, bool early);
+
 /// The kernel of sm90/value_norm.cu: kL1, D 64 or 128 of 16 bits.
 bool sm90_value_norm_fits(const ValueNormArgs& args);
 void sm90_value_norm(const ValueNormArgs& args, const ValueNormParams& params);
