@@ -6,9 +6,9 @@
 // block waits for another.
 #include <algorithm>
 
-#include "common/check.cuh"
 #include "common/device_guard.h"
 #include "common/divisor.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "cuda_backend.h"
 #include "ops/schedule.h"
@@ -277,15 +277,19 @@ void CudaBackend::plan(const PlanArgs& args) {
   p.new_tokens = args.new_tokens;
   if (lengths.shape[0] == 0) return;
 
-  constexpr size_t kMostShared = 48 << 10;  // what every device gives without asking
-  size_t shared_bytes = (size_t(args.num_workers) + 1) * sizeof(int32_t);
-  const size_t with_rows = shared_bytes + size_t(p.num_rows) * sizeof(RowFacts);
-  p.shares_rows = with_rows <= kMostShared - 1024;
-  if (p.shares_rows) shared_bytes = with_rows;
+  // Beside what the kernel itself declares.
+  const int most_shared =
+      device_attribute("plan", lengths.device.index, cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+      1024;
+  LaunchShape shape;
+  shape.shared_bytes = (size_t(args.num_workers) + 1) * sizeof(int32_t);
+  const size_t with_rows = shape.shared_bytes + size_t(p.num_rows) * sizeof(RowFacts);
+  p.shares_rows = with_rows <= size_t(most_shared);
+  if (p.shares_rows) shape.shared_bytes = with_rows;
   const int slices = std::min(schedule::ceil_div(args.num_workers, kWarps), kMostSlices);
-  const dim3 grid(p.shares_rows ? slices : 1, static_cast<uint32_t>(lengths.shape[0]));
-  plan_kernel<<<grid, kThreads, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(p);
-  ADAKV_CUDA_CHECK("plan", cudaGetLastError());
+  shape.grid = dim3(p.shares_rows ? slices : 1, static_cast<uint32_t>(lengths.shape[0]));
+  shape.threads = kThreads;
+  launch("plan", plan_kernel, shape, args.stream, p);
 }
 
 }  // namespace adakv
