@@ -82,7 +82,7 @@ def test_a_thousand_cases_equal_the_cpu(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [32768, 50001, 131072])
+@pytest.mark.parametrize("length", [32768, 50001, 131072, 400000])
 def test_long_prompts_equal_the_cpu(length: int, kind: str) -> None:
     scores = hostile_scores(kind, 1, 8, length)
     for seed in range(3):
