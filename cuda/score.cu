@@ -42,7 +42,8 @@ void plan_score(const ScoreArgs& args, const ScoreSizes& sizes, ScoreParams& par
   int head_units = (params.window + sizes.unit - 1) / sizes.unit;
   while (head_units < units && units % head_units != 0) ++head_units;
   head_units = head_units > units ? (head_units + units - 1) / units * units : head_units;
-  params.head_rows = keeps_heads(args) ? head_units * sizes.unit : params.window;
+  const int head_rows = keeps_heads(args) ? head_units * sizes.unit : params.window;
+  params.head_rows = std::max(head_rows, 1);  // an empty window has no rows, but may be passed
   params.num_chunks = (params.group * params.head_rows + sizes.rows - 1) / sizes.rows;
   params.parts_per_chunk = keeps_heads(args) ? std::max(1, units / head_units) : 1;
   params.num_parts =
