@@ -39,11 +39,11 @@ void plan_score(const ScoreArgs& args, const ScoreSizes& sizes, ScoreParams& par
   params.kv_heads = static_cast<int32_t>(args.keys.shape[1]);
   params.group = static_cast<int32_t>(args.queries.shape[1]) / params.kv_heads;
   const int units = sizes.rows / sizes.unit;  // of a chunk
-  int head_units = (params.window + sizes.unit - 1) / sizes.unit;
+  const int rows = std::max(params.window, 1);  // an empty window may be passed
+  int head_units = (rows + sizes.unit - 1) / sizes.unit;
   while (head_units < units && units % head_units != 0) ++head_units;
   head_units = head_units > units ? (head_units + units - 1) / units * units : head_units;
-  const int head_rows = keeps_heads(args) ? head_units * sizes.unit : params.window;
-  params.head_rows = std::max(head_rows, 1);  // an empty window has no rows, but may be passed
+  params.head_rows = keeps_heads(args) ? head_units * sizes.unit : rows;
   params.num_chunks = (params.group * params.head_rows + sizes.rows - 1) / sizes.rows;
   params.parts_per_chunk = keeps_heads(args) ? std::max(1, units / head_units) : 1;
   params.num_parts =
