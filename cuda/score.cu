@@ -38,7 +38,7 @@ void plan_score(const ScoreArgs& args, const ScoreSizes& sizes, ScoreParams& par
   params.window = static_cast<int32_t>(args.queries.shape[2]);
   params.kv_heads = static_cast<int32_t>(args.keys.shape[1]);
   params.group = static_cast<int32_t>(args.queries.shape[1]) / params.kv_heads;
-  const int units = sizes.rows / sizes.unit;  // of a chunk
+  const int units = sizes.rows / sizes.unit;    // of a chunk
   const int rows = std::max(params.window, 1);  // an empty window may be passed
   int head_units = (rows + sizes.unit - 1) / sizes.unit;
   while (head_units < units && units % head_units != 0) ++head_units;
