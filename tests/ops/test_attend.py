@@ -42,6 +42,7 @@ CASES = [
     Case(head_dim=80, group=1),
     Case(head_dim=96, group=3),
     Case(head_dim=256, group=2),
+    Case(head_dim=256, group=16),
     Case(head_dim=8, group=16),
     Case(head_dim=120, group=5, page_size=8),
     Case(page_size=256, lengths=((700, 256, 1),)),
