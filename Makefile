@@ -62,7 +62,7 @@ test-cpp: setup ## those of the C++ core; left out where GoogleTest is missing
 	ctest --test-dir $(BUILD) --output-on-failure $(if $(CI),--no-tests=error)
 
 test-python: build
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow"
 
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	python -m pytest tests/ops tests/gpu -k "cuda or gpu"
@@ -88,7 +88,7 @@ docs: build ## check the documentation: links, examples, the table of presets
 cuda-check: setup ## compile the CUDA code for one architecture; needs nvcc, but no GPU
 	cmake -S . -B build/cuda -G Ninja -DADAKV_CUDA=ON -DADAKV_CUDA_ARCHS=90 -DADAKV_PYTHON=OFF \
 		-DADAKV_WERROR=ON
-	cmake --build build/cuda
+	cmake --build build/cuda --target adakv_cuda
 
 wheel: setup ## a wheel, into dist/
 	python -m pip wheel -q --no-build-isolation --no-deps -w dist . \

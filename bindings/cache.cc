@@ -77,7 +77,7 @@ void bind_cache(py::module_& module) {
            [](KVCache& self, int32_t sequence) {
              self.remove(sequence, current_stream(self.config().device));
            })
-      .def("pages_needed", &KVCache::pages_needed)
+      .def_static("pages_for", &KVCache::pages_for)
       .def("num_pages", &KVCache::num_pages)
       .def_property_readonly("page_bytes", &KVCache::page_bytes)
       .def_property_readonly("num_free", [](const KVCache& self) { return self.pool().num_free(); })

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
     if (adakv::cuda_available(&reason)) return py::none();
     return py::str(reason);
   });
+  module.def("cpu_instruction_set", &adakv::cpu_instruction_set);
   adakv::bind_ops(module);
   adakv::bind_cache(module);
 }

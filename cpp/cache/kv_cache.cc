@@ -111,8 +111,13 @@ LayerView KVCache::layer(int32_t layer) const {
   return view;
 }
 
-int64_t KVCache::pages_needed(int64_t num_kept) const {
-  return num_kept / config_.page_size + 2 * config_.num_kv_heads;
+int64_t KVCache::pages_for(int64_t num_kept,
+                           int64_t num_new,
+                           int32_t num_kv_heads,
+                           int32_t page_size) {
+  // The first fresh page of each row comes with the prompt, another after every page_size tokens.
+  const int64_t row_pages = 1 + std::max<int64_t>(num_new - 1, 0) / page_size;
+  return num_kept / page_size + num_kv_heads + row_pages * num_kv_heads;
 }
 
 // Throws unless a row of so many entries has its pages in the block table.
@@ -152,14 +157,15 @@ PageList KVCache::begin(int32_t layer,
                 first_sequence + i, " holds entries in layer ", layer,
                 " already: remove() it first");
     check_row(longest_row[i]);
-    needed += pages_needed(num_kept[i]);
+    needed += pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size);
   }
   pool_.check_free(needed);
   PageList list;
   list.indptr.push_back(0);
   for (int32_t i = 0; i < count; ++i) {
     Sequence& sequence = sequences_[first_sequence + i];
-    pool_.take(pages_needed(num_kept[i]), sequence.pages[layer]);
+    pool_.take(pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size),
+               sequence.pages[layer]);
     sequence.longest_row = std::max(sequence.longest_row, longest_row[i]);
     list.ids.insert(list.ids.end(), sequence.pages[layer].begin(), sequence.pages[layer].end());
     list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
@@ -176,17 +182,15 @@ int32_t KVCache::num_pages(int32_t layer, int32_t sequence) const {
 int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
   ADAKV_CHECK(static_cast<int32_t>(num_new.size()) == config_.num_sequences, "num_new must have ",
               config_.num_sequences, " elements, one for each sequence, got ", num_new.size());
-  const int64_t page_size = config_.page_size;
+  const auto pages_after = [&](int64_t tokens) {
+    return pages_for(0, tokens, config_.num_kv_heads, config_.page_size);
+  };
   int64_t pages = 0;
   for (size_t b = 0; b < num_new.size(); ++b) {
     ADAKV_CHECK(num_new[b] >= 0, "num_new must not be negative, got ", num_new[b], " for sequence ",
                 b);
-    if (num_new[b] == 0) continue;
-    // The first fresh page of each row came with begin(); another is due after every page_size
-    // tokens.
-    const int64_t before = std::max<int64_t>(sequences_[b].appended - 1, 0) / page_size;
-    const int64_t after = (sequences_[b].appended + num_new[b] - 1) / page_size;
-    pages += (after - before) * config_.num_layers * config_.num_kv_heads;
+    const int64_t before = sequences_[b].appended;
+    pages += (pages_after(before + num_new[b]) - pages_after(before)) * config_.num_layers;
   }
   return pages;
 }

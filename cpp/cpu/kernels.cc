@@ -60,4 +60,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
+const char* cpu_instruction_set() { return kernels().isa; }
+
 }  // namespace adakv

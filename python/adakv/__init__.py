@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adakv import cache, ops, policy
-from adakv._C import Error, __version__, cuda_unavailable_reason
+from adakv._C import Error, __version__, cpu_instruction_set, cuda_unavailable_reason
 from adakv.policy import Policy
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "attach",
     "backends",
     "cache",
+    "cpu_instruction_set",
     "cuda_unavailable_reason",
     "get_cmake_dir",
     "get_include",

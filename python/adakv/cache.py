@@ -166,10 +166,14 @@ class KVCache:
         """Pages that have to be free for appending ``num_new[b]`` tokens to each sequence b."""
         return int(self._cache.pages_to_grow(num_new))
 
-    def pages_needed(self, total: int) -> int:
-        """Pages that a (sequence, layer) takes for ``total`` entries, however they are spread over
-        its rows."""
-        return int(self._cache.pages_needed(total))
+    @staticmethod
+    def pages_for(total: int, new_tokens: int, *, num_kv_heads: int, page_size: int = 16) -> int:
+        """Pages that one sequence takes in one layer.
+
+        For ``total`` entries of its prompt, however they are spread over the rows, and for
+        ``new_tokens`` tokens after it.
+        """
+        return int(_C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size))
 
     def remove(self, sequence: int) -> None:
         """Gives all pages of a sequence back and empties its rows."""

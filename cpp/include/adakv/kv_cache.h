@@ -87,9 +87,12 @@ class KVCache {
   /// block_table [L, B, Hkv, M], ...
   const LayerView& all_layers() const { return all_layers_; }
 
-  /// Most pages that `num_kept` entries of one sequence and layer can fill, the fresh ones
-  /// included.
-  int64_t pages_needed(int64_t num_kept) const;
+  /// Pages that one sequence takes in one layer for `num_kept` entries of its prompt, however they
+  /// are spread over the rows, and for `num_new` tokens after it.
+  static int64_t pages_for(int64_t num_kept,
+                           int64_t num_new,
+                           int32_t num_kv_heads,
+                           int32_t page_size);
 
   /// Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer, to
   /// be passed to compact(). Sequence i keeps at most num_kept[i] entries over all its rows, and at

@@ -207,6 +207,9 @@ size_t workspace_bytes(const AttendArgs& args);
 /// Threads that the CPU backend may use, this call's thread included. Results do not depend on it.
 void set_num_threads(int num_threads);
 
+/// Name of the instruction set that the CPU backend was chosen for: "baseline", "x86_64_v3", ...
+const char* cpu_instruction_set();
+
 /// True if the CUDA backend is built in and finds a device; otherwise `reason` (if given) says why
 /// not.
 bool cuda_available(std::string* reason = nullptr);

@@ -84,6 +84,7 @@ def machine() -> dict[str, Any]:
         "transformers": _version("transformers"),
         "python": platform.python_version(),
         "processor": processor_name(),
+        "instruction set": adakv.cpu_instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -217,16 +217,19 @@ class Store:
             ]
             for layer in range(self._num_layers)
         ]
-        size = self._page_size  # below, the rules of KVCache.pages_needed and pages_to_grow
-        more = (self._max_new_tokens - 1) // size * heads * batch * self._num_layers
-        pages = sum(total // size + 2 * heads for totals in self._totals for total in totals)
+        size, more = self._page_size, self._max_new_tokens
+        pages = sum(
+            KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
+            for totals in self._totals
+            for total in totals
+        )
         return KVCache(
             num_layers=self._num_layers,
             num_sequences=batch,
             num_kv_heads=heads,
             head_dim=head_dim,
-            num_pages=pages + more,
-            max_row_pages=(max(self.seen) + self._max_new_tokens) // size + 2,
+            num_pages=pages,
+            max_row_pages=(max(self.seen) + more) // size + 2,  # the pool decides what is full
             page_size=size,
             dtype=prompt.keys.dtype,
             device=prompt.keys.device,
