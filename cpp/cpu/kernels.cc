@@ -60,6 +60,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const char* cpu_instruction_set() { return kernels().isa; }
+const char* cpu_instruction_set() {
+  return kernels().isa;
+}
 
 }  // namespace adakv
