@@ -11,6 +11,7 @@ of the bytes.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
 from collections.abc import Iterator
@@ -135,8 +136,10 @@ def measure(model: Any, prompt: Tensor, variants: list[Variant], prefills: int, 
 def main() -> None:
     options = harness.parser(__doc__.partition("\n")[0])
     options.add_argument("--model", required=True, help="folder, GGUF file or hub name")
-    # torch's CPU products of one token with a weight are faster in float32; prefills in bfloat16.
-    options.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    # Both: torch's one-token products are faster in float32 on a CPU, its prefills in bfloat16.
+    options.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"]
+    )
     options.add_argument("--tokens", type=int, default=7000)
     options.add_argument("--ratio", type=float, default=0.1)
     options.add_argument("--policies", nargs="+", default=["ada_snapkv", "critical_ada_snapkv"])
@@ -145,8 +148,14 @@ def main() -> None:
     args = options.parse_args()
 
     torch.set_num_threads(args.threads)
+    for dtype in args.dtype:
+        run(args, dtype)
+
+
+def run(args: argparse.Namespace, dtype: str) -> None:
+    """Measures and reports all variants in one dtype."""
     device = torch.device(args.device)
-    model, tokenizer = load_model(args.model, dtype=DTYPES[args.dtype], device=device)
+    model, tokenizer = load_model(args.model, dtype=DTYPES[dtype], device=device)
     text = manual_text(tokenizer, args.tokens)
     prompt = tokenizer(text, return_tensors="pt")["input_ids"][:, : args.tokens].to(device)
     settings = [FULL] + [Setting(name, ratio=args.ratio) for name in args.policies]
@@ -168,7 +177,7 @@ def main() -> None:
         derived[f"prefill_peak_bytes/{name}"] = variant.peak_bytes
     sizes = {
         "model": Path(args.model).name,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "prompt_tokens": prompt.shape[1],
         "ratio": args.ratio,
     }
