@@ -54,6 +54,7 @@ __device__ inline int32_t block_exclusive_sum(int32_t count,
     __syncthreads();
     if (warp == 0) {
       const int32_t sum = warp_inclusive_sum(lane < kWarps ? scratch[lane] : 0);
+      __syncwarp();  // all have read what is overwritten now
       if (lane < kWarps) scratch[lane + 1] = sum;
       __syncwarp();
       if (lane == 0) scratch[0] = 0;
