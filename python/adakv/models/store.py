@@ -22,6 +22,7 @@ from torch import Tensor
 from adakv import Error, ops
 from adakv.cache import KVCache
 from adakv.models.budget import Budget
+from adakv.models.deal import advance, begin_all
 from adakv.models.padding import align, new_tokens, restore
 from adakv.policy import LayerInputs
 
@@ -168,12 +169,20 @@ class Store:
         queries = prompt.queries
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
-        # A copy, so that the other queries can be freed.
-        window = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()
-        self._prompts[layer] = prompt._replace(queries=window)
+        if not self.policy.needs_all_queries:
+            # A copy, so that the other queries can be freed.
+            queries = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()
+        self._prompts[layer] = prompt._replace(queries=queries)
 
     def compact(self, layer: int) -> None:
-        """Moves what the policy keeps of the layer's prompt into pages and drops the rest."""
+        """Moves what the policy keeps of the layer's prompt into pages and drops the rest.
+
+        With a model-wide policy nothing happens before the last layer, and then in all of them.
+        """
+        if self.policy.is_model_wide:
+            if layer == self._num_layers - 1:
+                self._compact_model()
+            return
         prompt, self._prompts[layer] = self._prompts[layer], None
         assert prompt is not None
         kv = self._kv or self._allocate(prompt)
@@ -191,6 +200,39 @@ class Store:
             )
         self._kv = kv
         self.is_prompt = layer < self._num_layers - 1
+
+    def _compact_model(self) -> None:
+        """:meth:`compact` of all layers, between which one budget is shared out."""
+        assert self._prompts[0] is not None
+        kv = self._kv or self._allocate(self._prompts[0])
+        choices = [self._choose_all(group) for group in self._groups]
+        page_ids, next_page = begin_all(kv, self._totals, self.seen)
+        for layer in range(self._num_layers):
+            prompt, self._prompts[layer] = self._prompts[layer], None
+            assert prompt is not None
+            view = kv.layer(layer)
+            for group, kept in zip(self._groups, choices, strict=True):
+                inputs = self._inputs(prompt, group, layer)
+                ops.compact(
+                    inputs.keys,
+                    inputs.values,
+                    kept[layer],
+                    _sequences(view, group),
+                    page_ids,
+                    next_page[group.start : group.stop + 1],
+                )
+            advance(next_page, view.lengths, self._page_size)
+        self._kv = kv
+        self.is_prompt = False
+
+    def _choose_all(self, group: slice) -> list[ops.Kept]:
+        """What a model-wide policy keeps of some of the prompts, for each layer."""
+        inputs = [
+            self._inputs(prompt, group, layer)
+            for layer, prompt in enumerate(self._prompts)
+            if prompt is not None
+        ]
+        return self.policy.choose_all(inputs, self._budget.of(inputs[0].prompt_lens[0]))
 
     def compact_all(self) -> None:
         """:meth:`compact` of all layers, for a prompt that came in chunks."""

@@ -3,7 +3,7 @@
 A policy is a scorer, an allocator and a selector; :func:`get` knows those that have a name.
 """
 
-from adakv.policy.allocators import Adaptive, Everything, Flat, Pyramid, Uniform
+from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Pyramid, Uniform
 from adakv.policy.base import (
     Allocator,
     Kept,
@@ -26,6 +26,7 @@ __all__ = [
     "KeyNorm",
     "LayerInputs",
     "LayerSchedule",
+    "ModelWide",
     "Policy",
     "Pyramid",
     "Random",

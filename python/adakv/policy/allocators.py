@@ -2,6 +2,7 @@
 
 Among the layers by a schedule (Flat, Pyramid, Everything): host integers, before scores exist.
 Among the kv heads of a layer by an allocator (Uniform, Adaptive): on the device, from the scores.
+Both at once by ModelWide, from the scores of all layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from adakv.policy.base import LayerInputs, LayerSchedule, check_choice, check_ra
 
 BudgetsFrom = Literal["scores", "critical"]
 Rounding = Literal["exact", "official"]
+ModelWideSafeguard = Literal["blend", "hard_floor"]
 ShortPrompts = Literal["pyramid", "flat"]
 
 _EPS = 1e-4  # of CriticalKV's criterion, arXiv 2502.03805
@@ -88,10 +90,8 @@ class Uniform:
     """The same budget for every kv head of a layer, as SnapKV and PyramidKV have it."""
 
     layers: LayerSchedule = Flat()
-
-    @property
-    def needs_w_o(self) -> bool:
-        return False
+    is_model_wide: ClassVar[bool] = False
+    needs_w_o: ClassVar[bool] = False
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
@@ -125,6 +125,7 @@ class Adaptive:
     budgets_from: BudgetsFrom = "scores"
     weigh_heads: bool = False
     counts_window: bool = False
+    is_model_wide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_range("floor", self.floor, 0, 1)
@@ -165,6 +166,39 @@ class Adaptive:
         b = budget - window
         rounded_up = (1 - self.floor) * b + int(self.floor * b) + 0.5
         return min(num_kv_heads * window + math.ceil(num_kv_heads * rounded_up), everything)
+
+
+@dataclass(frozen=True)
+class ModelWide:
+    """One top-k over the kv heads of all layers, as Layer-DefensiveKV (arXiv 2510.13334) and KVzip
+    (arXiv 2505.23416) spend their budgets.
+
+    Ada-KV's Algorithm 1 with the ``L * Hkv`` heads of a model in the place of a layer's. The total,
+    ``L * Hkv * budget``, is exact; ``floor`` of the even budget is given to every head of every
+    layer, by ``safeguard`` (:func:`adakv.ops.allocate`). Equal scores: lower position first, then
+    lower layer, then lower head.
+
+    Scores of different layers must be comparable. All layers' prompts wait for the last one.
+    """
+
+    floor: float = 0.0
+    safeguard: ModelWideSafeguard = "blend"
+    layers: ClassVar[LayerSchedule] = Flat()
+    is_model_wide: ClassVar[bool] = True
+    needs_w_o: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range("floor", self.floor, 0, 1)
+        check_choice("safeguard", self.safeguard, get_args(ModelWideSafeguard))
+
+    def allocate(
+        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
+    ) -> Tensor:
+        one_layer = Adaptive(floor=self.floor, safeguard=self.safeguard)
+        return one_layer.allocate(scores, inputs, budgets, window=window)
+
+    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
+        return num_kv_heads * min(budget, prompt_len)
 
 
 def _for_sequences(run: Callable[[slice, int], Tensor], budgets: tuple[int, ...]) -> Tensor:

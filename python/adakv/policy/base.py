@@ -4,6 +4,9 @@
     budgets = allocator.allocate(scores, inputs, ...)  how many each kv head may keep   [B, Hkv]
     kept    = selector.select(scores, budgets, ...)    which ones                       ragged
 
+A model-wide allocator shares one budget out among the kv heads of all layers: then all layers are
+scored first, and their scores are allocated together, ``[B, L * Hkv, T]``.
+
 The parts are frozen dataclasses of settings. They hold no tensors and no state, so that one policy
 serves any number of models, layers and threads. Nothing here waits for the device: all sizes follow
 from integers that the host knows.
@@ -11,9 +14,9 @@ from integers that the host knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +29,15 @@ __all__ = [
     "Kept",
     "LayerInputs",
     "LayerSchedule",
+    "Need",
     "Policy",
     "Scorer",
     "Selector",
     "check_choice",
     "check_range",
 ]
+
+Need = Literal["w_o", "all_queries", "rotate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,7 @@ class LayerInputs:
     ----------
     queries : ``[B, Hq, W, D]``
         Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
+        For policies with :attr:`Policy.needs_all_queries` ``[B, Hq, T, D]``, of all positions.
     keys, values : ``[B, Hkv, T, D]``
         The prompt, keys after RoPE, padded at the end.
     w_o : ``[E, Hq * D]``, optional
@@ -55,6 +62,9 @@ class LayerInputs:
         Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
     sinks : ``[Hq]`` float32, optional
         Logits that join each softmax (gpt-oss).
+    rotate : callable, optional
+        ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
+        ``[n]``, which may be negative; only policies with :attr:`Policy.needs_rotate` call it.
     """
 
     queries: Tensor
@@ -68,6 +78,7 @@ class LayerInputs:
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +131,11 @@ class LayerInputs:
 
 
 class Scorer(Protocol):
-    """How much each entry of a layer matters."""
+    """How much each entry of a layer matters.
+
+    A scorer that reads more than keys, values and the window's queries says so in an attribute
+    ``needs``, a tuple of :data:`Need`.
+    """
 
     @property
     def window(self) -> int:
@@ -156,14 +171,23 @@ class Allocator(Protocol):
         ...
 
     @property
+    def is_model_wide(self) -> bool:
+        """Whether the layers are allocated together, as one layer of ``L * Hkv`` kv heads."""
+        ...
+
+    @property
     def needs_w_o(self) -> bool:
-        """Whether :meth:`allocate` reads ``inputs.norms``."""
+        """Whether :meth:`allocate` reads ``inputs.norms``; never if it is model-wide."""
         ...
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
-        """``[B, Hkv]`` int32, window included, from this layer's mean budget of each sequence."""
+        """``[B, Hkv]`` int32, window included, from this layer's mean budget of each sequence.
+
+        Model-wide it is ``[B, L * Hkv]`` from scores ``[B, L * Hkv, T]``, layer by layer, and the
+        inputs of any layer.
+        """
         ...
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
@@ -190,8 +214,9 @@ class Selector(Protocol):
 class Policy:
     """Which entries of a prompt stay in the cache: scorer x allocator x selector.
 
-    ``choose`` runs the three over one layer. ``budget`` is the mean number of entries per kv head
-    over all layers, window included; the allocator's layer schedule turns it into each layer's.
+    ``choose`` runs the three over one layer, ``choose_all`` over all layers. ``budget`` is the mean
+    number of entries per kv head over all layers, window included; the allocator's layer schedule
+    turns it into each layer's.
     """
 
     scorer: Scorer
@@ -200,31 +225,53 @@ class Policy:
 
     @property
     def window(self) -> int:
-        """The last ``window`` entries are always kept; :attr:`LayerInputs.queries` are theirs."""
+        """The last ``window`` entries are always kept."""
         return self.scorer.window
+
+    @property
+    def is_model_wide(self) -> bool:
+        """Whether nothing can be chosen before the last layer is there."""
+        return self.allocator.is_model_wide
 
     @property
     def needs_w_o(self) -> bool:
         """Whether :attr:`LayerInputs.w_o` has to be given."""
-        return self.allocator.needs_w_o or self.selector.needs_w_o
+        return self._scorer_needs("w_o") or self.allocator.needs_w_o or self.selector.needs_w_o
+
+    @property
+    def needs_all_queries(self) -> bool:
+        """Whether :attr:`LayerInputs.queries` must be those of all positions."""
+        return self._scorer_needs("all_queries")
+
+    @property
+    def needs_rotate(self) -> bool:
+        """Whether :attr:`LayerInputs.rotate` has to be given."""
+        return self._scorer_needs("rotate")
+
+    def _scorer_needs(self, need: Need) -> bool:
+        return need in getattr(self.scorer, "needs", ())
 
     def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
         """Most entries that each sequence keeps in this layer, all kv heads together.
 
         From host integers alone. It is exactly what :meth:`choose` keeps, except under the
         safeguard ``official_round``, whose sums depend on the scores: there it is an upper bound.
+
+        How a model-wide policy divides its total among the layers is known to the device alone: the
+        whole of it is counted for layer 0, and nothing for the others.
         """
+        heads = inputs.num_kv_heads
+        if self.is_model_wide:
+            heads *= inputs.num_layers if inputs.layer == 0 else 0
         return tuple(
-            self.allocator.total(
-                layer_budget, window=self.window, prompt_len=n, num_kv_heads=inputs.num_kv_heads
-            )
+            self.allocator.total(layer_budget, window=self.window, prompt_len=n, num_kv_heads=heads)
             for n, layer_budget in zip(
                 inputs.prompt_lens, self._layer_budgets(inputs, budget), strict=True
             )
         )
 
     def choose(self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None) -> Kept:
-        """The entries of a layer to keep.
+        """The entries of a layer to keep; for policies that are not model-wide.
 
         Parameters
         ----------
@@ -240,16 +287,68 @@ class Policy:
             The window is always among them. Sequences that fit into their budget keep everything,
             and if all do, nothing is scored.
         """
-        if scores is not None:
-            scores = _outside_scores(scores, inputs)
-        layer_budgets = self._layer_budgets(inputs, budget)
-        total = sum(self.totals(inputs, budget))
-        if all(n <= b for n, b in zip(inputs.prompt_lens, layer_budgets, strict=True)):
-            return _keep_everything(inputs)
-        if scores is None:
-            scores = self.scorer.score(inputs)
-        budgets = self.allocator.allocate(scores, inputs, layer_budgets, window=self.window)
-        return self.selector.select(scores, budgets, inputs, window=self.window, total=total)
+        if self.is_model_wide and inputs.num_layers > 1:
+            raise ValueError(
+                f"{type(self.allocator).__name__} needs the scores of all {inputs.num_layers} "
+                "layers: use choose_all"
+            )
+        return self._choose([inputs], budget, None if scores is None else [scores])[0]
+
+    def choose_all(
+        self,
+        layers: Sequence[LayerInputs],
+        budget: int,
+        *,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[Kept]:
+        """:meth:`choose` for all layers of a model.
+
+        Parameters
+        ----------
+        layers : one :class:`LayerInputs` for each layer, in order, all of the same prompts
+        budget : int
+        scores : one ``[B, Hkv, T]`` for each layer, optional
+
+        Returns
+        -------
+        kept : one :class:`adakv.ops.Kept` for each layer
+            Model-wide, ``positions`` of each have room for the most that a layer may keep.
+        """
+        if [x.layer for x in layers] != list(range(len(layers))) or (
+            layers and layers[0].num_layers != len(layers)
+        ):
+            raise ValueError(
+                f"layers must be those of the whole model in order, got {[x.layer for x in layers]}"
+            )
+        if scores is not None and len(scores) != len(layers):
+            raise ValueError(
+                f"scores must be one tensor for each of {len(layers)} layers, got {len(scores)}"
+            )
+        if self.is_model_wide:
+            return self._choose(layers, budget, scores)
+        given = [None] * len(layers) if scores is None else scores
+        return [self.choose(x, budget, scores=s) for x, s in zip(layers, given, strict=True)]
+
+    def _choose(
+        self, layers: Sequence[LayerInputs], budget: int, given: Sequence[Tensor] | None
+    ) -> list[Kept]:
+        """What to keep of layers that are allocated together."""
+        first, window = layers[0], self.window
+        if given is not None:
+            given = [_outside_scores(s, x) for s, x in zip(given, layers, strict=True)]
+        budgets = self._layer_budgets(first, budget)
+        totals = self.totals(first, budget)
+        if all(n <= b for n, b in zip(first.prompt_lens, budgets, strict=True)):
+            return [_keep_everything(x) for x in layers]
+        scores = given or [self.scorer.score(x) for x in layers]
+        joined = scores[0] if len(layers) == 1 else torch.cat(list(scores), dim=1)
+        shares = self.allocator.allocate(joined, first, budgets, window=window)
+        heads = first.num_kv_heads
+        most = sum(min(x, heads * n) for x, n in zip(totals, first.prompt_lens, strict=True))
+        return [
+            self.selector.select(s, share, x, window=window, total=most)
+            for s, share, x in zip(scores, shares.split(heads, dim=1), layers, strict=True)
+        ]
 
     def _layer_budgets(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
         pinned = self.window + self.scorer.sinks
