@@ -6,11 +6,14 @@ functions. Which layers slide is what transformers' own cache makes of a config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Rotate = Callable[[Tensor, Tensor], Tensor]
 
 #: Attributes of attention modules that hold the output projection, a Linear [E, Hq * D].
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo")
@@ -18,6 +21,12 @@ OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo")
 #: Layers of transformers' caches, and types of layers in configs, that adakv works with.
 LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+#: Model types whose full-attention layers are all turned by the one ``rotary_emb`` of the decoder.
+ROTARY = {
+    *("glm", "gpt_oss", "granite", "gemma2", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+    *("qwen2", "qwen3", "qwen3_moe", "starcoder2"),
+}
 
 #: Settings that, if they are there and not 0, make a cache that adakv has no rows for.
 UNSUPPORTED = {
@@ -54,3 +63,25 @@ def output_projection(module: torch.nn.Module, width: int, dtype: torch.dtype) -
         f"{type(module).__name__} has none, in floating point, named "
         f"{', '.join(OUTPUT_PROJECTIONS)}"
     )
+
+
+def rotation(decoder: torch.nn.Module) -> Rotate:
+    """A decoder's RoPE without its scaling: turns ``[B, H, n, D]`` at positions ``[n]`` or
+    ``[B, n]``."""
+    name = getattr(decoder.config, "model_type", None)
+    modules = [m for path, m in decoder.named_modules() if path.split(".")[-1] == "rotary_emb"]
+    if name not in ROTARY or len(modules) != 1:
+        raise ValueError(
+            f"model: the policy foresees queries, for which RoPE must be known; it is for "
+            f"{', '.join(sorted(ROTARY))}, not for {name}"
+        )
+    (embedding,) = modules
+    turn = sys.modules[type(embedding).__module__].apply_rotary_pos_emb
+
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = embedding(x, positions.view(-1, positions.shape[-1]))
+        scale = embedding.attention_scaling
+        turned: Tensor = turn(x, x, cos / scale, sin / scale)[0]
+        return turned
+
+    return rotate

@@ -99,7 +99,8 @@ def attach(model: PreTrainedModel) -> Attachment:
 class Cache(TransformersCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
 
-    Full-attention layers are compressed right after their prefill attention, which sees everything.
+    Full-attention layers are compressed right after their prefill attention, which sees everything
+    (all of them after the last one, if the policy is model-wide).
     Sliding-window layers are transformers' own. Padding is never stored. Later forwards, of one
     token or of several, attend to what was kept and to all newer tokens.
 
@@ -151,8 +152,9 @@ class Cache(TransformersCache):
             page_size=page_size,
             is_chunked=chunked_prefill,
         )
+        rotate = families.rotation(decoder) if chosen.needs_rotate else None
         for index, layer in enumerate(full):
-            layers[layer] = FullAttentionLayer(self._store, index, decoder.config)
+            layers[layer] = FullAttentionLayer(self._store, index, decoder.config, rotate)
         super().__init__(layers=layers)
 
     def update(
@@ -251,11 +253,14 @@ class FullAttentionLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, store: Store, index: int, config: Any) -> None:
+    def __init__(
+        self, store: Store, index: int, config: Any, rotate: families.Rotate | None
+    ) -> None:
         super().__init__()
         self.index = index  # among the full-attention layers
         self._store = store
         self._config = config
+        self._rotate = rotate
         self._num_seen = 0
         self._sinks: Tensor | None = None
 
@@ -308,7 +313,8 @@ class FullAttentionLayer(CacheLayerMixin):
     ) -> None:
         sinks = kwargs.get("s_aux")
         self._sinks = None if sinks is None else sinks.detach().float()
-        attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
+        options = kwargs.get("scaling"), kwargs.get("softcap")
+        attention = Attention(*options, self._sinks, self._rotate)
         w_o = None
         if self._store.policy.needs_w_o:
             width = query.shape[1] * query.shape[3]

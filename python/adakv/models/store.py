@@ -12,7 +12,7 @@ Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention la
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Attention(NamedTuple):
     scale: float | None
     softcap: float | None
     sinks: Tensor | None  # [Hq] float32
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # as LayerInputs.rotate
 
 
 class Prompt(NamedTuple):
@@ -293,6 +294,7 @@ class Store:
             scale=prompt.attention.scale,
             softcap=prompt.attention.softcap,
             sinks=prompt.attention.sinks,
+            rotate=prompt.attention.rotate,
         )
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
@@ -330,7 +332,7 @@ class Store:
         kv = self._kv
         assert kv is not None
         view = kv.layer(layer)
-        scale, softcap, sinks = attention
+        scale, softcap, sinks, _ = attention
         if self._order is not None:
             queries, keys, values = (align(x, self._order) for x in (queries, keys, values))
         if self._pieces:

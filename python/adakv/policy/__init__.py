@@ -3,31 +3,50 @@
 A policy is a scorer, an allocator and a selector; :func:`get` knows those that have a name.
 """
 
-from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Pyramid, Uniform
+from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Profile, Pyramid, Uniform
 from adakv.policy.base import (
     Allocator,
     Kept,
     LayerInputs,
     LayerSchedule,
+    Need,
     Policy,
     Scorer,
     Selector,
 )
 from adakv.policy.presets import get, names
-from adakv.policy.scorers import KeyNorm, Random, Recency, WindowAttention
+from adakv.policy.press import PressScorer
+from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention
+from adakv.policy.scorers import (
+    Defensive,
+    KeyDiff,
+    KeyNorm,
+    LastQuery,
+    Random,
+    Recency,
+    WindowAttention,
+)
 from adakv.policy.selectors import TopScore, TwoStage
 
 __all__ = [
     "Adaptive",
     "Allocator",
+    "Defensive",
     "Everything",
+    "ExpectedAttention",
     "Flat",
     "Kept",
+    "KeyDiff",
     "KeyNorm",
+    "LastQuery",
     "LayerInputs",
     "LayerSchedule",
     "ModelWide",
+    "Need",
     "Policy",
+    "PressScorer",
+    "Profile",
+    "PromptAttention",
     "Pyramid",
     "Random",
     "Recency",

@@ -14,8 +14,8 @@ from integers that the host knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
+from adakv.policy.inputs import LayerInputs
 
 __all__ = [
     "Allocator",
@@ -33,101 +34,9 @@ __all__ = [
     "Policy",
     "Scorer",
     "Selector",
-    "check_choice",
-    "check_range",
 ]
 
 Need = Literal["w_o", "all_queries", "rotate"]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerInputs:
-    """What one layer's prefill hands to a policy.
-
-    Parameters
-    ----------
-    queries : ``[B, Hq, W, D]``
-        Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
-        For policies with :attr:`Policy.needs_all_queries` ``[B, Hq, T, D]``, of all positions.
-    keys, values : ``[B, Hkv, T, D]``
-        The prompt, keys after RoPE, padded at the end.
-    w_o : ``[E, Hq * D]``, optional
-        Weight of the output projection; only policies with :attr:`Policy.needs_w_o` read it.
-    prompt_lens : tuple of int
-        True length of each sequence, known to the host.
-    layer, num_layers : int
-    seq_lens : ``[B]`` int32, optional
-        ``prompt_lens`` on the device; may be left out if all are T.
-    scale, softcap : float, optional
-        Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
-    sinks : ``[Hq]`` float32, optional
-        Logits that join each softmax (gpt-oss).
-    rotate : callable, optional
-        ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
-        ``[n]``, which may be negative; only policies with :attr:`Policy.needs_rotate` call it.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    w_o: Tensor | None
-    prompt_lens: tuple[int, ...]
-    layer: int
-    num_layers: int
-    seq_lens: Tensor | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
-    _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
-            raise ValueError(
-                "keys and values must both be [B, Hkv, T, D], "
-                f"got {list(self.keys.shape)} and {list(self.values.shape)}"
-            )
-        batch, _, length, _ = self.keys.shape
-        if len(self.prompt_lens) != batch:
-            raise ValueError(
-                f"prompt_lens must hold the length of each of the {batch} sequences, "
-                f"got {len(self.prompt_lens)}"
-            )
-        if any(not 0 <= n <= length for n in self.prompt_lens):
-            raise ValueError(f"prompt_lens must be in [0, {length}], got {self.prompt_lens}")
-        if self.seq_lens is None and any(n != length for n in self.prompt_lens):
-            raise ValueError(
-                f"seq_lens must be given when prompts are shorter than T = {length}, "
-                f"got prompt_lens {self.prompt_lens}"
-            )
-        if not 0 <= self.layer < self.num_layers:
-            raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Hkv."""
-        return self.keys.shape[1]
-
-    @property
-    def length(self) -> int:
-        """T, the padded length of the prompts."""
-        return self.keys.shape[2]
-
-    def norms(self, norm: ops.Norm = "l1") -> Tensor:
-        """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
-        if self.w_o is None:
-            raise ValueError("w_o must be given to a policy that weighs values, got None")
-        if norm not in self._norms:
-            self._norms[norm] = ops.value_norm(
-                self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
-            )
-        return self._norms[norm]
-
-    def pin_window(self, scores: Tensor, window: int) -> Tensor:
-        """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""
-        positions = torch.arange(self.length, device=scores.device)
-        ends = self.length if self.seq_lens is None else self.seq_lens[:, None, None]
-        return scores.masked_fill((positions >= ends - window) & (positions < ends), torch.inf)
 
 
 class Scorer(Protocol):
@@ -347,7 +256,7 @@ class Policy:
         most = sum(min(x, heads * n) for x, n in zip(totals, first.prompt_lens, strict=True))
         return [
             self.selector.select(s, share, x, window=window, total=most)
-            for s, share, x in zip(scores, shares.split(heads, dim=1), layers, strict=True)
+            for s, share, x in zip(scores, torch.split(shares, heads, dim=1), layers, strict=True)
         ]
 
     def _layer_budgets(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
@@ -371,20 +280,6 @@ class Policy:
             )
             for n in inputs.prompt_lens
         )
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ``ValueError`` unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        allowed = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def _outside_scores(scores: Tensor, inputs: LayerInputs) -> Tensor:

@@ -6,13 +6,24 @@ Zefan-Cai/KVCache-Factory), to reproduce its numbers; docs/policies.md says wher
 
 from __future__ import annotations
 
-from adakv.policy.allocators import Adaptive, Everything, Pyramid, Uniform
+from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
-from adakv.policy.scorers import Random, Recency, WindowAttention
+from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention
+from adakv.policy.scorers import (
+    Defensive,
+    KeyDiff,
+    KeyNorm,
+    LastQuery,
+    Random,
+    Recency,
+    WindowAttention,
+)
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
 _adaptive_pyramid = Adaptive(layers=Pyramid())
+
+_column_max = PromptAttention(reduce="max", group_reduce="max", distance=16, sinks=4)
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -37,6 +48,15 @@ _PRESETS: dict[str, Policy] = {
     "critical_snapkv":             Policy(_snapkv, Uniform(), TwoStage()),
     "critical_ada_snapkv":         Policy(_snapkv, Adaptive(), TwoStage()),
     "critical_ada_pyramidkv":      Policy(_snapkv, _adaptive_pyramid, TwoStage()),
+    "defensive":                   Policy(Defensive(), Adaptive(), TopScore()),
+    "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
+    "ada_column_max":              Policy(_column_max, Adaptive(), TopScore()),
+    "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
+    "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
+    "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),
+    "knorm":                       Policy(KeyNorm(), Uniform(), TopScore()),
+    "tova":                        Policy(LastQuery(), Uniform(), TopScore()),
+    "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
     "full":                        Policy(Recency(sinks=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),

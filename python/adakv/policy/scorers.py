@@ -6,13 +6,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.base import LayerInputs, check_choice, check_range
+from adakv.policy.attention import attention
+from adakv.policy.base import Need
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+
+NormShare = Literal["none", "entries", "heads"]
+
+_ROWS = 8  # of the window whose attention Defensive holds at a time
 
 
 @dataclass(frozen=True)
@@ -37,20 +44,14 @@ class WindowAttention:
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
         check_range("sinks", self.sinks, 0)
-        check_range("pool_width", self.pool_width, 1, 63)
-        if self.pool_width % 2 == 0:
-            raise ValueError(f"pool_width must be odd, got {self.pool_width}")
+        check_odd("pool_width", self.pool_width)
         check_choice("window_reduce", self.window_reduce, get_args(ops.Reduce))
         check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
         check_choice("order", self.order, get_args(ops.Order))
         check_choice("pool", self.pool, get_args(ops.Pool))
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        if inputs.queries.shape[2] != self.window:
-            raise ValueError(
-                f"queries must be those of the last {self.window} positions (the policy's window), "
-                f"got {inputs.queries.shape[2]}"
-            )
+        check_window(inputs, self.window)
         scores = ops.score(
             inputs.queries,
             inputs.keys,
@@ -64,7 +65,96 @@ class WindowAttention:
             pool=self.pool,
             pool_width=self.pool_width,
         )
-        return _pin(scores, self.sinks)
+        return pin_sinks(scores, self.sinks)
+
+
+@dataclass(frozen=True)
+class Defensive:
+    """The worst case in the place of the mean (DefensiveKV, arXiv 2510.13334).
+
+    ``R[h, t] = max(max over the window and the group of p, its mean over the head's candidates)``,
+    then ``S = R * N``, where p are the rows of the window's attention, each mean-pooled over
+    ``pool_width`` entries and scaled so that it keeps its sum, and N = ``||v Wo||_1``.
+
+    A mean over 32 queries forgets what one of them needed; the maximum does not, and the head's own
+    mean is a floor under entries that nobody looked at. ``norm_share="entries"`` divides N by its
+    sum over the head's candidates, for scores that are compared between layers (Layer-DefensiveKV);
+    ``"heads"`` by its sum over the kv heads of a token, as the authors' code does. Values of the
+    first entries are small while attention leans on them: ``sinks`` are pinned.
+    """
+
+    window: int = 32
+    pool_width: int = 5
+    norm_share: NormShare = "none"
+    sinks: int = 4
+    needs: ClassVar[tuple[Need, ...]] = ("w_o",)
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+        check_range("sinks", self.sinks, 0)
+        check_odd("pool_width", self.pool_width)
+        check_choice("norm_share", self.norm_share, get_args(NormShare))
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        check_window(inputs, self.window)
+        candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
+        risk = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
+        for row in range(0, self.window, _ROWS):
+            p = attention(inputs, slice(row, row + _ROWS))  # [B, Hkv, G, R, T]
+            p = p.masked_fill(~candidates[:, :, None, None], 0)
+            pooled = self._pooled(p).masked_fill(~candidates[:, :, None, None], 0)
+            pooled *= p.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=1e-30)
+            risk = risk.maximum(pooled.amax((2, 3)))
+        floor = risk.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True)
+        norms = inputs.norms().masked_fill(~candidates, 0)
+        if self.norm_share != "none":
+            norms = norms / norms.sum(-1 if self.norm_share == "entries" else 1, keepdim=True)
+        return pin_sinks(risk.maximum(floor) * norms, self.sinks)
+
+    def _pooled(self, p: Tensor) -> Tensor:
+        side = self.pool_width // 2
+        rows = F.avg_pool1d(p.flatten(0, 3)[:, None], self.pool_width, 1, side)
+        return rows.view(p.shape)
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """The last query's attention, its mean over all heads of the layer (TOVA, arXiv 2401.06104).
+
+    ``S[h, t] = mean over all q heads of softmax(q_last . k * scale)``: every kv head has the same
+    scores, so that whole tokens go.
+    """
+
+    sinks: int = 0
+    window: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_range("sinks", self.sinks, 0)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        heads = WindowAttention(window=1, pool="none").score(inputs)
+        return pin_sinks(heads.mean(1, keepdim=True).expand_as(heads).clone(), self.sinks)
+
+
+@dataclass(frozen=True)
+class KeyDiff:
+    """Keys that are unlike the others (KeyDiff, arXiv 2504.15364).
+
+    ``S[h, t] = -cos(k[h, t], mean over t of k[h, t] / |k[h, t]|)``; needs no queries.
+    """
+
+    window: int = 32
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+        check_range("sinks", self.sinks, 0)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        keys = F.normalize(inputs.keys.float(), dim=-1)  # [B, Hkv, T, D]
+        keys = keys.masked_fill(~inputs.candidates(0)[..., None], 0)
+        mean = keys.sum(2, keepdim=True)  # up to a factor, which the cosine does not see
+        return pin_sinks(-F.cosine_similarity(keys, mean, dim=-1), self.sinks)
 
 
 @dataclass(frozen=True)
@@ -83,7 +173,7 @@ class KeyNorm:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         norms = torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=torch.float32)
-        return _pin(-norms, self.sinks)
+        return pin_sinks(-norms, self.sinks)
 
 
 @dataclass(frozen=True)
@@ -101,7 +191,7 @@ class Recency:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         positions = torch.arange(inputs.length, dtype=torch.float32, device=inputs.keys.device)
-        return _pin(positions.repeat(*inputs.keys.shape[:2], 1), self.sinks)
+        return pin_sinks(positions.repeat(*inputs.keys.shape[:2], 1), self.sinks)
 
 
 @dataclass(frozen=True)
@@ -127,13 +217,23 @@ class Random:
         positions = torch.arange(inputs.length, device=device)
         rows = _mix(self.seed * 0x9E3779B1 + inputs.layer * 0x85EBCA77 + heads)
         noise = _mix(rows + positions * 0x9E3779B1) >> 8  # 24 bits, which float32 holds exactly
-        return _pin((noise.float() * 2.0**-24).repeat(inputs.keys.shape[0], 1, 1), self.sinks)
+        return pin_sinks((noise.float() * 2.0**-24).repeat(inputs.keys.shape[0], 1, 1), self.sinks)
 
 
-def _pin(scores: Tensor, sinks: int) -> Tensor:
-    if sinks:
-        scores[..., :sinks] = torch.inf
-    return scores
+def check_odd(name: str, width: int) -> None:
+    """Raises ``ValueError`` unless a pool's width is one that the verbs know."""
+    check_range(name, width, 1, 63)
+    if width % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {width}")
+
+
+def check_window(inputs: LayerInputs, window: int) -> None:
+    """Raises ``ValueError`` unless the queries are the window's."""
+    if inputs.queries.shape[2] != window:
+        raise ValueError(
+            f"queries must be those of the last {window} positions (the policy's window), "
+            f"got {inputs.queries.shape[2]}"
+        )
 
 
 def _mix(x: Tensor) -> Tensor:

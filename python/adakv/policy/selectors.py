@@ -8,7 +8,8 @@ from typing import get_args
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.base import Kept, LayerInputs, check_choice, check_range
+from adakv.policy.base import Kept
+from adakv.policy.inputs import LayerInputs, check_choice, check_range
 
 
 @dataclass(frozen=True)

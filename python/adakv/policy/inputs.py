@@ -1,0 +1,133 @@
+"""What a policy is handed of a layer, and what its parts check and mark with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What one layer's prefill hands to a policy.
+
+    Parameters
+    ----------
+    queries : ``[B, Hq, W, D]``
+        Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
+        For policies with :attr:`Policy.needs_all_queries` ``[B, Hq, T, D]``, of all positions.
+    keys, values : ``[B, Hkv, T, D]``
+        The prompt, keys after RoPE, padded at the end.
+    w_o : ``[E, Hq * D]``, optional
+        Weight of the output projection; only policies with :attr:`Policy.needs_w_o` read it.
+    prompt_lens : tuple of int
+        True length of each sequence, known to the host.
+    layer, num_layers : int
+    seq_lens : ``[B]`` int32, optional
+        ``prompt_lens`` on the device; may be left out if all are T.
+    scale, softcap : float, optional
+        Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
+    sinks : ``[Hq]`` float32, optional
+        Logits that join each softmax (gpt-oss).
+    rotate : callable, optional
+        ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
+        ``[n]`` or ``[B, n]``, which may be negative; for policies with :attr:`Policy.needs_rotate`.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    w_o: Tensor | None
+    prompt_lens: tuple[int, ...]
+    layer: int
+    num_layers: int
+    seq_lens: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+            raise ValueError(
+                "keys and values must both be [B, Hkv, T, D], "
+                f"got {list(self.keys.shape)} and {list(self.values.shape)}"
+            )
+        batch, _, length, _ = self.keys.shape
+        if len(self.prompt_lens) != batch:
+            raise ValueError(
+                f"prompt_lens must hold the length of each of the {batch} sequences, "
+                f"got {len(self.prompt_lens)}"
+            )
+        if any(not 0 <= n <= length for n in self.prompt_lens):
+            raise ValueError(f"prompt_lens must be in [0, {length}], got {self.prompt_lens}")
+        if self.seq_lens is None and any(n != length for n in self.prompt_lens):
+            raise ValueError(
+                f"seq_lens must be given when prompts are shorter than T = {length}, "
+                f"got prompt_lens {self.prompt_lens}"
+            )
+        if not 0 <= self.layer < self.num_layers:
+            raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """T, the padded length of the prompts."""
+        return self.keys.shape[2]
+
+    def norms(self, norm: ops.Norm = "l1") -> Tensor:
+        """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
+        if self.w_o is None:
+            raise ValueError("w_o must be given to a policy that weighs values, got None")
+        if norm not in self._norms:
+            self._norms[norm] = ops.value_norm(
+                self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
+            )
+        return self._norms[norm]
+
+    @property
+    def ends(self) -> Tensor:
+        """``[B]``, or ``[1]`` if all are T: ``seq_lens`` on the keys' device."""
+        if self.seq_lens is not None:
+            return self.seq_lens
+        return torch.full((1,), self.length, dtype=torch.int32, device=self.keys.device)
+
+    def candidates(self, window: int) -> Tensor:
+        """``[B or 1, 1, T]`` bool: the entries that compete, not those of window and padding."""
+        positions = torch.arange(self.length, device=self.keys.device)
+        return positions < self.ends[:, None, None] - window
+
+    def pin_window(self, scores: Tensor, window: int) -> Tensor:
+        """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""
+        in_window = self.candidates(0) & ~self.candidates(window)
+        return scores.masked_fill(in_window, torch.inf)
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ``ValueError`` unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        allowed = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def pin_sinks(scores: Tensor, sinks: int) -> Tensor:
+    """``scores``, changed in place: the first ``sinks`` entries of every row are ``+inf``."""
+    if sinks:
+        scores[..., :sinks] = torch.inf
+    return scores

@@ -1,0 +1,153 @@
+"""Scorers that read the queries of the whole prompt, not of its window alone.
+
+Each costs a pass over the prompt beside the prefill's own attention, in plain torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.policy.attention import attention, check_all_queries
+from adakv.policy.base import Need
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+
+_ROWS = 64  # queries whose attention is held at a time
+
+
+@dataclass(frozen=True)
+class PromptAttention:
+    """Attention that an entry gets from all queries of the prompt (H2O, arXiv 2306.14048).
+
+    ``S[h, t] = group_reduce over the group of h(reduce over queries s of softmax(q_s . k_t *
+    scale))``, over the queries ``s >= t + distance``, every ``stride``-th of them, the last one
+    included.
+
+    ``reduce="sum"`` is H2O's accumulated attention, which favours early entries; ``"mean"`` divides
+    it by the number of queries that could see the entry; ``"max"`` asks whether any of them ever
+    needed it. ``distance`` leaves out what every token gives to its neighbours.
+    """
+
+    window: int = 32
+    reduce: ops.Reduce = "sum"
+    group_reduce: ops.Reduce = "mean"
+    distance: int = 0
+    stride: int = 1
+    sinks: int = 0
+    needs: ClassVar[tuple[Need, ...]] = ("all_queries",)
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+        check_range("sinks", self.sinks, 0)
+        check_range("distance", self.distance, 0)
+        check_range("stride", self.stride, 1)
+        check_choice("reduce", self.reduce, get_args(ops.Reduce))
+        check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        check_all_queries(inputs)
+        batch, heads, length = inputs.keys.shape[:3]
+        group = inputs.queries.shape[1] // heads
+        position = torch.arange(length, device=inputs.keys.device)
+        columns = inputs.keys.new_zeros((batch, heads, group, length), dtype=torch.float32)
+        for first in range(0, length, _ROWS * self.stride):
+            rows = slice(first, min(first + _ROWS * self.stride, length), self.stride)
+            p = attention(inputs, rows, rows.stop)  # [B, Hkv, G, R, rows.stop]
+            if self.distance:
+                near = position[: rows.stop] > position[rows, None] - self.distance
+                p = p.masked_fill(near, 0)
+            part = columns[..., : rows.stop]
+            part.copy_(part.maximum(p.amax(3)) if self.reduce == "max" else part + p.sum(3))
+        if self.reduce == "mean":
+            columns = columns / self._num_queries(inputs)
+        return pin_sinks(_reduce(columns, self.group_reduce), self.sinks)
+
+    def _num_queries(self, inputs: LayerInputs) -> Tensor:
+        """``[B or 1, 1, 1, T]``: queries far enough behind each entry, at least 1."""
+        first = torch.arange(inputs.length, device=inputs.keys.device) + self.distance
+        last = inputs.ends[:, None, None, None] - 1
+        count = last // self.stride - (first + self.stride - 1) // self.stride + 1
+        return count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ExpectedAttention:
+    """Attention to be expected of queries to come (Expected Attention, arXiv 2510.00636).
+
+    Queries before RoPE are taken for normally distributed, with the mean m and the covariance C of
+    the prompt's own, from position ``sinks`` on. With R the mean of the RoPE matrices of the next
+    ``num_future`` positions::
+
+        z[q, t] = scale * k[t] . R m[q] + scale^2 / 2 * k[t]^T R C[q] R^T k[t]
+        S[h, t] = (mean over the group of h(softmax_t(z[q, t]))) * |v[h, t]|_2
+
+    which is the expectation of the attention's exponentials. ``covariance=False`` leaves out the
+    second term, ``value_norm=False`` the factor ``|v|``. The first ``sinks`` entries are pinned and
+    left out of all statistics, as their queries are unlike the others.
+    """
+
+    window: int = 32
+    num_future: int = 512
+    covariance: bool = True
+    value_norm: bool = True
+    sinks: int = 4
+    needs: ClassVar[tuple[Need, ...]] = ("all_queries", "rotate")
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+        check_range("num_future", self.num_future, 1)
+        check_range("sinks", self.sinks, 0)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        check_all_queries(inputs)
+        keys = inputs.keys.float()
+        batch, heads, _, head_dim = keys.shape
+        scale = inputs.scale or head_dim**-0.5
+        mean, covariance = self._future_queries(inputs)  # [B, Hq, D], [B, Hq, D, D]
+        z = scale * (mean.view(batch, heads, -1, head_dim) @ keys.mT)  # [B, Hkv, G, T]
+        if self.covariance:
+            grouped = covariance.view(batch, heads, -1, head_dim, head_dim)
+            for g, c in enumerate(grouped.unbind(2)):
+                z[:, :, g] += scale**2 / 2 * ((keys @ c) * keys).sum(-1)
+        position = torch.arange(inputs.length, device=keys.device)
+        competes = inputs.candidates(0) & (position >= self.sinks)  # [B or 1, 1, T]
+        z = z.masked_fill(~competes[:, :, None], -torch.inf)
+        scores = z.softmax(-1).mean(2)
+        if self.value_norm:
+            scores *= torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
+        return pin_sinks(scores, self.sinks)
+
+    def _future_queries(self, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+        """Mean ``[B, Hq, D]`` and covariance ``[B, Hq, D, D]`` of the queries to come."""
+        if inputs.rotate is None:
+            raise ValueError("rotate must be given to a policy that foresees queries, got None")
+        position = torch.arange(inputs.length, device=inputs.keys.device)
+        queries = inputs.rotate(inputs.queries.float(), -position)  # before RoPE
+        counts = inputs.candidates(0) & (position >= self.sinks)
+        queries = queries.masked_fill(~counts[..., None], 0)
+        count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
+        mean = queries.sum(2) / count
+        centred = (queries - mean[:, :, None]).masked_fill(~counts[..., None], 0)
+        future = inputs.ends[:, None] + torch.arange(self.num_future, device=count.device)
+        turned = self._mean_rotation(inputs, future)  # [B or 1, 1, D, D]
+        covariance = centred.mT @ centred / count[..., None]
+        return (mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned
+
+    def _mean_rotation(self, inputs: LayerInputs, positions: Tensor) -> Tensor:
+        """``[B or 1, 1, D, D]``: row i is the mean over ``positions`` of unit vector i, turned."""
+        assert inputs.rotate is not None
+        head_dim = inputs.keys.shape[3]
+        units = torch.eye(head_dim, device=positions.device)[None, :, None]
+        units = units.expand(positions.shape[0], -1, positions.shape[1], -1)
+        return inputs.rotate(units, positions).mean(2)[:, None]
+
+
+def _reduce(x: Tensor, how: ops.Reduce) -> Tensor:
+    """``[B, Hkv, G, T]`` to ``[B, Hkv, T]``."""
+    if how == "max":
+        return x.amax(2)
+    return x.sum(2) if how == "sum" else x.mean(2)
