@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adakv.policy import Kept, LayerInputs
+from adakv.policy import Kept, LayerInputs, Policy
 from cases import Prompt
 
 NAN = float("nan")
 
 
 def layer_inputs(
-    prompt: Prompt, device: torch.device, *, layer: int = 1, num_layers: int = 4
+    prompt: Prompt,
+    device: torch.device,
+    *,
+    layer: int = 1,
+    num_layers: int = 4,
+    all_queries: bool = False,
 ) -> LayerInputs:
-    """Random inputs of a layer."""
+    """Random inputs of a layer, with the queries of the window or of all positions."""
+    queries = prompt.queries(device)
+    if all_queries:
+        many = replace(prompt, kv_heads=prompt.kv_heads * prompt.group)
+        queries = many.entries(device)
     return LayerInputs(
-        queries=prompt.queries(device),
+        queries=queries,
         keys=prompt.entries(device),
         values=prompt.entries(device),
         w_o=prompt.w_o(device),
@@ -27,7 +37,34 @@ def layer_inputs(
         layer=layer,
         num_layers=num_layers,
         seq_lens=prompt.lengths(device),
+        rotate=rotate,
     )
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """RoPE as Llama has it, but faster: pair i turns by ``1 / (i + 1)`` a position."""
+    half = x.shape[-1] // 2
+    frequencies = 1 / torch.arange(1, half + 1, device=x.device)
+    angles = (positions[..., None] * frequencies).view(-1, 1, positions.shape[-1], half)
+    a, b, cos, sin = x[..., :half], x[..., half:], angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def model_inputs(
+    policy: Policy, prompt: Prompt, device: torch.device, num_layers: int = 4
+) -> list[LayerInputs]:
+    """Random inputs of all layers, with the queries that a policy asks for."""
+    prompt = replace(prompt, window=policy.window)
+    return [
+        layer_inputs(
+            prompt,
+            device,
+            layer=layer,
+            num_layers=num_layers,
+            all_queries=policy.needs_all_queries,
+        )
+        for layer in range(num_layers)
+    ]
 
 
 def bare_inputs(scores: Tensor, **options: Any) -> LayerInputs:

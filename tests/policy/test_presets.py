@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -12,9 +14,16 @@ import adakv
 from adakv import ops, policy
 from adakv.policy import (
     Adaptive,
+    Defensive,
+    ExpectedAttention,
     Flat,
+    KeyDiff,
+    KeyNorm,
+    LastQuery,
     LayerInputs,
+    ModelWide,
     Policy,
+    PromptAttention,
     Pyramid,
     Random,
     Recency,
@@ -24,7 +33,7 @@ from adakv.policy import (
     WindowAttention,
 )
 from cases import Prompt
-from policy.helpers import bare_inputs, kept_rows, layer_inputs
+from policy.helpers import bare_inputs, kept_rows, model_inputs, rotate
 
 PROMPTS = [
     Prompt(batch=1, kv_heads=2, group=1, length=180),
@@ -34,40 +43,45 @@ PROMPTS = [
 BUDGET = 80
 
 
-def inputs_for(name: str, prompt: Prompt, device: torch.device, layer: int = 1) -> LayerInputs:
-    """Random inputs with as many queries as the policy asks for."""
-    settings = {**vars(prompt), "window": policy.get(name).window, "head_dim": 16}
-    return layer_inputs(Prompt(**settings), device, layer=layer)
+def inputs_for(name: str, prompt: Prompt, device: torch.device) -> list[LayerInputs]:
+    """Random inputs of four layers with as many queries as the policy asks for."""
+    return model_inputs(policy.get(name), replace(prompt, head_dim=16), device)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=str)
 @pytest.mark.parametrize("name", policy.names())
-@pytest.mark.parametrize("layer", [0, 3])
-def test_preset_keeps_what_its_totals_say(device, name, prompt, layer):
+def test_preset_keeps_what_its_totals_say(device, name, prompt):
     preset = policy.get(name)
-    inputs = inputs_for(name, prompt, device, layer)
-    kept = preset.choose(inputs, BUDGET)
-    totals = preset.totals(inputs, BUDGET)
-    assert kept.positions.dtype == kept.indptr.dtype == torch.int32
-    assert len(kept.positions) == sum(totals)
-    drifts = "official_round" in repr(preset)
-    for rows, total, length in zip(
-        kept_rows(kept, prompt.kv_heads), totals, inputs.prompt_lens, strict=True
-    ):
-        count = sum(len(row) for row in rows)
-        assert count <= total if drifts else count == total
-        assert total <= prompt.kv_heads * length
-        for row in rows:
+    layers = inputs_for(name, prompt, device)
+    choices = preset.choose_all(layers, BUDGET)
+    totals = [preset.totals(inputs, BUDGET) for inputs in layers]
+    rows = [kept_rows(kept, prompt.kv_heads) for kept in choices]
+    counts = [[sum(map(len, sequence)) for sequence in layer] for layer in rows]
+    if preset.is_model_wide:
+        totals = [tuple(map(sum, zip(*totals, strict=True)))]
+        counts = [list(map(sum, zip(*counts, strict=True)))]
+    else:
+        assert [len(kept.positions) for kept in choices] == list(map(sum, totals))
+    for count, total in zip(counts, totals, strict=True):
+        if "official_round" in repr(preset):  # its sums drift
+            assert all(c <= t for c, t in zip(count, total, strict=True))
+        else:
+            assert count == list(total)
+    assert all(kept.positions.dtype == kept.indptr.dtype == torch.int32 for kept in choices)
+    for layer, b in itertools.product(rows, range(prompt.batch)):
+        length = layers[0].prompt_lens[b]
+        for row in layer[b]:
             assert row == sorted(set(row))
             window = min(preset.window, length)
             assert row[len(row) - window :] == list(range(length - window, length))
+            assert row[-1] < length
 
 
 @pytest.mark.parametrize("name", policy.names())
 def test_preset_budgets_are_the_mean_over_layers(device, name):
     preset = policy.get(name)
-    inputs = [inputs_for(name, PROMPTS[1], device, layer) for layer in range(4)]
-    mean = sum(sum(preset.totals(x, BUDGET)) for x in inputs) / (4 * 3 * 2)
+    layers = inputs_for(name, PROMPTS[1], device)
+    mean = sum(sum(preset.totals(x, BUDGET)) for x in layers) / (4 * 3 * 2)
     if name == "full":
         assert mean == 180
     elif "pyramidkv@" in name:  # the authors' step is cut to an integer
@@ -90,6 +104,15 @@ def test_preset_table_is_the_documented_one():
     assert policy.get("critical_snapkv") == Policy(snapkv, Uniform(), TwoStage())
     assert policy.get("critical_ada_snapkv") == Policy(snapkv, Adaptive(), TwoStage())
     assert policy.get("critical_ada_pyramidkv") == Policy(snapkv, adaptive_pyramid, TwoStage())
+    assert policy.get("defensive") == Policy(Defensive(), Adaptive(), TopScore())
+    shared = Defensive(norm_share="entries")
+    assert policy.get("layer_defensive") == Policy(shared, ModelWide(), TopScore())
+    assert policy.get("h2o") == Policy(PromptAttention(), Uniform(), TopScore())
+    assert policy.get("expected") == Policy(ExpectedAttention(), Uniform(), TopScore())
+    assert policy.get("ada_expected") == Policy(ExpectedAttention(), Adaptive(), TopScore())
+    assert policy.get("tova") == Policy(LastQuery(), Uniform(), TopScore())
+    assert policy.get("keydiff") == Policy(KeyDiff(), Uniform(), TopScore())
+    assert policy.get("knorm") == Policy(KeyNorm(), Uniform(), TopScore())
     assert adakv.policies() == policy.names()
 
 
@@ -108,7 +131,7 @@ def test_preset_defaults_are_the_papers():
 @pytest.mark.parametrize("safeguard", get_args(ops.Safeguard))
 def test_default_policy_adapts(device, safeguard):
     """A head that looks at one place gives its entries to one that looks everywhere."""
-    inputs = inputs_for("ada_snapkv", Prompt(batch=1, kv_heads=2, group=2, length=300), device)
+    (inputs, *_) = inputs_for("ada_snapkv", Prompt(batch=1, group=2, length=300), device)
     inputs.queries[:, 2:] = 0  # the second kv head's group attends evenly
     inputs.queries[:, :2, :, 0] = 8
     inputs.keys[:, 0, 100, 0] = 16
@@ -130,10 +153,14 @@ def test_choose_waits_for_no_device(name, monkeypatch):
     with FakeTensorMode():
         x = torch.empty(2, 2, 300, 16)
         lengths = torch.empty(2, dtype=torch.int32)
-        queries = torch.empty(2, 4, preset.window, 16)
-        inputs = LayerInputs(queries, x, x, torch.empty(8, 64), (300, 250), 0, 4, lengths)
-        kept = preset.choose(inputs, 100)
-        assert kept.positions.shape == (sum(preset.totals(inputs, 100)),)
+        queries = torch.empty(2, 4, 300 if preset.needs_all_queries else preset.window, 16)
+        options = {"seq_lens": lengths, "rotate": rotate}
+        tensors = queries, x, x, torch.empty(8, 64), (300, 250)
+        layers = [LayerInputs(*tensors, layer, 4, **options) for layer in range(4)]
+        most = sum(sum(preset.totals(inputs, 100)) for inputs in layers)
+        for inputs, kept in zip(layers, preset.choose_all(layers, 100), strict=True):
+            size = most if preset.is_model_wide else sum(preset.totals(inputs, 100))
+            assert kept.positions.shape == (min(size, 2 * 550),)
 
 
 @pytest.mark.parametrize("name", policy.names())
@@ -141,9 +168,34 @@ def test_preset_keeps_everything_without_scoring_if_it_fits(device, name):
     """Neither queries nor norms can be had here."""
     preset = policy.get(name)
     scores = torch.full((2, 3, 70), float("nan"), device=device)
-    inputs = bare_inputs(scores, queries=scores[..., None], num_layers=2)
-    kept = preset.choose(inputs, max(70, preset.window))
-    assert kept_rows(kept, 3) == [[list(range(70))] * 3] * 2
+    layers = [
+        bare_inputs(scores, queries=scores[..., None], layer=layer, num_layers=2)
+        for layer in range(2)
+    ]
+    for kept in preset.choose_all(layers, max(70, preset.window)):
+        assert kept_rows(kept, 3) == [[list(range(70))] * 3] * 2
+
+
+@pytest.mark.parametrize("name", policy.names())
+def test_preset_ignores_the_rest_of_the_batch(device, name):
+    """Alone and without padding every sequence keeps what it keeps among others."""
+    preset = policy.get(name)
+    layers = inputs_for(name, PROMPTS[2], device)
+    together = [kept_rows(kept, 4) for kept in preset.choose_all(layers, BUDGET)]
+    for b, length in enumerate(layers[0].prompt_lens):
+        alone = [
+            replace(
+                x,
+                queries=x.queries[b : b + 1, :, : length if preset.needs_all_queries else None],
+                keys=x.keys[b : b + 1, :, :length],
+                values=x.values[b : b + 1, :, :length],
+                prompt_lens=(length,),
+                seq_lens=None,
+            )
+            for x in layers
+        ]
+        for rows, kept in zip(together, preset.choose_all(alone, BUDGET), strict=True):
+            assert kept_rows(kept, 4) == [rows[b]]
 
 
 def test_get_names_what_it_knows():
