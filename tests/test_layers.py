@@ -109,11 +109,15 @@ def test_layers_of_imports(path: Path):
             assert floor(own) == 3, message
 
 
-@pytest.mark.parametrize("part", ["scorers", "allocators", "selectors"])
-def test_layers_parts_of_a_policy_know_only_base(part: str):
+PARTS = ["scorers", "prompt_scorers", "press", "allocators", "selectors"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_layers_parts_of_a_policy_do_not_know_each_other(part: str):
+    below = tuple(f"adakv.policy.{name}." for name in ("inputs", "attention", "base"))
     for name in imports(PACKAGE / "policy" / f"{part}.py"):
         if name.startswith("adakv.policy"):
-            assert name.startswith("adakv.policy.base"), f"policy/{part}.py must not import {name}"
+            assert name.startswith(below), f"policy/{part}.py must not import {name}"
 
 
 def test_layers_import_needs_no_transformers():
