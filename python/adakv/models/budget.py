@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adakv.policy import Policy
+import torch
+
+from adakv.policy import LayerInputs, Policy
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,12 @@ class Budget:
             return self.entries
         share = math.floor(self.ratio * prompt_len + 0.5)
         return max(self.policy.window + 1, self._least, share)
+
+    def totals(self, prompt_len: int, *, num_kv_heads: int, num_layers: int) -> list[int]:
+        """Most entries that each layer keeps of a prompt, all its kv heads together."""
+        shape = torch.empty(1, num_kv_heads, prompt_len, 0)  # all that totals depend on
+        layers = (
+            LayerInputs(shape, shape, shape, None, (prompt_len,), layer, num_layers)
+            for layer in range(num_layers)
+        )
+        return [self.policy.totals(inputs, self.of(prompt_len))[0] for inputs in layers]
