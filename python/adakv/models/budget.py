@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adakv.policy import LayerInputs, Policy
+from adakv import policy as policies
+from adakv.policy import Everything, LayerInputs, Policy
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class Budget:
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+
+    @classmethod
+    def given(cls, policy: str | Policy, entries: int | None, ratio: float | None) -> Budget:
+        """From what users give; a policy that keeps everything needs neither number."""
+        chosen = policies.get(policy)
+        if entries is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
+            ratio = 1.0
+        return cls(chosen, entries, ratio)
 
     @property
     def _least(self) -> int:

@@ -26,12 +26,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from adakv import Error
-from adakv import policy as policies
 from adakv.cache import KVCache
 from adakv.models import families
 from adakv.models.budget import Budget
 from adakv.models.store import Attention, Prompt, Store
-from adakv.policy import Everything, Policy
+from adakv.policy import Policy
 
 _logger = logging.getLogger("adakv")
 
@@ -138,15 +137,12 @@ class Cache(TransformersCache):
     ) -> None:
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
-        chosen = policies.get(policy)
-        if budget is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
-            ratio = 1.0
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             _logger.warning("every layer of the model has a sliding window: nothing to compress")
         self._model = decoder
         self._store = Store(
-            Budget(chosen, budget, ratio),
+            Budget.given(policy, budget, ratio),
             num_layers=len(full),
             max_new_tokens=max_new_tokens,
             page_size=page_size,
@@ -368,6 +364,11 @@ def _inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: 
     else:
         attend = AttentionInterface()[inner]
     return attend(module, *args, **kwargs)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether the model runs under :func:`attach` now."""
+    return decoder_of(model).config._attn_implementation.startswith(PREFIX)
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +49,8 @@ class Sampling:
         return torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True)[:, 0]
 
     @property
-    def _warpers(self) -> list[object]:
-        warpers: list[object] = [TemperatureLogitsWarper(self.temperature)]
+    def _warpers(self) -> list[Callable[[Tensor | None, Tensor], Tensor]]:
+        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)]
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:

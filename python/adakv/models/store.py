@@ -188,7 +188,8 @@ class Store:
         groups = [self._inputs(prompt, group, layer) for group in self._groups]
         kept = [self.policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
         totals = [total[layer] for total in self._totals]
-        page_ids, page_indptr = kv.begin(layer, totals, self.seen, first_sequence=self._first)
+        longest = [min(pair) for pair in zip(totals, self.seen, strict=True)]
+        page_ids, page_indptr = kv.begin(layer, totals, longest, first_sequence=self._first)
         view = sequences(kv.layer(layer), self._slots)
         for group, inputs, choice in zip(self._groups, groups, kept, strict=True):
             ops.compact(
