@@ -243,14 +243,14 @@ class _Batch:
                 self._running[slot] = sequence
                 self._free_pages -= sequence.need.pages
                 self._prefill(slot, sequence)
-                yield self._take(slot, int(self._decoder.tokens[slot]))
+                yield self._take(slot, int(self._decoder.slots.tokens[slot]))
 
     def _step(self) -> Iterator[NewToken]:
         """One token of each."""
         if self._running:
             width = max(self._running) + 1
             self._decode(width)
-            tokens = self._decoder.tokens[:width, 0].tolist()
+            tokens = self._decoder.slots.tokens[:width, 0].tolist()
             for slot in sorted(self._running):
                 yield self._take(slot, tokens[slot])
 
@@ -269,7 +269,7 @@ class _Batch:
     @torch.no_grad()
     def _decode(self, width: int) -> None:
         self._decoder.grow()
-        self._decoder.step(width)
+        self._decoder.step(width)()
 
     def _take(self, slot: int, token: int) -> NewToken:
         """Writes a token down; if it is the sequence's last, the slot is free again."""

@@ -1,18 +1,18 @@
 """Decoding the sequences of a shared cache together, one token each a step.
 
-    begin(slot, ...)     host: a prompt is in the slot; chooses its first token
-    grow()               host: pages for the step
-    step(width)          device: plan, the model's forward, choosing; over the first slots
-    end(slot)            host: the pages go back, the slot is empty
+    begin(slot, ...)     a prompt is in the slot: chooses its first token
+    grow()               pages for the next step
+    step(width)()        plan, the model's forward, choosing; over the first slots
+    end(slot)            the pages go back, the slot is empty
 
-``step`` is a function of tensors that stay where they are: nothing in it waits for the device, and
-no Python state is another after it. So it can be recorded in a CUDA graph, or compiled as one
-graph, and run again while sequences come, grow and go.
+A :class:`Step` is a function of tensors that stay where they are: nothing in it waits for the
+device, and no Python state is another after it. So it can be recorded in a CUDA graph, or compiled
+as one graph, and run again while sequences come, grow and go. All else is done by the host.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,21 @@ from adakv.models.sampling import Sampling
 from adakv.models.store import sequences
 
 
+class Slots(NamedTuple):
+    """What a step reads and writes beside the cache, for each of B slots.
+
+    A slot without a sequence has ``num_new`` 0: a step changes nothing of it but ``tokens``.
+    """
+
+    tokens: Tensor  # [B, 1] int64    the newest
+    positions: Tensor  # [B, 1] int64    where it stands in its sequence
+    written: Tensor  # [B, 1] int64    how many there are after the prompt
+    num_new: Tensor  # [B, 1] int32    1 if there is a sequence
+    uniforms: Tensor  # [B, most that are written] float64    numbers in [0, 1) to choose them by
+
+
 class Decoder:
-    """Sequences in slots of a cache, and the step that writes a token of each.
+    """Sequences in the slots of a cache.
 
     Parameters
     ----------
@@ -39,61 +52,47 @@ class Decoder:
     sampling : :class:`Sampling`
     max_new_tokens : int
         Most tokens that a sequence writes.
-
-    Attributes
-    ----------
-    tokens : ``[B, 1]`` int64
-        The newest token of each slot.
-    positions : ``[B, 1]`` int64
-        Where it stands in its sequence.
-    num_new : ``[B]`` int32
-        1 for a slot that holds a sequence, 0 for an empty one, of which a step changes nothing.
     """
 
     def __init__(
         self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, max_new_tokens: int
     ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(kv.num_sequences, *shape, dtype=dtype, device=kv.device)
+        def zeros(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
 
         self._model = model
         self._kv = kv
         self._sampling = sampling
-        self._running = [False] * kv.num_sequences
-        self.tokens = zeros(1, dtype=torch.int64)
-        self.positions = zeros(1, dtype=torch.int64)
-        self.num_new = zeros(dtype=torch.int32)
-        self._written = zeros(1, dtype=torch.int64)  # tokens of each slot
-        self._uniforms = zeros(max_new_tokens, dtype=torch.float64)  # chance, for each of them
-        # Models make no mask if they are given one; attend reads none.
-        self._mask = zeros(1, 1, 1, dtype=kv.dtype)
-        self._caches: dict[int, StepCache] = {}
-
-    @property
-    def width(self) -> int:
-        """The least width of a step over all sequences."""
-        return max((slot + 1 for slot, is_on in enumerate(self._running) if is_on), default=0)
+        self._is_running = [False] * kv.num_sequences
+        self._steps: dict[int, Step] = {}
+        self.slots = Slots(
+            tokens=zeros(1, torch.int64),
+            positions=zeros(1, torch.int64),
+            written=zeros(1, torch.int64),
+            num_new=zeros(1, torch.int32),
+            uniforms=zeros(max_new_tokens, torch.float64),
+        )
 
     def begin(self, slot: int, logits: Tensor, prompt_len: int, uniforms: Tensor) -> None:
         """A prompt of ``prompt_len`` tokens is in the slot: chooses its first token.
 
-        ``logits`` ``[V]`` are the prompt's last, ``uniforms`` ``[max_new_tokens]`` float64 the
-        sequence's numbers in [0, 1).
+        ``logits`` ``[V]`` are those of its last token; ``uniforms`` as many float64 in [0, 1) as
+        the sequence has tokens to write, or none if nothing is left to chance.
         """
-        self._uniforms[slot, : len(uniforms)] = uniforms.to(self._uniforms.device)
-        chosen = self._sampling.choose(logits[None], self._uniforms[slot, :1])
-        self.tokens[slot] = chosen
-        self.positions[slot] = prompt_len
-        self._written[slot] = 1
-        self.num_new[slot] = 1
-        self._running[slot] = True
+        mine = Slots(*(tensor[slot] for tensor in self.slots))
+        mine.uniforms[: len(uniforms)] = uniforms.to(self._kv.device)
+        mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
+        mine.positions[:] = prompt_len
+        mine.written[:] = 1
+        mine.num_new[:] = 1
+        self._is_running[slot] = True
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
         self._kv.remove(slot)
-        self._written[slot] = 0
-        self.num_new[slot] = 0
-        self._running[slot] = False
+        self.slots.num_new[slot] = 0
+        self.slots.written[slot] = 0
+        self._is_running[slot] = False
 
     def grow(self) -> None:
         """Makes room for the next step of all sequences.
@@ -103,36 +102,53 @@ class Decoder:
         adakv.Error
             If there are too few free pages. Nothing changes.
         """
-        self._kv.grow([int(is_on) for is_on in self._running], 1)
+        self._kv.grow([int(is_running) for is_running in self._is_running], 1)
 
-    def step(self, width: int) -> None:
-        """Appends the newest tokens of the first ``width`` slots and chooses the next ones."""
-        if width not in self._caches:
-            self._caches[width] = StepCache(self._kv, self.num_new, width)
-        cache = self._caches[width]
-        cache.plan()
+    def step(self, width: int) -> Step:
+        """The step of the first ``width`` slots, the same object for the same width."""
+        if width not in self._steps:
+            slots = Slots(*(tensor[:width] for tensor in self.slots))
+            self._steps[width] = Step(self._model, self._kv, self._sampling, slots)
+        return self._steps[width]
+
+
+class Step:
+    """Appends the newest token of each of the first slots and chooses the next one."""
+
+    def __init__(
+        self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, slots: Slots
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._slots = slots
+        self._cache = StepCache(kv, slots.num_new[:, 0])
+        # Models make no mask if they are given one; attend reads none.
+        self._mask = slots.tokens[:, :, None, None].to(kv.dtype)
+
+    def __call__(self) -> None:
+        slots = self._slots
+        self._cache.plan()
         output = self._model(
-            input_ids=self.tokens[:width],
-            attention_mask=self._mask[:width],
-            position_ids=self.positions[:width],
-            past_key_values=cache,
+            input_ids=slots.tokens,
+            attention_mask=self._mask,
+            position_ids=slots.positions,
+            past_key_values=self._cache,
             use_cache=True,
         )
-        cache.forget_plan()
-        written, num_new = self._written[:width], self.num_new[:width, None]
-        uniforms = self._uniforms[:width].gather(1, written)[:, 0]
-        chosen = self._sampling.choose(output.logits[:, -1], uniforms)
-        self.tokens[:width] = chosen[:, None]
-        self.positions[:width] += num_new
-        written += num_new
+        self._cache.forget_plan()
+        uniforms = slots.uniforms.gather(1, slots.written)[:, 0]
+        slots.tokens[:] = self._sampling.choose(output.logits[:, -1], uniforms)[:, None]
+        slots.positions.add_(slots.num_new)
+        slots.written.add_(slots.num_new)
 
 
 class StepCache(TransformersCache):
     """The first slots of a cache, as a model's forward over one token of each takes them."""
 
-    def __init__(self, kv: KVCache, num_new: Tensor, width: int) -> None:
-        self.num_new = num_new[:width]
-        self.schedules: tuple[Tensor, ...] = ()
+    def __init__(self, kv: KVCache, num_new: Tensor) -> None:
+        self.num_new = num_new  # [B] int32
+        self.schedules: tuple[Tensor, ...] = ()  # of the running step
+        width = len(num_new)
         self._all_layers = ops.Layer(
             *kv.all_layers[:2], *(tensor[:, :width] for tensor in kv.all_layers[2:])
         )
