@@ -359,7 +359,7 @@ def test_step_is_one_graph_while_sequences_come_grow_and_go() -> None:
             kv, decoder = fill(model, {0: first, 2: second}, 3)
             step = decoder.step(3)
             if name == "compiled":
-                step = torch.compile(step, backend="eager", fullgraph=True)
+                step = torch.compile(step, backend="aot_eager", fullgraph=True)
             texts[name] = []
             for i in range(40):
                 if i == 20:
