@@ -26,6 +26,7 @@ from adakv.models.budget import Budget
 from adakv.models.decode import Decoder
 from adakv.models.memory import Need, Shape, cache_for
 from adakv.models.sampling import Sampling
+from adakv.models.steps import Steps
 from adakv.models.texts import End, Stop, new_token_counts, token_ids
 from adakv.policy import Policy
 
@@ -53,6 +54,10 @@ class BatchOptions:
         free beside the prefill of the longest prompt.
     page_size : int
         Entries of a page: a power of two from 8 to 256.
+    cuda_graph : bool
+        On CUDA, record a step once and replay it, which spares the host nearly all of its work.
+    compile : bool
+        Let ``torch.compile`` fuse the step: a minute or more for the first, less for the others.
     """
 
     temperature: float = 0.0
@@ -64,6 +69,8 @@ class BatchOptions:
     max_batch: int = 64
     cache_bytes: int | None = None
     page_size: int = 16
+    cuda_graph: bool = True
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,8 @@ def generate_stream(
     )
     decoder = Decoder(model, kv, sampling, max(counts))
     cache = hf.Cache(model, policy, budget, ratio)
-    return _Batch(model, kv, decoder, cache, stop, waiting, _seed(options)).run()
+    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
+    return _Batch(model, kv, decoder, steps, cache, stop, waiting, _seed(options)).run()
 
 
 class _Batch:
@@ -211,6 +219,7 @@ class _Batch:
         model: PreTrainedModel,
         kv: KVCache,
         decoder: Decoder,
+        steps: Steps,
         cache: hf.Cache,
         stop: Stop,
         waiting: deque[_Sequence],
@@ -219,6 +228,7 @@ class _Batch:
         self._model = model
         self._kv = kv
         self._decoder = decoder
+        self._steps = steps
         self._cache = cache
         self._stop = stop
         self._waiting = waiting
@@ -269,7 +279,7 @@ class _Batch:
     @torch.no_grad()
     def _decode(self, width: int) -> None:
         self._decoder.grow()
-        self._decoder.step(width)()
+        self._steps.run(width)
 
     def _take(self, slot: int, token: int) -> NewToken:
         """Writes a token down; if it is the sequence's last, the slot is free again."""

@@ -12,6 +12,8 @@ as one graph, and run again while sequences come, grow and go. All else is done 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +105,18 @@ class Decoder:
             If there are too few free pages. Nothing changes.
         """
         self._kv.grow([int(is_running) for is_running in self._is_running], 1)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Steps change nothing meanwhile: to warm up, and to record one."""
+        kept = [self.slots.tokens, self.slots.num_new]
+        copies = [tensor.clone() for tensor in kept]
+        self.slots.num_new.zero_()
+        try:
+            yield
+        finally:
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
 
     def step(self, width: int) -> Step:
         """The step of the first ``width`` slots, the same object for the same width."""
