@@ -57,7 +57,7 @@ def test_full_pool_says_what_is_needed_and_the_cache_goes_on(family: Any) -> Non
         ({}, "either budget or ratio"),
         ({"ratio": 0.0}, "ratio must be above 0 and at most 1, got 0.0"),
         ({"ratio": 1.5}, "ratio must be above 0 and at most 1, got 1.5"),
-        ({"policy": "h2o", "budget": 64}, "policy must be .*ada_snapkv.* got 'h2o'"),
+        ({"policy": "snapkvv", "budget": 64}, "policy must be .*ada_snapkv.* got 'snapkvv'"),
         ({"budget": 64, "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     ],
     ids=str,

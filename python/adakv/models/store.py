@@ -7,13 +7,13 @@
                         attend()         in every layer: append and attend
 
 Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention layers are counted.
+After fill() prompts go into slots of a cache that others share; their steps are decode.py's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,30 +22,12 @@ from torch import Tensor
 from adakv import Error, ops
 from adakv.cache import KVCache
 from adakv.models.budget import Budget
-from adakv.models.deal import advance, begin_all
+from adakv.models.deal import advance, begin
 from adakv.models.padding import align, new_tokens, restore
+from adakv.models.prompt import Attention, Prompt
 from adakv.policy import LayerInputs
 
 _logger = logging.getLogger("adakv")
-
-
-class Attention(NamedTuple):
-    """What a layer's attention has besides queries, keys and values."""
-
-    scale: float | None
-    softcap: float | None
-    sinks: Tensor | None  # [Hq] float32
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None  # as LayerInputs.rotate
-
-
-class Prompt(NamedTuple):
-    """One layer's prompt until it is compacted, padded on the left."""
-
-    queries: Tensor  # [B, Hq, W, D] of the policy's window
-    keys: Tensor  # [B, Hkv, T, D]
-    values: Tensor  # [B, Hkv, T, D]
-    w_o: Tensor | None  # [E, Hq * D]
-    attention: Attention
 
 
 class _Piece(NamedTuple):
@@ -99,12 +81,18 @@ class Store:
         self._num_forwards = 0
         self._prompts: list[Prompt | None] = [None] * self._num_layers
         self._kv: KVCache | None = None
+        self._first = 0  # slot of sequence 0
         self._groups: list[slice] = []
-        self._totals: list[list[int]] = []  # [L][B]
+        self._totals: list[list[int]] = []  # [B][L]
         self._schedules: tuple[Tensor, ...] = ()
         self._pieces: list[_Piece] = []
         self._num_new: Tensor | None = None  # [B] int32
         self._order: Tensor | None = None  # [B, columns], puts padding in front
+
+    def fill(self, kv: KVCache, first: int) -> None:
+        """Forgets everything; the next prompts go into the slots of ``kv`` from ``first`` on."""
+        self.reset()
+        self._kv, self._first = kv, first
 
     def begin_forward(self, keys: Tensor) -> None:
         """Finds what would go wrong with new keys ``[B, Hkv, S, D]`` before any layer is changed.
@@ -180,86 +168,71 @@ class Store:
 
         With a model-wide policy nothing happens before the last layer, and then in all of them.
         """
-        if self.policy.is_model_wide:
-            if layer == self._num_layers - 1:
-                self._compact_model()
-            return
-        prompt, self._prompts[layer] = self._prompts[layer], None
-        assert prompt is not None
-        kv = self._kv or self._allocate(prompt)
-        groups = [self._inputs(prompt, group, layer) for group in self._groups]
-        kept = [self.policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
-        page_ids, page_indptr = kv.begin(layer, self._totals[layer], self.seen)
-        for group, inputs, choice in zip(self._groups, groups, kept, strict=True):
-            ops.compact(
-                inputs.keys,
-                inputs.values,
-                choice,
-                _sequences(kv.layer(layer), group),
-                page_ids,
-                page_indptr[group.start : group.stop + 1],
-            )
-        self._kv = kv
-        self.is_prompt = layer < self._num_layers - 1
+        if not self.policy.is_model_wide:
+            self._compact([layer])
+        elif layer == self._num_layers - 1:
+            self._compact(list(range(self._num_layers)))
 
-    def _compact_model(self) -> None:
-        """:meth:`compact` of all layers, between which one budget is shared out."""
-        assert self._prompts[0] is not None
-        kv = self._kv or self._allocate(self._prompts[0])
-        choices = [self._choose_all(group) for group in self._groups]
-        page_ids, next_page = begin_all(kv, self._totals, self.seen)
-        for layer in range(self._num_layers):
-            prompt, self._prompts[layer] = self._prompts[layer], None
-            assert prompt is not None
-            view = kv.layer(layer)
+    def _compact(self, layers: list[int]) -> None:
+        """:meth:`compact` of layers that are chosen from together."""
+        if not self._totals:
+            self._begin_pages(self._held(layers[0]))
+        self._kv = kv = self._kv or self._allocate(self._held(layers[0]))
+        choices = [self._choose(layers, group) for group in self._groups]
+        totals = [[total[layer] for total in self._totals] for layer in layers]
+        page_ids, next_page = begin(kv, layers, totals, self.seen, first_sequence=self._first)
+        for i, layer in enumerate(layers):
+            view = sequences(kv.layer(layer), self._slots)
             for group, kept in zip(self._groups, choices, strict=True):
-                inputs = self._inputs(prompt, group, layer)
+                inputs = self._inputs(group, layer)
                 ops.compact(
                     inputs.keys,
                     inputs.values,
-                    kept[layer],
-                    _sequences(view, group),
+                    kept[i],
+                    sequences(view, group),
                     page_ids,
                     next_page[group.start : group.stop + 1],
                 )
-            advance(next_page, view.lengths, self._page_size)
-        self._kv = kv
-        self.is_prompt = False
+            self._prompts[layer] = None
+            if layer != layers[-1]:
+                advance(next_page, view.lengths, self._page_size)
+        self.is_prompt = layers[-1] < self._num_layers - 1
 
-    def _choose_all(self, group: slice) -> list[ops.Kept]:
-        """What a model-wide policy keeps of some of the prompts, for each layer."""
-        inputs = [
-            self._inputs(prompt, group, layer)
-            for layer, prompt in enumerate(self._prompts)
-            if prompt is not None
-        ]
-        return self.policy.choose_all(inputs, self._budget.of(inputs[0].prompt_lens[0]))
+    def _choose(self, layers: list[int], group: slice) -> list[ops.Kept]:
+        """What the policy keeps of some of the prompts, for each of the layers."""
+        inputs = [self._inputs(group, layer) for layer in layers]
+        budget = self._budget.of(self.seen[group.start])
+        if self.policy.is_model_wide:
+            return self.policy.choose_all(inputs, budget)
+        return [self.policy.choose(x, budget) for x in inputs]
+
+    def _held(self, layer: int) -> Prompt:
+        prompt = self._prompts[layer]
+        assert prompt is not None
+        return prompt
 
     def compact_all(self) -> None:
         """:meth:`compact` of all layers, for a prompt that came in chunks."""
         for layer in range(self._num_layers):
             self.compact(layer)
 
-    def _allocate(self, prompt: Prompt) -> KVCache:
-        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
-        batch, heads, length, head_dim = prompt.keys.shape
+    def _begin_pages(self, prompt: Prompt) -> None:
+        """What is kept of each prompt, and which of them are compacted together."""
+        batch, heads, length, _ = prompt.keys.shape
         if 0 in self.seen:
             raise ValueError(f"attention_mask: prompt {self.seen.index(0)} is nothing but padding")
         if len(set(self.seen)) == 1 and self.seen[0] == length:
             self._groups = [slice(0, batch)]
         else:  # unequal: one by one, so that padding can be cut off without copying
             self._groups = [slice(b, b + 1) for b in range(batch)]
-        groups = [self._inputs(prompt, group, 0) for group in self._groups]
         self._totals = [
-            [
-                total
-                for group in groups
-                for total in self.policy.totals(
-                    replace(group, layer=layer), self._budget.of(group.prompt_lens[0])
-                )
-            ]
-            for layer in range(self._num_layers)
+            self._budget.totals(n, num_kv_heads=heads, num_layers=self._num_layers)
+            for n in self.seen
         ]
+
+    def _allocate(self, prompt: Prompt) -> KVCache:
+        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
+        batch, heads, _, head_dim = prompt.keys.shape
         size, more = self._page_size, self._max_new_tokens
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
@@ -278,24 +251,13 @@ class Store:
             device=prompt.keys.device,
         )
 
-    def _inputs(self, prompt: Prompt, group: slice, layer: int) -> LayerInputs:
+    @property
+    def _slots(self) -> slice:
+        return slice(self._first, self._first + len(self.seen))
+
+    def _inputs(self, group: slice, layer: int) -> LayerInputs:
         """Prompts of one length as a policy takes them: views, without padding."""
-        length = self.seen[group.start]
-        start = prompt.keys.shape[2] - length
-        window = max(prompt.queries.shape[2] - length, 0)
-        return LayerInputs(
-            prompt.queries[group, :, window:],
-            prompt.keys[group, :, start:],
-            prompt.values[group, :, start:],
-            prompt.w_o,
-            tuple(self.seen[group]),
-            layer,
-            self._num_layers,
-            scale=prompt.attention.scale,
-            softcap=prompt.attention.softcap,
-            sinks=prompt.attention.sinks,
-            rotate=prompt.attention.rotate,
-        )
+        return self._held(layer).inputs(group, self.seen[group], layer, self._num_layers)
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""
@@ -396,13 +358,13 @@ class Store:
         """``[L, B, Hkv]`` int32 on the CPU."""
         if self._kv is None:
             return torch.zeros(self._num_layers, len(self.seen), num_kv_heads, dtype=torch.int32)
-        return self._kv.all_layers.lengths.cpu()
+        return self._kv.all_layers.lengths[:, self._slots].cpu()
 
     def positions(self, layer: int) -> list[list[Tensor]]:
         """Per sequence and kv head the positions that are held, ``[length]`` int32, ascending."""
         if self._kv is None:
             return []
-        view = self._kv.layer(layer)
+        view = sequences(self._kv.layer(layer), self._slots)
         pages, lengths = view.block_table.cpu(), view.lengths.tolist()
         positions = view.page_positions.cpu()
         return [
@@ -414,7 +376,7 @@ class Store:
         ]
 
 
-def _sequences(layer: ops.Layer, group: slice) -> ops.Layer:
+def sequences(layer: ops.Layer, group: slice) -> ops.Layer:
     """Some of the sequences of a layer."""
     return ops.Layer(
         layer.pages,
