@@ -12,9 +12,20 @@ from transformers import DynamicCache
 
 import adakv
 import reference
-from adakv.policy import ModelWide, Policy, TopScore, TwoStage, Uniform, WindowAttention
+from adakv.policy import (
+    Adaptive,
+    LayerInputs,
+    ModelWide,
+    Policy,
+    RepeatAttention,
+    TopScore,
+    TwoStage,
+    Uniform,
+    WindowAttention,
+)
 from models.families import FAMILIES, LLAMA, VOCAB, Family
 from models.test_hf import GREEDY, captured, prompts
+from policy.helpers import kept_rows
 
 pytestmark = pytest.mark.model
 
@@ -160,3 +171,84 @@ def test_rotation_undoes_the_models_own(family: Family) -> None:
         torch.testing.assert_close(keys, keys[:, :, :1].expand_as(keys), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(calls[0]["key"], keys)
         torch.testing.assert_close(keys.norm(dim=-1), calls[0]["key"].norm(dim=-1))
+
+
+REPEAT = [
+    Policy(RepeatAttention(), allocator, TopScore()) for allocator in (ModelWide(), Adaptive())
+]
+
+
+@pytest.mark.parametrize("policy", REPEAT, ids=["model-wide", "adaptive"])
+def test_repeat_keeps_what_the_repetition_looks_at(policy: Policy) -> None:
+    model, ids = LLAMA.model(), torch.randint(3, VOCAB, (2, 70))
+    repetition = torch.cat([torch.full((2, 4), 7), ids], 1)
+    with torch.no_grad(), captured(model) as calls:
+        model(torch.cat([ids, repetition], 1), use_cache=False)
+    layers, scores = [], []
+    for index, call in enumerate(calls):
+        keys = call["key"].repeat_interleave(2, 1).double()
+        z = call["query"][:, :, 70:].double() @ keys.mT * call["scaling"]
+        z = z.masked_fill(torch.arange(144) > torch.arange(70, 144)[:, None], -torch.inf)
+        attention = z.softmax(-1)[..., :70].unflatten(1, (2, 2)).amax((2, 3))
+        attention[..., :4] = torch.inf
+        scores.append(attention)
+        prompt = call["key"][:, :, :70]
+        layers.append(LayerInputs(prompt[:, :, :1], prompt, prompt, None, (70, 70), index, 4))
+    expected = [kept_rows(kept, 2) for kept in policy.choose_all(layers, 20, scores=scores)]
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, policy, budget=20)
+        model(ids, past_key_values=cache)
+        cache.repeat(repetition)
+        assert cache.get_seq_length() == 70
+        assert held(cache) == expected
+        assert cache.stats()["seen"] == [70, 70]
+        ids = torch.cat([ids, ids[:, :3]], 1)
+        assert model.generate(ids, past_key_values=cache, **GREEDY).shape == (2, 85)
+        assert cache.stats()["lengths"].sum() == 2 * 4 * 2 * (20 + 14)
+
+
+def test_repeat_with_enough_budget_is_the_models_own_text() -> None:
+    model, ids = LLAMA.model(), torch.randint(3, VOCAB, (1, 40))
+    longer = torch.cat([ids, ids[:, :5]], 1)
+    expected = model.generate(longer, **GREEDY)
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, REPEAT[0], ratio=1.0)
+        model(ids, past_key_values=cache)
+        cache.repeat(ids)
+        assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), expected)
+
+
+def test_repeat_names_what_is_wrong() -> None:
+    model, ids = LLAMA.model(), torch.randint(3, VOCAB, (2, 40))
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, REPEAT[0], ratio=0.5)
+        with pytest.raises(adakv.Error, match="repeated once, right after it was read"):
+            cache.repeat(ids)
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="input_ids must repeat the 2 prompts"):
+            cache.repeat(ids[:1])
+        with pytest.raises(ValueError, match=r"repeat must be given: call Cache\.repeat"):
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
+        cache.repeat(ids)
+        with pytest.raises(adakv.Error, match="repeated once, right after it was read"):
+            cache.repeat(ids)
+        plain = adakv.Cache(model, "snapkv", ratio=0.9)
+        model(ids, past_key_values=plain)
+        with pytest.raises(ValueError, match="policy: it doesn't score what a repetition looks at"):
+            plain.repeat(ids)
+        padded = adakv.Cache(model, REPEAT[0], ratio=0.5)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        model(ids, attention_mask=mask, past_key_values=padded)
+        with pytest.raises(ValueError, match="all of one length and without padding"):
+            padded.repeat(ids)
+    with pytest.raises(ValueError, match="read twice needs a cache of its own"):
+        adakv.generate_batch(model, [[5, 6]], policy=REPEAT[0], ratio=0.5)
+    sliding = FAMILIES[9].model()
+    with torch.no_grad(), adakv.attach(sliding):
+        cache = adakv.Cache(sliding, REPEAT[0], ratio=0.5)
+        sliding(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="sliding window can't forget"):
+            cache.repeat(ids)

@@ -178,6 +178,10 @@ def generate_stream(
     """
     options = options or BatchOptions()
     limit = Budget.given(policy, budget, ratio)
+    if limit.policy.needs_repeat:
+        raise ValueError(
+            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
+        )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:

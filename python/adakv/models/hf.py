@@ -30,6 +30,7 @@ from adakv.cache import KVCache
 from adakv.models import families
 from adakv.models.budget import Budget
 from adakv.models.prompt import Attention, Prompt
+from adakv.models.repeat import repeating
 from adakv.models.store import Store
 from adakv.policy import Policy
 
@@ -203,6 +204,31 @@ class Cache(TransformersCache):
             raise ValueError(f"layer {layer} has a sliding window and is not compressed")
         return self._store.positions(self.layers[layer].index)
 
+    @torch.no_grad()
+    def repeat(self, input_ids: Tensor) -> None:
+        """Has the model read its prompts once more, and compresses by what it looks at.
+
+        For policies whose scorer is :class:`adakv.policy.RepeatAttention`, between the prompts'
+        forward and everything else; the cache then holds what it kept of the prompts alone.
+
+        Parameters
+        ----------
+        input_ids : ``[B, R]`` int64
+            An instruction such as "Repeat the previous context exactly.", and the prompts.
+
+        Raises
+        ------
+        ValueError
+            If the policy is another, the prompts are of unequal length, or the model has layers
+            with a sliding window. The cache is as it was.
+        adakv.Error
+            If there is no prompt that waits for it.
+        """
+        if not all(isinstance(layer, FullAttentionLayer) for layer in self.layers):
+            raise ValueError("model: its layers with a sliding window can't forget a repetition")
+        with repeating(self._store, input_ids.shape[0]):
+            self._model.base_model(input_ids, past_key_values=self, use_cache=True)
+
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
         for layer in self.layers:
@@ -303,9 +329,12 @@ class FullAttentionLayer(CacheLayerMixin):
         if module.config is not self._config:
             raise ValueError("past_key_values: the cache was made for another model")
         if store.is_prompt:
-            if self.index == 0:
+            if self.index == 0 and not store.is_repeating:
                 store.begin_prompt(mask, key.shape[0], key.shape[2])
             result = _inner_attention(inner, module, query, key, value, mask, **kwargs)
+            if store.is_repeating:
+                store.take_repeat(self.index, query, key)
+                return result  # and nothing was seen
             self._take_prompt(module, query, key, value, kwargs)
         else:
             if self.index == 0:

@@ -27,6 +27,7 @@ class Prompt(NamedTuple):
     values: Tensor  # [B, Hkv, T, D]
     w_o: Tensor | None  # [E, Hq * D]
     attention: Attention
+    scores: Tensor | None = None  # [B, Hkv, T] float32, if there are any before the policy's turn
 
     def inputs(self, group: slice, seen: Sequence[int], layer: int, num_layers: int) -> LayerInputs:
         """Prompts of one length, ``seen``, as a policy takes them: views, without padding."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -69,13 +70,14 @@ class Store:
         self._num_layers = num_layers
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
-        self.is_chunked = is_chunked
+        self.is_chunked = is_chunked or budget.policy.needs_repeat
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and gives the memory back."""
         self.seen: list[int] = []  # tokens of each sequence, without padding
         self.is_prompt = True
+        self.is_repeating = False  # the model reads its prompts once more
         self.is_attending = False  # between handing a layer's keys out and attending to them
         self._signature: tuple[object, ...] | None = None
         self._num_forwards = 0
@@ -163,6 +165,17 @@ class Store:
             queries = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()
         self._prompts[layer] = prompt._replace(queries=queries)
 
+    def take_repeat(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """Scores a layer by the queries that repeat its prompts, and compacts it.
+
+        Keys are those of the prompts and of the repetition.
+        """
+        prompt = self._held(layer)
+        more = keys[:, :, prompt.keys.shape[2] :]
+        inputs = replace(self._inputs(slice(None), layer), repeat=(queries, more))
+        self._prompts[layer] = prompt._replace(scores=self.policy.scorer.score(inputs))
+        self.compact(layer)
+
     def compact(self, layer: int) -> None:
         """Moves what the policy keeps of the layer's prompt into pages and drops the rest.
 
@@ -201,10 +214,12 @@ class Store:
     def _choose(self, layers: list[int], group: slice) -> list[ops.Kept]:
         """What the policy keeps of some of the prompts, for each of the layers."""
         inputs = [self._inputs(group, layer) for layer in layers]
+        given = [self._held(layer).scores for layer in layers]
+        scores = [x[group] for x in given if x is not None] or None
         budget = self._budget.of(self.seen[group.start])
         if self.policy.is_model_wide:
-            return self.policy.choose_all(inputs, budget)
-        return [self.policy.choose(x, budget) for x in inputs]
+            return self.policy.choose_all(inputs, budget, scores=scores)
+        return [self.policy.choose(inputs[0], budget, scores=scores and scores[0])]
 
     def _held(self, layer: int) -> Prompt:
         prompt = self._prompts[layer]

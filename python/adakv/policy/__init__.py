@@ -16,7 +16,7 @@ from adakv.policy.base import (
 )
 from adakv.policy.presets import get, names
 from adakv.policy.press import PressScorer
-from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention
+from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention, RepeatAttention
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -50,6 +50,7 @@ __all__ = [
     "Pyramid",
     "Random",
     "Recency",
+    "RepeatAttention",
     "Scorer",
     "Selector",
     "TopScore",

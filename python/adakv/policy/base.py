@@ -36,7 +36,7 @@ __all__ = [
     "Selector",
 ]
 
-Need = Literal["w_o", "all_queries", "rotate"]
+Need = Literal["w_o", "all_queries", "rotate", "repeat"]
 
 
 class Scorer(Protocol):
@@ -156,6 +156,11 @@ class Policy:
     def needs_rotate(self) -> bool:
         """Whether :attr:`LayerInputs.rotate` has to be given."""
         return self._scorer_needs("rotate")
+
+    @property
+    def needs_repeat(self) -> bool:
+        """Whether :attr:`LayerInputs.repeat` has to be given."""
+        return self._scorer_needs("repeat")
 
     def _scorer_needs(self, need: Need) -> bool:
         return need in getattr(self.scorer, "needs", ())

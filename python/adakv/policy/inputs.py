@@ -36,6 +36,9 @@ class LayerInputs:
     rotate : callable, optional
         ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
         ``[n]`` or ``[B, n]``, which may be negative; for policies with :attr:`Policy.needs_rotate`.
+    repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
+        Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; for
+        policies with :attr:`Policy.needs_repeat`.
     """
 
     queries: Tensor
@@ -50,6 +53,7 @@ class LayerInputs:
     softcap: float | None = None
     sinks: Tensor | None = None
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    repeat: tuple[Tensor, Tensor] | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

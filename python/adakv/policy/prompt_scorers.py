@@ -5,7 +5,7 @@ Each costs a pass over the prompt beside the prefill's own attention, in plain t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
@@ -144,6 +144,44 @@ class ExpectedAttention:
         units = torch.eye(head_dim, device=positions.device)[None, :, None]
         units = units.expand(positions.shape[0], -1, positions.shape[1], -1)
         return inputs.rotate(units, positions).mean(2)[:, None]
+
+
+@dataclass(frozen=True)
+class RepeatAttention:
+    """Attention that an entry gets while the model repeats its prompt (KVzip, arXiv 2505.23416).
+
+    ``S[h, t] = max over the group of h and the repeating queries r of softmax(q_r . k_t * scale)``,
+    the softmax over the whole prompt and the repetition up to r. (The authors' code takes prompts
+    in pieces of 2000 tokens and leaves the other pieces out of the softmax.)
+
+    What the model needs in order to say its prompt again it may need for any question about it.
+    Costs a second prefill: :meth:`adakv.Cache.repeat`.
+    """
+
+    window: int = 1
+    sinks: int = 4
+    needs: ClassVar[tuple[Need, ...]] = ("repeat",)
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1)
+        check_range("sinks", self.sinks, 0)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        if inputs.repeat is None:
+            raise ValueError("repeat must be given: call Cache.repeat after the prompt")
+        if inputs.seq_lens is not None:
+            raise ValueError(
+                "seq_lens must be None: prompts of one length can be repeated together"
+            )
+        queries, more = inputs.repeat
+        keys = torch.cat([inputs.keys, more], 2)
+        lengths = tuple(n + more.shape[2] for n in inputs.prompt_lens)
+        both = replace(inputs, queries=queries, keys=keys, values=keys, prompt_lens=lengths)
+        scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
+        for first in range(0, queries.shape[2], _ROWS):
+            p = attention(both, slice(first, first + _ROWS))[..., : inputs.length]
+            scores = scores.maximum(p.amax((2, 3)))
+        return pin_sinks(scores, self.sinks)
 
 
 def _reduce(x: Tensor, how: ops.Reduce) -> Tensor:
