@@ -173,9 +173,7 @@ def test_rotation_undoes_the_models_own(family: Family) -> None:
         torch.testing.assert_close(keys.norm(dim=-1), calls[0]["key"].norm(dim=-1))
 
 
-REPEAT = [
-    Policy(RepeatAttention(), allocator, TopScore()) for allocator in (ModelWide(), Adaptive())
-]
+REPEAT = [adakv.policy.get("kvzip"), Policy(RepeatAttention(), Adaptive(), TopScore())]
 
 
 @pytest.mark.parametrize("policy", REPEAT, ids=["model-wide", "adaptive"])

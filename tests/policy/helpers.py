@@ -55,13 +55,17 @@ def model_inputs(
 ) -> list[LayerInputs]:
     """Random inputs of all layers, with the queries that a policy asks for."""
     prompt = replace(prompt, window=policy.window)
+    more = replace(prompt, length=50, window=50, seq_lens=None)  # tokens that repeat the prompt
     return [
-        layer_inputs(
-            prompt,
-            device,
-            layer=layer,
-            num_layers=num_layers,
-            all_queries=policy.needs_all_queries,
+        replace(
+            layer_inputs(
+                prompt,
+                device,
+                layer=layer,
+                num_layers=num_layers,
+                all_queries=policy.needs_all_queries,
+            ),
+            repeat=(more.queries(device), more.entries(device)),
         )
         for layer in range(num_layers)
     ]

@@ -27,6 +27,7 @@ from adakv.policy import (
     Pyramid,
     Random,
     Recency,
+    RepeatAttention,
     TopScore,
     TwoStage,
     Uniform,
@@ -107,6 +108,7 @@ def test_preset_table_is_the_documented_one():
     assert policy.get("defensive") == Policy(Defensive(), Adaptive(), TopScore())
     shared = Defensive(norm_share="entries")
     assert policy.get("layer_defensive") == Policy(shared, ModelWide(), TopScore())
+    assert policy.get("kvzip") == Policy(RepeatAttention(), ModelWide(), TopScore())
     assert policy.get("h2o") == Policy(PromptAttention(), Uniform(), TopScore())
     assert policy.get("expected") == Policy(ExpectedAttention(), Uniform(), TopScore())
     assert policy.get("ada_expected") == Policy(ExpectedAttention(), Adaptive(), TopScore())
@@ -154,7 +156,8 @@ def test_choose_waits_for_no_device(name, monkeypatch):
         x = torch.empty(2, 2, 300, 16)
         lengths = torch.empty(2, dtype=torch.int32)
         queries = torch.empty(2, 4, 300 if preset.needs_all_queries else preset.window, 16)
-        options = {"seq_lens": lengths, "rotate": rotate}
+        repeat = torch.empty(2, 4, 70, 16), torch.empty(2, 2, 70, 16)
+        options = {"seq_lens": lengths, "rotate": rotate, "repeat": repeat}
         tensors = queries, x, x, torch.empty(8, 64), (300, 250)
         layers = [LayerInputs(*tensors, layer, 4, **options) for layer in range(4)]
         most = sum(sum(preset.totals(inputs, 100)) for inputs in layers)
@@ -189,6 +192,7 @@ def test_preset_ignores_the_rest_of_the_batch(device, name):
                 queries=x.queries[b : b + 1, :, : length if preset.needs_all_queries else None],
                 keys=x.keys[b : b + 1, :, :length],
                 values=x.values[b : b + 1, :, :length],
+                repeat=tuple(y[b : b + 1] for y in x.repeat),
                 prompt_lens=(length,),
                 seq_lens=None,
             )

@@ -21,6 +21,7 @@ from adakv.policy import (
     PressScorer,
     Profile,
     PromptAttention,
+    RepeatAttention,
     TopScore,
     Uniform,
     WindowAttention,
@@ -158,6 +159,21 @@ def test_prompt_attention_in_pieces_is_the_whole(device):
     p = torch.cat([z, extra], -1).softmax(-1)[..., :300]
     expected = p.sum(2).view(1, 2, 2, 300).mean(2)
     torch.testing.assert_close(PromptAttention().score(inputs).cpu(), expected.float())
+
+
+# --- KVzip, arXiv 2505.23416 ----------------------------------------------------------------------
+
+
+def test_repeat_attention_is_the_most_that_a_repeating_query_gives(device):
+    """Two queries behind a prompt of two entries; the rest is on the repetition itself."""
+    rows = [[[0.5, 0.1, 0.4, 0], [0.2, 0.3, 0.1, 0.4]], [[0.1, 0.2, 0.7, 0], [0.6, 0.1, 0.1, 0.2]]]
+    both = attention_inputs([rows], device)
+    prompt = both.keys[:, :, :2]
+    repeat = both.queries, both.keys[:, :, 2:]
+    inputs = LayerInputs(prompt, prompt, prompt, None, (2,), 0, 1, scale=1.0, repeat=repeat)
+    check(RepeatAttention(sinks=0).score(inputs), [[0.6, 0.3]])
+    with pytest.raises(ValueError, match="repeat must be given"):
+        RepeatAttention().score(both)
 
 
 # --- Expected Attention, arXiv 2510.00636 ---------------------------------------------------------

@@ -172,7 +172,7 @@ class Store:
         """
         prompt = self._held(layer)
         more = keys[:, :, prompt.keys.shape[2] :]
-        inputs = replace(self._inputs(slice(None), layer), repeat=(queries, more))
+        inputs = replace(self._inputs(prompt, slice(None), layer), repeat=(queries, more))
         self._prompts[layer] = prompt._replace(scores=self.policy.scorer.score(inputs))
         self.compact(layer)
 
@@ -188,16 +188,19 @@ class Store:
 
     def _compact(self, layers: list[int]) -> None:
         """:meth:`compact` of layers that are chosen from together."""
+        prompts = {layer: self._held(layer) for layer in layers}
+        for layer in layers:
+            self._prompts[layer] = None
         if not self._totals:
-            self._begin_pages(self._held(layers[0]))
-        self._kv = kv = self._kv or self._allocate(self._held(layers[0]))
-        choices = [self._choose(layers, group) for group in self._groups]
+            self._begin_pages(prompts[layers[0]])
+        self._kv = kv = self._kv or self._allocate(prompts[layers[0]])
+        choices = [self._choose(prompts, group) for group in self._groups]
         totals = [[total[layer] for total in self._totals] for layer in layers]
         page_ids, next_page = begin(kv, layers, totals, self.seen, first_sequence=self._first)
         for i, layer in enumerate(layers):
-            view = sequences(kv.layer(layer), self._slots)
+            prompt, view = prompts.pop(layer), sequences(kv.layer(layer), self._slots)
             for group, kept in zip(self._groups, choices, strict=True):
-                inputs = self._inputs(group, layer)
+                inputs = self._inputs(prompt, group, layer)
                 ops.compact(
                     inputs.keys,
                     inputs.values,
@@ -206,16 +209,14 @@ class Store:
                     page_ids,
                     next_page[group.start : group.stop + 1],
                 )
-            self._prompts[layer] = None
-            if layer != layers[-1]:
+            if prompts:
                 advance(next_page, view.lengths, self._page_size)
         self.is_prompt = layers[-1] < self._num_layers - 1
 
-    def _choose(self, layers: list[int], group: slice) -> list[ops.Kept]:
-        """What the policy keeps of some of the prompts, for each of the layers."""
-        inputs = [self._inputs(group, layer) for layer in layers]
-        given = [self._held(layer).scores for layer in layers]
-        scores = [x[group] for x in given if x is not None] or None
+    def _choose(self, prompts: dict[int, Prompt], group: slice) -> list[ops.Kept]:
+        """What the policy keeps of some of the sequences, for each of the layers."""
+        inputs = [self._inputs(prompt, group, layer) for layer, prompt in prompts.items()]
+        scores = [x.scores[group] for x in prompts.values() if x.scores is not None] or None
         budget = self._budget.of(self.seen[group.start])
         if self.policy.is_model_wide:
             return self.policy.choose_all(inputs, budget, scores=scores)
@@ -223,7 +224,8 @@ class Store:
 
     def _held(self, layer: int) -> Prompt:
         prompt = self._prompts[layer]
-        assert prompt is not None
+        if prompt is None:
+            raise Error("an earlier forward stopped midway: reset() the cache")
         return prompt
 
     def compact_all(self) -> None:
@@ -270,9 +272,8 @@ class Store:
     def _slots(self) -> slice:
         return slice(self._first, self._first + len(self.seen))
 
-    def _inputs(self, group: slice, layer: int) -> LayerInputs:
-        """Prompts of one length as a policy takes them: views, without padding."""
-        return self._held(layer).inputs(group, self.seen[group], layer, self._num_layers)
+    def _inputs(self, prompt: Prompt, group: slice, layer: int) -> LayerInputs:
+        return prompt.inputs(group, self.seen[group], layer, self._num_layers)
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
-from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention
+from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention, RepeatAttention
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -51,6 +51,7 @@ _PRESETS: dict[str, Policy] = {
     "defensive":                   Policy(Defensive(), Adaptive(), TopScore()),
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(_column_max, Adaptive(), TopScore()),
+    "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),

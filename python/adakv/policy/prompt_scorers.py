@@ -169,19 +169,29 @@ class RepeatAttention:
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.repeat is None:
             raise ValueError("repeat must be given: call Cache.repeat after the prompt")
-        if inputs.seq_lens is not None:
-            raise ValueError(
-                "seq_lens must be None: prompts of one length can be repeated together"
-            )
-        queries, more = inputs.repeat
-        keys = torch.cat([inputs.keys, more], 2)
-        lengths = tuple(n + more.shape[2] for n in inputs.prompt_lens)
-        both = replace(inputs, queries=queries, keys=keys, values=keys, prompt_lens=lengths)
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
-        for first in range(0, queries.shape[2], _ROWS):
-            p = attention(both, slice(first, first + _ROWS))[..., : inputs.length]
-            scores = scores.maximum(p.amax((2, 3)))
+        for b, length in enumerate(inputs.prompt_lens):  # each repetition follows its own prompt
+            scores[b, :, :length] = self._score_one(inputs, slice(b, b + 1), length)
         return pin_sinks(scores, self.sinks)
+
+    def _score_one(self, inputs: LayerInputs, one: slice, length: int) -> Tensor:
+        """``[Hkv, length]`` of one sequence."""
+        assert inputs.repeat is not None
+        queries, more = inputs.repeat
+        keys = torch.cat([inputs.keys[one, :, :length], more[one]], 2)
+        both = replace(
+            inputs,
+            queries=queries[one],
+            keys=keys,
+            values=keys,
+            prompt_lens=(keys.shape[2],),
+            seq_lens=None,
+        )
+        scores = keys.new_zeros((keys.shape[1], length), dtype=torch.float32)
+        for first in range(0, queries.shape[2], _ROWS):
+            p = attention(both, slice(first, first + _ROWS))[0, ..., :length]
+            scores = scores.maximum(p.amax((1, 2)))
+        return scores
 
 
 def _reduce(x: Tensor, how: ops.Reduce) -> Tensor:
