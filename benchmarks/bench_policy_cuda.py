@@ -115,14 +115,19 @@ def value_norm(length: int, save: str) -> None:
 
 
 def main() -> None:
-    options = harness.parser(__doc__).parse_args()
+    parser = harness.parser(__doc__)
+    parser.add_argument("--only", choices=("score", "choose", "value_norm"))
+    options = parser.parse_args()
     for length in LENGTHS:
-        score(length, options.save)
-        for kind in ("float32", "bfloat16", "equal"):
-            choose(length, kind, 1024, options.save)
-        choose(length, "float32", length // 5, options.save)
+        if options.only in (None, "score"):
+            score(length, options.save)
+        if options.only in (None, "choose"):
+            for kind in ("float32", "bfloat16", "equal"):
+                choose(length, kind, 1024, options.save)
+            choose(length, "float32", length // 5, options.save)
     for length in LENGTHS[:2]:
-        value_norm(length, options.save)
+        if options.only in (None, "value_norm"):
+            value_norm(length, options.save)
 
 
 if __name__ == "__main__":
