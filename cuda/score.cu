@@ -18,15 +18,39 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// CTAs along `count` entries: one wave of equal CTAs; or, if that would leave many idle, several
-// waves of small ones. Each works on whole tiles. CTAs overlap by `side` entries on both sides.
-int num_splits(
+int64_t num_sms(const ScoreArgs& args) {
+  return device_attribute("score", args.keys.device.index, cudaDevAttrMultiProcessorCount);
+}
+
+// Kv heads of all sequences, each with `chunks` chunks.
+int64_t num_row_chunks(const ScoreArgs& args, int64_t chunks) {
+  return std::max<int64_t>(1, args.scores.shape[0] * args.scores.shape[1]) * chunks;
+}
+
+// Tiles of each CTA along `count` entries: as many as make one wave of equal CTAs; or, if that
+// would leave many idle, several waves of small ones. CTAs overlap by `side` entries on both sides.
+int64_t wave_tiles(
     const ScoreArgs& args, const ScoreSizes& sizes, int64_t chunks, int64_t count, int64_t side) {
-  const int sms = device_attribute("score", args.keys.device.index, cudaDevAttrMultiProcessorCount);
-  const int64_t ctas = int64_t{sms} * sizes.ctas_per_sm;
-  const int64_t rows = std::max<int64_t>(1, args.scores.shape[0] * args.scores.shape[1]) * chunks;
+  const int64_t ctas = num_sms(args) * sizes.ctas_per_sm, rows = num_row_chunks(args, chunks);
   const int64_t most = ctas >= 4 * rows ? ctas / rows : 4 * ctas / rows + 1;
-  const int64_t tiles = ceil_div(ceil_div(count, most) + 2 * side, sizes.entries);
+  return ceil_div(ceil_div(count, most) + 2 * side, sizes.entries);
+}
+
+// CTAs of step 1 along the entries. Where a wave has few tiles for each, fewer CTAs with at least
+// sizes.lse_tiles read the queries less often and leave room for those of step 2, which fetch their
+// first keys meanwhile; but never fewer than a quarter of the multiprocessors.
+int num_lse_splits(const ScoreArgs& args, const ScoreSizes& sizes, int64_t chunks, int64_t length) {
+  const int64_t all = ceil_div(length, sizes.entries);
+  const int64_t of_quarter = 4 * all * num_row_chunks(args, chunks) / num_sms(args);
+  const int64_t fewest = std::clamp<int64_t>(of_quarter, 1, sizes.lse_tiles);
+  return static_cast<int>(
+      ceil_div(all, std::max(wave_tiles(args, sizes, chunks, length, 0), fewest)));
+}
+
+// CTAs of step 2.
+int num_spans(
+    const ScoreArgs& args, const ScoreSizes& sizes, int64_t chunks, int64_t count, int64_t side) {
+  const int64_t tiles = wave_tiles(args, sizes, chunks, count, side);
   return static_cast<int>(ceil_div(count, tiles * sizes.entries - 2 * side));
 }
 
@@ -50,9 +74,9 @@ void plan_score(const ScoreArgs& args, const ScoreSizes& sizes, ScoreParams& par
   const bool pools = params.num_parts == 1 && args.pool != Pool::kNone;
   params.pool = pools ? args.pool : Pool::kNone;
   params.side = pools ? args.pool_width / 2 : 0;
-  params.lse_splits = num_splits(args, sizes, params.num_chunks, std::max(params.length, 1), 0);
-  params.num_spans = num_splits(args, sizes, params.num_chunks,
-                                std::max(params.length - params.window, 1), params.side);
+  params.lse_splits = num_lse_splits(args, sizes, params.num_chunks, std::max(params.length, 1));
+  params.num_spans = num_spans(args, sizes, params.num_chunks,
+                               std::max(params.length - params.window, 1), params.side);
 }
 
 // Scratch memory: partials, then parts if there are several.

@@ -45,6 +45,7 @@ struct ScoreParams {
 /// How kernels deal with rows and entries: rows of a chunk and of its units, entries of a tile.
 struct ScoreSizes {
   int rows, unit, entries, ctas_per_sm;
+  int lse_tiles;     // of a CTA of step 1 at least, if that leaves enough CTAs
   bool joins_heads;  // a part is of all heads of a chunk, also where maxima come in
 };
 
@@ -62,7 +63,7 @@ void pool_parts(const ScoreArgs& args, const ScoreParams& params);
 
 /// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, no cap; sums over window and group, or
 /// maxima over a window of up to 128.
-constexpr ScoreSizes kSm90ScoreSizes = {128, 32, 128, 2, true};
+constexpr ScoreSizes kSm90ScoreSizes = {128, 32, 128, 2, 4, true};
 bool sm90_score_fits(const ScoreArgs& args);
 void sm90_score(const ScoreArgs& args, const ScoreParams& params);
 

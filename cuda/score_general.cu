@@ -298,7 +298,7 @@ ScoreSizes general_score_sizes(const ScoreArgs& args) {
   ScoreSizes sizes = {};
   dispatch_tile(args, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
-    sizes = {Tile::kRows, Tile::kUnit, Tile::kEntries, Tile::kCtas, false};
+    sizes = {Tile::kRows, Tile::kUnit, Tile::kEntries, Tile::kCtas, 1, false};
   });
   return sizes;
 }
