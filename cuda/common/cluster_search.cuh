@@ -43,7 +43,7 @@ struct ClusterSearch {
   static_assert(kThreads == kGroups * kWarpSize && kGroups == kWarpSize && kGroup == 2 * kWarpSize);
 
   /// The same in every CTA.
-  struct Shared {
+  struct alignas(16) Shared {
     int32_t bins[kBins];                           // of this CTA
     int32_t group_sums[kGroups];                   // the same, added up
     int32_t all_group_sums[kMaxCluster][kGroups];  // of every CTA
