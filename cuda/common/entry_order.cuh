@@ -12,8 +12,9 @@ namespace adakv {
 class EntryOrder {
  public:
   /// Of `length` positions of each of `heads`; heads * length < 2^31.
-  __device__ EntryOrder(int32_t heads, int32_t length)
-      : heads_(heads), free_bits_(__clz(heads * length)) {}
+  __device__ EntryOrder(int32_t heads, int32_t length) : heads_(heads) {
+    free_bits_ = __clz(heads * length);
+  }
 
   __device__ uint64_t operator()(uint32_t key, int32_t position, int32_t head = 0) const {
     const uint32_t place = static_cast<uint32_t>(position) * heads_ + head;
