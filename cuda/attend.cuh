@@ -157,13 +157,10 @@ void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
 
 /// Whether the current device has the bulk copy engine and the shared memory that goes with it.
 inline bool device_copies_boxes() {
-  int device = 0, major = 0, bytes = 0;
+  int device = 0;
   ADAKV_CUDA_CHECK("attend", cudaGetDevice(&device));
-  ADAKV_CUDA_CHECK("attend",
-                   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  ADAKV_CUDA_CHECK("attend",
-                   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return major >= 9 && bytes >= 227 << 10;
+  return has_sm90("attend", device) &&
+         device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
 }
 
 template <typename Element, int kHeadDim>
