@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   if (warp == Config::kWarps) {
 #pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
-      append_entries<uint4>(p.append, b, {0, 1, 0, 1});
+      append_entries<uint4, 8>(p.append, b, {0, 1, 0, 1});
       __syncwarp();
       count_appended(p.append, b, lane, kWarpSize);
     }
