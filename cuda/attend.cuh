@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
       const uint32_t data = pipeline.wait(tile);
       const int32_t first_slot = (row_tile + t) * kTileSlots;
-      if (first_slot + kTileSlots > row.settled) new_slots.patch(first_slot, data);
-      state.add_tile(p, data, first_slot);
+      if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
+      state.add_tile(p, data, first_slot, row.length);
       pipeline.release(tile);
     }
     state.store(shared.image[image][warp], shared.max_sum[image][warp]);
