@@ -45,6 +45,16 @@ __device__ inline schedule::RowFacts load_facts(const void* facts) {
   return {first.x, first.y, first.z, first.w, second.x, second.y, {0, 0}};
 }
 
+/// Reads the parameters that a worker needs first: they come from memory a line at a time, which
+/// would else happen when they are needed.
+__device__ inline void fetch_params(const AttendParams& p) {
+  asm volatile("" ::"l"(p.workers), "r"(p.layer.page_size), "l"(p.layer.lengths.data),
+               "l"(p.queries.data), "l"(p.out.data), "l"(p.append.keys.data), "r"(p.append.batch),
+               "l"(p.append.layer.pages), "r"(p.append.layer.entry_bytes),
+               "l"(p.append.layer.lengths.data), "l"(p.append.layer.seen), "l"(p.partials),
+               "r"(p.num_tokens), "r"(p.num_heads.value), "f"(p.softcap));
+}
+
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
 // a worker, or of a row. The warp behind kWarps, if there is one, appends.
 template <typename Config>
@@ -60,6 +70,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     fence_barriers();
     __syncwarp();
   }
+  fetch_params(p);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   if (warp == Config::kWarps) {
