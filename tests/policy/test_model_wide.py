@@ -128,7 +128,7 @@ def test_model_wide_needs_all_layers(device):
     layers = model_inputs(policy, RAGGED, device)
     with pytest.raises(ValueError, match="ModelWide needs the scores of all 4 layers"):
         policy.choose(layers[0], BUDGET)
-    for wrong in (layers[:3], layers[::-1]):
+    for wrong in (layers[:3], layers[::-1], []):
         with pytest.raises(ValueError, match="layers must be those of the whole model in order"):
             policy.choose_all(wrong, BUDGET)
     with pytest.raises(ValueError, match="scores must be one tensor for each of 4 layers, got 1"):

@@ -228,12 +228,9 @@ class Policy:
         kept : one :class:`adakv.ops.Kept` for each layer
             Model-wide, ``positions`` of each have room for the most that a layer may keep.
         """
-        if [x.layer for x in layers] != list(range(len(layers))) or (
-            layers and layers[0].num_layers != len(layers)
-        ):
-            raise ValueError(
-                f"layers must be those of the whole model in order, got {[x.layer for x in layers]}"
-            )
+        order = [x.layer for x in layers]
+        if not order or order != list(range(layers[0].num_layers)):
+            raise ValueError(f"layers must be those of the whole model in order, got {order}")
         if scores is not None and len(scores) != len(layers):
             raise ValueError(
                 f"scores must be one tensor for each of {len(layers)} layers, got {len(scores)}"
