@@ -62,11 +62,10 @@ class Decoder:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
 
-        self._model = model
-        self._kv = kv
+        self.model = model
+        self.kv = kv
         self._sampling = sampling
         self._is_running = [False] * kv.num_sequences
-        self._steps: dict[int, Step] = {}
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
@@ -82,7 +81,7 @@ class Decoder:
         the sequence has tokens to write, or none if nothing is left to chance.
         """
         mine = Slots(*(tensor[slot] for tensor in self.slots))
-        mine.uniforms[: len(uniforms)] = uniforms.to(self._kv.device)
+        mine.uniforms[: len(uniforms)] = uniforms.to(self.kv.device)
         mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
         mine.positions[:] = prompt_len
         mine.written[:] = 1
@@ -91,7 +90,7 @@ class Decoder:
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
-        self._kv.remove(slot)
+        self.kv.remove(slot)
         self.slots.num_new[slot] = 0
         self.slots.written[slot] = 0
         self._is_running[slot] = False
@@ -104,7 +103,7 @@ class Decoder:
         adakv.Error
             If there are too few free pages. Nothing changes.
         """
-        self._kv.grow([int(is_running) for is_running in self._is_running], 1)
+        self.kv.grow([int(is_running) for is_running in self._is_running], 1)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -119,11 +118,9 @@ class Decoder:
                 tensor.copy_(copy)
 
     def step(self, width: int) -> Step:
-        """The step of the first ``width`` slots, the same object for the same width."""
-        if width not in self._steps:
-            slots = Slots(*(tensor[:width] for tensor in self.slots))
-            self._steps[width] = Step(self._model, self._kv, self._sampling, slots)
-        return self._steps[width]
+        """The step of the first ``width`` slots."""
+        slots = Slots(*(tensor[:width] for tensor in self.slots))
+        return Step(self.model, self.kv, self._sampling, slots)
 
 
 class Step:
