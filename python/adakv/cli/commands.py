@@ -154,7 +154,7 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
         wanted = ("model", "setting", "max_new_tokens", "place")
         generate_many(Many(prompts, out, max_batch, compile), *(rest[name] for name in wanted))
 
-    max_batch_help = "Most prompts at a time."
+    max_batch_help = "Most prompts at a time.  [default: 64]"
     for option in (
         click.option("--compile", is_flag=True, help="Let torch.compile fuse the decode steps."),
         click.option("--max-batch", type=click.IntRange(min=1), default=64, help=max_batch_help),

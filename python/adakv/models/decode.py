@@ -65,7 +65,7 @@ class Decoder:
         self.model = model
         self.kv = kv
         self._sampling = sampling
-        self._is_running = [False] * kv.num_sequences
+        self._num_new = [0] * kv.num_sequences  # slots.num_new, known to the host
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
@@ -86,14 +86,14 @@ class Decoder:
         mine.positions[:] = prompt_len
         mine.written[:] = 1
         mine.num_new[:] = 1
-        self._is_running[slot] = True
+        self._num_new[slot] = 1
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
         self.kv.remove(slot)
         self.slots.num_new[slot] = 0
         self.slots.written[slot] = 0
-        self._is_running[slot] = False
+        self._num_new[slot] = 0
 
     def grow(self) -> None:
         """Makes room for the next step of all sequences.
@@ -103,7 +103,7 @@ class Decoder:
         adakv.Error
             If there are too few free pages. Nothing changes.
         """
-        self.kv.grow([int(is_running) for is_running in self._is_running], 1)
+        self.kv.grow(self._num_new, 1)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
