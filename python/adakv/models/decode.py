@@ -12,7 +12,7 @@ as one graph, and run again while sequences come, grow and go. All else is done 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 from adakv import ops
 from adakv.cache import KVCache
 from adakv.models.hf import TAG
-from adakv.models.sampling import Sampling
+from adakv.models.sampling import Chooser
 from adakv.models.store import sequences
 
 
@@ -51,13 +51,14 @@ class Decoder:
         Under :func:`adakv.attach` whenever it decodes.
     kv : :class:`adakv.cache.KVCache`
         With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
-    sampling : :class:`Sampling`
+    sampling : :class:`Chooser`
+        Most often a :class:`adakv.models.sampling.Sampling`.
     max_new_tokens : int
         Most tokens that a sequence writes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, max_new_tokens: int
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, max_new_tokens: int
     ) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
@@ -87,6 +88,12 @@ class Decoder:
         mine.written[:] = 1
         mine.num_new[:] = 1
         self._num_new[slot] = 1
+
+    def take_over(self, seen: Sequence[int]) -> None:
+        """All slots hold sequences, of so many tokens; their newest ones are still to be given."""
+        self.slots.positions[:, 0] = torch.tensor(seen)
+        self.slots.num_new.fill_(1)
+        self._num_new = [1] * len(seen)
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
@@ -127,7 +134,7 @@ class Step:
     """Appends the newest token of each of the first slots and chooses the next one."""
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, slots: Slots
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, slots: Slots
     ) -> None:
         self._model = model
         self._sampling = sampling
