@@ -1,6 +1,6 @@
 """A scorer of one's own, in a policy with parts of the library."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class ValueAware:
     ``S[h, t] = attention[h, t] * |v[h, t]|_1``; the first entries, whose values are small, stay.
     """
 
-    attention: WindowAttention = WindowAttention(sinks=4)
+    attention: WindowAttention = field(default_factory=lambda: WindowAttention(sinks=4))
 
     @property
     def window(self) -> int:
