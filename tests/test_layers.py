@@ -28,6 +28,7 @@ CORE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
 INCLUDES = {
     "cpp/include/adakv": ("adakv/",),
     "cpp/cache": ("adakv/",),
+    "cpp/capi": ("adakv/", "capi/"),
     "cpp/ops": ("adakv/", "ops/"),
     "cpp/cpu": ("adakv/", "ops/", "cpu/"),
     "cuda": ("adakv/", "ops/"),

@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// Something could not be done: no memory, no device, no pages left. Nothing was changed.
@@ -51,6 +52,7 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace detail
 }  // namespace adakv
+#pragma GCC visibility pop
 
 /// Throws InvalidArgument unless `condition` holds; the other arguments are joined into the
 /// message.

@@ -24,6 +24,7 @@
 #include "adakv/page_pool.h"
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 struct CacheConfig {
@@ -142,3 +143,4 @@ class KVCache {
 };
 
 }  // namespace adakv
+#pragma GCC visibility pop

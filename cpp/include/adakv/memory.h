@@ -6,6 +6,7 @@
 
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// Memory of one device. Pointers are addresses on that device, aligned to 256 bytes or more.
@@ -46,3 +47,4 @@ class Memory {
 Memory& device_memory(Device device);
 
 }  // namespace adakv
+#pragma GCC visibility pop

@@ -18,10 +18,12 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "adakv/kv_cache.h"
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 enum class Reduce : uint8_t { kMean, kMax, kSum };
@@ -215,3 +217,4 @@ const char* cpu_instruction_set();
 bool cuda_available(std::string* reason = nullptr);
 
 }  // namespace adakv
+#pragma GCC visibility pop

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken. Pages that were
@@ -34,3 +35,4 @@ class PagePool {
 };
 
 }  // namespace adakv
+#pragma GCC visibility pop
