@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -109,9 +108,10 @@ void Llama::project(const Layer& layer,
   const int64_t q_width = c.heads * c.head_dim, kv_width = c.kv_heads * c.head_dim;
   normed_.resize(std::max<size_t>(normed_.size(), rows * c.width));
   rms_norm(x, layer.attention_norm, rows, c.width, c.eps, normed_.data());
-  matmul(normed_.data(), c.width, layer.w_q, rows, q_width, c.width, q, q_width);
-  matmul(normed_.data(), c.width, layer.w_k, rows, kv_width, c.width, k, kv_width);
-  matmul(normed_.data(), c.width, layer.w_v, rows, kv_width, c.width, v, kv_width);
+  const Matrix normed(normed_.data(), rows, c.width);
+  matmul(normed, layer.w_q, {q, rows, q_width});
+  matmul(normed, layer.w_k, {k, rows, kv_width});
+  matmul(normed, layer.w_v, {v, rows, kv_width});
   rope(q, rows, c.heads, c.head_dim, position, frequencies_.data());
   rope(k, rows, c.kv_heads, c.head_dim, position, frequencies_.data());
 }
@@ -122,18 +122,17 @@ void Llama::mlp(const Layer& layer, float* x, int64_t rows) {
   gate_.resize(std::max<size_t>(gate_.size(), rows * c.inner_width));
   up_.resize(gate_.size());
   rms_norm(x, layer.mlp_norm, rows, c.width, c.eps, normed_.data());
-  matmul(normed_.data(), c.width, layer.w_gate, rows, c.inner_width, c.width, gate_.data(),
-         c.inner_width);
-  matmul(normed_.data(), c.width, layer.w_up, rows, c.inner_width, c.width, up_.data(),
-         c.inner_width);
+  const Matrix normed(normed_.data(), rows, c.width);
+  const Matrix gate(gate_.data(), rows, c.inner_width);
+  matmul(normed, layer.w_gate, gate);
+  matmul(normed, layer.w_up, {up_.data(), rows, c.inner_width});
   silu_times(gate_.data(), up_.data(), rows * c.inner_width);
-  matmul(gate_.data(), c.inner_width, layer.w_down, rows, c.width, c.inner_width, x, c.width, true);
+  matmul(gate, layer.w_down, {x, rows, c.width}, true);
 }
 
 int32_t Llama::next_token(const float* x) {
   rms_norm(x, norm_, 1, config_.width, config_.eps, normed_.data());
-  matmul(normed_.data(), config_.width, head_, 1, config_.vocabulary, config_.width, logits_.data(),
-         config_.vocabulary);
+  matmul({normed_.data(), 1, config_.width}, head_, {logits_.data(), 1, config_.vocabulary});
   return static_cast<int32_t>(std::max_element(logits_.begin(), logits_.end()) - logits_.begin());
 }
 
@@ -156,8 +155,7 @@ int32_t Llama::prefill(const std::vector<int32_t>& tokens,
     attend_prompt(q.data(), k.data(), v.data(), count, c.heads, c.kv_heads, c.head_dim);
     for (int64_t t = 0; t < count; t += kChunk) {
       const int64_t rows = std::min(kChunk, count - t);
-      matmul(&q[t * q_width], q_width, layer.w_o, rows, c.width, q_width, &x[t * c.width], c.width,
-             true);
+      matmul({&q[t * q_width], rows, q_width}, layer.w_o, {&x[t * c.width], rows, c.width}, true);
       mlp(layer, &x[t * c.width], rows);
     }
     progress(i + 1);
@@ -174,7 +172,7 @@ int32_t Llama::decode(int32_t token, int64_t position, Kv& kv) {
   for (int64_t i = 0; i < c.layers; ++i) {
     project(layers_[i], x.data(), 1, position, q.data(), k.data(), v.data());
     kv.attend(static_cast<int32_t>(i), q.data(), k.data(), v.data(), out.data());
-    matmul(out.data(), q_width, layers_[i].w_o, 1, c.width, q_width, x.data(), c.width, true);
+    matmul({out.data(), 1, q_width}, layers_[i].w_o, {x.data(), 1, c.width}, true);
     mlp(layers_[i], x.data(), 1);
   }
   return next_token(x.data());

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace embed {
@@ -49,47 +48,42 @@ void pack(const float* w, int64_t ldw, int64_t n, int64_t k, int64_t first, floa
   }
 }
 
-// y [kTileRows, cols] = or += x [kTileRows, k] panel [k, kCols].
+// y [any, cols] = or += x [any, k] panel [k, kCols]; cols <= kCols.
+struct Product {
+  const float* x;
+  int64_t x_stride;
+  const float* panel;
+  int64_t k;
+  float* y;
+  int64_t y_stride, cols;
+  bool add;
+};
+
+// kTileRows rows of a product, from row `first`.
 template <int kTileRows>
-void tile(const float* x,
-          int64_t ldx,
-          const float* panel,
-          int64_t k,
-          float* y,
-          int64_t ldy,
-          int64_t cols,
-          bool add) {
+void tile(const Product& p, int64_t first) {
+  const float* x = p.x + first * p.x_stride;
   Vec low[kTileRows] = {}, high[kTileRows] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    const Vec a = load(panel + i * kCols), b = load(panel + i * kCols + kLanes);
+  for (int64_t i = 0; i < p.k; ++i) {
+    const Vec a = load(p.panel + i * kCols), b = load(p.panel + i * kCols + kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      low[r] += x[r * ldx + i] * a;
-      high[r] += x[r * ldx + i] * b;
+      low[r] += x[r * p.x_stride + i] * a;
+      high[r] += x[r * p.x_stride + i] * b;
     }
   }
   for (int r = 0; r < kTileRows; ++r) {
     float row[kCols];
     store(row, low[r]), store(row + kLanes, high[r]);
-    for (int64_t j = 0; j < cols; ++j) y[r * ldy + j] = (add ? y[r * ldy + j] : 0.f) + row[j];
+    float* y = p.y + (first + r) * p.y_stride;
+    for (int64_t j = 0; j < p.cols; ++j) y[j] = (p.add ? y[j] : 0.f) + row[j];
   }
 }
 
-// The same for any number of rows.
-void tiles(const float* x,
-           int64_t ldx,
-           const float* panel,
-           int64_t rows,
-           int64_t k,
-           float* y,
-           int64_t ldy,
-           int64_t cols,
-           bool add) {
+void multiply(const Product& p, int64_t rows) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    tile<kRows>(x + r * ldx, ldx, panel, k, y + r * ldy, ldy, cols, add);
-  }
-  for (; r < rows; ++r) tile<1>(x + r * ldx, ldx, panel, k, y + r * ldy, ldy, cols, add);
+  for (; r + kRows <= rows; r += kRows) tile<kRows>(p, r);
+  for (; r < rows; ++r) tile<1>(p, r);
 }
 
 float dot(const float* a, const float* b, int64_t k) {
@@ -143,29 +137,24 @@ float exponentials(float* row, int64_t count, int64_t n, float scale) {
 
 }  // namespace
 
-void matmul(const float* x,
-            int64_t ldx,
-            const float* w,
-            int64_t rows,
-            int64_t n,
-            int64_t k,
-            float* y,
-            int64_t ldy,
-            bool add) {
-  if (rows == 1) {
+void matmul(const Matrix& x, const float* w, const Matrix& y, bool add) {
+  const int64_t n = y.cols, k = x.cols;
+  if (x.rows == 1) {
 #pragma omp parallel for schedule(static)
-    for (int64_t j = 0; j < n; ++j) y[j] = (add ? y[j] : 0.f) + dot(w + j * k, x, k);
+    for (int64_t j = 0; j < n; ++j) {
+      y.data[j] = (add ? y.data[j] : 0.f) + dot(w + j * k, x.data, k);
+    }
     return;
   }
 #pragma omp parallel
   {
     std::vector<float> panel(k * kCols);
 #pragma omp for schedule(dynamic)
-    for (int64_t p = 0; p < num_panels(n); ++p) {
-      const int64_t first = p * kCols;
-      pack(w, k, n, k, first, panel.data());
-      tiles(x, ldx, panel.data(), rows, k, y + first, ldy, std::min<int64_t>(kCols, n - first),
-            add);
+    for (int64_t j = 0; j < n; j += kCols) {
+      pack(w, k, n, k, j, panel.data());
+      multiply({x.data, x.stride, panel.data(), k, y.data + j, y.stride,
+                std::min<int64_t>(kCols, n - j), add},
+               x.rows);
     }
   }
 }
@@ -243,15 +232,17 @@ void attend_prompt(float* queries,
         const int64_t ldw = num_panels(seen) * kCols;
         float* block = queries + first * ldq + (h * group + task % group) * head_dim;
         for (int64_t p = 0; p < num_panels(seen); ++p) {
-          tiles(block, ldq, &packed_keys[p * head_dim * kCols], rows, head_dim, &weights[p * kCols],
-                ldw, kCols, false);
+          multiply({block, ldq, &packed_keys[p * head_dim * kCols], head_dim, &weights[p * kCols],
+                    ldw, kCols, false},
+                   rows);
         }
         for (int64_t r = 0; r < rows; ++r) {
           sums[r] = exponentials(&weights[r * ldw], first + r + 1, ldw, scale);
         }
         for (int64_t p = 0; p < value_panels; ++p) {
-          tiles(weights.data(), ldw, &packed_values[p * tokens * kCols], rows, seen,
-                block + p * kCols, ldq, std::min<int64_t>(kCols, head_dim - p * kCols), false);
+          multiply({weights.data(), ldw, &packed_values[p * tokens * kCols], seen,
+                    block + p * kCols, ldq, std::min<int64_t>(kCols, head_dim - p * kCols), false},
+                   rows);
         }
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t d = 0; d < head_dim; ++d) block[r * ldq + d] /= sums[r];

@@ -5,17 +5,19 @@
 
 namespace embed {
 
-/// y [rows, n] = x [rows, k] w [n, k]^T, or y += with `add`. Rows of x and y are ldx and ldy apart.
-/// One row reads each weight once (decode); several go through packed tiles (prefill).
-void matmul(const float* x,
-            int64_t ldx,
-            const float* w,
-            int64_t rows,
-            int64_t n,
-            int64_t k,
-            float* y,
-            int64_t ldy,
-            bool add = false);
+/// A matrix [rows, cols] whose rows are `stride` apart.
+struct Matrix {
+  float* data;
+  int64_t rows, cols, stride;
+
+  Matrix(float* data, int64_t rows, int64_t cols) : Matrix(data, rows, cols, cols) {}
+  Matrix(float* data, int64_t rows, int64_t cols, int64_t stride)
+      : data(data), rows(rows), cols(cols), stride(stride) {}
+};
+
+/// y [rows, n] = x [rows, k] w [n, k]^T, or y += with `add`. One row reads each weight once
+/// (decode); several go through packed tiles (prefill).
+void matmul(const Matrix& x, const float* w, const Matrix& y, bool add = false);
 
 /// y [rows, n] = x * weight / sqrt(mean(x^2) + eps), row by row.
 void rms_norm(const float* x, const float* weight, int64_t rows, int64_t n, float eps, float* y);

@@ -22,6 +22,8 @@ class InvalidArgument : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+#pragma GCC visibility pop
+
 namespace detail {
 
 template <typename Part>
@@ -52,7 +54,6 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace detail
 }  // namespace adakv
-#pragma GCC visibility pop
 
 /// Throws InvalidArgument unless `condition` holds; the other arguments are joined into the
 /// message.

@@ -14,6 +14,7 @@ class Memory {
  public:
   virtual ~Memory() = default;
 
+  /// The device that the addresses are of.
   virtual Device device() const = 0;
 
   /// `bytes` of uninitialised memory. Throws Error if there is none. Memory that is never touched
