@@ -114,25 +114,19 @@ Vec exp(Vec x) {
   return p * reinterpret_cast<const Vec&>(exponent);
 }
 
-// row [n] = e^(row * scale - max) for the first `count`, zero behind; returns the sum.
+// row [n] = e^((row - its largest) * scale) for the first `count`, zero behind; n is a multiple of
+// kLanes. Returns the sum.
 float exponentials(float* row, int64_t count, int64_t n, float scale) {
-  float highest = -INFINITY;
-  for (int64_t i = 0; i < count; ++i) highest = std::max(highest, row[i]);
-  std::fill(row + count, row + n, -INFINITY);
+  const float highest = *std::max_element(row, row + count);
+  std::fill(row + count, row + n, -INFINITY);  // adds e^-87 to the sum: nothing
   Vec sums = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t i = 0; i < n; i += kLanes) {
     const Vec e = exp((load(row + i) - highest) * scale);
     store(row + i, e);
     sums += e;
   }
-  float total = sum(sums);
-  for (; i < n; ++i) total += row[i] = std::exp((row[i] - highest) * scale);
-  for (i = count; i < n; ++i) {
-    total -= row[i];  // e^-87, not quite zero
-    row[i] = 0;
-  }
-  return total;
+  std::fill(row + count, row + n, 0.f);
+  return sum(sums);
 }
 
 }  // namespace
