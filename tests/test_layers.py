@@ -4,7 +4,7 @@
 5  model adapters          python/adakv/models/
 4  policies                python/adakv/policy/
 3  torch ops, cache face   python/adakv/{ops,torch_ops,cache}.py
-2  bindings                bindings/
+2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
 """
