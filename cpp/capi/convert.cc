@@ -65,9 +65,7 @@ AdakvTensor tensor_of(const TensorView& view, int64_t* shape, int64_t* strides) 
   }
   AdakvTensor tensor = {};
   tensor.data = view.data;
-  tensor.device.device_type = static_cast<decltype(tensor.device.device_type)>(
-      view.device.type == DeviceType::kCpu ? kCpu : kCuda);
-  tensor.device.device_id = view.device.index;
+  tensor.device = {view.device.type == DeviceType::kCpu ? kCpu : kCuda, view.device.index};
   tensor.ndim = view.rank;
   tensor.dtype.code = view.dtype == DType::kInt32      ? kInt
                       : view.dtype == DType::kBFloat16 ? kBFloat

@@ -2,6 +2,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -10,7 +11,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
-#include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -75,6 +76,9 @@ Options parse(int argc, char** argv) {
     }
   }
   if (names.size() != 2) throw std::runtime_error(kUsage);
+  if (options.ratio <= 0 || options.ratio > 1) {
+    throw std::runtime_error("--ratio must be above 0 and at most 1");
+  }
   options.model = names[0], options.tokens = names[1];
   return options;
 }
@@ -112,10 +116,8 @@ void run(const Options& options) {
   const int64_t length = static_cast<int64_t>(prompt.size());
   embed::Policy policy;
   policy.is_critical = options.is_critical;
-  policy.budget = options.budget
-                      ? options.budget
-                      : std::max(policy.window + 1,
-                                 static_cast<int32_t>(std::floor(options.ratio * length + 0.5)));
+  const int32_t share = static_cast<int32_t>(std::floor(options.ratio * double(length) + 0.5));
+  policy.budget = options.budget ? options.budget : std::max(policy.window + 1, share);
   const embed::Sizes sizes = {
       static_cast<int32_t>(config.layers), static_cast<int32_t>(config.heads),
       static_cast<int32_t>(config.kv_heads), static_cast<int32_t>(config.head_dim)};
