@@ -14,7 +14,14 @@ from adakv._C import Error, __version__, cpu_instruction_set, cuda_unavailable_r
 from adakv.policy import Policy
 
 if TYPE_CHECKING:
-    from adakv.models import BatchOptions, Cache, attach, generate_batch, generate_stream
+    from adakv.models import (
+        BatchOptions,
+        Cache,
+        attach,
+        cuda_graph_sample,
+        generate_batch,
+        generate_stream,
+    )
 
 __all__ = [
     "BatchOptions",
@@ -26,6 +33,7 @@ __all__ = [
     "backends",
     "cache",
     "cpu_instruction_set",
+    "cuda_graph_sample",
     "cuda_unavailable_reason",
     "generate_batch",
     "generate_stream",
@@ -80,6 +88,6 @@ def _installed(folder: str) -> str:
 
 def __getattr__(name: str) -> Any:
     # What needs transformers is loaded when it is first used.
-    if name in ("BatchOptions", "Cache", "attach", "generate_batch", "generate_stream"):
+    if name in __all__:
         return getattr(importlib.import_module("adakv.models"), name)
     raise AttributeError(f"module 'adakv' has no attribute {name!r}")

@@ -106,6 +106,20 @@ def test_generate_batch_equals_the_cpu(how: dict[str, bool], sampled: bool) -> N
     assert results["cuda"] == results["cpu"]
 
 
+def test_a_recorded_loop_equals_the_cpu() -> None:
+    batch, texts = prompts(180, 130, 101), {}
+    for device, model in both(LLAMA).items():
+        with adakv.attach(model):
+            cache = adakv.Cache(model, budget=48)
+            texts[device] = model.generate(
+                **padded(batch, device),
+                past_key_values=cache,
+                custom_generate=adakv.cuda_graph_sample,
+                **GREEDY,
+            ).cpu()
+    assert torch.equal(texts["cuda"], texts["cpu"])
+
+
 @pytest.mark.parametrize("records", [False, True])
 def test_a_step_waits_for_nothing(records: bool) -> None:
     model = both(LLAMA)["cuda"]

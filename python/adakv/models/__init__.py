@@ -8,6 +8,7 @@ from adakv.models.batch import (
     generate_stream,
 )
 from adakv.models.hf import Attachment, Cache, attach
+from adakv.models.loop import cuda_graph_sample
 
 __all__ = [
     "Attachment",
@@ -16,6 +17,7 @@ __all__ = [
     "Cache",
     "NewToken",
     "attach",
+    "cuda_graph_sample",
     "generate_batch",
     "generate_stream",
 ]

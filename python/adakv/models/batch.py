@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache
 from adakv.models import hf
 from adakv.models.budget import Budget
 from adakv.models.decode import Decoder
@@ -185,7 +184,7 @@ def generate_stream(
     if options.max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {options.max_batch}")
     shape = Shape.of(model)
-    ids = [token_ids(model, tokenizer, index, prompt) for index, prompt in enumerate(prompts)]
+    ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     counts = new_token_counts(max_new_tokens, len(ids))
     needs = [
         Need.of(len(prompt), count, limit, shape, options.page_size)
@@ -202,99 +201,80 @@ def generate_stream(
         cache_bytes=options.cache_bytes,
         page_size=options.page_size,
     )
-    waiting = deque(
-        _Sequence(index, *rest) for index, rest in enumerate(zip(ids, counts, needs, strict=True))
-    )
     decoder = Decoder(model, kv, sampling, max(counts))
-    cache = hf.Cache(model, policy, budget, ratio)
-    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
-    return _Batch(model, kv, decoder, steps, cache, stop, waiting, _seed(options)).run()
+    batch = _Batch(
+        decoder,
+        Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
+        hf.Cache(model, policy, budget, ratio),
+        stop,
+        int(torch.randint(2**48, ())) if options.seed is None else options.seed,
+        deque(map(_Sequence, range(len(ids)), ids, counts, needs)),
+    )
+    return batch.run()
 
 
+@dataclass
 class _Batch:
     """Prompts that wait and sequences that run."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        kv: KVCache,
-        decoder: Decoder,
-        steps: Steps,
-        cache: hf.Cache,
-        stop: Stop,
-        waiting: deque[_Sequence],
-        seed: int,
-    ) -> None:
-        self._model = model
-        self._kv = kv
-        self._decoder = decoder
-        self._steps = steps
-        self._cache = cache
-        self._stop = stop
-        self._waiting = waiting
-        self._seed = seed
-        self._running: dict[int, _Sequence] = {}  # by slot
-        self._free_pages = kv.num_pages  # that no running sequence may need
+    decoder: Decoder
+    steps: Steps
+    reader: hf.Cache  # that prompts go through on their way into the decoder's cache
+    stop: Stop
+    seed: int
+    waiting: deque[_Sequence]
+    running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
 
+    @torch.no_grad()
     def run(self) -> Iterator[NewToken]:
         """Until all are done."""
-        with nullcontext() if hf.is_attached(self._model) else hf.attach(self._model):
-            while self._waiting or self._running:
+        model = self.decoder.model
+        with nullcontext() if hf.is_attached(model) else hf.attach(model):
+            while self.waiting or self.running:
                 yield from self._admit()
                 yield from self._step()
 
     def _admit(self) -> Iterator[NewToken]:
         """Lets prompts in, in their order, while there is room."""
-        for slot in range(self._kv.num_sequences):
-            while slot not in self._running and self._waiting:
-                if self._waiting[0].need.pages > self._free_pages:
+        for slot in range(self.decoder.kv.num_sequences):
+            while slot not in self.running and self.waiting:
+                taken = sum(sequence.need.pages for sequence in self.running.values())
+                if taken + self.waiting[0].need.pages > self.decoder.kv.num_pages:
                     return
-                sequence = self._waiting.popleft()
-                self._running[slot] = sequence
-                self._free_pages -= sequence.need.pages
-                self._prefill(slot, sequence)
-                yield self._take(slot, int(self._decoder.slots.tokens[slot]))
+                sequence = self.running[slot] = self.waiting.popleft()
+                yield self._take(slot, self._prefill(slot, sequence))
+
+    def _prefill(self, slot: int, sequence: _Sequence) -> int:
+        """Reads a prompt; its first token."""
+        generator = torch.Generator().manual_seed(self.seed + sequence.index)
+        uniforms = torch.rand(sequence.max_new_tokens, generator=generator, dtype=torch.float64)
+        self.reader.fill(self.decoder.kv, slot)
+        ids = sequence.prompt[None].to(self.decoder.kv.device)
+        output = self.decoder.model(
+            ids, past_key_values=self.reader, use_cache=True, logits_to_keep=1
+        )
+        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], uniforms)
+        return int(self.decoder.slots.tokens[slot])
 
     def _step(self) -> Iterator[NewToken]:
         """One token of each."""
-        if self._running:
-            width = max(self._running) + 1
-            self._decode(width)
-            tokens = self._decoder.slots.tokens[:width, 0].tolist()
-            for slot in sorted(self._running):
+        if self.running:
+            width = max(self.running) + 1
+            self.decoder.grow()
+            self.steps.run(width)
+            tokens = self.decoder.slots.tokens[:width, 0].tolist()
+            for slot in sorted(self.running):
                 yield self._take(slot, tokens[slot])
-
-    @torch.no_grad()
-    def _prefill(self, slot: int, sequence: _Sequence) -> None:
-        ids = sequence.prompt[None].to(self._kv.device)
-        uniforms = torch.rand(
-            sequence.max_new_tokens,
-            generator=torch.Generator().manual_seed(self._seed + sequence.index),
-            dtype=torch.float64,
-        )
-        self._cache.fill(self._kv, slot)
-        output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._decoder.begin(slot, output.logits[0, -1], ids.shape[1], uniforms)
-
-    @torch.no_grad()
-    def _decode(self, width: int) -> None:
-        self._decoder.grow()
-        self._steps.run(width)
 
     def _take(self, slot: int, token: int) -> NewToken:
         """Writes a token down; if it is the sequence's last, the slot is free again."""
-        sequence = self._running[slot]
+        sequence = self.running[slot]
         sequence.tokens.append(token)
-        end = self._stop.end(sequence.tokens, sequence.max_new_tokens)
+        end = self.stop.end(sequence.tokens, sequence.max_new_tokens)
         if end is None:
             return NewToken(sequence.index, token, None)
-        del self._running[slot]
-        self._decoder.end(slot)
-        self._free_pages += sequence.need.pages
-        text = self._stop.text(sequence.tokens)
+        del self.running[slot]
+        self.decoder.end(slot)
+        text = self.stop.text(sequence.tokens)
         result = BatchResult(sequence.index, len(sequence.prompt), sequence.tokens, text, end)
         return NewToken(sequence.index, token, result)
-
-
-def _seed(options: BatchOptions) -> int:
-    return int(torch.randint(2**48, ())) if options.seed is None else options.seed

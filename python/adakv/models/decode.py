@@ -12,7 +12,7 @@ as one graph, and run again while sequences come, grow and go. All else is done 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 from adakv import ops
 from adakv.cache import KVCache
 from adakv.models.hf import TAG
-from adakv.models.sampling import Sampling
+from adakv.models.sampling import Chooser
 from adakv.models.store import sequences
 
 
@@ -51,22 +51,22 @@ class Decoder:
         Under :func:`adakv.attach` whenever it decodes.
     kv : :class:`adakv.cache.KVCache`
         With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
-    sampling : :class:`Sampling`
+    sampling : :class:`Chooser`
+        Most often a :class:`adakv.models.sampling.Sampling`.
     max_new_tokens : int
         Most tokens that a sequence writes.
     """
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, max_new_tokens: int
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, max_new_tokens: int
     ) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
 
-        self._model = model
-        self._kv = kv
+        self.model = model
+        self.kv = kv
         self._sampling = sampling
-        self._is_running = [False] * kv.num_sequences
-        self._steps: dict[int, Step] = {}
+        self._num_new = [0] * kv.num_sequences  # slots.num_new, known to the host
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
@@ -82,19 +82,25 @@ class Decoder:
         the sequence has tokens to write, or none if nothing is left to chance.
         """
         mine = Slots(*(tensor[slot] for tensor in self.slots))
-        mine.uniforms[: len(uniforms)] = uniforms.to(self._kv.device)
+        mine.uniforms[: len(uniforms)] = uniforms.to(self.kv.device)
         mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
         mine.positions[:] = prompt_len
         mine.written[:] = 1
         mine.num_new[:] = 1
-        self._is_running[slot] = True
+        self._num_new[slot] = 1
+
+    def take_over(self, seen: Sequence[int]) -> None:
+        """All slots hold sequences, of so many tokens; their newest ones are still to be given."""
+        self.slots.positions[:, 0] = torch.tensor(seen)
+        self.slots.num_new.fill_(1)
+        self._num_new = [1] * len(seen)
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
-        self._kv.remove(slot)
+        self.kv.remove(slot)
         self.slots.num_new[slot] = 0
         self.slots.written[slot] = 0
-        self._is_running[slot] = False
+        self._num_new[slot] = 0
 
     def grow(self) -> None:
         """Makes room for the next step of all sequences.
@@ -104,7 +110,7 @@ class Decoder:
         adakv.Error
             If there are too few free pages. Nothing changes.
         """
-        self._kv.grow([int(is_running) for is_running in self._is_running], 1)
+        self.kv.grow(self._num_new, 1)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -119,18 +125,16 @@ class Decoder:
                 tensor.copy_(copy)
 
     def step(self, width: int) -> Step:
-        """The step of the first ``width`` slots, the same object for the same width."""
-        if width not in self._steps:
-            slots = Slots(*(tensor[:width] for tensor in self.slots))
-            self._steps[width] = Step(self._model, self._kv, self._sampling, slots)
-        return self._steps[width]
+        """The step of the first ``width`` slots."""
+        slots = Slots(*(tensor[:width] for tensor in self.slots))
+        return Step(self.model, self.kv, self._sampling, slots)
 
 
 class Step:
     """Appends the newest token of each of the first slots and chooses the next one."""
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Sampling, slots: Slots
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, slots: Slots
     ) -> None:
         self._model = model
         self._sampling = sampling

@@ -218,6 +218,22 @@ class Cache(TransformersCache):
         self.reset()
         self._store.fill(kv, slot)
 
+    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+        """The pages and the tokens that each sequence has seen, for a
+        :class:`adakv.models.decode.Decoder` to go on with; then :meth:`advance`."""
+        if not all(isinstance(layer, FullAttentionLayer) for layer in self.layers):
+            raise ValueError(
+                "past_key_values: the model has layers with a sliding window, whose steps can't be "
+                "recorded; generate without custom_generate"
+            )
+        return self._store.pages(), list(self._store.seen)
+
+    def advance(self, num_tokens: int) -> None:
+        """Says that a decoder appended tokens of every sequence."""
+        self._store.advance(num_tokens)
+        for layer in self.layers:
+            layer.advance(num_tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
 
@@ -337,6 +353,10 @@ class FullAttentionLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name in 4.57
+
+    def advance(self, num_tokens: int) -> None:
+        """Only with the whole cache: see :meth:`Cache.advance`."""
+        self._num_seen += num_tokens
 
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""

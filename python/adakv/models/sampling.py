@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+class Chooser(Protocol):
+    """What a decode step ends with. It must not wait for the device."""
+
+    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """``[B]`` int64 tokens from logits ``[B, V]`` and numbers in [0, 1), ``[B]`` float64."""
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,23 @@ class Steps:
         self._records = cuda_graph and decoder.slots.tokens.is_cuda
         self._runs: dict[int, Callable[[], object]] = {}
 
-    def run(self, least: int) -> None:
-        """A step of at least the first ``least`` slots, after :meth:`Decoder.grow`."""
-        width = self._width(least)
+    def run(self, num_slots: int) -> None:
+        """A step of the first slots, of so many at least, after :meth:`Decoder.grow`."""
+        width = self._width(num_slots)
         if width not in self._runs:
             self._runs[width] = self._prepare(width)
         self._runs[width]()
 
-    def _width(self, least: int) -> int:
-        """All slots if compiled, of those that are recorded 1, 2, 4, 8, 16, 24 and so on."""
+    def _width(self, num_slots: int) -> int:
+        """All slots if compiled; of those that are recorded 1, 2, 4, 8, 16, 24 and so on."""
         most = len(self._decoder.slots.tokens)
         if self._compiles:
             return most
         if not self._records:
-            return least
-        return min(most, 1 << (least - 1).bit_length() if least <= 8 else -(-least // 8) * 8)
+            return num_slots
+        if num_slots > 8:
+            return min(most, -(-num_slots // 8) * 8)
+        return min(most, 1 << (num_slots - 1).bit_length())
 
     def _prepare(self, width: int) -> Callable[[], object]:
         step: Callable[[], object] = self._decoder.step(width)

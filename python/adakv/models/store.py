@@ -208,6 +208,17 @@ class Store:
         for layer in range(self._num_layers):
             self.compact(layer)
 
+    def pages(self) -> KVCache:
+        """What is held, for others to go on with; a prompt in chunks is complete now."""
+        if self.is_prompt:
+            self.compact_all()
+        assert self._kv is not None
+        return self._kv
+
+    def advance(self, num_tokens: int) -> None:
+        """Others appended tokens of every sequence."""
+        self.seen = [n + num_tokens for n in self.seen]
+
     def _begin_pages(self, prompt: Prompt) -> None:
         """What is kept of each prompt, and which of them are compacted together."""
         batch, heads, length, _ = prompt.keys.shape

@@ -51,10 +51,9 @@ class Stop:
 
 
 def token_ids(
-    model: Any, tokenizer: Any, index: int, prompt: str | Sequence[int] | Tensor
+    model: Any, tokenizer: Any, name: str, prompt: str | Sequence[int] | Tensor
 ) -> Tensor:
-    """``[T]`` int64 on the CPU."""
-    name = f"prompts[{index}]"
+    """``[T]`` int64 on the CPU; ``name`` is what errors call the prompt."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"{name} is a string, which needs a tokenizer")
