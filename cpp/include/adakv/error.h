@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// Something could not be done: no memory, no device, no pages left. Nothing was changed.
@@ -20,6 +21,8 @@ class InvalidArgument : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
+
+#pragma GCC visibility pop
 
 namespace detail {
 

@@ -24,18 +24,20 @@
 #include "adakv/page_pool.h"
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
+/// Sizes of a cache; all memory follows from them.
 struct CacheConfig {
-  int32_t num_layers = 0;
+  int32_t num_layers = 0;     // with full attention: those that hold compressed entries
   int32_t num_sequences = 0;  // most sequences at a time
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;       // a multiple of 8, at most 256
-  int32_t page_size = 16;     // entries of a page: a power of two, 8 to 256
-  int32_t num_pages = 0;      // pages of the pool, over all layers
-  int32_t max_row_pages = 0;  // most pages of one row: columns of the block table
-  DType dtype = DType::kBFloat16;
-  Device device = {};
+  int32_t head_dim = 0;            // a multiple of 8, at most 256
+  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
+  int32_t num_pages = 0;           // pages of the pool, over all layers
+  int32_t max_row_pages = 0;       // most pages of one row: columns of the block table
+  DType dtype = DType::kBFloat16;  // of keys and values
+  Device device = {};              // where the tensors live: that of the Memory
 };
 
 /// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most
@@ -62,6 +64,8 @@ struct PageList {
   std::vector<int32_t> indptr;
 };
 
+/// Who owns which page, and the tensors of all layers, in one allocation. One thread at a time may
+/// change a cache; different caches need no care.
 class KVCache {
  public:
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
@@ -74,7 +78,10 @@ class KVCache {
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
 
+  /// As given.
   const CacheConfig& config() const { return config_; }
+
+  /// How many pages are free and used.
   const PagePool& pool() const { return pool_; }
 
   /// Bytes of one page: keys, values and positions.
@@ -142,3 +149,4 @@ class KVCache {
 };
 
 }  // namespace adakv
+#pragma GCC visibility pop

@@ -6,6 +6,7 @@
 
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// Memory of one device. Pointers are addresses on that device, aligned to 256 bytes or more.
@@ -13,6 +14,7 @@ class Memory {
  public:
   virtual ~Memory() = default;
 
+  /// The device that the addresses are of.
   virtual Device device() const = 0;
 
   /// `bytes` of uninitialised memory. Throws Error if there is none. Memory that is never touched
@@ -46,3 +48,4 @@ class Memory {
 Memory& device_memory(Device device);
 
 }  // namespace adakv
+#pragma GCC visibility pop

@@ -18,16 +18,27 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "adakv/kv_cache.h"
 #include "adakv/types.h"
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
+/// How several values become one.
 enum class Reduce : uint8_t { kMean, kMax, kSum };
+
+/// Pooling of scores over neighbouring positions: max, average, or none.
 enum class Pool : uint8_t { kMax, kAvg, kNone };
+
+/// Whether the q heads of a group are reduced before the pooling or after it.
 enum class Order : uint8_t { kGroupFirst, kPoolFirst };
+
+/// How `floor` keeps a head from starving; the formulas are at AllocateArgs.
 enum class Safeguard : uint8_t { kBlend, kHardFloor, kOfficialRound, kNone };
+
+/// How the size of a value's way into the output is measured; the formulas are at ValueNormArgs.
 enum class Norm : uint8_t { kL1, kL2Gram };
 
 /// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469;
@@ -215,3 +226,4 @@ const char* cpu_instruction_set();
 bool cuda_available(std::string* reason = nullptr);
 
 }  // namespace adakv
+#pragma GCC visibility pop

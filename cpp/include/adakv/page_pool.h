@@ -4,14 +4,17 @@
 #include <cstdint>
 #include <vector>
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken. Pages that were
 /// given back are handed out first, then those never used by ascending id: memory is touched late.
 class PagePool {
  public:
+  /// Throws InvalidArgument for a negative number.
   explicit PagePool(int32_t num_pages);
 
+  /// All pages, those that are free and those that are taken; the latter two add up to the first.
   int32_t num_pages() const { return num_pages_; }
   int32_t num_free() const { return num_pages_ - next_ + static_cast<int32_t>(free_.size()); }
   int32_t num_used() const { return num_pages() - num_free(); }
@@ -34,3 +37,4 @@ class PagePool {
 };
 
 }  // namespace adakv
+#pragma GCC visibility pop

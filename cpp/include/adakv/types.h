@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <string>
 
+#pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
 /// Element type of a tensor.
@@ -82,3 +83,4 @@ struct TensorView {
 };
 
 }  // namespace adakv
+#pragma GCC visibility pop

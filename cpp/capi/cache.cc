@@ -1,0 +1,210 @@
+// The cache for C: a KVCache, its tensors with shapes that C can point to, and memory by callbacks.
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "capi/convert.h"
+
+namespace adakv::capi {
+namespace {
+
+// A Memory whose bodies are the caller's functions.
+class CallbackMemory final : public Memory {
+ public:
+  CallbackMemory(const AdakvMemory& calls, Device device) : calls_(calls), device_(device) {
+    ADAKV_CHECK(calls.allocate && calls.free && calls.copy_rows_from_host && calls.fill_rows,
+                "memory: all four functions must be given");
+  }
+
+  Device device() const override { return device_; }
+
+  void* allocate(size_t bytes) override {
+    void* data = calls_.allocate(calls_.context, bytes);
+    if (data == nullptr) throw Error(detail::concat("memory: allocate(", bytes, ") gave NULL"));
+    return data;
+  }
+
+  void free(void* data) override { calls_.free(calls_.context, data); }
+
+  void copy_from_host(void* data, const void* host, size_t bytes, Stream stream) override {
+    copy_rows_from_host(data, bytes, host, bytes, 1, stream);
+  }
+
+  void copy_rows_from_host(void* data,
+                           size_t pitch_bytes,
+                           const void* host,
+                           size_t row_bytes,
+                           size_t rows,
+                           Stream stream) override {
+    check("copy_rows_from_host", calls_.copy_rows_from_host(calls_.context, data, pitch_bytes, host,
+                                                            row_bytes, rows, stream));
+  }
+
+  void fill_rows(void* data,
+                 size_t pitch_bytes,
+                 int value,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
+    check("fill_rows",
+          calls_.fill_rows(calls_.context, data, pitch_bytes, value, row_bytes, rows, stream));
+  }
+
+ private:
+  static void check(const char* name, int result) {
+    if (result != 0) throw Error(detail::concat("memory: ", name, " gave ", result));
+  }
+
+  AdakvMemory calls_;
+  Device device_;
+};
+
+// The six tensors of a LayerView, and their shapes.
+struct LayerTensors {
+  explicit LayerTensors(const LayerView& view) {
+    const TensorView* views[] = {&view.pages,   &view.page_positions, &view.block_table,
+                                 &view.lengths, &view.seen,           &view.fresh_pages};
+    for (int i = 0; i < 6; ++i) tensors[i] = tensor_of(*views[i], shapes[i], strides[i]);
+  }
+  LayerTensors(const LayerTensors&) = delete;
+
+  AdakvLayer layer() const {
+    return {&tensors[0], &tensors[1], &tensors[2], &tensors[3], &tensors[4], &tensors[5]};
+  }
+
+  AdakvTensor tensors[6];
+  int64_t shapes[6][TensorView::kMaxRank], strides[6][TensorView::kMaxRank];
+};
+
+CacheConfig config_of(const AdakvCacheConfig& c) {
+  CacheConfig config;
+  config.num_layers = c.num_layers;
+  config.num_sequences = c.num_sequences;
+  config.num_kv_heads = c.num_kv_heads;
+  config.head_dim = c.head_dim;
+  config.page_size = c.page_size;
+  config.num_pages = c.num_pages;
+  config.max_row_pages = c.max_row_pages;
+  config.dtype = dtype_of("config.dtype", c.dtype);
+  config.device = device_of("config.device", c.device);
+  return config;
+}
+
+}  // namespace
+}  // namespace adakv::capi
+
+struct AdakvCache {
+  AdakvCache(const adakv::CacheConfig& config, std::unique_ptr<adakv::Memory> memory)
+      : own_memory(std::move(memory)),
+        cache(config, own_memory ? *own_memory : adakv::device_memory(config.device)),
+        all_layers(cache.all_layers()) {
+    for (int32_t i = 0; i < config.num_layers; ++i) {
+      layers.push_back(std::make_unique<adakv::capi::LayerTensors>(cache.layer(i)));
+    }
+  }
+
+  std::unique_ptr<adakv::Memory> own_memory;  // of the caller's functions, if given
+  adakv::KVCache cache;
+  adakv::capi::LayerTensors all_layers;
+  std::vector<std::unique_ptr<adakv::capi::LayerTensors>> layers;
+  adakv::PageList pages;  // of the last begin
+};
+
+using adakv::capi::given;
+using adakv::capi::guarded;
+
+AdakvStatus adakv_cache_create(const AdakvCacheConfig* config,
+                               const AdakvMemory* memory,
+                               AdakvCache** cache) {
+  return guarded([&] {
+    AdakvCache*& out = given("cache", cache);
+    const adakv::CacheConfig cpp_config = adakv::capi::config_of(given("config", config));
+    std::unique_ptr<adakv::Memory> own;
+    if (memory) own = std::make_unique<adakv::capi::CallbackMemory>(*memory, cpp_config.device);
+    out = new AdakvCache(cpp_config, std::move(own));
+  });
+}
+
+void adakv_cache_destroy(AdakvCache* cache) {
+  delete cache;
+}
+
+AdakvStatus adakv_cache_layer(const AdakvCache* cache, int32_t layer, AdakvLayer* tensors) {
+  return guarded([&] {
+    given("cache", cache).cache.layer(layer);  // checks it
+    given("tensors", tensors) = cache->layers[layer]->layer();
+  });
+}
+
+AdakvStatus adakv_cache_all_layers(const AdakvCache* cache, AdakvLayer* tensors) {
+  return guarded([&] { given("tensors", tensors) = given("cache", cache).all_layers.layer(); });
+}
+
+AdakvStatus adakv_cache_begin(AdakvCache* cache,
+                              int32_t layer,
+                              int32_t first_sequence,
+                              int32_t num_sequences,
+                              const int64_t* num_kept,
+                              const int64_t* longest_row,
+                              AdakvPageList* pages) {
+  return guarded([&] {
+    given("cache", cache), given("pages", pages);
+    ADAKV_CHECK(num_sequences >= 1, "num_sequences must be at least 1, got ", num_sequences);
+    const auto list = [&](const char* name, const int64_t* values) {
+      return std::vector<int64_t>(&given(name, values), values + num_sequences);
+    };
+    cache->pages = cache->cache.begin(layer, first_sequence, list("num_kept", num_kept),
+                                      list("longest_row", longest_row));
+    *pages = {cache->pages.ids.data(), cache->pages.indptr.data(),
+              static_cast<int64_t>(cache->pages.ids.size())};
+  });
+}
+
+AdakvStatus adakv_cache_grow(AdakvCache* cache,
+                             const int32_t* num_new,
+                             int32_t num_columns,
+                             void* stream,
+                             int32_t* columns) {
+  return guarded([&] {
+    given("cache", cache), given("num_new", num_new), given("columns", columns);
+    const int32_t* end = num_new + cache->cache.config().num_sequences;
+    *columns = cache->cache.grow({num_new, end}, num_columns, stream);
+  });
+}
+
+AdakvStatus adakv_cache_pages_to_grow(const AdakvCache* cache,
+                                      const int32_t* num_new,
+                                      int64_t* pages) {
+  return guarded([&] {
+    given("cache", cache), given("num_new", num_new), given("pages", pages);
+    *pages = cache->cache.pages_to_grow({num_new, num_new + cache->cache.config().num_sequences});
+  });
+}
+
+AdakvStatus adakv_cache_remove(AdakvCache* cache, int32_t sequence, void* stream) {
+  return guarded([&] { given("cache", cache).cache.remove(sequence, stream); });
+}
+
+AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,
+                                  int32_t layer,
+                                  int32_t sequence,
+                                  int32_t* pages) {
+  return guarded(
+      [&] { given("pages", pages) = given("cache", cache).cache.num_pages(layer, sequence); });
+}
+
+int32_t adakv_cache_num_free(const AdakvCache* cache) {
+  return cache->cache.pool().num_free();
+}
+
+size_t adakv_cache_page_bytes(const AdakvCache* cache) {
+  return cache->cache.page_bytes();
+}
+
+int64_t adakv_pages_for(int64_t num_kept,
+                        int64_t num_new,
+                        int32_t num_kv_heads,
+                        int32_t page_size) {
+  return adakv::KVCache::pages_for(num_kept, num_new, num_kv_heads, page_size);
+}

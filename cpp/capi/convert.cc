@@ -1,0 +1,88 @@
+#include "capi/convert.h"
+
+#include <string>
+
+namespace adakv::capi {
+namespace {
+
+thread_local std::string g_last_error;
+
+}  // namespace
+
+AdakvStatus failed(AdakvStatus status, const char* message) noexcept {
+  try {
+    g_last_error = message;
+  } catch (...) {
+    g_last_error.clear();  // no memory for the text
+  }
+  return status;
+}
+
+Device device_of(const char* name, AdakvDevice device) {
+  ADAKV_CHECK(device.device_type == kCpu || device.device_type == kCuda, name,
+              " must be on the CPU (device_type 1) or CUDA (2), got device_type ",
+              static_cast<int>(device.device_type));
+  if (device.device_type == kCpu) return {};
+  return {DeviceType::kCuda, device.device_id};
+}
+
+DType dtype_of(const char* name, AdakvDataType dtype) {
+  const auto is = [&](int code, int bits) {
+    return dtype.lanes == 1 && dtype.code == code && dtype.bits == bits;
+  };
+  if (is(kFloat, 32)) return DType::kFloat32;
+  if (is(kFloat, 16)) return DType::kFloat16;
+  if (is(kBFloat, 16)) return DType::kBFloat16;
+  ADAKV_CHECK(is(kInt, 32), name, " must be float32, float16, bfloat16 or int32, got code ",
+              int{dtype.code}, ", ", int{dtype.bits}, " bits, ", int{dtype.lanes}, " lanes");
+  return DType::kInt32;
+}
+
+TensorView view_of(const char* name, const AdakvTensor* tensor) {
+  TensorView view;
+  if (tensor == nullptr) return view;
+  ADAKV_CHECK(tensor->ndim >= 0 && tensor->ndim <= TensorView::kMaxRank, name,
+              " must have at most ", TensorView::kMaxRank, " dimensions, got ",
+              static_cast<int>(tensor->ndim));
+  ADAKV_CHECK(tensor->ndim == 0 || tensor->shape != nullptr, name, ": shape must not be NULL");
+  view.device = device_of(name, tensor->device);
+  view.dtype = dtype_of(name, tensor->dtype);
+  view.rank = tensor->ndim;
+  int64_t step = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    view.shape[i] = tensor->shape[i];
+    view.stride[i] = tensor->strides != nullptr ? tensor->strides[i] : step;
+    step *= view.shape[i];
+  }
+  if (tensor->data) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  return view;
+}
+
+AdakvTensor tensor_of(const TensorView& view, int64_t* shape, int64_t* strides) {
+  for (int i = 0; i < view.rank; ++i) {
+    shape[i] = view.shape[i];
+    strides[i] = view.stride[i];
+  }
+  AdakvTensor tensor = {};
+  tensor.data = view.data;
+  tensor.device = {view.device.type == DeviceType::kCpu ? kCpu : kCuda, view.device.index};
+  tensor.ndim = view.rank;
+  tensor.dtype.code = view.dtype == DType::kInt32      ? kInt
+                      : view.dtype == DType::kBFloat16 ? kBFloat
+                                                       : kFloat;
+  tensor.dtype.bits = static_cast<uint8_t>(8 * dtype_size(view.dtype));
+  tensor.dtype.lanes = 1;
+  tensor.shape = shape;
+  tensor.strides = strides;
+  return tensor;
+}
+
+}  // namespace adakv::capi
+
+const char* adakv_last_error(void) {
+  return adakv::capi::g_last_error.c_str();
+}
+
+const char* adakv_version(void) {
+  return ADAKV_VERSION;
+}

@@ -1,0 +1,114 @@
+// The C face: a life in C99 (embedder_c.c), and what it says of mistakes.
+#include <adakv/c.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <thread>
+
+#include "embedder_c.h"
+
+namespace {
+
+AdakvTensor floats(float* data, int32_t ndim, int64_t* shape) {
+  AdakvTensor tensor = {};
+  tensor.data = data;
+  tensor.device = {1, 0};
+  tensor.ndim = ndim;
+  tensor.dtype = {2, 32, 1};
+  tensor.shape = shape;
+  return tensor;
+}
+
+TEST(CFace, KeepsWhatMattersAndDecodesFromIt) {
+  char message[256] = "";
+  const int line = life_of_a_sequence_in_c(message);
+  EXPECT_EQ(line, 0) << "embedder_c.c:" << line << ": " << message;
+}
+
+TEST(CFace, SaysWhatIsWrong) {
+  EXPECT_EQ(adakv_score(nullptr), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "args must not be NULL");
+  AdakvScoreArgs args = adakv_score_defaults();
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "score: queries is missing");
+
+  float data[64];
+  int64_t shape[5] = {1, 2, 4, 8, 1};
+  AdakvTensor tensor = floats(data, 5, shape);
+  args.queries = &tensor;
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "queries must have at most 4 dimensions, got 5");
+  tensor.ndim = 4;
+  tensor.dtype.bits = 64;
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(),
+               "queries must be float32, float16, bfloat16 or int32, got code 2, 64 bits, 1 lanes");
+  tensor.dtype.bits = 32;
+  tensor.device.device_type = 10;
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(),
+               "queries must be on the CPU (device_type 1) or CUDA (2), got device_type 10");
+  tensor.device.device_type = 1;
+  args.pool = static_cast<AdakvPool>(7);
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "pool must be 0 to 2, got 7");
+}
+
+TEST(CFace, ReadsStridesAndOffsets) {
+  // [1, 2, 3] scores in a wider array that begins with something else.
+  float data[1 + 2 * 5] = {9, 1, 2, 3, 9, 9, 6, 5, 4, 9, 9};
+  int64_t shape[3] = {1, 2, 3}, strides[3] = {10, 5, 1}, two[1] = {2}, rows[2] = {1, 2},
+          three[1] = {3};
+  AdakvTensor scores = floats(data, 3, shape);
+  scores.strides = strides;
+  scores.byte_offset = sizeof(float);
+  int32_t budgets[2] = {1, 1}, positions[2], indptr[3], scratch[256];
+  const auto ints = [](int32_t* values, int32_t ndim, int64_t* sizes) {
+    AdakvTensor tensor = floats(nullptr, ndim, sizes);
+    tensor.data = values;
+    tensor.dtype = {0, 32, 1};
+    return tensor;
+  };
+  const AdakvTensor t_budgets = ints(budgets, 2, rows), t_positions = ints(positions, 1, two),
+                    t_indptr = ints(indptr, 1, three);
+  AdakvSelectArgs args = adakv_select_defaults();
+  args.scores = &scores;
+  args.budgets = &t_budgets;
+  args.positions = &t_positions;
+  args.indptr = &t_indptr;
+  ASSERT_EQ(adakv_select_workspace(&args, &args.workspace_bytes), ADAKV_OK) << adakv_last_error();
+  ASSERT_LE(args.workspace_bytes, sizeof scratch);
+  args.workspace = scratch;
+  ASSERT_EQ(adakv_select(&args), ADAKV_OK) << adakv_last_error();
+  EXPECT_EQ(positions[0], 2);
+  EXPECT_EQ(positions[1], 0);
+}
+
+TEST(CFace, KeepsErrorsApartByThread) {
+  AdakvScoreArgs args = adakv_score_defaults();
+  EXPECT_EQ(adakv_score(&args), ADAKV_INVALID_ARGUMENT);
+  std::thread([] { EXPECT_STREQ(adakv_last_error(), ""); }).join();
+  EXPECT_STREQ(adakv_last_error(), "score: queries is missing");
+}
+
+TEST(CFace, TellsWhatCannotBeDoneFromWhatIsWrong) {
+  EXPECT_EQ(cache_without_memory_in_c(), ADAKV_ERROR);
+  EXPECT_NE(std::string(adakv_last_error()).find("memory: allocate("), std::string::npos);
+  AdakvCache* cache = nullptr;
+  EXPECT_EQ(adakv_cache_create(nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "config must not be NULL");
+  EXPECT_EQ(cache, nullptr);
+  adakv_cache_destroy(cache);
+  EXPECT_EQ(adakv_set_num_threads(0), ADAKV_INVALID_ARGUMENT);
+}
+
+TEST(CFace, HasTheDefaultsOfCxx) {
+  EXPECT_EQ(adakv_score_defaults().pool_width, 7);
+  EXPECT_EQ(adakv_allocate_defaults().floor, 0.2);
+  EXPECT_EQ(adakv_select_defaults().first, 0.5);
+  EXPECT_EQ(adakv_select_defaults().eps, 1e-4f);
+  EXPECT_EQ(adakv_plan_defaults().new_tokens, 1);
+  EXPECT_EQ(adakv_plan_defaults().page_size, 16);
+}
+
+}  // namespace

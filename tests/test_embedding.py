@@ -1,0 +1,135 @@
+"""adakv in other programs: found by CMake, called from C and C++, the same as in Python."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import adakv
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "embed_cpp"
+
+cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+pytestmark = pytest.mark.skipif(cmake is None, reason="no CMake")
+
+
+def run(*command: Any) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def built(source: Path, build: Path, package: Path) -> Path:
+    run(cmake, "-S", source, "-B", build, f"-Dadakv_DIR={package}", "-DCMAKE_BUILD_TYPE=Release")
+    run(cmake, "--build", build, "--parallel", 2)
+    return build
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CMake package of this adakv, be it installed or run from a build folder."""
+    try:
+        return Path(adakv.get_cmake_dir())
+    except adakv.Error:
+        prefix = tmp_path_factory.mktemp("prefix")
+        run(cmake, "--install", Path(adakv._C.__file__).parents[2], "--prefix", prefix)
+        (found,) = prefix.glob("lib*/**/adakvConfig.cmake")
+        return found.parent
+
+
+@pytest.fixture(scope="module")
+def embed(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's executable."""
+    return built(EXAMPLE, tmp_path_factory.mktemp("embed"), package) / "embed"
+
+
+def compare() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare", EXAMPLE / "compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with random weights, and a prompt of several blocks and an odd rest."""
+    from models.families import LLAMA, VOCAB
+
+    path = tmp_path_factory.mktemp("llama")
+    LLAMA.model(max_position_embeddings=1024).save_pretrained(path)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, VOCAB, (603,)).tolist()
+    (path / "tokens.txt").write_text(" ".join(map(str, tokens)))
+    return path
+
+
+def test_embedding_from_c(package: Path, tmp_path: Path):
+    output = run(built(ROOT / "tests" / "consumer", tmp_path, package) / "consumer")
+    assert output.startswith(f"adakv {adakv.__version__}: line 0")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", ["ada_snapkv", "critical_ada_snapkv"])
+@pytest.mark.parametrize("ratio", [0.1, 1.0])
+def test_embedding_keeps_and_writes_what_python_does(
+    embed: Path, folder: Path, tmp_path: Path, policy: str, ratio: float
+):
+    args = argparse.Namespace(
+        embed=embed, folder=folder, ratio=ratio, policy=policy, new_tokens=40, threads=1
+    )
+    cpp = compare().in_cpp(args, tmp_path / "cpp.json")
+    python = compare().run_python(args)
+    assert cpp["kept"] == python["kept"]
+    assert cpp["tokens"] == python["tokens"]
+    assert sum(len(row) for row in cpp["kept"][0]) == (2 * 60 if ratio < 1 else 2 * 603)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.json", '"llama"', '"gemma"', "model_type must be llama, got gemma"),
+        ("config.json", '"hidden_size": 64', '"hidden_size": 32', "must be [32], got [64]"),
+        ("config.json", "{", "", "JSON: "),
+        ("tokens.txt", " ", " x", "must hold token ids"),
+        ("tokens.txt", " ", " 97 ", "tokens must be 0 to 96, got 97"),
+    ],
+)
+def test_embedding_says_what_is_wrong(
+    embed: Path, folder: Path, tmp_path: Path, file: str, old: str, new: str, message: str
+):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
+    done = subprocess.run(
+        [embed, tmp_path, tmp_path / "tokens.txt"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("embed: ") and message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", ["ON", "OFF"])
+def test_embedding_from_a_source_install(tmp_path: Path, shared: str):
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    options = ["-DADAKV_PYTHON=OFF", "-DADAKV_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}"]
+    run(cmake, "-S", ROOT, "-B", build, *options)
+    run(cmake, "--build", build, "--parallel", 2)
+    run(cmake, "--install", build, "--prefix", prefix)
+    (config,) = prefix.glob("lib*/**/adakvConfig.cmake")
+    assert list(prefix.glob(f"lib*/libadakv.{'so' if shared == 'ON' else 'a'}"))
+    run(built(ROOT / "tests" / "consumer", tmp_path / "consumer", config.parent) / "consumer")
+    embedded = built(EXAMPLE, tmp_path / "embed", config.parent) / "embed"
+    done = subprocess.run([embedded], capture_output=True, text=True)
+    assert done.returncode == 1 and "usage: embed MODEL TOKENS" in done.stderr
