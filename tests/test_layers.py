@@ -40,7 +40,8 @@ FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 
 TOP_FLOOR = 6
 ROOT_FLOOR = 4  # `import adakv` loads floors 3 and 4
 ADAPTER = tuple(
-    f"models/{part}.py" for part in ("hf", "decode", "sampling", "memory", "batch", "loop")
+    f"models/{part}.py"
+    for part in ("attachment", "hf", "decode", "sampling", "memory", "batch", "loop")
 )
 TRANSFORMERS = (*ADAPTER, "cli/", "eval/", "serve/")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.models import batch, hf
+from adakv.models import batch
+from adakv.models.attachment import is_attached
 from adakv.models.decode import Decoder
 from adakv.models.sampling import Sampling
 from models.families import FAMILIES, LLAMA, VOCAB, Family
@@ -93,7 +94,7 @@ def test_texts_are_those_of_each_prompt_alone(
         assert (result.end, result.text) == ("length", None)
     assert made[0].num_sequences == 3
     assert made[0].num_free == made[0].num_pages
-    assert not hf.is_attached(model)
+    assert not is_attached(model)
 
 
 FULL = [
@@ -254,7 +255,7 @@ def test_stream_gives_every_token_when_it_is_written() -> None:
     results = []
     for new in adakv.generate_stream(model, ids, **settings):
         texts.setdefault(new.index, []).append(new.token)
-        assert hf.is_attached(model)
+        assert is_attached(model)
         if new.result is not None:
             assert new.result == expected[new.index]
             assert texts[new.index] == new.result.tokens
@@ -262,12 +263,12 @@ def test_stream_gives_every_token_when_it_is_written() -> None:
     assert sorted(results) == list(range(6)) and results != sorted(results)
     stream = adakv.generate_stream(model, ids, **settings)
     next(stream)
-    assert hf.is_attached(model) and torch.is_grad_enabled()
+    assert is_attached(model) and torch.is_grad_enabled()
     stream.close()
-    assert not hf.is_attached(model)
+    assert not is_attached(model)
     with adakv.attach(model):
         assert adakv.generate_batch(model, ids, **settings) == expected
-        assert hf.is_attached(model)
+        assert is_attached(model)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -1,5 +1,6 @@
 """Adapters: what plugs adakv into a framework that runs models. Loaded when first used."""
 
+from adakv.models.attachment import Attachment, attach
 from adakv.models.batch import (
     BatchOptions,
     BatchResult,
@@ -7,7 +8,7 @@ from adakv.models.batch import (
     generate_batch,
     generate_stream,
 )
-from adakv.models.hf import Attachment, Cache, attach
+from adakv.models.hf import Cache
 from adakv.models.loop import cuda_graph_sample
 
 __all__ = [

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.models import hf
+from adakv.models.attachment import attach, is_attached
 from adakv.models.budget import Budget
 from adakv.models.decode import Decoder
+from adakv.models.hf import Cache
 from adakv.models.memory import Need, Shape, cache_for
 from adakv.models.sampling import Sampling
 from adakv.models.steps import Steps
@@ -209,7 +210,7 @@ def generate_stream(
     batch = _Batch(
         decoder,
         Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        hf.Cache(model, policy, budget, ratio),
+        Cache(model, policy, budget, ratio),
         stop,
         int(torch.randint(2**48, ())) if options.seed is None else options.seed,
         deque(map(_Sequence, range(len(ids)), ids, counts, needs)),
@@ -223,7 +224,7 @@ class _Batch:
 
     decoder: Decoder
     steps: Steps
-    reader: hf.Cache  # that prompts go through on their way into the decoder's cache
+    reader: Cache  # that prompts go through on their way into the decoder's cache
     stop: Stop
     seed: int
     waiting: deque[_Sequence]
@@ -233,7 +234,7 @@ class _Batch:
     def run(self) -> Iterator[NewToken]:
         """Until all are done."""
         model = self.decoder.model
-        with nullcontext() if hf.is_attached(model) else hf.attach(model):
+        with nullcontext() if is_attached(model) else attach(model):
             while self.waiting or self.running:
                 yield from self._admit()
                 yield from self._step()

@@ -24,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from adakv import ops
 from adakv.cache import KVCache
-from adakv.models.hf import TAG
+from adakv.models.attachment import TAG
 from adakv.models.sampling import Chooser
 from adakv.models.store import sequences
 

@@ -1,4 +1,4 @@
-"""adakv under Hugging Face transformers, 4.57 to 5.23, through its public extension points.
+"""The cache for Hugging Face transformers, 4.57 to 5.23.
 
     model.forward -> Cache.update         first layer: checks everything that can go wrong
                   -> layer.update         tags the new keys with their layer and hands them back
@@ -7,27 +7,26 @@
                                           later tokens:       append + attend
 
 The tag is how an attention function knows its cache: it sits on the very tensor that update()
-returned, so that any number of caches and models can run in turn or in threads. Nothing is patched
-and nothing is kept on the model; a prompt's dense keys and values die with its layer's forward.
+returned, so that any number of caches and models can run in turn or in threads. A prompt's dense
+keys and values die with its layer's forward.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from adakv import Error
 from adakv.cache import KVCache
 from adakv.models import families
+from adakv.models.attachment import TAG, cache_layers, decoder_of, inner_attention, is_attached
 from adakv.models.budget import Budget
 from adakv.models.prompt import Attention, Prompt
 from adakv.models.repeat import repeating
@@ -38,64 +37,6 @@ _logger = logging.getLogger("adakv")
 
 # generate(prefill_chunk_size=...) of 4.57 leaves the prompt's last token to a forward of its own.
 _LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
-
-PREFIX = "adakv_"  # of the attention's name in an attached model
-TAG = "adakv_layer"
-
-
-class Attachment:
-    """What :func:`attach` did to a model; as a context manager it is undone on leaving."""
-
-    def __init__(self, decoder: PreTrainedModel, inner: str) -> None:
-        self._decoder: PreTrainedModel | None = decoder
-        self._inner = inner
-
-    def detach(self) -> None:
-        """Gives the model its former attention back. A second call does nothing."""
-        if self._decoder is not None:
-            self._decoder.set_attn_implementation(self._inner)
-        self._decoder = None
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.detach()
-
-
-def attach(model: PreTrainedModel) -> Attachment:
-    """Lets a model run with :class:`Cache`, until :meth:`Attachment.detach`.
-
-    Without such a cache the model computes what it did before, with the attention it had before.
-
-    Raises
-    ------
-    ValueError
-        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
-        attention, keys shared between layers, models that don't use transformers' attention
-        interface, flex attention; or if it is attached already.
-    """
-    decoder = decoder_of(model)
-    cache_layers(decoder)
-    inner = decoder.config._attn_implementation
-    masks = AttentionMaskInterface()
-    if inner.startswith(PREFIX):
-        raise ValueError("model: it is attached already; detach() it first")
-    if inner == "flex_attention" or inner not in masks:
-        raise ValueError(
-            f"model: its attention must be eager, sdpa or flash attention, not {inner}"
-        )
-    # One name for each inner attention: functions, like names, can be registered but not removed.
-    # transformers takes every name with "flash" in it for one of its own.
-    name = PREFIX + inner.replace("flash_attention", "fa")
-    AttentionInterface.register(name, functools.partial(_attention, inner))
-    AttentionMaskInterface.register(name, masks[inner])
-    decoder.set_attn_implementation(name)
-    if decoder.config._attn_implementation != name:
-        raise ValueError(
-            f"model: {type(decoder).__name__} doesn't look its attention up in AttentionInterface"
-        )
-    return Attachment(decoder, inner)
 
 
 class Cache(TransformersCache):
@@ -280,7 +221,7 @@ class Cache(TransformersCache):
 
     def _begin_forward(self, key_states: Tensor) -> None:
         """Finds what would go wrong before any layer is changed."""
-        if not self._model.config._attn_implementation.startswith(PREFIX):
+        if not is_attached(self._model):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
         if self._model.training or key_states.requires_grad:
             raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
@@ -347,7 +288,7 @@ class FullAttentionLayer(CacheLayerMixin):
         if store.is_prompt:
             if self.index == 0 and not store.is_repeating:
                 store.begin_prompt(mask, key.shape[0], key.shape[2])
-            result = _inner_attention(inner, module, query, key, value, mask, **kwargs)
+            result = inner_attention(inner, module, query, key, value, mask, **kwargs)
             if store.is_repeating:
                 store.take_repeat(self.index, query, key)
                 return result  # and nothing was seen
@@ -397,50 +338,3 @@ class FullAttentionLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""
         self._num_seen = 0
-
-
-def _attention(
-    inner: str,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function of models that had ``inner`` before they were attached."""
-    layer = getattr(key, TAG, None)
-    attend = _inner_attention if layer is None else layer.attend
-    return attend(inner, module, query, key, value, attention_mask, **kwargs)
-
-
-def _inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if inner == "eager":  # every modeling file has its own
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = AttentionInterface()[inner]
-    return attend(module, *args, **kwargs)
-
-
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether the model runs under :func:`attach` now."""
-    return decoder_of(model).config._attn_implementation.startswith(PREFIX)
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that generates text: most often the model itself."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
-    families.check(model, [])
-    config = model.config.get_text_config(decoder=True)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config is config:
-            return module
-    raise ValueError(f"model: {type(model).__name__} has no text decoder")
-
-
-def cache_layers(decoder: PreTrainedModel) -> list[Any]:
-    """The layers of transformers' own cache for a model: full attention and sliding windows."""
-    layers = list(DynamicCache(config=decoder.config).layers)
-    families.check(decoder, layers)
-    return layers

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv import Error
 from adakv.cache import KVCache
-from adakv.models import hf
+from adakv.models.attachment import cache_layers, decoder_of
 from adakv.models.budget import Budget
 
 _PROBE = 1024  # tokens whose prefill tells what a token takes
@@ -32,7 +32,7 @@ class Shape:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
         """Found by reading one token. Raises ``ValueError`` for layers that can't share pages."""
-        layers = hf.cache_layers(hf.decoder_of(model))
+        layers = cache_layers(decoder_of(model))
         if any(type(layer) is not DynamicLayer for layer in layers):
             raise ValueError(
                 f"model: {type(model).__name__} has layers with a sliding window, which many "

@@ -1,0 +1,124 @@
+"""Lets a transformers model run with adakv's caches, through its public extension points.
+
+An attached model has an attention function that looks for a tag on the keys it is given. Keys with
+a tag come from a cache of ours, and the layer that put the tag there attends to them; all others
+get the attention the model had before. Nothing is patched and nothing is kept on the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+from adakv.models import families
+
+TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
+_PREFIX = "adakv_"  # of the attention's name in an attached model
+
+
+class Attachment:
+    """What :func:`attach` did to a model; as a context manager it is undone on leaving."""
+
+    def __init__(self, decoder: PreTrainedModel, inner: str) -> None:
+        self._decoder: PreTrainedModel | None = decoder
+        self._inner = inner
+
+    def detach(self) -> None:
+        """Gives the model its former attention back. A second call does nothing."""
+        if self._decoder is not None:
+            self._decoder.set_attn_implementation(self._inner)
+        self._decoder = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+def attach(model: PreTrainedModel) -> Attachment:
+    """Lets a model run with :class:`adakv.Cache`, until :meth:`Attachment.detach`.
+
+    Without such a cache the model computes what it did before, with the attention it had before.
+
+    Raises
+    ------
+    ValueError
+        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
+        attention, keys shared between layers, models that don't use transformers' attention
+        interface, flex attention; or if it is attached already.
+    """
+    decoder = decoder_of(model)
+    cache_layers(decoder)
+    inner = decoder.config._attn_implementation
+    masks = AttentionMaskInterface()
+    if inner.startswith(_PREFIX):
+        raise ValueError("model: it is attached already; detach() it first")
+    if inner == "flex_attention" or inner not in masks:
+        raise ValueError(
+            f"model: its attention must be eager, sdpa or flash attention, not {inner}"
+        )
+    # One name for each inner attention: functions, like names, can be registered but not removed.
+    # transformers takes every name with "flash" in it for one of its own.
+    name = _PREFIX + inner.replace("flash_attention", "fa")
+    AttentionInterface.register(name, functools.partial(_attention, inner))
+    AttentionMaskInterface.register(name, masks[inner])
+    decoder.set_attn_implementation(name)
+    if decoder.config._attn_implementation != name:
+        raise ValueError(
+            f"model: {type(decoder).__name__} doesn't look its attention up in AttentionInterface"
+        )
+    return Attachment(decoder, inner)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether the model runs under :func:`attach` now."""
+    return decoder_of(model).config._attn_implementation.startswith(_PREFIX)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that generates text: most often the model itself."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
+    families.check(model, [])
+    config = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is config:
+            return module
+    raise ValueError(f"model: {type(model).__name__} has no text decoder")
+
+
+def cache_layers(decoder: PreTrainedModel) -> list[Any]:
+    """The layers of transformers' own cache for a model: full attention and sliding windows."""
+    layers = list(DynamicCache(config=decoder.config).layers)
+    families.check(decoder, layers)
+    return layers
+
+
+def _attention(
+    inner: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of models that had ``inner`` before they were attached."""
+    layer = getattr(key, TAG, None)
+    attend = inner_attention if layer is None else layer.attend
+    return attend(inner, module, query, key, value, attention_mask, **kwargs)
+
+
+def inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the model's attention was before it was attached."""
+    if inner == "eager":  # every modeling file has its own
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = AttentionInterface()[inner]
+    return attend(module, *args, **kwargs)
