@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +112,34 @@ def _version(package: str) -> str:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes one JSON object."""
-    _write(path, lambda target: target.write_text(json.dumps(content, indent=2) + "\n"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file."""
+    _write(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: str, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
+    _write(path, lambda target: figure.savefig(target, format="png"))
+
+
+@contextmanager
+def needs_matplotlib() -> Iterator[None]:
+    """Says what to install where matplotlib is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise InputError("pictures need matplotlib; pip install 'adakv[cli]'") from error
 
 
 def plot_kept(path: str, runs: list[Run]) -> None:
     """A heat map per policy: entries of the prompt kept in each layer and kv head."""
-    try:
+    with needs_matplotlib():
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError("--plot needs matplotlib; pip install 'adakv[cli]'") from error
 
     runs = [run for run in runs if run.kept]
     highest = max(max(row) for run in runs for row in run.kept)
@@ -132,7 +153,7 @@ def plot_kept(path: str, runs: list[Run]) -> None:
         axis.set_yticks(range(len(heads)))
     axes[-1].set_xlabel("layer")
     figure.colorbar(image, ax=list(axes), label="entries")
-    _write(path, lambda target: figure.savefig(target, format="png"))
+    write_figure(path, figure)
 
 
 def _write(path: str, write: Any) -> None:

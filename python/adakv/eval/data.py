@@ -1,8 +1,8 @@
 """Files become items: questions in SQuAD's layout, plain text, needles hidden in any text.
 
-A prompt is cut to ``tokens`` tokens or a little less. ``aware`` says whether the question belongs to
-the prompt that is compressed (the policy's window sees it) or comes after it. Where it belongs to
-it, the prompt's last token is read once more from the compressed cache, so that every token of the
+Prompts have ``tokens`` tokens or somewhat fewer. ``aware`` says whether the question belongs to the
+prompt that is compressed, where the policy's window sees it, or comes after it. If it does belong
+to it, its last token is kept back and read from the compressed cache, so that every token of the
 answer depends on what was kept.
 """
 
@@ -12,16 +12,55 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from adakv.eval.gauges import Item
 
-ADJECTIVES = "amber brave clever distant early frozen gentle hidden idle jolly late mellow".split()
-NOUNS = "anchor bridge candle desert engine falcon garden harbor island jacket kettle lantern".split()
-NAMES = "Alice Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Laura".split()
+ADJECTIVES = [
+    "amber",
+    "brave",
+    "clever",
+    "distant",
+    "early",
+    "frozen",
+    "gentle",
+    "hidden",
+    "idle",
+    "jolly",
+    "late",
+    "mellow",
+]
+NOUNS = [
+    "anchor",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "falcon",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "lantern",
+]
+NAMES = [
+    "Alice",
+    "Boris",
+    "Clara",
+    "David",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Laura",
+]
 
 
 @dataclass(frozen=True)
@@ -68,10 +107,10 @@ class Frame:
         self._before, self._between, self._after = parts
 
     def item(
-        self, name: str, text: str, question: str, answer: tuple[str, str], *, aware: bool
+        self, name: str, text: str, question: str, answer: str, *, given: str = "", aware: bool
     ) -> Item:
-        """An item; of the answer the first part is given and the second is gauged."""
-        given, gauged = answer
+        """An item named group.number; ``given`` is a beginning of the answer, not gauged."""
+        gauged = answer
         if not self._has_template or given:
             gauged = f" {gauged}"
         if given and not self._has_template:
@@ -81,7 +120,7 @@ class Frame:
         if aware:
             whole = prompt + query
             prompt, query = whole[:-1], whole[-1:]
-        return Item(name, prompt, query, self._encode(gauged))
+        return Item(name, name.partition(".")[0], prompt, query, self._encode(gauged))
 
     def _encode(self, text: str, *, is_start: bool = False) -> tuple[int, ...]:
         special = is_start and not self._has_template  # a template brings its own
@@ -107,7 +146,7 @@ def questions(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Ite
         text = "\n\n".join(context for context, _ in group)
         asked = [pair for _, pairs in group for pair in pairs[:1]]
         for j, (question, answer) in enumerate(_spread(asked, size.per_prompt)):
-            items.append(frame.item(f"{i}.{j}", text, question, ("", answer), aware=aware))
+            items.append(frame.item(f"{i}.{j}", text, question, answer, aware=aware))
     return items
 
 
@@ -119,7 +158,9 @@ def continuations(path: str, tokenizer: Any, size: Size, *, num_new: int = 64) -
     for i, start in enumerate(_starts(path, len(tokens), size.tokens + num_new, size.prompts)):
         end = start + size.tokens
         prompt = lead + tokens[start : end - 1]
-        items.append(Item(f"{i}", prompt, tokens[end - 1 : end], tokens[end : end + num_new]))
+        items.append(
+            Item(f"{i}", f"{i}", prompt, tokens[end - 1 : end], tokens[end : end + num_new])
+        )
     return items
 
 
@@ -147,8 +188,8 @@ def needles(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Item]
         text = _insert(stretch, hidden, depths)
         for j, (name, word, depth) in enumerate(zip(names, words, depths, strict=True)):
             question, given = f"What is the password of {name}?", f"The password of {name} is"
-            item = frame.item(f"{i}.{j}", text, question, (given, word), aware=aware)
-            items.append(Item(item.name, item.prompt, item.query, item.answer, depth))
+            item = frame.item(f"{i}.{j}", text, question, word, given=given, aware=aware)
+            items.append(replace(item, depth=depth))
     return items
 
 

@@ -17,6 +17,8 @@ class Item:
     ----------
     name : str
         Unique in its data set.
+    group : str
+        The same for items about the same text: their results aren't independent.
     prompt : tuple of int
         Tokens that are read with full attention, then compressed.
     query : tuple of int
@@ -28,6 +30,7 @@ class Item:
     """
 
     name: str
+    group: str
     prompt: tuple[int, ...]
     query: tuple[int, ...]
     answer: tuple[int, ...]

@@ -1,123 +1,18 @@
-"""Every item x policy x share: records, one JSON line each, so that a stopped run goes on later."""
+"""Every item x policy x share, prompt by prompt."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import adakv
-from adakv.eval.gauges import Item, Quality, answer_logits, compare
+from adakv.eval.gauges import Item, answer_logits, compare
 from adakv.eval.prefill import Prefill
+from adakv.eval.records import Key, Record
 from adakv.policy import Policy
-
-
-class Key(NamedTuple):
-    """What a record is about."""
-
-    gauge: str
-    item: str
-    policy: str
-    share: float
-
-
-@dataclass(frozen=True)
-class Record:
-    """Quality of one item under one policy and share, and the bytes it was had for.
-
-    Parameters
-    ----------
-    key : :class:`Key`
-    prompt : str
-        Name of the first item with the same prompt: records that share a prompt aren't independent.
-    quality : :class:`Quality`
-    tokens : int
-        Of the prompt.
-    bytes, full_bytes : int
-        Of the compressed prompt, whole pages counted, and of a full cache's.
-    depth : float, optional
-        Of the item.
-    """
-
-    key: Key
-    prompt: str
-    quality: Quality
-    tokens: int
-    bytes: int
-    full_bytes: int
-    depth: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Flat, for JSON."""
-        values = asdict(self)
-        del values["key"], values["quality"]
-        return self.key._asdict() | asdict(self.quality) | values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """The inverse of :meth:`as_dict`."""
-        key = Key(*(values[name] for name in Key._fields))
-        quality = Quality(**{name: values[name] for name in Quality.__dataclass_fields__})
-        names = ("prompt", "tokens", "bytes", "full_bytes", "depth")
-        return cls(key=key, quality=quality, **{name: values[name] for name in names})
-
-
-class RecordFile:
-    """Records in a file of JSON lines; the first line says what they belong to.
-
-    Raises
-    ------
-    ValueError
-        If the file is something else, or was begun with another ``about``. It is left as it was.
-    """
-
-    def __init__(self, path: str, about: Mapping[str, Any]) -> None:
-        self._path = Path(path)
-        self.records: list[Record] = []
-        lines = self._lines()
-        if lines:
-            self._read(lines, json.loads(json.dumps(about)))
-        else:
-            self._append(about)
-
-    def add(self, record: Record) -> None:
-        """Appends a record."""
-        self._append(record.as_dict())
-        self.records.append(record)
-
-    def _lines(self) -> list[str]:
-        try:
-            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self._path} can't be read: {error}") from error
-        return text.split("\n")[:-1]  # what a killed run left behind the last newline is lost
-
-    def _read(self, lines: list[str], about: dict[str, Any]) -> None:
-        try:
-            begun = json.loads(lines[0])
-            self.records = [Record.from_dict(json.loads(line)) for line in lines[1:]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path} holds no records of adakv eval") from error
-        if begun != about:
-            names = [n for n in {**begun, **about} if begun.get(n) != about.get(n)]
-            raise ValueError(
-                f"{self._path} was begun with "
-                + ", ".join(f"{n} {begun.get(n)}, not {about.get(n)}" for n in sorted(names))
-            )
-        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def _append(self, content: Mapping[str, Any]) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
-        except OSError as error:
-            raise ValueError(f"{self._path} can't be written: {error.strerror}") from error
 
 
 def missing(
@@ -143,9 +38,7 @@ def run(
     gauges: Mapping[str, Sequence[Item]],
     policies: Mapping[str, Policy],
     shares: Sequence[float],
-    *,
     done: Collection[Key] = (),
-    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -158,14 +51,18 @@ def run(
     shares : sequence of float in (0, 1]
         Of each prompt's entries.
     done : collection of :class:`Key`, optional
-    on_step : callable, optional
-        Called after each record.
+
+    Raises
+    ------
+    ValueError
+        If an item is too long for the model, or if the model can't run with adakv.
 
     Yields
     ------
     record : :class:`Record`
         One for each of :func:`missing`, prompt by prompt: each is read once.
     """
+    _check_lengths(model, gauges)
     wanted = set(missing(gauges, policies, shares, done))
     settings = [(name, share) for name in policies for share in shares]
     with adakv.attach(model):
@@ -185,8 +82,7 @@ def run(
                     full = answer_logits(model, prefill.full_cache(), item)
                     for _, key in pairs:
                         policy = policies[key.policy]
-                        yield _record(model, prefill, item, key, policy, full, items[0].name)
-                        on_step()
+                        yield _record(model, prefill, item, key, policy, full)
 
 
 def _record(
@@ -196,7 +92,6 @@ def _record(
     key: Key,
     policy: Policy,
     full: torch.Tensor,
-    prompt: str,
 ) -> Record:
     cache = prefill.cache(
         policy, ratio=key.share, max_new_tokens=len(item.query) + len(item.answer)
@@ -205,5 +100,15 @@ def _record(
     compressed = answer_logits(model, cache, item)
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
     return Record(
-        key, prompt, quality, len(item.prompt), stats["bytes"], stats["full_bytes"], item.depth
+        key, item.group, quality, len(item.prompt), stats["bytes"], stats["full_bytes"], item.depth
     )
+
+
+def _check_lengths(model: Any, gauges: Mapping[str, Sequence[Item]]) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for gauge, items in gauges.items():
+        longest = max(len(item.prompt + item.query + item.answer) for item in items)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"tokens: an item of {gauge} has {longest} with its answer, the model takes {limit}"
+            )
