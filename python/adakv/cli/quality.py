@@ -47,13 +47,11 @@ class Sources:
         if self.text:
             found["text"] = data.continuations(self.text, tokenizer, self.size)
         ways = {"no": (False,), "yes": (True,), "both": (False, True)}[self.aware]
-        for aware in ways:
-            suffix = "_aware" if aware else ""
-            if self.qa:
-                found["qa" + suffix] = data.questions(self.qa, tokenizer, self.size, aware=aware)
-            if self.needles:
-                items = data.needles(self.needles, tokenizer, self.size, aware=aware)
-                found["needles" + suffix] = items
+        asked = {"qa": (self.qa, data.questions), "needles": (self.needles, data.needles)}
+        for name, (path, items) in asked.items():
+            for aware in ways if path else ():
+                suffix = "_aware" if aware else ""
+                found[name + suffix] = items(path, tokenizer, self.size, aware=aware)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,48 +19,10 @@ from typing import Any
 
 from adakv.eval.gauges import Item
 
-ADJECTIVES = [
-    "amber",
-    "brave",
-    "clever",
-    "distant",
-    "early",
-    "frozen",
-    "gentle",
-    "hidden",
-    "idle",
-    "jolly",
-    "late",
-    "mellow",
-]
-NOUNS = [
-    "anchor",
-    "bridge",
-    "candle",
-    "desert",
-    "engine",
-    "falcon",
-    "garden",
-    "harbor",
-    "island",
-    "jacket",
-    "kettle",
-    "lantern",
-]
-NAMES = [
-    "Alice",
-    "Boris",
-    "Clara",
-    "David",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Laura",
-]
+ADJECTIVES = ("amber", "brave", "clever", "frozen", "gentle", "hidden", "jolly", "mellow")
+NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "falcon", "garden", "lantern")
+NAMES = ("Alice", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo")
+BRIEFLY = "Answer in a few words taken from the text."
 
 
 @dataclass(frozen=True)
@@ -146,6 +108,7 @@ def questions(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Ite
         text = "\n\n".join(context for context, _ in group)
         asked = [pair for _, pairs in group for pair in pairs[:1]]
         for j, (question, answer) in enumerate(_spread(asked, size.per_prompt)):
+            question = f"{question} {BRIEFLY}"
             items.append(frame.item(f"{i}.{j}", text, question, answer, aware=aware))
     return items
 
