@@ -28,6 +28,7 @@ from adakv.cli.options import (
     setting_options,
 )
 from adakv.cli.quality import evaluate
+from adakv.cli.show import show
 
 DEMO_POLICIES = ("ada_snapkv", "critical_ada_snapkv")
 DEMO_QUESTION = "How do I print a number with two digits after the point?"
@@ -55,6 +56,7 @@ def cli() -> None:
 
 
 cli.add_command(evaluate)
+cli.add_command(show)
 
 
 @cli.command()

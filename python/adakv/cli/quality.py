@@ -47,11 +47,13 @@ class Sources:
         if self.text:
             found["text"] = data.continuations(self.text, tokenizer, self.size)
         ways = {"no": (False,), "yes": (True,), "both": (False, True)}[self.aware]
-        asked = {"qa": (self.qa, data.questions), "needles": (self.needles, data.needles)}
-        for name, (path, items) in asked.items():
-            for aware in ways if path else ():
-                suffix = "_aware" if aware else ""
-                found[name + suffix] = items(path, tokenizer, self.size, aware=aware)
+        for aware in ways:
+            suffix = "_aware" if aware else ""
+            if self.qa:
+                found["qa" + suffix] = data.questions(self.qa, tokenizer, self.size, aware=aware)
+            if self.needles:
+                items = data.needles(self.needles, tokenizer, self.size, aware=aware)
+                found["needles" + suffix] = items
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def evaluate(
         results = {"machine": report.machine(), "cells": [cell.as_dict() for cell in cells]}
         report.write_json(place.json_path, about | results)
     if place.plot_path:
-        with report.needs_matplotlib():
+        with report.drawing():
             report.write_figure(place.plot_path, plot.curves(cells))
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 import adakv
 from adakv.cli.inputs import InputError
 from adakv.cli.measure import Run
+from adakv.eval import plot
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:
@@ -126,7 +127,7 @@ def write_figure(path: str, figure: Any) -> None:
 
 
 @contextmanager
-def needs_matplotlib() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Says what to install where matplotlib is missing."""
     try:
         yield
@@ -138,22 +139,9 @@ def needs_matplotlib() -> Iterator[None]:
 
 def plot_kept(path: str, runs: list[Run]) -> None:
     """A heat map per policy: entries of the prompt kept in each layer and kv head."""
-    with needs_matplotlib():
-        from matplotlib.figure import Figure
-
-    runs = [run for run in runs if run.kept]
-    highest = max(max(row) for run in runs for row in run.kept)
-    figure = Figure(figsize=(9, 0.9 + 1.7 * len(runs)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
-    for axis, run in zip(axes, runs, strict=True):
-        heads = list(zip(*run.kept, strict=True))  # [Hkv][L]
-        image = axis.imshow(heads, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        axis.set_title(f"{run.title}: entries kept of {run.prompt_tokens}", fontsize=10)
-        axis.set_ylabel("kv head")
-        axis.set_yticks(range(len(heads)))
-    axes[-1].set_xlabel("layer")
-    figure.colorbar(image, ax=list(axes), label="entries")
-    write_figure(path, figure)
+    titles = {f"{run.title}: entries kept of {run.prompt_tokens}": run.kept for run in runs}
+    with drawing():
+        write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
 
 
 def _write(path: str, write: Any) -> None:

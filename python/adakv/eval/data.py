@@ -1,9 +1,9 @@
 """Files become items: questions in SQuAD's layout, plain text, needles hidden in any text.
 
-Prompts have ``tokens`` tokens or somewhat fewer. ``aware`` says whether the question belongs to the
-prompt that is compressed, where the policy's window sees it, or comes after it. If it does belong
-to it, its last token is kept back and read from the compressed cache, so that every token of the
-answer depends on what was kept.
+Prompts hold up to ``tokens`` tokens of text, to which a chat template adds its own. ``aware`` says
+whether the question belongs to the prompt that is compressed, where the policy's window sees it, or
+comes after it. If it belongs to it, its last token is kept back and read from the compressed cache,
+so that every token of the answer depends on what was kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Size:
     Parameters
     ----------
     tokens : int
-        Of a prompt.
+        Of the text in a prompt.
     prompts : int
         Spread evenly over the file.
     per_prompt : int
@@ -136,18 +135,17 @@ def needles(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Item]
     if size.per_prompt > len(NAMES):
         raise ValueError(f"per_prompt must be at most {len(NAMES)}, got {size.per_prompt}")
     tokens, frame = _tokens(path, tokenizer), Frame(tokenizer)
-    room = 16 * size.per_prompt
-    if room >= size.tokens:
-        raise ValueError(f"tokens must be above {room} for {size.per_prompt} needles each")
     items = []
-    starts = _starts(path, len(tokens), size.tokens - room, size.prompts)
-    for i, start in enumerate(starts):
+    for i, start in enumerate(_starts(path, len(tokens), size.tokens, size.prompts)):
         random_ = random.Random(i)
         names = random_.sample(NAMES, size.per_prompt)
         words = [f"{random_.choice(ADJECTIVES)} {random_.choice(NOUNS)}" for _ in names]
         depths = [(j + (i + 0.5) / size.prompts) / size.per_prompt for j in range(size.per_prompt)]
-        stretch = tokenizer.decode(tokens[start : start + size.tokens - room])
         hidden = [f"The password of {n} is {w}." for n, w in zip(names, words, strict=True)]
+        room = sum(len(tokenizer(f" {sentence}")["input_ids"]) for sentence in hidden)
+        if room >= size.tokens:
+            raise ValueError(f"tokens must be above {room} for {len(hidden)} needles each")
+        stretch = tokenizer.decode(tokens[start : start + size.tokens - room])
         text = _insert(stretch, hidden, depths)
         for j, (name, word, depth) in enumerate(zip(names, words, depths, strict=True)):
             question, given = f"What is the password of {name}?", f"The password of {name} is"
@@ -194,7 +192,7 @@ def _grouped(paragraphs: list[Any], tokenizer: Any, size: Size) -> Iterator[list
 
 def _spread(values: list[Any], count: int) -> Iterator[Any]:
     """``count`` of the values, evenly."""
-    return islice((values[i * len(values) // count] for i in range(count)), count)
+    return (values[i * len(values) // count] for i in range(count))
 
 
 def _starts(path: str, total: int, length: int, count: int) -> list[int]:

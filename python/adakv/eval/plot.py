@@ -1,8 +1,8 @@
-"""Curves of quality against bytes."""
+"""Curves of quality against bytes, and maps of what was kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adakv.eval.summary import Cell, share_name
@@ -46,4 +46,22 @@ def curves(cells: Sequence[Cell]) -> Any:
     for axis in axes[-1]:
         axis.set_xlabel("bytes, of a full cache's")
     axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def kept_maps(maps: Mapping[str, Sequence[Sequence[int]]]) -> Any:
+    """A matplotlib figure: under each title the entries kept, ``[L][Hkv]``, as a heat map."""
+    from matplotlib.figure import Figure
+
+    highest = max(max(heads) for layers in maps.values() for heads in layers)
+    figure = Figure(figsize=(9, 0.9 + 1.7 * len(maps)), layout="constrained", dpi=110)
+    axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    for axis, (title, layers) in zip(axes, maps.items(), strict=True):
+        heads = list(zip(*layers, strict=True))  # [Hkv][L]
+        image = axis.imshow(heads, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("kv head")
+        axis.set_yticks(range(len(heads)))
+    axes[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=list(axes), label="entries")
     return figure

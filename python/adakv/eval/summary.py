@@ -18,6 +18,7 @@ import torch
 from adakv.eval.records import Record
 
 METRICS = ("kl", "agreement", "exact", "loss")
+FULL_METRICS = ("exact_full", "loss_full")  # of the full cache, on the same items
 
 _EXACT_TEST_UP_TO = 13  # 2^13 ways to flip the signs
 _NUM_FLIPS = 10_000
@@ -101,7 +102,7 @@ def summarize(records: Sequence[Record]) -> list[Cell]:
                 share,
                 len(group),
                 statistics.fmean(record.bytes / record.full_bytes for record in group),
-                {name: mean(_by_text(group, name).values()) for name in METRICS},
+                {name: mean(_by_text(group, name).values()) for name in METRICS + FULL_METRICS},
                 _paired(group, others),
             )
         )
@@ -141,11 +142,14 @@ def tables(cells: Sequence[Cell]) -> list[Table]:
         own = [cell for cell in cells if cell.gauge == gauge]
         for metric, title in titles.items():
             values = {(c.policy, c.share): str(c.metrics[metric]) for c in own}
-            found.append(_table(f"{gauge}: {title}", own, values))
+            if metric == "exact":
+                full = {("full cache", c.share): str(c.metrics["exact_full"]) for c in own}
+                values = full | values
+            found.append(_table(f"{gauge}: {title}", values))
         differences = {(c.policy, c.share): str(c.paired["kl"]) for c in own if c.paired}
         if differences:
             title = f"{gauge}: KL minus that of `{own[0].policy}`, paired by text"
-            found.append(_table(title, own, differences))
+            found.append(_table(title, differences))
     return found
 
 
@@ -170,9 +174,10 @@ def share_name(share: float) -> str:
     return f"1/{round(inverse)}" if abs(inverse - round(inverse)) < 1e-6 else f"{share:g}"
 
 
-def _table(title: str, cells: list[Cell], values: dict[tuple[str, float], str]) -> Table:
-    shares = sorted({cell.share for cell in cells}, reverse=True)
-    policies = [p for p in dict.fromkeys(c.policy for c in cells) if any(p == v[0] for v in values)]
+def _table(title: str, values: dict[tuple[str, float], str]) -> Table:
+    """Of values by policy and share."""
+    shares = sorted({share for _, share in values}, reverse=True)
+    policies = dict.fromkeys(policy for policy, _ in values)
     rows = tuple((p, *(values.get((p, share), "") for share in shares)) for p in policies)
     return Table(title, ("kept", *map(share_name, shares)), rows)
 
