@@ -1,5 +1,21 @@
 """Adapters: what plugs adakv into a framework that runs models. Loaded when first used."""
 
+from adakv.models.batch import (
+    BatchOptions,
+    BatchResult,
+    NewToken,
+    generate_batch,
+    generate_stream,
+)
 from adakv.models.hf import Attachment, Cache, attach
 
-__all__ = ["Attachment", "Cache", "attach"]
+__all__ = [
+    "Attachment",
+    "BatchOptions",
+    "BatchResult",
+    "Cache",
+    "NewToken",
+    "attach",
+    "generate_batch",
+    "generate_stream",
+]
