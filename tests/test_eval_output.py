@@ -168,7 +168,7 @@ def test_eval_goes_on_and_writes_everything(folder: str, text: str, tmp_path: Pa
             assert cell["metrics"]["agreement"]["mean"] == 1
         else:
             assert kl["mean"] > 0.01
-            assert cell["bytes_share"] == pytest.approx(share, abs=0.05)
+            assert share < cell["bytes_share"] < share + 3 * 16 / 300  # pages, one in reserve
     table = files["out.md"].read_text()
     assert "| snapkv | " in table
     assert "exact answers by depth" in table
