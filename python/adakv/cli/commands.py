@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 import adakv
 from adakv.cli import report
 from adakv.cli.inputs import (
-    DTYPES,
     InputError,
     check_prompt_length,
-    choose_device,
     encode_prompt,
-    load_model,
     manual_text,
     read_text,
     refusals,
 )
 from adakv.cli.many import open_results, read_prompts, result_file
 from adakv.cli.measure import FULL, Run, Setting, compare, run
+from adakv.cli.options import (
+    DEFAULT_RATIO,
+    Place,
+    check_setting,
+    place_options,
+    progress_bar,
+    setting_options,
+)
+from adakv.cli.quality import evaluate
+from adakv.cli.show import show
 
-DEFAULT_RATIO = 0.1
 DEMO_POLICIES = ("ada_snapkv", "critical_ada_snapkv")
 DEMO_QUESTION = "How do I print a number with two digits after the point?"
 
@@ -59,66 +62,8 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """How the model runs, and where the results go."""
-
-    dtype: str
-    device: str | None
-    json_path: str | None
-    plot_path: str | None
-
-    def load(self, source: str) -> tuple[Any, Any]:
-        """Model and tokenizer."""
-        device = choose_device(self.device)
-        with progress_bar("loading the model") as advance:
-            loaded = load_model(source, dtype=DTYPES[self.dtype], device=device)
-            advance()
-        return loaded
-
-    def save(self, runs: list[Run], model: str) -> None:
-        """Writes the files that were asked for."""
-        if self.json_path:
-            content = {"model": model, "dtype": self.dtype, "machine": report.machine()}
-            report.write_json(self.json_path, content | {"runs": [run.as_dict() for run in runs]})
-        if self.plot_path:
-            report.plot_kept(self.plot_path, runs)
-
-
-def place_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of :class:`Place`, as its argument ``place``."""
-
-    @functools.wraps(command)
-    def with_place(
-        *, dtype: str, device: str | None, json_path: str | None, plot_path: str | None, **rest: Any
-    ) -> None:
-        command(place=Place(dtype, device, json_path, plot_path), **rest)
-
-    for option in (
-        click.option("--plot", "plot_path", metavar="FILE", help="Write a heat map (PNG)."),
-        click.option("--json", "json_path", metavar="FILE", help="Write the results."),
-        click.option("--device", metavar="cpu|cuda", help="Default: cuda where it can be used."),
-        click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16"),
-    ):
-        with_place = option(with_place)
-    return with_place
-
-
-def setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a :class:`Setting`, as its argument ``setting``."""
-
-    @functools.wraps(command)
-    def with_setting(*, policy: str, budget: int | None, ratio: float | None, **rest: Any) -> None:
-        command(setting=check_setting(policy, budget, ratio), **rest)
-
-    ratio_help = f"The same, as a share of the prompt.  [default: {DEFAULT_RATIO}]"
-    for option in (
-        click.option("--ratio", type=float, help=ratio_help),
-        click.option("--budget", type=int, help="Entries that a kv head keeps on average."),
-        click.option("--policy", default="ada_snapkv", show_default=True, help="See `adakv info`."),
-    ):
-        with_setting = option(with_setting)
-    return with_setting
+cli.add_command(evaluate)
+cli.add_command(show)
 
 
 @dataclass(frozen=True)
@@ -296,21 +241,6 @@ def info() -> None:
     console.print(presets)
 
 
-def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setting:
-    """The policy and its budget, checked before anything is loaded."""
-    if policy not in adakv.policies():
-        raise InputError(f"unknown policy {policy!r}; known are {', '.join(adakv.policies())}")
-    if budget is not None and ratio is not None:
-        raise InputError("give --budget or --ratio, not both")
-    if budget is not None and budget < 1:
-        raise InputError(f"--budget must be at least 1, got {budget}")
-    if ratio is not None and not 0 < ratio <= 1:
-        raise InputError(f"--ratio must be above 0 and at most 1, got {ratio}")
-    if budget is None and ratio is None:
-        ratio = DEFAULT_RATIO
-    return Setting(policy, budget, ratio)
-
-
 def run_all(
     model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int
 ) -> list[Run]:
@@ -328,20 +258,3 @@ def run_all(
                 runs[-1] = compare(model, prompt, setting, run=runs[-1], full=runs[0])
                 advance()
     return runs
-
-
-@contextmanager
-def progress_bar(title: str, total: int = 1) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, if that is a terminal; yields the function that moves it (by 1)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(file=sys.stderr)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=total)
-        yield functools.partial(bar.advance, task)

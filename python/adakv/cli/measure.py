@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import adakv
+from adakv.eval.gauges import follow
 
 OnToken = Callable[[], None]
 
@@ -123,15 +124,12 @@ def compare(model: Any, prompt: Tensor, setting: Setting, *, run: Run, full: Run
     early difference doesn't count again and again.
     """
     prompt = prompt.to(model.device)
-    answer = torch.tensor([full.tokens], device=model.device)
+    answer = torch.tensor(full.tokens, device=model.device)
     cache = setting.cache(model)
     with _attached(model, setting), torch.inference_mode():
-        logits = [model(prompt, past_key_values=cache, logits_to_keep=1).logits]
-        for piece in (answer[:, :1], answer[:, 1:]):
-            if piece.shape[1]:
-                logits.append(model(piece, past_key_values=cache).logits)
-    choices = torch.cat(logits, dim=1).argmax(dim=-1)
-    same = choices[:, : answer.shape[1]] == answer
+        first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0]
+        logits = torch.cat([first, follow(model, cache, answer)])
+    same = logits[:-1].argmax(dim=-1) == answer
     pairs = zip(run.tokens, full.tokens, strict=False)
     same_start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return replace(run, same_choice=same.float().mean().item(), same_start=same_start)

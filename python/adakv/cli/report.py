@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.table import Table
 import adakv
 from adakv.cli.inputs import InputError
 from adakv.cli.measure import Run
+from adakv.eval import plot
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:
@@ -110,29 +113,35 @@ def _version(package: str) -> str:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes one JSON object."""
-    _write(path, lambda target: target.write_text(json.dumps(content, indent=2) + "\n"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file."""
+    _write(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: str, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
+    _write(path, lambda target: figure.savefig(target, format="png"))
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Says what to install where matplotlib is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise InputError("pictures need matplotlib; pip install 'adakv[cli]'") from error
 
 
 def plot_kept(path: str, runs: list[Run]) -> None:
     """A heat map per policy: entries of the prompt kept in each layer and kv head."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError("--plot needs matplotlib; pip install 'adakv[cli]'") from error
-
-    runs = [run for run in runs if run.kept]
-    highest = max(max(row) for run in runs for row in run.kept)
-    figure = Figure(figsize=(9, 0.9 + 1.7 * len(runs)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
-    for axis, run in zip(axes, runs, strict=True):
-        heads = list(zip(*run.kept, strict=True))  # [Hkv][L]
-        image = axis.imshow(heads, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        axis.set_title(f"{run.title}: entries kept of {run.prompt_tokens}", fontsize=10)
-        axis.set_ylabel("kv head")
-        axis.set_yticks(range(len(heads)))
-    axes[-1].set_xlabel("layer")
-    figure.colorbar(image, ax=list(axes), label="entries")
-    _write(path, lambda target: figure.savefig(target, format="png"))
+    titles = {f"{run.title}: entries kept of {run.prompt_tokens}": run.kept for run in runs}
+    with drawing():
+        write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
 
 
 def _write(path: str, write: Any) -> None:

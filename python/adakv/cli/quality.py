@@ -1,0 +1,217 @@
+"""``adakv eval``: quality against bytes, of any policies on any model."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import adakv
+from adakv.cli import report
+from adakv.cli.inputs import InputError, refusals
+from adakv.cli.options import Place, place_options, progress_bar
+from adakv.eval import data, plot, summary
+from adakv.eval.gauges import Item
+from adakv.eval.records import RecordFile
+
+POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"
+SHARES = "1/2,1/4,1/8,1/16,1/32"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is asked, of which files."""
+
+    qa: str | None
+    text: str | None
+    needles: str | None
+    aware: str  #: no, yes or both
+    size: data.Size
+
+    def __post_init__(self) -> None:
+        if not (self.qa or self.text or self.needles):
+            raise ValueError("give at least one of --qa, --text and --needles")
+
+    def gauges(self, tokenizer: Any) -> dict[str, list[Item]]:
+        """Items by the name of their gauge."""
+        found: dict[str, list[Item]] = {}
+        if self.text:
+            found["text"] = data.continuations(self.text, tokenizer, self.size)
+        ways = {"no": (False,), "yes": (True,), "both": (False, True)}[self.aware]
+        for aware in ways:
+            suffix = "_aware" if aware else ""
+            if self.qa:
+                found["qa" + suffix] = data.questions(self.qa, tokenizer, self.size, aware=aware)
+            if self.needles:
+                items = data.needles(self.needles, tokenizer, self.size, aware=aware)
+                found["needles" + suffix] = items
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: file names with the first digits of their SHA-256."""
+        files = {"qa": self.qa, "text": self.text, "needles": self.needles}
+        return {
+            **{name: _fingerprint(path) for name, path in files.items() if path},
+            "tokens": self.size.tokens,
+            "prompts": self.size.prompts,
+            "per_prompt": self.size.per_prompt,
+        }
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of :class:`Sources`, as its argument ``sources``."""
+
+    @functools.wraps(command)
+    def with_sources(
+        *,
+        qa: str | None,
+        text: str | None,
+        needles: str | None,
+        aware: str,
+        tokens: int,
+        prompts: int,
+        per_prompt: int,
+        **rest: Any,
+    ) -> None:
+        with refusals():
+            size = data.Size(tokens, prompts, per_prompt)
+            sources = Sources(qa, text, needles, aware, size)
+        command(sources=sources, **rest)
+
+    aware_help = "Whether the question is compressed with the prompt, or comes later."
+    for option in (
+        click.option("--per-prompt", default=2, show_default=True, help="Questions or needles."),
+        click.option("--prompts", default=12, show_default=True, help="Of each gauge."),
+        click.option("--tokens", default=2000, show_default=True, help="Of each prompt."),
+        click.option(
+            "--aware",
+            type=click.Choice(["no", "yes", "both"]),
+            default="no",
+            show_default=True,
+            help=aware_help,
+        ),
+        click.option("--needles", metavar="FILE", help="A text, to hide sentences in."),
+        click.option("--text", metavar="FILE", help="A text, to be continued."),
+        click.option("--qa", metavar="FILE", help="Questions in SQuAD's layout (JSON)."),
+    ):
+        with_sources = option(with_sources)
+    return with_sources
+
+
+@click.command("eval")
+@click.argument("model")
+@source_options
+@click.option("--policies", default=POLICIES, show_default=True, help="The first is the base.")
+@click.option("--shares", default=SHARES, show_default=True, help="Kept, of each prompt.")
+@click.option("--records", metavar="FILE", help="Keep results here; a stopped run goes on.")
+@click.option("--markdown", metavar="FILE", help="Write the tables.")
+@place_options
+def evaluate(
+    model: str,
+    sources: Sources,
+    policies: str,
+    shares: str,
+    records: str | None,
+    markdown: str | None,
+    place: Place,
+) -> None:
+    """How far compressed caches are from the full one, on given answers.
+
+    MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads each prompt once. Then
+    every policy keeps every share of it, and the model reads what follows the prompt: a question
+    and its answer, or the text that comes next. --plot draws quality against bytes.
+    """
+    names, kept = check_policies(policies), check_shares(shares)
+    network, tokenizer = place.load(model)
+    with refusals():
+        gauges = sources.gauges(tokenizer)
+        about = {
+            "adakv": adakv.__version__,
+            "model": Path(model).name,
+            "dtype": place.dtype,
+            **sources.as_dict(),
+        }
+        file = RecordFile(records, about)
+    run_all(network, file, gauges, names, kept)
+    wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
+    cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
+    tables = summary.tables(cells)
+    tables += [summary.depth_table(wanted, name) for name in gauges if name.startswith("needles")]
+    print_tables(Console(), tables)
+    if markdown:
+        report.write_text(markdown, "\n".join(table.markdown() for table in tables))
+    if place.json_path:
+        results = {"machine": report.machine(), "cells": [cell.as_dict() for cell in cells]}
+        report.write_json(place.json_path, about | results)
+    if place.plot_path:
+        with report.drawing():
+            report.write_figure(place.plot_path, plot.curves(cells))
+
+
+def run_all(
+    model: Any,
+    file: RecordFile,
+    gauges: dict[str, list[Item]],
+    policies: Sequence[str],
+    shares: Sequence[float],
+) -> None:
+    """Measures what the file lacks, with a progress bar."""
+    from adakv.eval import runner  # needs transformers
+
+    done = {record.key for record in file.records}
+    total = len(runner.missing(gauges, policies, shares, done))
+    chosen = {name: adakv.policy.get(name) for name in policies}
+    with progress_bar("measuring", total) as advance, refusals():
+        for record in runner.run(model, gauges, chosen, shares, done):
+            file.add(record)
+            advance()
+
+
+def print_tables(console: Console, tables: Sequence[summary.Table]) -> None:
+    """The same tables as in the Markdown file."""
+    for table in tables:
+        console.print(table.title, style="bold", highlight=False)
+        shown = Table(box=box.SIMPLE_HEAD)
+        for column in table.columns:
+            shown.add_column(column)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def check_policies(names: str) -> list[str]:
+    """Names of presets, in a comma-separated list."""
+    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in found if name not in adakv.policies()]
+    if unknown or not found:
+        raise InputError(
+            f"--policies must name some of {', '.join(adakv.policies())}; "
+            f"got {', '.join(unknown) or 'none'}"
+        )
+    return found
+
+
+def check_shares(shares: str) -> list[float]:
+    """Shares like 1/8 or 0.125, in a comma-separated list."""
+    try:
+        found = list(dict.fromkeys(float(Fraction(share.strip())) for share in shares.split(",")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"--shares must be numbers like 1/8 or 0.125, got {shares!r}") from error
+    wrong = [share for share in found if not 0 < share <= 1]
+    if wrong:
+        raise InputError(f"--shares must be above 0 and at most 1, got {wrong[0]:g}")
+    return found
+
+
+def _fingerprint(path: str) -> str:
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return f"{Path(path).name} {digest[:12]}"

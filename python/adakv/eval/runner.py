@@ -1,0 +1,114 @@
+"""Every item x policy x share, prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+import adakv
+from adakv.eval.gauges import Item, answer_logits, compare
+from adakv.eval.prefill import Prefill
+from adakv.eval.records import Key, Record
+from adakv.policy import Policy
+
+
+def missing(
+    gauges: Mapping[str, Sequence[Item]],
+    policies: Collection[str],
+    shares: Collection[float],
+    done: Collection[Key],
+) -> list[Key]:
+    """What is still to be measured."""
+    finished = set(done)
+    keys = (
+        Key(gauge, item.name, policy, share)
+        for gauge, items in gauges.items()
+        for item in items
+        for policy in policies
+        for share in shares
+    )
+    return [key for key in keys if key not in finished]
+
+
+def run(
+    model: Any,
+    gauges: Mapping[str, Sequence[Item]],
+    policies: Mapping[str, Policy],
+    shares: Sequence[float],
+    done: Collection[Key] = (),
+) -> Iterator[Record]:
+    """Measures everything that is not ``done``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not attached.
+    gauges : items by the name of their gauge
+    policies : policies by name
+    shares : sequence of float in (0, 1]
+        Of each prompt's entries.
+    done : collection of :class:`Key`, optional
+
+    Raises
+    ------
+    ValueError
+        If an item is too long for the model, or if the model can't run with adakv.
+
+    Yields
+    ------
+    record : :class:`Record`
+        One for each of :func:`missing`, prompt by prompt: each is read once.
+    """
+    _check_lengths(model, gauges)
+    wanted = set(missing(gauges, policies, shares, done))
+    settings = [(name, share) for name in policies for share in shares]
+    with adakv.attach(model):
+        for gauge, all_items in gauges.items():
+            for prompt, group in groupby(all_items, key=lambda item: item.prompt):
+                items = list(group)
+                todo = [
+                    (item, Key(gauge, item.name, *setting))
+                    for item in items
+                    for setting in settings
+                    if Key(gauge, item.name, *setting) in wanted
+                ]
+                if not todo:
+                    continue
+                prefill = Prefill(model, torch.tensor([prompt]))
+                for item, pairs in groupby(todo, key=lambda pair: pair[0]):
+                    full = answer_logits(model, prefill.full_cache(), item)
+                    for _, key in pairs:
+                        policy = policies[key.policy]
+                        yield _record(model, prefill, item, key, policy, full)
+
+
+def _record(
+    model: Any,
+    prefill: Prefill,
+    item: Item,
+    key: Key,
+    policy: Policy,
+    full: torch.Tensor,
+) -> Record:
+    cache = prefill.cache(
+        policy, ratio=key.share, max_new_tokens=len(item.query) + len(item.answer)
+    )
+    stats = cache.stats()
+    compressed = answer_logits(model, cache, item)
+    quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
+    return Record(
+        key, item.group, quality, len(item.prompt), stats["bytes"], stats["full_bytes"], item.depth
+    )
+
+
+def _check_lengths(model: Any, gauges: Mapping[str, Sequence[Item]]) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for gauge, items in gauges.items():
+        longest = max(len(item.prompt + item.query + item.answer) for item in items)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"tokens: an item of {gauge} has {longest} with its answer, the model takes {limit}"
+            )

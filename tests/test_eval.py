@@ -1,0 +1,272 @@
+"""Quality gauges, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import adakv
+from adakv.eval import data, gauges, runner
+from adakv.eval.prefill import Prefill
+from small_model import save_model
+
+STORY = "The harbour was quiet. A bell rang twice, and nobody came! Who had rung it? "
+SIZE = data.Size(tokens=160, prompts=2, per_prompt=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(STORY * 12)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def squad(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve paragraphs, of which every third has no answered question."""
+    paragraphs = [
+        {
+            "context": f"Paragraph {i}. {STORY}",
+            "qas": [
+                {"question": "Who?", "answers": [] if i % 3 == 2 else [{"text": f"Nobody {i}"}]},
+                {"question": "Where?", "answers": []},
+            ],
+        }
+        for i in range(12)
+    ]
+    path = tmp_path_factory.mktemp("squad") / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return str(path)
+
+
+def decoded(tokenizer: Any, item: gauges.Item) -> tuple[str, str, str]:
+    return tuple(tokenizer.decode(part) for part in (item.prompt, item.query, item.answer))
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_questions_are_asked_about_their_paragraphs(squad: str, tokenizer: Any):
+    size = data.Size(tokens=400, prompts=2, per_prompt=2)
+    items = data.questions(squad, tokenizer, size, aware=False)
+    assert [item.name for item in items] == ["0.0", "0.1", "1.0", "1.1"]
+    assert [item.group for item in items] == ["0", "0", "1", "1"]
+    for item in items:
+        prompt, query, answer = decoded(tokenizer, item)
+        assert len(prompt) <= size.tokens
+        assert query == f"\n\nQuestion: Who? {data.BRIEFLY}\nAnswer:"
+        number = answer.removeprefix(" Nobody ")
+        assert f"Paragraph {number}." in prompt
+    assert items[0].prompt == items[1].prompt != items[2].prompt
+    assert len({item.answer for item in items}) == 4
+
+
+def test_aware_questions_are_part_of_the_prompt(squad: str, tokenizer: Any):
+    size = data.Size(tokens=400, prompts=2, per_prompt=2)
+    later = data.questions(squad, tokenizer, size, aware=False)
+    within = data.questions(squad, tokenizer, size, aware=True)
+    for a, b in zip(later, within, strict=True):
+        assert a.prompt + a.query == b.prompt + b.query
+        assert len(b.query) == 1
+        assert (a.name, a.group, a.answer) == (b.name, b.group, b.answer)
+
+
+def test_a_chat_template_frames_text_and_question(folder: str):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}[assistant]"
+    )
+    frame = data.Frame(tokenizer)
+    item = frame.item("3.1", "A text.", "Why?", "blue", given="It is", aware=False)
+    texts = ("[user]A text.", "\n\nWhy?[end][assistant]It is", " blue")
+    assert decoded(tokenizer, item) == texts
+    assert item.group == "3"
+    tokenizer.chat_template = "nothing"
+    with pytest.raises(ValueError, match="tokenizer: its chat template"):
+        data.Frame(tokenizer)
+
+
+def test_continuations_follow_their_prompts(story: str, tokenizer: Any):
+    items = data.continuations(story, tokenizer, SIZE, num_new=20)
+    text = Path(story).read_text()
+    for item in items:
+        whole = "".join(decoded(tokenizer, item))
+        assert whole in text
+        assert (len(item.prompt) + len(item.query), len(item.answer)) == (160, 20)
+    assert text.startswith(tokenizer.decode(items[0].prompt))
+    assert text.endswith(tokenizer.decode(items[1].answer))
+
+
+@pytest.mark.parametrize("per_prompt", [1, 3])
+def test_needles_stand_where_their_depths_say(per_prompt: int, story: str, tokenizer: Any):
+    size = data.Size(tokens=300, prompts=3, per_prompt=per_prompt)
+    items = data.needles(story, tokenizer, size, aware=False)
+    count = 3 * per_prompt
+    depths = sorted(item.depth for item in items)
+    assert depths == pytest.approx([(i + 0.5) / count for i in range(count)])
+    for item in items:
+        prompt, query, answer = decoded(tokenizer, item)
+        given = query.rpartition("Answer: ")[2]
+        sentence = given + answer + "."
+        assert prompt.count(sentence) == 1
+        assert prompt.index(sentence) / len(prompt) == pytest.approx(item.depth, abs=0.2)
+        assert len(item.prompt) <= size.tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "can't be read: No such file"),
+        ("{", "is not JSON"),
+        ('{"data": [{"paragraphs": [{"text": ""}]}]}', "not in SQuAD's layout: KeyError"),
+        ("[]", "not in SQuAD's layout"),
+        ('{"data": []}', "holds 0 prompts of 160 tokens with 2 questions each, but 2 are asked"),
+    ],
+)
+def test_wrong_questions_are_refused(
+    content: str | None, message: str, tmp_path: Path, tokenizer: Any
+):
+    path = tmp_path / "questions.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.questions(str(path), tokenizer, SIZE, aware=False)
+
+
+def test_short_texts_are_refused(story: str, tokenizer: Any):
+    size = data.Size(tokens=900, prompts=2, per_prompt=1)
+    with pytest.raises(ValueError, match="holds 912 tokens, but 2 prompts of 964 are asked for"):
+        data.continuations(story, tokenizer, size)
+    with pytest.raises(ValueError, match="per_prompt must be at most 8, got 9"):
+        data.needles(story, tokenizer, data.Size(400, 1, 9), aware=False)
+    with pytest.raises(ValueError, match="tokens must be at least 64, got 10"):
+        data.Size(10, 1, 1)
+
+
+# --- one prefill, many caches -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", adakv.policies())
+def test_prefill_fills_caches_as_the_model_would(policy: str, model: Any):
+    prompt = torch.arange(160)[None] * 7 % 250
+    tokens = torch.tensor([5, 6, 7, 8])
+    with adakv.attach(model):
+        prefill = Prefill(model, prompt)
+        for _ in range(2):  # the first cache took nothing away from the second
+            cache = prefill.cache(policy, ratio=0.5)
+            read = adakv.Cache(model, policy, ratio=0.5)
+            with torch.inference_mode():
+                logits = model(prompt, past_key_values=read, logits_to_keep=1).logits[0, -1]
+                if adakv.policy.get(policy).needs_repeat:
+                    read.repeat(prompt)
+            torch.testing.assert_close(prefill.logits, logits, rtol=0, atol=0)
+            for layer in range(2):
+                for ours, theirs in zip(cache.kept(layer)[0], read.kept(layer)[0], strict=True):
+                    assert torch.equal(ours, theirs)
+            assert cache.stats()["bytes"] == read.stats()["bytes"]
+            ours, theirs = (gauges.follow(model, c, tokens) for c in (cache, read))
+            assert torch.equal(ours, theirs)
+
+
+def test_prefill_fills_the_full_cache(model: Any):
+    prompt, tokens = torch.arange(100)[None], torch.tensor([1, 2, 3])
+    read = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt, past_key_values=read)
+    expected = gauges.follow(model, read, tokens)
+    with adakv.attach(model):
+        prefill = Prefill(model, prompt)
+        for _ in range(2):
+            assert torch.equal(gauges.follow(model, prefill.full_cache(), tokens), expected)
+        with pytest.raises(ValueError, match=r"prompt must be \[1, T\]"):
+            Prefill(model, prompt[0])
+
+
+# --- gauges -------------------------------------------------------------------------------------
+
+
+def test_compare_by_hand():
+    full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    compressed = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    quality = gauges.compare(full, compressed, torch.tensor([1, 0]))
+    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert quality.kl == pytest.approx(kl / 2, rel=1e-6)
+    assert quality.agreement == 0.5  # torch takes the first of equal logits
+    assert (quality.exact, quality.exact_full) == (1, 0)
+    assert quality.loss == pytest.approx(-(math.log(0.75) + math.log(0.9)) / 2, rel=1e-6)
+    assert quality.loss_full == pytest.approx(-(math.log(0.5) + math.log(0.9)) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match=r"answer \[S\], got \[2, 2\], \[2, 2\] and \[1\]"):
+        gauges.compare(full, compressed, torch.tensor([1]))
+
+
+def test_items_need_a_query(tokenizer: Any):
+    with pytest.raises(ValueError, match="query of item 'a' must hold at least one token"):
+        gauges.Item("a", "a", (1,), (), (1,))
+
+
+def test_run_keeping_everything_changes_nothing(story: str, squad: str, model: Any, tokenizer: Any):
+    size = data.Size(400, 2, 2)
+    items = {
+        "qa": data.questions(squad, tokenizer, size, aware=False),
+        "qa_aware": data.questions(squad, tokenizer, size, aware=True),
+        "text": data.continuations(story, tokenizer, SIZE, num_new=8),
+    }
+    policies = {name: adakv.policy.get(name) for name in ("full", "critical_ada_snapkv")}
+    found = list(runner.run(model, items, policies, [1.0]))
+    assert len(found) == 2 * (4 + 4 + 2)
+    for record in found:
+        assert record.quality.kl == pytest.approx(0, abs=1e-9)
+        assert record.quality.agreement == 1
+        assert record.quality.exact == record.quality.exact_full
+
+
+def test_run_reports_the_bytes_of_the_pool_and_resumes(story: str, model: Any, tokenizer: Any):
+    items = {"text": data.continuations(story, tokenizer, SIZE, num_new=8)}
+    policies = {name: adakv.policy.get(name) for name in ("ada_snapkv", "random")}
+    everything = list(runner.run(model, items, policies, [0.5, 0.25]))
+    for record in everything:
+        with adakv.attach(model):
+            cache = Prefill(model, torch.tensor([items["text"][0].prompt])).cache(
+                record.key.policy, ratio=record.key.share, max_new_tokens=9
+            )
+        assert record.bytes == cache.stats()["bytes"]
+        assert record.full_bytes == 2 * 2 * 16 * 2 * 4 * 159  # L Hkv D, K and V, float32, tokens
+    done = [record.key for record in everything[:3]]
+    rest = list(runner.run(model, items, policies, [0.5, 0.25], done))
+    assert rest == everything[3:]
+
+
+def test_run_refuses_what_the_model_cant_hold(model: Any):
+    long = {"text": [gauges.Item("0", "0", (1,) * 1020, (1,), (1,) * 8)]}
+    with pytest.raises(ValueError, match="an item of text has 1029 with its answer, the model"):
+        next(runner.run(model, long, {"full": adakv.policy.get("full")}, [1.0]))
