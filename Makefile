@@ -98,7 +98,7 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 		-DADAKV_SANITIZE=address$(comma)undefined $(if $(CLANG),-DCMAKE_CXX_COMPILER=$(CLANG)))
 	for target in arguments history; do \
 		mkdir -p build/fuzz/corpus/$$target && build/fuzz/tests/fuzz/fuzz_$$target \
-			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=60 -print_final_stats=1 \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -print_final_stats=1 \
 			-artifact_prefix=build/fuzz/$$target- \
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
 

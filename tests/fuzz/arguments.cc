@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "input.h"
@@ -112,14 +113,15 @@ class Call {
   TensorView floats(const Shape& shape, DType dtype) {
     const TensorView view = make(shape, dtype);
     if (!view.data) return view;
+    std::mt19937 random(input_.byte());
     for (int64_t i = 0; i < span_; ++i) {
       static constexpr float kSome[] = {0.f, 1.f, -1.f, .5f, 2.f, -.25f, 100.f, 1e30f};
-      const int choice = input_.range(0, 10);
+      const auto choice = random() % 11;
       uint32_t bits;
       std::memcpy(&bits, &kSome[choice % 8], sizeof bits);
       if (choice == 8) bits = 0x7f800000;  // inf
       if (choice == 9) bits = 0x7fc00000;  // NaN
-      if (choice == 10) bits = input_.word();
+      if (choice == 10) bits = static_cast<uint32_t>(random());
       if (dtype_size(view.dtype) == 4) {
         std::memcpy(view.ptr<char>() + 4 * i, &bits, 4);
       } else {
@@ -134,20 +136,25 @@ class Call {
   TensorView ints(const Shape& shape, int first, int last, bool may_be_wild = true) {
     const TensorView view = make(shape, DType::kInt32);
     if (!view.data || dtype_size(view.dtype) != 4) return view;
+    const bool are_some_wild = may_be_wild && goes_wrong();
+    std::mt19937 random(input_.byte());
+    const auto most = static_cast<uint32_t>(std::max(last - first, 0)) + 1;
     for (int64_t i = 0; i < span_; ++i) {
-      const bool is_wild = may_be_wild && goes_wrong();
-      view.ptr<int32_t>()[i] = is_wild ? static_cast<int32_t>(input_.word())
-                                       : input_.range(first, std::max(first, last));
+      const bool is_wild = are_some_wild && random() % 4 == 0;
+      view.ptr<int32_t>()[i] =
+          static_cast<int32_t>(is_wild ? random() : first + static_cast<uint32_t>(random()) % most);
     }
     return view;
   }
 
+  /// The numbers given; one of them may be any.
   TensorView ints(const std::vector<int32_t>& numbers) {
     const TensorView view = make({static_cast<int64_t>(numbers.size())}, DType::kInt32);
-    for (int64_t i = 0; view.data && view.dtype == DType::kInt32 && i < span_; ++i) {
-      view.ptr<int32_t>()[i] = i < static_cast<int64_t>(numbers.size()) ? numbers[i] : 0;
-      if (goes_wrong()) view.ptr<int32_t>()[i] = static_cast<int32_t>(input_.word());
-    }
+    if (!view.data || view.dtype != DType::kInt32 || span_ == 0) return view;
+    const auto count = std::min<int64_t>(span_, numbers.size());
+    std::copy_n(numbers.begin(), count, view.ptr<int32_t>());
+    if (goes_wrong())
+      view.ptr<int32_t>()[input_.byte() % span_] = static_cast<int32_t>(input_.word());
     return view;
   }
 
@@ -168,10 +175,13 @@ class Call {
     view.page_positions = ints({N, P}, 0, 1000);
     const auto last = static_cast<int>(pages) - 1;
     view.block_table = ints({B, Hkv, M}, 0, last, false);
-    const bool has_rank = view.block_table.rank == 3 && view.pages.rank == 4;
-    const int64_t entries = has_rank ? view.block_table.shape[2] * view.pages.shape[2] : 0;
-    view.lengths =
-        ints({B, Hkv}, 0, pages > 0 ? static_cast<int>(std::min<int64_t>(entries, 999)) : 0, false);
+    // As many entries as both the table and the pages have room for, whichever is wrong.
+    const auto size = [](const TensorView& x, int rank, int dim) {
+      return x.rank == rank && x.data ? static_cast<int>(std::clamp<int64_t>(x.shape[dim], 0, 64))
+                                      : 0;
+    };
+    const int room = size(view.block_table, 3, 2) * size(view.pages, 4, 2);
+    view.lengths = ints({B, Hkv}, 0, last >= 0 ? room : 0, false);
     view.seen = ints({B}, 0, 1000, false);
     view.fresh_pages = ints({B, Hkv, F}, input_.one_in(4) ? -1 : 0, last);
     return view;
@@ -266,14 +276,15 @@ class Call {
     CompactArgs args;
     args.keys = floats({B, Hkv, T, D});
     args.values = floats({B, Hkv, T, D});
+    std::mt19937 random(input_.byte());
     std::vector<int32_t> positions, indptr = {0}, ids, id_indptr = {0};
     for (int b = 0; b < B; ++b) {
       for (int h = 0; h < Hkv; ++h) {
         const int kept = T > 0 ? input_.range(0, std::min(T, M * P)) : 0;
-        for (int i = 0; i < kept; ++i) positions.push_back(input_.range(0, T - 1));
+        for (int i = 0; i < kept; ++i) positions.push_back(static_cast<int32_t>(random() % T));
         indptr.push_back(static_cast<int32_t>(positions.size()));
-        for (int i = 0; i < kept; i += P) ids.push_back(input_.range(0, N - 1));
-        ids.push_back(input_.range(0, N - 1));
+        for (int i = 0; i < kept; i += P) ids.push_back(static_cast<int32_t>(random() % N));
+        ids.push_back(static_cast<int32_t>(random() % N));
       }
       id_indptr.push_back(static_cast<int32_t>(ids.size()));
     }

@@ -15,6 +15,10 @@
 //  2. In P appends every row starts exactly one new page, wherever it stood before. So each row
 //     has one fresh page in reserve, and all rows of a sequence are given the next one after
 //     every P tokens.
+//
+// Threads: different caches are independent, also on the same Memory of device_memory(). Of one
+// cache, const functions may be called by several threads at once; the others by one thread while
+// no other uses the cache. The tensors of different layers may be worked on at the same time.
 #pragma once
 
 #include <cstdint>
@@ -26,16 +30,17 @@
 
 namespace adakv {
 
+/// The sizes of a cache, fixed for its life.
 struct CacheConfig {
-  int32_t num_layers = 0;
-  int32_t num_sequences = 0;  // most sequences at a time
-  int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;       // a multiple of 8, at most 256
-  int32_t page_size = 16;     // entries of a page: a power of two, 8 to 256
-  int32_t num_pages = 0;      // pages of the pool, over all layers
-  int32_t max_row_pages = 0;  // most pages of one row: columns of the block table
-  DType dtype = DType::kBFloat16;
-  Device device = {};
+  int32_t num_layers = 0;          // attention layers that it serves
+  int32_t num_sequences = 0;       // most sequences at a time
+  int32_t num_kv_heads = 0;        // of each layer
+  int32_t head_dim = 0;            // a multiple of 8, at most 256
+  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
+  int32_t num_pages = 0;           // pages of the pool, over all layers
+  int32_t max_row_pages = 0;       // most pages of one row: columns of the block table
+  DType dtype = DType::kBFloat16;  // of keys and values
+  Device device = {};              // as the Memory's
 };
 
 /// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most
@@ -58,10 +63,11 @@ struct LayerView {
 
 /// Pages of several sequences: those of sequence i are ids[indptr[i] .. indptr[i + 1]).
 struct PageList {
-  std::vector<int32_t> ids;
-  std::vector<int32_t> indptr;
+  std::vector<int32_t> ids;     // pages, sequence by sequence
+  std::vector<int32_t> indptr;  // [sequences + 1]  where each one's begin
 };
 
+/// Pages, block tables and lengths of some sequences in all layers, and who owns which page.
 class KVCache {
  public:
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
@@ -70,11 +76,14 @@ class KVCache {
   /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config
   /// that makes no sense and Error if the memory can't be had.
   KVCache(const CacheConfig& config, Memory& memory);
+  /// Gives the memory back; tensors of the cache must not be used any more.
   ~KVCache();
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
 
+  /// What it was made with.
   const CacheConfig& config() const { return config_; }
+  /// Which pages are free.
   const PagePool& pool() const { return pool_; }
 
   /// Bytes of one page: keys, values and positions.

@@ -13,6 +13,7 @@ class Memory {
  public:
   virtual ~Memory() = default;
 
+  /// The device whose memory it is.
   virtual Device device() const = 0;
 
   /// `bytes` of uninitialised memory. Throws Error if there is none. Memory that is never touched
