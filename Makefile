@@ -120,17 +120,35 @@ bench: build model ## the benchmarks of this machine, into benchmarks/results/
 	for bench in $(BENCHES); do python $$bench --device $(DEVICE) --save $(DEVICE) || exit 1; done
 	python benchmarks/end_to_end.py --device $(DEVICE) --model $(MODEL) --save $(DEVICE)
 
-docs: build ## check the documentation: links, examples, the table of presets
+docs: build ## check the documentation and make the site, into build/site; needs Doxygen
 	python -m pytest tests/test_docs.py
+	python -m pip install -q --group docs
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
+	doxygen docs/Doxyfile
 
 cuda-check: setup ## compile the CUDA code for one architecture; needs nvcc, but no GPU
 	cmake -S . -B build/cuda -G Ninja -DADAKV_CUDA=ON -DADAKV_CUDA_ARCHS=90 -DADAKV_PYTHON=OFF \
 		-DADAKV_WERROR=ON
 	cmake --build build/cuda --target adakv_cuda
 
-wheel: setup ## a wheel, into dist/
-	python -m pip wheel -q --no-build-isolation --no-deps -w dist . \
-		-C cmake.define.ADAKV_CUDA=$(CUDA)
+wheel: setup ## a wheel for this machine's glibc or later ones, into dist/
+	python -m pip install -q --group wheel
+	rm -rf build/wheel/*.whl
+	python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel . \
+		-C build-dir=build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA)
+	python -m auditwheel repair -w dist build/wheel/*.whl
+
+# torch and the tools are those of the environment; its own adakv, installed in place, is not seen,
+# as .pth files of a folder that a .pth file names are not read.
+WHEEL_ENV := build/wheel/env
+test-wheel: wheel ## install the wheel in an environment of its own, and run the suite there
+	rm -rf $(WHEEL_ENV) && python -m venv --without-pip $(WHEEL_ENV)
+	python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$(echo $(WHEEL_ENV)/lib/python3.*/site-packages)/tools.pth
+	python -m pip --python $(WHEEL_ENV)/bin/python install -q --no-deps $$(ls -t dist/*.whl | head -1)
+	cd $(WHEEL_ENV) && bin/python -c 'import adakv, sys; assert adakv.__file__.startswith(sys.prefix)'
+	cd $(WHEEL_ENV) && OMP_NUM_THREADS=1 bin/python -m pytest -c $(CURDIR)/pyproject.toml \
+		--rootdir $(CURDIR) $(CURDIR)/tests -n auto -m "not slow"
 
 clean: ## remove everything that was made here, but the environment and the model
 	rm -rf build dist demo/*.json demo/*.png .mypy_cache .pytest_cache .ruff_cache
