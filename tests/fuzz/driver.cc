@@ -22,7 +22,7 @@ namespace {
 /// Bytes of which long stretches are small numbers: those choose the usual.
 std::vector<uint8_t> random_input(uint64_t seed) {
   std::mt19937_64 random(seed);
-  std::vector<uint8_t> bytes(random() % 4096);
+  std::vector<uint8_t> bytes(random() % 1024);
   const uint64_t most = random() % 2 ? 256 : 1 + random() % 40;
   for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random() % most);
   return bytes;
