@@ -169,19 +169,18 @@ class Call {
 
   /// Lengths, block table and schedule are the library's own: right, whatever else is wrong.
   LayerView layer() {
+    // Sizes, however wrong, as far as there can be memory behind them.
+    const auto size = [](const TensorView& x, int rank, int dim) {
+      if (x.rank != rank || !x.data) return 0;
+      return static_cast<int>(std::clamp<int64_t>(x.shape[dim], 0, 64));
+    };
     LayerView view;
     view.pages = floats({N, 2, P, D});
-    const int64_t pages = view.pages ? view.pages.shape[0] : 0;
+    const int last = size(view.pages, 4, 0) - 1;
     view.page_positions = ints({N, P}, 0, 1000);
-    const auto last = static_cast<int>(pages) - 1;
     view.block_table = ints({B, Hkv, M}, 0, last, false);
-    // As many entries as both the table and the pages have room for, whichever is wrong.
-    const auto size = [](const TensorView& x, int rank, int dim) {
-      return x.rank == rank && x.data ? static_cast<int>(std::clamp<int64_t>(x.shape[dim], 0, 64))
-                                      : 0;
-    };
-    const int room = size(view.block_table, 3, 2) * size(view.pages, 4, 2);
-    view.lengths = ints({B, Hkv}, 0, last >= 0 ? room : 0, false);
+    const int room = last >= 0 ? size(view.block_table, 3, 2) * size(view.pages, 4, 2) : 0;
+    view.lengths = ints({B, Hkv}, 0, room, false);
     view.seen = ints({B}, 0, 1000, false);
     view.fresh_pages = ints({B, Hkv, F}, input_.one_in(4) ? -1 : 0, last);
     return view;
