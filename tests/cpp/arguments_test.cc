@@ -69,6 +69,7 @@ struct Right {
     args.lengths = TensorView(layer.lengths.view.data, {1, 2, 2}, DType::kInt32);
     args.block_table = TensorView(layer.block_table.view.data, {1, 2, 2, 4}, DType::kInt32);
     args.fresh_pages = TensorView(layer.fresh_pages.view.data, {1, 2, 2, 1}, DType::kInt32);
+    args.new_tokens = 0;
     args.page_size = 8;
     args.num_workers = 2;
     args.schedule = schedules.view;
@@ -216,6 +217,17 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
       "attend: out must be float32, float16 or bfloat16, got int32");
   EXPECT_EQ(after(&Right::attend, &attend, [](AttendArgs& args) { args.num_workers = 0; }),
             "attend: num_workers must be at least 1, got 0");
+}
+
+// A schedule for tokens that nobody appended.
+TEST(Arguments, AttendReadsNoPageThatIsNotThere) {
+  const Right right;
+  PlanArgs plan_args = right.plan();
+  plan_args.new_tokens = 1;
+  plan(plan_args);
+  EXPECT_EQ(complaint([&] { run(&attend, right.attend()); }),
+            "attend: the schedule must be that of the layer's lengths, new tokens included, but a "
+            "row has no page for slots 0 to 0");
 }
 
 TEST(Arguments, AnotherDeviceIsAnErrorWithoutIt) {
