@@ -64,6 +64,8 @@ SHAPES = [
     *(Case(batch=8, group=g, kv_heads=8) for g in (1, 2, 8, 16)),
     *(Case(batch=8, head_dim=d) for d in (64, 80, 96, 256)),
     *(Case(batch=1, head_dim=d) for d in (64, 256)),
+    Case(batch=8, group=16, head_dim=256),
+    Case(batch=8, dtype="float16"),
     Case(batch=8, skew=0.1),
     Case(batch=1, mean_length=4096, skew=0.05),
 ]

@@ -69,6 +69,8 @@ def append(options: object) -> None:
         )
         pages = cache.begin(0, [KV_HEADS] * sequences, [1] * sequences)
         ops.compact(keys, values, one, cache.layer(0), *pages)
+        room = cache.grow([256] * sequences, 256)
+        assert room == 256  # more than is appended here
         call = functools.partial(ops.append, keys, values, cache.layer(0))
         timings = {"launch": launch_times({"append": lambda _, call=call: call()})["append"]}
         timings["graph"] = graph_times({"append": [call] * 4})["append"]

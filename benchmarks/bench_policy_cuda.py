@@ -115,14 +115,20 @@ def value_norm(length: int, save: str) -> None:
 
 
 def main() -> None:
-    options = harness.parser(__doc__).parse_args()
-    for length in LENGTHS:
-        score(length, options.save)
-        for kind in ("float32", "bfloat16", "equal"):
-            choose(length, kind, 1024, options.save)
-        choose(length, "float32", length // 5, options.save)
-    for length in LENGTHS[:2]:
-        value_norm(length, options.save)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--only", choices=("score", "choose", "value_norm"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    options = parser.parse_args()
+    only = {options.only} if options.only else {"score", "choose", "value_norm"}
+    for length in options.lengths:
+        if "score" in only:
+            score(length, options.save)
+        if "choose" in only:
+            for kind in ("float32", "bfloat16", "equal"):
+                choose(length, kind, 1024, options.save)
+            choose(length, "float32", length // 5, options.save)
+        if "value_norm" in only and length < 100000:
+            value_norm(length, options.save)
 
 
 if __name__ == "__main__":

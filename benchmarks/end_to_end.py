@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import adakv
+import end_to_end_cuda
 import harness
 from adakv.cli.inputs import DTYPES, load_model, manual_text
 from adakv.cli.measure import FULL, Setting, cache_bytes
@@ -135,7 +136,7 @@ def measure(model: Any, prompt: Tensor, variants: list[Variant], prefills: int, 
 
 def main() -> None:
     options = harness.parser(__doc__.partition("\n")[0])
-    options.add_argument("--model", required=True, help="folder, GGUF file or hub name")
+    options.add_argument("--model", help="folder, GGUF file or hub name; needed on the CPU")
     # Both: torch's one-token products are faster in float32 on a CPU, its prefills in bfloat16.
     options.add_argument(
         "--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"]
@@ -145,7 +146,12 @@ def main() -> None:
     options.add_argument("--policies", nargs="+", default=["ada_snapkv", "critical_ada_snapkv"])
     options.add_argument("--prefills", type=int, default=3, help="at least 2")
     options.set_defaults(rounds=6)
+    end_to_end_cuda.add_options(options)
     args = options.parse_args()
+    if args.device == "cuda":
+        return end_to_end_cuda.main(args)
+    if args.model is None:
+        options.error("--model is required")
 
     torch.set_num_threads(args.threads)
     for dtype in args.dtype:

@@ -275,9 +275,9 @@ __device__ void count_best(
 // grid: [B]; one CTA: the budgets of one sequence.
 __global__ void __launch_bounds__(kThreads)
     allocate_finish_kernel(const __grid_constant__ AllocateParams params) {
-  extern __shared__ int64_t shares[];                                   // [Hkv]
-  int32_t* counts = reinterpret_cast<int32_t*>(shares + params.heads);  // [Hkv]
-  int32_t* above = counts + params.heads;                               // [Hkv]
+  extern __shared__ BudgetScratch scratch[];                             // [Hkv]
+  int32_t* counts = reinterpret_cast<int32_t*>(scratch + params.heads);  // [Hkv]
+  int32_t* above = counts + params.heads;                                // [Hkv]
   __shared__ Shared shared;
   wait_for_previous_kernel();
   const int b = blockIdx.x;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int h = threadIdx.x; h < params.heads; h += kThreads) counts[h] = 0;
     __syncthreads();
   }
-  store_budgets(params, b, counts, shares);
+  store_budgets(params, b, counts, scratch);
 }
 
 int64_t histogram_ints(const TensorView& scores) {
@@ -342,7 +342,7 @@ void CudaBackend::allocate(const AllocateArgs& args) {
            level);
   }
   launch("allocate", allocate_finish_kernel,
-         {dim3(batch), kThreads, heads * (sizeof(int64_t) + 2 * sizeof(int32_t)), early},
+         {dim3(batch), kThreads, heads * (sizeof(BudgetScratch) + 2 * sizeof(int32_t)), early},
          args.stream, params);
 }
 

@@ -27,7 +27,7 @@ struct AllocateParams {
   int32_t* states;      // [B, levels, 2 + Hkv]: what is known before each level
   int32_t num_parts;
   // allocate_cluster.cu only:
-  int32_t capacity;  // entries that a CTA can list
+  int32_t num_cached;  // keys of a thread in shared memory, in fours
 };
 
 constexpr int kPositionLevels = 3;  // at most
@@ -67,28 +67,34 @@ __device__ inline int num_levels(const AllocateParams& params) {
   return top_k::kKeyLevels + max(1, (params.position_bits + 10) / 11);
 }
 
+struct BudgetScratch {
+  int32_t whole, nanos;  // of a head's share
+};
+
 /// Budgets of a sequence from counts[h], how many of the best entries lie in head h. By all threads
-/// of the CTA; counts and shares are shared memory, [Hkv].
+/// of the CTA; counts and scratch are shared memory, [Hkv].
 __device__ inline void store_budgets(const AllocateParams& params,
                                      int b,
                                      int32_t* counts,
-                                     int64_t* shares) {
+                                     BudgetScratch* scratch) {
   const int thread = threadIdx.x, num_threads = blockDim.x;
   const double mean = static_cast<double>(params.mean);
   if (params.safeguard == Safeguard::kBlend) {
     // (1 - floor) * counts[h] + floor * mean, rounded so that the sum is heads * mean.
     for (int h = thread; h < params.heads; h += num_threads) {
-      shares[h] = share_nanos(params.floor, counts[h], params.floor * mean);
+      const int64_t share = share_nanos(params.floor, counts[h], params.floor * mean);
+      scratch[h].whole = static_cast<int32_t>(share / kNano);
+      scratch[h].nanos = static_cast<int32_t>(share % kNano);
     }
     __syncthreads();
-    int64_t left = static_cast<int64_t>(params.heads) * params.mean;
-    for (int h = 0; h < params.heads; ++h) left -= shares[h] / kNano;
     for (int h = thread; h < params.heads; h += num_threads) {
-      int64_t before = 0;
+      int64_t left = static_cast<int64_t>(params.heads) * params.mean;
+      int32_t before = 0;
       for (int i = 0; i < params.heads; ++i) {
-        before += rounds_up_before(shares[i], i, shares[h], h);
+        left -= scratch[i].whole;
+        before += rounds_up_before(scratch[i].nanos, i, scratch[h].nanos, h);
       }
-      counts[h] = static_cast<int32_t>(shares[h] / kNano) + (before < left);
+      counts[h] = scratch[h].whole + (before < left);
     }
   } else if (params.safeguard == Safeguard::kOfficialRound) {
     const double own = static_cast<double>(whole_floor(params.floor, params.mean));

@@ -9,6 +9,7 @@
 
 #include "common/check.cuh"
 #include "common/device_guard.h"
+#include "common/divisor.cuh"
 #include "cuda_backend.h"
 
 namespace adakv {
@@ -16,18 +17,25 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kRows = 2;                // that a warp has under way
 constexpr int64_t kEntriesPerWarp = 4;  // with more, further blocks pay
+
+/// How the warps of a sequence share out its rows and tokens.
+struct Steps {
+  Divisor heads;
+  int32_t tokens;
+};
 
 // grid: [blocks of a sequence, B]; one warp: some rows of the sequence, some of its tokens.
 template <typename Chunk>
 __global__ void __launch_bounds__(kThreads, 2)
-    append_kernel(const __grid_constant__ AppendParams p) {
-  const int32_t b = blockIdx.y, num_warps = gridDim.x * kWarps;
+    append_kernel(const __grid_constant__ AppendParams p, Steps steps) {
+  const int32_t b = blockIdx.y;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
-  const int32_t head_step = max(1, min(p.layer.num_heads, num_warps));
-  const int32_t token_step = num_warps / head_step;
-  if (warp < head_step * token_step) {
-    append_entries<Chunk>(p, b, {warp % head_step, head_step, warp / head_step, token_step});
+  const int32_t first_token = steps.heads.quotient(warp);
+  if (first_token < steps.tokens) {
+    append_entries<Chunk, kRows>(
+        p, b, {steps.heads.remainder(warp), steps.heads.value, first_token, steps.tokens});
   }
   if (gridDim.x > 1) return;
   __syncthreads();
@@ -55,8 +63,11 @@ void CudaBackend::append(const AppendArgs& args) {
                   static_cast<uint32_t>(p.batch));
   const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
                           rows_are_aligned(args.layer.pages, 16);
+  const int32_t num_warps = static_cast<int32_t>(grid.x) * kWarps;
+  Steps steps = {Divisor::of(std::clamp(p.layer.num_heads, 1, num_warps)), 0};
+  steps.tokens = num_warps / steps.heads.value;
   dispatch_chunk(is_aligned, args.keys.dtype, [&](auto tag) {
-    append_kernel<typename decltype(tag)::type><<<grid, kThreads, 0, stream>>>(p);
+    append_kernel<typename decltype(tag)::type><<<grid, kThreads, 0, stream>>>(p, steps);
   });
   ADAKV_CUDA_CHECK("append", cudaGetLastError());
   if (grid.x > 1) {

@@ -22,11 +22,9 @@ struct AppendShare {
 };
 
 /// What a warp copies at a time: 32 chunks of the key and value of a token, for up to kRows rows.
-template <typename Chunk>
+template <typename Chunk, int kRows>
 class EntryBatch {
  public:
-  static constexpr int kRows = 8;
-
   /// Starts reading chunks from `first` on, of heads `head`, `head` + step, ...
   __device__ void read(const AppendParams& p,
                        int32_t b,
@@ -67,8 +65,8 @@ class EntryBatch {
 };
 
 /// One warp appends its share of the tokens of sequence b: entries, positions and new pages, but
-/// not the lengths. Chunk is what entries are copied by.
-template <typename Chunk>
+/// not the lengths. Chunk is what entries are copied by; kRows rows are under way at a time.
+template <typename Chunk, int kRows>
 __device__ inline void append_entries(const AppendParams& p, int32_t b, const AppendShare& share) {
   const LayerRows& layer = p.layer;
   const int32_t lane = threadIdx.x % kWarpSize, count = p.count(b), seen = layer.seen[b];
@@ -85,7 +83,7 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
 #pragma unroll 1
     for (int32_t i = share.first_token; i < count; i += share.token_step) {
       const int32_t token = p.num_tokens - count + i;
-      EntryBatch<Chunk> batch;  // on its way while each lane finds the slot of one row
+      EntryBatch<Chunk, kRows> batch;  // on its way while each lane finds the slot of one row
       batch.read(p, b, token, base, share.head_step, num_rows, 0);
       const int32_t slot = (length + i) & (layer.page_size - 1);
       const int32_t column = (length + i) >> layer.page_shift;
@@ -104,7 +102,7 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
         chunk += kWarpSize;
         if (chunk >= num_chunks) {
           chunk = 0;
-          row += batch.kRows;
+          row += kRows;
         }
         if (row >= num_rows) break;
         batch.read(p, b, token, base + row * share.head_step, share.head_step, num_rows - row,

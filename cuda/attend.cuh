@@ -45,6 +45,16 @@ __device__ inline schedule::RowFacts load_facts(const void* facts) {
   return {first.x, first.y, first.z, first.w, second.x, second.y, {0, 0}};
 }
 
+/// Reads the parameters that a worker needs first: they come from memory a line at a time, which
+/// would else happen when they are needed.
+__device__ inline void fetch_params(const AttendParams& p) {
+  asm volatile("" ::"l"(p.workers), "r"(p.layer.page_size), "l"(p.layer.lengths.data),
+               "l"(p.queries.data), "l"(p.out.data), "l"(p.append.keys.data), "r"(p.append.batch),
+               "l"(p.append.layer.pages), "r"(p.append.layer.entry_bytes),
+               "l"(p.append.layer.lengths.data), "l"(p.append.layer.seen), "l"(p.partials),
+               "r"(p.num_tokens), "r"(p.num_heads.value), "f"(p.softcap));
+}
+
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
 // a worker, or of a row. The warp behind kWarps, if there is one, appends.
 template <typename Config>
@@ -60,12 +70,13 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     fence_barriers();
     __syncwarp();
   }
+  fetch_params(p);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   if (warp == Config::kWarps) {
 #pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
-      append_entries<uint4>(p.append, b, {0, 1, 0, 1});
+      append_entries<uint4, 8>(p.append, b, {0, 1, 0, 1});
       __syncwarp();
       count_appended(p.append, b, lane, kWarpSize);
     }
@@ -114,8 +125,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
       const uint32_t data = pipeline.wait(tile);
       const int32_t first_slot = (row_tile + t) * kTileSlots;
-      if (first_slot + kTileSlots > row.settled) new_slots.patch(first_slot, data);
-      state.add_tile(p, data, first_slot);
+      if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
+      state.add_tile(p, data, first_slot, row.length);
       pipeline.release(tile);
     }
     state.store(shared.image[image][warp], shared.max_sum[image][warp]);
@@ -157,13 +168,10 @@ void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
 
 /// Whether the current device has the bulk copy engine and the shared memory that goes with it.
 inline bool device_copies_boxes() {
-  int device = 0, major = 0, bytes = 0;
+  int device = 0;
   ADAKV_CUDA_CHECK("attend", cudaGetDevice(&device));
-  ADAKV_CUDA_CHECK("attend",
-                   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  ADAKV_CUDA_CHECK("attend",
-                   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return major >= 9 && bytes >= 227 << 10;
+  return has_sm90("attend", device) &&
+         device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
 }
 
 template <typename Element, int kHeadDim>

@@ -88,8 +88,12 @@ struct WarpState {
     }
   }
 
-  /// Takes in the tile of slots `first_slot` on.
-  __device__ void add_tile(const AttendParams& p, uint32_t tile_data, int32_t first_slot) {
+  /// Takes in the tile of slots `first_slot` on, of a row of `length` slots. What lies behind them
+  /// may be NaN, which probability 0 doesn't cancel: values from there count as 0.
+  __device__ void add_tile(const AttendParams& p,
+                           uint32_t tile_data,
+                           int32_t first_slot,
+                           int32_t length) {
     float logits[kTiles][4];
     multiply_keys(p, tile_data, logits);
     uint32_t probabilities[kTiles][2];
@@ -101,11 +105,19 @@ struct WarpState {
     }
     const int lane = threadIdx.x % kWarpSize;
     const int slot = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+    uint32_t exist[2];  // a mask of slots 8 i + 2 t and + 1
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t left = length - first_slot - 8 * i - lane % 4 * 2;
+      exist[i] = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0;
+    }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       uint32_t values[4];
       load_matrices_transposed(
           values, tile_data + Config::kHalfBytes + Config::chunk_offset(slot, 2 * step + chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] &= exist[i / 2];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         mma_16x8x16<Element>(out[tile][step], values, probabilities[tile]);
@@ -196,8 +208,7 @@ struct WarpState {
   }
 };
 
-/// Slots of a row that aren't in its pages yet: new tokens come from the arguments, and zeros
-/// behind them (there the page may hold NaN, which probability 0 doesn't cancel).
+/// Slots of a row that aren't in its pages yet: the new tokens, which come from the arguments.
 template <typename Config>
 class NewSlots {
  public:
@@ -215,9 +226,15 @@ class NewSlots {
     }
   }
 
+  /// Whether the tile of slots `first_slot` on has some of them.
+  __device__ bool are_in(int32_t first_slot) const {
+    return row_.settled < min(row_.length, first_slot + kTileSlots);
+  }
+
   /// Puts them into a tile.
   __device__ void patch(int32_t first_slot, uint32_t tile_data) const {
     const int32_t begin = max(0, row_.settled - first_slot);
+    const int32_t end = min(kTileSlots, row_.length - first_slot);
     const bool has_first = is_mine_ && first_slot <= row_.settled;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -225,11 +242,9 @@ class NewSlots {
       if (has_first && chunk < kChunks) write(tile_data, begin, chunk, first_[i]);
     }
 #pragma unroll 1
-    for (int32_t slot = begin + has_first; slot < kTileSlots; ++slot) {
+    for (int32_t slot = begin + has_first; slot < end; ++slot) {
       for (int chunk = threadIdx.x % kWarpSize; chunk < kChunks; chunk += kWarpSize) {
-        const bool exists = first_slot + slot < row_.length;
-        write(tile_data, slot, chunk,
-              exists ? read(first_slot + slot, chunk) : make_uint4(0, 0, 0, 0));
+        write(tile_data, slot, chunk, read(first_slot + slot, chunk));
       }
     }
     fence_before_boxes();

@@ -1,9 +1,12 @@
-// Copies the kept entries of a prompt into pages, a page at a time. Which pages a row has follows
-// from the kept numbers of the rows of its sequence before it, so every warp finds that out itself.
+// Copies the kept entries of a prompt into pages. Which pages a row has follows from the kept
+// numbers of the rows of its sequence before it: every warp finds that out itself, and waits for
+// three reads in a row, not more (the bounds of the rows; positions and page id; entries).
 #include <algorithm>
 
+#include "common/async_copy.cuh"
 #include "common/check.cuh"
 #include "common/device_guard.h"
+#include "common/divisor.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
 #include "cuda_backend.h"
@@ -14,6 +17,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kMostSlots = 16;    // that a warp fills at a time, keys or values
+constexpr int kColumns = 256;     // of the block table that a warp writes
+constexpr int kChunksAtOnce = 8;  // that a lane has under way
 
 struct CompactParams {
   EntryRows keys, values;      // [B, Hkv, T, D]
@@ -24,86 +30,158 @@ struct CompactParams {
   const int32_t* page_indptr;  // [B + 1]
   LayerRows layer;
   int32_t length, num_columns, num_fresh;  // T, M, F
-};
+  int32_t num_spans;                       // of a row of the block table, kColumns each
+  int32_t part_slots, part_shift;          // a page is filled in 1 << part_shift parts
+  Divisor entry_chunks;
 
-/// A page that gets filled: its row, which page of the row it is, and its id.
-struct PageJob {
-  int32_t head, index, id;
-};
-
-/// One warp copies kept entries [first, first + count) of row (b, head) into a page.
-template <typename Chunk>
-__device__ void fill_page(const CompactParams& p, int32_t b, const PageJob& job) {
-  const LayerRows& layer = p.layer;
-  const int32_t lane = threadIdx.x % kWarpSize, row = b * layer.num_heads + job.head;
-  const int32_t begin = p.indptr[row] + job.index * layer.page_size;
-  const int32_t count = min(layer.page_size, p.indptr[row + 1] - begin);
-  const int32_t* positions = p.positions + begin;  // [count]
-  for (int32_t i = lane; i < count; i += kWarpSize) {
-    layer.page_positions[job.id * layer.positions_stride + i] = positions[i];
+  __device__ int32_t num_pages(int32_t row) const {
+    return layer.num_pages(indptr[row + 1] - indptr[row]);
   }
-  const int32_t entry_chunks = layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
-  const int32_t half = count * entry_chunks;
-  char* page = layer.key(job.id, 0);
-#pragma unroll 8
-  for (int32_t i = lane; i < 2 * half; i += kWarpSize) {
-    const bool is_value = i >= half;
-    const int32_t chunk = is_value ? i - half : i;
-    const int32_t slot = chunk / entry_chunks, offset = chunk % entry_chunks;
-    const char* from = (is_value ? p.values : p.keys).at(b, job.head, __ldg(positions + slot));
-    char* to = page + (is_value ? layer.half_page_bytes() : 0);
-    reinterpret_cast<Chunk*>(to)[chunk] = __ldg(reinterpret_cast<const Chunk*>(from) + offset);
+};
+
+/// A row that gets filled.
+struct FilledRow {
+  int32_t head;
+  int32_t begin, end;  // its kept entries
+  int32_t first_page;  // of those of the sequence
+};
+
+/// The row of sequence b that page `page` of the sequence belongs to; head is num_heads if there
+/// are fewer pages.
+__device__ FilledRow find_row(const CompactParams& p, int32_t b, int32_t page) {
+  const int32_t num_heads = p.layer.num_heads;
+  FilledRow row = {num_heads, 0, 0, 0};
+  int32_t before = 0;
+#pragma unroll 1
+  for (int32_t base = 0; base < num_heads && before <= page; base += kWarpSize) {
+    const int32_t head = base + static_cast<int32_t>(threadIdx.x) % kWarpSize;
+    const int32_t* bounds = p.indptr + b * num_heads + min(head, num_heads - 1);
+    const int32_t begin = bounds[0], end = head < num_heads ? bounds[1] : begin;
+    const int32_t pages = p.layer.num_pages(end - begin);
+    const int32_t sum = before + warp_inclusive_sum(pages);
+    const uint32_t later = __ballot_sync(kFullWarp, sum > page);
+    const int lane = later ? __ffs(later) - 1 : kWarpSize - 1;
+    row.head = later ? base + lane : num_heads;
+    row.begin = __shfl_sync(kFullWarp, begin, lane);
+    row.end = __shfl_sync(kFullWarp, end, lane);
+    row.first_page = __shfl_sync(kFullWarp, sum - pages, lane);
+    before = __shfl_sync(kFullWarp, sum, lane);
+  }
+  return row;
+}
+
+/// Entries are read once: others stay in L2.
+__device__ uint4 read_once(const uint4* from, uint64_t policy) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from), "l"(policy));
+  return x;
+}
+
+template <typename Chunk>
+__device__ Chunk read_once(const Chunk* from, uint64_t) {
+  return __ldg(from);
+}
+
+/// One warp copies the keys or the values of kept entries [begin, begin + count) to `to`.
+template <typename Chunk>
+__device__ void copy_entries(const CompactParams& p,
+                             const char* from,  // [T, D], entry_stride bytes from one to the next
+                             int64_t entry_stride,
+                             int32_t position,  // lane i has that of entry i
+                             int32_t count,
+                             char* to) {
+  const int32_t num_chunks = count * p.entry_chunks.value;
+  const uint64_t policy = read_once_policy();
+#pragma unroll 1
+  for (int32_t first = threadIdx.x % kWarpSize; first - first % kWarpSize < num_chunks;
+       first += kChunksAtOnce * kWarpSize) {
+    Chunk data[kChunksAtOnce];
+#pragma unroll
+    for (int k = 0; k < kChunksAtOnce; ++k) {
+      const int32_t chunk = min(first + k * kWarpSize, num_chunks - 1);
+      const int32_t slot = p.entry_chunks.quotient(chunk);
+      const int32_t in_entry = chunk - slot * p.entry_chunks.value;
+      const int64_t entry = __shfl_sync(kFullWarp, position, slot) * entry_stride;
+      data[k] = read_once(reinterpret_cast<const Chunk*>(from + entry) + in_entry, policy);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunksAtOnce; ++k) {
+      const int32_t chunk = first + k * kWarpSize;
+      if (chunk < num_chunks) reinterpret_cast<Chunk*>(to)[chunk] = data[k];
+    }
   }
 }
 
-/// Writes the integers of sequence b, by threads `thread` of `num_threads`. first_page[h] is how
-/// many pages the rows before h fill, [Hkv + 1].
-__device__ void write_rows(const CompactParams& p,
-                           int32_t b,
-                           const int32_t* first_page,
-                           int32_t thread,
-                           int32_t num_threads) {
+/// One warp fills parts of pages of sequence b: part `job`, job + step, ...
+template <typename Chunk>
+__device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32_t step) {
   const LayerRows& layer = p.layer;
+  const int32_t lane = threadIdx.x % kWarpSize;
   const int32_t* ids = p.page_ids + p.page_indptr[b];
-  for (int32_t i = thread; i < layer.num_heads * p.num_columns; i += num_threads) {
-    const int32_t h = i / p.num_columns, column = i % p.num_columns;
-    const bool is_used = column < first_page[h + 1] - first_page[h];
-    layer.block_table.at(b, h)[column] = is_used ? ids[first_page[h] + column] : -1;
+#pragma unroll 1
+  while (true) {
+    const int32_t page = job >> p.part_shift, part = job - (page << p.part_shift);
+    const bool is_value = part & 1;
+    const int32_t slot = (part >> 1) * p.part_slots;
+    const FilledRow row = find_row(p, b, page);
+    if (row.head == layer.num_heads) break;
+    const int32_t id = ids[page];
+    const int32_t begin = row.begin + (page - row.first_page) * layer.page_size + slot;
+    const int32_t count = min(p.part_slots, row.end - begin);
+    const int32_t position = lane < count ? p.positions[begin + lane] : 0;
+    if (!is_value && lane < count) {
+      layer.page_positions[id * layer.positions_stride + slot + lane] = position;
+    }
+    const EntryRows& entries = is_value ? p.values : p.keys;
+    char* to = layer.key(id, slot) + (is_value ? layer.half_page_bytes() : 0);
+    copy_entries<Chunk>(p, entries.at(b, row.head, 0), entries.stride[2], position, count, to);
+    job += step;
   }
-  for (int32_t i = thread; i < layer.num_heads * p.num_fresh; i += num_threads) {
-    const int32_t h = i / p.num_fresh, k = i % p.num_fresh;
-    layer.fresh_pages.at(b, h)[k] = k == 0 ? ids[first_page[layer.num_heads] + h] : -1;
-  }
-  for (int32_t h = thread; h < layer.num_heads; h += num_threads) {
-    const int32_t row = b * layer.num_heads + h;
-    *layer.lengths.at(b, h) = p.indptr[row + 1] - p.indptr[row];
-  }
-  if (thread == 0) layer.seen[b] = p.seq_lens ? p.seq_lens[b] : p.length;
 }
 
-// grid: [blocks of a sequence, B]; one warp: pages of the sequence, one at a time.
+/// One warp writes a span of the block table's row for (b, head); with the first span what else
+/// there is to write about the row.
+__device__ void write_row(const CompactParams& p, int32_t b, int32_t head, int32_t span) {
+  const LayerRows& layer = p.layer;
+  const int32_t lane = threadIdx.x % kWarpSize, first_row = b * layer.num_heads;
+  int32_t pages_before = 0, num_pages = 0;  // before this row, and of the sequence
+#pragma unroll 1
+  for (int32_t h = lane; h < layer.num_heads; h += kWarpSize) {
+    const int32_t pages = p.num_pages(first_row + h);
+    num_pages += pages;
+    if (h < head) pages_before += pages;
+  }
+  pages_before = warp_sum(pages_before);
+  num_pages = warp_sum(num_pages);
+  const int32_t* ids = p.page_ids + p.page_indptr[b];
+  const int32_t used = p.num_pages(first_row + head);
+  const int32_t end = min(p.num_columns, (span + 1) * kColumns);
+  for (int32_t column = span * kColumns + lane; column < end; column += kWarpSize) {
+    layer.block_table.at(b, head)[column] = column < used ? ids[pages_before + column] : -1;
+  }
+  if (span > 0) return;
+  for (int32_t k = lane; k < p.num_fresh; k += kWarpSize) {
+    layer.fresh_pages.at(b, head)[k] = k == 0 ? ids[num_pages + head] : -1;
+  }
+  if (lane > 0) return;
+  *layer.lengths.at(b, head) = p.indptr[first_row + head + 1] - p.indptr[first_row + head];
+  if (head == 0) layer.seen[b] = p.seq_lens ? p.seq_lens[b] : p.length;
+}
+
+// grid: [blocks of a sequence, B]; the first warps of a sequence write its rows' integers, each of
+// the others fills parts of pages.
 template <typename Chunk>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     compact_kernel(const __grid_constant__ CompactParams p) {
-  extern __shared__ int32_t first_page[];  // [Hkv + 1]
-  __shared__ int32_t scratch[kWarps + 1];
-  const int32_t b = blockIdx.y, num_heads = p.layer.num_heads;
-  const int32_t* indptr = p.indptr + b * num_heads;
-  const int32_t num_pages = block_exclusive_sum<kThreads>(
-      num_heads,
-      [&](int32_t h) { return schedule::ceil_div(indptr[h + 1] - indptr[h], p.layer.page_size); },
-      [&](int32_t h, int32_t before) { first_page[h] = before; }, scratch);
-  if (threadIdx.x == 0) first_page[num_heads] = num_pages;
-  __syncthreads();
-
-  const int32_t* ids = p.page_ids + p.page_indptr[b];
+  const int32_t b = blockIdx.y, num_writers = p.layer.num_heads * p.num_spans;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
-  int32_t head = 0;
-  for (int32_t page = warp; page < num_pages; page += gridDim.x * kWarps) {
-    while (first_page[head + 1] <= page) ++head;
-    fill_page<Chunk>(p, b, {head, page - first_page[head], ids[page]});
+  if (warp < num_writers) {
+    write_row(p, b, warp / p.num_spans, warp % p.num_spans);
+  } else {
+    fill_pages<Chunk>(p, b, warp - num_writers, gridDim.x * kWarps - num_writers);
   }
-  write_rows(p, b, first_page, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
 }
 
 }  // namespace
@@ -127,17 +205,22 @@ void CudaBackend::compact(const CompactArgs& args) {
   const int64_t batch = args.keys.shape[0], num_heads = args.keys.shape[1];
   if (batch == 0 || num_heads == 0) return;
 
-  // A warp for each page, if kept entries are spread evenly over the sequences.
-  const int64_t pages = args.positions.shape[0] / p.layer.page_size / batch + num_heads;
-  const dim3 grid(static_cast<uint32_t>(std::clamp<int64_t>(pages / kWarps, 1, 1024)),
-                  static_cast<uint32_t>(batch));
-  const size_t shared_bytes = static_cast<size_t>(num_heads + 1) * sizeof(int32_t);
+  p.num_spans = std::max(1, schedule::ceil_div(p.num_columns, kColumns));
+  p.part_slots = std::min(kMostSlots, p.layer.page_size);
+  p.part_shift = 1;  // keys and values
+  while (p.part_slots << p.part_shift < 2 * p.layer.page_size) ++p.part_shift;
+
   const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
                           rows_are_aligned(args.layer.pages, 16);
+  // A warp for each part, if kept entries are spread evenly over the sequences.
+  const int64_t pages = args.positions.shape[0] / p.layer.page_size / batch + num_heads;
+  const int64_t warps = num_heads * p.num_spans + (pages << p.part_shift);
+  const dim3 grid(static_cast<uint32_t>((warps + kWarps - 1) / kWarps),
+                  static_cast<uint32_t>(batch));
   dispatch_chunk(is_aligned, args.keys.dtype, [&](auto tag) {
     using Chunk = typename decltype(tag)::type;
-    compact_kernel<Chunk>
-        <<<grid, kThreads, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(p);
+    p.entry_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
+    compact_kernel<Chunk><<<grid, kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(p);
   });
   ADAKV_CUDA_CHECK("compact", cudaGetLastError());
 }

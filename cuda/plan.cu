@@ -19,9 +19,9 @@ namespace {
 using schedule::RowFacts;
 using schedule::Worker;
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMostSlices = 8;
+constexpr int kMostSlices = 16;
 
 struct PlanParams {
   const int32_t* lengths;      // [L, B, Hkv]
@@ -95,18 +95,36 @@ struct LayerPlan {
   /// Chunks that all rows make, counted by one warp.
   __device__ int32_t count_chunks(int32_t chunk) const {
     int32_t chunks = 0;
+#pragma unroll 1
     for (int32_t r = threadIdx.x % kWarpSize; r < p.num_rows; r += kWarpSize) {
       chunks += schedule::ceil_div(units(r), chunk);
     }
     return warp_sum(chunks);
   }
 
-  /// The smallest chunk that makes at most `active` chunks, if it is even enough, else 0. Chunks
-  /// below P / N make too many, so a few sizes are left to try, one warp each.
+  /// Whether the rows make more than `most` chunks; asked of all threads.
+  __device__ bool makes_many_chunks(int32_t chunk, int32_t most) const {
+    __shared__ int32_t total;
+    if (threadIdx.x == 0) total = 0;
+    int32_t chunks = 0;
+#pragma unroll 1
+    for (int32_t r = threadIdx.x; r < p.num_rows; r += kThreads) {
+      chunks += schedule::ceil_div(units(r), chunk);
+    }
+    chunks = warp_sum(chunks);
+    __syncthreads();
+    if (threadIdx.x % kWarpSize == 0) atomicAdd(&total, chunks);
+    __syncthreads();
+    return total > most;
+  }
+
+  /// The smallest chunk that makes at most `active` chunks, if it is even enough, else 0: with many
+  /// rows none is. Chunks below P / N make too many, so a few sizes are left to try, one warp each.
   __device__ int32_t find_chunk(int32_t active) {
     __shared__ int32_t smallest_good, largest_bad;
-    const int32_t too_uneven = schedule::largest_even_chunk(num_units, active) + 1;
-    int32_t low = schedule::ceil_div(num_units, active), high = too_uneven;
+    const int32_t largest = schedule::largest_even_chunk(num_units, active);
+    if (makes_many_chunks(largest, active)) return 0;
+    int32_t low = schedule::ceil_div(num_units, active), high = largest;
     while (low < high) {
       const int32_t step = schedule::ceil_div(high - low, kWarps);
       const int32_t warp = threadIdx.x / kWarpSize;
@@ -128,19 +146,21 @@ struct LayerPlan {
       low = largest_bad + 1;
       __syncthreads();
     }
-    return high < too_uneven ? high : 0;
+    return high;
   }
 
+  /// While borders are sought, a row's unused integers are its parts, and all up to it.
   __device__ void cut_rows(int32_t chunk) {
     num_ranges = block_exclusive_sum<kThreads>(
-        p.num_rows, [&](int32_t r) { return schedule::ceil_div(units(r), chunk); },
-        [&](int32_t r, int32_t before) {
-          const int32_t parts = schedule::ceil_div(units(r), chunk);
-          for (int32_t j = 1; j <= parts; ++j) {
-            borders[before + j] = rows[r].begin + schedule::even_border(j, units(r), parts);
-          }
-        },
+        p.num_rows,
+        [&](int32_t r) { return rows[r].unused[0] = schedule::ceil_div(units(r), chunk); },
+        [&](int32_t r, int32_t before) { rows[r].unused[1] = before + rows[r].unused[0]; },
         scratch);
+    for (int32_t k = threadIdx.x; k < num_ranges; k += kThreads) {
+      const int32_t r = first_above(k, p.num_rows, [&](int32_t i) { return rows[i].unused[1]; });
+      const int32_t parts = rows[r].unused[0], part = k + 1 - (rows[r].unused[1] - parts);
+      borders[k + 1] = rows[r].begin + schedule::even_border(part, units(r), parts);
+    }
   }
 
   __device__ void cut_evenly(int32_t active) {
@@ -200,8 +220,10 @@ struct LayerPlan {
   __device__ int32_t page_of(int32_t unit) const {
     const int32_t row = row_of(unit), index = unit - rows[row].begin;
     const int32_t used = num_pages(rows[row].length - new_tokens(row));
-    return index < used ? p.block_table[row_offset(p.table_stride, row) + index]
-                        : p.fresh_pages[row_offset(p.fresh_stride, row) + index - used];
+    const int32_t* pages = index < used
+                               ? p.block_table + row_offset(p.table_stride, row) + index
+                               : p.fresh_pages + row_offset(p.fresh_stride, row) + index - used;
+    return *pages;
   }
 
   /// One warp writes one worker.
@@ -211,9 +233,17 @@ struct LayerPlan {
       Worker& worker = workers[w];
       const bool is_idle = w >= num_ranges;
       const int32_t begin = is_idle ? 0 : borders[w], end = is_idle ? 0 : borders[w + 1];
+      constexpr int kPerLane = (schedule::kWorkerPages + kWarpSize - 1) / kWarpSize;
+      int32_t pages[kPerLane];  // all on their way before the first is written
 #pragma unroll
-      for (int32_t i = lane; i < schedule::kWorkerPages; i += kWarpSize) {
-        worker.pages[i] = begin + i < end ? page_of(begin + i) : 0;
+      for (int i = 0; i < kPerLane; ++i) {
+        const int32_t unit = begin + i * kWarpSize + lane;
+        pages[i] = unit < end ? page_of(unit) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int32_t k = i * kWarpSize + lane;
+        if (k < schedule::kWorkerPages) worker.pages[k] = pages[i];
       }
       if (lane == 0) {
         const int32_t row = is_idle ? 0 : row_of(begin);

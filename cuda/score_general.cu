@@ -2,110 +2,52 @@
 // score.cuh.
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
-#include "common/tile.cuh"
-#include "score.cuh"
+#include "score_tiles.cuh"
 
 namespace adakv {
 namespace {
 
-// Sizes of one CTA: kRowWarps warps side by side on the rows of a chunk, kEntryWarps on entries.
-template <typename Element, int kDim>
-struct ScoreTile {
-  static constexpr int kRowBytes = kDim * sizeof(Element);
-  static constexpr int kTiles = sizeof(Element) == 2 ? 2 : 1;
-  static constexpr int kUnit = 16 * kTiles;  // rows of a warp
-  static constexpr int kRowWarps = kRowBytes > 512 ? 2 : 4, kEntryWarps = kRowBytes > 256 ? 1 : 2;
-  static constexpr int kRows = kRowWarps * kUnit;
-  static constexpr int kWarpEntries = 32;
-  static constexpr int kEntries = kEntryWarps * kWarpEntries;  // of a tile
-  static constexpr int kStages = sizeof(Element) == 2 ? 4 : 2;
-  static constexpr int kWarps = kRowWarps * kEntryWarps, kThreads = kWarps * kWarpSize;
-  static constexpr int kCtas = kThreads == 256 ? 2 : 1;  // of a multiprocessor, at least
-  static constexpr int kStageElements = kEntries * kRowPitch<Element, kDim>;
-
-  using Kept = KeptRows<Element, kDim, kTiles>;
-  static constexpr size_t kStageBytes = kStages * kStageElements * sizeof(Element);
-  // 16-bit rows only pass through shared memory, before the first keys come.
-  static constexpr size_t kKeptBytes = sizeof(Element) == 2 ? 0 : kWarps * Kept::kSharedBytes;
-  static constexpr size_t kSharedBytes = kStageBytes + kKeptBytes;
-  static_assert(sizeof(Element) != 2 || kWarps * Kept::kSharedBytes <= kStageBytes);
-};
-
-// Calls compute(tile, keys) for tiles of a head's keys, [kEntries, kRowPitch] in shared memory, all
-// threads together. The keys of entries from `limit` on are zeros.
-template <typename Tile, int kDim, typename Element, typename Compute>
-__device__ void for_each_tile(const ScoreParams& params,
-                              const ScoreRow& row,
-                              TileRange range,
-                              int32_t limit,
-                              Element* stages,
-                              const Compute& compute) {
-  const Element* keys = static_cast<const Element*>(params.keys) + row.b * params.key_stride[0] +
-                        row.h * params.key_stride[1];
-  const auto load = [&](int32_t tile) {
-    if (tile < range.end) {
-      Element* stage = stages + tile % Tile::kStages * Tile::kStageElements;
-      copy_rows<kDim>(stage, Tile::kEntries, params.head_dim, params.is_aligned, keys, threadIdx.x,
-                      Tile::kThreads, [&](int i) -> const Element* {
-                        const int32_t t = tile * Tile::kEntries + i;
-                        return t < limit ? keys + t * params.key_stride[2] : nullptr;
-                      });
-    }
-    commit_copies();
-  };
-  for (int i = 0; i < Tile::kStages - 1; ++i) load(range.begin + i);
-  for (int32_t tile = range.begin; tile < range.end; ++tile) {
-    wait_copies<Tile::kStages - 2>();
-    __syncthreads();
-    load(tile + Tile::kStages - 1);
-    compute(tile, stages + tile % Tile::kStages * Tile::kStageElements);
-  }
-}
-
 // The logits of a warp's rows for 16 entries, still to be multiplied to get z.
-template <typename Kept, typename Element, int kTiles>
+template <typename Tile>
 __device__ void logits(const ScoreParams& params,
-                       const Kept& queries,
-                       const Element* keys,
-                       float (&x)[kTiles][2][4]) {
+                       const typename Tile::Kept& queries,
+                       const typename Tile::Element* keys,
+                       float (&x)[Tile::kTiles][2][4]) {
   queries.multiply(keys, x);
   if (params.softcap == 0.f) return;
 #pragma unroll
-  for (int i = 0; i < 8 * kTiles; ++i) {
+  for (int i = 0; i < 8 * Tile::kTiles; ++i) {
     float& logit = x[i / 8][i / 4 % 2][i % 4];
     logit = params.softcap * tanhf(logit * params.cap_scale);
   }
 }
 
-// Sums (or maxima) of x[0..7] over the eight lanes 4 g + t of each t: lane 4 g + t gets x[g]'s.
-template <typename Combine>
-__device__ float reduce_scatter(float (&x)[8], const Combine& combine) {
+// Takes four logits z into each row's maximum and sum. New maxima get rare.
+template <int kRows>
+__device__ void add_logits(float2 (&sums)[kRows], const float (&z)[kRows][4]) {
+  float highest[kRows];
+  bool grows = false;
 #pragma unroll
-  for (int half = 4; half > 0; half /= 2) {
-    const bool is_upper = threadIdx.x % kWarpSize / 4 & half;
+  for (int r = 0; r < kRows; ++r) {
+    highest[r] = fmaxf(fmaxf(z[r][0], z[r][1]), fmaxf(z[r][2], z[r][3]));
+    grows |= highest[r] > sums[r].x;
+  }
+  if (__any_sync(kFullWarp, grows)) {
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = is_upper ? x[i + half] : x[i], sent = is_upper ? x[i] : x[i + half];
-      x[i] = combine(kept, __shfl_xor_sync(kFullWarp, sent, 4 * half));
+    for (int r = 0; r < kRows; ++r) {
+      const float maximum = fmaxf(sums[r].x, highest[r]);
+      sums[r].y *= fast_exp2(sums[r].x - maximum);
+      sums[r].x = maximum;
     }
   }
-  return x[0];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    sums[r].y += (fast_exp2(z[r][0] - sums[r].x) + fast_exp2(z[r][1] - sums[r].x)) +
+                 (fast_exp2(z[r][2] - sums[r].x) + fast_exp2(z[r][3] - sums[r].x));
+  }
 }
 
-template <typename Tile, typename Element>
-__device__ void load_queries(const ScoreParams& params,
-                             const ScoreRow& row,
-                             int first_row,
-                             char* shared,
-                             typename Tile::Kept& queries) {
-  const int warp = threadIdx.x / kWarpSize;
-  queries.load(shared + warp * Tile::Kept::kSharedBytes, params.head_dim, params.is_aligned,
-               params.queries,
-               [&](int i) { return query_row<Element>(params, row, first_row + i); });
-  __syncthreads();
-}
-
-// grid: [splits, chunks, B * Hkv]; one CTA: maxima and sums of a chunk's rows over a span of keys.
+// grid: [splits, chunks, B * Hkv]; one CTA: maxima and sums of a chunk's rows over a split of keys.
 template <typename Element, int kDim>
 __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
                                   (ScoreTile<Element, kDim>::kCtas))
@@ -118,68 +60,49 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
   let_next_kernel_begin();
   const ScoreRow row(params, blockIdx.z);
   if (row.candidates <= 0) return;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int unit = warp % Tile::kRowWarps, entry_warp = warp / Tile::kRowWarps;
-  const int first_row = blockIdx.y * Tile::kRows + unit * Tile::kUnit;
+  const Place<Tile> place;
   typename Tile::Kept queries;
-  char* kept = sizeof(Element) == 2 ? memory : memory + Tile::kStageBytes;
-  load_queries<Tile, Element>(params, row, first_row, kept, queries);
-
-  float2 running[kTiles][2];  // of rows g and g + 8, over the entries of this lane
-  int32_t visible[kTiles][2];
-#pragma unroll
-  for (int m = 0; m < 2 * kTiles; ++m) {
-    running[m / 2][m % 2] = {kLowest, 0.f};
-    visible[m / 2][m % 2] = visible_entries(params, row, first_row + m * 8 + lane / 4);
-  }
-  const TileRange range(row.seq_len, Tile::kEntries, blockIdx.x, params.num_splits);
-  for_each_tile<Tile, kDim>(
-      params, row, range, row.seq_len, reinterpret_cast<Element*>(memory),
-      [&](int32_t tile, const Element* keys) {
-        if (first_row >= params.group * params.head_rows) return;
-        const bool masks = (tile + 1) * Tile::kEntries > row.candidates;
+  float2 sums[2 * kTiles];  // of rows 8 i + g, over the entries of this lane
+  for (int i = 0; i < 2 * kTiles; ++i) sums[i] = {kLowest, 0.f};
+  const TileRange range(row.seq_len, Tile::kEntries, blockIdx.x, params.lse_splits);
+  const KeyTiles tiles = {range.begin * Tile::kEntries, range.end - range.begin, row.seq_len};
+  for_each_tile<Tile>(params, row, tiles, memory, queries, [&](int32_t tile, const Element* keys) {
+    if (place.first_row >= params.group * params.head_rows) return;
 #pragma unroll 1
-        for (int i = 0; i < Tile::kWarpEntries; i += 16) {
-          const int entry = entry_warp * Tile::kWarpEntries + i;
-          float z[kTiles][2][4];
-          logits(params, queries, keys + entry * kRowPitch<Element, kDim>, z);
-          const int32_t first = tile * Tile::kEntries + entry + lane % 4 * 2;
+    for (int i = place.entry; i < place.entry + Tile::kWarpEntries; i += 16) {
+      float x[kTiles][2][4], z[2 * kTiles][4];
+      logits<Tile>(params, queries, keys + i * Tile::kPitch, x);
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
+      for (int j = 0; j < 8 * kTiles; ++j) {
+        z[j / 4][j % 4] = x[j / 8][j % 4 / 2][j / 4 % 2 * 2 + j % 2] * params.multiplier;
+      }
+      const int32_t first = tiles.first + tile * Tile::kEntries + i;
+      if (first + 16 > row.candidates) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              float x[4] = {z[m][0][2 * j], z[m][0][2 * j + 1], z[m][1][2 * j], z[m][1][2 * j + 1]};
-#pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                x[c] *= params.multiplier;
-                if (masks && first + c / 2 * 8 + c % 2 >= visible[m][j]) x[c] = -INFINITY;
-              }
-              float2& sum = running[m][j];
-              const float highest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-              if (highest > sum.x) {
-                sum.y *= fast_exp2(sum.x - highest);
-                sum.x = highest;
-              }
-              sum.y += (fast_exp2(x[0] - sum.x) + fast_exp2(x[1] - sum.x)) +
-                       (fast_exp2(x[2] - sum.x) + fast_exp2(x[3] - sum.x));
-            }
-          }
+        for (int j = 0; j < 8 * kTiles; ++j) {
+          const int r = place.first_row + j / 4 * 8 + place.lane / 4;
+          const int32_t t = first + place.lane % 4 * 2 + j % 4 / 2 * 8 + j % 2;
+          if (t >= visible_entries(params, row, r)) z[j / 4][j % 4] = -INFINITY;
         }
-      });
+      }
+      add_logits(sums, z);
+    }
+  });
 
 #pragma unroll
-  for (int m = 0; m < 2 * kTiles; ++m) {
-    float2 sum = running[m / 2][m % 2];
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    float2 sum = sums[i];
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
       sum = join(
           sum, {__shfl_xor_sync(kFullWarp, sum.x, step), __shfl_xor_sync(kFullWarp, sum.y, step)});
     }
-    if (lane % 4 == 0) joined[entry_warp][unit * Tile::kUnit + m * 8 + lane / 4] = sum;
+    const int r = place.row_in_chunk + i * 8 + place.lane / 4;
+    if (place.lane % 4 == 0) joined[place.warp / Tile::kRowWarps][r] = sum;
   }
   __syncthreads();
   const int64_t partial =
-      (int64_t{blockIdx.z} * params.num_chunks + blockIdx.y) * params.num_splits + blockIdx.x;
+      (int64_t{blockIdx.z} * params.num_chunks + blockIdx.y) * params.lse_splits + blockIdx.x;
   for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
     float2 sum = joined[0][r];
     for (int i = 1; i < Tile::kEntryWarps; ++i) sum = join(sum, joined[i][r]);
@@ -187,114 +110,216 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
   }
 }
 
-// grid: [splits, chunks, B * Hkv]; one CTA: the parts of a chunk's rows for a span of entries.
-// kIsMax: the window is reduced by maximum, else by sum.
+// What values of a window's rows are reduced by; they are not negative.
+template <bool kIsMax>
+__device__ float combined(float a, float b) {
+  return kIsMax ? fmaxf(a, b) : a + b;
+}
+
+// Combines x[0..7] over the eight lanes 4 g + t of each t: lane 4 g + t gets x[g]'s.
+template <bool kIsMax>
+__device__ float reduce_scatter(float (&x)[8]) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool is_upper = threadIdx.x % kWarpSize / 4 & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = is_upper ? x[i + half] : x[i], sent = is_upper ? x[i] : x[i + half];
+      x[i] = combined<kIsMax>(kept, __shfl_xor_sync(kFullWarp, sent, 4 * half));
+    }
+  }
+  return x[0];
+}
+
+// The reduced probabilities of a CTA's entries, in shared memory: of each unit of the chunk for a
+// tile and the one before it, and joined those of the tiles that scores are being made from.
+template <typename Tile, bool kIsMax>
+struct TileValues {
+  static constexpr int kEntries = Tile::kEntries;
+  static constexpr int kUnits = Tile::kRowWarps * Tile::kUnits;
+  float units[2][kUnits][kEntries];  // of tiles in turn
+  PoolRing<kEntries> pool;
+
+  /// Rows that only fill up the chunk add nothing.
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < 2 * kUnits * kEntries; i += Tile::kThreads) {
+      (&units[0][0][0])[i] = 0.f;
+    }
+  }
+
+  /// Stores a warp's values x[u] of its units, [8], of entries 8 i + 2 t and the next, i < 4.
+  __device__ void put(const Place<Tile>& place, int32_t tile, float (&x)[Tile::kUnits][8]) {
+    const int c = place.lane / 4, t = place.lane % 4;
+    const int entry = place.entry + c / 2 * 8 + t * 2 + c % 2;
+#pragma unroll
+    for (int u = 0; u < Tile::kUnits; ++u) {
+      units[tile % 2][place.row_warp * Tile::kUnits + u][entry] = reduce_scatter<kIsMax>(x[u]);
+    }
+  }
+
+  /// Joins a tile's units of each part, for the scores or as a result.
+  __device__ void join_units(const ScoreParams& params,
+                             const ScoreRow& row,
+                             const Span& span,
+                             int32_t tile) {
+    const int units_per_part = kUnits / params.parts_per_chunk;
+    for (int i = threadIdx.x; i < params.parts_per_chunk * kEntries; i += Tile::kThreads) {
+      const int part = i / kEntries, entry = i % kEntries;
+      const int part_of_row = blockIdx.y * params.parts_per_chunk + part;
+      const int32_t t = span.first + tile * kEntries + entry;
+      float x = 0.f;
+      for (int j = 0; j < units_per_part; ++j) {
+        x = combined<kIsMax>(x, units[tile % 2][part * units_per_part + j][entry]);
+      }
+      if (params.num_parts == 1) {
+        if (part == 0) pool.put(params, row, t, x);
+      } else if (part_of_row < params.num_parts && t < span.end) {
+        const int64_t first = int64_t{blockIdx.z} * params.num_parts + part_of_row;
+        params.parts[first * params.length + t] = x;
+      }
+    }
+  }
+
+  /// Stores the scores that became complete with a tile, by threads that don't join units.
+  __device__ void store_scores(const ScoreParams& params,
+                               const ScoreRow& row,
+                               const Span& span,
+                               int32_t tile) const {
+    const int i = static_cast<int>(threadIdx.x) - kEntries;
+    if (params.num_parts > 1 || i < 0 || i >= kEntries) return;
+    pool.store(params, span, tile, i, score_row(params, row));
+  }
+};
+
+// What the probabilities of a warp's rows 8 i + g are made with. 16-bit elements need to be less
+// exact, and registers.
+template <typename Tile>
+__device__ void load_scales(const ScoreParams& params,
+                            const ScoreRow& row,
+                            const Place<Tile>& place,
+                            float2 (&shared)[Tile::kRows],
+                            float2 (&scales)[2 * Tile::kTiles]) {
+  for (int r = threadIdx.x / 2; r < Tile::kRows; r += Tile::kThreads / 2) {
+    const float2 scale = Tile::kIsFloat
+                             ? row_scale<Tile::kRows>(params, row, blockIdx.y, r)
+                             : float2{row_lse<Tile::kRows>(params, row, blockIdx.y, r), 1.f};
+    if (threadIdx.x % 2 == 0) shared[r] = scale;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2 * Tile::kTiles; ++i) {
+    scales[i] = shared[place.row_in_chunk + i * 8 + place.lane / 4];
+    if (!Tile::kIsFloat) scales[i].y = 1.f;
+  }
+}
+
+// Takes the probabilities of a warp's rows for 16 entries into the values x of its units.
+template <typename Tile, bool kIsMax>
+__device__ void add_probs(const float (&logits)[Tile::kTiles][2][4],
+                          float multiplier,
+                          const float2 (&scales)[2 * Tile::kTiles],
+                          int first,
+                          float (&x)[Tile::kUnits][8]) {
+#pragma unroll
+  for (int m = 0; m < Tile::kTiles; ++m) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float2 upper = scales[2 * m], lower = scales[2 * m + 1];
+      const float low = logits[m][c / 2][c % 2], high = logits[m][c / 2][c % 2 + 2];
+      const float p = fast_exp2(fmaf(low, multiplier, -upper.x)) * upper.y;
+      const float q = fast_exp2(fmaf(high, multiplier, -lower.x)) * lower.y;
+      float& value = x[m / Tile::kUnitTiles][first + c];
+      value = combined<kIsMax>(value, combined<kIsMax>(p, q));
+    }
+  }
+}
+
+// grid: [spans, chunks, B * Hkv]; one CTA: the scores of a span of entries, or a chunk's parts of
+// them. kIsMax: the window is reduced by maximum, else by sum.
 template <typename Element, int kDim, bool kIsMax>
 __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
                                   (ScoreTile<Element, kDim>::kCtas))
     score_probs_kernel(const __grid_constant__ ScoreParams params) {
   using Tile = ScoreTile<Element, kDim>;
-  constexpr int kTiles = Tile::kTiles;
-  constexpr bool kIsExact = sizeof(Element) == 4;  // 16-bit elements need less, and registers
   extern __shared__ __align__(16) char memory[];
-  __shared__ float2 scales[Tile::kRows];
-  __shared__ float units[2][Tile::kRowWarps][Tile::kEntries];  // of tiles in turn
-  const auto combine = [](float a, float b) { return kIsMax ? fmaxf(a, b) : a + b; };
+  __shared__ float2 shared_scales[Tile::kRows];
+  __shared__ TileValues<Tile, kIsMax> values;
   const ScoreRow row(params, blockIdx.z);
-  if (row.candidates <= 0) {
-    wait_for_previous_kernel();
-    return;
-  }
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int unit = warp % Tile::kRowWarps, entry_warp = warp / Tile::kRowWarps;
-  const int chunk = blockIdx.y, first_row = chunk * Tile::kRows + unit * Tile::kUnit;
-  typename Tile::Kept queries;
-  char* kept = sizeof(Element) == 2 ? memory : memory + Tile::kStageBytes;
-  load_queries<Tile, Element>(params, row, first_row, kept, queries);
+  const Span span(params, row, Tile::kEntries, blockIdx.x);
+  if (params.lse) wait_for_previous_kernel();  // else the one before this has waited for inputs
   let_next_kernel_begin();
-  wait_for_previous_kernel();
-  for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-    scales[r] = kIsExact ? row_scale<Tile::kRows>(params, row, chunk, r)
-                         : float2{row_lse<Tile::kRows>(params, row, chunk, r), 1.f};
-  }
-  for (int i = threadIdx.x; i < 2 * Tile::kRowWarps * Tile::kEntries; i += Tile::kThreads) {
-    (&units[0][0][0])[i] = 0.f;  // rows that only fill up the chunk add nothing
-  }
-  __syncthreads();
-  float2 row_scales[kTiles][2];
-#pragma unroll
-  for (int m = 0; m < 2 * kTiles; ++m) {
-    row_scales[m / 2][m % 2] = scales[unit * Tile::kUnit + m * 8 + lane / 4];
-    if (!kIsExact) row_scales[m / 2][m % 2].y = 1.f;
-  }
-
-  // Joins the units of a part and stores it.
-  const int units_per_part = Tile::kRowWarps / params.parts_per_chunk;
-  const auto store = [&](int32_t tile) {
-    const int part = threadIdx.x / Tile::kEntries, entry = threadIdx.x % Tile::kEntries;
-    const int part_of_row = chunk * params.parts_per_chunk + part;
-    const int32_t t = tile * Tile::kEntries + entry;
-    if (part >= params.parts_per_chunk || part_of_row >= params.num_parts) return;
-    if (t >= row.candidates) return;
-    float x = 0.f;  // probabilities are not negative
-    for (int i = 0; i < units_per_part; ++i) {
-      x = combine(x, units[tile % 2][part * units_per_part + i][entry]);
+  values.clear();
+  const Place<Tile> place;
+  typename Tile::Kept queries;
+  float2 scales[2 * Tile::kTiles];
+  const KeyTiles tiles = {span.first, span.num_tiles, row.candidates};
+  for_each_tile<Tile>(params, row, tiles, memory, queries, [&](int32_t tile, const Element* keys) {
+    if (tile == 0) {
+      wait_for_previous_kernel();
+      load_scales(params, row, place, shared_scales, scales);
     }
-    params.parts[(int64_t{blockIdx.z} * params.num_parts + part_of_row) * params.length + t] = x;
-  };
-  const TileRange range(row.candidates, Tile::kEntries, blockIdx.x, params.num_splits);
-  for_each_tile<Tile, kDim>(
-      params, row, range, row.candidates, reinterpret_cast<Element*>(memory),
-      [&](int32_t tile, const Element* keys) {
-        if (tile > range.begin) store(tile - 1);
-        if (first_row >= params.group * params.head_rows) return;
-        float x[8] = {};  // entries 8 i + 2 t and the next, i < 4
+    if (tile > 0) values.join_units(params, row, span, tile - 1);
+    if (tile > 1) values.store_scores(params, row, span, tile - 2);
+    if (place.first_row >= params.group * params.head_rows) return;
+    float x[Tile::kUnits][8] = {};
 #pragma unroll
-        for (int i = 0; i < Tile::kWarpEntries / 16; ++i) {
-          const int entry = entry_warp * Tile::kWarpEntries + i * 16;
-          float z[kTiles][2][4];
-          logits(params, queries, keys + entry * kRowPitch<Element, kDim>, z);
-#pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const float2 upper = row_scales[m][0], lower = row_scales[m][1];
-              const float low = z[m][c / 2][c % 2], high = z[m][c / 2][c % 2 + 2];
-              const float p = fast_exp2(fmaf(low, params.multiplier, -upper.x)) * upper.y;
-              const float q = fast_exp2(fmaf(high, params.multiplier, -lower.x)) * lower.y;
-              x[4 * i + c] = combine(x[4 * i + c], combine(p, q));
-            }
-          }
-        }
-        const float mine = reduce_scatter(x, combine);
-        const int c = lane / 4, entry = entry_warp * Tile::kWarpEntries;
-        units[tile % 2][unit][entry + c / 2 * 8 + lane % 4 * 2 + c % 2] = mine;
-      });
+    for (int i = 0; i < Tile::kWarpEntries / 16; ++i) {
+      float products[Tile::kTiles][2][4];
+      logits<Tile>(params, queries, keys + (place.entry + i * 16) * Tile::kPitch, products);
+      add_probs<Tile, kIsMax>(products, params.multiplier, scales, 4 * i, x);
+    }
+    values.put(place, tile, x);
+  });
+  wait_for_previous_kernel();
+  const int32_t last = span.num_tiles - 1;
   __syncthreads();
-  if (range.begin < range.end) store(range.end - 1);
+  if (last >= 0) values.join_units(params, row, span, last);
+  if (last > 0) values.store_scores(params, row, span, last - 1);
+  __syncthreads();
+  if (last >= 0) values.store_scores(params, row, span, last);
+  if (params.num_parts == 1) {
+    fill_scores(params, row, blockIdx.x * Tile::kThreads + threadIdx.x, gridDim.x * Tile::kThreads);
+  }
+}
+
+// Calls the body with the ScoreTile of these arguments.
+template <typename Body>
+void dispatch_tile(const ScoreArgs& args, const Body& body) {
+  dispatch_dtype(args.keys.dtype, [&](auto element) {
+    using Element = typename decltype(element)::type;
+    dispatch_tile_dim(args.keys.shape[3],
+                      [&](auto dim) { body(TypeTag<ScoreTile<Element, dim.value>>{}); });
+  });
 }
 
 }  // namespace
 
+ScoreSizes general_score_sizes(const ScoreArgs& args) {
+  ScoreSizes sizes = {};
+  dispatch_tile(args, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    sizes = {Tile::kRows, Tile::kUnit, Tile::kEntries, Tile::kCtas, 1, false};
+  });
+  return sizes;
+}
+
 void general_score(const ScoreArgs& args, const ScoreParams& params) {
   const bool early = has_sm90("score", args.keys.device.index);
-  dispatch_dtype(args.keys.dtype, [&](auto element) {
-    using Element = typename decltype(element)::type;
-    dispatch_tile_dim(params.head_dim, [&](auto dim) {
-      using Tile = ScoreTile<Element, dim.value>;
-      const dim3 grid(params.num_splits, params.num_chunks,
-                      static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1]));
-      LaunchShape shape = {grid, Tile::kThreads, Tile::kSharedBytes};
-      if (!params.lse) {
-        shape.early = early;
-        launch("score", score_lse_kernel<Element, dim.value>, shape, args.stream, params);
-      }
-      const bool is_max = args.window_reduce == Reduce::kMax;
-      launch("score",
-             is_max ? score_probs_kernel<Element, dim.value, true>
-                    : score_probs_kernel<Element, dim.value, false>,
-             shape, args.stream, params);
-    });
+  dispatch_tile(args, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    using Element = typename Tile::Element;
+    const unsigned rows = static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1]);
+    const auto launch_over = [&](auto kernel, int splits) {
+      const LaunchShape shape = {dim3(splits, params.num_chunks, rows), Tile::kThreads,
+                                 Tile::kSharedBytes, early};
+      launch("score", kernel, shape, args.stream, params);
+    };
+    if (!params.lse) launch_over(score_lse_kernel<Element, Tile::kDim>, params.lse_splits);
+    if (args.window_reduce == Reduce::kMax) {
+      launch_over(score_probs_kernel<Element, Tile::kDim, true>, params.num_spans);
+    } else {
+      launch_over(score_probs_kernel<Element, Tile::kDim, false>, params.num_spans);
+    }
   });
 }
 

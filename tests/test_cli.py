@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import adakv
 from adakv.cli.commands import run_command_line
+from adakv.cli.inputs import InputError, load_model
+from adakv.cli.many import read_prompts, result_file
+from adakv.models.batch import BatchResult
 
 LIMIT = 1024
 
@@ -171,6 +174,112 @@ def test_unreadable_models_are_refused(
     if name.endswith("/"):
         path.mkdir()
     assert_refused(["generate", str(path), text], message, capsys)
+
+
+def test_generate_goes_on_after_many_prompts(model: str, tmp_path: Path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "results.jsonl"
+    text = "It was the best of times, it was the worst of times. " * 3
+    lines = [
+        {"prompt": text, "max_new_tokens": 9},
+        {"input_ids": [5, 6, 7] * 30},
+        {"prompt": text[:80], "max_new_tokens": 2},
+    ]
+    prompts.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    options = ["--budget", "40", "--max-new-tokens", "4", "--max-batch", "2", "--dtype", "float32"]
+    command = ["generate", model, "--prompts", str(prompts), "--out", str(out), *options]
+    assert run_command_line(command) == 0
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(
+        list(result) == ["index", "prompt_tokens", "tokens", "text", "end"] for result in results
+    )
+    assert [result["index"] for result in results] == [0, 1, 2]
+    assert [result["prompt_tokens"] for result in results] == [len(text), 90, 80]
+    assert [result["end"] for result in results] == ["length"] * 3
+    network, tokenizer = load_model(model, dtype=torch.float32, device=torch.device("cpu"))
+    for line, result, new in zip(lines, results, (9, 4, 2), strict=True):
+        assert len(result["tokens"]) == new
+        assert result["text"] == tokenizer.decode(result["tokens"])
+        given = line.get("input_ids") or tokenizer(line["prompt"])["input_ids"]
+        (alone,) = adakv.generate_batch(network, [given], budget=40, max_new_tokens=new)
+        assert result["tokens"] == alone.tokens
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path, model: str):
+    network, tokenizer = load_model(model, dtype=torch.float32, device=torch.device("cpu"))
+    prompts = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "Who?"}]
+    prompts.write_text(json.dumps({"messages": messages}))
+    (line,) = read_prompts(str(prompts))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}!"
+    assert tokenizer.decode(line.encode(network, tokenizer, 4)) == "user: Who?!"
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(InputError, match="1: messages don't fit the chat template: no users here"):
+        line.encode(network, tokenizer, 4)
+
+
+def test_results_are_there_as_soon_as_they_are_written(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    with result_file(str(path)) as write:
+        for index in (2, 0, 1):
+            write(BatchResult(index, 5, [7] * index, "é" * index, "eos"))
+            assert json.loads(path.read_text().splitlines()[-1])["index"] == index
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not JSON at column 2"),
+        ("[5, 6]", ":2: must be an object, got [5, 6]"),
+        ("{}", ":2: give one of prompt, messages, input_ids, got none"),
+        ('{"prompt": "a", "input_ids": [5]}', ":2: give one of prompt, messages, input_ids, got"),
+        ('{"promt": "a"}', ":2: unknown field 'promt'; known are prompt, messages, input_ids"),
+        ('{"prompt": ""}', ':2: prompt must be a string that isn\'t empty, got ""'),
+        ('{"prompt": 5}', ":2: prompt must be a string that isn't empty, got 5"),
+        ('{"messages": "Who?"}', ":2: messages must be a list of objects with role and content"),
+        ('{"messages": [{"role": "user"}]}', ":2: messages must be a list of objects with role"),
+        ('{"messages": [{"role": "user", "content": "Who?"}]}', ":2: messages need a chat templ"),
+        ('{"input_ids": []}', ":2: input_ids must be a list of token ids, got []"),
+        ('{"input_ids": [5, 0.5]}', ":2: input_ids must be a list of token ids, got [5, 0.5]"),
+        ('{"input_ids": [5, 256]}', ":2: input_ids must hold tokens from 0 to 255, got 5 to 256"),
+        ('{"prompt": "a", "max_new_tokens": 0}', ":2: max_new_tokens must be an integer above 0"),
+        ('{"prompt": "a", "max_new_tokens": true}', ":2: max_new_tokens must be an integer abov"),
+        ('{"prompt": "a", "max_new_tokens": 1024}', ":2: prompt has 1 tokens and 1024 new ones"),
+    ],
+)
+def test_wrong_lines_are_refused_by_place_and_field(
+    line: str, message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f'{{"prompt": "Who?"}}\n{line}\n')
+    command = ["generate", model, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert_refused(command, f"{prompts}{message}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give TEXT or --prompts"),
+        (["text", "--out", "x"], "--out goes only with --prompts"),
+        (["text", "--compile"], "--compile goes only with --prompts"),
+        (["--prompts", "x"], "--prompts needs --out, another file for the results"),
+        (["--prompts", "x", "--out", "x"], "--prompts needs --out, another file"),
+        (["text", "--prompts", "x", "--out", "y"], "text doesn't go with --prompts"),
+        (["--prompts", "x", "--out", "y", "--json", "z"], "--json doesn't go with --prompts"),
+        (["--prompts", "/no/such", "--out", "y"], "/no/such can't be read: No such file"),
+    ],
+)
+def test_options_for_many_prompts_are_refused_elsewhere(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert_refused(["generate", "MODEL", *options], message, capsys)
+
+
+def test_results_that_cannot_be_written_are_refused(tmp_path: Path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Who?"}')
+    command = ["generate", "MODEL", "--prompts", str(prompts), "--out", "/proc/no/x"]
+    assert_refused(command, "/proc/no/x can't be written", capsys)
 
 
 def assert_refused(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,8 @@ FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 5}
 TOP_FLOOR = 6
 ROOT_FLOOR = 4  # `import adakv` loads floors 3 and 4
-TRANSFORMERS = ("models/hf.py", "cli/", "eval/", "serve/")
+ADAPTER = tuple(f"models/{part}.py" for part in ("hf", "decode", "sampling", "memory", "batch"))
+TRANSFORMERS = (*ADAPTER, "cli/", "eval/", "serve/")
 
 
 def core_files() -> list[Path]:

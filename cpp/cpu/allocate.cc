@@ -80,6 +80,7 @@ void blend(int heads, double floor, int64_t mean, int32_t* counts) {
     shares[h] = share_nanos(floor, counts[h], floor * static_cast<double>(mean));
     counts[h] = static_cast<int32_t>(shares[h] / kNano);
     left -= counts[h];
+    shares[h] %= kNano;
   }
   std::vector<int> order(heads);
   std::iota(order.begin(), order.end(), 0);

@@ -29,12 +29,11 @@ ADAKV_HOST_DEVICE inline int64_t round_half_even(int64_t nanos) {
   return whole + (twice > kNano || (twice == kNano && whole % 2 == 1));
 }
 
-/// True if share a of head i gets a left-over entry before share b of head j: the larger remainder,
-/// then the lower head. (Largest remainder: every head gets its whole entries, and each of the
-/// left-over ones goes to the next head in this order.)
+/// True if head i, whose share is `a` nanos above a whole number, gets a left-over entry before head
+/// j with `b`: the larger remainder, then the lower head. (Largest remainder: every head gets its
+/// whole entries, and each of the left-over ones goes to the next head in this order.)
 ADAKV_HOST_DEVICE inline bool rounds_up_before(int64_t a, int64_t i, int64_t b, int64_t j) {
-  const int64_t left = a % kNano, right = b % kNano;
-  return left > right || (left == right && i < j);
+  return a > b || (a == b && i < j);
 }
 
 }  // namespace adakv

@@ -29,6 +29,11 @@ void check_group(const Checker& check) {
                 "q heads must be 1 to 16 times the kv heads, got Hq = ", hq, " and Hkv = ", hkv);
 }
 
+void check_num_workers(const Checker& check, int num_workers) {
+  check.require(num_workers >= 1 && num_workers <= schedule::kMostWorkers,
+                "num_workers must be from 1 to ", schedule::kMostWorkers, ", got ", num_workers);
+}
+
 // An optional [B] int32 tensor whose values lie in 0 .. limit.
 void check_counts(Checker& check, const char* name, const TensorView& counts, int64_t limit) {
   check.optional(name, counts, "B", DType::kInt32);
@@ -177,7 +182,7 @@ Backend& checked(const PlanArgs& args) {
   const int64_t most = check.size("F") * args.page_size;
   check.require(args.new_tokens <= most, "at most F * P = ", most,
                 " tokens can be appended in one piece, got new_tokens = ", args.new_tokens);
-  check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
+  check_num_workers(check, args.num_workers);
   check.tensor("schedule", args.schedule, "L X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
   check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ",
@@ -191,7 +196,7 @@ Backend& checked(const AttendArgs& args) {
   check_head_dim(check);
   check_layer(check, args.layer);
   check_group(check);
-  check.require(args.num_workers >= 1, "num_workers must be at least 1, got ", args.num_workers);
+  check_num_workers(check, args.num_workers);
   check.tensor("schedule", args.schedule, "X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
   check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ",

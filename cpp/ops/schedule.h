@@ -51,6 +51,8 @@ struct Worker {
 };
 static_assert(sizeof(Worker) == kWorkerInts * 4);
 
+constexpr int kMostWorkers = (1 << 15) - 1;
+
 /// Partial results that a layer can have: a worker shares at most its first and its last row.
 constexpr int64_t max_partials(int num_workers) {
   return 2 * static_cast<int64_t>(num_workers);
@@ -71,14 +73,17 @@ ADAKV_HOST_DEVICE inline bool chunks_are_even(int32_t chunk, int32_t num_units, 
   return 5 * static_cast<int64_t>(chunk) * active <= 7 * static_cast<int64_t>(num_units);
 }
 
-/// The largest chunk that is even enough.
+/// The largest chunk that is even enough. (Divisions are of 32 bits, which GPUs have in 20
+/// instructions instead of 70: pages are fewer than 2^32 / 7, workers than 2^15.)
 ADAKV_HOST_DEVICE inline int32_t largest_even_chunk(int32_t num_units, int32_t active) {
-  return static_cast<int32_t>(7 * static_cast<int64_t>(num_units) / (5 * active));
+  return static_cast<int32_t>(7 * static_cast<uint32_t>(num_units) /
+                              (5 * static_cast<uint32_t>(active)));
 }
 
 /// First unit of part `part` of `num_parts`, of a range of `num_units` units.
 ADAKV_HOST_DEVICE inline int32_t even_border(int32_t part, int32_t num_units, int32_t num_parts) {
-  return static_cast<int32_t>(static_cast<int64_t>(part) * num_units / num_parts);
+  const int32_t whole = num_units / num_parts, rest = num_units % num_parts;
+  return part * whole + part * rest / num_parts;
 }
 
 /// The border of equal ranges at `even`, of which `left <= even <= right` are the nearest row ends.

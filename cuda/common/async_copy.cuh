@@ -50,9 +50,9 @@ __device__ inline void wait_copies() {
 
 // --- Boxes ----------------------------------------------------------------------------------
 
-/// Makes a barrier in shared memory for one arriving thread; others see it after the fence.
-__device__ inline void init_barrier(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+/// Makes a barrier in shared memory for a number of arrivals; others see it after the fence.
+__device__ inline void init_barrier(uint32_t barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ inline void fence_barriers() {

@@ -1,78 +1,98 @@
-// Clusters: CTAs that run at the same time and read each other's shared memory (sm_90 and up). On
-// older devices every CTA is a cluster of its own, so kernels need no second version.
+// Clusters: CTAs that run at the same time and write into each other's shared memory (sm_90 and
+// up). On older devices every CTA is a cluster of its own, so kernels need no second version.
 #pragma once
 
 #include <cstdint>
 
+#include "common/async_copy.cuh"
+
 namespace adakv {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
 __device__ inline int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  int rank = 0;
+  if constexpr (kArch >= 900) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
 __device__ inline int cluster_size() {
-  int size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  int size = 1;
+  if constexpr (kArch >= 900) asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
 
-/// The two halves of a barrier over all threads of the cluster: what was written before arriving is
-/// seen after waiting. A CTA must not exit before the others have read its memory.
+/// The two halves of a barrier over all threads of the cluster. It orders no memory accesses but
+/// the making of barriers: that would cost more than the rest of an exchange.
 __device__ inline void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if constexpr (kArch >= 900) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ inline void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if constexpr (kArch >= 900) {
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  } else {
+    __syncthreads();
+  }
 }
 
-/// Address of the same shared variable in the CTA of a rank.
-__device__ inline uint32_t cluster_address(const void* shared, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(rank));
-  return address;
-}
+/// What the CTAs of a cluster send each other, in turns: all wait for a turn's data before they
+/// send the next one's. A store brings its own signal, so no CTA waits for a barrier of the
+/// cluster. In shared memory, the same in every CTA; for clusters of more than one.
+class Exchange {
+ public:
+  /// One thread, before a barrier of the cluster.
+  __device__ void init() {
+    for (uint64_t& barrier : barriers_) init_barrier(address_of(&barrier));
+    fence_barriers();
+  }
 
-__device__ inline int32_t cluster_load(const int32_t* shared, int rank) {
-  int32_t value;
-  asm volatile("ld.shared::cluster.s32 %0, [%1];"
-               : "=r"(value)
-               : "r"(cluster_address(shared, rank))
-               : "memory");
-  return value;
-}
+  /// Sends 16 bytes, or 8, to the same variable in the CTA of a rank.
+  __device__ void send(int turn, int rank, int4* to, int4 value) {
+    if constexpr (kArch >= 900) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, "
+          "[%5];" ::"r"(remote_address(to, rank)),
+          "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
+          "r"(remote_address(&barriers_[turn % 2], rank))
+          : "memory");
+    }
+  }
+  __device__ void send(int turn, int rank, uint64_t* to, uint64_t value) {
+    if constexpr (kArch >= 900) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
+              remote_address(to, rank)),
+          "l"(value), "r"(remote_address(&barriers_[turn % 2], rank))
+          : "memory");
+    }
+  }
 
-__device__ inline void cluster_add(int32_t* shared, int rank, int32_t value) {
-  asm volatile(
-      "red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(cluster_address(shared, rank)),
-      "r"(value)
-      : "memory");
-}
+  /// Waits until all CTAs together have sent `num_bytes` here. Thread 0 and any others.
+  __device__ void wait(int turn, int num_bytes) {
+    const uint32_t barrier = address_of(&barriers_[turn % 2]);
+    if constexpr (kArch >= 900) {
+      if (threadIdx.x == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                     "r"(num_bytes)
+                     : "memory");
+      }
+    }
+    wait_barrier(barrier, turn / 2 % 2);
+  }
 
-#else
+ private:
+  __device__ static uint32_t address_of(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  }
+  __device__ static uint32_t remote_address(const void* shared, int rank) {
+    uint32_t address = 0;
+    if constexpr (kArch >= 900) {
+      asm("mapa.shared::cluster.u32 %0, %1, %2;"
+          : "=r"(address)
+          : "r"(address_of(shared)), "r"(rank));
+    }
+    return address;
+  }
 
-__device__ inline int cluster_rank() {
-  return 0;
-}
-__device__ inline int cluster_size() {
-  return 1;
-}
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_wait() {
-  __syncthreads();
-}
-__device__ inline int32_t cluster_load(const int32_t* shared, int) {
-  return *shared;
-}
-__device__ inline void cluster_add(int32_t* shared, int, int32_t value) {
-  atomicAdd(shared, value);
-}
-
-#endif
+  uint64_t barriers_[2];  // of even and odd turns: some CTAs may be one turn ahead
+};
 
 }  // namespace adakv

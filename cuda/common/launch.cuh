@@ -14,13 +14,18 @@ inline int device_attribute(const char* verb, int device, cudaDeviceAttr attribu
   return value;
 }
 
+/// Whether the device runs code that was compiled for sm_90 or later; ADAKV_LEAST_SM90 is the least
+/// such architecture of this build, 0 if there is none.
 inline bool has_sm90(const char* verb, int device) {
-  return device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) >= 9;
+  const int major = device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor);
+  const int minor = device_attribute(verb, device, cudaDevAttrComputeCapabilityMinor);
+  return ADAKV_LEAST_SM90 > 0 && 10 * major + minor >= ADAKV_LEAST_SM90;
 }
 
 /// Whether the device runs what is compiled for sm_90a, which no later one does.
 inline bool has_wgmma(const char* verb, int device) {
-  return device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) == 9;
+  return has_sm90(verb, device) &&
+         device_attribute(verb, device, cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 struct LaunchShape {

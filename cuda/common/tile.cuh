@@ -74,12 +74,18 @@ class KeptRows {
       commit_copies();
       wait_copies<0>();
       __syncwarp();
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const int column = k * 16 + lane / 16 * 8;
-        load_matrices(rows_[m][k], shared_address(tile + lane % 16 * kPitch + column));
-      }
+      take(m, tile);
       __syncwarp();
+    }
+  }
+
+  /// Takes rows 16 m to 16 m + 15, which lie in shared memory, [16, kRowPitch].
+  __device__ void take(int m, const Element* tile) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int column = k * 16 + lane / 16 * 8;
+      load_matrices(rows_[m][k], shared_address(tile + lane % 16 * kPitch + column));
     }
   }
 

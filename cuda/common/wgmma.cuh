@@ -123,8 +123,8 @@ struct Ring {
   /// By one thread: `copies` boxes fill a stage, `readers` threads give it back.
   __device__ void init(int copies, int readers) {
     for (int i = 0; i < kStages; ++i) {
-      init_one(full[i], copies);
-      init_one(empty[i], readers);
+      init_barrier(shared_address(&full[i]), copies);
+      init_barrier(shared_address(&empty[i]), readers);
     }
     fence_barriers();
   }
@@ -142,13 +142,6 @@ struct Ring {
     asm volatile(
         "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&empty[i % kStages]))
         : "memory");
-  }
-
- private:
-  __device__ static void init_one(uint64_t& barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
-                 "r"(count)
-                 : "memory");
   }
 };
 

@@ -14,9 +14,17 @@ from adakv._C import Error, __version__, cpu_instruction_set, cuda_unavailable_r
 from adakv.policy import Policy
 
 if TYPE_CHECKING:
-    from adakv.models import Cache, attach
+    from adakv.models import (
+        BatchOptions,
+        Cache,
+        attach,
+        cuda_graph_sample,
+        generate_batch,
+        generate_stream,
+    )
 
 __all__ = [
+    "BatchOptions",
     "Cache",
     "Error",
     "Policy",
@@ -25,7 +33,10 @@ __all__ = [
     "backends",
     "cache",
     "cpu_instruction_set",
+    "cuda_graph_sample",
     "cuda_unavailable_reason",
+    "generate_batch",
+    "generate_stream",
     "get_cmake_dir",
     "get_include",
     "ops",
@@ -60,6 +71,6 @@ def get_cmake_dir() -> str:
 
 def __getattr__(name: str) -> Any:
     # What needs transformers is loaded when it is first used.
-    if name in ("Cache", "attach"):
+    if name in __all__:
         return getattr(importlib.import_module("adakv.models"), name)
     raise AttributeError(f"module 'adakv' has no attribute {name!r}")

@@ -90,8 +90,12 @@ class KVCache:
             device_type=device.type,
             device_index=device.index or 0,
         )
-        self._layers = tuple(Layer(*self._cache.layer(i)) for i in range(num_layers))
         self.all_layers = Layer(*self._cache.all_layers())
+        # What all layers share is one tensor: compiled graphs take two for different memory.
+        shared = self.all_layers.pages, self.all_layers.page_positions
+        self._layers = tuple(
+            Layer(*shared, *self._cache.layer(layer)[2:]) for layer in range(num_layers)
+        )
 
     all_layers: Layer
     """The tensors of all layers, with a leading L on all but ``pages`` and ``page_positions``."""

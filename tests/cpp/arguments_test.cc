@@ -216,7 +216,7 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
       after(&Right::attend, &attend, [](AttendArgs& args) { args.out.dtype = DType::kInt32; }),
       "attend: out must be float32, float16 or bfloat16, got int32");
   EXPECT_EQ(after(&Right::attend, &attend, [](AttendArgs& args) { args.num_workers = 0; }),
-            "attend: num_workers must be at least 1, got 0");
+            "attend: num_workers must be from 1 to 32767, got 0");
 }
 
 // A schedule for tokens that nobody appended.

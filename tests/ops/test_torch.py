@@ -71,14 +71,14 @@ def pages() -> dict[str, Any]:
     return {"layer": layer, "page_ids": ids, "page_indptr": cases.int32([0, 10, 20])}
 
 
-def operators() -> dict[str, tuple[Any, ...]]:
-    """Positional arguments of each operator."""
+def operators(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Positional arguments of each operator, on the CPU but for what depends on the device."""
     p, s, room = prompt(), step(), pages()
     scores = torch.rand(BATCH, HEADS, LENGTH)
     budgets = cases.int32([[10, 6], [4, 12]])
     kept = ops.select(scores, budgets, window=WINDOW)
     table = (s["layer"].lengths[None], s["layer"].block_table[None], s["layer"].fresh_pages[None])
-    schedule = ops.plan(*table, new_tokens=2)[0]
+    schedule = ops.plan(*(on(device, x) for x in table), new_tokens=2)[0]
     reduce = ("mean", "mean", "group_first", "max", 7)
     new = (s["keys"], s["values"])
     return {
@@ -103,7 +103,7 @@ def operators() -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -> None:
     """The schema tells what is mutated, and the fake gives the shapes, dtypes and strides."""
-    args = [x.to(device) if isinstance(x, Tensor) else x for x in operators()[verb]]
+    args = [x.to(device) if isinstance(x, Tensor) else x for x in operators(device)[verb]]
     torch.library.opcheck(getattr(torch.ops.adakv, verb).default, tuple(args))
 
 

@@ -118,8 +118,12 @@ def encode_prompt(tokenizer: Any, text: str, question: str | None) -> Tensor:
         return _encode(tokenizer, text)
     if not tokenizer.chat_template:
         return _encode(tokenizer, f"{text}\n\nQuestion: {question}\nAnswer:")
-    message = [{"role": "user", "content": f"{text}\n\n{question}"}]
-    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return encode_messages(tokenizer, [{"role": "user", "content": f"{text}\n\n{question}"}])
+
+
+def encode_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> Tensor:
+    """``[1, T]`` tokens of a conversation in the tokenizer's chat template."""
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return _encode(tokenizer, prompt, add_special_tokens=False)
 
 
@@ -129,13 +133,15 @@ def _encode(tokenizer: Any, prompt: str, *, add_special_tokens: bool = True) -> 
     return tokens
 
 
-def check_prompt_length(model: Any, prompt: Tensor, max_new_tokens: int) -> None:
+def check_prompt_length(
+    model: Any, num_tokens: int, max_new_tokens: int, *, name: str = "the prompt"
+) -> None:
     """Refuses what the model's positions can't hold; nothing is cut off silently."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and prompt.shape[1] + max_new_tokens > limit:
+    if limit is not None and num_tokens + max_new_tokens > limit:
         raise InputError(
-            f"the prompt has {prompt.shape[1]} tokens and {max_new_tokens} new ones are asked for, "
-            f"but the model takes {limit} in all: shorten the text or lower --max-new-tokens"
+            f"{name} has {num_tokens} tokens and {max_new_tokens} new ones are asked for, but the "
+            f"model takes {limit} in all: shorten the text or ask for fewer"
         )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adakv.policy import Policy
+import torch
+
+from adakv import policy as policies
+from adakv.policy import Everything, LayerInputs, Policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Budget:
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
 
+    @classmethod
+    def given(cls, policy: str | Policy, entries: int | None, ratio: float | None) -> Budget:
+        """From what users give; a policy that keeps everything needs neither number."""
+        chosen = policies.get(policy)
+        if entries is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
+            ratio = 1.0
+        return cls(chosen, entries, ratio)
+
     @property
     def _least(self) -> int:
         return self.policy.window + self.policy.scorer.sinks
@@ -43,3 +54,12 @@ class Budget:
             return self.entries
         share = math.floor(self.ratio * prompt_len + 0.5)
         return max(self.policy.window + 1, self._least, share)
+
+    def totals(self, prompt_len: int, *, num_kv_heads: int, num_layers: int) -> list[int]:
+        """Most entries that each layer keeps of a prompt, all its kv heads together."""
+        shape = torch.empty(1, num_kv_heads, prompt_len, 0)  # all that totals depend on
+        layers = (
+            LayerInputs(shape, shape, shape, None, (prompt_len,), layer, num_layers)
+            for layer in range(num_layers)
+        )
+        return [self.policy.totals(inputs, self.of(prompt_len))[0] for inputs in layers]

@@ -26,19 +26,19 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from adakv import Error
-from adakv import policy as policies
+from adakv.cache import KVCache
 from adakv.models import families
 from adakv.models.budget import Budget
 from adakv.models.store import Attention, Prompt, Store
-from adakv.policy import Everything, Policy
+from adakv.policy import Policy
 
 _logger = logging.getLogger("adakv")
 
 # generate(prefill_chunk_size=...) of 4.57 leaves the prompt's last token to a forward of its own.
 _LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
 
-_PREFIX = "adakv_"
-_TAG = "adakv_layer"
+PREFIX = "adakv_"  # of the attention's name in an attached model
+TAG = "adakv_layer"
 
 
 class Attachment:
@@ -73,11 +73,11 @@ def attach(model: PreTrainedModel) -> Attachment:
         attention, keys shared between layers, models that don't use transformers' attention
         interface, flex attention; or if it is attached already.
     """
-    decoder = _decoder(model)
-    _cache_layers(decoder)
+    decoder = decoder_of(model)
+    cache_layers(decoder)
     inner = decoder.config._attn_implementation
     masks = AttentionMaskInterface()
-    if inner.startswith(_PREFIX):
+    if inner.startswith(PREFIX):
         raise ValueError("model: it is attached already; detach() it first")
     if inner == "flex_attention" or inner not in masks:
         raise ValueError(
@@ -85,7 +85,7 @@ def attach(model: PreTrainedModel) -> Attachment:
         )
     # One name for each inner attention: functions, like names, can be registered but not removed.
     # transformers takes every name with "flash" in it for one of its own.
-    name = _PREFIX + inner.replace("flash_attention", "fa")
+    name = PREFIX + inner.replace("flash_attention", "fa")
     AttentionInterface.register(name, functools.partial(_attention, inner))
     AttentionMaskInterface.register(name, masks[inner])
     decoder.set_attn_implementation(name)
@@ -135,17 +135,14 @@ class Cache(TransformersCache):
         chunked_prefill: bool = False,
         page_size: int = 16,
     ) -> None:
-        decoder = _decoder(model)
-        layers = _cache_layers(decoder)
-        chosen = policies.get(policy)
-        if budget is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
-            ratio = 1.0
+        decoder = decoder_of(model)
+        layers = cache_layers(decoder)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             _logger.warning("every layer of the model has a sliding window: nothing to compress")
         self._model = decoder
         self._store = Store(
-            Budget(chosen, budget, ratio),
+            Budget.given(policy, budget, ratio),
             num_layers=len(full),
             max_new_tokens=max_new_tokens,
             page_size=page_size,
@@ -213,6 +210,30 @@ class Cache(TransformersCache):
                 layer.is_initialized = False
         self._store.reset()
 
+    def fill(self, kv: KVCache, slot: int) -> None:
+        """Empties the cache; the next prompt, of one sequence, goes into a slot of ``kv``.
+
+        There it is decoded by :class:`adakv.models.decode.Decoder`.
+        """
+        self.reset()
+        self._store.fill(kv, slot)
+
+    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+        """The pages and the tokens that each sequence has seen, for a
+        :class:`adakv.models.decode.Decoder` to go on with; then :meth:`advance`."""
+        if not all(isinstance(layer, FullAttentionLayer) for layer in self.layers):
+            raise ValueError(
+                "past_key_values: the model has layers with a sliding window, whose steps can't be "
+                "recorded; generate without custom_generate"
+            )
+        return self._store.pages(), list(self._store.seen)
+
+    def advance(self, num_tokens: int) -> None:
+        """Says that a decoder appended tokens of every sequence."""
+        self._store.advance(num_tokens)
+        for layer in self.layers:
+            layer.advance(num_tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
 
@@ -230,7 +251,7 @@ class Cache(TransformersCache):
 
     def _begin_forward(self, key_states: Tensor) -> None:
         """Finds what would go wrong before any layer is changed."""
-        if not self._model.config._attn_implementation.startswith(_PREFIX):
+        if not self._model.config._attn_implementation.startswith(PREFIX):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
         if self._model.training or key_states.requires_grad:
             raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
@@ -271,7 +292,7 @@ class FullAttentionLayer(CacheLayerMixin):
         if before is not None:
             key_states = torch.cat([before.keys, key_states], dim=2)
             value_states = torch.cat([before.values, value_states], dim=2)
-        key_states.__dict__[_TAG] = self
+        setattr(key_states, TAG, self)
         self._store.is_attending = True
         return key_states, value_states
 
@@ -286,6 +307,7 @@ class FullAttentionLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the attention function does with tagged keys."""
+        delattr(key, TAG)
         store, columns = self._store, query.shape[2]
         store.is_attending = False
         if module.config is not self._config:
@@ -332,6 +354,10 @@ class FullAttentionLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name in 4.57
 
+    def advance(self, num_tokens: int) -> None:
+        """Only with the whole cache: see :meth:`Cache.advance`."""
+        self._num_seen += num_tokens
+
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""
         self._num_seen = 0
@@ -347,7 +373,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of models that had ``inner`` before they were attached."""
-    layer = key.__dict__.pop(_TAG, None)
+    layer = getattr(key, TAG, None)
     attend = _inner_attention if layer is None else layer.attend
     return attend(inner, module, query, key, value, attention_mask, **kwargs)
 
@@ -360,7 +386,12 @@ def _inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: 
     return attend(module, *args, **kwargs)
 
 
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether the model runs under :func:`attach` now."""
+    return decoder_of(model).config._attn_implementation.startswith(PREFIX)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that generates text: most often the model itself."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
@@ -372,7 +403,7 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     raise ValueError(f"model: {type(model).__name__} has no text decoder")
 
 
-def _cache_layers(decoder: PreTrainedModel) -> list[Any]:
+def cache_layers(decoder: PreTrainedModel) -> list[Any]:
     """The layers of transformers' own cache for a model: full attention and sliding windows."""
     layers = list(DynamicCache(config=decoder.config).layers)
     families.check(decoder, layers)

@@ -7,13 +7,13 @@
                         attend()         in every layer: append and attend
 
 Sequences are numbered 0 .. B - 1 and stay until reset(). Only full-attention layers are counted.
+After fill() prompts go into slots of a cache that others share; their steps are decode.py's.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -97,12 +97,18 @@ class Store:
         self._num_forwards = 0
         self._prompts: list[Prompt | None] = [None] * self._num_layers
         self._kv: KVCache | None = None
+        self._first = 0  # slot of sequence 0
         self._groups: list[slice] = []
-        self._totals: list[list[int]] = []  # [L][B]
+        self._totals: list[list[int]] = []  # [B][L]
         self._schedules: tuple[Tensor, ...] = ()
         self._pieces: list[_Piece] = []
         self._num_new: Tensor | None = None  # [B] int32
         self._order: Tensor | None = None  # [B, columns], puts padding in front
+
+    def fill(self, kv: KVCache, first: int) -> None:
+        """Forgets everything; the next prompts go into the slots of ``kv`` from ``first`` on."""
+        self.reset()
+        self._kv, self._first = kv, first
 
     def begin_forward(self, keys: Tensor) -> None:
         """Finds what would go wrong with new keys ``[B, Hkv, S, D]`` before any layer is changed.
@@ -176,16 +182,21 @@ class Store:
         """Moves what the policy keeps of the layer's prompt into pages and drops the rest."""
         prompt, self._prompts[layer] = self._prompts[layer], None
         assert prompt is not None
+        if not self._totals:
+            self._begin_pages(prompt)
         kv = self._kv or self._allocate(prompt)
         groups = [self._inputs(prompt, group, layer) for group in self._groups]
         kept = [self.policy.choose(x, self._budget.of(x.prompt_lens[0])) for x in groups]
-        page_ids, page_indptr = kv.begin(layer, self._totals[layer], self.seen)
+        totals = [total[layer] for total in self._totals]
+        longest = [min(pair) for pair in zip(totals, self.seen, strict=True)]
+        page_ids, page_indptr = kv.begin(layer, totals, longest, first_sequence=self._first)
+        view = sequences(kv.layer(layer), self._slots)
         for group, inputs, choice in zip(self._groups, groups, kept, strict=True):
             ops.compact(
                 inputs.keys,
                 inputs.values,
                 choice,
-                _sequences(kv.layer(layer), group),
+                sequences(view, group),
                 page_ids,
                 page_indptr[group.start : group.stop + 1],
             )
@@ -197,26 +208,34 @@ class Store:
         for layer in range(self._num_layers):
             self.compact(layer)
 
-    def _allocate(self, prompt: Prompt) -> KVCache:
-        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
-        batch, heads, length, head_dim = prompt.keys.shape
+    def pages(self) -> KVCache:
+        """What is held, for others to go on with; a prompt in chunks is complete now."""
+        if self.is_prompt:
+            self.compact_all()
+        assert self._kv is not None
+        return self._kv
+
+    def advance(self, num_tokens: int) -> None:
+        """Others appended tokens of every sequence."""
+        self.seen = [n + num_tokens for n in self.seen]
+
+    def _begin_pages(self, prompt: Prompt) -> None:
+        """What is kept of each prompt, and which of them are compacted together."""
+        batch, heads, length, _ = prompt.keys.shape
         if 0 in self.seen:
             raise ValueError(f"attention_mask: prompt {self.seen.index(0)} is nothing but padding")
         if len(set(self.seen)) == 1 and self.seen[0] == length:
             self._groups = [slice(0, batch)]
         else:  # unequal: one by one, so that padding can be cut off without copying
             self._groups = [slice(b, b + 1) for b in range(batch)]
-        groups = [self._inputs(prompt, group, 0) for group in self._groups]
         self._totals = [
-            [
-                total
-                for group in groups
-                for total in self.policy.totals(
-                    replace(group, layer=layer), self._budget.of(group.prompt_lens[0])
-                )
-            ]
-            for layer in range(self._num_layers)
+            self._budget.totals(n, num_kv_heads=heads, num_layers=self._num_layers)
+            for n in self.seen
         ]
+
+    def _allocate(self, prompt: Prompt) -> KVCache:
+        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
+        batch, heads, _, head_dim = prompt.keys.shape
         size, more = self._page_size, self._max_new_tokens
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
@@ -234,6 +253,10 @@ class Store:
             dtype=prompt.keys.dtype,
             device=prompt.keys.device,
         )
+
+    @property
+    def _slots(self) -> slice:
+        return slice(self._first, self._first + len(self.seen))
 
     def _inputs(self, prompt: Prompt, group: slice, layer: int) -> LayerInputs:
         """Prompts of one length as a policy takes them: views, without padding."""
@@ -354,13 +377,13 @@ class Store:
         """``[L, B, Hkv]`` int32 on the CPU."""
         if self._kv is None:
             return torch.zeros(self._num_layers, len(self.seen), num_kv_heads, dtype=torch.int32)
-        return self._kv.all_layers.lengths.cpu()
+        return self._kv.all_layers.lengths[:, self._slots].cpu()
 
     def positions(self, layer: int) -> list[list[Tensor]]:
         """Per sequence and kv head the positions that are held, ``[length]`` int32, ascending."""
         if self._kv is None:
             return []
-        view = self._kv.layer(layer)
+        view = sequences(self._kv.layer(layer), self._slots)
         pages, lengths = view.block_table.cpu(), view.lengths.tolist()
         positions = view.page_positions.cpu()
         return [
@@ -372,7 +395,7 @@ class Store:
         ]
 
 
-def _sequences(layer: ops.Layer, group: slice) -> ops.Layer:
+def sequences(layer: ops.Layer, group: slice) -> ops.Layer:
     """Some of the sequences of a layer."""
     return ops.Layer(
         layer.pages,

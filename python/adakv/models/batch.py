@@ -1,0 +1,280 @@
+"""Many prompts at once: prefilled one by one into one cache, decoded together.
+
+    while prompts wait or run:
+        admit    into free slots, as long as the pages suffice for all that a prompt may write
+        step     one token of every running sequence
+        end      of those that are done: their pages go back
+
+A prompt's pages are known before it is read, so that none runs out on the way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adakv.models import hf
+from adakv.models.budget import Budget
+from adakv.models.decode import Decoder
+from adakv.models.memory import Need, Shape, cache_for
+from adakv.models.sampling import Sampling
+from adakv.models.steps import Steps
+from adakv.models.texts import End, Stop, new_token_counts, token_ids
+from adakv.policy import Policy
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How :func:`generate_batch` writes, and in how much memory.
+
+    Parameters
+    ----------
+    temperature, top_k, top_p : float, int, float
+        As in transformers. ``temperature`` 0 takes the most likely token; ``top_k`` 0 and ``top_p``
+        1 are off.
+    seed : int, optional
+        Prompt i draws from a generator of its own, seeded with ``seed + i``, so that its text
+        doesn't depend on what runs beside it. Default: from torch's generator.
+    eos_token_id : int or ints, optional
+        Tokens that end a text. Default: those of ``model.generation_config``.
+    stop_strings : str or strings
+        Strings that end a text; they need a tokenizer.
+    max_batch : int
+        Most sequences at a time.
+    cache_bytes : int, optional
+        Most bytes of pages. Default: what ``max_batch`` sequences need; on CUDA at most what is
+        free beside the prefill of the longest prompt.
+    page_size : int
+        Entries of a page: a power of two from 8 to 256.
+    cuda_graph : bool
+        On CUDA, record a step once and replay it, which spares the host nearly all of its work.
+    compile : bool
+        Let ``torch.compile`` fuse the step: a minute or more for the first, less for the others.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] = ()
+    max_batch: int = 64
+    cache_bytes: int | None = None
+    page_size: int = 16
+    cuda_graph: bool = True
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What was written after one prompt."""
+
+    index: int  #: of the prompt
+    prompt_tokens: int
+    tokens: list[int]  #: with the one that ended the text
+    text: str | None  #: of the tokens, if there was a tokenizer; special ones left out
+    end: End  #: "eos", "stop_string" or "length"
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token of :func:`generate_stream`."""
+
+    index: int  #: of the prompt
+    token: int
+    result: BatchResult | None  #: all of the text, if this was its last token
+
+
+@dataclass
+class _Sequence:
+    """A prompt and what was written after it."""
+
+    index: int
+    prompt: Tensor  # [T] int64
+    max_new_tokens: int
+    need: Need
+    tokens: list[int] = field(default_factory=list)
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[str | Sequence[int] | Tensor],
+    *,
+    policy: str | Policy = "ada_snapkv",
+    budget: int | None = None,
+    ratio: float | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    tokenizer: Any = None,
+    options: BatchOptions | None = None,
+) -> list[BatchResult]:
+    """Goes on writing after many prompts, all in one compressed cache.
+
+    Prompts are read one by one and decoded together; when one is done its pages go back and the
+    next joins. Each text is what its prompt gets alone, up to the rounding of sums.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder in eval mode whose layers all have full attention. It is attached meanwhile, if it
+        isn't yet.
+    prompts : strings, lists of token ids or ``[T]`` integer tensors
+        Strings need a tokenizer.
+    policy, budget, ratio
+        As in :class:`adakv.Cache`.
+    max_new_tokens : int or ints
+        Most tokens to write, for all prompts or for each.
+    tokenizer : optional
+        Of transformers.
+    options : :class:`BatchOptions`, optional
+
+    Returns
+    -------
+    results : list of :class:`BatchResult`
+        In the order of the prompts.
+
+    Raises
+    ------
+    ValueError
+        For arguments that make no sense and for models with other layers, before any work.
+    adakv.Error
+        If a prompt can never fit, before any work; names the pages it needs and those there are.
+    """
+    stream = generate_stream(
+        model,
+        prompts,
+        policy=policy,
+        budget=budget,
+        ratio=ratio,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        options=options,
+    )
+    results = [new.result for new in stream if new.result is not None]
+    return sorted(results, key=lambda result: result.index)
+
+
+def generate_stream(
+    model: PreTrainedModel,
+    prompts: Sequence[str | Sequence[int] | Tensor],
+    *,
+    policy: str | Policy = "ada_snapkv",
+    budget: int | None = None,
+    ratio: float | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    tokenizer: Any = None,
+    options: BatchOptions | None = None,
+) -> Iterator[NewToken]:
+    """:func:`generate_batch` token by token, as they are written.
+
+    Arguments are checked and memory is taken by the call, the work is done while iterating.
+    """
+    options = options or BatchOptions()
+    limit = Budget.given(policy, budget, ratio)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
+    if model.training:
+        raise ValueError("model must be in eval mode")
+    if options.max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {options.max_batch}")
+    shape = Shape.of(model)
+    ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    counts = new_token_counts(max_new_tokens, len(ids))
+    needs = [
+        Need.of(len(prompt), count, limit, shape, options.page_size)
+        for prompt, count in zip(ids, counts, strict=True)
+    ]
+    if not ids:
+        return iter(())
+    kv = cache_for(
+        model,
+        ids,
+        needs,
+        shape,
+        max_batch=options.max_batch,
+        cache_bytes=options.cache_bytes,
+        page_size=options.page_size,
+    )
+    decoder = Decoder(model, kv, sampling, max(counts))
+    batch = _Batch(
+        decoder,
+        Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
+        hf.Cache(model, policy, budget, ratio),
+        stop,
+        int(torch.randint(2**48, ())) if options.seed is None else options.seed,
+        deque(map(_Sequence, range(len(ids)), ids, counts, needs)),
+    )
+    return batch.run()
+
+
+@dataclass
+class _Batch:
+    """Prompts that wait and sequences that run."""
+
+    decoder: Decoder
+    steps: Steps
+    reader: hf.Cache  # that prompts go through on their way into the decoder's cache
+    stop: Stop
+    seed: int
+    waiting: deque[_Sequence]
+    running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
+
+    @torch.no_grad()
+    def run(self) -> Iterator[NewToken]:
+        """Until all are done."""
+        model = self.decoder.model
+        with nullcontext() if hf.is_attached(model) else hf.attach(model):
+            while self.waiting or self.running:
+                yield from self._admit()
+                yield from self._step()
+
+    def _admit(self) -> Iterator[NewToken]:
+        """Lets prompts in, in their order, while there is room."""
+        for slot in range(self.decoder.kv.num_sequences):
+            while slot not in self.running and self.waiting:
+                taken = sum(sequence.need.pages for sequence in self.running.values())
+                if taken + self.waiting[0].need.pages > self.decoder.kv.num_pages:
+                    return
+                sequence = self.running[slot] = self.waiting.popleft()
+                yield self._take(slot, self._prefill(slot, sequence))
+
+    def _prefill(self, slot: int, sequence: _Sequence) -> int:
+        """Reads a prompt; its first token."""
+        generator = torch.Generator().manual_seed(self.seed + sequence.index)
+        uniforms = torch.rand(sequence.max_new_tokens, generator=generator, dtype=torch.float64)
+        self.reader.fill(self.decoder.kv, slot)
+        ids = sequence.prompt[None].to(self.decoder.kv.device)
+        output = self.decoder.model(
+            ids, past_key_values=self.reader, use_cache=True, logits_to_keep=1
+        )
+        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], uniforms)
+        return int(self.decoder.slots.tokens[slot])
+
+    def _step(self) -> Iterator[NewToken]:
+        """One token of each."""
+        if self.running:
+            width = max(self.running) + 1
+            self.decoder.grow()
+            self.steps.run(width)
+            tokens = self.decoder.slots.tokens[:width, 0].tolist()
+            for slot in sorted(self.running):
+                yield self._take(slot, tokens[slot])
+
+    def _take(self, slot: int, token: int) -> NewToken:
+        """Writes a token down; if it is the sequence's last, the slot is free again."""
+        sequence = self.running[slot]
+        sequence.tokens.append(token)
+        end = self.stop.end(sequence.tokens, sequence.max_new_tokens)
+        if end is None:
+            return NewToken(sequence.index, token, None)
+        del self.running[slot]
+        self.decoder.end(slot)
+        text = self.stop.text(sequence.tokens)
+        result = BatchResult(sequence.index, len(sequence.prompt), sequence.tokens, text, end)
+        return NewToken(sequence.index, token, result)

@@ -1,0 +1,258 @@
+"""Decoding the sequences of a shared cache together, one token each a step.
+
+    begin(slot, ...)     a prompt is in the slot: chooses its first token
+    grow()               pages for the next step
+    step(width)()        plan, the model's forward, choosing; over the first slots
+    end(slot)            the pages go back, the slot is empty
+
+A :class:`Step` is a function of tensors that stay where they are: nothing in it waits for the
+device, and no Python state is another after it. So it can be recorded in a CUDA graph, or compiled
+as one graph, and run again while sequences come, grow and go. All else is done by the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from adakv import ops
+from adakv.cache import KVCache
+from adakv.models.hf import TAG
+from adakv.models.sampling import Chooser
+from adakv.models.store import sequences
+
+
+class Slots(NamedTuple):
+    """What a step reads and writes beside the cache, for each of B slots.
+
+    A slot without a sequence has ``num_new`` 0: a step changes nothing of it but ``tokens``.
+    """
+
+    tokens: Tensor  # [B, 1] int64    the newest
+    positions: Tensor  # [B, 1] int64    where it stands in its sequence
+    written: Tensor  # [B, 1] int64    how many there are after the prompt
+    num_new: Tensor  # [B, 1] int32    1 if there is a sequence
+    uniforms: Tensor  # [B, most that are written] float64    numbers in [0, 1) to choose them by
+
+
+class Decoder:
+    """Sequences in the slots of a cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Under :func:`adakv.attach` whenever it decodes.
+    kv : :class:`adakv.cache.KVCache`
+        With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
+    sampling : :class:`Chooser`
+        Most often a :class:`adakv.models.sampling.Sampling`.
+    max_new_tokens : int
+        Most tokens that a sequence writes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, max_new_tokens: int
+    ) -> None:
+        def zeros(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
+
+        self.model = model
+        self.kv = kv
+        self._sampling = sampling
+        self._num_new = [0] * kv.num_sequences  # slots.num_new, known to the host
+        self.slots = Slots(
+            tokens=zeros(1, torch.int64),
+            positions=zeros(1, torch.int64),
+            written=zeros(1, torch.int64),
+            num_new=zeros(1, torch.int32),
+            uniforms=zeros(max_new_tokens, torch.float64),
+        )
+
+    def begin(self, slot: int, logits: Tensor, prompt_len: int, uniforms: Tensor) -> None:
+        """A prompt of ``prompt_len`` tokens is in the slot: chooses its first token.
+
+        ``logits`` ``[V]`` are those of its last token; ``uniforms`` as many float64 in [0, 1) as
+        the sequence has tokens to write, or none if nothing is left to chance.
+        """
+        mine = Slots(*(tensor[slot] for tensor in self.slots))
+        mine.uniforms[: len(uniforms)] = uniforms.to(self.kv.device)
+        mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
+        mine.positions[:] = prompt_len
+        mine.written[:] = 1
+        mine.num_new[:] = 1
+        self._num_new[slot] = 1
+
+    def take_over(self, seen: Sequence[int]) -> None:
+        """All slots hold sequences, of so many tokens; their newest ones are still to be given."""
+        self.slots.positions[:, 0] = torch.tensor(seen)
+        self.slots.num_new.fill_(1)
+        self._num_new = [1] * len(seen)
+
+    def end(self, slot: int) -> None:
+        """Gives the slot's pages back."""
+        self.kv.remove(slot)
+        self.slots.num_new[slot] = 0
+        self.slots.written[slot] = 0
+        self._num_new[slot] = 0
+
+    def grow(self) -> None:
+        """Makes room for the next step of all sequences.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages. Nothing changes.
+        """
+        self.kv.grow(self._num_new, 1)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Steps change nothing meanwhile: to warm up, and to record one."""
+        kept = [self.slots.tokens, self.slots.num_new]
+        copies = [tensor.clone() for tensor in kept]
+        self.slots.num_new.zero_()
+        try:
+            yield
+        finally:
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
+
+    def step(self, width: int) -> Step:
+        """The step of the first ``width`` slots."""
+        slots = Slots(*(tensor[:width] for tensor in self.slots))
+        return Step(self.model, self.kv, self._sampling, slots)
+
+
+class Step:
+    """Appends the newest token of each of the first slots and chooses the next one."""
+
+    def __init__(
+        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, slots: Slots
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._slots = slots
+        self._cache = StepCache(kv, slots.num_new[:, 0])
+        # Models make no mask if they are given one; attend reads none.
+        self._mask = slots.tokens[:, :, None, None].to(kv.dtype)
+
+    def __call__(self) -> None:
+        slots = self._slots
+        self._cache.plan()
+        output = self._model(
+            input_ids=slots.tokens,
+            attention_mask=self._mask,
+            position_ids=slots.positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache.forget_plan()
+        uniforms = slots.uniforms.gather(1, slots.written)[:, 0]
+        slots.tokens[:] = self._sampling.choose(output.logits[:, -1], uniforms)[:, None]
+        slots.positions.add_(slots.num_new)
+        slots.written.add_(slots.num_new)
+
+
+class StepCache(TransformersCache):
+    """The first slots of a cache, as a model's forward over one token of each takes them."""
+
+    def __init__(self, kv: KVCache, num_new: Tensor) -> None:
+        self.num_new = num_new  # [B] int32
+        self.schedules: tuple[Tensor, ...] = ()  # of the running step
+        width = len(num_new)
+        self._all_layers = ops.Layer(
+            *kv.all_layers[:2], *(tensor[:, :width] for tensor in kv.all_layers[2:])
+        )
+        self._page_size = kv.page_size
+        super().__init__(
+            layers=[
+                StepLayer(self, index, sequences(kv.layer(index), slice(0, width)))
+                for index in range(kv.num_layers)
+            ]
+        )
+
+    def plan(self) -> None:
+        """Shares out the step's work, for all layers."""
+        layers = self._all_layers
+        self.schedules = ops.plan(
+            layers.lengths,
+            layers.block_table,
+            layers.fresh_pages,
+            num_new=self.num_new,
+            page_size=self._page_size,
+        ).unbind()
+
+    def forget_plan(self) -> None:
+        """It is good for one step."""
+        self.schedules = ()
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer of a :class:`StepCache`."""
+
+    is_compileable = True
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: StepCache, index: int, view: ops.Layer) -> None:
+        super().__init__()
+        self._cache = cache
+        self._index = index
+        self._view = view
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: the pages are there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values, tagged."""
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the attention function does with tagged keys: append and attend."""
+        sinks = kwargs.get("s_aux")
+        out, _ = ops.attend(
+            query,
+            self._view,
+            self._cache.schedules[self._index],
+            keys=key,
+            values=value,
+            num_new=self._cache.num_new,
+            sinks=None if sinks is None else sinks.float(),
+            scale=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+        )
+        return out.transpose(1, 2), None
+
+    def get_seq_length(self) -> int:
+        """Of no use, as slots differ, but the same in every step."""
+        return 0
+
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """As for a cache that holds nothing."""
+        return (queries if isinstance(queries, int) else queries.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in 4.57

@@ -1,0 +1,113 @@
+"""transformers' ``generate`` with the decode step in a CUDA graph, through ``custom_generate=``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import StoppingCriteriaList as StoppingCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from adakv.models.decode import Decoder
+from adakv.models.hf import Cache
+from adakv.models.steps import Steps
+
+
+class _Logits:
+    """Stands where a step chooses a token, and keeps the logits for those who choose outside."""
+
+    def __init__(self) -> None:
+        self.kept = torch.empty(0)  # [B, V]
+
+    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Any token: the loop puts its own in its place."""
+        if self.kept.shape != logits.shape:
+            self.kept = torch.empty_like(logits)
+        self.kept.copy_(logits)
+        return torch.zeros_like(uniforms, dtype=torch.int64)
+
+
+@torch.no_grad()
+def cuda_graph_sample(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteria,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """A decoding loop for ``model.generate(..., custom_generate=adakv.cuda_graph_sample)``.
+
+    Greedy and sampled generation as transformers' own loop does it, with its logits processors and
+    stopping criteria. The step over one token of each sequence is recorded in a CUDA graph once a
+    call and then replayed, which takes the host microseconds instead of milliseconds; on the CPU it
+    runs as it is. (transformers gives no streamer to loops other than its own.)
+
+    ``past_key_values`` must be a :class:`adakv.Cache` of a model without sliding windows.
+
+    Raises
+    ------
+    ValueError
+        If it is not; for ``num_beams`` above 1; for scores or attentions as outputs.
+    """
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be an adakv.Cache, got {type(cache).__name__}")
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams must be 1, got {generation_config.num_beams}")
+    for name in ("scores", "logits", "attentions", "hidden_states"):
+        if getattr(generation_config, f"output_{name}", False):
+            raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
+    logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
+    chooser = _Logits()
+    pages, seen = cache.decoded_pages()
+    decoder = Decoder(model, pages, chooser, 1)
+    decoder.take_over(seen)
+    steps = Steps(decoder)
+    pad = generation_config._pad_token_tensor
+    unfinished = torch.ones_like(input_ids[:, :1])
+    num_steps = 0
+    try:
+        while True:
+            scores = logits_processor(input_ids, logits.float())
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                tokens = scores.argmax(-1, keepdim=True)
+            if pad is not None:
+                tokens = torch.where(unfinished > 0, tokens, pad)
+            input_ids = torch.cat([input_ids, tokens], dim=1)
+            unfinished &= ~stopping_criteria(input_ids, None)[:, None]
+            if not unfinished.any():
+                break
+            decoder.slots.tokens.copy_(tokens)
+            decoder.slots.written.zero_()  # the step leaves nothing to its own chance
+            decoder.grow()
+            steps.run(len(tokens))
+            num_steps += 1
+            logits = chooser.kept
+    finally:
+        cache.advance(num_steps)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+    return input_ids
+
+
+def _read(model: PreTrainedModel, input_ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+    """Reads the tokens that are not in the cache yet; the logits of the last, ``[B, V]``."""
+    new = input_ids[:, cache.get_seq_length() :]
+    positions = None
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    output = model(
+        new,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits

@@ -1,0 +1,122 @@
+"""How many pages prompts take in a shared cache, and how many there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from adakv import Error
+from adakv.cache import KVCache
+from adakv.models import hf
+from adakv.models.budget import Budget
+
+_PROBE = 1024  # tokens whose prefill tells what a token takes
+_SHARE = 0.9  # of the memory that a prefill leaves free
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's layers put into a cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Shape:
+        """Found by reading one token. Raises ``ValueError`` for layers that can't share pages."""
+        layers = hf.cache_layers(hf.decoder_of(model))
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            raise ValueError(
+                f"model: {type(model).__name__} has layers with a sliding window, which many "
+                "prompts can't share; run them one by one through adakv.Cache"
+            )
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+        keys = [layer.keys for layer in cache.layers]
+        shapes = {(x.shape[1], x.shape[3], x.dtype, x.device) for x in keys}
+        if len(shapes) > 1:
+            raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
+        return cls(len(keys), *shapes.pop())
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a prompt and the tokens after it take, at most."""
+
+    pages: int  # over all layers
+    row_pages: int  # of the longest row
+
+    @classmethod
+    def of(cls, prompt_len: int, new: int, budget: Budget, shape: Shape, page_size: int) -> Need:
+        """``new`` tokens are written, the last of which is never stored."""
+        heads = shape.num_kv_heads
+        totals = budget.totals(prompt_len, num_kv_heads=heads, num_layers=shape.num_layers)
+        pages = sum(
+            KVCache.pages_for(total, new - 1, num_kv_heads=heads, page_size=page_size)
+            for total in totals
+        )
+        return cls(pages, -(-(min(prompt_len, max(totals)) + new) // page_size))
+
+
+def cache_for(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    needs: Sequence[Need],
+    shape: Shape,
+    *,
+    max_batch: int,
+    cache_bytes: int | None,
+    page_size: int,
+) -> KVCache:
+    """A cache for ``max_batch`` of the prompts at a time, or for as many as there is memory for.
+
+    Raises ``adakv.Error`` if one of them can never fit.
+    """
+    slots = min(max_batch, len(needs))
+    pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots])
+    page_bytes = page_size * (2 * shape.head_dim * shape.dtype.itemsize + 4)
+    if cache_bytes is None and shape.device.type == "cuda":
+        cache_bytes = _free_bytes(model, max(prompts, key=len))
+    if cache_bytes is not None:
+        pages = min(pages, cache_bytes // page_bytes)
+    for index, need in enumerate(needs):
+        if need.pages > pages:
+            raise Error(
+                f"prompts[{index}] can never fit: it needs {need.pages} pages of {page_bytes} "
+                f"bytes, and the cache has {pages}"
+            )
+    return KVCache(
+        num_layers=shape.num_layers,
+        num_sequences=slots,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_pages=pages,
+        max_row_pages=max(need.row_pages for need in needs),
+        page_size=page_size,
+        dtype=shape.dtype,
+        device=shape.device,
+    )
+
+
+def _free_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
+    """CUDA memory that is left for pages while a prompt is read, from reading its beginning."""
+    device = model.device
+    ids = prompt[None, :_PROBE].to(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.no_grad():
+        model(ids, use_cache=False, logits_to_keep=1)
+    prefill = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(_SHARE * max(free - prefill * len(prompt) // ids.shape[1], 0))

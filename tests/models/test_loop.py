@@ -1,0 +1,91 @@
+"""generate(custom_generate=adakv.cuda_graph_sample): transformers' own loop, step for step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+import adakv
+from models.families import LLAMA, VOCAB, Family
+
+pytestmark = pytest.mark.model
+
+LOOP = {"custom_generate": adakv.cuda_graph_sample}
+
+
+def inputs() -> dict[str, Tensor]:
+    """Three prompts, two of them with padding on the left."""
+    ids = torch.randint(3, VOCAB, (3, 80))
+    mask = (torch.arange(80) >= torch.tensor([0, 13, 40])[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False, "eos_token_id": None},
+        {"do_sample": False, "eos_token_id": list(range(3, 40))},
+        {"do_sample": False, "repetition_penalty": 1.5},
+        {"do_sample": True, "temperature": 1.3, "top_p": 0.9},
+        {"do_sample": True, "return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_equals_transformers_own_loop(options: dict[str, Any], chunked: bool) -> None:
+    model, given, texts, held = LLAMA.model(), inputs(), [], []
+    with adakv.attach(model):
+        for loop in ({}, LOOP):
+            set_seed(5)
+            cache = adakv.Cache(model, budget=40, chunked_prefill=chunked)
+            out = model.generate(
+                **given, past_key_values=cache, max_new_tokens=20, **options, **loop
+            )
+            texts.append(out if isinstance(out, Tensor) else out.sequences)
+            held.append((cache.stats()["seen"], cache.stats()["lengths"].tolist(), cache.kept(1)))
+    assert torch.equal(*texts)
+    assert str(held[0]) == str(held[1])
+
+
+def test_a_second_turn_goes_on_where_the_first_ended() -> None:
+    model, texts = LLAMA.model(), []
+    ids, more = torch.randint(3, VOCAB, (1, 80)), torch.randint(3, VOCAB, (1, 7))
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 9}
+    with adakv.attach(model):
+        for loops in (({}, {}), (LOOP, LOOP), ({}, LOOP), (LOOP, {})):
+            cache = adakv.Cache(model, budget=40)
+            turn = ids
+            for loop, after in zip(loops, (more, more[:, :0]), strict=True):
+                mask = torch.ones_like(turn)  # a token may be the one that pads elsewhere
+                given = {"attention_mask": mask, "past_key_values": cache}
+                turn = torch.cat([model.generate(turn, **given, **options, **loop), after], 1)
+            texts.append(turn)
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"past_key_values": None}, "past_key_values must be an adakv.Cache, got DynamicCache"),
+        ({"num_beams": 2}, "num_beams must be 1, got 2"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores must be False"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
+    model, ids = LLAMA.model(), torch.randint(3, VOCAB, (1, 60))
+    with adakv.attach(model):
+        given = {"past_key_values": adakv.Cache(model, budget=40), **options}
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, max_new_tokens=4, **given, **LOOP)
+
+
+def test_sliding_windows_are_refused() -> None:
+    model, ids = Family("Mistral", {"sliding_window": 12}).model(), torch.ones(1, 40).long()
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        with pytest.raises(ValueError, match="sliding window"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=4, **LOOP)
