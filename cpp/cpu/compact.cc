@@ -25,12 +25,14 @@ std::vector<int32_t> deal_pages(const CompactArgs& args) {
   std::vector<int32_t> first_page;
   for (int64_t b = 0; b < batch; ++b) {
     int32_t next = page_indptr[b];
-    ADAKV_CHECK(next >= 0 && page_indptr[b + 1] <= args.page_ids.shape[0],
-                "compact: page_indptr must lie in 0 .. ", args.page_ids.shape[0]);
+    ADAKV_CHECK(
+        next >= 0 && next <= page_indptr[b + 1] && page_indptr[b + 1] <= args.page_ids.shape[0],
+        "compact: page_indptr must lie in 0 .. ", args.page_ids.shape[0], " and ascend");
     for (int64_t r = b * heads; r < (b + 1) * heads; ++r) {
+      ADAKV_CHECK(
+          indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= args.positions.shape[0],
+          "compact: indptr must ascend from 0 to at most ", args.positions.shape[0]);
       const int32_t kept = indptr[r + 1] - indptr[r];
-      ADAKV_CHECK(indptr[r] >= 0 && kept >= 0 && indptr[r + 1] <= args.positions.shape[0],
-                  "compact: indptr must ascend from 0 to at most ", args.positions.shape[0]);
       const int32_t pages = schedule::ceil_div(kept, page_size);
       ADAKV_CHECK(pages <= args.layer.block_table.shape[2], "compact: a row keeps ", kept,
                   " entries, which needs ", pages, " pages; the block table has room for ",

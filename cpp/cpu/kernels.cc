@@ -1,8 +1,11 @@
 #include "cpu/kernels.h"
 
-#if defined(ADAKV_X86_64) && defined(__linux__)
+#if defined(ADAKV_X86_64)
+#include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace adakv {
@@ -26,13 +29,24 @@ extern const Kernels kKernels;
 namespace {
 
 #if defined(ADAKV_X86_64)
+// Two features that __builtin_cpu_supports of Clang doesn't know.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_amx() {
+  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBFloat16);
+}
+
 /// Whether the machine has AMX and the system lets this process use it.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_amx() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -45,8 +59,7 @@ const Kernels& choose_kernels() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return may_use_amx() ? x86_64_amx::kKernels : x86_64_v4::kKernels;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return x86_64_v3::kKernels;
   }
 #endif

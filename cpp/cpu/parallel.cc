@@ -11,10 +11,12 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,13 +56,16 @@ class ThreadPool {
  public:
   void run(Work& work, int num_threads) {
     const std::lock_guard<std::mutex> turn(turn_);
-    while (static_cast<int>(threads_.size()) < num_threads - 1) {
-      threads_.emplace_back([this, id = static_cast<int>(threads_.size())] { serve(id); });
+    try {
+      while (static_cast<int>(threads_.size()) < num_threads - 1) {
+        threads_.emplace_back([this, id = static_cast<int>(threads_.size())] { serve(id); });
+      }
+    } catch (const std::system_error&) {  // the system gives no more: those there are do the work
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
-      num_helpers_ = num_threads - 1;
+      num_helpers_ = std::min(num_threads - 1, static_cast<int>(threads_.size()));
       num_running_ = num_helpers_;
       ++generation_;
     }

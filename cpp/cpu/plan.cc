@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "adakv/error.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/parallel.h"
 #include "ops/schedule.h"
@@ -82,6 +83,15 @@ struct LayerPlan {
                         : row_of(args.fresh_pages, row)[index - used];
   }
 
+  // Throws unless the block table has room for what rows hold.
+  void check_rows() const {
+    const int64_t most = args.block_table.shape[3] * args.page_size;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      ADAKV_CHECK(length_before(r) >= 0 && length_before(r) <= most,
+                  "plan: lengths must lie in 0 .. M * P = ", most, ", got ", length_before(r));
+    }
+  }
+
   void write_rows() {
     int32_t begin = 0;
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -135,7 +145,9 @@ struct LayerPlan {
 }  // namespace
 
 void CpuBackend::plan(const PlanArgs& args) {
-  parallel_for(args.lengths.shape[0], [&](int64_t layer) {
+  const int64_t num_layers = args.lengths.shape[0];
+  for (int64_t layer = 0; layer < num_layers; ++layer) LayerPlan{args, layer}.check_rows();
+  parallel_for(num_layers, [&](int64_t layer) {
     LayerPlan plan{args, layer};
     plan.write_rows();
     const std::vector<int32_t> borders = find_borders(plan.rows, plan.num_rows, args.num_workers);

@@ -86,20 +86,20 @@ void CpuBackend::select(const SelectArgs& args) {
     return args.seq_lens ? args.seq_lens.ptr<int32_t>()[b]
                          : static_cast<int32_t>(args.scores.shape[2]);
   };
-  int32_t* indptr = args.indptr.ptr<int32_t>();  // [B * Hkv + 1]
+  const auto budget = [&](int64_t r) {
+    const int64_t b = r / heads;
+    const int32_t asked = args.budgets.ptr<int32_t>()[b * args.budgets.stride[0] + r % heads];
+    return std::min(std::max(asked, args.window), seq_len(b));
+  };
   int64_t total = 0;
-  indptr[0] = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* budgets = args.budgets.ptr<int32_t>() + b * args.budgets.stride[0];
-    const int32_t least = std::min(args.window, seq_len(b));
-    for (int64_t h = 0; h < heads; ++h) {
-      total += std::min(std::max(budgets[h], least), seq_len(b));
-      indptr[b * heads + h + 1] = static_cast<int32_t>(total);
-    }
-  }
+  for (int64_t r = 0; r < batch * heads; ++r) total += budget(r);
   ADAKV_CHECK(total <= args.positions.shape[0],
               "select: positions must hold the sum of the budgets, ", total, ", got room for ",
               args.positions.shape[0]);
+
+  int32_t* indptr = args.indptr.ptr<int32_t>();  // [B * Hkv + 1]
+  indptr[0] = 0;
+  for (int64_t r = 0; r < batch * heads; ++r) indptr[r + 1] = indptr[r] + budget(r);
 
   int32_t* positions = args.positions.ptr<int32_t>();  // [K]
   std::fill(positions + total, positions + args.positions.shape[0], -1);

@@ -1,6 +1,8 @@
 #include "ops/check.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <string>
 
 namespace adakv {
@@ -12,6 +14,24 @@ void Checker::device(const char* name, const TensorView& view) {
   }
   require(view.device == device_, name, " must be on ", device_name(device_), " like ",
           first_tensor_, ", got ", device_name(view.device));
+}
+
+// What holds of every tensor: sizes that int32 can count, and memory behind them.
+void Checker::memory(const char* name, const TensorView& view) const {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  require(view.rank <= TensorView::kMaxRank, name, " must have at most ", TensorView::kMaxRank,
+          " dimensions, got ", view.rank);
+  bool is_empty = false;
+  for (int i = 0; i < view.rank; ++i) {
+    require(view.shape[i] >= 0 && view.shape[i] <= kMost, name, ": sizes must lie in 0 .. ", kMost,
+            ", got ", view.shape_string());
+    is_empty = is_empty || view.shape[i] == 0;
+  }
+  const size_t element_bytes = dtype_size(view.dtype);
+  require(is_empty || view.data != nullptr, name, " ", view.shape_string(),
+          " must have memory, got a null pointer");
+  require(is_empty || reinterpret_cast<uintptr_t>(view.data) % element_bytes == 0, name,
+          " must be aligned to its elements of ", element_bytes, " bytes, got ", view.data);
 }
 
 // Takes the next name off a list like "B Hkv T D"; empty at its end.
@@ -28,6 +48,7 @@ static bool is_number(std::string_view dim) {
 }
 
 void Checker::shape(const char* name, const TensorView& view, std::string_view dims) {
+  memory(name, view);
   const int num_known = num_dims_;
   bool fits = true;
   int i = 0;
@@ -72,7 +93,8 @@ void Checker::tensor(const char* name, const TensorView& view, std::string_view 
 
 void Checker::floats(const char* name, const TensorView& view, std::string_view dims) {
   require(static_cast<bool>(view), name, " is missing");
-  require(view.dtype != DType::kInt32, name, " must be float32, float16 or bfloat16, got int32");
+  require(view.dtype < DType::kInt32, name, " must be float32, float16 or bfloat16, got ",
+          dtype_name(view.dtype));
   if (!first_float_) {
     first_float_ = name;
     float_dtype_ = view.dtype;
@@ -87,8 +109,10 @@ void Checker::workspace(const TensorView& view, size_t bytes) {
   if (bytes == 0) return;
   require(static_cast<bool>(view), "workspace is missing: ", bytes, " bytes are needed");
   device("workspace", view);
-  require(view.size() * dtype_size(view.dtype) >= bytes, "workspace must have ", bytes,
-          " bytes, got ", view.size() * dtype_size(view.dtype));
+  require(view.dtype == DType::kInt32 && view.rank == 1 && view.stride[0] == 1 && view.data,
+          "workspace must be a contiguous int32 tensor of one dimension");
+  const int64_t ints = static_cast<int64_t>((bytes + 3) / 4);
+  require(view.shape[0] >= ints, "workspace must have ", ints, " elements, got ", view.shape[0]);
 }
 
 const Checker::Dim* Checker::find(std::string_view name) const {

@@ -47,6 +47,7 @@ class Checker {
   };
 
   const Dim* find(std::string_view name) const;
+  void memory(const char* name, const TensorView& view) const;
   void shape(const char* name, const TensorView& view, std::string_view dims);
   [[noreturn]] void throw_shape(const char* name,
                                 const TensorView& view,

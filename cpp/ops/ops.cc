@@ -58,6 +58,8 @@ void check_layer(Checker& check, const LayerView& layer) {
   check.tensor("lengths", layer.lengths, "B Hkv", DType::kInt32);
   check.tensor("seen", layer.seen, "B", DType::kInt32);
   check.tensor("fresh_pages", layer.fresh_pages, "B Hkv F", DType::kInt32);
+  check.require(check.size("F") >= 1, "fresh_pages must have at least one column, got ",
+                layer.fresh_pages.shape_string());
   const int64_t p = check.size("P"), d = check.size("D");
   check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
                 "page size P must be a power of two from 8 to 256, got ", p);
@@ -177,6 +179,9 @@ Backend& checked(const PlanArgs& args) {
   check.require(
       args.page_size >= 8 && args.page_size <= 256 && (args.page_size & (args.page_size - 1)) == 0,
       "page_size must be a power of two from 8 to 256, got ", args.page_size);
+  const int64_t most = check.size("F") * args.page_size;
+  check.require(args.new_tokens <= most, "at most F * P = ", most,
+                " tokens can be appended in one piece, got new_tokens = ", args.new_tokens);
   check_num_workers(check, args.num_workers);
   check.tensor("schedule", args.schedule, "L X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);

@@ -7,3 +7,6 @@
 #include "adakv/ops.h"
 #include "adakv/page_pool.h"
 #include "adakv/types.h"
+
+/// Head-wise KV cache eviction: eight verbs on tensors, and the memory of a compressed cache.
+namespace adakv {}

@@ -15,6 +15,10 @@
 //  2. In P appends every row starts exactly one new page, wherever it stood before. So each row
 //     has one fresh page in reserve, and all rows of a sequence are given the next one after
 //     every P tokens.
+//
+// Threads: different caches are independent, also on the same Memory of device_memory(). Of one
+// cache, const functions may be called by several threads at once; the others by one thread while
+// no other uses the cache. The tensors of different layers may be worked on at the same time.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +33,9 @@ namespace adakv {
 
 /// Sizes of a cache; all memory follows from them.
 struct CacheConfig {
-  int32_t num_layers = 0;     // with full attention: those that hold compressed entries
-  int32_t num_sequences = 0;  // most sequences at a time
-  int32_t num_kv_heads = 0;
+  int32_t num_layers = 0;          // with full attention: those that hold compressed entries
+  int32_t num_sequences = 0;       // most sequences at a time
+  int32_t num_kv_heads = 0;        // of each layer
   int32_t head_dim = 0;            // a multiple of 8, at most 256
   int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
   int32_t num_pages = 0;           // pages of the pool, over all layers
@@ -60,8 +64,8 @@ struct LayerView {
 
 /// Pages of several sequences: those of sequence i are ids[indptr[i] .. indptr[i + 1]).
 struct PageList {
-  std::vector<int32_t> ids;
-  std::vector<int32_t> indptr;
+  std::vector<int32_t> ids;     // pages, sequence by sequence
+  std::vector<int32_t> indptr;  // [sequences + 1]  where each one's begin
 };
 
 /// Who owns which page, and the tensors of all layers, in one allocation. One thread at a time may
@@ -74,13 +78,13 @@ class KVCache {
   /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config
   /// that makes no sense and Error if the memory can't be had.
   KVCache(const CacheConfig& config, Memory& memory);
+  /// Gives the memory back; tensors of the cache must not be used any more.
   ~KVCache();
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
 
   /// As given.
   const CacheConfig& config() const { return config_; }
-
   /// How many pages are free and used.
   const PagePool& pool() const { return pool_; }
 

@@ -15,6 +15,8 @@
 // size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
 // whole batch, L layers. A row is one (sequence, kv head) pair. The last dimension of every tensor
 // is contiguous; other strides are free.
+//
+// Threads: verbs may run at the same time as long as none writes a tensor that another one uses.
 #pragma once
 
 #include <cstddef>
@@ -26,19 +28,15 @@
 #pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
-/// How several values become one.
+/// How several numbers become one, see ScoreArgs.
 enum class Reduce : uint8_t { kMean, kMax, kSum };
-
-/// Pooling of scores over neighbouring positions: max, average, or none.
+/// How a score takes part in its neighbours', see ScoreArgs.
 enum class Pool : uint8_t { kMax, kAvg, kNone };
-
-/// Whether the q heads of a group are reduced before the pooling or after it.
+/// Whether the q heads of a group are reduced before pooling or after it, see ScoreArgs.
 enum class Order : uint8_t { kGroupFirst, kPoolFirst };
-
-/// How `floor` keeps a head from starving; the formulas are at AllocateArgs.
+/// What a head gets however low its scores are, see AllocateArgs.
 enum class Safeguard : uint8_t { kBlend, kHardFloor, kOfficialRound, kNone };
-
-/// How the size of a value's way into the output is measured; the formulas are at ValueNormArgs.
+/// The size of an entry's part in the layer's output, see ValueNormArgs.
 enum class Norm : uint8_t { kL1, kL2Gram };
 
 /// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469;
@@ -57,15 +55,16 @@ struct ScoreArgs {
   TensorView lse;          // [B, Hq, W] float32  optional: natural log-sum-exp of z, sink included
   float scale = 0.f;       // 0: 1 / sqrt(D)
   float softcap = 0.f;     // 0: none
-  Reduce window_reduce = Reduce::kMean;
-  Reduce group_reduce = Reduce::kMean;
-  Order order = Order::kGroupFirst;  // kPoolFirst: pool each q head, then reduce the group
-  Pool pool = Pool::kMax;
-  int pool_width = 7;    // odd
-  TensorView scores;     // [B, Hkv, T] float32, out; -inf at t >= seq_len - W
-  TensorView workspace;  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  Reduce window_reduce = Reduce::kMean;  // over the queries of the window
+  Reduce group_reduce = Reduce::kMean;   // over the q heads of a group
+  Order order = Order::kGroupFirst;      // kPoolFirst: pool each q head, then reduce the group
+  Pool pool = Pool::kMax;                // over neighbouring positions
+  int pool_width = 7;                    // odd
+  TensorView scores;                     // [B, Hkv, T] float32, out; -inf at t >= seq_len - W
+  TensorView workspace;                  // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;               // where CUDA work is put
 };
+/// Writes args.scores.
 void score(const ScoreArgs& args);
 
 /// How much an entry can move the layer's output (CriticalKV, arXiv 2502.03805).
@@ -73,14 +72,15 @@ void score(const ScoreArgs& args);
 ///             Wo[q] = w_o[:, q*D : (q+1)*D]^T
 ///   kL2Gram:  norms[h,t] = sqrt(v G_h v^T),  G_h = mean over q of Wo[q] Wo[q]^T; far cheaper
 struct ValueNormArgs {
-  TensorView values;    // [B, Hkv, T, D]
-  TensorView w_o;       // [E, Hq * D]   weight of the output projection as torch stores it
-  TensorView seq_lens;  // [B] int32     not given: all T
-  Norm norm = Norm::kL1;
-  TensorView norms;      // [B, Hkv, T] float32, out; -inf at t >= seq_len
-  TensorView workspace;  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  TensorView values;        // [B, Hkv, T, D]
+  TensorView w_o;           // [E, Hq * D]   weight of the output projection as torch stores it
+  TensorView seq_lens;      // [B] int32     not given: all T
+  Norm norm = Norm::kL1;    // which of the two formulas
+  TensorView norms;         // [B, Hkv, T] float32, out; -inf at t >= seq_len
+  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Writes args.norms.
 void value_norm(const ValueNormArgs& args);
 
 /// How many entries each kv head may keep, from one top-k over all heads of the layer (Ada-KV,
@@ -95,16 +95,17 @@ void value_norm(const ValueNormArgs& args);
 /// Equal scores: lower position first, then lower head. NaN counts as -inf and ranks last.
 /// Sequences with n <= b keep everything.
 struct AllocateArgs {
-  TensorView scores;    // [B, Hkv, T] float32
-  TensorView seq_lens;  // [B] int32   not given: all T
-  int budget = 0;       // entries per kv head, window included: window .. any
-  int window = 0;
-  double floor = 0.2;  // 0 .. 1; in double, so that shares round as written
-  Safeguard safeguard = Safeguard::kBlend;
-  TensorView budgets;    // [B, Hkv] int32, out; window included, at most seq_len
-  TensorView workspace;  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  TensorView scores;                        // [B, Hkv, T] float32
+  TensorView seq_lens;                      // [B] int32   not given: all T
+  int budget = 0;                           // entries per kv head, window included: window .. any
+  int window = 0;                           // last positions of the prompt, always kept
+  double floor = 0.2;                       // 0 .. 1; in double, so that shares round as written
+  Safeguard safeguard = Safeguard::kBlend;  // how the floor is kept
+  TensorView budgets;                       // [B, Hkv] int32, out; window included, at most seq_len
+  TensorView workspace;                     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;                  // where CUDA work is put
 };
+/// Writes args.budgets.
 void allocate(const AllocateArgs& args);
 
 /// Which positions each row keeps: the window, and the best candidates by score; ascending within a
@@ -113,18 +114,19 @@ void allocate(const AllocateArgs& args);
 /// * norm. A score of +inf pins an entry in both stages. Equal values: lower position first. NaN
 /// ranks last. Budgets are clamped to what the row has: min(window, seq_len) .. seq_len.
 struct SelectArgs {
-  TensorView scores;    // [B, Hkv, T] float32
-  TensorView budgets;   // [B, Hkv] int32, window included
-  TensorView norms;     // [B, Hkv, T] float32   optional
-  TensorView seq_lens;  // [B] int32   not given: all T
-  int window = 0;
-  double first = 0.5;  // share of a row's candidates taken in stage one; 0 .. 1
-  float eps = 1e-4f;
+  TensorView scores;     // [B, Hkv, T] float32
+  TensorView budgets;    // [B, Hkv] int32, window included
+  TensorView norms;      // [B, Hkv, T] float32   optional
+  TensorView seq_lens;   // [B] int32   not given: all T
+  int window = 0;        // last positions of the prompt, always kept
+  double first = 0.5;    // share of a row's candidates taken in stage one; 0 .. 1
+  float eps = 1e-4f;     // what is added to scores in stage two; 0 or more
   TensorView positions;  // [K] int32, out; K at least the sum of the clamped budgets; -1 behind it
   TensorView indptr;  // [B * Hkv + 1] int32, out: row r keeps positions[indptr[r] .. indptr[r + 1])
-  TensorView workspace;  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Writes args.positions and args.indptr.
 void select(const SelectArgs& args);
 
 /// Moves the kept entries of a prompt into pages. The pages of a sequence (in the order
@@ -141,20 +143,22 @@ struct CompactArgs {
   TensorView page_indptr;  // [B + 1] int32
   LayerView layer;         // of the same B sequences, out: everything in it; seen = seq_lens
   TensorView workspace;    // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Writes args.layer.
 void compact(const CompactArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
 /// padding is never stored).
 struct AppendArgs {
-  TensorView keys;     // [B, Hkv, S, D]  after RoPE
-  TensorView values;   // [B, Hkv, S, D]
-  TensorView num_new;  // [B] int32, 0 .. S; not given: all S
-  LayerView layer;     // in and out: pages, page_positions, block_table, lengths, seen
-  Stream stream = nullptr;
+  TensorView keys;          // [B, Hkv, S, D]  after RoPE
+  TensorView values;        // [B, Hkv, S, D]
+  TensorView num_new;       // [B] int32, 0 .. S; not given: all S
+  LayerView layer;          // in and out: pages, page_positions, block_table, lengths, seen
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Changes args.layer.
 void append(const AppendArgs& args);
 
 /// Shares the pages of all rows out to workers, so that each has the same work although rows differ
@@ -162,16 +166,17 @@ void append(const AppendArgs& args);
 /// made before append and valid for the one step. The format is in cpp/ops/schedule.h; both
 /// backends write the same integers.
 struct PlanArgs {
-  TensorView lengths;      // [L, B, Hkv] int32      before this step's append
-  TensorView block_table;  // [L, B, Hkv, M] int32
-  TensorView fresh_pages;  // [L, B, Hkv, F] int32   pages that this step's append will take
-  TensorView num_new;      // [B] int32; not given: all new_tokens
-  int new_tokens = 1;      // S of this step; 0 if the step's tokens are in lengths already
-  int page_size = 16;
-  TensorView schedule;  // [L, schedule_size(B * Hkv, num_workers)] int32, out
-  int num_workers = 0;  // 1 to 32767, as default_num_workers(device)
-  Stream stream = nullptr;
+  TensorView lengths;       // [L, B, Hkv] int32      before this step's append
+  TensorView block_table;   // [L, B, Hkv, M] int32
+  TensorView fresh_pages;   // [L, B, Hkv, F] int32   pages that this step's append will take
+  TensorView num_new;       // [B] int32; not given: all new_tokens
+  int new_tokens = 1;       // S of this step; 0 if the step's tokens are in lengths already
+  int page_size = 16;       // P
+  TensorView schedule;      // [L, schedule_size(B * Hkv, num_workers)] int32, out
+  int num_workers = 0;      // 1 to 32767, as default_num_workers(device)
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Writes args.schedule.
 void plan(const PlanArgs& args);
 
 /// int32 elements of one layer's schedule.
@@ -189,30 +194,36 @@ int default_num_workers(Device device);
 /// With keys and values given, they are appended first, in the same launch (see append).
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 struct AttendArgs {
-  TensorView queries;      // [B, Hq, S, D]
-  LayerView layer;         // in; in and out if keys are given
-  TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, of this layer
-  TensorView keys;         // [B, Hkv, S, D]  optional: the new tokens' keys
-  TensorView values;       // [B, Hkv, S, D]  optional: the new tokens' values
-  TensorView num_new;      // [B] int32, 0 .. S; not given: all S
-  TensorView sink_logits;  // [Hq] float32    optional
-  float scale = 0.f;       // 0: 1 / sqrt(D)
-  float softcap = 0.f;     // 0: none
-  int num_workers = 0;     // as given to plan
-  TensorView out;          // [B, Hq, S, D], out
-  TensorView lse;          // [B, Hq, S] float32, out, optional: natural log
-  TensorView workspace;    // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;
+  TensorView queries;       // [B, Hq, S, D]
+  LayerView layer;          // in; in and out if keys are given
+  TensorView schedule;      // [schedule_size(B * Hkv, num_workers)] int32, of this layer
+  TensorView keys;          // [B, Hkv, S, D]  optional: the new tokens' keys
+  TensorView values;        // [B, Hkv, S, D]  optional: the new tokens' values
+  TensorView num_new;       // [B] int32, 0 .. S; not given: all S
+  TensorView sink_logits;   // [Hq] float32    optional
+  float scale = 0.f;        // 0: 1 / sqrt(D)
+  float softcap = 0.f;      // 0: none
+  int num_workers = 0;      // as given to plan
+  TensorView out;           // [B, Hq, S, D], out
+  TensorView lse;           // [B, Hq, S] float32, out, optional: natural log
+  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;  // where CUDA work is put
 };
+/// Writes args.out and args.lse; changes args.layer if keys are given.
 void attend(const AttendArgs& args);
 
-/// Bytes of scratch memory that a call needs, from shapes and options only. Checks the arguments,
-/// but for the workspace itself.
+/// Bytes of scratch memory that score needs, from shapes and options only. Checks the arguments, but
+/// for the workspace itself.
 size_t workspace_bytes(const ScoreArgs& args);
+/// The same for value_norm.
 size_t workspace_bytes(const ValueNormArgs& args);
+/// The same for allocate.
 size_t workspace_bytes(const AllocateArgs& args);
+/// The same for select.
 size_t workspace_bytes(const SelectArgs& args);
+/// The same for compact.
 size_t workspace_bytes(const CompactArgs& args);
+/// The same for attend.
 size_t workspace_bytes(const AttendArgs& args);
 
 /// Threads that the CPU backend may use, this call's thread included. Results do not depend on it.

@@ -11,12 +11,14 @@ namespace adakv {
 /// given back are handed out first, then those never used by ascending id: memory is touched late.
 class PagePool {
  public:
-  /// Throws InvalidArgument for a negative number.
+  /// All pages free. Throws InvalidArgument for a negative number.
   explicit PagePool(int32_t num_pages);
 
-  /// All pages, those that are free and those that are taken; the latter two add up to the first.
+  /// Pages, free or taken.
   int32_t num_pages() const { return num_pages_; }
+  /// Pages that can be taken.
   int32_t num_free() const { return num_pages_ - next_ + static_cast<int32_t>(free_.size()); }
+  /// Pages that are taken.
   int32_t num_used() const { return num_pages() - num_free(); }
 
   /// Throws Error, naming both numbers, unless `count` pages are free.

@@ -23,14 +23,17 @@ constexpr size_t dtype_size(DType dtype) {
 /// "float32", "float16", "bfloat16" or "int32".
 const char* dtype_name(DType dtype);
 
+/// What a device is: each has a backend of its own.
 enum class DeviceType : uint8_t { kCpu, kCuda };
 
 /// Where memory lives. The CPU is always index 0.
 struct Device {
-  DeviceType type = DeviceType::kCpu;
-  int32_t index = 0;
+  DeviceType type = DeviceType::kCpu;  // the kind
+  int32_t index = 0;                   // which of them, as CUDA counts
 
+  /// The same device.
   friend bool operator==(Device a, Device b) { return a.type == b.type && a.index == b.index; }
+  /// Another device.
   friend bool operator!=(Device a, Device b) { return !(a == b); }
 };
 
@@ -42,15 +45,16 @@ using Stream = void*;
 
 /// A tensor that somebody else owns.
 struct TensorView {
-  static constexpr int kMaxRank = 4;
+  static constexpr int kMaxRank = 4;  // most dimensions
 
-  void* data = nullptr;
-  int64_t shape[kMaxRank] = {};
+  void* data = nullptr;           // first element; aligned to its size; null only if empty
+  int64_t shape[kMaxRank] = {};   // sizes, each below 2^31
   int64_t stride[kMaxRank] = {};  // in elements
   int32_t rank = -1;              // -1: no tensor was given (for optional arguments)
-  DType dtype = DType::kFloat32;
-  Device device = {};
+  DType dtype = DType::kFloat32;  // of the elements
+  Device device = {};             // where the elements lie
 
+  /// No tensor.
   TensorView() = default;
 
   /// A contiguous tensor.

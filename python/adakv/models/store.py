@@ -366,11 +366,13 @@ class Store:
 
     @property
     def pages_used(self) -> int:
+        """Pages that its sequences own, of all layers."""
         return 0 if self._kv is None else self._kv.pages_used
 
     @property
     def bytes(self) -> int:
         """Of the pages in use."""
+        """Pages that its sequences own, of all layers."""
         return 0 if self._kv is None else self._kv.pages_used * self._kv.page_bytes
 
     @property

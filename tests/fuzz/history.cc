@@ -1,0 +1,404 @@
+// Random histories of a cache: prompts are compacted, tokens appended and attended to, sequences
+// removed and their pages used again, and now and then more is asked for than there is.
+//
+// Beside the cache goes a model of it, a list of (position, number) for every row; each entry's
+// key and value are made of its number. After each step all invariants are checked:
+//   * every page has one owner; free and owned pages add up to the pool; what a sequence owns is
+//     what pages_for says
+//   * lengths, seen and the rows' entries, read through the block table, are the model's
+//   * a row's pages belong to its sequence, and the block table holds -1 behind them
+//   * what fails with an error changes nothing
+#include <adakv/adakv.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "input.h"
+
+namespace adakv::fuzz {
+namespace {
+
+constexpr int kDim = 8;
+
+struct Entry {
+  int32_t position;
+  int number;
+};
+
+/// Element d of the key of an entry; its value is the same plus 1.
+float element(int number, int d) {
+  return static_cast<float>(number % 4093) / 64 + static_cast<float>(d) / 8;
+}
+
+struct SequenceModel {
+  bool is_begun = false;
+  int32_t seen = 0;
+  int64_t appended = 0;
+  std::vector<int64_t> num_kept;         // [L]
+  std::vector<std::vector<Entry>> rows;  // [L * Hkv]
+};
+
+template <typename Args>
+void run(void (*verb)(const Args&), Args& args) {
+  std::vector<int32_t> workspace((workspace_bytes(args) + 3) / 4);
+  args.workspace =
+      TensorView(workspace.data(), {static_cast<int64_t>(workspace.size())}, DType::kInt32);
+  verb(args);
+}
+
+TensorView ints(std::vector<int32_t>& numbers) {
+  return TensorView(numbers.data(), {static_cast<int64_t>(numbers.size())}, DType::kInt32);
+}
+
+CacheConfig config_from(Input& input) {
+  CacheConfig config;
+  config.num_layers = input.range(1, 3);
+  config.num_sequences = input.range(1, 3);
+  config.num_kv_heads = input.range(1, 3);
+  config.head_dim = kDim;
+  config.page_size = 8 << input.range(0, 1);
+  config.num_pages = input.range(1, 300);
+  config.max_row_pages = input.range(1, 40);
+  config.dtype = DType::kFloat32;
+  return config;
+}
+
+class History {
+ public:
+  explicit History(Input& input)
+      : input_(input),
+        config_(config_from(input)),
+        cache_(config_, device_memory({})),
+        model_(config_.num_sequences) {}
+
+  void run_all() {
+    for (int step = 0; step < 60 && !input_.is_over(); ++step) {
+      switch (input_.range(0, 7)) {
+        case 0:
+        case 1:
+          begin();
+          break;
+        case 2:
+          remove();
+          break;
+        case 3:
+          fail();
+          break;
+        default:
+          decode();
+      }
+      check();
+    }
+    for (int32_t b = 0; b < config_.num_sequences; ++b) cache_.remove(b);
+    ADAKV_FUZZ_ASSERT(cache_.pool().num_used() == 0);
+  }
+
+ private:
+  int64_t page_size() const { return config_.page_size; }
+  int num_heads() const { return config_.num_kv_heads; }
+
+  /// Keeps some entries of a prompt for one sequence, in all layers.
+  void begin() {
+    const int b = input_.range(0, config_.num_sequences - 1), length = input_.range(0, 150);
+    SequenceModel fresh;
+    fresh.is_begun = true;
+    fresh.seen = length;
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      std::vector<int32_t> indptr = {0}, positions;
+      int64_t longest = 0;
+      for (int h = 0; h < num_heads(); ++h) {
+        const int stride = input_.range(1, 9), first = input_.range(0, 20);
+        fresh.rows.emplace_back();
+        for (int t = first; t < length; t += stride) {
+          positions.push_back(t);
+          fresh.rows.back().push_back({t, next_number_++});
+        }
+        indptr.push_back(static_cast<int32_t>(positions.size()));
+        longest = std::max<int64_t>(longest, fresh.rows.back().size());
+      }
+      // The host may know only a bound.
+      const int64_t kept = indptr.back() + input_.range(0, 10);
+      fresh.num_kept.push_back(kept);
+      PageList pages;
+      const int32_t free_before = cache_.pool().num_free();
+      try {
+        pages = cache_.begin(layer, b, {kept}, {longest + input_.range(0, 5)});
+      } catch (const Error&) {
+        ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == free_before);
+        cache_.remove(b);  // what earlier layers took
+        model_[b] = {};
+        return;
+      } catch (const InvalidArgument&) {
+        ADAKV_FUZZ_ASSERT(model_[b].is_begun && layer == 0);
+        ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == free_before);
+        return;
+      }
+      fill(layer, b, fresh, length, indptr, positions, pages);
+    }
+    model_[b] = fresh;
+  }
+
+  void fill(int32_t layer,
+            int b,
+            const SequenceModel& fresh,
+            int length,
+            std::vector<int32_t>& indptr,
+            std::vector<int32_t>& positions,
+            PageList& pages) {
+    std::vector<float> keys(num_heads() * length * kDim), values = keys;
+    for (int h = 0; h < num_heads(); ++h) {
+      for (const Entry& entry : fresh.rows[layer * num_heads() + h]) {
+        for (int d = 0; d < kDim; ++d) {
+          const int i = (h * length + entry.position) * kDim + d;
+          keys[i] = element(entry.number, d);
+          values[i] = keys[i] + 1;
+        }
+      }
+    }
+    CompactArgs args;
+    args.keys = TensorView(keys.data(), {1, num_heads(), length, kDim}, DType::kFloat32);
+    args.values = TensorView(values.data(), {1, num_heads(), length, kDim}, DType::kFloat32);
+    args.positions = ints(positions);
+    args.indptr = ints(indptr);
+    args.page_ids = ints(pages.ids);
+    args.page_indptr = ints(pages.indptr);
+    args.layer = rows_of(cache_.layer(layer), b);
+    compact(args);
+  }
+
+  static LayerView rows_of(LayerView layer, int b) {
+    for (TensorView* tensor :
+         {&layer.block_table, &layer.lengths, &layer.seen, &layer.fresh_pages}) {
+      *tensor = tensor->narrow(0, b, 1);
+    }
+    return layer;
+  }
+
+  /// Appends some columns of tokens to all sequences that there are, and attends to them.
+  void decode() {
+    const int columns = input_.one_in(3) ? input_.range(1, 70) : 1;
+    std::vector<int32_t> num_new(config_.num_sequences);
+    for (size_t b = 0; b < model_.size(); ++b) {
+      if (model_[b].is_begun) num_new[b] = input_.one_in(4) ? input_.range(0, columns) : columns;
+    }
+    for (int left = columns; left > 0;) {
+      const int32_t free_before = cache_.pool().num_free();
+      const int64_t needed = cache_.pages_to_grow(num_new);
+      int now;
+      try {
+        now = cache_.grow(num_new, left);
+      } catch (const Error&) {
+        // All the columns fit, or none.
+        ADAKV_FUZZ_ASSERT(left == columns && cache_.pool().num_free() == free_before);
+        return;
+      }
+      ADAKV_FUZZ_ASSERT(needed <= free_before && now >= 1 && now <= left);
+      std::vector<int32_t> counts(num_new.size());
+      for (size_t b = 0; b < num_new.size(); ++b) {
+        counts[b] = std::max(0, now - (left - num_new[b]));
+        num_new[b] -= counts[b];
+      }
+      append_columns(now, counts);
+      left -= now;
+    }
+  }
+
+  void append_columns(int columns, std::vector<int32_t>& counts) {
+    const int64_t batch = config_.num_sequences, heads = num_heads();
+    const int workers = input_.range(1, 5);
+    std::vector<int32_t> schedule(config_.num_layers * schedule_size(batch * heads, workers));
+    PlanArgs plan_args;
+    plan_args.lengths = cache_.all_layers().lengths;
+    plan_args.block_table = cache_.all_layers().block_table;
+    plan_args.fresh_pages = cache_.all_layers().fresh_pages;
+    plan_args.num_new = ints(counts);
+    plan_args.new_tokens = columns;
+    plan_args.page_size = config_.page_size;
+    plan_args.num_workers = workers;
+    plan_args.schedule =
+        TensorView(schedule.data(), {config_.num_layers, schedule_size(batch * heads, workers)},
+                   DType::kInt32);
+    plan(plan_args);
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      std::vector<float> keys(batch * heads * columns * kDim), values = keys, queries = keys,
+                                                               out = keys;
+      for (int64_t row = 0; row < batch * heads; ++row) {
+        SequenceModel& sequence = model_[row / heads];
+        for (int i = 0; i < counts[row / heads]; ++i) {
+          const int64_t at = (row * columns + columns - counts[row / heads] + i) * kDim;
+          for (int d = 0; d < kDim; ++d) {
+            keys[at + d] = element(next_number_, d);
+            values[at + d] = keys[at + d] + 1;
+          }
+          sequence.rows[layer * heads + row % heads].push_back({sequence.seen + i, next_number_++});
+        }
+      }
+      AttendArgs args;
+      const auto entries = [&](std::vector<float>& data) {
+        return TensorView(data.data(), {batch, heads, columns, kDim}, DType::kFloat32);
+      };
+      args.queries = entries(queries);  // zeros: every entry weighs the same
+      args.layer = cache_.layer(layer);
+      args.schedule = plan_args.schedule.select(layer);
+      args.keys = entries(keys);
+      args.values = entries(values);
+      args.num_new = ints(counts);
+      args.num_workers = workers;
+      args.out = entries(out);
+      run(&attend, args);
+      check_means(layer, columns, counts, out);
+    }
+    for (size_t b = 0; b < model_.size(); ++b) {
+      model_[b].seen += counts[b];
+      model_[b].appended += counts[b];
+    }
+  }
+
+  /// With queries of 0 a token gets the mean of the values that it sees.
+  void check_means(int32_t layer,
+                   int columns,
+                   const std::vector<int32_t>& counts,
+                   const std::vector<float>& out) const {
+    for (int64_t row = 0; row < static_cast<int64_t>(model_.size()) * num_heads(); ++row) {
+      const int64_t b = row / num_heads();
+      double sum = 0;
+      for (int s = 0; s < columns; ++s) {
+        const float mean = out[(row * columns + s) * kDim];
+        if (s < columns - counts[b]) {
+          ADAKV_FUZZ_ASSERT(mean == 0);
+          continue;
+        }
+        const auto& entries = model_[b].rows[layer * num_heads() + row % num_heads()];
+        const size_t visible = entries.size() - columns + s + 1;
+        if (s == columns - counts[b]) {
+          for (size_t i = 0; i + 1 < visible; ++i) sum += element(entries[i].number, 0) + 1;
+        }
+        sum += element(entries[visible - 1].number, 0) + 1;
+        ADAKV_FUZZ_ASSERT(std::abs(mean - sum / visible) < 1e-3);
+      }
+    }
+  }
+
+  void remove() {
+    const int b = input_.range(0, config_.num_sequences - 1);
+    cache_.remove(b);
+    model_[b] = {};
+  }
+
+  template <typename Call>
+  void expect_failure(const Call& call) {
+    const int32_t free_before = cache_.pool().num_free();
+    bool has_failed = false;
+    try {
+      call();
+    } catch (const Error&) {
+      has_failed = true;
+    } catch (const InvalidArgument&) {
+      has_failed = true;
+    }
+    ADAKV_FUZZ_ASSERT(has_failed && cache_.pool().num_free() == free_before);
+  }
+
+  /// Asks for what can't be had.
+  void fail() {
+    const auto wild = static_cast<int32_t>(input_.word());
+    const int64_t huge = static_cast<int64_t>(input_.word()) << input_.range(0, 31);
+    const int32_t count = config_.num_sequences;
+    switch (input_.range(0, 7)) {
+      case 0:
+        expect_failure([&] { cache_.begin(wild < 0 ? wild : config_.num_layers, 0, {1}, {1}); });
+        break;
+      case 1:
+        expect_failure([&] { cache_.begin(0, wild < 0 ? wild : count, {1}, {1}); });
+        break;
+      case 2:
+        expect_failure([&] { cache_.begin(0, 0, {huge | int64_t{1} << 40}, {1}); });
+        break;
+      case 3:
+        expect_failure([&] { cache_.begin(0, 0, {1}, {huge | int64_t{1} << 40}); });
+        break;
+      case 4:
+        expect_failure([&] { cache_.grow(std::vector<int32_t>(count + 1), 1); });
+        break;
+      case 5:
+        expect_failure([&] { cache_.grow(std::vector<int32_t>(count, 1 << 30), wild | 1 << 30); });
+        break;
+      case 6:
+        expect_failure([&] { cache_.remove(wild < 0 ? wild : count); });
+        break;
+      default:
+        expect_failure([&] { cache_.grow(std::vector<int32_t>(count, -1), 1); });
+    }
+  }
+
+  void check() const {
+    std::set<int32_t> used;
+    int64_t num_owned = 0;
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      const LayerView view = cache_.layer(layer);
+      for (int32_t b = 0; b < config_.num_sequences; ++b) {
+        const SequenceModel& sequence = model_[b];
+        const int64_t expected =
+            sequence.is_begun ? KVCache::pages_for(sequence.num_kept[layer], sequence.appended,
+                                                   config_.num_kv_heads, config_.page_size)
+                              : 0;
+        ADAKV_FUZZ_ASSERT(cache_.num_pages(layer, b) == expected);
+        ADAKV_FUZZ_ASSERT(view.seen.ptr<int32_t>()[b] == sequence.seen);
+        num_owned += expected;
+        for (int h = 0; h < num_heads(); ++h) check_row(view, layer, b, h, used);
+      }
+    }
+    ADAKV_FUZZ_ASSERT(cache_.pool().num_used() == num_owned);
+    ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == config_.num_pages - num_owned);
+    ADAKV_FUZZ_ASSERT(static_cast<int64_t>(used.size()) <= num_owned);
+  }
+
+  void check_row(
+      const LayerView& view, int32_t layer, int32_t b, int h, std::set<int32_t>& used) const {
+    static const std::vector<Entry> kNone;
+    const std::vector<Entry>& entries =
+        model_[b].is_begun ? model_[b].rows[layer * num_heads() + h] : kNone;
+    const int64_t row = b * num_heads() + h, length = entries.size();
+    ADAKV_FUZZ_ASSERT(view.lengths.ptr<int32_t>()[row] == length);
+    const int32_t* table = view.block_table.ptr<int32_t>() + row * config_.max_row_pages;
+    const int64_t num_pages = (length + page_size() - 1) / page_size();
+    for (int64_t i = 0; i < config_.max_row_pages; ++i) {
+      if (i >= num_pages) {
+        ADAKV_FUZZ_ASSERT(table[i] == -1);
+      } else {
+        ADAKV_FUZZ_ASSERT(table[i] >= 0 && table[i] < config_.num_pages);
+        ADAKV_FUZZ_ASSERT(used.insert(table[i]).second);
+      }
+    }
+    for (int64_t slot = 0; slot < length; ++slot) {
+      const int64_t page = table[slot / page_size()], in_page = slot % page_size();
+      const float* key = view.pages.ptr<float>() + (page * 2 * page_size() + in_page) * kDim;
+      ADAKV_FUZZ_ASSERT(view.page_positions.ptr<int32_t>()[page * page_size() + in_page] ==
+                        entries[slot].position);
+      for (int d = 0; d < kDim; ++d) {
+        ADAKV_FUZZ_ASSERT(key[d] == element(entries[slot].number, d));
+        ADAKV_FUZZ_ASSERT(key[page_size() * kDim + d] == key[d] + 1);
+      }
+    }
+  }
+
+  Input& input_;
+  CacheConfig config_;
+  KVCache cache_;
+  std::vector<SequenceModel> model_;  // [B]
+  int next_number_ = 1;
+};
+
+}  // namespace
+}  // namespace adakv::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  adakv::fuzz::Input input(data, size);
+  adakv::fuzz::History(input).run_all();
+  return 0;
+}
