@@ -212,7 +212,7 @@ inline F32 exp(F32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const F32 scaled = (F32)((I32)p + ((I32)shifted << 23));
+  const F32 scaled = (F32)((U32)p + ((U32)shifted << 23));  // wraps where it is not chosen
   return choose(x != x, x, choose(x < -87.0f, F32{}, scaled));
 }
 
