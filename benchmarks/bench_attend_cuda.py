@@ -1,4 +1,4 @@
-"""attend on a GPU, the new token's append included, against FlashInfer (--peers).
+"""attend on a GPU, the new token's append included, against FlashInfer and torch (--peers).
 
 Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw
 over the heads of a sequence.
@@ -179,10 +179,42 @@ class Peer:
         return statistics.median(times)
 
 
-def peers_of(layers: Layers, wanted: bool) -> dict[str, Peer]:
-    """Those of FlashInfer's kernels that there are for the case."""
-    peers: dict[str, Peer] = {}
-    if not wanted or layers.case.head_dim not in (64, 128, 256):
+class TorchPeer:
+    """One of torch's attentions over all layers of a case, one token shorter."""
+
+    def __init__(self, layers: Layers, kind: str) -> None:
+        sys.path.insert(0, str(Path(__file__).parent / "peers"))
+        from torch_decode import PaddedAttention, VarlenAttention, packed
+
+        case = layers.case
+        self.queries = layers.queries.reshape(len(layers.layers), -1, case.group, case.head_dim)
+        self.decodes: list = []
+        for table, lengths in zip(layers.table, layers.lengths, strict=True):
+            keys, values = packed(table, lengths, layers.pool, case.page_size)
+            self.decodes.append(
+                VarlenAttention(keys, values, lengths, case.group)
+                if kind == "varlen"
+                else PaddedAttention(keys, values, lengths)
+            )
+
+    def run(self, i: int) -> Tensor:
+        i %= len(self.decodes)
+        return self.decodes[i].run(self.queries[i])
+
+
+def peers_of(layers: Layers, wanted: bool) -> dict[str, Peer | TorchPeer]:
+    """Those that there are for the case."""
+    peers: dict[str, Peer | TorchPeer] = {}
+    if not wanted:
+        return peers
+    for kind in ("varlen", "sdpa"):
+        try:
+            peers[f"torch_{kind}"] = peer = TorchPeer(layers, kind)
+            peer.run(0)
+        except Exception as error:
+            peers.pop(f"torch_{kind}", None)
+            sys.stderr.write(f"{layers.case}: no {kind} of torch: {error}\n")
+    if layers.case.head_dim not in (64, 128, 256):
         return peers
     for kernel in ("cuda", "tensor_cores"):
         try:
@@ -214,13 +246,14 @@ def run(case: Case, options: argparse.Namespace) -> None:
     derived["graph_TB_per_s"] = case.num_bytes / timings["adakv_graph"].median_us / 1e6
     for name, peer in peers.items():
         derived[f"{name}_error"] = layers.error(peer.run(0), 0, appended=False)
-        derived[f"{name}_plan_us"] = peer.plan_us()
+        if isinstance(peer, Peer):
+            derived[f"{name}_plan_us"] = peer.plan_us()
     harness.report("attend", vars(case), timings, derived, options.save)
 
 
 def main() -> None:
     options = harness.parser(__doc__)
-    options.add_argument("--peers", action="store_true", help="FlashInfer, too")
+    options.add_argument("--peers", action="store_true", help="FlashInfer and torch, too")
     options.add_argument("--only", default="", help="cases whose name contains this")
     chosen = options.parse_args()
     if chosen.device != "cuda":
