@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +130,26 @@ def test_prompts_wait_for_pages(made: list[KVCache]) -> None:
     tight = options(cache_bytes=38 * page)
     assert adakv.generate_batch(model, ids, options=tight, **settings) == expected
     assert made[1].num_pages == made[1].num_free == 38
+
+
+@pytest.mark.slow
+def test_a_thousand_texts_leave_nothing_behind(made: list[KVCache]) -> None:
+    model, sizes = llama(), []
+    for _ in range(20):
+        given = prompts(tuple(torch.randint(1, 400, (50,)).tolist()))
+        counts = torch.randint(1, 30, (50,)).tolist()
+        adakv.generate_batch(
+            model, given, budget=40, max_new_tokens=counts, options=options(max_batch=16)
+        )
+        assert made.pop().pages_used == 0
+        sizes.append(resident_bytes())
+    assert max(sizes[5:]) < 1.1 * sizes[4]
+
+
+def resident_bytes() -> int:
+    """Of this process, by Linux's /proc."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_text_ends_at_its_stop_token() -> None:
