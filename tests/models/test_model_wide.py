@@ -23,7 +23,7 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
-from models.families import FAMILIES, LLAMA, VOCAB, Family
+from models.families import FAMILIES, LLAMA, V4, VOCAB, Family
 from models.test_hf import GREEDY, captured, prompts
 from policy.helpers import kept_rows
 
@@ -130,8 +130,8 @@ def test_chunked_prefill_keeps_what_one_prefill_keeps(policy: Any, padding: Any)
         whole = adakv.Cache(model, policy, budget=48)
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=whole)
         chunked = adakv.Cache(model, policy, budget=48, chunked_prefill=True)
-        for begin in range(0, 120, 40):
-            part = slice(begin, begin + 40)
+        # generate of 4.57 leaves a prompt's last token to a forward of its own.
+        for part in itertools.starmap(slice, itertools.pairwise([0, 40, 80, *[119] * V4, 120])):
             model(
                 ids[:, part],
                 attention_mask=mask[:, : part.stop],
