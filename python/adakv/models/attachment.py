@@ -57,7 +57,7 @@ def attach(model: PreTrainedModel) -> Attachment:
     cache_layers(decoder)
     inner = decoder.config._attn_implementation
     masks = AttentionMaskInterface()
-    if inner.startswith(_PREFIX):
+    if is_attached(decoder):
         raise ValueError("model: it is attached already; detach() it first")
     if inner == "flex_attention" or inner not in masks:
         raise ValueError(
@@ -76,9 +76,9 @@ def attach(model: PreTrainedModel) -> Attachment:
     return Attachment(decoder, inner)
 
 
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether the model runs under :func:`attach` now."""
-    return decoder_of(model).config._attn_implementation.startswith(_PREFIX)
+def is_attached(decoder: PreTrainedModel) -> bool:
+    """Whether a decoder, as :func:`decoder_of` finds it, runs under :func:`attach` now."""
+    return bool(decoder.config._attn_implementation.startswith(_PREFIX))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.models.attachment import attach, is_attached
+from adakv.models.attachment import attach, decoder_of, is_attached
 from adakv.models.budget import Budget
 from adakv.models.decode import Decoder
 from adakv.models.hf import Cache
@@ -234,7 +234,7 @@ class _Batch:
     def run(self) -> Iterator[NewToken]:
         """Until all are done."""
         model = self.decoder.model
-        with nullcontext() if is_attached(model) else attach(model):
+        with nullcontext() if is_attached(decoder_of(model)) else attach(model):
             while self.waiting or self.running:
                 yield from self._admit()
                 yield from self._step()
