@@ -6,7 +6,6 @@ import importlib
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from adakv.eval.gauges import Quality
 from adakv.eval.records import Key, Record, RecordFile
 from small_model import save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLACE = {"dtype": "float32", "device": "cpu"}
 ABOUT = {"model": "small", "tokens": 64}
 TEXT = "It was the best of times, it was the worst of times. Why? Nobody knew, 🙂 not even Ω. "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

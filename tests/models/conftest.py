@@ -1,16 +1,10 @@
-"""Tiny models: one thread, because a parallel region costs more than what it would share out."""
+"""Tiny models: one thread for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def tiny_models(one_thread: None) -> None:
+    """Every test here takes :func:`conftest.one_thread`."""
