@@ -27,6 +27,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.whole_pages import WholePages
 
 __all__ = [
     "Adaptive",
@@ -55,6 +56,7 @@ __all__ = [
     "Selector",
     "TopScore",
     "TwoStage",
+    "WholePages",
     "Uniform",
     "WindowAttention",
     "get",
