@@ -43,6 +43,10 @@ class CompressedManager(FullAttentionManager):
             num_kv_heads=spec.num_kv_heads,
         )
 
+    def boundary(self, request_id: str) -> int | None:
+        """Where the prompt of a running request ended, once a step behind it was planned."""
+        return self._boundaries.get(request_id)
+
     def remove_skipped_blocks(
         self,
         request_id: str,

@@ -1,0 +1,66 @@
+"""Whole engines on the CPU: tokens, totals and blocks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+from vllm_engine import BLOCK, Run, engine, save_llama
+from vllm_reference import Reference
+
+from adakv.vllm.config import Settings
+from adakv.vllm.plan import plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def random_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def check_against_reference(
+    model: str, settings: Settings, prompts: list[list[int]], run: Run
+) -> None:
+    reference = Reference(model, settings)
+    for number, prompt in enumerate(prompts):
+        tokens = run.tokens[number]
+        assert reference.choices(prompt, tokens, run.compressions[number]) == tokens, number
+
+
+def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
+    prompts = random_prompts(0, [40, 131, 300, 700])
+    with engine(model) as plain:
+        assert plain.cache is None
+        expected = plain.run(prompts, 24)
+    with engine(model, Settings(budget=800)) as it:
+        run = it.run(prompts, 24)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert run.tokens == expected.tokens
+    assert not any(c.lengths.any() for cs in run.compressions for c in cs)
+
+
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+def test_engine_writes_what_transformers_writes(model: str, mode: str):
+    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted."""
+    rng = random.Random(1)
+    prompts = random_prompts(2, [rng.randint(20, 500) for _ in range(30)])
+    counts = [rng.randint(3, 60) for _ in prompts]
+    settings = Settings(budget=64, mode=mode)
+    small = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
+    with engine(model, settings, **small) as it:
+        run = it.run(prompts, counts)
+        assert it.num_free == 29
+    assert run.preemptions > 0
+    check_against_reference(model, settings, prompts, run)
+    for compression in (c for cs in run.compressions for c in cs):
+        planned = plan(compression.boundary, budget=64, block_size=BLOCK, num_kv_heads=2)
+        assert compression.lengths.any() == (planned is not None)
+        if planned is not None and mode == "exact":
+            assert (compression.lengths.sum(1) == 2 * 64).all()
