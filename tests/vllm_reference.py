@@ -7,11 +7,11 @@ is compared with what the engine wrote there.
 from __future__ import annotations
 
 import torch
-from vllm_engine import BLOCK, Compression
 from transformers import AutoModelForCausalLM
 
 import adakv
 from adakv.vllm.config import Settings
+from vllm_engine import BLOCK, Compression
 
 
 class Reference:

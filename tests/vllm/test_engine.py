@@ -8,11 +8,10 @@ import pytest
 
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
-from vllm_engine import BLOCK, Run, engine, save_llama
-from vllm_reference import Reference
-
 from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
+from vllm_engine import BLOCK, Run, engine, save_llama
+from vllm_reference import Reference
 
 
 @pytest.fixture(scope="module")

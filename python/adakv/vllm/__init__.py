@@ -14,6 +14,8 @@ Without that entry vLLM runs as it is. docs/vllm.md says how it works and what i
 
 from __future__ import annotations
 
+import functools
+
 
 def register() -> None:
     """Entry point ``vllm.general_plugins``, called in every process of vLLM, maybe repeatedly.
@@ -23,17 +25,31 @@ def register() -> None:
     ImportError
         If vLLM is of a version whose hooks this plugin doesn't know.
     """
-    import vllm
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 
+    import vllm
     from adakv.vllm.config import check_version
 
     check_version(vllm.__version__)
-    # vLLM registers its own specs only while there are none.
-    register_all_kvcache_specs(None)
     from adakv.vllm import spec  # noqa: F401  registers itself
 
+    _watch_layers()
     # On the CPU vLLM knows one backend and takes no other name.
     register_backend(AttentionBackendEnum.CPU_ATTN, "adakv.vllm.backend_cpu.CpuBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "adakv.vllm.backend_cuda.CudaBackend")
+
+
+@functools.cache
+def _watch_layers() -> None:
+    """Has torch tell of every attention layer that a model gets: the one moment at which an engine
+    that asks for what can't be done is heard of, whatever backend it has."""
+    from torch.nn import Module
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    def look(parent: Module, name: str, child: Module | None) -> None:
+        if child is not None and hasattr(child, "attn_backend"):
+            from adakv.vllm import hooks
+
+            hooks.layer_is_made(parent, child)
+
+    register_module_module_registration_hook(look)

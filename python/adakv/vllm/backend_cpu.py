@@ -42,12 +42,12 @@ class CpuBackend(CPUAttentionBackend):
         return False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CpuMetadata(CPUAttentionMetadata):
     """A step of a compressed group; what its layers don't read is as vLLM has it."""
 
-    cache: EngineCache | None = None
-    step: Step | None = None
+    cache: EngineCache
+    step: Step
 
 
 class CpuBuilder(CPUAttentionMetadataBuilder):
@@ -101,10 +101,8 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class CpuAttention(CPUAttentionBackendImpl):
+class CpuAttention(hooks.Compressing, CPUAttentionBackendImpl):
     """A layer of an engine that asks for adakv."""
-
-    index: int | None = None  # in its compressed group
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,7 +116,7 @@ class CpuAttention(CPUAttentionBackendImpl):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """A compressed layer's tokens are appended when it attends."""
-        if self.index is None:
+        if self.index < 0:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(

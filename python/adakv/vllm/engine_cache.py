@@ -1,14 +1,14 @@
 """An engine's paged cache, described to the verbs: the worker's half, without a line of vLLM.
 
-The engine hands out blocks; a block of one layer is here one page for each kv head, ``[N, 2, P,
-D]``: page ``block * Hkv + h``, as :mod:`adakv.ops` has them. A whole request's row h has the pages
-of its blocks in order. A compressed one's row has some pages of the request's first blocks, dealt
-row by row, and from then on, one after the other, the h-th page of each block behind the prompt's::
+The engine hands out blocks. A block of one layer is one page ``[2, P, D]`` for each kv head here:
+page ``block * Hkv + h``. A whole request's row h has the h-th pages of its blocks. In a compressed
+request, row h, which kept n entries, has pages of the first blocks, dealt row by row, and behind
+them the h-th pages of the blocks behind the prompt (see plan.py)::
 
-    row h = [ceil(n / P) pages of blocks 0 .. kept_blocks - 1] ++ [page h of block tail, tail + 1, ...]
+    row h = ceil(n / P) pages of blocks 0 .. kept_blocks - 1, page h of blocks tail, tail + 1, ...
 
-so that new tokens follow the kept ones without a gap, and one ``attend`` reads both. All that has to
-be remembered of a request is its boundary and the lengths ``n`` of its rows. Requests are known by
+so that new tokens follow the kept ones without a gap, and one ``attend`` reads both. What has to be
+remembered of a request is its boundary and the lengths ``n`` of its rows. Requests are known by
 their first block, which they keep to their end.
 
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,

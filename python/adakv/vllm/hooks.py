@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
-from adakv.vllm.ledger import Ledger
+from adakv.vllm.ledger import Ledger, ledger_name
 from adakv.vllm.spec import CompressedSpec
 
 #: Of the engine whose layers were made last: customize_spec() is called without a configuration.
@@ -34,10 +39,10 @@ _parents: weakref.WeakKeyDictionary[AttentionLayer, weakref.ref[torch.nn.Module]
 )
 
 
-def ledger_name(config: VllmConfig, data_parallel_rank: int | None = None) -> str:
-    """Of an engine's ledger; each data parallel rank is an engine."""
-    rank = config.parallel_config.data_parallel_rank
-    return f"{config.instance_id}-{rank if data_parallel_rank is None else data_parallel_rank}"
+class Compressing:
+    """What attention layers of both devices are besides vLLM's own."""
+
+    index = -1  # in its compressed group; -1: vLLM's own
 
 
 def current_settings() -> Settings | None:
@@ -49,14 +54,33 @@ def current_settings() -> Settings | None:
         If it asks for something that can't be done.
     """
     global _engine
-    config = get_current_vllm_config()
-    settings = Settings.of(config.additional_config)
-    _engine = None if settings is None else (config, settings)
-    if settings is not None:
-        check_engine(config)
-        if settings.preset.needs_w_o:
-            _note_parents()
+    config = get_current_vllm_config_or_none()
+    settings = None if config is None else Settings.of(config.additional_config)
+    if config is None or settings is None:
+        _engine = None
+        return None
+    check_engine(config)
+    _engine = config, settings
     return settings
+
+
+def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
+    """A module with an attention backend was put into its parent.
+
+    Raises
+    ------
+    ValueError
+        If it should be compressed, but its backend is not ours.
+    """
+    if not isinstance(layer, AttentionLayerBase) or current_settings() is None:
+        return
+    if isinstance(layer, AttentionLayer):
+        _parents[layer] = weakref.ref(parent)
+        if not isinstance(layer.impl, Compressing):
+            raise ValueError(
+                "adakv needs its own attention backend here: give the engine "
+                f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}'
+            )
 
 
 def customized(spec: Any) -> Any:
@@ -77,7 +101,7 @@ def customized(spec: Any) -> Any:
     return CompressedSpec.of(
         spec,
         budget=settings.budget,
-        ledger=ledger_name(config),
+        ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
         reads_outputs_again=config.use_v2_model_runner,
     )
 
@@ -140,18 +164,6 @@ class _Told(Boundaries):
 def _attention(impl: Any) -> Attention:
     sinks = None if impl.sinks is None else impl.sinks.float()
     return Attention(impl.scale, impl.logits_soft_cap or None, sinks)
-
-
-@functools.cache
-def _note_parents() -> None:
-    """Has torch tell which module each attention layer is put into: its output projection is
-    there, and vLLM has no way to it."""
-
-    def note(parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-        if isinstance(child, AttentionLayer):
-            _parents[child] = weakref.ref(parent)
-
-    torch.nn.modules.module.register_module_module_registration_hook(note)
 
 
 def _output_weight(layer: AttentionLayer) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the scheduler and the workers tell each other: where each request's prompt ended, and counts.
+"""What the scheduler and the workers tell each other: where prompts ended, and counts.
 
 vLLM has no way from one to the other, and each finds the boundary by itself: the scheduler when it
 plans the first step behind a prompt, a worker when it runs it. A wrong pair would corrupt caches
@@ -14,7 +14,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from adakv import Error
 
 
 class Counts(NamedTuple):
-    """What happened since the engine started. Entries are summed over one rank's layers and heads."""
+    """What happened since the engine started; entries are of all layers and heads of one rank."""
 
     requests_compressed: int = 0
     blocks_given_back: int = 0
@@ -98,6 +98,11 @@ class Ledger:
     @property
     def counts(self) -> Counts:
         return Counts(*map(int, self._counts))
+
+
+def ledger_name(config: Any, rank: int) -> str:
+    """Of the engine with that data parallel rank under a ``VllmConfig``."""
+    return f"{config.instance_id}-{rank}"
 
 
 def path_of(name: str) -> Path:

@@ -2,9 +2,9 @@
 have to agree on.
 
 A block is the engine's unit: ``block_size`` tokens of all layers and kv heads; for adakv it is one
-page for each kv head of each layer. A request that has read its prompt of ``boundary`` tokens is cut
-down to ``budget`` entries per kv head on average. They take at most ``kept_blocks`` of its first
-blocks, however they are spread over the heads::
+page for each kv head of each layer. A request that has read its prompt of ``boundary`` tokens is
+cut down to ``budget`` entries per kv head on average. They take at most ``kept_blocks`` of its
+first blocks, however they are spread over the heads::
 
     blocks    0 .. kept_blocks - 1    kept_blocks .. tail - 1    tail ..
     hold      what is kept            nothing: they go back      new tokens
@@ -26,8 +26,8 @@ def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> P
     """The blocks of a request whose first ``boundary`` tokens are compressed.
 
     A row of n entries takes ``ceil(n / block_size)`` pages. Over H rows of ``H * budget`` entries
-    these are at most ``floor(H * (budget + block_size - 1) / block_size)``. Later each row takes its
-    next pages from the blocks behind ``tail``, which come at least as often as it needs them.
+    these are at most ``floor(H * (budget + block_size - 1) / block_size)``. Later each row takes
+    its next pages from the blocks behind ``tail``, which come at least as often as it needs them.
 
     Parameters
     ----------

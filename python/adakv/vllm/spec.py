@@ -12,12 +12,18 @@ import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    register_all_kvcache_specs,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from adakv.vllm.ledger import Ledger, remove_at_exit
 from adakv.vllm.plan import Plan, plan
+
+# vLLM registers its own specs only while there are none: before ours.
+register_all_kvcache_specs(None)
 
 
 class CompressedManager(FullAttentionManager):
@@ -103,9 +109,7 @@ class CompressedManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
 
-@register_kv_cache_spec(
-    manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec
-)
+@register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class CompressedSpec(FullAttentionSpec):
     """The cache of a full-attention layer whose prompts are compressed.
@@ -131,9 +135,7 @@ class CompressedSpec(FullAttentionSpec):
     ) -> CompressedSpec:
         """A layer's own spec, with the plan's numbers."""
         same = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(
-            **same, budget=budget, ledger=ledger, reads_outputs_again=reads_outputs_again
-        )
+        return cls(**same, budget=budget, ledger=ledger, reads_outputs_again=reads_outputs_again)
 
     @property
     def prefix_cacheable(self) -> bool:
