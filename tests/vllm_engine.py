@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,24 @@ def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
     return str(folder)
 
 
+def install_entry_points(folder: Path) -> list[str]:
+    """What has to be on a process's path for vLLM to find the plugin: nothing, if adakv is
+    installed; else ``folder``, with the entry points that it would have then."""
+    if any(e.value == "adakv.vllm:register" for e in entry_points(group="vllm.general_plugins")):
+        return []
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    lines = re.findall(
+        r'^\[project\.entry-points\."(.*)"\]\n(\w+) = "(.*)"$', project.read_text(), re.MULTILINE
+    )
+    info = folder / "adakv-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adakv\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n{name} = {value}\n" for group, name, value in lines)
+    )
+    return [str(folder)]
+
+
 @dataclass(frozen=True)
 class Compression:
     """A request was compressed, or found not worth it."""
@@ -67,6 +87,7 @@ class Run:
     steps: int = 0
     most_running: int = 0
     preemptions: int = 0
+    most_at_once: int = 0  # tokens that a request wrote in one step
     free_blocks: list[int] = field(default_factory=list)  # after each step
 
 
@@ -140,6 +161,8 @@ class Engine:
         run.steps += 1
         run.free_blocks.append(self.num_free)
         run.most_running = max(run.most_running, len(running))
+        gains = [r.num_output_tokens - written.get(r.request_id, 0) for r in running]
+        run.most_at_once = max([run.most_at_once, *gains])
         run.preemptions = max([run.preemptions, *(r.num_preemptions for r in running)])
         if not isinstance(self.manager, adakv.vllm.spec.CompressedManager):
             return

@@ -63,3 +63,44 @@ def test_engine_writes_what_transformers_writes(model: str, mode: str):
         assert compression.lengths.any() == (planned is not None)
         if planned is not None and mode == "exact":
             assert (compression.lengths.sum(1) == 2 * 64).all()
+
+
+def test_engine_weighs_values_by_the_output_projection(model: str):
+    prompts = random_prompts(4, [200, 400])
+    settings = Settings(policy="critical_ada_snapkv", budget=64, mode="exact")
+    with engine(model, settings) as it:
+        run = it.run(prompts, 12)
+    check_against_reference(model, settings, prompts, run)
+
+
+def test_engine_runs_three_times_the_requests_in_the_same_memory(model: str):
+    """Blocks for four whole requests of 1060 tokens: twelve compressed ones run at once."""
+    prompts = random_prompts(5, [1000] * 14)
+    pool = {"num_gpu_blocks_override": 4 * -(-1060 // BLOCK) + 1, "max_model_len": 1100}
+    with engine(model, **pool) as plain:
+        whole = plain.run(prompts, 60)
+    with engine(model, Settings(budget=128), **pool) as it:
+        run = it.run(prompts, 60)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert whole.most_running <= 5
+    assert run.most_running >= 12
+    assert run.steps < whole.steps
+
+
+def test_engine_drafts_without_changing_the_text(model: str):
+    """N-gram drafts: several tokens of a request in one step, some of them taken back.
+
+    The last of these tests: once numba was imported, vLLM can't start an engine in this process.
+    """
+    period = random_prompts(3, [9, 7, 5])
+    prompts = [(p * 60)[:length] for p, length in zip(period, (170, 260, 333), strict=True)]
+    settings = Settings(budget=64)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with engine(model, settings, max_num_batched_tokens=100) as it:
+        expected = it.run(prompts, 40)
+    with engine(model, settings, max_num_batched_tokens=100, speculative_config=drafts) as it:
+        run = it.run(prompts, 40)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert run.tokens == expected.tokens
+    assert run.most_at_once > 1
+    check_against_reference(model, settings, prompts, run)

@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from adakv.vllm import hooks
-from adakv.vllm.engine_cache import Batch, EngineCache, Step
+from adakv.vllm.engine_cache import EngineCache, Step
+from adakv.vllm.metadata import batch_of
 from adakv.vllm.spec import CompressedSpec
 
 
@@ -70,23 +71,7 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, m, fast_build)
         if self.cache is None:
             self.cache = hooks.make_cache(self.kv_cache_spec, self._layers, self.vllm_config)
-        query_start = m.query_start_loc_cpu.tolist()
-        seq_lens = m.seq_lens.tolist()
-        step = self.cache.begin_step(
-            Batch(
-                query_start=query_start,
-                computed=[
-                    length - (end - begin)
-                    for length, begin, end in zip(
-                        seq_lens, query_start[:-1], query_start[1:], strict=True
-                    )
-                ],
-                is_prefilling=m.is_prefilling.tolist(),
-                seq_lens=m.seq_lens,
-                block_table=m.block_table_tensor,
-                max_seq_len=max(seq_lens),
-            )
-        )
+        step = self.cache.begin_step(batch_of(m))
         return CpuMetadata(
             num_actual_tokens=m.num_actual_tokens,
             max_query_len=m.max_query_len,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -156,8 +157,15 @@ class EngineCache:
         self._undecided: set[int] = set()  # first blocks of requests that may read their prompt
         self._windows: list[dict[int, Tensor]] = [{} for _ in pages]  # [up to W, Hq, D]
 
-    def begin_step(self, batch: Batch) -> Step:
+    def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
+
+        Parameters
+        ----------
+        batch : :class:`Batch`
+        buffers : :class:`Group`, optional
+            From :meth:`buffers`: the step is described there, at addresses that a recorded CUDA
+            graph reads. For steps of one token for each request.
 
         Raises
         ------
@@ -165,11 +173,25 @@ class EngineCache:
             If the scheduler expects another boundary than the one found here.
         """
         step = Step()
+        if batch.num_new is not None and any(batch.is_prefilling):
+            raise ValueError("num_new must not be given for a step that reads prompts")
         if self._undecided or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
         for rows, tokens, new_tokens in _equal_runs(batch):
-            step.groups.append(self._group(batch, rows, tokens, new_tokens))
+            group = self._group(batch, rows, tokens, new_tokens)
+            step.groups.append(group if buffers is None else _copied(group, buffers))
         return step
+
+    def buffers(self, num_requests: int, max_seq_len: int) -> Group:
+        """Memory for the tables of a step of up to so many requests of up to so many tokens."""
+        rows = self.num_layers, num_requests, self.num_kv_heads
+        lengths = self._integers(*rows)
+        table = self._integers(*rows, -(-max_seq_len // self.block_size))
+        fresh_pages = self._integers(*rows, 1)
+        schedule = ops.plan(lengths, table, fresh_pages, page_size=self.block_size)
+        seen = self._integers(self.num_layers, num_requests)
+        num_new = self._integers(num_requests)
+        return Group(slice(0), 1, num_new, lengths, table, seen, fresh_pages, schedule)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -358,12 +380,29 @@ class EngineCache:
         return (block * heads + torch.where(is_kept, dealt_before % heads, head)).int()
 
 
+def _copied(group: Group, buffers: Group) -> Group:
+    """A group of one token for each request, in the first parts of the buffers."""
+    num_requests, width = group.block_table.shape[1:4:2]
+    into = Group(
+        group.tokens,
+        group.new_tokens,
+        None if buffers.num_new is None else buffers.num_new[:num_requests],
+        buffers.lengths[:, :num_requests],
+        buffers.block_table[:, :num_requests],
+        buffers.seen[:, :num_requests],
+        buffers.fresh_pages[:, :num_requests],
+        buffers.schedule[:, : group.schedule.shape[1]],
+    )
+    into.block_table[..., :width] = group.block_table
+    for name in ("num_new", "lengths", "seen", "fresh_pages", "schedule"):
+        getattr(into, name).copy_(getattr(group, name))
+    return into
+
+
 def _equal_runs(batch: Batch) -> Iterator[tuple[slice | Tensor, slice | Tensor, int]]:
     """Requests with the same number of new tokens: rows, tokens, and that number."""
     by_count: dict[int, list[int]] = {}
-    for row, (begin, end) in enumerate(
-        zip(batch.query_start[:-1], batch.query_start[1:], strict=True)
-    ):
+    for row, (begin, end) in enumerate(pairwise(batch.query_start)):
         if end > begin:
             by_count.setdefault(end - begin, []).append(row)
     device = batch.block_table.device
