@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
+from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
-from vllm_engine import ENVIRONMENT, install_entry_points, save_llama
+from vllm_engine import ENVIRONMENT, Compression, install_entry_points, save_llama
+from vllm_reference import Reference
 
 
 @pytest.fixture
@@ -97,40 +100,39 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    model, ranks, given = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     llm = LLM(
-        model, tensor_parallel_size=ranks, enforce_eager=True, dtype="float32", block_size=32,
-        max_model_len=1024, skip_tokenizer_init=True, additional_config=given,
-        num_gpu_blocks_override=64,
+        sys.argv[1], tensor_parallel_size=2, enforce_eager=True, dtype="float32", block_size=32,
+        max_model_len=1024, skip_tokenizer_init=True, num_gpu_blocks_override=64,
+        additional_config={"adakv": {"budget": 128}},
     )
-    prompts = [{"prompt_token_ids": [i * n % 256 for i in range(400)]} for n in (7, 11, 13)]
+    prompts = json.loads(sys.argv[2])
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
-    out = llm.generate(prompts, params, use_tqdm=False)
+    out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
 
 
-def write(model: str, ranks: int, given: dict, environment: dict[str, str], folder: Path) -> list:
-    """What an engine of so many ranks writes."""
-    script = folder / "two_ranks.py"
+def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, str]):
+    """Each rank checks its boundaries against the scheduler's plan, for prompts that are compressed
+    and for those that aren't; the latter's text is that of one process."""
+    model = save_llama(tmp_path / "model", num_kv_heads=4)
+    prompts = [
+        [i * n % 256 for i in range(length)] for n, length in ((7, 120), (11, 400), (13, 90))
+    ]
+    script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     done = subprocess.run(
-        [sys.executable, str(script), model, str(ranks), json.dumps(given)],
+        [sys.executable, str(script), model, json.dumps(prompts)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(re.search(r"TOKENS (.*)", done.stdout)[1])
-
-
-def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, str]):
-    """With a budget that keeps all, two ranks write what one does; with a small one they run, each
-    checked against the scheduler's plan."""
-    model = save_llama(tmp_path / "model", num_kv_heads=4)
-    everything, some = ({"adakv": {"budget": budget}} for budget in (500, 64))
-    one = write(model, 1, {}, environment, tmp_path)
-    assert write(model, 2, everything, environment, tmp_path) == one
-    two = write(model, 2, some, environment, tmp_path)
-    assert [len(tokens) for tokens in two] == [16] * 3 and two != one
+    tokens = json.loads(re.search(r"TOKENS (.*)", done.stdout)[1])
+    everything = Reference(model, Settings(budget=500))
+    whole = [
+        everything.choices(prompt, written, [Compression(len(prompt), 1, torch.zeros(3, 4))])
+        for prompt, written in zip(prompts, tokens, strict=True)
+    ]
+    assert [whole[i] == tokens[i] for i in range(3)] == [True, False, True]

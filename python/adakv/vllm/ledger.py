@@ -97,6 +97,7 @@ class Ledger:
 
     @property
     def counts(self) -> Counts:
+        """Since the engine started."""
         return Counts(*map(int, self._counts))
 
 
