@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from adakv.policy import Adaptive, Flat, Policy, WholePages, get
+from adakv.policy import Adaptive, Everything, Flat, Policy, WholePages, get
 
 Mode = Literal["fill", "exact"]
 
@@ -88,15 +88,17 @@ def why_not(policy: Policy) -> str | None:
         return "it reads the prompt twice"
     if policy.is_model_wide:
         return "it shares one budget out among all layers, so how much a layer keeps isn't fixed"
+    if isinstance(policy.allocator.layers, Everything):
+        return "it keeps everything, which vLLM does without it"
     if not isinstance(policy.allocator.layers, Flat):
         return "its layers get different budgets, but a block of the engine spans all layers"
     allocator = policy.allocator
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
     if policy.needs_all_queries:
-        return "it needs the queries of all positions, which the engine doesn't keep"
+        return "it needs all queries of a prompt, more memory than what it gives back"
     if policy.needs_rotate:
-        return "it needs the model's rotary embedding, which the engine doesn't hand out"
+        return "it needs the model's rotary embedding, which vLLM doesn't hand out"
     return None
 
 
