@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import adakv.vllm
 from adakv.vllm.config import Settings
@@ -48,6 +48,29 @@ def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_gemma2(folder: Path) -> str:
+    """Saves a random Gemma2: every other layer has a sliding window, and logits are capped."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        attn_logit_softcapping=5.0,
+        query_pre_attn_scalar=20,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -91,6 +114,13 @@ class Run:
     free_blocks: list[int] = field(default_factory=list)  # after each step
 
 
+def is_compressed(manager: Any) -> bool:
+    """Whether a manager of blocks is ours."""
+    from adakv.vllm.spec import CompressedManager
+
+    return isinstance(manager, CompressedManager)
+
+
 class Engine:
     """An engine whose scheduler and worker can be looked at."""
 
@@ -121,9 +151,9 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        """Of the one group of caches."""
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return manager
+        """Of the compressed caches, or of the only ones."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return next(filter(is_compressed, managers), managers[0])
 
     @property
     def num_free(self) -> int:
@@ -133,7 +163,8 @@ class Engine:
     def cache(self) -> EngineCache | None:
         """The worker's half, once it ran a step."""
         runner = self.core.model_executor.driver_worker.worker.model_runner
-        return getattr(runner.attn_groups[0][0].get_metadata_builder(), "cache", None)
+        builders = [g.get_metadata_builder() for groups in runner.attn_groups for g in groups]
+        return next((b.cache for b in builders if getattr(b, "cache", None)), None)
 
     def run(self, prompts: list[list[int]], new_tokens: int | list[int]) -> Run:
         """Runs requests to their ends, greedily."""
@@ -164,7 +195,7 @@ class Engine:
         gains = [r.num_output_tokens - written.get(r.request_id, 0) for r in running]
         run.most_at_once = max([run.most_at_once, *gains])
         run.preemptions = max([run.preemptions, *(r.num_preemptions for r in running)])
-        if not isinstance(self.manager, adakv.vllm.spec.CompressedManager):
+        if not is_compressed(self.manager):
             return
         for request in running:
             key, turn = request.request_id, (request.request_id, request.num_preemptions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
-from vllm_engine import BLOCK, Run, engine, save_llama
+from vllm_engine import BLOCK, Run, engine, save_gemma2, save_llama
 from vllm_reference import Reference
 
 
@@ -38,7 +39,8 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
     with engine(model) as plain:
         assert plain.cache is None
         expected = plain.run(prompts, 24)
-    with engine(model, Settings(budget=800)) as it:
+    with engine(model, Settings(budget=800), enable_prefix_caching=True) as it:
+        it.run(prompts[:2], 3)
         run = it.run(prompts, 24)
         assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
     assert run.tokens == expected.tokens
@@ -85,6 +87,35 @@ def test_engine_runs_three_times_the_requests_in_the_same_memory(model: str):
     assert whole.most_running <= 5
     assert run.most_running >= 12
     assert run.steps < whole.steps
+
+
+def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path):
+    """Gemma2: the other layers are compressed, with capped logits and a scale of their own."""
+    model = save_gemma2(tmp_path)
+    prompts = random_prompts(6, [60, 200, 333])
+    settings = Settings(budget=64)
+    with engine(model, settings, max_num_batched_tokens=100, enable_prefix_caching=True) as it:
+        it.run(prompts[1:], 20)
+        run = it.run(prompts, 20)
+        assert it.cache.num_layers == 2
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    check_against_reference(model, settings, prompts, run)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"policy": "h2o"}, {}, "needs all queries"),
+        ({}, {"block_size": 96}, "block_size must be a power of two"),
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model"),
+    ],
+)
+def test_engine_refuses_at_start(model: str, given: dict, options: dict, message: str):
+    with (
+        pytest.raises(Exception, match=message),
+        engine(model, None, additional_config={"adakv": given}, **options),
+    ):
+        pass
 
 
 def test_engine_drafts_without_changing_the_text(model: str):
