@@ -216,11 +216,13 @@ def engine(model: str, settings: Settings | None = None, **options: Any) -> Iter
     from vllm.distributed import cleanup_dist_env_and_memory
 
     os.environ.update(ENVIRONMENT)
-    it = Engine(model, settings, **options)
+    it = None
     try:
+        it = Engine(model, settings, **options)
         yield it
     finally:
-        it.core.shutdown()
+        if it is not None:
+            it.core.shutdown()
         del it
         gc.collect()
         cleanup_dist_env_and_memory()

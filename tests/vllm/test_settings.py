@@ -26,7 +26,9 @@ def engine(**changes: Any) -> SimpleNamespace:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
+            use_ubatching=False,
         ),
+        speculative_config=None,
         cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
         model_config=SimpleNamespace(use_mla=False),
         scheduler_config=SimpleNamespace(scheduler_reserve_full_isl=True),
@@ -71,6 +73,8 @@ def test_settings_say_what_is_wrong(given: Any, message: str):
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"parallel_config__use_ubatching": True}, "ubatches"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts must come from n-grams"),
         ({"model_config__use_mla": True}, "MLA"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model, got fp8"),
         ({"cache_config__block_size": 48}, "power of two from 8 to 256, got 48"),
@@ -78,7 +82,7 @@ def test_settings_say_what_is_wrong(given: Any, message: str):
     ],
 )
 def test_engines_that_cannot_be_compressed_are_refused(changes: dict[str, Any], message: str):
-    check_engine(engine())
+    check_engine(engine(speculative_config=SimpleNamespace(method="ngram")))
     with pytest.raises(ValueError, match=message):
         check_engine(engine(**changes))
 

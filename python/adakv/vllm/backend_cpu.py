@@ -18,9 +18,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from adakv.vllm import hooks
-from adakv.vllm.engine_cache import EngineCache, Step
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.spec import CompressedSpec
+from adakv.vllm.steps import Step
 
 
 class CpuBackend(CPUAttentionBackend):
@@ -37,10 +38,6 @@ class CpuBackend(CPUAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         return hooks.customized(super().customize_spec(spec))
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
 
 @dataclass(kw_only=True)

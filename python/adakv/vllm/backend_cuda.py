@@ -23,8 +23,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from adakv.vllm import hooks
-from adakv.vllm.engine_cache import EngineCache, Group, Step
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of, decode_batch_of, is_decode
+from adakv.vllm.steps import Group, Step
 
 
 class CudaBackend(AttentionBackend):

@@ -116,7 +116,7 @@ def check_version(version: str) -> None:
 def check_engine(config: Any) -> None:
     """Raises ``ValueError`` if compressed caches can't work under a ``VllmConfig``."""
     parallel, cache = config.parallel_config, config.cache_config
-    size = cache.block_size
+    size, drafts = cache.block_size, config.speculative_config
     refused = {
         "kv_transfer_config: KV connectors move whole blocks of every request": (
             config.kv_transfer_config is not None
@@ -126,6 +126,10 @@ def check_engine(config: Any) -> None:
             getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
         "pipeline_parallel_size must be 1": parallel.pipeline_parallel_size > 1,
+        "ubatches (enable_dbo) split a step in two": parallel.use_ubatching,
+        "drafts must come from n-grams, not from a model": (
+            drafts is not None and "ngram" not in str(drafts.method)
+        ),
         "the model has latent attention (MLA)": config.model_config.use_mla,
         f"kv_cache_dtype must be that of the model, got {cache.cache_dtype}": (
             cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32")

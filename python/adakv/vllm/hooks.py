@@ -8,6 +8,7 @@ after them; so a builder makes the :class:`EngineCache` at its first step.
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -31,12 +32,23 @@ from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
 from adakv.vllm.spec import CompressedSpec
 
+_logger = logging.getLogger("adakv")
+
 #: Of the engine whose layers were made last: customize_spec() is called without a configuration.
 _engine: tuple[VllmConfig, Settings] | None = None
 
 _parents: weakref.WeakKeyDictionary[AttentionLayer, weakref.ref[torch.nn.Module]] = (
     weakref.WeakKeyDictionary()
 )
+
+#: Weights of output projections that the engine doesn't hold as they are.
+_unpacked: weakref.WeakKeyDictionary[RowParallelLinear, Tensor] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    _logger.warning("adakv: %s", message)
 
 
 class Compressing:
@@ -60,6 +72,8 @@ def current_settings() -> Settings | None:
         _engine = None
         return None
     check_engine(config)
+    if config.cache_config.enable_prefix_caching:
+        _warn("prefix caching finds nothing: compressed blocks can't be shared")
     _engine = config, settings
     return settings
 
@@ -89,6 +103,7 @@ def customized(spec: Any) -> Any:
         type(spec) is FullAttentionSpec
         and spec.sliding_window is None
         and spec.attention_chunk_size is None
+        and not spec.non_causal
     )
     if _engine is None or not is_whole:
         return spec
@@ -183,10 +198,11 @@ def _output_weight(layer: AttentionLayer) -> Tensor:
     return _weight(found[0], width, layer.dtype)
 
 
-@functools.cache
 def _weight(linear: RowParallelLinear, width: int, dtype: torch.dtype) -> Tensor:
     weight = linear.weight
     if weight.shape == (linear.output_size, width) and weight.dtype == dtype:
         return weight.data
-    eye = torch.eye(width, dtype=dtype, device=weight.device)
-    return linear.quant_method.apply(linear, eye).T.contiguous()
+    if linear not in _unpacked:
+        eye = torch.eye(width, dtype=dtype, device=weight.device)
+        _unpacked[linear] = linear.quant_method.apply(linear, eye).T.contiguous()
+    return _unpacked[linear]

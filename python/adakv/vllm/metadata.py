@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from adakv.vllm.engine_cache import Batch
+from adakv.vllm.steps import Batch
 
 
 def batch_of(metadata: Any) -> Batch:

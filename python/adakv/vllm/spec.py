@@ -101,6 +101,20 @@ class CompressedManager(FullAttentionManager):
         )
         return needed
 
+    @classmethod
+    def find_longest_cache_hit(
+        cls, *args: Any, kv_cache_group_ids: list[int], **kwargs: Any
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """Nothing: blocks of a prompt hold something else once it was compressed.
+
+        So the engine reads every prompt whole, even if layers of another kind have it in the prefix
+        cache. (Saying ``prefix_cacheable = False`` would have it skip what those have.)
+        """
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """No block is offered to other requests."""
+
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """The request has finished, or is preempted and will start again."""
         for notes in (self._prompts, self._admitted, self._boundaries):
@@ -136,11 +150,6 @@ class CompressedSpec(FullAttentionSpec):
         """A layer's own spec, with the plan's numbers."""
         same = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
         return cls(**same, budget=budget, ledger=ledger, reads_outputs_again=reads_outputs_again)
-
-    @property
-    def prefix_cacheable(self) -> bool:
-        """Never: after the prompt its blocks hold other entries than their tokens'."""
-        return False
 
     @classmethod
     def merge(cls, specs: list[CompressedSpec]) -> CompressedSpec:
