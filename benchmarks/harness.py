@@ -97,8 +97,8 @@ def report(
     timings: Mapping[str, Timing],
     derived: Mapping[str, float],
     save: str | None,
-) -> None:
-    """Prints one JSON line, and appends it to a file of results."""
+) -> dict[str, Any]:
+    """Prints one JSON line, appends it to a file of results and returns it."""
     record = {
         "bench": bench,
         "command": " ".join(["python", *sys.argv]),
@@ -117,6 +117,7 @@ def report(
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{save}.json").open("a") as file:
             file.write(line + "\n")
+    return record
 
 
 def _output(*command: str) -> str:
