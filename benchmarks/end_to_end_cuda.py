@@ -176,9 +176,10 @@ class Bench:
     # --- prefill ----------------------------------------------------------------------------
 
     def prefill(self, length: int) -> None:
-        """Full and compressed caches in turn; memory above the model's."""
+        """No cache, a full one and compressed ones in turn; memory above the model's."""
         prompt, ratio = self.prompt(length), self.args.ratios[0]
         caches: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
             "full": lambda: DynamicCache(config=self.config),
             **{
                 name: functools.partial(
@@ -196,8 +197,10 @@ class Bench:
                 base = torch.cuda.memory_allocated()
                 begin = time.perf_counter()
                 cache = make()
-                with attached(self.model, name != "full"):
-                    self.model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax()
+                with attached(self.model, name in self.args.policies):
+                    self.model(
+                        prompt, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+                    ).logits.argmax()
                 torch.cuda.synchronize()
                 times[name].append(1e6 * (time.perf_counter() - begin))
                 peak = torch.cuda.max_memory_allocated() - base
@@ -215,6 +218,7 @@ class Bench:
 
     def decoder(self, batch: int, length: int, mean: int) -> Decoder:
         """Sequences of ``length`` tokens, of which each head holds ``mean`` on average."""
+        free_memory()
         config, layers = self.config, self.config.num_hidden_layers
         heads = config.num_key_value_heads
         pages = KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
@@ -350,13 +354,20 @@ class Bench:
             max_new_tokens=new_tokens,
             options=adakv.BatchOptions(max_batch=prompts, eos_token_id=(), compile=compiled),
         )
-        # All prompts are read, then all are decoded together: one token of each at a time.
-        times = [time.perf_counter() for _ in stream][prompts - 1 :: prompts]
-        steps = [1e6 * (b - a) for a, b in itertools.pairwise(times)][2:]
+        # As many prompts are read as there is memory for, then decoded together, one token of each
+        # at a time, until all of them end at once.
+        times, together = [], 0
+        for new in stream:
+            times.append(time.perf_counter())
+            if new.result is not None and not together:
+                together = (len(times) - 1) // (new_tokens - 1)
+        waves = times[together - 1 : together * new_tokens : together]
+        steps = [1e6 * (b - a) for a, b in itertools.pairwise(waves)][2:]
         self.report(
             "throughput",
             {
                 "prompts": prompts,
+                "together": together,
                 "tokens": length,
                 "ratio": ratio,
                 "new_tokens": new_tokens,
@@ -364,8 +375,8 @@ class Bench:
             },
             {"step": steps, "all": [1e6 * (times[-1] - begin)] * 2},
             tokens_per_s=prompts * new_tokens / (times[-1] - begin),
-            decode_tokens_per_s=prompts / statistics.median(steps) * 1e6,
-            prefill_s=times[0] - begin,
+            decode_tokens_per_s=together / statistics.median(steps) * 1e6,
+            prefill_s=waves[0] - begin,
         )
 
 
