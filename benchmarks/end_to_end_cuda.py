@@ -428,8 +428,10 @@ def main(args: argparse.Namespace) -> None:
     if "step" in args.parts:
         for length in args.lengths:
             for mean in [*(int(ratio * length) for ratio in args.ratios), *args.entries]:
-                for batch in args.batches:
-                    bench.step(batch or bench.largest(mean), length, mean)
+                most = bench.largest(mean)
+                for batch in sorted({batch or most for batch in args.batches}):
+                    if batch <= most:
+                        bench.step(batch, length, mean)
     if "full" in args.parts:
         for length in args.lengths:
             most = bench.largest_full(length)

@@ -53,8 +53,8 @@ def measure(
 
 
 def timing(samples_us: list[float]) -> Timing:
-    """Median and quartiles of at least two samples."""
-    low, median, high = statistics.quantiles(samples_us, n=4)
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(samples_us * (1 + (len(samples_us) == 1)), n=4)
     return Timing(round(median, 2), round(low, 2), round(high, 2), len(samples_us))
 
 
