@@ -85,7 +85,7 @@ def calls() -> None:
         (
             "attend",
             lambda: ops.attend(one, layer, schedule[0]),
-            lambda: op.attend(one, *layer, schedule[0], None, None, None, None, 0.0, 0.0),
+            lambda: op.attend(one, *layer, schedule[0], None, None, None, None, 0.0, 0.0, False),
         ),
     ]:
         print(f"{verb:12}{microseconds(direct):12.2f}{microseconds(dispatched):15.2f}")
