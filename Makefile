@@ -130,7 +130,7 @@ test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks,
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -W ignore
 
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
-	python -m pytest tests/ops tests/gpu tests/vllm -k "cuda or gpu"
+	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
 lint: build ## ruff, mypy --strict, clang-format; changes nothing
 	ruff check $(PYTHON_DIRS)
