@@ -50,7 +50,8 @@ def options() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, compression: dict[str, Any] | None) -> list[dict[str, float]]:
-    """After each step: seconds since the start, requests running, blocks used, tokens written."""
+    """After each step: seconds since the start (of the clock, and of all threads), requests running,
+    blocks used, tokens written."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm import LLM, SamplingParams
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, compression: dict[str, Any] | None) -> list[di
         prompt = [rng.randrange(1000, 10000) for _ in range(args.prompt)]
         engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
     steps, written, total = [], dict.fromkeys(map(str, range(args.requests)), 0), args.new
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     with tqdm(total=args.requests * total, unit="token", desc=str(compression)) as bar:
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace, compression: dict[str, Any] | None) -> list[di
             steps.append(
                 {
                     "seconds": time.perf_counter() - begin,
+                    "cpu_seconds": time.process_time() - begin_cpu,
                     "running": len(scheduler.running),
                     "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
                     "tokens": sum(written.values()),
@@ -138,6 +140,7 @@ def main() -> None:
             {
                 "variant": name,
                 "model": os.path.basename(args.model.rstrip("/")),
+                "engine_threads": os.environ.get("OMP_NUM_THREADS", "all"),
                 **{k: getattr(args, k) for k in ("requests", "prompt", "new", "fit", "dtype")},
                 "block_size": args.block_size,
                 "policy": args.policy if compression else None,
@@ -145,6 +148,7 @@ def main() -> None:
             {"step": Timing(*(round(q, 2) for q in quartiles), len(steps))},
             {
                 "seconds": times[-1],
+                "cpu_seconds": steps[-1]["cpu_seconds"],
                 "steps": len(steps),
                 "most_running": max(s["running"] for s in steps),
                 "most_blocks": max(s["blocks"] for s in steps),
