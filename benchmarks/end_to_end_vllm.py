@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, compression: dict[str, Any] | None) -> list[dict[str, float]]:
-    """After each step: seconds since the start (of the clock, and of all threads), requests running,
+    """After each step: seconds since the start, of the clock and of all threads; requests running,
     blocks used, tokens written."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
