@@ -52,6 +52,9 @@ ScoreArgs arguments(const AdakvScoreArgs& c) {
   args.order = choice<Order>("order", c.order, ADAKV_POOL_FIRST);
   args.pool = choice<Pool>("pool", c.pool, ADAKV_POOL_NONE);
   args.pool_width = c.pool_width;
+  args.window = c.window;
+  args.stride = c.stride;
+  args.distance = c.distance;
   args.scores = view_of("scores", c.scores);
   args.workspace = workspace_of(c, args.keys.device);
   args.stream = c.stream;
@@ -178,7 +181,10 @@ using adakv::capi::workspace;
 
 AdakvScoreArgs adakv_score_defaults(void) {
   AdakvScoreArgs args = {};
-  args.pool_width = adakv::ScoreArgs().pool_width;
+  const adakv::ScoreArgs defaults;
+  args.pool_width = defaults.pool_width;
+  args.window = defaults.window;
+  args.stride = defaults.stride;
   return args;
 }
 AdakvValueNormArgs adakv_value_norm_defaults(void) {

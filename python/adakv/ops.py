@@ -78,9 +78,12 @@ def score(
     order: Order = "group_first",
     pool: Pool = "max",
     pool_width: int = 7,
+    window: int | None = None,
+    stride: int = 1,
+    distance: int = 0,
 ) -> Tensor:
     """How strongly the last W queries of a prompt attend to each of its entries (SnapKV, arXiv
-    2404.14469, section 4).
+    2404.14469, section 4); with W = T, all of its queries (H2O, arXiv 2306.14048).
 
     ``z[q,w,t] = softcap * tanh(queries[q,w] . keys[q // G, t] * scale / softcap)`` (without softcap
     the bare product), ``p = softmax_t(z)`` over all positions up to the query's own, and
@@ -89,7 +92,8 @@ def score(
     Parameters
     ----------
     queries : ``[B, Hq, W, D]``
-        Queries of the last W positions of each sequence, after RoPE.
+        Queries of each sequence's last W positions, or of every ``stride``-th one, its last one
+        among them; after RoPE. Queries for positions before the first are not looked at.
     keys : ``[B, Hkv, T, D]``
         Prompt keys, after RoPE.
     seq_lens : ``[B]`` int32, optional
@@ -108,11 +112,18 @@ def score(
         Max-pooling ignores what is outside of the candidates; average pooling counts it as zero (as
         torch and kvpress do).
 
+    window : int, optional
+        Last positions, which don't compete. Default: W.
+    stride : int
+        Positions from one query to the next.
+    distance : int
+        Positions that a query must be behind an entry to count for it. A mean is over the queries
+        that count; entries for which none does score 0.
+
     Returns
     -------
     scores : ``[B, Hkv, T]`` float32
-        ``-inf`` where an entry doesn't compete: in the window (the last W positions) and behind
-        ``seq_lens``.
+        ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
     scores: Tensor = verb("score")(
         queries,
@@ -127,6 +138,9 @@ def score(
         order,
         pool,
         pool_width,
+        -1 if window is None else window,
+        stride,
+        distance,
     )
     return scores
 

@@ -30,6 +30,9 @@ def _score(
     order: str,
     pool: str,
     pool_width: int,
+    window: int,
+    stride: int,
+    distance: int,
 ) -> Tensor:
     scores = keys.new_empty(keys.shape[:3], dtype=torch.float32)
     _C.score(
@@ -45,6 +48,9 @@ def _score(
         order,
         pool,
         pool_width,
+        window,
+        stride,
+        distance,
         scores,
     )
     return scores
@@ -153,8 +159,8 @@ _LAYER = (
 _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "score": (
         "(Tensor queries, Tensor keys, Tensor? seq_lens, Tensor? sinks, Tensor? lse, float scale, "
-        "float softcap, str window_reduce, str group_reduce, str order, str pool, int pool_width) "
-        "-> Tensor",
+        "float softcap, str window_reduce, str group_reduce, str order, str pool, int pool_width, "
+        "int window, int stride, int distance) -> Tensor",
         _score,
         lambda queries, keys, *_: keys.new_empty(keys.shape[:3], dtype=torch.float32),
     ),

@@ -126,8 +126,8 @@ CAUSAL = [[1.0, 0, 0, 0], [0.25, 0.75, 0, 0], [0.5, 0.3, 0.2, 0], [0.1, 0.2, 0.3
         (PromptAttention(reduce="max"), [1, 0.75, 0.3, 0.4]),
         (PromptAttention(distance=1), [0.85, 0.5, 0.3, 0]),
         (PromptAttention(reduce="max", distance=2), [0.5, 0.2, 0, 0]),
-        (PromptAttention(stride=2), [1.5, 0.3, 0.2, 0]),
-        (PromptAttention(reduce="mean", stride=2), [0.75, 0.3, 0.2, 0]),
+        (PromptAttention(stride=2), [0.35, 0.95, 0.3, 0.4]),
+        (PromptAttention(reduce="mean", stride=2), [0.175, 0.475, 0.3, 0.4]),
         (PromptAttention(reduce="mean", distance=1), [0.85 / 3, 0.25, 0.3, 0]),
     ],
 )

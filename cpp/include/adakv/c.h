@@ -205,7 +205,10 @@ typedef struct AdakvScoreArgs {
   const AdakvTensor* scores; /* [B, Hkv, T] float32, out */
   void* workspace;           /* on the tensors' device */
   size_t workspace_bytes;
-  void* stream; /* a cudaStream_t; NULL on the CPU */
+  void* stream;     /* a cudaStream_t; NULL on the CPU */
+  int32_t window;   /* -1: W */
+  int32_t stride;   /* 1 */
+  int32_t distance; /* 0 */
 } AdakvScoreArgs;
 
 typedef struct AdakvValueNormArgs {

@@ -1,22 +1,20 @@
-"""Scorers that read the queries of the whole prompt, not of its window alone.
+"""Scorers that read the queries of the whole prompt, or of a repetition of it.
 
-Each costs a pass over the prompt beside the prefill's own attention, in plain torch.
+Each costs a pass over the prompt beside the prefill's own attention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.attention import attention, check_all_queries
+from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
-
-_ROWS = 64  # queries whose attention is held at a time
 
 
 @dataclass(frozen=True)
@@ -50,28 +48,23 @@ class PromptAttention:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         check_all_queries(inputs)
-        batch, heads, length = inputs.keys.shape[:3]
-        group = inputs.queries.shape[1] // heads
-        position = torch.arange(length, device=inputs.keys.device)
-        columns = inputs.keys.new_zeros((batch, heads, group, length), dtype=torch.float32)
-        for first in range(0, length, _ROWS * self.stride):
-            rows = slice(first, min(first + _ROWS * self.stride, length), self.stride)
-            p = attention(inputs, rows, rows.stop)  # [B, Hkv, G, R, rows.stop]
-            if self.distance:
-                near = position[: rows.stop] > position[rows, None] - self.distance
-                p = p.masked_fill(near, 0)
-            part = columns[..., : rows.stop]
-            part.copy_(part.maximum(p.amax(3)) if self.reduce == "max" else part + p.sum(3))
-        if self.reduce == "mean":
-            columns = columns / self._num_queries(inputs)
-        return pin_sinks(_reduce(columns, self.group_reduce), self.sinks)
-
-    def _num_queries(self, inputs: LayerInputs) -> Tensor:
-        """``[B or 1, 1, 1, T]``: queries far enough behind each entry, at least 1."""
-        first = torch.arange(inputs.length, device=inputs.keys.device) + self.distance
-        last = inputs.ends[:, None, None, None] - 1
-        count = last // self.stride - (first + self.stride - 1) // self.stride + 1
-        return count.clamp(min=1)
+        scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
+        for sequences, length in _same_lengths(inputs.prompt_lens):
+            rows = slice((length - 1) % self.stride, length, self.stride)
+            scores[sequences, :, :length] = ops.score(
+                inputs.queries[sequences, :, rows],
+                inputs.keys[sequences, :, :length],
+                sinks=inputs.sinks,
+                scale=inputs.scale,
+                softcap=inputs.softcap,
+                window_reduce=self.reduce,
+                group_reduce=self.group_reduce,
+                pool="none",
+                window=0,
+                stride=self.stride,
+                distance=self.distance,
+            )
+        return pin_sinks(scores, self.sinks)
 
 
 @dataclass(frozen=True)
@@ -178,24 +171,21 @@ class RepeatAttention:
         """``[Hkv, length]`` of one sequence."""
         assert inputs.repeat is not None
         queries, more = inputs.repeat
-        keys = torch.cat([inputs.keys[one, :, :length], more[one]], 2)
-        both = replace(
-            inputs,
-            queries=queries[one],
-            keys=keys,
-            values=keys,
-            prompt_lens=(keys.shape[2],),
-            seq_lens=None,
+        scores = ops.score(
+            queries[one],
+            torch.cat([inputs.keys[one, :, :length], more[one]], 2),
+            sinks=inputs.sinks,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            window_reduce="max",
+            group_reduce="max",
+            pool="none",
         )
-        scores = keys.new_zeros((keys.shape[1], length), dtype=torch.float32)
-        for first in range(0, queries.shape[2], _ROWS):
-            p = attention(both, slice(first, first + _ROWS))[0, ..., :length]
-            scores = scores.maximum(p.amax((1, 2)))
-        return scores
+        return scores[0, :, :length]
 
 
-def _reduce(x: Tensor, how: ops.Reduce) -> Tensor:
-    """``[B, Hkv, G, T]`` to ``[B, Hkv, T]``."""
-    if how == "max":
-        return x.amax(2)
-    return x.sum(2) if how == "sum" else x.mean(2)
+def _same_lengths(prompt_lens: tuple[int, ...]) -> list[tuple[slice, int]]:
+    """Sequences that can be worked on together, and their length: all of them, or one by one."""
+    if len(set(prompt_lens)) == 1:
+        return [(slice(None), prompt_lens[0])]
+    return [(slice(b, b + 1), length) for b, length in enumerate(prompt_lens) if length > 0]
