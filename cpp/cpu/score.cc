@@ -231,8 +231,8 @@ class Scoring {
   void average(int64_t b, int64_t first_key, int64_t num_keys, float* sums) const {
     for (int64_t i = 0; i < num_keys; ++i) {
       const int64_t before_last = seq_len(b) - 1 - args_.distance - (first_key + i);
-      if (before_last < 0) continue;
-      sums[i] /= static_cast<float>(std::min(window_, before_last / args_.stride + 1));
+      const int64_t count = before_last < 0 ? 0 : std::min(window_, before_last / args_.stride + 1);
+      if (count > 1) sums[i] /= static_cast<float>(count);
     }
   }
 
