@@ -205,7 +205,10 @@ def test_page_of_everything_kept_agrees(folder: str):
     [
         ([], "give at least one of --qa, --text and --needles"),
         (["--text", "no.txt"], "no.txt can't be read: No such file"),
-        (["--text", "{text}", "--policies", "adasnap"], "--policies must name some of streaming"),
+        (
+            ["--text", "{text}", "--policies", "adasnap"],
+            "--policies: policy must be one of",
+        ),
         (["--text", "{text}", "--policies", ","], "got none"),
         (["--text", "{text}", "--shares", "1/0"], "--shares must be numbers like 1/8 or 0.125"),
         (["--text", "{text}", "--shares", "2"], "--shares must be above 0 and at most 1, got 2"),

@@ -6,7 +6,7 @@ Each costs a pass over the prompt beside the prefill's own attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from adakv import ops
 from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+
+NormUse = Literal["none", "floor", "all"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,67 @@ class PromptAttention:
                 distance=self.distance,
             )
         return pin_sinks(scores, self.sinks)
+
+
+@dataclass(frozen=True)
+class ColumnMax:
+    """The most that any query of the prompt ever gave an entry, with a floor like Defensive's
+    (DefensiveKV, arXiv 2510.13334) under what none looked at. A scorer of this library.
+
+    ``C[h, t] = max over the group of h and the queries s >= t + distance of softmax(q_s . k_t *
+    scale)``, of every ``stride``-th query. With N = ``||v Wo||_1`` and means over the candidates of
+    a head::
+
+        S = max(C, mean(C) * N / mean(N))     norms="floor"
+        S = max(C, mean(C)) * N               norms="all"
+        S = C                                 norms="none"
+
+    What the prompt itself needed once, a question about it may need again. The last query that
+    looks at an entry is often its neighbour, which tells nothing: ``distance`` leaves it out.
+    ``"all"`` is for budgets of half of a prompt or for scores that are compared between layers.
+    """
+
+    window: int = 32
+    distance: int = 16
+    stride: int = 1
+    norms: NormUse = "floor"
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_range("sinks", self.sinks, 0)
+        check_choice("norms", self.norms, get_args(NormUse))
+        self._attention()  # which checks the others
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """``w_o`` only if norms are used."""
+        return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        highest = self._attention().score(inputs)
+        if self.norms == "none":
+            return pin_sinks(highest, self.sinks)
+        candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
+        highest = highest.masked_fill(~candidates, 0)
+        norms = inputs.norms().masked_fill(~candidates, 0)
+        floor = _mean(highest, candidates)
+        if self.norms == "all":
+            return pin_sinks(highest.maximum(floor) * norms, self.sinks)
+        return pin_sinks(highest.maximum(floor * norms / _mean(norms, candidates)), self.sinks)
+
+    def _attention(self) -> PromptAttention:
+        return PromptAttention(
+            window=self.window,
+            reduce="max",
+            group_reduce="max",
+            distance=self.distance,
+            stride=self.stride,
+        )
+
+
+def _mean(x: Tensor, candidates: Tensor) -> Tensor:
+    """``[B, Hkv, 1]``: over the candidates; ``x`` is 0 elsewhere."""
+    return x.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True)
