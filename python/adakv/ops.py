@@ -43,6 +43,11 @@ class Kept(NamedTuple):
     positions: Tensor
     indptr: Tensor
 
+    def rows(self, num_rows: int) -> Tensor:
+        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
+        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
+        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
+
 
 class Layer(NamedTuple):
     """The tensors of one layer of a :class:`adakv.cache.KVCache` (or of some of its sequences).

@@ -27,6 +27,7 @@ from adakv.policy.scorers import (
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
+_wide_column_max = ColumnMax(norms="all")
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
 _ffy0_pyramid = Pyramid(rounding="official")
@@ -55,7 +56,7 @@ _PRESETS: dict[str, Policy] = {
     "defensive":                   Policy(Defensive(), Adaptive(), TopScore()),
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
-    "model_column_max":            Policy(ColumnMax(norms="all"), ModelWide(), TopScore()),
+    "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
     "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),

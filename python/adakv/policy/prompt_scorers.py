@@ -88,7 +88,7 @@ class ColumnMax:
     """
 
     window: int = 32
-    distance: int = 16
+    distance: int = 32
     stride: int = 1
     norms: NormUse = "floor"
     sinks: int = 4
