@@ -144,7 +144,7 @@ TEST(Arguments, ScoreNamesWhatIsWrong) {
             "score: pool_width must be odd, 1 to 63, got 4");
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.window = -2; }),
             "score: window must be -1 (that of the queries) or more, got -2");
-  EXPECT_EQ(score_after([](ScoreArgs& args) { args.stride = 0; }).substr(0, 60),
+  EXPECT_EQ(score_after([](ScoreArgs& args) { args.stride = 0; }).substr(0, 61),
             "score: stride must be at least 1, and W * stride at most 2^26");
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.distance = -1; }),
             "score: distance must lie in 0 .. 2^26, got -1");

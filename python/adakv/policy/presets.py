@@ -58,6 +58,7 @@ _PRESETS: dict[str, Policy] = {
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
     "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
     "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
+    "best":                        Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),
