@@ -180,8 +180,14 @@ void rms_norm(const float* x, const float* weight, int64_t rows, int64_t n, floa
 }
 
 void silu_times(float* gate, const float* up, int64_t size) {
+  const int64_t whole = size / kLanes * kLanes;
 #pragma omp parallel for schedule(static) if (size > 1 << 14)
-  for (int64_t i = 0; i < size; ++i) gate[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec g = load(gate + i), e = exp(g < 0.f ? g : -g);
+    const Vec sigmoid = (g < 0.f ? e : Vec{} + 1.f) / (e + 1.f);
+    store(gate + i, g * sigmoid * load(up + i));
+  }
+  for (int64_t i = whole; i < size; ++i) gate[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
 }
 
 void rope(float* x,
