@@ -113,7 +113,7 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
 
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
-	python -m pytest tests/ops tests/gpu -k "cuda or gpu"
+	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
 lint: build ## ruff, mypy --strict, clang-format; changes nothing
 	ruff check $(PYTHON_DIRS)

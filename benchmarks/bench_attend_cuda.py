@@ -113,7 +113,9 @@ class Layers:
     def attend(self, i: int, appends: bool = True) -> Tensor:
         i %= len(self.layers)
         new = {"keys": self.keys[i], "values": self.values[i]} if appends else {}
-        return ops.attend(self.queries[i], self.layers[i], self.schedule[i], **new)[0]
+        return ops.attend(self.queries[i], self.layers[i], self.schedule[i], prefetch=True, **new)[
+            0
+        ]
 
     def entries(self, layer: int, row: int, appended: bool) -> tuple[Tensor, Tensor]:
         """Keys and values that a row holds."""

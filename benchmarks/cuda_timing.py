@@ -13,7 +13,7 @@ import torch
 
 from harness import Timing, timing
 
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 1 << 30
 
 
 def _event() -> torch.cuda.Event:

@@ -11,8 +11,10 @@ step        one decode step of many sequences: eagerly, from a CUDA graph, compi
             over the heads as Ada-KV spreads them. The floor: weights and kept entries, read once,
             at the rate of a large copy in the same run
 full        transformers' own step: dynamic cache, eagerly; static cache, compiled as its generate
-            does, at the largest batch that fits
+            does, at those batches that fit
 throughput  generate_batch: prompts read, decoded together, given back
+
+With --plot the decode steps are drawn, too; plot_end_to_end.py does it from saved results.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import adakv
 import harness
+import plot_end_to_end
 from adakv import ops
 from adakv.cache import KVCache
 from adakv.cli.inputs import DTYPES, load_model
@@ -104,6 +108,13 @@ def wall_times(run: Callable[[], object], rounds: int) -> list[float]:
     return times
 
 
+def first_entries(lengths: Tensor) -> ops.Kept:
+    """The first positions of every row, as many as ``lengths`` ``[rows]`` says."""
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(lengths)
+    return ops.Kept(positions.int().cuda(), ends.int().cuda())
+
+
 def free_memory() -> int:
     """Bytes that are free on the device, when torch has given back what it doesn't use."""
     gc.collect()
@@ -118,6 +129,7 @@ class Bench:
     model: Any
     args: argparse.Namespace
     bandwidth: float
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def config(self) -> Any:
@@ -153,7 +165,9 @@ class Bench:
             **sizes,
         }
         timings = {name: harness.timing(samples) for name, samples in times.items()}
-        harness.report("end_to_end_cuda", sizes, timings, derived, self.args.save)
+        self.records.append(
+            harness.report("end_to_end_cuda", sizes, timings, derived, self.args.save)
+        )
         sys.stdout.flush()
 
     def prompt(self, length: int) -> Tensor:
@@ -162,9 +176,10 @@ class Bench:
     # --- prefill ----------------------------------------------------------------------------
 
     def prefill(self, length: int) -> None:
-        """Full and compressed caches in turn; memory above the model's."""
+        """No cache, a full one and compressed ones in turn; memory above the model's."""
         prompt, ratio = self.prompt(length), self.args.ratios[0]
         caches: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
             "full": lambda: DynamicCache(config=self.config),
             **{
                 name: functools.partial(
@@ -182,8 +197,10 @@ class Bench:
                 base = torch.cuda.memory_allocated()
                 begin = time.perf_counter()
                 cache = make()
-                with attached(self.model, name != "full"):
-                    self.model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax()
+                with attached(self.model, name in self.args.policies):
+                    self.model(
+                        prompt, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+                    ).logits.argmax()
                 torch.cuda.synchronize()
                 times[name].append(1e6 * (time.perf_counter() - begin))
                 peak = torch.cuda.max_memory_allocated() - base
@@ -201,6 +218,7 @@ class Bench:
 
     def decoder(self, batch: int, length: int, mean: int) -> Decoder:
         """Sequences of ``length`` tokens, of which each head holds ``mean`` on average."""
+        free_memory()
         config, layers = self.config, self.config.num_hidden_layers
         heads = config.num_key_value_heads
         pages = KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
@@ -215,22 +233,20 @@ class Bench:
             device="cuda",
         )
         shape = (1, heads, length, self.head_dim)
-        keys, values = (torch.randn(shape, dtype=self.model.dtype, device="cuda") for _ in "kv")
+        keys, values = (
+            torch.randn(shape, dtype=self.model.dtype, device="cuda").expand(batch, -1, -1, -1)
+            for _ in "kv"
+        )
         even = int(FLOOR_SHARE * mean)
         draw = torch.distributions.Dirichlet(torch.full((heads,), SKEW))
         for layer in range(layers):
-            for slot in range(batch):
-                rest = (draw.sample() * (mean - even) * heads).int()
-                lengths = (even + rest).clamp(max=length).tolist()
-                kept = ops.Kept(
-                    torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).cuda(),
-                    torch.tensor([0, *lengths]).cumsum(0).int().cuda(),
-                )
-                totals = [sum(lengths)]
-                ids, indptr = kv.begin(layer, totals, [length], first_sequence=slot)
-                view = kv.layer(layer)
-                view = ops.Layer(*view[:2], *(x[slot : slot + 1] for x in view[2:]))
-                ops.compact(keys, values, kept, view, ids, indptr)
+            rest = (draw.sample((batch,)) * (mean - even) * heads).int()
+            lengths = (even + rest).clamp(max=length)
+            totals = lengths.sum(1).tolist()
+            ids, indptr = kv.begin(layer, totals, [length] * batch)
+            ops.compact(
+                keys, values, first_entries(lengths.flatten()), kv.layer(layer), ids, indptr
+            )
         decoder = Decoder(self.model, kv, Sampling(), NEW_TOKENS)
         logits = torch.randn(self.config.vocab_size, device="cuda")
         for slot in range(batch):
@@ -326,27 +342,41 @@ class Bench:
 
     # --- throughput -------------------------------------------------------------------------
 
-    def throughput(self, prompts: int, length: int, ratio: float, new_tokens: int) -> None:
+    def throughput(
+        self, prompts: int, length: int, ratio: float, new_tokens: int, compiled: bool
+    ) -> None:
         """All of it: prompts in, tokens out."""
         begin = time.perf_counter()
-        written, first = 0, 0.0
-        for _ in adakv.generate_stream(
+        stream = adakv.generate_stream(
             self.model,
             [self.prompt(length)[0] for _ in range(prompts)],
             ratio=ratio,
             max_new_tokens=new_tokens,
-            options=adakv.BatchOptions(max_batch=prompts, eos_token_id=()),
-        ):
-            written += 1
-            if written == 1:
-                first = time.perf_counter() - begin
-        seconds = time.perf_counter() - begin
+            options=adakv.BatchOptions(max_batch=prompts, eos_token_id=(), compile=compiled),
+        )
+        # As many prompts are read as there is memory for, then decoded together, one token of each
+        # at a time, until all of them end at once.
+        times, together = [], 0
+        for new in stream:
+            times.append(time.perf_counter())
+            if new.result is not None and not together:
+                together = (len(times) - 1) // (new_tokens - 1)
+        waves = times[together - 1 : together * new_tokens : together]
+        steps = [1e6 * (b - a) for a, b in itertools.pairwise(waves)][2:]
         self.report(
             "throughput",
-            {"prompts": prompts, "tokens": length, "ratio": ratio, "new_tokens": new_tokens},
-            {"all": [1e6 * seconds] * 2},
-            tokens_per_s=written / seconds,
-            first_token_s=first,
+            {
+                "prompts": prompts,
+                "together": together,
+                "tokens": length,
+                "ratio": ratio,
+                "new_tokens": new_tokens,
+                "compiled": compiled,
+            },
+            {"step": steps, "all": [1e6 * (times[-1] - begin)] * 2},
+            tokens_per_s=prompts * new_tokens / (times[-1] - begin),
+            decode_tokens_per_s=together / statistics.median(steps) * 1e6,
+            prefill_s=waves[0] - begin,
         )
 
 
@@ -372,7 +402,14 @@ def add_options(options: argparse.ArgumentParser) -> None:
     )
     names = ["eager", "graph", "compiled"]
     group.add_argument("--steps", nargs="+", choices=names, default=names)
-    group.add_argument("--prompts", type=int, default=8, help="of the part throughput")
+    group.add_argument(
+        "--entries", nargs="*", type=int, default=[1024], help="more budgets, in entries a head"
+    )
+    group.add_argument(
+        "--prompts", type=int, default=8, help="of the part throughput; 0: the most that fit"
+    )
+    group.add_argument("--new-tokens", type=int, default=64, help="of the part throughput")
+    group.add_argument("--plot", metavar="FILE.png", help="draw the decode steps")
 
 
 @torch.no_grad()
@@ -390,18 +427,26 @@ def main(args: argparse.Namespace) -> None:
             bench.prefill(length)
     if "step" in args.parts:
         for length in args.lengths:
-            for ratio in args.ratios:
-                for batch in args.batches:
-                    mean = int(ratio * length)
-                    bench.step(batch or bench.largest(mean), length, mean)
+            for mean in [*(int(ratio * length) for ratio in args.ratios), *args.entries]:
+                most = bench.largest(mean)
+                for batch in sorted({batch or most for batch in args.batches}):
+                    if batch <= most:
+                        bench.step(batch, length, mean)
     if "full" in args.parts:
         for length in args.lengths:
             most = bench.largest_full(length)
+            for batch in sorted({batch or most for batch in args.batches if batch <= most}):
+                free_memory()
+                bench.full(batch, length, compiled=True)
+                torch.compiler.reset()
             free_memory()
             bench.full(max(most // 2, 1), length, compiled=False)
-            free_memory()
-            bench.full(most, length, compiled=True)
-            torch.compiler.reset()
     if "throughput" in args.parts:
         for length in args.lengths:
-            bench.throughput(args.prompts, length, args.ratios[0], 64)
+            for ratio in args.ratios:
+                prompts = args.prompts or bench.largest(int(ratio * length))
+                bench.throughput(
+                    prompts, length, ratio, args.new_tokens, args.steps == ["compiled"]
+                )
+    if args.plot:
+        plot_end_to_end.draw(bench.records, args.plot)

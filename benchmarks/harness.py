@@ -53,8 +53,8 @@ def measure(
 
 
 def timing(samples_us: list[float]) -> Timing:
-    """Median and quartiles of at least two samples."""
-    low, median, high = statistics.quantiles(samples_us, n=4)
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(samples_us * (1 + (len(samples_us) == 1)), n=4)
     return Timing(round(median, 2), round(low, 2), round(high, 2), len(samples_us))
 
 
@@ -97,8 +97,8 @@ def report(
     timings: Mapping[str, Timing],
     derived: Mapping[str, float],
     save: str | None,
-) -> None:
-    """Prints one JSON line, and appends it to a file of results."""
+) -> dict[str, Any]:
+    """Prints one JSON line, appends it to a file of results and returns it."""
     record = {
         "bench": bench,
         "command": " ".join(["python", *sys.argv]),
@@ -117,6 +117,7 @@ def report(
         RESULTS.mkdir(exist_ok=True)
         with (RESULTS / f"{save}.json").open("a") as file:
             file.write(line + "\n")
+    return record
 
 
 def _output(*command: str) -> str:

@@ -240,6 +240,7 @@ void attend(handle queries,
             float scale,
             float softcap,
             int num_workers,
+            bool prefetch,
             handle out,
             handle lse) {
   AttendArgs args;
@@ -253,6 +254,7 @@ void attend(handle queries,
   args.scale = scale;
   args.softcap = softcap;
   args.num_workers = num_workers;
+  args.prefetch = prefetch;
   args.out = view_of("out", out);
   args.lse = view_of("lse", lse);
   run_with_workspace(&adakv::attend, args, args.queries.device);

@@ -173,6 +173,7 @@ AttendParams attend_params(const AttendArgs& args) {
   p.num_workers = args.num_workers;
   p.max_partials = static_cast<int32_t>(schedule::max_partials(args.num_workers));
   p.num_tokens = static_cast<int32_t>(args.queries.shape[2]);
+  p.prefetches = args.prefetch && cuts_rows(args);
   p.group = Divisor::of(args.queries.shape[1] / p.layer.num_heads);
   p.num_heads = Divisor::of(p.layer.num_heads);
   p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     __syncwarp();
   }
   fetch_params(p);
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
+  // Arguments wait for the kernel before; pages and schedule only if it may have written them.
+  if (!p.prefetches || warp == Config::kWarps) wait_for_previous_kernel();
   if (warp == Config::kWarps) {
 #pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
@@ -105,6 +105,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     range.num_listed = facts.end - facts.begin;
   }
   TilePipeline<Config> pipeline(p, range, shared);
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows);
 
   int32_t row_index = range.row, tile = 0, image = 0;

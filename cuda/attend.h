@@ -28,6 +28,7 @@ struct AttendParams {
   int32_t num_rows, num_workers, max_partials;
   int32_t num_tokens;        // S
   Divisor group, num_heads;  // G, Hkv
+  bool prefetches;           // pages and schedule are read before the previous kernel has ended
   float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }

@@ -151,6 +151,7 @@ AttendArgs arguments(const AdakvAttendArgs& c) {
   args.scale = c.scale;
   args.softcap = c.softcap;
   args.num_workers = c.num_workers;
+  args.prefetch = c.prefetch != 0;
   args.out = view_of("out", c.out);
   args.lse = view_of("lse", c.lse);
   args.workspace = workspace_of(c, args.queries.device);

@@ -338,6 +338,7 @@ def attend(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    prefetch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
@@ -358,6 +359,9 @@ def attend(
         Logits that join each softmax and attend to nothing (gpt-oss).
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
+    prefetch : bool
+        On CUDA: pages and schedule may be read while the kernel before this one still runs. Say so
+        only if that kernel writes neither: not right after ``plan``, ``append`` or ``compact``.
 
     Returns
     -------
@@ -367,6 +371,15 @@ def attend(
         to.
     """
     out, lse = verb("attend")(
-        queries, *layer, schedule, keys, values, num_new, sinks, scale or 0.0, softcap or 0.0
+        queries,
+        *layer,
+        schedule,
+        keys,
+        values,
+        num_new,
+        sinks,
+        scale or 0.0,
+        softcap or 0.0,
+        prefetch,
     )
     return out, lse

@@ -118,12 +118,13 @@ def _attend(
     sinks: Tensor | None,
     scale: float,
     softcap: float,
+    prefetch: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _attend_outputs(queries)
     workers = _num_workers(queries.device)
     _C.attend(
         queries, pages, page_positions, block_table, lengths, seen, fresh_pages, schedule,
-        keys, values, num_new, sinks, scale, softcap, workers, out, lse,
+        keys, values, num_new, sinks, scale, softcap, workers, prefetch, out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -194,7 +195,8 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     ),
     "attend": (
         f"(Tensor queries, {_LAYER.format('')}, Tensor schedule, Tensor? keys, Tensor? values, "
-        "Tensor? num_new, Tensor? sinks, float scale, float softcap) -> (Tensor, Tensor)",
+        "Tensor? num_new, Tensor? sinks, float scale, float softcap, bool prefetch) "
+        "-> (Tensor, Tensor)",
         _attend,
         lambda queries, *_: _attend_outputs(queries),
     ),

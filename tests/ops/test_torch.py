@@ -96,7 +96,7 @@ def operators(device: torch.device) -> dict[str, tuple[Any, ...]]:
         ),
         "append": (*new, *s["layer"], None),
         "plan": (*table, 2, None, 16),
-        "attend": (s["queries"], *s["layer"], schedule, *new, None, None, 0.1, 0.0),
+        "attend": (s["queries"], *s["layer"], schedule, *new, None, None, 0.1, 0.0, False),
     }
 
 

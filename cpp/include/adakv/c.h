@@ -318,6 +318,7 @@ typedef struct AdakvAttendArgs {
   float scale;                    /* 0: 1 / sqrt(D) */
   float softcap;                  /* 0: none */
   int32_t num_workers;            /* as given to adakv_plan() */
+  int32_t prefetch;               /* 0; see ops.h */
   const AdakvTensor* out;         /* [B, Hq, S, D], out */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional */
   void* workspace;                /* scratch memory on the tensors' device */

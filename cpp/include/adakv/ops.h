@@ -204,6 +204,8 @@ struct AttendArgs {
   float scale = 0.f;        // 0: 1 / sqrt(D)
   float softcap = 0.f;      // 0: none
   int num_workers = 0;      // as given to plan
+  bool prefetch = false;    // CUDA: pages and schedule may be read while the kernel before this one
+                            // runs, because it doesn't write them
   TensorView out;           // [B, Hq, S, D], out
   TensorView lse;           // [B, Hq, S] float32, out, optional: natural log
   TensorView workspace;     // [workspace_bytes(args) / 4] int32
