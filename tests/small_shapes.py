@@ -27,6 +27,7 @@ def decode(dtype: torch.dtype, head_dim: int, page_size: int, tokens: int, fused
     else:
         ops.append(keys, values, layer)
         ops.attend(queries, layer, schedule)
+        ops.attend(queries, layer, schedule, prefetch=True)
 
 
 def prefill(dtype: torch.dtype, head_dim: int) -> None:

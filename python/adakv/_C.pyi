@@ -143,6 +143,7 @@ def attend(
     scale: float,
     softcap: float,
     num_workers: int,
+    prefetch: bool,
     out: Tensor,
     lse: Tensor,
     /,

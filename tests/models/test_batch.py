@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import resource
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +143,20 @@ def test_a_thousand_texts_leave_nothing_behind(device: torch.device, made: list[
         adakv.generate_batch(
             model, given, budget=40, max_new_tokens=counts, options=options(max_batch=16)
         )
-        assert made.pop().pages_used == 0
+        cache = made.pop()
+        assert cache.pages_used == 0
+        pages = weakref.ref(cache.all_layers.pages)
+        del cache
+        gc.collect()
+        assert pages() is None
         sizes.append(used_bytes(device))
     assert max(sizes[5:]) < 1.1 * sizes[4]
 
 
 def used_bytes(device: torch.device) -> int:
-    """Of the GPU, or of this process by Linux's /proc."""
+    """Of torch's memory on a GPU, or of this process by Linux's /proc."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+        return torch.cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 

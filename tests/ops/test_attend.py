@@ -174,6 +174,15 @@ def test_attend_gives_the_same_bits_for_any_number_of_threads(case: Case) -> Non
         assert torch.equal(results[0][1], other[1])
 
 
+def test_attend_gives_the_same_bits_when_it_prefetches(device: torch.device) -> None:
+    layer = paged_layer([[40, 700], [9, 300]], device=device)
+    queries, schedule = torch.randn(2, 4, 1, 64, device=device), schedule_of(layer, new_tokens=0)
+    expected = ops.attend(queries, layer, schedule)
+    for out, lse in [ops.attend(queries, layer, schedule, prefetch=True) for _ in range(5)]:
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
 def test_attend_ignores_the_order_of_sequences(device: torch.device) -> None:
     layer = paged_layer([[40, 700], [9, 300]], device=device)
     queries = torch.randn(2, 4, 1, 64, device=device)

@@ -240,7 +240,7 @@ class StepLayer(CacheLayerMixin):
             sinks=None if sinks is None else sinks.float(),
             scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),
-            prefetch=True,  # it was all planned before the first layer
+            prefetch=self._index > 0,  # a compiler may move the plan right before its first use
         )
         return out.transpose(1, 2), None
 
