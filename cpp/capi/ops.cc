@@ -1,4 +1,5 @@
 // The eight verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
+#include <cstring>
 #include <string>
 
 #include "capi/convert.h"
@@ -6,11 +7,15 @@
 namespace adakv::capi {
 namespace {
 
-// An enumeration of C, whose values are those of C++ in the same order; `last` is its highest.
+// An enumeration of C, whose values are those of C++ in the same order; `last` is its highest. C may
+// pass any integer, which C++ must not read as an enumerator before it is checked.
 template <typename Enum, typename CEnum>
-Enum choice(const char* name, CEnum value, CEnum last) {
-  ADAKV_CHECK(static_cast<unsigned>(value) <= static_cast<unsigned>(last), name, " must be 0 to ",
-              static_cast<int>(last), ", got ", static_cast<int>(value));
+Enum choice(const char* name, const CEnum& given, CEnum last) {
+  int value;
+  static_assert(sizeof(value) == sizeof(given));
+  std::memcpy(&value, &given, sizeof(value));
+  ADAKV_CHECK(value >= 0 && value <= static_cast<int>(last), name, " must be 0 to ",
+              static_cast<int>(last), ", got ", value);
   return static_cast<Enum>(value);
 }
 static_assert(static_cast<int>(Reduce::kSum) == ADAKV_SUM);

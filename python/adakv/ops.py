@@ -193,9 +193,9 @@ def allocate(
 
     * blend: ``(1 - floor) * f[h] + floor * b`` by largest remainder; sums to exactly ``Hkv * b``
     * hard_floor: every head takes its own top ``int(floor * b)``, then the layer-wide top-k fills
-    up * official_round: ``round_half_even((1 - floor) * f[h] + int(floor * b))``, as the authors'
-    code;
-      the sum drifts
+      up
+    * official_round: ``round_half_even((1 - floor) * f[h] + int(floor * b))``, as the authors'
+      code; the sum drifts
     * none: ``f[h]``
 
     Equal scores: lower position first, then lower head. NaN counts as ``-inf`` and ranks last.
@@ -211,6 +211,8 @@ def allocate(
         Prompt lengths, 0 to T. Default: all T.
     floor : float, 0 to 1
         Share of the budget that is given evenly (the papers' alpha).
+    safeguard : "blend", "hard_floor", "official_round" or "none"
+        Which of the formulas above.
 
     Returns
     -------
@@ -330,6 +332,8 @@ def plan(
         S of the step; 0 if the step's tokens were appended already.
     num_new : ``[B]`` int32, optional
         As in :func:`append`.
+    page_size : int
+        P, entries of a page.
 
     Returns
     -------
