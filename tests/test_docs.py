@@ -58,10 +58,20 @@ def test_docs_name_every_verb():
         assert hasattr(adakv.ops, verb)
 
 
+#: What can't be imported without something that nothing here installs.
+NEEDS = {
+    "lm_eval": ("eval.lm",),
+    "vllm.v1": tuple(
+        f"vllm.{x}" for x in ("spec", "hooks", "metrics", "backend_cpu", "backend_cuda")
+    ),
+}
+
+
 def modules() -> list[ModuleType]:
     names = [module.name for module in pkgutil.walk_packages(adakv.__path__, "adakv.")]
-    if importlib.util.find_spec("lm_eval") is None:
-        names.remove("adakv.eval.lm")
+    for needed, users in NEEDS.items():
+        if importlib.util.find_spec(needed) is None:
+            names = [name for name in names if name.removeprefix("adakv.") not in users]
     return [adakv, *(importlib.import_module(name) for name in names if "._" not in name)]
 
 

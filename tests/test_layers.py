@@ -1,7 +1,7 @@
 """Nobody looks up: every ``#include`` and ``import`` against the floors of the library.
 
 6  cli, eval, serve        python/adakv/{cli,eval,serve}/
-5  model adapters          python/adakv/models/
+5  adapters                python/adakv/{models,vllm}/
 4  policies                python/adakv/policy/
 3  torch ops, cache face   python/adakv/{ops,torch_ops,cache}.py
 2  bindings: Python, C     bindings/, cpp/capi/
@@ -36,7 +36,7 @@ INCLUDES = {
 }
 FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 
-FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 5}
+FLOORS = {"_C": 2, "ops": 3, "torch_ops": 3, "cache": 3, "policy": 4, "models": 5, "vllm": 5}
 TOP_FLOOR = 6
 ROOT_FLOOR = 4  # `import adakv` loads floors 3 and 4
 ADAPTER = tuple(

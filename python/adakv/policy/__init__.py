@@ -32,6 +32,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.whole_pages import WholePages
 
 __all__ = [
     "Adaptive",
@@ -62,6 +63,7 @@ __all__ = [
     "TopScore",
     "TwoStage",
     "Uniform",
+    "WholePages",
     "WindowAttention",
     "get",
     "names",

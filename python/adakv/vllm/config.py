@@ -1,0 +1,146 @@
+"""What a user asks for in ``additional_config={"adakv": {...}}``, and what can't be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from adakv.policy import Adaptive, Everything, Flat, Policy, WholePages, get
+
+Mode = Literal["fill", "exact"]
+
+#: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
+SUPPORTED_VERSIONS = ((0, 32), (0, 34))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One engine's settings.
+
+    Parameters
+    ----------
+    policy : str
+        One of :func:`adakv.policies` that chooses after one pass over the prompt, layer by layer,
+        the same number of entries in each layer.
+    budget : int
+        Mean entries to keep per kv head of each prompt, the policy's window included.
+    mode : "fill" or "exact"
+        Whether each head also keeps what its last page has room for, or exactly its budget.
+
+    Raises
+    ------
+    ValueError
+        Names the setting, what is expected and what came.
+    """
+
+    policy: str = "ada_snapkv"
+    budget: int = 1024
+    mode: Mode = "fill"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"adakv: mode must be one of {get_args(Mode)}, got {self.mode!r}")
+        if not isinstance(self.budget, int) or isinstance(self.budget, bool):
+            raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
+        if reason := why_not(self.preset):
+            raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
+        least = self.preset.window + self.preset.scorer.sinks
+        if self.budget < least:
+            raise ValueError(
+                f"adakv: budget must be at least {least} entries per kv head (window "
+                f"{self.preset.window}, sinks {self.preset.scorer.sinks}), got {self.budget}"
+            )
+
+    @classmethod
+    def of(cls, additional_config: object) -> Settings | None:
+        """Of vLLM's ``additional_config``; None if it has no entry ``adakv``."""
+        if not isinstance(additional_config, Mapping) or "adakv" not in additional_config:
+            return None
+        given = additional_config["adakv"]
+        names = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or set(given) - set(names):
+            raise ValueError(
+                f'additional_config["adakv"] must be a dict of {", ".join(names)}, got {given!r}'
+            )
+        return cls(**given)
+
+    @cached_property
+    def preset(self) -> Policy:
+        """The policy of that name."""
+        return get(self.policy)
+
+    def policy_for(self, block_size: int) -> Policy:
+        """The policy, with its budgets rounded up to pages of ``block_size`` in mode "fill"."""
+        if self.mode == "exact":
+            return self.preset
+        return replace(self.preset, allocator=WholePages(self.preset.allocator, block_size))
+
+
+def why_not(policy: Policy) -> str | None:
+    """Why a policy can't be used in an engine; None if it can.
+
+    The scheduler gives blocks back without asking the workers. So what a layer keeps in sum must
+    follow from the prompt's length, and be the same in every layer, as a block spans all of them.
+    """
+    if policy.needs_repeat:
+        return "it reads the prompt twice"
+    if policy.is_model_wide:
+        return "it shares one budget out among all layers, so how much a layer keeps isn't fixed"
+    if isinstance(policy.allocator.layers, Everything):
+        return "it keeps everything, which vLLM does without it"
+    if not isinstance(policy.allocator.layers, Flat):
+        return "its layers get different budgets, but a block of the engine spans all layers"
+    allocator = policy.allocator
+    if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
+        return "its rounding drifts, so how much a layer keeps isn't fixed"
+    if policy.needs_all_queries:
+        return "it needs all queries of a prompt, more memory than what it gives back"
+    if policy.needs_rotate:
+        return "it needs the model's rotary embedding, which vLLM doesn't hand out"
+    return None
+
+
+def check_version(version: str) -> None:
+    """Raises ``ImportError`` unless this plugin knows the hooks of that version of vLLM."""
+    first, end = SUPPORTED_VERSIONS
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not first <= found < end:
+        raise ImportError(
+            f"adakv: vLLM must be at least {first[0]}.{first[1]} and below {end[0]}.{end[1]}, "
+            f"got {version}; without adakv in it, set VLLM_PLUGINS to the plugins to load"
+        )
+
+
+def check_engine(config: Any) -> None:
+    """Raises ``ValueError`` if compressed caches can't work under a ``VllmConfig``."""
+    parallel, cache = config.parallel_config, config.cache_config
+    size, drafts = cache.block_size, config.speculative_config
+    refused = {
+        "kv_transfer_config: KV connectors move whole blocks of every request": (
+            config.kv_transfer_config is not None
+        ),
+        "decode_context_parallel_size must be 1": parallel.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size must be 1": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "pipeline_parallel_size must be 1": parallel.pipeline_parallel_size > 1,
+        "ubatches (enable_dbo) split a step in two": parallel.use_ubatching,
+        "drafts must come from n-grams, not from a model": (
+            drafts is not None and "ngram" not in str(drafts.method)
+        ),
+        "the model has latent attention (MLA)": config.model_config.use_mla,
+        f"kv_cache_dtype must be that of the model, got {cache.cache_dtype}": (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
+        ),
+        f"block_size must be a power of two from 8 to 256, got {size}": (
+            size is not None and (not 8 <= size <= 256 or size & (size - 1) != 0)
+        ),
+        "scheduler_reserve_full_isl must be on": (
+            not config.scheduler_config.scheduler_reserve_full_isl
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(f"adakv can't compress this engine's caches: {reason}")

@@ -1,0 +1,319 @@
+"""An engine's paged cache, described to the verbs: the worker's half, without a line of vLLM.
+
+The engine hands out blocks. A block of one layer is one page ``[2, P, D]`` for each kv head here:
+page ``block * Hkv + h``. A whole request's row h has the h-th pages of its blocks. In a compressed
+request, row h, which kept n entries, has pages of the first blocks, dealt row by row, and behind
+them the h-th pages of the blocks behind the prompt (see plan.py)::
+
+    row h = ceil(n / P) pages of blocks 0 .. kept_blocks - 1, page h of blocks tail, tail + 1, ...
+
+so that new tokens follow the kept ones without a gap, and one ``attend`` reads both. What has to be
+remembered of a request is its boundary and the lengths ``n`` of its rows. Requests are known by
+their first block, which they keep to their end.
+
+    begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
+                   and makes tables and schedules of all layers
+    attend()       in each layer: append, attend; keeps a prompt's last queries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.ops import Layer
+from adakv.policy import LayerInputs, Policy
+from adakv.vllm.plan import Plan, plan
+from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
+
+
+class Attention(NamedTuple):
+    """How a layer attends; as in :func:`adakv.ops.attend`."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Boundaries:
+    """What is told about a prompt's end; see :class:`adakv.vllm.ledger.Ledger`."""
+
+    def check_planned(self, first_block: int, boundary: int) -> None:
+        """Raises if the scheduler planned something else."""
+
+    def done(self, first_block: int, boundary: int) -> None:
+        """All layers have been dealt with."""
+
+    def compressed(self, entries_read: int, entries_kept: int) -> None:
+        """Entries of all layers and heads, before and after."""
+
+
+class EngineCache:
+    """Rows of a group of layers whose blocks come from an engine.
+
+    Parameters
+    ----------
+    policy : :class:`adakv.policy.Policy`
+    budget : int
+        Mean entries per kv head.
+    pages : one ``[N, 2, P, D]`` for each layer
+        The engine's memory, ``N = num_blocks * num_kv_heads``.
+    num_kv_heads : int
+    attentions : one :class:`Attention` for each layer
+    w_o : callable, optional
+        ``w_o(layer)`` is the ``[E, Hq * D]`` weight of a layer's output projection, for policies
+        with :attr:`Policy.needs_w_o`.
+    boundaries : :class:`Boundaries`, optional
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: int,
+        pages: Sequence[Tensor],
+        *,
+        num_kv_heads: int,
+        attentions: Sequence[Attention],
+        w_o: Callable[[int], Tensor] | None = None,
+        boundaries: Boundaries | None = None,
+    ) -> None:
+        num_pages, _, self.block_size, _ = pages[0].shape
+        self.policy, self.budget, self.num_kv_heads = policy, budget, num_kv_heads
+        self.pages, self.attentions = list(pages), list(attentions)
+        self.num_layers, self.device = len(pages), pages[0].device
+        num_blocks = num_pages // num_kv_heads
+        self._w_o = w_o
+        self._told = boundaries or Boundaries()
+        # By first block. A boundary of 0: the request is whole.
+        self.boundaries = self._integers(num_blocks)
+        self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
+        # Nothing here reads positions: one tensor takes what all layers write.
+        self._positions = self._integers(num_pages, self.block_size)
+        self._undecided: set[int] = set()  # first blocks of requests that may read their prompt
+        self._windows: list[dict[int, Tensor]] = [{} for _ in pages]  # [up to W, Hq, D]
+
+    def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
+        """Compresses what has to be, and describes the rest of the step to the layers.
+
+        Parameters
+        ----------
+        batch : :class:`Batch`
+        buffers : :class:`Group`, optional
+            From :meth:`buffers`: the step is described there, at addresses that a recorded CUDA
+            graph reads. For steps of one token for each request.
+
+        Raises
+        ------
+        adakv.Error
+            If the scheduler expects another boundary than the one found here.
+        """
+        step = Step()
+        if batch.num_new is not None and any(batch.is_prefilling):
+            raise ValueError("num_new must not be given for a step that reads prompts")
+        if self._undecided or any(batch.is_prefilling):
+            self._follow_prompts(batch, step)
+        for rows, tokens, new_tokens in equal_runs(batch):
+            group = self._group(batch, rows, tokens, new_tokens)
+            step.groups.append(group if buffers is None else copied(group, buffers))
+        return step
+
+    def buffers(self, num_requests: int, max_seq_len: int) -> Group:
+        """Memory for the tables of a step of up to so many requests of up to so many tokens."""
+        rows = self.num_layers, num_requests, self.num_kv_heads
+        lengths = self._integers(*rows)
+        table = self._integers(*rows, -(-max_seq_len // self.block_size))
+        fresh_pages = self._integers(*rows, 1)
+        schedule = ops.plan(lengths, table, fresh_pages, page_size=self.block_size)
+        seen = self._integers(self.num_layers, num_requests)
+        num_new = self._integers(num_requests)
+        return Group(slice(0), 1, num_new, lengths, table, seen, fresh_pages, schedule)
+
+    def attend(
+        self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        """Appends a step's new tokens in one layer, and attends.
+
+        Parameters
+        ----------
+        layer : int
+        step : :class:`Step`
+        queries, out : ``[tokens, Hq, D]``
+        keys, values : ``[tokens, Hkv, D]``
+        """
+        for first_block, tokens in step.reading:
+            self._keep_queries(layer, first_block, queries[tokens])
+        scale, softcap, sinks = self.attentions[layer]
+        for group in step.groups:
+            new_tokens = group.new_tokens
+            q, k, v = (
+                x[group.tokens].unflatten(0, (-1, new_tokens)).transpose(1, 2)
+                for x in (queries, keys, values)
+            )
+            result, _ = ops.attend(
+                q,
+                self._layer(layer, group),
+                group.schedule[layer],
+                keys=k,
+                values=v,
+                num_new=group.num_new,
+                sinks=sinks,
+                scale=scale,
+                softcap=softcap,
+            )
+            out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
+
+    def _integers(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def _layer(self, layer: int, group: Group) -> Layer:
+        return Layer(
+            self.pages[layer],
+            self._positions,
+            group.block_table[layer],
+            group.lengths[layer],
+            group.seen[layer],
+            group.fresh_pages[layer],
+        )
+
+    def _follow_prompts(self, batch: Batch, step: Step) -> None:
+        """Finds prompts that begin, go on, or have ended before this step."""
+        first_blocks = batch.block_table[:, 0].tolist()
+        for row, first_block in enumerate(first_blocks):
+            begin, end = batch.query_start[row : row + 2]
+            if first_block == 0 or begin == end:
+                continue
+            if batch.computed[row] == 0:  # also a request that starts again after a preemption
+                self.boundaries[first_block] = 0
+                self._undecided.add(first_block)
+                self._forget_queries(first_block)
+            if batch.is_prefilling[row]:
+                step.reading.append(Reading(first_block, slice(begin, end)))
+            elif first_block in self._undecided:
+                self._end_prompt(first_block, batch.block_table[row], batch.computed[row])
+
+    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
+        self._told.check_planned(first_block, boundary)
+        planned = plan(
+            boundary,
+            budget=self.budget,
+            block_size=self.block_size,
+            num_kv_heads=self.num_kv_heads,
+        )
+        if planned is not None:
+            for layer in range(self.num_layers):
+                self._compact(layer, first_block, blocks, boundary, planned)
+            self.boundaries[first_block] = boundary
+            self._told.compressed(
+                self.num_layers * self.num_kv_heads * boundary,
+                int(self.lengths[:, first_block].sum()),
+            )
+        self._undecided.discard(first_block)
+        self._forget_queries(first_block)
+        self._told.done(first_block, boundary)
+
+    def _compact(
+        self, layer: int, first_block: int, blocks: Tensor, boundary: int, planned: Plan
+    ) -> None:
+        """Chooses what a layer keeps of a prompt and moves it into the request's first blocks."""
+        pages, heads = self.pages[layer], self.num_kv_heads
+        head = torch.arange(heads, device=self.device)
+        page_ids = blocks[: -(-boundary // self.block_size), None].long() * heads + head
+        dense = pages[page_ids.T]  # [Hkv, blocks, 2, P, D], a copy: the pages are written to below
+        keys, values = (dense[:, :, i].flatten(1, 2)[None, :, :boundary] for i in (0, 1))
+        scale, softcap, sinks = self.attentions[layer]
+        inputs = LayerInputs(
+            queries=self._windows[layer][first_block].transpose(0, 1)[None],
+            keys=keys,
+            values=values,
+            w_o=self._w_o(layer) if self._w_o is not None and self.policy.needs_w_o else None,
+            prompt_lens=(boundary,),
+            layer=layer,
+            num_layers=self.num_layers,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        kept = self.policy.choose(inputs, self.budget)
+        # compact() also wants a page per row to go on in: the next block's, though rows go on in
+        # the blocks from `tail` on.
+        usable = page_ids[: planned.kept_blocks + 1].flatten().int()
+        lengths = self._integers(1, heads)
+        ops.compact(
+            inputs.keys,
+            inputs.values,
+            kept,
+            Layer(
+                pages,
+                self._positions,
+                self._integers(1, heads, planned.kept_blocks * heads),
+                lengths,
+                self._integers(1),
+                self._integers(1, heads, 1),
+            ),
+            usable,
+            torch.tensor([0, usable.numel()], dtype=torch.int32, device=self.device),
+        )
+        self.lengths[layer, first_block] = lengths[0]
+
+    def _keep_queries(self, layer: int, first_block: int, queries: Tensor) -> None:
+        """Keeps the last W queries of a prompt that is being read."""
+        window, windows = self.policy.window, self._windows[layer]
+        newest = queries[-window:]
+        if len(newest) < window and first_block in windows:
+            newest = torch.cat([windows[first_block], newest])[-window:]
+        windows[first_block] = newest.clone()
+
+    def _forget_queries(self, first_block: int) -> None:
+        for windows in self._windows:
+            windows.pop(first_block, None)
+
+    def _group(
+        self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int
+    ) -> Group:
+        blocks, seq_lens = batch.block_table[rows], batch.seq_lens[rows].int()
+        first_blocks = blocks[:, 0].long()
+        boundaries = self.boundaries[first_blocks]  # [B]
+        num_new = None if batch.num_new is None else batch.num_new[rows]
+        seen = seq_lens - (new_tokens if num_new is None else num_new)
+        # [L, B, Hkv]: kept entries, and pages they take
+        kept = self.lengths[:, first_blocks] * (boundaries > 0)[:, None]
+        kept_pages = (kept + (self.block_size - 1)) // self.block_size
+        lengths = kept + (seen - boundaries)[:, None]
+        width = max(1, -(-batch.max_seq_len // self.block_size))
+        table = self._tables(blocks, boundaries // self.block_size, kept_pages, width)
+        fresh = max(1, -(-new_tokens // self.block_size))
+        used = (lengths + (self.block_size - 1)) // self.block_size
+        columns = used[..., None] + torch.arange(fresh, device=self.device)
+        fresh_pages = table.gather(-1, columns.clamp(max=width - 1).long())
+        schedule = ops.plan(
+            lengths,
+            table,
+            fresh_pages,
+            new_tokens=new_tokens,
+            num_new=num_new,
+            page_size=self.block_size,
+        )
+        seen = seen.expand(self.num_layers, -1).contiguous()
+        return Group(tokens, new_tokens, num_new, lengths, table, seen, fresh_pages, schedule)
+
+    def _tables(self, blocks: Tensor, tails: Tensor, kept_pages: Tensor, width: int) -> Tensor:
+        """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks behind the
+        prompt ``[B]`` and pages of kept entries ``[L, B, Hkv]``.
+
+        Behind a row's last page follow some that are not its own.
+        """
+        heads = self.num_kv_heads
+        head = torch.arange(heads, device=self.device)[:, None]
+        column = torch.arange(width, device=self.device)
+        dealt_before = (kept_pages.cumsum(-1) - kept_pages)[..., None] + column
+        behind = column - kept_pages[..., None]
+        is_kept = behind < 0
+        index = torch.where(is_kept, dealt_before // heads, tails[:, None, None] + behind)
+        index = index.clamp(max=blocks.shape[1] - 1)
+        of_request = torch.arange(len(blocks), device=self.device)[:, None, None]
+        block = blocks[of_request, index]
+        return (block * heads + torch.where(is_kept, dealt_before % heads, head)).int()

@@ -1,0 +1,208 @@
+"""What the backends of both devices share: from vLLM's objects to :class:`EngineCache`.
+
+A backend is asked for its classes while the model's layers are made, which is when the engine's
+configuration is known: there everything is checked. Metadata builders come later, caches are bound
+after them; so a builder makes the :class:`EngineCache` at its first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention as AttentionLayer
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from adakv.vllm.config import Settings, check_engine
+from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.spec import CompressedSpec
+
+_logger = logging.getLogger("adakv")
+
+#: Of the engine whose layers were made last: customize_spec() is called without a configuration.
+_engine: tuple[VllmConfig, Settings] | None = None
+
+_parents: weakref.WeakKeyDictionary[AttentionLayer, weakref.ref[torch.nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)
+
+#: Weights of output projections that the engine doesn't hold as they are.
+_unpacked: weakref.WeakKeyDictionary[RowParallelLinear, Tensor] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process."""
+    _logger.warning("adakv: %s", message)
+
+
+class Compressing:
+    """What attention layers of both devices are besides vLLM's own."""
+
+    index = -1  # in its compressed group; -1: vLLM's own
+
+
+def current_settings() -> Settings | None:
+    """Of the engine whose layers are being made; None if it doesn't ask for adakv.
+
+    Raises
+    ------
+    ValueError
+        If it asks for something that can't be done.
+    """
+    global _engine
+    config = get_current_vllm_config_or_none()
+    settings = None if config is None else Settings.of(config.additional_config)
+    if config is None or settings is None:
+        _engine = None
+        return None
+    check_engine(config)
+    if config.cache_config.enable_prefix_caching:
+        _warn("prefix caching finds nothing: compressed blocks can't be shared")
+    _engine = config, settings
+    return settings
+
+
+def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
+    """A module with an attention backend was put into its parent.
+
+    Raises
+    ------
+    ValueError
+        If it should be compressed, but its backend is not ours.
+    """
+    if not isinstance(layer, AttentionLayerBase) or current_settings() is None:
+        return
+    if isinstance(layer, AttentionLayer):
+        _parents[layer] = weakref.ref(parent)
+        if not isinstance(layer.impl, Compressing):
+            raise ValueError(
+                "adakv needs its own attention backend here: give the engine "
+                f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}'
+            )
+
+
+def customized(spec: Any) -> Any:
+    """A layer's cache spec, compressed if the engine asks for it and the layer attends to all."""
+    is_whole = (
+        type(spec) is FullAttentionSpec
+        and spec.sliding_window is None
+        and spec.attention_chunk_size is None
+        and not spec.non_causal
+    )
+    if _engine is None or not is_whole:
+        return spec
+    config, settings = _engine
+    if spec.head_size != spec.head_size_v or spec.head_size % 8 or spec.head_size > 256:
+        raise ValueError(
+            "adakv can't compress this model: head size must be a multiple of 8, at most 256, and "
+            f"that of values the same, got {spec.head_size} and {spec.head_size_v}"
+        )
+    return CompressedSpec.of(
+        spec,
+        budget=settings.budget,
+        ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
+        reads_outputs_again=config.use_v2_model_runner,
+    )
+
+
+def check_layer(impl: Any, *, alibi_slopes: Any, kv_sharing_target_layer_name: str | None) -> None:
+    """Raises ``ValueError`` if a layer attends in a way that the verbs don't know."""
+    refused = {
+        "ALiBi": alibi_slopes is not None,
+        "layers that share another's cache": kv_sharing_target_layer_name is not None,
+        "attention other than a decoder's": impl.attn_type != AttentionType.DECODER,
+        "more than 16 q heads per kv head": impl.num_heads > 16 * impl.num_kv_heads,
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(f"adakv can't compress this model: it has {reason}")
+
+
+def make_cache(
+    spec: CompressedSpec, layers: Sequence[AttentionLayer], config: VllmConfig
+) -> EngineCache:
+    """The cache of a group of layers whose memory has been bound."""
+    settings = Settings.of(config.additional_config)
+    if settings is None:
+        raise ValueError('additional_config must have an entry "adakv"')
+    block, heads = spec.block_size, spec.num_kv_heads
+    pages = [
+        layer.kv_cache.view(-1, heads, 2, block, spec.head_size).flatten(0, 1) for layer in layers
+    ]
+    ledger = Ledger.open(spec.ledger, len(pages[0]) // heads)
+    return EngineCache(
+        settings.policy_for(block),
+        settings.budget,
+        pages,
+        num_kv_heads=heads,
+        attentions=[_attention(layer.impl) for layer in layers],
+        w_o=lambda index: _output_weight(layers[index]),
+        boundaries=_Told(ledger, counts=get_tensor_model_parallel_rank() == 0),
+    )
+
+
+def layers_of(config: VllmConfig, names: list[str]) -> list[AttentionLayer]:
+    """The attention layers of a group, in order."""
+    found = get_layers_from_vllm_config(config, AttentionLayer, names)
+    return [found[name] for name in names]
+
+
+class _Told(Boundaries):
+    """Tells the ledger."""
+
+    def __init__(self, ledger: Ledger, *, counts: bool) -> None:
+        self._ledger, self._counts = ledger, counts
+        self.check_planned = ledger.check_planned  # type: ignore[method-assign]
+        self.done = ledger.done  # type: ignore[method-assign]
+
+    def compressed(self, entries_read: int, entries_kept: int) -> None:
+        if self._counts:
+            self._ledger.add(entries_read=entries_read, entries_kept=entries_kept)
+
+
+def _attention(impl: Any) -> Attention:
+    sinks = None if impl.sinks is None else impl.sinks.float()
+    return Attention(impl.scale, impl.logits_soft_cap or None, sinks)
+
+
+def _output_weight(layer: AttentionLayer) -> Tensor:
+    """``[E, Hq * D]``, in the layer's dtype, also where the engine packs or quantizes it."""
+    parent = _parents[layer]()
+    width = layer.num_heads * layer.head_size
+    found = [
+        child
+        for child in (() if parent is None else parent.children())
+        if isinstance(child, RowParallelLinear) and child.input_size_per_partition == width
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"a policy that weighs values needs the one output projection of {layer.layer_name}, "
+            f"got {len(found)}"
+        )
+    return _weight(found[0], width, layer.dtype)
+
+
+def _weight(linear: RowParallelLinear, width: int, dtype: torch.dtype) -> Tensor:
+    weight = linear.weight
+    if weight.shape == (linear.output_size, width) and weight.dtype == dtype:
+        return weight.data
+    if linear not in _unpacked:
+        eye = torch.eye(width, dtype=dtype, device=weight.device)
+        _unpacked[linear] = linear.quant_method.apply(linear, eye).T.contiguous()
+    return _unpacked[linear]

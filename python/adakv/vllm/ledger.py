@@ -1,0 +1,126 @@
+"""What the scheduler and the workers tell each other: where prompts ended, and counts.
+
+vLLM has no way from one to the other, and each finds the boundary by itself: the scheduler when it
+plans the first step behind a prompt, a worker when it runs it. A wrong pair would corrupt caches
+silently, so both sides write it down, and compare. It is a file in shared memory, as they may be in
+different processes: counters, then for each block that is a request's first one the boundary that
+the scheduler planned and the one that a worker compressed at.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adakv import Error
+
+
+class Counts(NamedTuple):
+    """What happened since the engine started; entries are of all layers and heads of one rank."""
+
+    requests_compressed: int = 0
+    blocks_given_back: int = 0
+    entries_read: int = 0
+    entries_kept: int = 0
+
+
+_ledgers: dict[str, Ledger] = {}
+
+
+class Ledger:
+    """The ledger of one engine, opened or made.
+
+    Parameters
+    ----------
+    name : str
+        The same in all processes of the engine.
+    num_blocks : int
+        Blocks of its pool.
+    """
+
+    def __init__(self, name: str, num_blocks: int) -> None:
+        size = 8 * (len(Counts._fields) + 2 * num_blocks)
+        file = os.open(path_of(name), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(file, size)
+            self._memory = mmap.mmap(file, size)
+        finally:
+            os.close(file)
+        numbers = np.frombuffer(self._memory, dtype=np.int64)
+        self._counts, boundaries = np.split(numbers, [len(Counts._fields)])
+        self._planned, self._done = boundaries.reshape(2, num_blocks)
+
+    @classmethod
+    def open(cls, name: str, num_blocks: int) -> Ledger:
+        """This process's ledger of that name."""
+        if name not in _ledgers:
+            _ledgers[name] = cls(name, num_blocks)
+        return _ledgers[name]
+
+    def plan(self, first_block: int, boundary: int) -> None:
+        """The scheduler will have the request with that first block compressed at ``boundary``."""
+        self._planned[first_block] = boundary
+        self._done[first_block] = -1
+
+    def check_planned(self, first_block: int, boundary: int) -> None:
+        """Raises ``adakv.Error`` unless the scheduler planned that boundary, too."""
+        planned = int(self._planned[first_block])
+        if planned != boundary:
+            raise Error(
+                f"a worker is about to compress {boundary} tokens of the request with first block "
+                f"{first_block}, but the scheduler planned {planned}"
+            )
+
+    def done(self, first_block: int, boundary: int) -> None:
+        """A worker has dealt with the request."""
+        self._done[first_block] = boundary
+
+    def check_done(self, first_block: int, boundary: int) -> None:
+        """Raises ``adakv.Error`` unless a worker has dealt with the request at that boundary."""
+        done = int(self._done[first_block])
+        if done != boundary:
+            raise Error(
+                f"the scheduler is about to free blocks of the request with first block "
+                f"{first_block}, compressed at {boundary} tokens, but a worker did so at {done}"
+            )
+
+    def add(self, **counts: int) -> None:
+        """Adds to counts; each of them is added to by one process only."""
+        for name, count in counts.items():
+            self._counts[Counts._fields.index(name)] += count
+
+    @property
+    def counts(self) -> Counts:
+        """Since the engine started."""
+        return Counts(*map(int, self._counts))
+
+
+def ledger_name(config: Any, rank: int) -> str:
+    """Of the engine with that data parallel rank under a ``VllmConfig``."""
+    return f"{config.instance_id}-{rank}"
+
+
+def path_of(name: str) -> Path:
+    """Where a ledger lies."""
+    shared = Path("/dev/shm")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"adakv-{name}"
+
+
+def read_counts(name: str) -> Counts:
+    """Counts of a ledger that may not be there yet."""
+    try:
+        with path_of(name).open("rb") as file:
+            return Counts(*map(int, np.fromfile(file, np.int64, len(Counts._fields))))
+    except (FileNotFoundError, TypeError):  # TypeError: made, but still empty
+        return Counts()
+
+
+def remove_at_exit(name: str) -> None:
+    """Has this process remove the ledger's file when it ends."""
+    atexit.register(path_of(name).unlink, missing_ok=True)

@@ -1,0 +1,52 @@
+"""Which blocks of a request go back to the engine: the one thing that its scheduler and its workers
+have to agree on.
+
+A block is the engine's unit: ``block_size`` tokens of all layers and kv heads; for adakv it is one
+page for each kv head of each layer. A request that has read its prompt of ``boundary`` tokens is
+cut down to ``budget`` entries per kv head on average. They take at most ``kept_blocks`` of its
+first blocks, however they are spread over the heads::
+
+    blocks    0 .. kept_blocks - 1    kept_blocks .. tail - 1    tail ..
+    hold      what is kept            nothing: they go back      new tokens
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Plan(NamedTuple):
+    """See the module."""
+
+    kept_blocks: int
+    tail: int
+
+
+def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> Plan | None:
+    """The blocks of a request whose first ``boundary`` tokens are compressed.
+
+    A row of n entries takes ``ceil(n / block_size)`` pages. Over H rows of ``H * budget`` entries
+    these are at most ``floor(H * (budget + block_size - 1) / block_size)``. Later each row takes
+    its next pages from the blocks behind ``tail``, which come at least as often as it needs them.
+
+    Parameters
+    ----------
+    boundary : int
+        Tokens of the request when it was first scheduled behind its prompt.
+    budget : int
+        Mean entries per kv head.
+    block_size : int
+    num_kv_heads : int
+        Of one rank.
+
+    Returns
+    -------
+    plan : :class:`Plan`, or None
+        None if no block would go back: then the request stays as it is.
+    """
+    if boundary <= budget:
+        return None
+    tail = boundary // block_size
+    pages = num_kv_heads * (budget + block_size - 1) // block_size
+    kept_blocks = -(-pages // num_kv_heads)
+    return Plan(kept_blocks, tail) if kept_blocks < tail else None

@@ -1,0 +1,159 @@
+"""The scheduler's half: a cache spec that carries the plan's numbers, and the manager that gives
+blocks back by it.
+
+A request's boundary is its number of tokens when it is first scheduled behind its prompt. The
+manager learns it from the one call that names the tokens of the step about to run, in-flight steps
+included, and frees only when that step has been processed: until then workers read the blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    register_all_kvcache_specs,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+from adakv.vllm.ledger import Ledger, remove_at_exit
+from adakv.vllm.plan import Plan, plan
+
+# vLLM registers its own specs only while there are none: before ours.
+register_all_kvcache_specs(None)
+
+
+class CompressedManager(FullAttentionManager):
+    """Blocks of requests whose prompts are compressed by workers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prompts: dict[str, int] = {}
+        self._admitted: dict[str, int] = {}  # tokens when it came, or came back
+        self._boundaries: dict[str, int] = {}
+        self._is_cut: set[str] = set()
+        name = self.kv_cache_spec.ledger
+        self._ledger = Ledger.open(name, self.block_pool.num_gpu_blocks)
+        remove_at_exit(name)
+
+    def plan(self, boundary: int) -> Plan | None:
+        """What a request with that boundary keeps; as the workers compute it."""
+        spec = self.kv_cache_spec
+        return plan(
+            boundary,
+            budget=spec.budget,
+            block_size=self.block_size,
+            num_kv_heads=spec.num_kv_heads,
+        )
+
+    def boundary(self, request_id: str) -> int | None:
+        """Where the prompt of a running request ended, once a step behind it was planned."""
+        return self._boundaries.get(request_id)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Frees what a compressed request gave up, once the step that did it has been processed."""
+        if num_prompt_tokens is None:
+            return
+        self._prompts[request_id] = num_prompt_tokens
+        boundary = self._boundaries.get(request_id)
+        if boundary is None or processed_computed_tokens <= boundary or request_id in self._is_cut:
+            return
+        self._is_cut.add(request_id)
+        blocks = self.req_to_blocks[request_id]
+        self._ledger.check_done(blocks[0].block_id, boundary)
+        planned = self.plan(boundary)
+        if planned is not None:
+            free = self.block_pool.get_num_free_blocks()
+            self._remove_blocks_in_range(request_id, planned.kept_blocks, planned.tail)
+            given_back = self.block_pool.get_num_free_blocks() - free
+            self._ledger.add(requests_compressed=1, blocks_given_back=given_back)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Any,
+        total_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Also notes the boundary: ``total_computed_tokens`` are those before the next step."""
+        if kwargs.get("apply_admission_cap"):
+            self._admitted[request_id] = num_tokens
+        elif request_id in self._prompts and request_id not in self._boundaries:
+            prompt = self._prompts[request_id]
+            if self.kv_cache_spec.reads_outputs_again:
+                prompt = max(prompt, self._admitted.get(request_id, 0))
+            if total_computed_tokens >= prompt:
+                self._boundaries[request_id] = total_computed_tokens
+                first_block = self.req_to_blocks[request_id][0].block_id
+                self._ledger.plan(first_block, total_computed_tokens)
+        needed: int = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
+        return needed
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, *args: Any, kv_cache_group_ids: list[int], **kwargs: Any
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """Nothing: blocks of a prompt hold something else once it was compressed.
+
+        So the engine reads every prompt whole, even if layers of another kind have it in the prefix
+        cache. (Saying ``prefix_cacheable = False`` would have it skip what those have.)
+        """
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """No block is offered to other requests."""
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """The request has finished, or is preempted and will start again."""
+        for notes in (self._prompts, self._admitted, self._boundaries):
+            notes.pop(request_id, None)
+        self._is_cut.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+
+@register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class CompressedSpec(FullAttentionSpec):
+    """The cache of a full-attention layer whose prompts are compressed.
+
+    Parameters
+    ----------
+    budget : int
+        Mean entries per kv head.
+    ledger : str
+        Name of the engine's :class:`adakv.vllm.ledger.Ledger`.
+    reads_outputs_again : bool
+        Whether the engine's model runner counts what was generated before a preemption as a part of
+        the prompt (its second version does).
+    """
+
+    budget: int
+    ledger: str
+    reads_outputs_again: bool
+
+    @classmethod
+    def of(
+        cls, spec: FullAttentionSpec, *, budget: int, ledger: str, reads_outputs_again: bool
+    ) -> CompressedSpec:
+        """A layer's own spec, with the plan's numbers."""
+        same = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+        return cls(**same, budget=budget, ledger=ledger, reads_outputs_again=reads_outputs_again)
+
+    @classmethod
+    def merge(cls, specs: list[CompressedSpec]) -> CompressedSpec:
+        """One spec for a group. (The base class lists the fields by name, and would lose ours.)"""
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError(f"the layers of a group must have the same cache spec, got {specs}")
+        return copy.deepcopy(specs[0])

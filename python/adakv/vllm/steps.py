@@ -1,0 +1,108 @@
+"""A step of an engine: as the engine describes it, and as the layers need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of the engine, R requests. Host values are lists.
+
+    Parameters
+    ----------
+    query_start : R + 1 ints
+        Where each request's new tokens begin and end among all of the step.
+    computed : R ints
+        Tokens of each request before the step. Only read where a prompt is read, begins or ends.
+    is_prefilling : R bools
+        Whether ``computed`` is less than the prompt.
+    seq_lens : ``[R]`` int32
+        Tokens of each request, the new ones included.
+    block_table : ``[R, M]`` int32
+        Blocks of each request; 0 in front: no request, but padding.
+    max_seq_len : int
+        At least the largest of ``seq_lens``.
+    num_new : ``[R]`` int32, optional
+        For a batch whose requests all have the same number of columns, some of them padding: how
+        many, counted from the right, are tokens.
+    """
+
+    query_start: Sequence[int]
+    computed: Sequence[int]
+    is_prefilling: Sequence[bool]
+    seq_lens: Tensor
+    block_table: Tensor
+    max_seq_len: int
+    num_new: Tensor | None = None
+
+
+class Group(NamedTuple):
+    """Requests of a step that have the same number of new tokens, side by side."""
+
+    tokens: slice | Tensor  # of the step
+    new_tokens: int
+    num_new: Tensor | None  # [B] int32
+    lengths: Tensor  # [L, B, Hkv], before the step; then in each layer also the new tokens
+    block_table: Tensor  # [L, B, Hkv, M]
+    seen: Tensor  # [L, B]
+    fresh_pages: Tensor  # [L, B, Hkv, F]
+    schedule: Tensor  # [L, X]
+
+
+class Reading(NamedTuple):
+    """New tokens of a prompt."""
+
+    first_block: int
+    tokens: slice
+
+
+@dataclass
+class Step:
+    """What the layers need of a step."""
+
+    groups: list[Group] = field(default_factory=list)
+    reading: list[Reading] = field(default_factory=list)
+
+
+def copied(group: Group, buffers: Group) -> Group:
+    """A group of one token for each request, in the first parts of the buffers."""
+    num_requests, width = group.block_table.shape[1:4:2]
+    into = Group(
+        group.tokens,
+        group.new_tokens,
+        None if buffers.num_new is None else buffers.num_new[:num_requests],
+        buffers.lengths[:, :num_requests],
+        buffers.block_table[:, :num_requests],
+        buffers.seen[:, :num_requests],
+        buffers.fresh_pages[:, :num_requests],
+        buffers.schedule[:, : group.schedule.shape[1]],
+    )
+    into.block_table[..., :width] = group.block_table
+    for name in ("num_new", "lengths", "seen", "fresh_pages", "schedule"):
+        getattr(into, name).copy_(getattr(group, name))
+    return into
+
+
+def equal_runs(batch: Batch) -> Iterator[tuple[slice | Tensor, slice | Tensor, int]]:
+    """Requests with the same number of new tokens: rows, tokens, and that number."""
+    by_count: dict[int, list[int]] = {}
+    for row, (begin, end) in enumerate(pairwise(batch.query_start)):
+        if end > begin:
+            by_count.setdefault(end - begin, []).append(row)
+    device = batch.block_table.device
+    for count, rows in by_count.items():
+        first, last = rows[0], rows[-1]
+        if last - first + 1 == len(rows):
+            begin = batch.query_start[first]
+            yield slice(first, last + 1), slice(begin, begin + len(rows) * count), count
+        else:
+            begins = torch.tensor([batch.query_start[row] for row in rows])[:, None]
+            tokens = (begins + torch.arange(count)).flatten()
+            yield torch.tensor(rows).to(device), tokens.to(device), count

@@ -1,0 +1,183 @@
+"""An engine's half of a cache, played: requests, blocks and steps described as vLLM describes them,
+with queries, keys and values by chance in the place of a model; and what has to come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from adakv.policy import LayerInputs, Policy
+from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.plan import plan
+from tolerance import assert_close
+
+LAYERS, HEADS, GROUP, DIM, BLOCK, BUDGET = 2, 3, 2, 32, 16, 48
+NUM_BLOCKS, MAX_LEN = 200, 512
+SCALE = 0.3
+
+
+@dataclass(eq=False)
+class Request:
+    """A request: what it will say, what of it was seen, and its blocks."""
+
+    prompt: int
+    queries: Tensor  # [L, MAX_LEN, Hq, D]
+    keys: Tensor  # [L, MAX_LEN, Hkv, D]
+    values: Tensor
+    computed: int = 0
+    boundary: int = 0
+    kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
+    blocks: list[int] = field(default_factory=list)
+
+
+class Told(Boundaries):
+    """What a cache tells."""
+
+    def __init__(self) -> None:
+        self.planned: list[tuple[int, int]] = []
+        self.entries: list[tuple[int, int]] = []
+
+    def check_planned(self, first_block: int, boundary: int) -> None:
+        self.planned.append((first_block, boundary))
+
+    def compressed(self, entries_read: int, entries_kept: int) -> None:
+        self.entries.append((entries_read, entries_kept))
+
+
+class Steps:
+    """Requests on one device; their blocks in any order, unused memory full of NaN."""
+
+    def __init__(self, policy: Policy, device: torch.device, dtype: torch.dtype) -> None:
+        self.policy, self.device, self.dtype = policy, device, dtype
+        shape = NUM_BLOCKS * HEADS, 2, BLOCK, DIM
+        pages = [torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(LAYERS)]
+        self.told = Told()
+        self.cache = EngineCache(
+            policy,
+            BUDGET,
+            pages,
+            num_kv_heads=HEADS,
+            attentions=[Attention(scale=SCALE)] * LAYERS,
+            boundaries=self.told,
+        )
+        self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
+        self.requests: list[Request] = []
+
+    def add(self, prompt: int) -> Request:
+        """A new request."""
+        made = [torch.randn(LAYERS, MAX_LEN, n, DIM) for n in (HEADS * GROUP, HEADS, HEADS)]
+        request = Request(prompt, *(x.to(self.device, self.dtype) for x in made))
+        self.requests.append(request)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """It has finished, and its blocks are anybody's."""
+        self.requests.remove(request)
+        self.free += [block for block in request.blocks if block]
+
+    def describe(self, counts: list[int], padding: int = 0) -> SimpleNamespace:
+        """What vLLM says of a step with so many new tokens of each request, and of padding."""
+        for request, count in zip(self.requests, counts, strict=True):
+            while len(request.blocks) * BLOCK < request.computed + count:
+                request.blocks.append(self.free.pop())
+        computed = [r.computed for r in self.requests]
+        table = torch.zeros(len(counts) + padding, MAX_LEN // BLOCK, dtype=torch.int32)
+        for row, request in zip(table, self.requests, strict=False):
+            row[: len(request.blocks)] = torch.tensor(request.blocks)
+        start = torch.tensor([0, *counts] + [0] * padding).cumsum(0).int()
+        lengths = [a + b for a, b in zip(computed, counts, strict=True)] + [0] * padding
+        return SimpleNamespace(
+            query_start_loc=start.to(self.device),
+            query_start_loc_cpu=start,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=self.device),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            num_reqs=len(counts) + padding,
+            num_actual_tokens=sum(counts) + padding,
+            max_query_len=max(counts),
+            max_seq_len=max(lengths),
+            block_table_tensor=table.to(self.device),
+            is_prefilling=torch.tensor(
+                [r.computed < r.prompt for r in self.requests] + [False] * padding
+            ),
+        )
+
+    def inputs(self, layer: int, counts: list[int]) -> list[Tensor]:
+        """Queries, keys and values ``[tokens, H, D]`` of a step's new tokens."""
+        return [
+            torch.cat(
+                [
+                    x[layer, r.computed : r.computed + count]
+                    for r, count in zip(self.requests, counts, strict=True)
+                    for x in [getattr(r, name)]
+                ]
+            )
+            for name in ("queries", "keys", "values")
+        ]
+
+    def end_prompts(self) -> None:
+        """Chooses what requests keep whose prompt ended before this step."""
+        for request in self.requests:
+            if request.computed < request.prompt or request.boundary:
+                continue
+            request.boundary = request.computed
+            planned = plan(request.computed, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS)
+            if planned is None:
+                continue
+            request.kept = [self._kept(request, layer) for layer in range(LAYERS)]
+
+    def give_back(self) -> None:
+        """Frees blocks of compressed requests, after the step that compressed them."""
+        for request in self.requests:
+            if request.kept:
+                first, end = plan(
+                    request.boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS
+                )
+                self.free += [block for block in request.blocks[first:end] if block]
+                request.blocks[first:end] = [0] * (end - first)
+
+    def expected(self, layer: int, counts: list[int], dtype: torch.dtype) -> Tensor:
+        """``[tokens, Hq, D]``, what the step has to give, computed in ``dtype``."""
+        return torch.cat(
+            [
+                self._attention(request, layer, request.computed + i, dtype)
+                for request, count in zip(self.requests, counts, strict=True)
+                for i in range(count)
+            ]
+        )
+
+    def check(self, out: Tensor, layer: int, counts: list[int]) -> None:
+        """Compares what came out of a layer."""
+        exact = self.expected(layer, counts, torch.float64)
+        assert_close(out[: sum(counts)], exact, self.expected(layer, counts, self.dtype))
+
+    def advance(self, counts: list[int]) -> None:
+        """The step has run."""
+        for request, count in zip(self.requests, counts, strict=True):
+            request.computed += count
+
+    def _kept(self, request: Request, layer: int) -> list[Tensor]:
+        n = request.boundary
+        q, k, v = (
+            x[layer, :n].transpose(0, 1)[None]
+            for x in (request.queries, request.keys, request.values)
+        )
+        window = q[:, :, -self.policy.window :]
+        inputs = LayerInputs(window, k, v, None, (n,), layer, LAYERS, scale=SCALE)
+        kept = self.policy.choose(inputs, BUDGET)
+        borders = kept.indptr.tolist()
+        return [kept.positions[a:b].long() for a, b in pairwise(borders)]
+
+    def _attention(self, request: Request, layer: int, position: int, dtype: torch.dtype) -> Tensor:
+        out = []
+        new = torch.arange(request.boundary, position + 1, device=self.device)
+        everything = torch.arange(position + 1, device=self.device)
+        for h in range(HEADS):
+            seen = torch.cat([request.kept[layer][h], new]) if request.kept else everything
+            q = request.queries[layer, position, h * GROUP : (h + 1) * GROUP].to(dtype)
+            k, v = (x[layer, seen, h].to(dtype) for x in (request.keys, request.values))
+            out.append((q @ k.T * SCALE).softmax(-1) @ v)
+        return torch.cat(out)[None]

@@ -1,0 +1,137 @@
+"""Whole engines on the CPU: tokens, totals and blocks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+from adakv.vllm.config import Settings
+from adakv.vllm.plan import plan
+from vllm_engine import BLOCK, Run, engine, save_gemma2, save_llama
+from vllm_reference import Reference
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def random_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def check_against_reference(
+    model: str, settings: Settings, prompts: list[list[int]], run: Run
+) -> None:
+    reference = Reference(model, settings)
+    for number, prompt in enumerate(prompts):
+        tokens = run.tokens[number]
+        assert reference.choices(prompt, tokens, run.compressions[number]) == tokens, number
+
+
+def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
+    prompts = random_prompts(0, [40, 131, 300, 700])
+    with engine(model) as plain:
+        assert plain.cache is None
+        expected = plain.run(prompts, 24)
+    with engine(model, Settings(budget=800), enable_prefix_caching=True) as it:
+        it.run(prompts[:2], 3)
+        run = it.run(prompts, 24)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert run.tokens == expected.tokens
+    assert not any(c.lengths.any() for cs in run.compressions for c in cs)
+
+
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+def test_engine_writes_what_transformers_writes(model: str, mode: str):
+    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted."""
+    rng = random.Random(1)
+    prompts = random_prompts(2, [rng.randint(20, 500) for _ in range(30)])
+    counts = [rng.randint(3, 60) for _ in prompts]
+    settings = Settings(budget=64, mode=mode)
+    small = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
+    with engine(model, settings, **small) as it:
+        run = it.run(prompts, counts)
+        assert it.num_free == 29
+    assert run.preemptions > 0
+    check_against_reference(model, settings, prompts, run)
+    for compression in (c for cs in run.compressions for c in cs):
+        planned = plan(compression.boundary, budget=64, block_size=BLOCK, num_kv_heads=2)
+        assert compression.lengths.any() == (planned is not None)
+        if planned is not None and mode == "exact":
+            assert (compression.lengths.sum(1) == 2 * 64).all()
+
+
+def test_engine_weighs_values_by_the_output_projection(model: str):
+    prompts = random_prompts(4, [200, 400])
+    settings = Settings(policy="critical_ada_snapkv", budget=64, mode="exact")
+    with engine(model, settings) as it:
+        run = it.run(prompts, 12)
+    check_against_reference(model, settings, prompts, run)
+
+
+def test_engine_runs_three_times_the_requests_in_the_same_memory(model: str):
+    """Blocks for four whole requests of 1060 tokens: twelve compressed ones run at once."""
+    prompts = random_prompts(5, [1000] * 14)
+    pool = {"num_gpu_blocks_override": 4 * -(-1060 // BLOCK) + 1, "max_model_len": 1100}
+    with engine(model, **pool) as plain:
+        whole = plain.run(prompts, 60)
+    with engine(model, Settings(budget=128), **pool) as it:
+        run = it.run(prompts, 60)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert whole.most_running <= 5
+    assert run.most_running >= 12
+    assert run.steps < whole.steps
+
+
+def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path):
+    """Gemma2: the other layers are compressed, with capped logits and a scale of their own."""
+    model = save_gemma2(tmp_path)
+    prompts = random_prompts(6, [60, 200, 333])
+    settings = Settings(budget=64)
+    with engine(model, settings, max_num_batched_tokens=100, enable_prefix_caching=True) as it:
+        it.run(prompts[1:], 20)
+        run = it.run(prompts, 20)
+        assert it.cache.num_layers == 2
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    check_against_reference(model, settings, prompts, run)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"policy": "h2o"}, {}, "needs all queries"),
+        ({}, {"block_size": 96}, "block_size must be a power of two"),
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model"),
+    ],
+)
+def test_engine_refuses_at_start(model: str, given: dict, options: dict, message: str):
+    with (
+        pytest.raises(Exception, match=message),
+        engine(model, None, additional_config={"adakv": given}, **options),
+    ):
+        pass
+
+
+def test_engine_drafts_without_changing_the_text(model: str):
+    """N-gram drafts: several tokens of a request in one step, some of them taken back.
+
+    The last of these tests: once numba was imported, vLLM can't start an engine in this process.
+    """
+    period = random_prompts(3, [9, 7, 5])
+    prompts = [(p * 60)[:length] for p, length in zip(period, (170, 260, 333), strict=True)]
+    settings = Settings(budget=64)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with engine(model, settings, max_num_batched_tokens=100) as it:
+        expected = it.run(prompts, 40)
+    with engine(model, settings, max_num_batched_tokens=100, speculative_config=drafts) as it:
+        run = it.run(prompts, 40)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    assert run.tokens == expected.tokens
+    assert run.most_at_once > 1
+    check_against_reference(model, settings, prompts, run)

@@ -1,0 +1,138 @@
+"""Engines in processes of their own: the OpenAI server over HTTP, and two ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+from adakv.vllm.config import Settings
+from adakv.vllm.plan import plan
+from vllm_engine import ENVIRONMENT, Compression, install_entry_points, save_llama
+from vllm_reference import Reference
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of processes that find the plugin as vLLM finds it."""
+    paths = [*install_entry_points(tmp_path / "site"), *sys.path]
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@contextlib.contextmanager
+def server(model: str, environment: dict[str, str], log: Path) -> Iterator[str]:
+    """A server with compression; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "llama"]
+    command += ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32"]
+    command += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    command += ["--additional-config", json.dumps({"adakv": {"budget": 64}})]
+    environment = environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def counts_of(address: str) -> dict[str, int]:
+    """The server's metrics of this plugin."""
+    text = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    found = re.findall(r'^adakv:(\w+)_total\{engine="0"\} (\S+)$', text, re.MULTILINE)
+    return {name: int(float(value)) for name, value in found}
+
+
+def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
+    """A spawned engine behind HTTP, read by the OpenAI client."""
+    from openai import OpenAI
+
+    model = save_llama(tmp_path / "model")
+    prompt = [i * 7 % 256 for i in range(400)]
+    with server(model, environment, tmp_path / "log") as address:
+        assert counts_of(address) == dict.fromkeys(counts_of(address), 0)
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        stream = client.completions.create(
+            model="llama",
+            prompt=prompt,
+            max_tokens=20,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "detokenize": False, "return_token_ids": True},
+        )
+        tokens = [t for part in stream for t in getattr(part.choices[0], "token_ids", None) or []]
+        counts = counts_of(address)
+    planned = plan(400, budget=64, block_size=32, num_kv_heads=2)
+    assert len(tokens) == 20
+    assert counts["requests_compressed"] == 1
+    assert counts["blocks_given_back"] == planned.tail - planned.kept_blocks
+    assert counts["entries_read"] == 3 * 2 * 400
+    assert 3 * 2 * 64 <= counts["entries_kept"] <= 3 * 2 * (64 + 31)
+
+
+TWO_RANKS = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        sys.argv[1], tensor_parallel_size=2, enforce_eager=True, dtype="float32", block_size=32,
+        max_model_len=1024, skip_tokenizer_init=True, num_gpu_blocks_override=64,
+        additional_config={"adakv": {"budget": 128}},
+    )
+    prompts = json.loads(sys.argv[2])
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
+    out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in out]))
+"""
+
+
+def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, str]):
+    """Each rank checks its boundaries against the scheduler's plan, for prompts that are compressed
+    and for those that aren't; the latter's text is that of one process."""
+    model = save_llama(tmp_path / "model", num_kv_heads=4)
+    prompts = [
+        [i * n % 256 for i in range(length)] for n, length in ((7, 120), (11, 400), (13, 90))
+    ]
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    done = subprocess.run(
+        [sys.executable, str(script), model, json.dumps(prompts)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens = json.loads(re.search(r"TOKENS (.*)", done.stdout)[1])
+    everything = Reference(model, Settings(budget=500))
+    whole = [
+        everything.choices(prompt, written, [Compression(len(prompt), 1, torch.zeros(3, 4))])
+        for prompt, written in zip(prompts, tokens, strict=True)
+    ]
+    assert [whole[i] == tokens[i] for i in range(3)] == [True, False, True]

@@ -1,0 +1,253 @@
+"""The scheduler's half alone: vLLM's own manager of blocks, driven for thousands of steps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+import adakv
+from adakv.vllm.ledger import Ledger, path_of
+from adakv.vllm.plan import plan
+from adakv.vllm.spec import CompressedSpec
+
+BLOCK, HEADS, BUDGET, NUM_BLOCKS = 16, 4, 64, 120
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> Any:
+    name = f"test-{request.node.name}".replace("/", "-")
+    yield Ledger.open(name, NUM_BLOCKS)
+    path_of(name).unlink(missing_ok=True)
+
+
+def block_manager(ledger_name: str, *, reads_outputs_again: bool = False) -> KVCacheManager:
+    base = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=HEADS, head_size=64, dtype=torch.bfloat16
+    )
+    spec = CompressedSpec.of(
+        base, budget=BUDGET, ledger=ledger_name, reads_outputs_again=reads_outputs_again
+    )
+    config = KVCacheConfig(
+        num_blocks=NUM_BLOCKS,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    return KVCacheManager(
+        config,
+        max_model_len=4096,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=False,
+        max_in_flight_tokens=8192,
+    )
+
+
+@dataclass
+class Sequence:
+    """A request, and what its worker knows of it."""
+
+    request: Request
+    wanted: int  # tokens to write
+    prefill_end: int  # tokens that its worker reads as a prompt
+    turn: int = 0  # how often it started again
+    boundary: int | None = None  # as its worker found it
+
+
+@dataclass
+class Item:
+    """What a step does for one request."""
+
+    sequence: Sequence
+    turn: int
+    computed: int
+    count: int
+    blocks: list[int]  # of its worker's block table
+
+
+@dataclass
+class Simulation:
+    """Requests come, are read in chunks, write with drafts, are preempted, aborted or finished,
+    while up to ``depth`` steps are in flight."""
+
+    ledger: Ledger
+    manager: KVCacheManager
+    depth: int
+    num_drafts: int
+    reads_outputs_again: bool
+    rng: random.Random
+    chunk: int = 100
+    running: list[Sequence] = field(default_factory=list)
+    waiting: list[Sequence] = field(default_factory=list)
+    in_flight: list[list[Item]] = field(default_factory=list)
+    num_requests: int = 0
+    num_preempted: int = 0
+
+    @property
+    def blocks_of(self) -> dict[str, list[Any]]:
+        return self.manager.coordinator.single_type_managers[0].req_to_blocks
+
+    def step(self) -> None:
+        if len(self.in_flight) == self.depth:
+            self.process(self.in_flight.pop(0))
+        if self.running and self.rng.random() < 0.01:
+            self.remove(self.rng.choice(self.running))  # aborted by its client
+        self.admit_some()
+        items: list[Item] = []
+        left = 300
+        for sequence in list(self.running):
+            if sequence in self.running and left > 0:
+                left -= self.schedule(sequence, items, left)
+        alive = [item for item in items if self.is_alive(item)]
+        self.in_flight.append(alive)
+        self.check_nothing_was_freed_early()
+
+    def admit_some(self) -> None:
+        if not self.waiting and self.rng.random() < 0.3:
+            self.num_requests += 1
+            length = self.rng.randint(1, 600)
+            request = Request(
+                request_id=str(self.num_requests),
+                prompt_token_ids=[0] * length,
+                sampling_params=SamplingParams(max_tokens=500),
+                pooling_params=None,
+            )
+            self.waiting.append(Sequence(request, self.rng.randint(1, 200), length))
+        if self.waiting and len(self.running) < 12:
+            sequence = self.waiting[0]
+            count = min(self.chunk, sequence.request.num_tokens)
+            if self.manager.allocate_slots(sequence.request, count, full_sequence_must_fit=True):
+                self.running.append(self.waiting.pop(0))
+
+    def schedule(self, sequence: Sequence, items: list[Item], left: int) -> int:
+        request = sequence.request
+        computed = request.num_computed_tokens
+        if computed < request.num_tokens - 1 or computed < request.num_prompt_tokens:
+            count = min(self.chunk, left, request.num_tokens - computed)
+        else:
+            count = 1 + self.num_drafts
+        while self.manager.allocate_slots(request, count) is None:
+            last = self.running[-1]
+            self.preempt(last)
+            if last is sequence:
+                return 0
+        blocks = [block.block_id for block in self.blocks_of[request.request_id]]
+        items.append(Item(sequence, sequence.turn, computed, count, blocks))
+        request.num_computed_tokens += count
+        request.num_in_flight_tokens += count
+        return count
+
+    def process(self, items: list[Item]) -> None:
+        """The oldest step has run: first what its worker did, then what the scheduler learns."""
+        for item in items:
+            sequence, request = item.sequence, item.sequence.request
+            if not self.is_alive(item):
+                continue
+            is_prefilling = item.computed < sequence.prefill_end
+            if not is_prefilling and sequence.boundary is None:
+                first_block = self.blocks_of[request.request_id][0].block_id
+                self.ledger.check_planned(first_block, item.computed)
+                self.ledger.done(first_block, item.computed)
+                sequence.boundary = item.computed
+            request.num_in_flight_tokens -= item.count
+            if is_prefilling and item.computed + item.count < request.num_tokens:
+                continue
+            accepted = 1 if is_prefilling else self.rng.randint(1, item.count)
+            if not is_prefilling:
+                request.num_computed_tokens -= item.count - accepted
+            request.append_output_token_ids([0] * accepted)
+            if request.num_output_tokens >= sequence.wanted:
+                self.remove(sequence)
+
+    def is_alive(self, item: Item) -> bool:
+        return item.sequence in self.running and item.sequence.turn == item.turn
+
+    def remove(self, sequence: Sequence) -> None:
+        self.manager.free(sequence.request)
+        self.running.remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
+        self.remove(sequence)
+        request = sequence.request
+        request.num_computed_tokens = request.num_in_flight_tokens = 0
+        sequence.turn, sequence.boundary = sequence.turn + 1, None
+        if self.reads_outputs_again:
+            sequence.prefill_end = request.num_tokens
+        self.waiting.insert(0, sequence)
+
+    def check_nothing_was_freed_early(self) -> None:
+        """What steps in flight read and write still belongs to their requests.
+
+        That are all of a request's blocks up to the step that compresses it, and then the first
+        ones and those behind the prompt.
+        """
+        for items in self.in_flight:
+            for item in filter(self.is_alive, items):
+                sequence = item.sequence
+                blocks = self.blocks_of[sequence.request.request_id]
+                unread = range(0)
+                if sequence.boundary is not None and item.computed > sequence.boundary:
+                    planned = plan(
+                        sequence.boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS
+                    )
+                    unread = range(planned.kept_blocks, planned.tail) if planned else unread
+                for index, block in enumerate(item.blocks):
+                    assert index in unread or blocks[index].block_id == block
+
+
+@pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_scheduler_frees_only_what_no_step_in_flight_reads(
+    ledger: Ledger,
+    request: pytest.FixtureRequest,
+    depth: int,
+    num_drafts: int,
+    reads_outputs_again: bool,
+):
+    """10,000 steps at each depth; with both definitions of a prompt after a preemption."""
+    name = f"test-{request.node.name}".replace("/", "-")
+    manager = block_manager(name, reads_outputs_again=reads_outputs_again)
+    sim = Simulation(ledger, manager, depth, num_drafts, reads_outputs_again, random.Random(depth))
+    for _ in range(2_500):
+        sim.step()
+    assert ledger.counts.requests_compressed > 20 and sim.num_preempted > 0
+    for sequence in list(sim.running):
+        sim.remove(sequence)
+    assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, request):
+    name = f"test-{request.node.name}"
+    sim = Simulation(ledger, block_manager(name), 1, 0, False, random.Random(0))
+    long = Request(
+        request_id="long",
+        prompt_token_ids=[0] * 400,
+        sampling_params=SamplingParams(max_tokens=9),
+        pooling_params=None,
+    )
+    sim.manager.allocate_slots(long, 400, full_sequence_must_fit=True)
+    long.num_computed_tokens = 400
+    long.append_output_token_ids([0])
+    sim.manager.allocate_slots(long, 1)
+    first_block = sim.blocks_of["long"][0].block_id
+    with pytest.raises(adakv.Error, match=r"about to compress 399 tokens .* planned 400"):
+        ledger.check_planned(first_block, 399)
+    ledger.done(first_block, 399)
+    long.num_computed_tokens = 401
+    long.append_output_token_ids([0])
+    before = sim.manager.block_pool.get_num_free_blocks()
+    with pytest.raises(adakv.Error, match="compressed at 400 tokens, but a worker did so at 399"):
+        sim.manager.allocate_slots(long, 1)
+    assert sim.manager.block_pool.get_num_free_blocks() == before

@@ -1,0 +1,161 @@
+"""Settings, refusals, the plan and the ledger; vLLM isn't needed."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import adakv
+from adakv.policy import LayerInputs, get
+from adakv.vllm.config import Settings, check_engine, check_version, why_not
+from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts
+from adakv.vllm.plan import plan
+
+RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
+
+
+def engine(**changes: Any) -> SimpleNamespace:
+    """A ``VllmConfig`` without anything unusual, but for some ``group__name=value``."""
+    config = SimpleNamespace(
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            use_ubatching=False,
+        ),
+        speculative_config=None,
+        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
+        model_config=SimpleNamespace(use_mla=False),
+        scheduler_config=SimpleNamespace(scheduler_reserve_full_isl=True),
+    )
+    for name, value in changes.items():
+        holder, _, attribute = name.rpartition("__")
+        setattr(getattr(config, holder) if holder else config, attribute, value)
+    return config
+
+
+def test_settings_are_none_without_an_entry():
+    assert Settings.of({}) is None and Settings.of({"other": 1}) is None
+    assert Settings.of({"adakv": {"budget": 64}}) == Settings(budget=64)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ada_snapkv", "must be a dict of policy, budget, mode, got 'ada_snapkv'"),
+        ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
+        ({"policy": "best"}, "policy must be a Policy or one of"),
+        ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
+        ({"budget": 64.5}, "budget must be an integer, got 64.5"),
+        ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),
+        ({"policy": "layer_defensive"}, "isn't fixed"),
+        ({"policy": "ada_pyramidkv"}, "different budgets"),
+        ({"policy": "kvzip"}, "reads the prompt twice"),
+        ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
+        ({"policy": "h2o"}, "all queries"),
+        ({"policy": "full"}, "keeps everything"),
+    ],
+)
+def test_settings_say_what_is_wrong(given: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        Settings.of({"adakv": given})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_transfer_config": object()}, "KV connectors"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"parallel_config__use_ubatching": True}, "ubatches"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts must come from n-grams"),
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model, got fp8"),
+        ({"cache_config__block_size": 48}, "power of two from 8 to 256, got 48"),
+        ({"scheduler_config__scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl"),
+    ],
+)
+def test_engines_that_cannot_be_compressed_are_refused(changes: dict[str, Any], message: str):
+    check_engine(engine(speculative_config=SimpleNamespace(method="ngram")))
+    with pytest.raises(ValueError, match=message):
+        check_engine(engine(**changes))
+
+
+def test_versions_of_vllm_that_are_not_known_are_refused():
+    for version in ("0.32.0", "0.33.1", "0.33.0rc1"):
+        check_version(version)
+    for version in ("0.31.9", "0.34.0", "1.0.0"):
+        with pytest.raises(ImportError, match=f"at least 0.32 and below 0.34, got {version}"):
+            check_version(version)
+
+
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+@pytest.mark.parametrize("name", RUN)
+def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
+    """Pages of all rows, at the start and while they grow, never outrun the request's blocks."""
+    rng, block, heads = random.Random(0), 16, 3
+    for budget, length in ((66, 200), (64, 129), (100, 301)):
+        settings = Settings(policy=name, budget=budget, mode=mode)
+        planned = plan(length, budget=budget, block_size=block, num_kv_heads=heads)
+        inputs = LayerInputs(
+            queries=torch.randn(1, 2 * heads, settings.preset.window, 16),
+            keys=torch.randn(1, heads, length, 16) * torch.tensor([0.1, 1, 4])[:, None, None],
+            values=torch.randn(1, heads, length, 16),
+            w_o=torch.randn(8, 2 * heads * 16),
+            prompt_lens=(length,),
+            layer=0,
+            num_layers=1,
+        )
+        kept = settings.policy_for(block).choose(inputs, budget).indptr.diff()
+        if mode == "exact":
+            assert int(kept.sum()) == heads * budget
+        pages = -(-kept // block)
+        assert int(pages.sum()) <= heads * planned.kept_blocks
+        for new in [*range(1, 40), rng.randint(40, 500)]:
+            behind = -(-(length + new) // block) - planned.tail  # blocks for new tokens
+            assert int((-(-(kept + new) // block) - pages).max()) <= behind
+
+
+def test_plan_gives_back_nothing_that_is_not_worth_it():
+    for boundary in range(1, 400):
+        planned = plan(boundary, budget=64, block_size=16, num_kv_heads=2)
+        if boundary <= 64:
+            assert planned is None
+        elif planned is not None:
+            assert 1 <= planned.kept_blocks < planned.tail <= boundary / 16
+    assert plan(65, budget=64, block_size=16, num_kv_heads=2) is None
+    assert plan(400, budget=64, block_size=16, num_kv_heads=2) == (5, 25)
+
+
+@pytest.fixture
+def ledger() -> Any:
+    name = f"test-{random.getrandbits(60)}"
+    yield name, Ledger(name, 10)
+    path_of(name).unlink(missing_ok=True)
+
+
+def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
+    name, scheduler = ledger
+    worker = Ledger(name, 10)
+    scheduler.plan(3, 400)
+    worker.check_planned(3, 400)
+    with pytest.raises(adakv.Error, match=r"compress 399 tokens .* block 3, .* planned 400"):
+        worker.check_planned(3, 399)
+    with pytest.raises(adakv.Error, match=r"free blocks .* block 3, .* at 400 .* at -1"):
+        scheduler.check_done(3, 400)
+    worker.done(3, 400)
+    scheduler.check_done(3, 400)
+
+
+def test_ledger_counts_for_everybody(ledger: tuple[str, Ledger]):
+    name, scheduler = ledger
+    assert read_counts("nobody") == Counts()
+    Ledger(name, 10).add(entries_read=5, entries_kept=2)
+    scheduler.add(requests_compressed=1, blocks_given_back=7)
+    assert read_counts(name) == scheduler.counts == Counts(1, 7, 5, 2)

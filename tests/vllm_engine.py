@@ -1,0 +1,228 @@
+"""Small engines in this process, and what happened in them; needs vllm."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import adakv.vllm
+from adakv.vllm.config import Settings
+from adakv.vllm.engine_cache import EngineCache
+
+BLOCK = 32
+#: For one engine in a process, beside others on the machine.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
+    """Saves a random Llama without a tokenizer: three layers, four q heads; the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_gemma2(folder: Path) -> str:
+    """Saves a random Gemma2: every other layer has a sliding window, and logits are capped."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        attn_logit_softcapping=5.0,
+        query_pre_attn_scalar=20,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def install_entry_points(folder: Path) -> list[str]:
+    """What has to be on a process's path for vLLM to find the plugin: nothing, if adakv is
+    installed; else ``folder``, with the entry points that it would have then."""
+    if any(e.value == "adakv.vllm:register" for e in entry_points(group="vllm.general_plugins")):
+        return []
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    lines = re.findall(
+        r'^\[project\.entry-points\."(.*)"\]\n(\w+) = "(.*)"$', project.read_text(), re.MULTILINE
+    )
+    info = folder / "adakv-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adakv\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n{name} = {value}\n" for group, name, value in lines)
+    )
+    return [str(folder)]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A request was compressed, or found not worth it."""
+
+    boundary: int
+    num_outputs: int  # tokens it had written by then
+    lengths: torch.Tensor  # [L, Hkv], what its rows kept; 0: it stays whole
+
+
+@dataclass
+class Run:
+    """What came of some requests."""
+
+    tokens: list[list[int]]
+    compressions: list[list[Compression]]
+    steps: int = 0
+    most_running: int = 0
+    preemptions: int = 0
+    most_at_once: int = 0  # tokens that a request wrote in one step
+    free_blocks: list[int] = field(default_factory=list)  # after each step
+
+
+def is_compressed(manager: Any) -> bool:
+    """Whether a manager of blocks is ours."""
+    from adakv.vllm.spec import CompressedManager
+
+    return isinstance(manager, CompressedManager)
+
+
+class Engine:
+    """An engine whose scheduler and worker can be looked at."""
+
+    def __init__(self, model: str, settings: Settings | None = None, **options: Any) -> None:
+        from vllm import LLM
+
+        adakv.vllm.register()  # as vLLM does, where adakv is installed
+        given = settings and {
+            "policy": settings.policy,
+            "budget": settings.budget,
+            "mode": settings.mode,
+        }
+        options = {
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 256,
+            "block_size": BLOCK,
+            "dtype": "float32",
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "additional_config": {"adakv": given} if given else {},
+            "seed": 0,
+        } | options
+        self._engine = LLM(model, **options).llm_engine
+        self.core = self._engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+
+    @property
+    def manager(self) -> Any:
+        """Of the compressed caches, or of the only ones."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return next(filter(is_compressed, managers), managers[0])
+
+    @property
+    def num_free(self) -> int:
+        return int(self.manager.block_pool.get_num_free_blocks())
+
+    @property
+    def cache(self) -> EngineCache | None:
+        """The worker's half, once it ran a step."""
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        builders = [g.get_metadata_builder() for groups in runner.attn_groups for g in groups]
+        return next((b.cache for b in builders if getattr(b, "cache", None)), None)
+
+    def run(self, prompts: list[list[int]], new_tokens: int | list[int]) -> Run:
+        """Runs requests to their ends, greedily."""
+        from vllm import SamplingParams
+
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+        for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            params = SamplingParams(
+                max_tokens=count, temperature=0, ignore_eos=True, detokenize=False
+            )
+            self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        run = Run([[] for _ in prompts], [[] for _ in prompts])
+        noted: set[tuple[str, int]] = set()
+        while self._engine.has_unfinished_requests():
+            written = {key: r.num_output_tokens for key, r in self.scheduler.requests.items()}
+            for output in self._engine.step():
+                if output.finished:
+                    run.tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+            self._note(run, written, noted)
+        return run
+
+    def _note(self, run: Run, written: dict[str, int], noted: set[tuple[str, int]]) -> None:
+        """Notes what a step did; ``written``: tokens that each request had written before."""
+        running = self.scheduler.running
+        run.steps += 1
+        run.free_blocks.append(self.num_free)
+        run.most_running = max(run.most_running, len(running))
+        gains = [r.num_output_tokens - written.get(r.request_id, 0) for r in running]
+        run.most_at_once = max([run.most_at_once, *gains])
+        run.preemptions = max([run.preemptions, *(r.num_preemptions for r in running)])
+        if not is_compressed(self.manager):
+            return
+        for request in running:
+            key, turn = request.request_id, (request.request_id, request.num_preemptions)
+            boundary = self.manager.boundary(key)
+            if boundary is None or turn in noted:
+                continue
+            noted.add(turn)
+            first_block = self.manager.req_to_blocks[key][0].block_id
+            is_cut = bool(self.cache.boundaries[first_block])
+            lengths = self.cache.lengths[:, first_block] * is_cut
+            number = int(key.split("-")[0])
+            run.compressions[number].append(Compression(boundary, written[key], lengths))
+
+
+@contextlib.contextmanager
+def engine(model: str, settings: Settings | None = None, **options: Any) -> Iterator[Engine]:
+    """An engine that is gone afterwards."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    os.environ.update(ENVIRONMENT)
+    it = None
+    try:
+        it = Engine(model, settings, **options)
+        yield it
+    finally:
+        if it is not None:
+            it.core.shutdown()
+        del it
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,67 @@
+"""What an engine should have written, by adakv's own path through transformers.
+
+Nothing is generated: the engine's own tokens are read again, and at each place the model's choice
+is compared with what the engine wrote there.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import adakv
+from adakv.vllm.config import Settings
+from vllm_engine import BLOCK, Compression
+
+
+class Reference:
+    """A model under adakv's adapter."""
+
+    def __init__(self, folder: str, settings: Settings) -> None:
+        # "eager", as transformers' faster attention functions leave capped logits uncapped.
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self._settings = settings
+        kinds = getattr(self._model.config, "layer_types", None) or []
+        self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+    def choices(
+        self, prompt: list[int], tokens: list[int], compressions: list[Compression]
+    ) -> list[int]:
+        """The model's choice at the place of each of ``tokens``.
+
+        From one compression to the next a request reads tokens up to its boundary whole, and then
+        those behind it with what was kept. The first token behind a boundary is still the whole
+        prompt's, if reading ended there.
+        """
+        text = torch.tensor([prompt + tokens])
+        ends = [c.num_outputs for c in compressions[1:]] + [len(tokens)]
+        choices: list[int] = []
+        for compression, end in zip(compressions, ends, strict=True):
+            boundary = compression.boundary
+            logits = self._read(text[:, : len(prompt) + end - 1], compression)
+            known = len(prompt) + len(choices) - 1
+            choices += logits[known:].argmax(-1).tolist()
+            assert boundary <= len(prompt) + compression.num_outputs
+        return choices
+
+    @torch.no_grad()
+    def _read(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
+        """Logits at all positions of a text that is compressed after its first part."""
+        first, rest = text.split([compression.boundary, text.shape[1] - compression.boundary], 1)
+        policy = (
+            self._settings.policy_for(BLOCK)
+            if compression.lengths.any()
+            else adakv.policy.get("full")
+        )
+        with adakv.attach(self._model):
+            cache = adakv.Cache(self._model, policy, budget=self._settings.budget)
+            logits = [self._model(first, past_key_values=cache).logits[0]]
+            held = cache.stats()["lengths"][:, 0]
+            held = held[[i for i in range(len(held)) if i not in self._sliding]]
+            if compression.lengths.any():
+                assert torch.equal(held, compression.lengths)
+            if rest.shape[1]:
+                logits.append(self._model(rest, past_key_values=cache).logits[0])
+        return torch.cat(logits)
