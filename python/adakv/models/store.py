@@ -399,7 +399,6 @@ class Store:
     @property
     def bytes(self) -> int:
         """Of the pages in use."""
-        """Pages that its sequences own, of all layers."""
         return 0 if self._kv is None else self._kv.pages_used * self._kv.page_bytes
 
     @property
