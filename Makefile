@@ -165,14 +165,17 @@ wheel: setup ## a wheel for this machine's glibc or later ones, into dist/
 		-C build-dir=build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA)
 	python -m auditwheel repair -w dist build/wheel/*.whl
 
-# torch and the tools are those of the environment; its own adakv, installed in place, is not seen,
-# as .pth files of a folder that a .pth file names are not read.
+# torch and the tools are those of the environment, what adakv's extras want beside them is added; an
+# adakv installed in place there is not seen, as .pth files of a folder that a .pth file names are
+# not read.
 WHEEL_ENV := build/wheel/env
+WHEEL_PIP := python -m pip --python $(WHEEL_ENV)/bin/python
 test-wheel: wheel ## install the wheel in an environment of its own, and run the suite there
 	rm -rf $(WHEEL_ENV) && python -m venv --without-pip $(WHEEL_ENV)
+	$(WHEEL_PIP) install -q --no-deps $$(ls -t dist/*.whl | head -1)
 	python -c 'import site; print(site.getsitepackages()[0])' \
 		> $$(echo $(WHEEL_ENV)/lib/python3.*/site-packages)/tools.pth
-	python -m pip --python $(WHEEL_ENV)/bin/python install -q --no-deps $$(ls -t dist/*.whl | head -1)
+	$(WHEEL_PIP) install -q 'adakv[hf,cli]'
 	cd $(WHEEL_ENV) && bin/python -c 'import adakv, sys; assert adakv.__file__.startswith(sys.prefix)'
 	cd $(WHEEL_ENV) && OMP_NUM_THREADS=1 bin/python -m pytest -c $(CURDIR)/pyproject.toml \
 		--rootdir $(CURDIR) $(CURDIR)/tests -n auto -m "not slow"

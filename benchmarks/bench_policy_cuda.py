@@ -20,6 +20,7 @@ from cuda_timing import graph_times, launch_times
 
 KV_HEADS, GROUP, HEAD_DIM, WINDOW, WIDTH = 8, 4, 128, 32, 4096
 LENGTHS = (4096, 32768, 131072)
+PARTS = ("score", "columns", "choose", "value_norm")
 Calls = dict[str, Callable[[int], object]]
 
 
@@ -53,6 +54,42 @@ def score(length: int, save: str) -> None:
     }
     torch_peer = {"torch": lambda i: bench_score.plain_torch(queries[i % copies], keys[i % copies])}
     report("score", {"length": length}, ours, torch_peer, save)
+
+
+def columns(length: int, save: str) -> None:
+    """All of a prompt's attention; "prefill attention" is torch's, whose scores these are."""
+    queries = [2 * random(1, KV_HEADS * GROUP, length, HEAD_DIM) for _ in range(2)]
+    keys = [random(1, KV_HEADS, length, HEAD_DIM) for _ in range(2)]
+    lse = torch.full(queries[0].shape[:3], 12.0, device="cuda")
+
+    def call(stride: int = 1, **options: object) -> Callable[[int], object]:
+        options = {"window_reduce": "max", "group_reduce": "max", "pool": "none"} | options
+
+        def run(i: int) -> Tensor:
+            rows = queries[i % 2][:, :, (length - 1) % stride :: stride]
+            return ops.score(
+                rows, keys[i % 2], window=WINDOW, stride=stride, distance=16, **options
+            )
+
+        return run
+
+    def prefill_attention(i: int) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            queries[i % 2], keys[i % 2], keys[i % 2], is_causal=True, enable_gqa=True
+        )
+
+    ours = {
+        "column maxima": call(),
+        "column maxima, lse given": call(lse=lse),
+        "column maxima, every 4th query": call(stride=4),
+        "column sums": call(window_reduce="sum", group_reduce="mean"),
+    }
+    peers: Calls = {"prefill attention": prefill_attention}
+    if length < 10000:
+        peers["torch, in pieces"] = lambda i: bench_score.plain_torch_columns(
+            queries[i % 2], keys[i % 2]
+        )
+    report("columns", {"length": length}, ours, peers, save)
 
 
 def scores_like(kind: str, length: int) -> Tensor:
@@ -116,13 +153,15 @@ def value_norm(length: int, save: str) -> None:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--only", choices=("score", "choose", "value_norm"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = parser.parse_args()
-    only = {options.only} if options.only else {"score", "choose", "value_norm"}
+    only = {options.only} if options.only else set(PARTS)
     for length in options.lengths:
         if "score" in only:
             score(length, options.save)
+        if "columns" in only and length < 100000:
+            columns(length, options.save)
         if "choose" in only:
             for kind in ("float32", "bfloat16", "equal"):
                 choose(length, kind, 1024, options.save)

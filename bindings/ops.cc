@@ -89,6 +89,9 @@ void score(handle queries,
            const char* order,
            const char* pool,
            int pool_width,
+           int window,
+           int stride,
+           int distance,
            handle scores) {
   ScoreArgs args;
   args.queries = view_of("queries", queries);
@@ -105,6 +108,9 @@ void score(handle queries,
   args.pool =
       choice<Pool>("pool", pool, {{"max", Pool::kMax}, {"avg", Pool::kAvg}, {"none", Pool::kNone}});
   args.pool_width = pool_width;
+  args.window = window;
+  args.stride = stride;
+  args.distance = distance;
   args.scores = view_of("scores", scores);
   run_with_workspace(&adakv::score, args, args.keys.device);
 }

@@ -119,7 +119,7 @@ template <typename Chunk>
 __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32_t step) {
   const LayerRows& layer = p.layer;
   const int32_t lane = threadIdx.x % kWarpSize;
-  const int32_t* ids = p.page_ids + p.page_indptr[b];
+  const int32_t first_id = p.page_indptr[b];
 #pragma unroll 1
   while (true) {
     const int32_t page = job >> p.part_shift, part = job - (page << p.part_shift);
@@ -127,7 +127,7 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
     const int32_t slot = (part >> 1) * p.part_slots;
     const FilledRow row = find_row(p, b, page);
     if (row.head == layer.num_heads) break;
-    const int32_t id = ids[page];
+    const int32_t id = p.page_ids[first_id + page];
     const int32_t begin = row.begin + (page - row.first_page) * layer.page_size + slot;
     const int32_t count = min(p.part_slots, row.end - begin);
     const int32_t position = lane < count ? p.positions[begin + lane] : 0;

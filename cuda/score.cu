@@ -93,6 +93,17 @@ int64_t workspace_floats(const ScoreArgs& args, const ScoreSizes& sizes) {
 }
 
 ScoreParams make_params(const ScoreArgs& args, const ScoreSizes& sizes) {
+  ScoreParams params = score_inputs(args);
+  plan_score(args, sizes, params);
+  params.partials = args.workspace.ptr<float2>();
+  params.parts = args.workspace.ptr<float>() + partial_floats(args, sizes, params);
+  params.weight = params.num_parts == 1 ? score_weight(args) : 1.f;
+  return params;
+}
+
+}  // namespace
+
+ScoreParams score_inputs(const ScoreArgs& args) {
   ScoreParams params = {};
   params.queries = args.queries.data;
   params.keys = args.keys.data;
@@ -104,11 +115,10 @@ ScoreParams make_params(const ScoreArgs& args, const ScoreSizes& sizes) {
   std::copy_n(args.keys.stride, 3, params.key_stride);
   std::copy_n(args.lse.stride, 2, params.lse_stride);
   std::copy_n(args.scores.stride, 2, params.score_stride);
+  params.kv_heads = static_cast<int32_t>(args.keys.shape[1]);
+  params.group = static_cast<int32_t>(args.queries.shape[1]) / params.kv_heads;
+  params.length = static_cast<int32_t>(args.keys.shape[2]);
   params.head_dim = static_cast<int32_t>(args.keys.shape[3]);
-  plan_score(args, sizes, params);
-  params.partials = args.workspace.ptr<float2>();
-  params.parts = args.workspace.ptr<float>() + partial_floats(args, sizes, params);
-  params.weight = params.num_parts == 1 ? score_weight(args) : 1.f;
   params.is_max = args.group_reduce == Reduce::kMax;
   params.is_aligned = rows_are_aligned(args.queries, 16) && rows_are_aligned(args.keys, 16);
   const float scale =
@@ -118,8 +128,6 @@ ScoreParams make_params(const ScoreArgs& args, const ScoreSizes& sizes) {
   params.multiplier = args.softcap > 0 ? kLog2e : scale * kLog2e;
   return params;
 }
-
-}  // namespace
 
 bool keeps_heads(const ScoreArgs& args) {
   return args.window_reduce == Reduce::kMax || args.group_reduce == Reduce::kMax ||
@@ -144,6 +152,7 @@ float score_weight(const ScoreArgs& args) {
 void CudaBackend::score(const ScoreArgs& args) {
   const DeviceGuard guard(args.keys.device);
   if (args.scores.size() == 0) return;
+  if (score_reads_columns(args)) return score_columns(args);
   const bool is_sm90 = sm90_score_fits(args);
   const ScoreParams params =
       make_params(args, is_sm90 ? kSm90ScoreSizes : general_score_sizes(args));
@@ -157,6 +166,7 @@ void CudaBackend::score(const ScoreArgs& args) {
 
 size_t CudaBackend::workspace_bytes(const ScoreArgs& args) const {
   if (args.scores.size() == 0) return 0;
+  if (score_reads_columns(args)) return score_columns_workspace_bytes(args);
   const int64_t general = workspace_floats(args, general_score_sizes(args));
   return std::max(general, workspace_floats(args, kSm90ScoreSizes)) * sizeof(float);
 }

@@ -61,6 +61,14 @@ ScoreSizes general_score_sizes(const ScoreArgs& args);
 void general_score(const ScoreArgs& args, const ScoreParams& params);
 void pool_parts(const ScoreArgs& args, const ScoreParams& params);
 
+/// score_columns.cu: score of more queries than a window has, or of others. It has its own steps 1
+/// and 2.
+bool score_reads_columns(const ScoreArgs& args);
+size_t score_columns_workspace_bytes(const ScoreArgs& args);
+void score_columns(const ScoreArgs& args);
+/// Those of the parameters that don't depend on how rows are dealt to chunks.
+ScoreParams score_inputs(const ScoreArgs& args);
+
 /// The kernels of sm90/score.cu: D 64 or 128 of 16 bits, no cap; sums over window and group, or
 /// maxima over a window of up to 128.
 constexpr ScoreSizes kSm90ScoreSizes = {128, 32, 128, 2, 4, true};

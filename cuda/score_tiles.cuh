@@ -167,4 +167,45 @@ __device__ void for_each_tile(const ScoreParams& params,
   }
 }
 
+/// The logits of a warp's kept rows (queries, or keys) and 16 rows in shared memory, still to be
+/// multiplied to get z.
+template <typename Tile>
+__device__ inline void logits(const ScoreParams& params,
+                              const typename Tile::Kept& kept,
+                              const typename Tile::Element* streamed,
+                              float (&x)[Tile::kTiles][2][4]) {
+  kept.multiply(streamed, x);
+  if (params.softcap == 0.f) return;
+#pragma unroll
+  for (int i = 0; i < 8 * Tile::kTiles; ++i) {
+    float& logit = x[i / 8][i / 4 % 2][i % 4];
+    logit = params.softcap * tanhf(logit * params.cap_scale);
+  }
+}
+
+/// Takes four logits z into each row's maximum and sum. New maxima get rare.
+template <int kRows>
+__device__ inline void add_logits(float2 (&sums)[kRows], const float (&z)[kRows][4]) {
+  float highest[kRows];
+  bool grows = false;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    highest[r] = fmaxf(fmaxf(z[r][0], z[r][1]), fmaxf(z[r][2], z[r][3]));
+    grows |= highest[r] > sums[r].x;
+  }
+  if (__any_sync(kFullWarp, grows)) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float maximum = fmaxf(sums[r].x, highest[r]);
+      sums[r].y *= fast_exp2(sums[r].x - maximum);
+      sums[r].x = maximum;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    sums[r].y += (fast_exp2(z[r][0] - sums[r].x) + fast_exp2(z[r][1] - sums[r].x)) +
+                 (fast_exp2(z[r][2] - sums[r].x) + fast_exp2(z[r][3] - sums[r].x));
+  }
+}
+
 }  // namespace adakv

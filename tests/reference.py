@@ -40,9 +40,13 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def window_logits(
-    queries: Tensor, keys: Tensor, scale: float | None = None, softcap: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    stride: int = 1,
 ) -> Tensor:
-    """Causal logits ``[Hq, W, T]`` of the last W positions of one sequence.
+    """Causal logits ``[Hq, W, T]`` of the last W positions of one sequence, ``stride`` apart.
 
     Queries are ``[Hq, W, D]``, keys ``[Hkv, T, D]``.
     """
@@ -50,8 +54,12 @@ def window_logits(
     length = keys.shape[1]
     keys = keys.repeat_interleave(num_heads // keys.shape[0], 0)
     z = _capped(queries @ keys.mT * (scale or head_dim**-0.5), softcap)
-    position = torch.arange(length - window, length)[:, None]
+    position = _window_positions(length, window, stride)[:, None]
     return z.masked_fill(torch.arange(length) > position, -INF)
+
+
+def _window_positions(length: int, window: int, stride: int) -> Tensor:
+    return length - 1 - stride * torch.arange(window - 1, -1, -1)
 
 
 def score(
@@ -67,21 +75,30 @@ def score(
     order: str = "group_first",
     pool: str = "max",
     pool_width: int = 7,
+    window: int | None = None,
+    stride: int = 1,
+    distance: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """SnapKV, arXiv 2404.14469: ``pool_t(group_reduce_q(window_reduce_w(softmax_t(z))))``."""
-    batch, _, window, _ = queries.shape
+    batch, _, num_queries, _ = queries.shape
     _, num_kv_heads, length, _ = keys.shape
     scores = torch.full((batch, num_kv_heads, length), -INF, dtype=dtype)
     for b, seq_len in enumerate(_lengths(seq_lens, batch, length)):
-        n = seq_len - window
+        n = seq_len - (num_queries if window is None else window)
         if n <= 0:
             continue
         q, k = queries[b].cpu().to(dtype), keys[b, :, :seq_len].cpu().to(dtype)
-        z = window_logits(q, k, scale, softcap)
+        z = window_logits(q, k, scale, softcap, stride)
         if sinks is not None:
-            z = torch.cat([z, sinks.cpu().to(dtype)[:, None, None].expand(-1, window, 1)], -1)
-        a = _reduce(z.softmax(-1)[..., :n], window_reduce, 1)  # [Hq, n]
+            z = torch.cat([z, sinks.cpu().to(dtype)[:, None, None].expand(-1, num_queries, 1)], -1)
+        position = _window_positions(seq_len, num_queries, stride)[:, None]
+        counts = position - distance >= torch.arange(n)  # [W, n]
+        p = z.softmax(-1)[..., :n].where(counts, 0)
+        if window_reduce == "mean":
+            a = p.sum(1) / counts.sum(0).clamp(min=1)  # [Hq, n]
+        else:
+            a = _reduce(p, window_reduce, 1)
         if order == "pool_first":
             a = _pool(a, pool, pool_width)
         g = _reduce(a.view(num_kv_heads, -1, n), group_reduce, 1)  # [Hkv, n]

@@ -83,7 +83,7 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policy", "adasnap"], "unknown policy 'adasnap'; known are streaming, random, snapkv"),
+        (["--policy", "adasnap"], "policy must be one of streaming, random, snapkv"),
         (["--budget", "64", "--ratio", "0.5"], "give --budget or --ratio, not both"),
         (["--budget", "0"], "--budget must be at least 1, got 0"),
         (["--budget", "8"], "budget must be at least 32"),

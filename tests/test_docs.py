@@ -79,7 +79,7 @@ def public(holder: Any) -> Iterator[tuple[str, Any]]:
     """What a module or class defines itself, under names without an underscore."""
     module = holder.__name__ if inspect.ismodule(holder) else holder.__module__
     for name, value in vars(holder).items():
-        value = getattr(value, "__func__", value)  # of class and static methods
+        value = inspect.unwrap(getattr(value, "__func__", value))  # of class and static methods
         if isinstance(value, property):
             value = value.fget
         known = inspect.isfunction(value) or inspect.isclass(value)
@@ -104,3 +104,19 @@ def test_docs_of_all_that_is_public(module: ModuleType):
             assert function.__doc__ or any(inspect.getdoc(f) for f in inherited if f), (
                 f"{module.__name__}.{name}.{method} has no docstring"
             )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(value for _, value in public(adakv.ops) if inspect.isfunction(value)),
+        *(value for _, value in public(adakv.cache.KVCache)),
+        adakv.attach,
+        adakv.Cache,
+        adakv.generate_batch,
+    ],
+    ids=lambda function: function.__qualname__,
+)
+def test_docs_name_every_parameter(function: Any):
+    words = re.findall(r"\w+", inspect.getdoc(function) or "")
+    assert set(inspect.signature(function).parameters) - {"self", "cls"} <= set(words)

@@ -263,3 +263,21 @@ def test_run_refuses_what_the_model_cant_hold(model: Any):
     long = {"text": [gauges.Item("0", "0", (1,) * 1020, (1,), (1,) * 8)]}
     with pytest.raises(ValueError, match="an item of text has 1029 with its answer, the model"):
         next(runner.run(model, long, {"full": adakv.policy.get("full")}, [1.0]))
+
+
+def test_random_is_worse_than_policies_that_look(tmp_path: Path):
+    """On a model whose attention is sharp; policies that only look at keys may lose there."""
+    folder = save_model(tmp_path, initializer_range=0.2)
+    sharp = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.randint(0, 256, (8, 300)).tolist()
+    items = [
+        gauges.Item(f"{i}.0", str(i), tuple(t[:260]), tuple(t[260:261]), tuple(t[261:]))
+        for i, t in enumerate(tokens)
+    ]
+    looking = ("ada_snapkv", "critical_ada_snapkv", "ada_column_max", "model_column_max", "kvzip")
+    policies = {name: adakv.policy.get(name) for name in ("random", *looking)}
+    losses: dict[str, list[float]] = {name: [] for name in policies}
+    for record in runner.run(sharp, {"text": items}, policies, [1 / 4]):
+        losses[record.key.policy].append(record.quality.kl)
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    assert max(means[name] for name in looking) < means["random"], means

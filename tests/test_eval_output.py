@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -205,7 +207,10 @@ def test_page_of_everything_kept_agrees(folder: str):
     [
         ([], "give at least one of --qa, --text and --needles"),
         (["--text", "no.txt"], "no.txt can't be read: No such file"),
-        (["--text", "{text}", "--policies", "adasnap"], "--policies must name some of streaming"),
+        (
+            ["--text", "{text}", "--policies", "adasnap"],
+            "--policies: policy must be one of",
+        ),
         (["--text", "{text}", "--policies", ","], "got none"),
         (["--text", "{text}", "--shares", "1/0"], "--shares must be numbers like 1/8 or 0.125"),
         (["--text", "{text}", "--shares", "2"], "--shares must be above 0 and at most 1, got 2"),
@@ -299,3 +304,40 @@ def test_lm_refuses(lm: Any, folder: str):
         model.loglikelihood_rolling([])
     with pytest.raises(ValueError, match="a request has 1025 tokens, but the model takes 1024"):
         model._loglikelihood_tokens([(("", ""), [1] * 1023, [1, 2])], disable_tqdm=True)
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_local_task(folder: str, tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    questions = [{"text": f"{i} one two three " * 9, "answer": "four"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean"}],
+    }
+    (tmp_path / "local.yaml").write_text(json.dumps(task))  # JSON is YAML
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="!")  # lm-eval wants one
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    setting = f"pretrained={folder},tokenizer={tmp_path}/tokenizer,dtype=float32"
+    options = {
+        "--model": "adakv",
+        "--model_args": f"{setting},policy=critical_ada_snapkv,ratio=0.4",
+        "--device": "cpu",
+        "--batch_size": "1",
+        "--tasks": "local",
+        "--include_path": str(tmp_path),
+        "--limit": "4",
+        "--output_path": str(tmp_path / "out"),
+    }
+    command = [sys.executable, "-m", "adakv.eval", *(x for pair in options.items() for x in pair)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run(command, check=True, env=os.environ | offline, capture_output=True)
+    (results,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["local"]["exact_match,none"] == 0

@@ -1,4 +1,5 @@
 // The eight verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
+#include <cstring>
 #include <string>
 
 #include "capi/convert.h"
@@ -6,11 +7,15 @@
 namespace adakv::capi {
 namespace {
 
-// An enumeration of C, whose values are those of C++ in the same order; `last` is its highest.
+// An enumeration of C, whose values are those of C++ in the same order; `last` is its highest. C may
+// pass any integer, which C++ must not read as an enumerator before it is checked.
 template <typename Enum, typename CEnum>
-Enum choice(const char* name, CEnum value, CEnum last) {
-  ADAKV_CHECK(static_cast<unsigned>(value) <= static_cast<unsigned>(last), name, " must be 0 to ",
-              static_cast<int>(last), ", got ", static_cast<int>(value));
+Enum choice(const char* name, const CEnum& given, CEnum last) {
+  int value;
+  static_assert(sizeof(value) == sizeof(given));
+  std::memcpy(&value, &given, sizeof(value));
+  ADAKV_CHECK(value >= 0 && value <= static_cast<int>(last), name, " must be 0 to ",
+              static_cast<int>(last), ", got ", value);
   return static_cast<Enum>(value);
 }
 static_assert(static_cast<int>(Reduce::kSum) == ADAKV_SUM);
@@ -52,6 +57,9 @@ ScoreArgs arguments(const AdakvScoreArgs& c) {
   args.order = choice<Order>("order", c.order, ADAKV_POOL_FIRST);
   args.pool = choice<Pool>("pool", c.pool, ADAKV_POOL_NONE);
   args.pool_width = c.pool_width;
+  args.window = c.window;
+  args.stride = c.stride;
+  args.distance = c.distance;
   args.scores = view_of("scores", c.scores);
   args.workspace = workspace_of(c, args.keys.device);
   args.stream = c.stream;
@@ -179,7 +187,10 @@ using adakv::capi::workspace;
 
 AdakvScoreArgs adakv_score_defaults(void) {
   AdakvScoreArgs args = {};
-  args.pool_width = adakv::ScoreArgs().pool_width;
+  const adakv::ScoreArgs defaults;
+  args.pool_width = defaults.pool_width;
+  args.window = defaults.window;
+  args.stride = defaults.stride;
   return args;
 }
 AdakvValueNormArgs adakv_value_norm_defaults(void) {

@@ -42,12 +42,13 @@ struct ScoreSpan {
   const void* queries;               // [W, D]
   int64_t key_stride, query_stride;  // in elements
   int num_keys;
-  int window;
+  int window;  // W: queries
   int head_dim;
-  int first_visible;  // query w sees the keys below first_visible + w
+  int stride;         // positions from one query to the next
+  int first_visible;  // query w sees, or counts for, the keys below first_visible + w * stride
   float scale;
-  float softcap;  // 0: none
-  Reduce window_reduce;
+  float softcap;   // 0: none
+  bool takes_max;  // over the window; else sums
   // The next three are written, and read, up to a multiple of kMaxLanes.
   // max: [W] largest logit of each query; out of score_sums, into score_window.
   // sum: [W] out of score_sums: sum of exp(logit - max); into score_window: 1 / that sum over all

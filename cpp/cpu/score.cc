@@ -1,5 +1,6 @@
 // score, in four steps over chunks of keys:
-//   1. sums:    for each q head and chunk, the softmax's maximum and sum (left out if lse is given)
+//   1. sums:    for each q head and chunk, the softmax's maximum and sum (left out if lse is given);
+//               of many queries: in blocks, each of which has all keys for its chunk
 //   2. join:    the chunks' sums, the sink's share included
 //   3. window:  probabilities, computed anew, reduced over the window and the group
 //   4. pool:    along the positions
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t kChunk =
     768;  // keys of an item; whole blocks, and small enough to share a short prompt out
+constexpr int64_t kQueryBlock = 256;  // queries of an item of step 1
 
 int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -56,6 +58,10 @@ void finish_reduce(float* total, int64_t n, Reduce reduce, int64_t count) {
   for (int64_t t = 0; t < n; ++t) total[t] /= static_cast<float>(count);
 }
 
+struct Range {
+  int64_t first, count;
+};
+
 class Scoring {
  public:
   explicit Scoring(const ScoreArgs& args)
@@ -66,11 +72,15 @@ class Scoring {
         num_kv_heads_(args.keys.shape[1]),
         length_(args.keys.shape[2]),
         group_(num_kv_heads_ > 0 ? num_heads_ / num_kv_heads_ : 0),
+        not_competing_(args.window < 0 ? window_ : args.window),
         num_chunks_((length_ + kChunk - 1) / kChunk),
+        num_query_blocks_((window_ + kQueryBlock - 1) / kQueryBlock),
+        sum_chunk_(num_query_blocks_ > 1 ? std::max<int64_t>(length_, 1) : kChunk),
+        num_sum_chunks_((length_ + sum_chunk_ - 1) / sum_chunk_),
         padded_window_(round_up(window_, kMaxLanes)),
         padded_length_(round_up(length_, kMaxLanes)),
         pools_heads_(args.order == Order::kPoolFirst),
-        num_sums_(args.lse ? 0 : batch_ * num_heads_ * num_chunks_ * 2 * padded_window_),
+        num_sums_(args.lse ? 0 : batch_ * num_heads_ * num_sum_chunks_ * 2 * padded_window_),
         num_joined_(batch_ * num_heads_ * 2 * padded_window_),
         num_reduced_(batch_ * (pools_heads_ ? num_heads_ + num_kv_heads_ : num_kv_heads_) *
                      padded_length_),
@@ -82,8 +92,11 @@ class Scoring {
 
   void run() const {
     if (!args_.lse) {
-      parallel_for(batch_ * num_heads_ * num_chunks_,
-                   [&](int64_t item) { add_up(item / num_chunks_, item % num_chunks_); });
+      const int64_t items_per_head = num_query_blocks_ * num_sum_chunks_;
+      parallel_for(batch_ * num_heads_ * items_per_head, [&](int64_t item) {
+        const int64_t of_head = item % items_per_head;
+        add_up(item / items_per_head, of_head / num_sum_chunks_, of_head % num_sum_chunks_);
+      });
     }
     for (int64_t q = 0; q < batch_ * num_heads_; ++q) join_sums(q);
     parallel_for(batch_ * num_kv_heads_ * num_chunks_,
@@ -98,43 +111,50 @@ class Scoring {
   }
 
   /// Positions that compete.
-  int64_t num_candidates(int64_t b) const { return std::max<int64_t>(0, seq_len(b) - window_); }
+  int64_t num_candidates(int64_t b) const {
+    return std::max<int64_t>(0, seq_len(b) - not_competing_);
+  }
 
-  /// Keys of a chunk before one q head; `query_head` counts through the batch.
-  ScoreSpan span(int64_t query_head, int64_t chunk, int64_t num_keys) const {
+  /// Some keys before some queries of one q head, which counts through the batch; a query sees the
+  /// keys that it is at least `distance` behind.
+  ScoreSpan span(int64_t query_head, Range window, Range prompt, int64_t distance) const {
     const int64_t b = query_head / num_heads_, q = query_head % num_heads_;
     const TensorView& queries = args_.queries;
     const TensorView& keys = args_.keys;
     const int64_t key =
-        b * keys.stride[0] + q / group_ * keys.stride[1] + chunk * kChunk * keys.stride[2];
-    const int64_t query = b * queries.stride[0] + q * queries.stride[1];
+        b * keys.stride[0] + q / group_ * keys.stride[1] + prompt.first * keys.stride[2];
+    const int64_t query =
+        b * queries.stride[0] + q * queries.stride[1] + window.first * queries.stride[2];
+    const int64_t first_position = seq_len(b) - 1 - (window_ - 1 - window.first) * args_.stride;
     const auto element_bytes = static_cast<int64_t>(dtype_size(keys.dtype));
     ScoreSpan span = {};
     span.keys = keys.ptr<const char>() + key * element_bytes;
     span.queries = queries.ptr<const char>() + query * element_bytes;
     span.key_stride = keys.stride[2];
     span.query_stride = queries.stride[2];
-    span.num_keys = static_cast<int>(num_keys);
-    span.window = static_cast<int>(window_);
+    span.num_keys = static_cast<int>(prompt.count);
+    span.window = static_cast<int>(window.count);
     span.head_dim = static_cast<int>(keys.shape[3]);
-    span.first_visible = static_cast<int>(seq_len(b) - window_ + 1 - chunk * kChunk);
+    span.stride = args_.stride;
+    span.first_visible = static_cast<int>(first_position + 1 - distance - prompt.first);
     span.scale = args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(keys.shape[3]));
     span.softcap = args_.softcap;
-    span.window_reduce = args_.window_reduce;
+    span.takes_max = args_.window_reduce == Reduce::kMax;
     return span;
   }
 
   /// [2, padded_window]: maximum and sum.
   float* chunk_sums(int64_t query_head, int64_t chunk) const {
-    return workspace_ + (query_head * num_chunks_ + chunk) * 2 * padded_window_;
+    return workspace_ + (query_head * num_sum_chunks_ + chunk) * 2 * padded_window_;
   }
 
-  void add_up(int64_t query_head, int64_t chunk) const {
-    const int64_t b = query_head / num_heads_;
-    const int64_t num_keys = std::min(kChunk, seq_len(b) - chunk * kChunk);
+  void add_up(int64_t query_head, int64_t block, int64_t chunk) const {
+    const int64_t b = query_head / num_heads_, first = block * kQueryBlock;
+    const int64_t num_keys = std::min(sum_chunk_, seq_len(b) - chunk * sum_chunk_);
     if (num_candidates(b) == 0 || num_keys <= 0) return;
-    ScoreSpan keys = span(query_head, chunk, num_keys);
-    keys.max = chunk_sums(query_head, chunk);
+    ScoreSpan keys = span(query_head, {first, std::min(kQueryBlock, window_ - first)},
+                          {chunk * sum_chunk_, num_keys}, 0);
+    keys.max = chunk_sums(query_head, chunk) + first;
     keys.sum = keys.max + padded_window_;
     kernels().score_sums[static_cast<int>(args_.keys.dtype)](keys);
   }
@@ -144,14 +164,15 @@ class Scoring {
     return workspace_ + num_sums_ + query_head * 2 * padded_window_;
   }
 
-  /// The chunks' sums joined; 0 behind the window, which makes probabilities of 0.
+  /// The chunks' sums joined; 0 behind the window and for queries before the prompt, which makes
+  /// probabilities of 0.
   void join_sums(int64_t query_head) const {
     const int64_t b = query_head / num_heads_, q = query_head % num_heads_;
     float* maxima = joined_sums(query_head);
     float* inverse_sums = maxima + padded_window_;
     std::fill_n(maxima, 2 * padded_window_, 0.f);
     if (num_candidates(b) == 0) return;
-    const int64_t chunks = (seq_len(b) + kChunk - 1) / kChunk;
+    const int64_t chunks = (seq_len(b) + sum_chunk_ - 1) / sum_chunk_;
     for (int64_t w = 0; w < window_; ++w) {
       if (args_.lse) {
         const TensorView& lse = args_.lse;
@@ -165,6 +186,7 @@ class Scoring {
                              : -INFINITY;
       float max = sink;
       for (int64_t c = 0; c < chunks; ++c) max = std::max(max, chunk_sums(query_head, c)[w]);
+      if (max == -INFINITY) continue;
       float sum = std::exp(sink - max);
       for (int64_t c = 0; c < chunks; ++c) {
         const float* sums = chunk_sums(query_head, c);
@@ -189,11 +211,12 @@ class Scoring {
     for (int64_t g = 0; g < group_; ++g) {
       const int64_t query_head = b * num_heads_ + h * group_ + g;
       float* own = reduced(pools_heads_ ? query_head : row) + chunk * kChunk;
-      ScoreSpan keys = span(query_head, chunk, num_keys);
+      ScoreSpan keys = span(query_head, {0, window_}, {chunk * kChunk, num_keys}, args_.distance);
       keys.max = joined_sums(query_head);
       keys.sum = keys.max + padded_window_;
       keys.scores = scores;
       kernels().score_window[static_cast<int>(args_.keys.dtype)](keys);
+      if (args_.window_reduce == Reduce::kMean) average(b, chunk * kChunk, num_keys, scores);
       if (pools_heads_ || g == 0) {
         std::copy_n(scores, num_keys, own);
       } else {
@@ -202,6 +225,15 @@ class Scoring {
     }
     if (!pools_heads_)
       finish_reduce(reduced(row) + chunk * kChunk, num_keys, args_.group_reduce, group_);
+  }
+
+  /// Divides sums over the window by the number of queries that count for each key.
+  void average(int64_t b, int64_t first_key, int64_t num_keys, float* sums) const {
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const int64_t before_last = seq_len(b) - 1 - args_.distance - (first_key + i);
+      const int64_t count = before_last < 0 ? 0 : std::min(window_, before_last / args_.stride + 1);
+      if (count > 1) sums[i] /= static_cast<float>(count);
+    }
   }
 
   void pool(int64_t row) const {
@@ -225,9 +257,11 @@ class Scoring {
 
   const ScoreArgs& args_;
   const int64_t batch_, num_heads_, window_, num_kv_heads_, length_, group_;
-  const int64_t num_chunks_, padded_window_, padded_length_;
+  const int64_t not_competing_;  // last positions
+  const int64_t num_chunks_, num_query_blocks_, sum_chunk_, num_sum_chunks_;
+  const int64_t padded_window_, padded_length_;
   const bool pools_heads_;
-  const int64_t num_sums_;     // [B, Hq, chunks, 2, padded W]
+  const int64_t num_sums_;     // [B, Hq, chunks of step 1, 2, padded W]
   const int64_t num_joined_;   // [B, Hq, 2, padded W]
   const int64_t num_reduced_;  // [B, Hkv, padded T]; [B, Hq + Hkv, padded T] if q heads are pooled
   float* const workspace_;     // the three, one behind the other

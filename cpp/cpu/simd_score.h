@@ -15,8 +15,14 @@ inline F32 cap_logits(F32 dots, float scale, float softcap) {
   return softcap > 0 ? softcap * tanh(z / softcap) : z;
 }
 
+/// Keys of the span that a query sees: those before its limit, 0 or less if none.
+inline int key_limit(const ScoreSpan& span, int query) {
+  const int limit = span.first_visible + query * span.stride;
+  return limit < span.num_keys ? limit : span.num_keys;
+}
+
 /// Calls body(block of logits [num_keys, stride], first key, number of keys, first query, number of
-/// queries).
+/// queries) for the blocks with a key that one of the queries sees.
 template <typename Element, typename Body>
 inline void for_each_block(const ScoreSpan& span, Body body) {
   using P = Product<Element>;
@@ -28,14 +34,21 @@ inline void for_each_block(const ScoreSpan& span, Body body) {
   const Element* queries = static_cast<const Element*>(span.queries);
   for (int first = 0; first < span.window; first += P::kColumns) {
     const int count = span.window - first < P::kColumns ? span.window - first : P::kColumns;
+    const int end = key_limit(span, first + count - 1);
+    if (end <= 0) continue;
     P::pack(queries + first * span.query_stride, span.query_stride, count, span.head_dim, panel);
-    for (int key = 0; key < span.num_keys; key += kBlockKeys) {
-      const int num_keys = span.num_keys - key < kBlockKeys ? span.num_keys - key : kBlockKeys;
+    for (int key = 0; key < end; key += kBlockKeys) {
+      const int num_keys = end - key < kBlockKeys ? end - key : kBlockKeys;
       P::multiply(panel, count, keys + key * span.key_stride, span.key_stride, num_keys,
                   span.head_dim, logits);
       body(logits, key, num_keys, first, count);
     }
   }
+}
+
+/// key_limit of queries first, first + 1, ...
+inline I32 visible_keys(const ScoreSpan& span, int first) {
+  return (lane_numbers() + first) * span.stride + span.first_visible;
 }
 
 template <typename Element>
@@ -45,15 +58,14 @@ void score_sums(const ScoreSpan& span) {
   for (int w = 0; w < padded; ++w) span.sum[w] = 0;
   for_each_block<Element>(span, [&](float* logits, int key, int num_keys, int query, int count) {
     const int stride = stride_of(count);
+    const bool sees_all = key + num_keys <= key_limit(span, query);
     for (int lane = 0; lane < stride; lane += kLanes) {
-      const I32 visible =
-          lane_numbers() + (span.first_visible + query + lane);  // keys that each query sees
+      const I32 visible = visible_keys(span, query + lane);
       const F32 old_max = load(span.max + query + lane);
       F32 largest = old_max;
       for (int i = 0; i < num_keys; ++i) {
         F32 z = cap_logits(load(logits + i * stride + lane), span.scale, span.softcap);
-        if (key + num_keys > span.first_visible)
-          z = choose(visible > key + i, z, broadcast(-kInfinity));
+        if (!sees_all) z = choose(visible > key + i, z, broadcast(-kInfinity));
         store(logits + i * stride + lane, z);
         largest = max(z, largest);
       }
@@ -73,19 +85,21 @@ void score_sums(const ScoreSpan& span) {
 
 template <typename Element>
 void score_window(const ScoreSpan& span) {
-  const bool takes_max = span.window_reduce == Reduce::kMax;
-  const float factor =
-      span.window_reduce == Reduce::kMean ? 1.f / static_cast<float>(span.window) : 1.f;
+  const bool takes_max = span.takes_max;
+  for (int i = 0; i < stride_of(span.num_keys); ++i) span.scores[i] = 0;
   for_each_block<Element>(
       span, [&](const float* logits, int key, int num_keys, int query, int count) {
         const int stride = stride_of(count);
+        const bool sees_all = key + num_keys <= key_limit(span, query);
         for (int first = 0; first < num_keys; first += kLanes) {
           F32 reduced[kLanes] = {};  // of one key each, over the lanes' queries
           for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
             for (int lane = 0; lane < stride; lane += kLanes) {
               const F32 z =
                   cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap);
-              const F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
+              F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
+              if (!sees_all)
+                p = choose(visible_keys(span, query + lane) > key + first + i, p, F32{});
               reduced[i] = takes_max ? max(p, reduced[i]) : reduced[i] + p;
             }
           }
@@ -93,11 +107,10 @@ void score_window(const ScoreSpan& span) {
           if (takes_max) {
             for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
           } else {
-            scores = sum_each(reduced) * factor;
+            scores = sum_each(reduced);
           }
           float* out = span.scores + key + first;
-          if (query > 0) scores = takes_max ? max(scores, load(out)) : scores + load(out);
-          store(out, scores);
+          store(out, takes_max ? max(scores, load(out)) : scores + load(out));
         }
       });
 }

@@ -29,6 +29,9 @@ void check_group(const Checker& check) {
                 "q heads must be 1 to 16 times the kv heads, got Hq = ", hq, " and Hkv = ", hkv);
 }
 
+// Far more than any prompt has, and small enough to count with in int32.
+constexpr int64_t kMostPositions = int64_t{1} << 26;
+
 void check_num_workers(const Checker& check, int num_workers) {
   check.require(num_workers >= 1 && num_workers <= schedule::kMostWorkers,
                 "num_workers must be from 1 to ", schedule::kMostWorkers, ", got ", num_workers);
@@ -90,6 +93,13 @@ Backend& checked(const ScoreArgs& args) {
   check_options(check, args.scale, args.softcap);
   check.require(args.pool_width >= 1 && args.pool_width % 2 == 1 && args.pool_width <= 63,
                 "pool_width must be odd, 1 to 63, got ", args.pool_width);
+  check.require(args.window >= -1, "window must be -1 (that of the queries) or more, got ",
+                args.window);
+  check.require(args.stride >= 1 && args.stride * check.size("W") <= kMostPositions,
+                "stride must be at least 1, and W * stride at most 2^26, got stride = ",
+                args.stride, " and W = ", check.size("W"));
+  check.require(args.distance >= 0 && args.distance <= kMostPositions,
+                "distance must lie in 0 .. 2^26, got ", args.distance);
   check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
   return backend(args.keys.device.type);
 }

@@ -38,6 +38,10 @@ __device__ inline void copy_16_bytes(uint32_t to, const void* from, uint64_t pol
                : "memory");
 }
 
+__device__ inline void copy_4_bytes(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

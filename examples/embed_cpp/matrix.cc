@@ -42,9 +42,12 @@ float sum(Vec value) {
 void pack(const float* w, int64_t ldw, int64_t n, int64_t k, int64_t first, float* panel) {
   const int64_t cols = std::min<int64_t>(kCols, n - first);
   if (cols < kCols) std::fill_n(panel, k * kCols, 0.f);
-  for (int64_t j = 0; j < cols; ++j) {
-    const float* row = w + (first + j) * ldw;
-    for (int64_t i = 0; i < k; ++i) panel[i * kCols + j] = row[i];
+  for (int64_t begin = 0; begin < k; begin += kLanes) {  // what is written stays in the L1 cache
+    const int64_t end = std::min(begin + kLanes, k);
+    for (int64_t j = 0; j < cols; ++j) {
+      const float* row = w + (first + j) * ldw;
+      for (int64_t i = begin; i < end; ++i) panel[i * kCols + j] = row[i];
+    }
   }
 }
 
@@ -63,7 +66,9 @@ struct Product {
 template <int kTileRows>
 void tile(const Product& p, int64_t first) {
   const float* x = p.x + first * p.x_stride;
-  Vec low[kTileRows] = {}, high[kTileRows] = {};
+  Vec low[kTileRows], high[kTileRows];  // in registers: all loops over rows are unrolled
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) low[r] = high[r] = Vec{};
   for (int64_t i = 0; i < p.k; ++i) {
     const Vec a = load(p.panel + i * kCols), b = load(p.panel + i * kCols + kLanes);
 #pragma GCC unroll 8
@@ -72,11 +77,17 @@ void tile(const Product& p, int64_t first) {
       high[r] += x[r * p.x_stride + i] * b;
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
-    float row[kCols];
-    store(row, low[r]), store(row + kLanes, high[r]);
     float* y = p.y + (first + r) * p.y_stride;
-    for (int64_t j = 0; j < p.cols; ++j) y[j] = (p.add ? y[j] : 0.f) + row[j];
+    if (p.cols == kCols) {
+      store(y, p.add ? load(y) + low[r] : low[r]);
+      store(y + kLanes, p.add ? load(y + kLanes) + high[r] : high[r]);
+    } else {
+      float row[kCols];
+      store(row, low[r]), store(row + kLanes, high[r]);
+      for (int64_t j = 0; j < p.cols; ++j) y[j] = (p.add ? y[j] : 0.f) + row[j];
+    }
   }
 }
 
@@ -117,8 +128,14 @@ Vec exp(Vec x) {
 // row [n] = e^((row - its largest) * scale) for the first `count`, zero behind; n is a multiple of
 // kLanes. Returns the sum.
 float exponentials(float* row, int64_t count, int64_t n, float scale) {
-  const float highest = *std::max_element(row, row + count);
   std::fill(row + count, row + n, -INFINITY);  // adds e^-87 to the sum: nothing
+  Vec largest = load(row);
+  for (int64_t i = kLanes; i < n; i += kLanes) {
+    const Vec other = load(row + i);
+    largest = other > largest ? other : largest;
+  }
+  float highest = largest[0];
+  for (int i = 1; i < kLanes; ++i) highest = std::max(highest, largest[i]);
   Vec sums = {};
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec e = exp((load(row + i) - highest) * scale);
@@ -163,8 +180,14 @@ void rms_norm(const float* x, const float* weight, int64_t rows, int64_t n, floa
 }
 
 void silu_times(float* gate, const float* up, int64_t size) {
+  const int64_t whole = size / kLanes * kLanes;
 #pragma omp parallel for schedule(static) if (size > 1 << 14)
-  for (int64_t i = 0; i < size; ++i) gate[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec g = load(gate + i), e = exp(g < 0.f ? g : -g);
+    const Vec sigmoid = (g < 0.f ? e : Vec{} + 1.f) / (e + 1.f);
+    store(gate + i, g * sigmoid * load(up + i));
+  }
+  for (int64_t i = whole; i < size; ++i) gate[i] = gate[i] / (1.f + std::exp(-gate[i])) * up[i];
 }
 
 void rope(float* x,

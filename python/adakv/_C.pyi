@@ -60,6 +60,9 @@ def score(
     order: str,
     pool: str,
     pool_width: int,
+    window: int,
+    stride: int,
+    distance: int,
     scores: Tensor,
     /,
 ) -> None: ...

@@ -174,8 +174,8 @@ class KVCache:
     def pages_for(total: int, new_tokens: int, *, num_kv_heads: int, page_size: int = 16) -> int:
         """Pages that one sequence takes in one layer.
 
-        For ``total`` entries of its prompt, however they are spread over the rows, and for
-        ``new_tokens`` tokens after it.
+        For ``total`` entries of its prompt, however they are spread over the ``num_kv_heads``
+        rows, and for ``new_tokens`` tokens after it; a page holds ``page_size`` entries.
         """
         return int(_C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size))
 

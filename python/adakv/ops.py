@@ -43,6 +43,11 @@ class Kept(NamedTuple):
     positions: Tensor
     indptr: Tensor
 
+    def rows(self, num_rows: int) -> Tensor:
+        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
+        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
+        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
+
 
 class Layer(NamedTuple):
     """The tensors of one layer of a :class:`adakv.cache.KVCache` (or of some of its sequences).
@@ -78,9 +83,12 @@ def score(
     order: Order = "group_first",
     pool: Pool = "max",
     pool_width: int = 7,
+    window: int | None = None,
+    stride: int = 1,
+    distance: int = 0,
 ) -> Tensor:
     """How strongly the last W queries of a prompt attend to each of its entries (SnapKV, arXiv
-    2404.14469, section 4).
+    2404.14469, section 4); with W = T, all of its queries (H2O, arXiv 2306.14048).
 
     ``z[q,w,t] = softcap * tanh(queries[q,w] . keys[q // G, t] * scale / softcap)`` (without softcap
     the bare product), ``p = softmax_t(z)`` over all positions up to the query's own, and
@@ -89,7 +97,8 @@ def score(
     Parameters
     ----------
     queries : ``[B, Hq, W, D]``
-        Queries of the last W positions of each sequence, after RoPE.
+        Queries of each sequence's last W positions, or of every ``stride``-th one, its last one
+        among them; after RoPE. Queries for positions before the first are not looked at.
     keys : ``[B, Hkv, T, D]``
         Prompt keys, after RoPE.
     seq_lens : ``[B]`` int32, optional
@@ -108,11 +117,18 @@ def score(
         Max-pooling ignores what is outside of the candidates; average pooling counts it as zero (as
         torch and kvpress do).
 
+    window : int, optional
+        Last positions, which don't compete. Default: W.
+    stride : int
+        Positions from one query to the next.
+    distance : int
+        Positions that a query must be behind an entry to count for it. A mean is over the queries
+        that count; entries for which none does score 0.
+
     Returns
     -------
     scores : ``[B, Hkv, T]`` float32
-        ``-inf`` where an entry doesn't compete: in the window (the last W positions) and behind
-        ``seq_lens``.
+        ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
     scores: Tensor = verb("score")(
         queries,
@@ -127,6 +143,9 @@ def score(
         order,
         pool,
         pool_width,
+        -1 if window is None else window,
+        stride,
+        distance,
     )
     return scores
 
@@ -174,9 +193,9 @@ def allocate(
 
     * blend: ``(1 - floor) * f[h] + floor * b`` by largest remainder; sums to exactly ``Hkv * b``
     * hard_floor: every head takes its own top ``int(floor * b)``, then the layer-wide top-k fills
-    up * official_round: ``round_half_even((1 - floor) * f[h] + int(floor * b))``, as the authors'
-    code;
-      the sum drifts
+      up
+    * official_round: ``round_half_even((1 - floor) * f[h] + int(floor * b))``, as the authors'
+      code; the sum drifts
     * none: ``f[h]``
 
     Equal scores: lower position first, then lower head. NaN counts as ``-inf`` and ranks last.
@@ -192,6 +211,8 @@ def allocate(
         Prompt lengths, 0 to T. Default: all T.
     floor : float, 0 to 1
         Share of the budget that is given evenly (the papers' alpha).
+    safeguard : "blend", "hard_floor", "official_round" or "none"
+        Which of the formulas above.
 
     Returns
     -------
@@ -311,6 +332,8 @@ def plan(
         S of the step; 0 if the step's tokens were appended already.
     num_new : ``[B]`` int32, optional
         As in :func:`append`.
+    page_size : int
+        P, entries of a page.
 
     Returns
     -------

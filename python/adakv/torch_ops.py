@@ -30,6 +30,9 @@ def _score(
     order: str,
     pool: str,
     pool_width: int,
+    window: int = -1,
+    stride: int = 1,
+    distance: int = 0,
 ) -> Tensor:
     scores = keys.new_empty(keys.shape[:3], dtype=torch.float32)
     _C.score(
@@ -45,6 +48,9 @@ def _score(
         order,
         pool,
         pool_width,
+        window,
+        stride,
+        distance,
         scores,
     )
     return scores
@@ -154,8 +160,8 @@ _LAYER = (
 _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "score": (
         "(Tensor queries, Tensor keys, Tensor? seq_lens, Tensor? sinks, Tensor? lse, float scale, "
-        "float softcap, str window_reduce, str group_reduce, str order, str pool, int pool_width) "
-        "-> Tensor",
+        "float softcap, str window_reduce, str group_reduce, str order, str pool, int pool_width, "
+        "int window=-1, int stride=1, int distance=0) -> Tensor",
         _score,
         lambda queries, keys, *_: keys.new_empty(keys.shape[:3], dtype=torch.float32),
     ),

@@ -142,6 +142,12 @@ TEST(Arguments, ScoreNamesWhatIsWrong) {
             "score: head dim D must be a multiple of 8, at most 256, got 4");
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.pool_width = 4; }),
             "score: pool_width must be odd, 1 to 63, got 4");
+  EXPECT_EQ(score_after([](ScoreArgs& args) { args.window = -2; }),
+            "score: window must be -1 (that of the queries) or more, got -2");
+  EXPECT_EQ(score_after([](ScoreArgs& args) { args.stride = 0; }).substr(0, 61),
+            "score: stride must be at least 1, and W * stride at most 2^26");
+  EXPECT_EQ(score_after([](ScoreArgs& args) { args.distance = -1; }),
+            "score: distance must lie in 0 .. 2^26, got -1");
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.softcap = -1; }),
             "score: softcap must be 0 (none) or more, got -1");
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.scale = NAN; }),

@@ -11,15 +11,21 @@ struct Shape {
   int batch, group, kv_heads, window, length;
 };
 
+// Positions that compete.
+int num_candidates(const ScoreArgs& args, int seq_len, int num_queries) {
+  return std::max(0, seq_len - (args.window < 0 ? num_queries : args.window));
+}
+
 // Softmax of the window's queries over one row of keys, reduced: [n].
 std::vector<double> head_scores(
     const ScoreArgs& args, const Tensor& queries, const Tensor& keys, Shape s, int b, int q) {
   const int64_t dim = args.keys.shape[3];
   const int seq_len = args.seq_lens ? args.seq_lens.ptr<int32_t>()[b] : s.length;
-  const int n = std::max(0, seq_len - s.window), heads = s.group * s.kv_heads;
-  std::vector<double> scores(n, 0.0);
+  const int n = num_candidates(args, seq_len, s.window), heads = s.group * s.kv_heads;
+  std::vector<double> scores(n, 0.0), counts(n, 0.0);
   for (int w = 0; w < s.window && n > 0; ++w) {
-    const int visible = n + w + 1;
+    const int visible = seq_len - (s.window - 1 - w) * args.stride;
+    if (visible <= 0) continue;
     std::vector<double> z(visible);
     double sum = args.sink_logits ? std::exp(args.sink_logits.ptr<float>()[q]) : 0;
     for (int t = 0; t < visible; ++t) {
@@ -32,12 +38,14 @@ std::vector<double> head_scores(
       if (args.softcap > 0) z[t] = args.softcap * std::tanh(z[t] / args.softcap);
       sum += std::exp(z[t]);
     }
-    for (int t = 0; t < n; ++t) {
+    for (int t = 0; t < std::min(n, visible - args.distance); ++t) {
       const double p = std::exp(z[t]) / sum;
-      if (args.window_reduce == Reduce::kMax) scores[t] = std::max(scores[t], p);
-      if (args.window_reduce == Reduce::kSum) scores[t] += p;
-      if (args.window_reduce == Reduce::kMean) scores[t] += p / s.window;
+      scores[t] = args.window_reduce == Reduce::kMax ? std::max(scores[t], p) : scores[t] + p;
+      ++counts[t];
     }
+  }
+  if (args.window_reduce == Reduce::kMean) {
+    for (int t = 0; t < n; ++t) scores[t] /= std::max(1.0, counts[t]);
   }
   return scores;
 }
@@ -120,6 +128,23 @@ TEST(Score, TakesEveryOption) {
         args.sink_logits = sinks.view;
         check({1, 3, 2, 4, 23}, format, args);
       }
+    }
+  }
+}
+
+TEST(Score, TakesQueriesOfAnyPositions) {
+  const Tensor seq_lens({2}, std::vector<int32_t>{400, 131});
+  for (const Reduce reduce : {Reduce::kMean, Reduce::kMax, Reduce::kSum}) {
+    for (const int window : {-1, 0, 7}) {
+      ScoreArgs args;
+      args.seq_lens = seq_lens.view;
+      args.window_reduce = reduce;
+      args.window = window;
+      args.stride = 2;
+      args.distance = 5;
+      check({2, 2, 1, 40, 400}, {DType::kFloat32, 8}, args);
+      args.stride = 1;
+      check({2, 2, 1, 300, 400}, {DType::kBFloat16, 16}, args);
     }
   }
 }

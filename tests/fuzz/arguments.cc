@@ -231,6 +231,11 @@ class Call {
     args.order = static_cast<Order>(input_.range(0, 1));
     args.pool = static_cast<Pool>(input_.range(0, 2));
     args.pool_width = number(2 * input_.range(0, 6) + 1);
+    if (input_.one_in(2)) {
+      args.window = number(input_.range(-1, 9));
+      args.stride = number(input_.range(1, 4));
+      args.distance = number(input_.range(0, 9));
+    }
     args.scores = floats({B, Hkv, T}, DType::kFloat32);
     call(&score, args);
   }

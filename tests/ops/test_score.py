@@ -73,6 +73,48 @@ def test_score_takes_a_given_lse(device: torch.device) -> None:
     assert_close(halved, expected * torch.e ** -(2**0.5), baseline * torch.e ** -(2**0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_queries", [8, 300, 701], ids=lambda n: f"W{n}")
+def test_score_of_any_queries(num_queries: int, dtype: torch.dtype, device: torch.device) -> None:
+    """All queries of a prompt, every stride-th, near ones left out, some before the prompt."""
+    case = Prompt(
+        length=701, group=2, kv_heads=3, window=num_queries, dtype=dtype, seq_lens=(701, 390)
+    )
+    queries, keys = case.queries(device) * 2, case.entries(device)
+    for reduce, (window, stride, distance) in product(
+        ("max", "sum", "mean"), ((0, 1, 0), (32, 1, 16), (None, 3, 400), (5, 90, 1))
+    ):
+        check(
+            queries,
+            keys,
+            seq_lens=case.lengths(device),
+            sinks=torch.linspace(-1, 2, 6, device=device),
+            window_reduce=reduce,
+            group_reduce=reduce,
+            pool="none" if window == 0 else "avg",
+            order="group_first" if stride == 1 else "pool_first",
+            window=window,
+            stride=stride,
+            distance=distance,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 80, 128, 256], ids=lambda d: f"D{d}")
+def test_score_of_all_queries_by_head_dim(
+    head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = Prompt(length=600, window=600, kv_heads=1, group=3, head_dim=head_dim, dtype=dtype)
+    queries, keys = case.queries(device), case.entries(device)
+    check(queries, keys, window=20, distance=2, window_reduce="max", softcap=4.0, pool_width=5)
+    queries, keys = queries[:1], keys[:1]
+    logits = reference.window_logits(queries[0].cpu().double(), keys[0].cpu().double())
+    lse = logits.logsumexp(-1)[None].float().to(device)
+    expected = reference.score(queries, keys, window=0)
+    baseline = reference.score(queries, keys, window=0, dtype=dtype)
+    assert_close(ops.score(queries, keys, window=0, lse=lse), expected, baseline)
+
+
 def test_score_of_extreme_logits_is_finite(device: torch.device) -> None:
     case = Prompt(length=300, window=8)
     queries, keys = case.queries(device) * 300, case.entries(device) * 300
@@ -103,5 +145,10 @@ def test_score_names_what_is_wrong(device: torch.device) -> None:
         ops.score(queries, keys.half())
     with pytest.raises(ValueError, match="keys"):
         ops.score(queries, keys[..., :32])
+    for wrong in ("window", "stride", "distance"):
+        with pytest.raises(ValueError, match=wrong):
+            ops.score(queries, keys, **{wrong: -2})
+    with pytest.raises(ValueError, match="stride"):
+        ops.score(queries, keys, stride=2**24)
     with pytest.raises(ValueError, match="q heads"):
         ops.score(queries[:, :3], keys)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adakv.policy import (
+    ColumnMax,
     Defensive,
     ExpectedAttention,
     KeyDiff,
@@ -126,8 +127,8 @@ CAUSAL = [[1.0, 0, 0, 0], [0.25, 0.75, 0, 0], [0.5, 0.3, 0.2, 0], [0.1, 0.2, 0.3
         (PromptAttention(reduce="max"), [1, 0.75, 0.3, 0.4]),
         (PromptAttention(distance=1), [0.85, 0.5, 0.3, 0]),
         (PromptAttention(reduce="max", distance=2), [0.5, 0.2, 0, 0]),
-        (PromptAttention(stride=2), [1.5, 0.3, 0.2, 0]),
-        (PromptAttention(reduce="mean", stride=2), [0.75, 0.3, 0.2, 0]),
+        (PromptAttention(stride=2), [0.35, 0.95, 0.3, 0.4]),
+        (PromptAttention(reduce="mean", stride=2), [0.175, 0.475, 0.3, 0.4]),
         (PromptAttention(reduce="mean", distance=1), [0.85 / 3, 0.25, 0.3, 0]),
     ],
 )
@@ -159,6 +160,22 @@ def test_prompt_attention_in_pieces_is_the_whole(device):
     p = torch.cat([z, extra], -1).softmax(-1)[..., :300]
     expected = p.sum(2).view(1, 2, 2, 300).mean(2)
     torch.testing.assert_close(PromptAttention().score(inputs).cpu(), expected.float())
+
+
+# --- Column maxima --------------------------------------------------------------------------------
+
+
+def test_column_max_has_a_floor_by_norms(device):
+    """Column maxima .5 .3 .2 0 of the first three entries' later queries; norms 1 1 4 2."""
+    inputs = attention_inputs([[CAUSAL]], device, norms=[[1.0, 1, 4, 2]])
+    settings = {"window": 1, "distance": 1, "sinks": 0}
+    mean = (0.5 + 0.3 + 0.3) / 3
+    check(ColumnMax(**settings, norms="none").score(inputs), [[0.5, 0.3, 0.3]])
+    check(ColumnMax(**settings).score(inputs), [[0.5, 0.3, mean * 2]])
+    check(ColumnMax(**settings, norms="all").score(inputs), [[0.5, mean, 4 * mean]])
+    strided = ColumnMax(**settings, stride=2, norms="none").score(inputs)
+    check(strided, [[0.25, 0.2, 0.3]])
+    assert ColumnMax(window=1).score(inputs)[..., :4].isinf().all()
 
 
 # --- KVzip, arXiv 2505.23416 ----------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_settings_are_none_without_an_entry():
     [
         ("ada_snapkv", "must be a dict of policy, budget, mode, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
-        ({"policy": "best"}, "policy must be a Policy or one of"),
+        ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
         ({"budget": 64.5}, "budget must be an integer, got 64.5"),
         ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),

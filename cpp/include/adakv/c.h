@@ -1,4 +1,5 @@
-/* adakv for C, and for everything that can call C: the eight verbs of ops.h and the cache of
+/** @file
+ * adakv for C, and for everything that can call C: the eight verbs of ops.h and the cache of
  * kv_cache.h. What a verb computes is said there, once; here is how to call it.
  *
  * Every function that can fail returns an AdakvStatus and throws nothing. After a failure nothing
@@ -8,11 +9,13 @@
  * Tensors are DLPack's DLTensor. Include dlpack/dlpack.h before this header to use that type; the
  * one declared here has the same layout. Where a tensor is optional, NULL leaves it out.
  *
- *   AdakvScoreArgs args = adakv_score_defaults();
- *   args.queries = &queries; args.keys = &keys; args.scores = &scores;
- *   if (adakv_score_workspace(&args, &args.workspace_bytes) != ADAKV_OK) return fail();
- *   args.workspace = malloc(args.workspace_bytes);   (memory of the tensors' device)
- *   if (adakv_score(&args) != ADAKV_OK) return fail();
+ * @code
+ * AdakvScoreArgs args = adakv_score_defaults();
+ * args.queries = &queries; args.keys = &keys; args.scores = &scores;
+ * if (adakv_score_workspace(&args, &args.workspace_bytes) != ADAKV_OK) return fail();
+ * args.workspace = malloc(args.workspace_bytes);  // on the tensors' device
+ * if (adakv_score(&args) != ADAKV_OK) return fail();
+ * @endcode
  */
 #pragma once
 
@@ -24,16 +27,17 @@
 extern "C" {
 #endif
 
+/** How a call went. */
 typedef enum AdakvStatus {
-  ADAKV_OK = 0,
+  ADAKV_OK = 0,               /* done */
   ADAKV_INVALID_ARGUMENT = 1, /* the caller passed something wrong */
   ADAKV_ERROR = 2             /* it could not be done: no memory, no device, no pages left */
 } AdakvStatus;
 
-/* What this thread's last failed call said; "" if none failed. Valid until its next failure. */
+/** What this thread's last failed call said; "" if none failed. Valid until its next failure. */
 const char* adakv_last_error(void);
 
-/* "0.1.0". Before 1.0 every minor version may change structs: compare the first two numbers with
+/** "0.1.0". Before 1.0 every minor version may change structs: compare the first two numbers with
  * those of the headers you compiled against. */
 const char* adakv_version(void);
 
@@ -44,52 +48,58 @@ typedef DLTensor AdakvTensor;
 typedef DLDevice AdakvDevice;
 typedef DLDataType AdakvDataType;
 #else
+/** Where a tensor lies, DLPack's DLDevice. */
 typedef struct AdakvDevice {
   int32_t device_type; /* 1 CPU, 2 CUDA */
   int32_t device_id;   /* of the CPU: 0 */
 } AdakvDevice;
 
+/** What a tensor is made of, DLPack's DLDataType. */
 typedef struct AdakvDataType {
-  uint8_t code; /* 0 signed integer, 2 floating point, 4 bfloat */
-  uint8_t bits;
+  uint8_t code;   /* 0 signed integer, 2 floating point, 4 bfloat */
+  uint8_t bits;   /* of an element */
   uint16_t lanes; /* 1 */
 } AdakvDataType;
 
+/** A tensor, DLPack's DLTensor. */
 typedef struct AdakvTensor {
-  void* data;
-  AdakvDevice device;
-  int32_t ndim;        /* at most 4 */
-  AdakvDataType dtype; /* float32, float16, bfloat16 or int32 */
-  int64_t* shape;      /* [ndim] */
-  int64_t* strides;    /* [ndim] in elements, the last of them 1; NULL: contiguous */
-  uint64_t byte_offset;
+  void* data;           /* on `device` */
+  AdakvDevice device;   /* where `data` lies */
+  int32_t ndim;         /* at most 4 */
+  AdakvDataType dtype;  /* float32, float16, bfloat16 or int32 */
+  int64_t* shape;       /* [ndim] */
+  int64_t* strides;     /* [ndim] in elements, the last of them 1; NULL: contiguous */
+  uint64_t byte_offset; /* of the first element, from `data` */
 } AdakvTensor;
 #endif
 
 /* ---- The cache (kv_cache.h) ------------------------------------------------------------------ */
 
+/** The memory of a compressed cache: KVCache of kv_cache.h. */
 typedef struct AdakvCache AdakvCache;
 
+/** Sizes of a cache, which never change. */
 typedef struct AdakvCacheConfig {
-  int32_t num_layers;
+  int32_t num_layers;    /* of the model */
   int32_t num_sequences; /* most sequences at a time */
-  int32_t num_kv_heads;
+  int32_t num_kv_heads;  /* of a layer */
   int32_t head_dim;      /* a multiple of 8, at most 256 */
   int32_t page_size;     /* entries of a page: a power of two, 8 to 256; 16 is good */
   int32_t num_pages;     /* pages of the pool, over all layers */
   int32_t max_row_pages; /* most pages of one row */
   AdakvDataType dtype;   /* float32, float16 or bfloat16 */
-  AdakvDevice device;
+  AdakvDevice device;    /* of all tensors */
 } AdakvCacheConfig;
 
-/* Memory of your own for a cache to live in. Called from the functions below, in their thread, and
+/** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
  * must outlive the cache. Copies and fills are in stream order and return 0 on success. */
 typedef struct AdakvMemory {
   void* context; /* passed to every call */
-  /* Uninitialised memory, aligned to 256 bytes; NULL if there is none. */
+  /** Uninitialised memory, aligned to 256 bytes; NULL if there is none. */
   void* (*allocate)(void* context, size_t bytes);
+  /** Takes back what `allocate` gave. */
   void (*free)(void* context, void* data);
-  /* Copies `rows` rows of `row_bytes`, packed on the host, `pitch_bytes` apart on the device.
+  /** Copies `rows` rows of `row_bytes`, packed on the host, `pitch_bytes` apart on the device.
    * `host` may be reused as soon as it returns. */
   int (*copy_rows_from_host)(void* context,
                              void* data,
@@ -98,7 +108,7 @@ typedef struct AdakvMemory {
                              size_t row_bytes,
                              size_t rows,
                              void* stream);
-  /* Sets every byte of such rows to `value`. */
+  /** Sets every byte of such rows to `value`. */
   int (*fill_rows)(void* context,
                    void* data,
                    size_t pitch_bytes,
@@ -108,7 +118,7 @@ typedef struct AdakvMemory {
                    void* stream);
 } AdakvMemory;
 
-/* The tensors of one layer; they belong to the cache and live as long. */
+/** The tensors of one layer; they belong to the cache and live as long. */
 typedef struct AdakvLayer {
   const AdakvTensor* pages;          /* [N, 2, P, D] */
   const AdakvTensor* page_positions; /* [N, P] int32 */
@@ -118,77 +128,86 @@ typedef struct AdakvLayer {
   const AdakvTensor* fresh_pages;    /* [B, Hkv, F] int32 */
 } AdakvLayer;
 
-/* Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
+/** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
  * ids[indptr[i + 1]]. Belongs to the cache; valid until the next adakv_cache_begin(). */
 typedef struct AdakvPageList {
   const int32_t* ids;    /* [num_ids] */
   const int32_t* indptr; /* [num_sequences + 1] */
-  int64_t num_ids;
+  int64_t num_ids;       /* pages of all sequences together */
 } AdakvPageList;
 
-/* Takes all memory at once, from `memory` (copied) or, if NULL, from adakv's own. */
+/** Takes all memory at once, from `memory` (copied) or, if NULL, from adakv's own. */
 AdakvStatus adakv_cache_create(const AdakvCacheConfig* config,
                                const AdakvMemory* memory,
                                AdakvCache** cache);
 
-/* Gives all memory back. NULL is allowed. */
+/** Gives all memory back. NULL is allowed. */
 void adakv_cache_destroy(AdakvCache* cache);
 
-/* The tensors of layer `layer`, all sequences. */
+/** The tensors of layer `layer`, all sequences. */
 AdakvStatus adakv_cache_layer(const AdakvCache* cache, int32_t layer, AdakvLayer* tensors);
 
-/* The same with all layers in front, as adakv_plan() takes them: lengths [L, B, Hkv], ... */
+/** The same with all layers in front, as adakv_plan() takes them: lengths [L, B, Hkv], ... */
 AdakvStatus adakv_cache_all_layers(const AdakvCache* cache, AdakvLayer* tensors);
 
-/* Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer. */
+/** Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer:
+ * num_kept [num_sequences] entries over all rows, at most longest_row [num_sequences] in one. */
 AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               int32_t layer,
                               int32_t first_sequence,
                               int32_t num_sequences,
-                              const int64_t* num_kept,    /* [num_sequences], over all rows */
-                              const int64_t* longest_row, /* [num_sequences], in one row */
+                              const int64_t* num_kept,
+                              const int64_t* longest_row,
                               AdakvPageList* pages);
 
-/* Makes room for new tokens in all layers; `columns` of them, from the left, may be appended now.
+/** Makes room for new tokens in all layers; `columns` of them, from the left, may be appended now.
  * num_new: [num_sequences of the config]. */
 AdakvStatus adakv_cache_grow(
     AdakvCache* cache, const int32_t* num_new, int32_t num_columns, void* stream, int32_t* columns);
 
-/* Pages that have to be free for that. */
+/** Pages that have to be free for that. */
 AdakvStatus adakv_cache_pages_to_grow(const AdakvCache* cache,
                                       const int32_t* num_new,
                                       int64_t* pages);
 
-/* Gives the pages of a sequence back and empties its rows. */
+/** Gives the pages of a sequence back and empties its rows. */
 AdakvStatus adakv_cache_remove(AdakvCache* cache, int32_t sequence, void* stream);
 
-/* Pages that a sequence owns in a layer. */
+/** Pages that a sequence owns in a layer. */
 AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,
                                   int32_t layer,
                                   int32_t sequence,
                                   int32_t* pages);
 
-/* Pages of the pool that are free; bytes of one page. */
+/** Pages of the pool that are free. */
 int32_t adakv_cache_num_free(const AdakvCache* cache);
+
+/** Bytes of one page. */
 size_t adakv_cache_page_bytes(const AdakvCache* cache);
 
-/* Pages that one sequence takes in one layer for num_kept entries of its prompt, however they are
+/** Pages that one sequence takes in one layer for num_kept entries of its prompt, however they are
  * spread over the rows, and for num_new tokens after it. */
 int64_t adakv_pages_for(int64_t num_kept, int64_t num_new, int32_t num_kv_heads, int32_t page_size);
 
 /* ---- The verbs (ops.h) ----------------------------------------------------------------------- */
 
+/** How several numbers become one. */
 typedef enum AdakvReduce { ADAKV_MEAN, ADAKV_MAX, ADAKV_SUM } AdakvReduce;
+/** How a score takes part in its neighbours'. */
 typedef enum AdakvPool { ADAKV_POOL_MAX, ADAKV_POOL_AVG, ADAKV_POOL_NONE } AdakvPool;
+/** Whether the q heads of a group are reduced before pooling or after it. */
 typedef enum AdakvOrder { ADAKV_GROUP_FIRST, ADAKV_POOL_FIRST } AdakvOrder;
+/** What a head gets however low its scores are. */
 typedef enum AdakvSafeguard {
   ADAKV_BLEND,
   ADAKV_HARD_FLOOR,
   ADAKV_OFFICIAL_ROUND,
   ADAKV_NO_SAFEGUARD
 } AdakvSafeguard;
+/** The size of an entry's part in the layer's output. */
 typedef enum AdakvNorm { ADAKV_L1, ADAKV_L2_GRAM } AdakvNorm;
 
+/** What adakv_score() takes: ScoreArgs of ops.h. */
 typedef struct AdakvScoreArgs {
   const AdakvTensor* queries;     /* [B, Hq, W, D] */
   const AdakvTensor* keys;        /* [B, Hkv, T, D] */
@@ -197,56 +216,63 @@ typedef struct AdakvScoreArgs {
   const AdakvTensor* lse;         /* [B, Hq, W] float32, optional */
   float scale;                    /* 0: 1 / sqrt(D) */
   float softcap;                  /* 0: none */
-  AdakvReduce window_reduce;
-  AdakvReduce group_reduce;
-  AdakvOrder order;
-  AdakvPool pool;
-  int32_t pool_width;        /* 7; odd */
-  const AdakvTensor* scores; /* [B, Hkv, T] float32, out */
-  void* workspace;           /* on the tensors' device */
-  size_t workspace_bytes;
-  void* stream; /* a cudaStream_t; NULL on the CPU */
+  AdakvReduce window_reduce;      /* over the queries of the window */
+  AdakvReduce group_reduce;       /* over the q heads of a group */
+  AdakvOrder order;               /* of reducing the group and pooling */
+  AdakvPool pool;                 /* over neighbouring entries */
+  int32_t pool_width;             /* 7; odd */
+  int32_t window;                 /* -1: W; positions at the end that don't compete */
+  int32_t stride;                 /* 1; positions from one query to the next */
+  int32_t distance;               /* 0; a query looks at entries so far before it */
+  const AdakvTensor* scores;      /* [B, Hkv, T] float32, out */
+  void* workspace;                /* scratch memory on the tensors' device */
+  size_t workspace_bytes;         /* adakv_score_workspace() */
+  void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvScoreArgs;
 
+/** What adakv_value_norm() takes: ValueNormArgs of ops.h. */
 typedef struct AdakvValueNormArgs {
   const AdakvTensor* values;   /* [B, Hkv, T, D] */
   const AdakvTensor* w_o;      /* [E, Hq * D] */
   const AdakvTensor* seq_lens; /* [B] int32, optional */
-  AdakvNorm norm;
-  const AdakvTensor* norms; /* [B, Hkv, T] float32, out */
-  void* workspace;
-  size_t workspace_bytes;
-  void* stream;
+  AdakvNorm norm;              /* exact, or by a Gram matrix */
+  const AdakvTensor* norms;    /* [B, Hkv, T] float32, out */
+  void* workspace;             /* scratch memory on the tensors' device */
+  size_t workspace_bytes;      /* adakv_value_norm_workspace() */
+  void* stream;                /* a cudaStream_t; NULL on the CPU */
 } AdakvValueNormArgs;
 
+/** What adakv_allocate() takes: AllocateArgs of ops.h. */
 typedef struct AdakvAllocateArgs {
   const AdakvTensor* scores;   /* [B, Hkv, T] float32 */
   const AdakvTensor* seq_lens; /* [B] int32, optional */
   int32_t budget;              /* entries per kv head, window included */
-  int32_t window;
-  double floor; /* 0.2; 0 to 1 */
-  AdakvSafeguard safeguard;
-  const AdakvTensor* budgets; /* [B, Hkv] int32, out */
-  void* workspace;
-  size_t workspace_bytes;
-  void* stream;
+  int32_t window;              /* last entries of a prompt, always kept */
+  double floor;                /* 0.2; 0 to 1 */
+  AdakvSafeguard safeguard;    /* how the floor is kept */
+  const AdakvTensor* budgets;  /* [B, Hkv] int32, out */
+  void* workspace;             /* scratch memory on the tensors' device */
+  size_t workspace_bytes;      /* adakv_allocate_workspace() */
+  void* stream;                /* a cudaStream_t; NULL on the CPU */
 } AdakvAllocateArgs;
 
+/** What adakv_select() takes: SelectArgs of ops.h. */
 typedef struct AdakvSelectArgs {
-  const AdakvTensor* scores;   /* [B, Hkv, T] float32 */
-  const AdakvTensor* budgets;  /* [B, Hkv] int32 */
-  const AdakvTensor* norms;    /* [B, Hkv, T] float32, optional */
-  const AdakvTensor* seq_lens; /* [B] int32, optional */
-  int32_t window;
+  const AdakvTensor* scores;    /* [B, Hkv, T] float32 */
+  const AdakvTensor* budgets;   /* [B, Hkv] int32 */
+  const AdakvTensor* norms;     /* [B, Hkv, T] float32, optional */
+  const AdakvTensor* seq_lens;  /* [B] int32, optional */
+  int32_t window;               /* last entries of a prompt, always kept */
   double first;                 /* 0.5; 0 to 1 */
   float eps;                    /* 1e-4 */
   const AdakvTensor* positions; /* [K] int32, out */
   const AdakvTensor* indptr;    /* [B * Hkv + 1] int32, out */
-  void* workspace;
-  size_t workspace_bytes;
-  void* stream;
+  void* workspace;              /* scratch memory on the tensors' device */
+  size_t workspace_bytes;       /* adakv_select_workspace() */
+  void* stream;                 /* a cudaStream_t; NULL on the CPU */
 } AdakvSelectArgs;
 
+/** What adakv_compact() takes: CompactArgs of ops.h. */
 typedef struct AdakvCompactArgs {
   const AdakvTensor* keys;        /* [B, Hkv, T, D] */
   const AdakvTensor* values;      /* [B, Hkv, T, D] */
@@ -256,19 +282,21 @@ typedef struct AdakvCompactArgs {
   const AdakvTensor* page_ids;    /* [Q] int32, of adakv_cache_begin(), on the tensors' device */
   const AdakvTensor* page_indptr; /* [B + 1] int32 */
   AdakvLayer layer;               /* out */
-  void* workspace;
-  size_t workspace_bytes;
-  void* stream;
+  void* workspace;                /* scratch memory on the tensors' device */
+  size_t workspace_bytes;         /* adakv_compact_workspace() */
+  void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvCompactArgs;
 
+/** What adakv_append() takes: AppendArgs of ops.h. */
 typedef struct AdakvAppendArgs {
   const AdakvTensor* keys;    /* [B, Hkv, S, D] */
   const AdakvTensor* values;  /* [B, Hkv, S, D] */
   const AdakvTensor* num_new; /* [B] int32, optional */
   AdakvLayer layer;           /* in and out */
-  void* stream;
+  void* stream;               /* a cudaStream_t; NULL on the CPU */
 } AdakvAppendArgs;
 
+/** What adakv_plan() takes: PlanArgs of ops.h. */
 typedef struct AdakvPlanArgs {
   const AdakvTensor* lengths;     /* [L, B, Hkv] int32 */
   const AdakvTensor* block_table; /* [L, B, Hkv, M] int32 */
@@ -278,9 +306,10 @@ typedef struct AdakvPlanArgs {
   int32_t page_size;              /* 16 */
   const AdakvTensor* schedule;    /* [L, adakv_schedule_size(B * Hkv, num_workers)] int32, out */
   int32_t num_workers;            /* adakv_default_num_workers() */
-  void* stream;
+  void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvPlanArgs;
 
+/** What adakv_attend() takes: AttendArgs of ops.h. */
 typedef struct AdakvAttendArgs {
   const AdakvTensor* queries;     /* [B, Hq, S, D] */
   AdakvLayer layer;               /* in; in and out if keys are given */
@@ -295,12 +324,12 @@ typedef struct AdakvAttendArgs {
   int32_t prefetch;               /* 0; see ops.h */
   const AdakvTensor* out;         /* [B, Hq, S, D], out */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional */
-  void* workspace;
-  size_t workspace_bytes;
-  void* stream;
+  void* workspace;                /* scratch memory on the tensors' device */
+  size_t workspace_bytes;         /* adakv_attend_workspace() */
+  void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvAttendArgs;
 
-/* Arguments with the defaults of ops.h and no tensors. */
+/** Arguments with the defaults of ops.h and no tensors. @{ */
 AdakvScoreArgs adakv_score_defaults(void);
 AdakvValueNormArgs adakv_value_norm_defaults(void);
 AdakvAllocateArgs adakv_allocate_defaults(void);
@@ -309,8 +338,9 @@ AdakvCompactArgs adakv_compact_defaults(void);
 AdakvAppendArgs adakv_append_defaults(void);
 AdakvPlanArgs adakv_plan_defaults(void);
 AdakvAttendArgs adakv_attend_defaults(void);
+/** @} */
 
-/* The eight verbs, as the functions of the same names in ops.h. */
+/** A verb, as the function of the same name in ops.h. @{ */
 AdakvStatus adakv_score(const AdakvScoreArgs* args);
 AdakvStatus adakv_value_norm(const AdakvValueNormArgs* args);
 AdakvStatus adakv_allocate(const AdakvAllocateArgs* args);
@@ -319,25 +349,28 @@ AdakvStatus adakv_compact(const AdakvCompactArgs* args);
 AdakvStatus adakv_append(const AdakvAppendArgs* args);
 AdakvStatus adakv_plan(const AdakvPlanArgs* args);
 AdakvStatus adakv_attend(const AdakvAttendArgs* args);
+/** @} */
 
-/* Bytes of scratch memory that a call needs. Checks the arguments, but for the workspace itself. */
+/** Bytes of scratch memory that a call needs. Checks the arguments, but for the workspace itself.
+ * @{ */
 AdakvStatus adakv_score_workspace(const AdakvScoreArgs* args, size_t* bytes);
 AdakvStatus adakv_value_norm_workspace(const AdakvValueNormArgs* args, size_t* bytes);
 AdakvStatus adakv_allocate_workspace(const AdakvAllocateArgs* args, size_t* bytes);
 AdakvStatus adakv_select_workspace(const AdakvSelectArgs* args, size_t* bytes);
 AdakvStatus adakv_compact_workspace(const AdakvCompactArgs* args, size_t* bytes);
 AdakvStatus adakv_attend_workspace(const AdakvAttendArgs* args, size_t* bytes);
+/** @} */
 
-/* int32 elements of one layer's schedule. */
+/** int32 elements of one layer's schedule. */
 int64_t adakv_schedule_size(int64_t num_rows, int32_t num_workers);
 
-/* Workers that a device keeps busy. */
+/** Workers that a device keeps busy. */
 AdakvStatus adakv_default_num_workers(AdakvDevice device, int32_t* num_workers);
 
-/* Threads that the CPU backend may use, the calling one included. Results do not depend on it. */
+/** Threads that the CPU backend may use, the calling one included. Results do not depend on it. */
 AdakvStatus adakv_set_num_threads(int32_t num_threads);
 
-/* ADAKV_OK if the CUDA backend is built in and finds a device; else the last error says why not. */
+/** ADAKV_OK if the CUDA backend is built in and finds a device; else the last error says why not. */
 AdakvStatus adakv_cuda_available(void);
 
 #ifdef __cplusplus

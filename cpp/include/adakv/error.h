@@ -1,4 +1,5 @@
-// What adakv throws.
+/// @file
+/// What adakv throws.
 #pragma once
 
 #include <cstdio>

@@ -40,15 +40,17 @@ enum class Safeguard : uint8_t { kBlend, kHardFloor, kOfficialRound, kNone };
 enum class Norm : uint8_t { kL1, kL2Gram };
 
 /// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469;
-/// the base of Ada-KV and CriticalKV).
+/// the base of Ada-KV and CriticalKV). With W = T, all of its queries (H2O, arXiv 2306.14048).
 ///   z[q,w,t]    = softcap * tanh(queries[q,w] . keys[q / G, t] * scale / softcap)
 ///                 (without softcap: the bare product)
 ///   p[q,w,:]    = softmax over t of z[q,w,:], causal, the window and the head's sink included
 ///   scores[h,t] = pool over t ( group_reduce over q of h ( window_reduce over w ( p[q,w,t] ) ) )
-/// All in float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - W;
+/// Query w stands at position(w) = seq_len - 1 - (W - 1 - w) * stride, and counts for the entries up
+/// to position(w) - distance; a mean is over the queries that count, 0 if there are none. All in
+/// float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - window;
 /// average pooling counts it as zero.
 struct ScoreArgs {
-  TensorView queries;      // [B, Hq, W, D]   of the last W positions of each sequence, after RoPE
+  TensorView queries;      // [B, Hq, W, D]   of each sequence's last positions, after RoPE
   TensorView keys;         // [B, Hkv, T, D]  prompt keys, after RoPE
   TensorView seq_lens;     // [B] int32       prompt lengths, 0 .. T; not given: all T
   TensorView sink_logits;  // [Hq] float32    optional: joins each softmax, attends to nothing
@@ -60,9 +62,12 @@ struct ScoreArgs {
   Order order = Order::kGroupFirst;      // kPoolFirst: pool each q head, then reduce the group
   Pool pool = Pool::kMax;                // over neighbouring positions
   int pool_width = 7;                    // odd
-  TensorView scores;                     // [B, Hkv, T] float32, out; -inf at t >= seq_len - W
+  TensorView scores;                     // [B, Hkv, T] float32, out; -inf from n on
   TensorView workspace;                  // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;               // where CUDA work is put
+  int window = -1;                       // last positions of the prompt, which don't compete; -1: W
+  int stride = 1;                        // positions from one query to the next
+  int distance = 0;  // positions that a query is behind an entry, at least, to count for it
 };
 /// Writes args.scores.
 void score(const ScoreArgs& args);

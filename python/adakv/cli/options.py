@@ -85,8 +85,10 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setting:
     """The policy and its budget, checked before anything is loaded."""
-    if policy not in adakv.policies():
-        raise InputError(f"unknown policy {policy!r}; known are {', '.join(adakv.policies())}")
+    try:
+        adakv.policy.get(policy)
+    except ValueError as error:
+        raise InputError(f"--policy: {error}") from error
     if budget is not None and ratio is not None:
         raise InputError("give --budget or --ratio, not both")
     if budget is not None and budget < 1:

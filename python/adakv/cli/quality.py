@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -189,14 +190,16 @@ def print_tables(console: Console, tables: Sequence[summary.Table]) -> None:
 
 
 def check_policies(names: str) -> list[str]:
-    """Names of presets, in a comma-separated list."""
-    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    unknown = [name for name in found if name not in adakv.policies()]
-    if unknown or not found:
-        raise InputError(
-            f"--policies must name some of {', '.join(adakv.policies())}; "
-            f"got {', '.join(unknown) or 'none'}"
-        )
+    """Names of presets or policies written down, in a comma-separated list."""
+    pieces = re.split(r",(?![^()]*(?:\([^()]*\)[^()]*)*\))", names)  # not inside of parentheses
+    found = list(dict.fromkeys(name.strip() for name in pieces if name.strip()))
+    if not found:
+        raise InputError(f"--policies must name some of {', '.join(adakv.policies())}; got none")
+    for name in found:
+        try:
+            adakv.policy.get(name)
+        except ValueError as error:
+            raise InputError(f"--policies: {error}") from error
     return found
 
 

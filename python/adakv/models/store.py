@@ -26,6 +26,7 @@ from adakv.models.budget import Budget
 from adakv.models.deal import advance, begin
 from adakv.models.padding import align, new_tokens, restore
 from adakv.models.prompt import Attention, Prompt
+from adakv.models.reserve import Reserve, Whole
 from adakv.policy import LayerInputs
 
 _logger = logging.getLogger("adakv")
@@ -82,6 +83,7 @@ class Store:
         self._signature: tuple[object, ...] | None = None
         self._num_forwards = 0
         self._prompts: list[Prompt | None] = [None] * self._num_layers
+        self._waiting: list[list[Whole | Reserve]] = [[] for _ in range(self._num_layers)]
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
         self._groups: list[slice] = []
@@ -182,42 +184,65 @@ class Store:
         With a model-wide policy nothing happens before the last layer, and then in all of them.
         """
         if not self.policy.is_model_wide:
-            self._compact([layer])
-        elif layer == self._num_layers - 1:
+            return self._compact([layer])
+        self._wait(layer)
+        if layer == self._num_layers - 1:
             self._compact(list(range(self._num_layers)))
+
+    def _wait(self, layer: int) -> None:
+        """Scores a layer for a model-wide policy, and drops what isn't needed until the last."""
+        if self._waiting[layer]:
+            raise Error("an earlier forward stopped midway: reset() the cache")
+        for whole in self._take(layer):
+            budget = self._budget.of(whole.inputs.length)
+            if self.policy.reserves:
+                self._waiting[layer].append(Reserve.take(self.policy, whole, budget))
+            else:
+                self._waiting[layer].append(whole.scored(self.policy, budget))
 
     def _compact(self, layers: list[int]) -> None:
         """:meth:`compact` of layers that are chosen from together."""
-        prompts = {layer: self._held(layer) for layer in layers}
-        for layer in layers:
-            self._prompts[layer] = None
-        if not self._totals:
-            self._begin_pages(prompts[layers[0]])
-        self._kv = kv = self._kv or self._allocate(prompts[layers[0]])
-        choices = [self._choose(prompts, group) for group in self._groups]
+        held: dict[int, Sequence[Whole | Reserve]]
+        if self.policy.is_model_wide:
+            held = dict(enumerate(self._waiting))
+            self._waiting = [[] for _ in layers]
+        else:
+            held = {layer: self._take(layer) for layer in layers}
+        kv = self._kv
+        assert kv is not None
+        choices = [self._choose(parts) for parts in zip(*held.values(), strict=True)]
         totals = [[total[layer] for total in self._totals] for layer in layers]
         page_ids, next_page = begin(kv, layers, totals, self.seen, first_sequence=self._first)
         for i, layer in enumerate(layers):
-            prompt, view = prompts.pop(layer), sequences(kv.layer(layer), self._slots)
-            for group, kept in zip(self._groups, choices, strict=True):
-                inputs = self._inputs(prompt, group, layer)
-                ops.compact(
-                    inputs.keys,
-                    inputs.values,
-                    kept[i],
-                    sequences(view, group),
-                    page_ids,
-                    next_page[group.start : group.stop + 1],
-                )
-            if prompts:
+            parts, view = held.pop(layer), sequences(kv.layer(layer), self._slots)
+            for group, part, kept in zip(self._groups, parts, choices, strict=True):
+                starts = next_page[group.start : group.stop + 1]
+                part.compact(kept[i], sequences(view, group), page_ids, starts)
+            if held:
                 advance(next_page, view.lengths, self._page_size)
         self.is_prompt = layers[-1] < self._num_layers - 1
 
-    def _choose(self, prompts: dict[int, Prompt], group: slice) -> list[ops.Kept]:
+    def _take(self, layer: int) -> list[Whole]:
+        """A layer's prompts, group by group; from now on they are the caller's to hold."""
+        prompt = self._held(layer)
+        self._prompts[layer] = None
+        if not self._totals:
+            self._begin_pages(prompt)
+        self._kv = self._kv or self._allocate(prompt)
+        scores = prompt.scores
+        return [
+            Whole(
+                prompt.inputs(group, self.seen[group], layer, self._num_layers),
+                None if scores is None else scores[group],
+            )
+            for group in self._groups
+        ]
+
+    def _choose(self, parts: Sequence[Whole | Reserve]) -> list[ops.Kept]:
         """What the policy keeps of some of the sequences, for each of the layers."""
-        inputs = [self._inputs(prompt, group, layer) for layer, prompt in prompts.items()]
-        scores = [x.scores[group] for x in prompts.values() if x.scores is not None] or None
-        budget = self._budget.of(self.seen[group.start])
+        inputs = [part.inputs for part in parts]
+        scores = [part.scores for part in parts if part.scores is not None] or None
+        budget = self._budget.of(inputs[0].length)
         if self.policy.is_model_wide:
             return self.policy.choose_all(inputs, budget, scores=scores)
         return [self.policy.choose(inputs[0], budget, scores=scores and scores[0])]
@@ -374,7 +399,6 @@ class Store:
     @property
     def bytes(self) -> int:
         """Of the pages in use."""
-        """Pages that its sequences own, of all layers."""
         return 0 if self._kv is None else self._kv.pages_used * self._kv.page_bytes
 
     @property

@@ -16,7 +16,12 @@ from adakv.policy.base import (
 )
 from adakv.policy.presets import get, names
 from adakv.policy.press import PressScorer
-from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention, RepeatAttention
+from adakv.policy.prompt_scorers import (
+    ColumnMax,
+    ExpectedAttention,
+    PromptAttention,
+    RepeatAttention,
+)
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -32,6 +37,7 @@ from adakv.policy.whole_pages import WholePages
 __all__ = [
     "Adaptive",
     "Allocator",
+    "ColumnMax",
     "Defensive",
     "Everything",
     "ExpectedAttention",

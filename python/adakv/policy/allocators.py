@@ -260,11 +260,15 @@ class ModelWide:
     layer, by ``safeguard`` (:func:`adakv.ops.allocate`). Equal scores: lower position first, then
     lower layer, then lower head.
 
-    Scores of different layers must be comparable. All layers' prompts wait for the last one.
+    Scores of different layers must be comparable. All layers' prompts wait for the last one, which
+    takes the memory of a full cache for a moment. ``reserve=r`` bounds it: each layer holds its
+    best ``r * Hkv * budget`` entries and drops the rest at once. A layer to which the whole model
+    would give more gets no more, and with a ``floor`` some of the total may be left unused.
     """
 
     floor: float = 0.0
     safeguard: ModelWideSafeguard = "blend"
+    reserve: float | None = None
     layers: ClassVar[LayerSchedule] = Flat()
     is_model_wide: ClassVar[bool] = True
     needs_w_o: ClassVar[bool] = False
@@ -272,12 +276,17 @@ class ModelWide:
     def __post_init__(self) -> None:
         check_range("floor", self.floor, 0, 1)
         check_choice("safeguard", self.safeguard, get_args(ModelWideSafeguard))
+        check_range("reserve", self.reserve or 1, 1)
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
         one_layer = Adaptive(floor=self.floor, safeguard=self.safeguard)
-        return one_layer.allocate(scores, inputs, budgets, window=window)
+        shares = one_layer.allocate(scores, inputs, budgets, window=window)
+        if self.reserve is None:
+            return shares
+        held = inputs.candidates(0) & (~inputs.candidates(window) | (scores > -torch.inf))
+        return shares.minimum(held.sum(-1, dtype=torch.int32))
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)

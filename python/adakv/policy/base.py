@@ -240,6 +240,42 @@ class Policy:
         given = [None] * len(layers) if scores is None else scores
         return [self.choose(x, budget, scores=s) for x, s in zip(layers, given, strict=True)]
 
+    @property
+    def reserves(self) -> bool:
+        """Whether layers drop a part of their prompts before the last one is there."""
+        return getattr(self.allocator, "reserve", None) is not None
+
+    def reserve(
+        self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None
+    ) -> tuple[Kept, Tensor]:
+        """The entries of a layer that are held until the last one is there.
+
+        Returns
+        -------
+        kept : :class:`adakv.ops.Kept`
+        scores : ``[B, Hkv, T]`` float32
+            For :meth:`choose_all`: ``-inf`` where an entry is not held.
+        """
+        even, lengths = self._layer_budgets(inputs, budget), inputs.prompt_lens
+        if all(n <= b for n, b in zip(lengths, even, strict=True)):
+            kept = _keep_everything(inputs)
+            return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
+        share: float = getattr(self.allocator, "reserve", None) or 1.0
+        budgets = tuple(
+            min(round(share * b), max(n, b)) for n, b in zip(lengths, even, strict=True)
+        )
+        scores = self.scorer.score(inputs) if scores is None else scores
+        shares = self.allocator.allocate(scores, inputs, budgets, window=self.window)
+        heads = inputs.num_kv_heads
+        total = sum(
+            self.allocator.total(b, window=self.window, prompt_len=n, num_kv_heads=heads)
+            for b, n in zip(budgets, lengths, strict=True)
+        )
+        kept = self.selector.select(scores, shares, inputs, window=self.window, total=total)
+        held = torch.zeros_like(scores, dtype=torch.bool).flatten(0, 1)
+        held[kept.rows(held.shape[0]), kept.positions.long()] = True
+        return kept, scores.masked_fill(~held.view(scores.shape), -torch.inf)
+
     def _choose(
         self, layers: Sequence[LayerInputs], budget: int, given: Sequence[Tensor] | None
     ) -> list[Kept]:

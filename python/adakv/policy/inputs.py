@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -90,13 +90,27 @@ class LayerInputs:
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
-        if self.w_o is None:
-            raise ValueError("w_o must be given to a policy that weighs values, got None")
         if norm not in self._norms:
+            if self.w_o is None:
+                raise ValueError("w_o must be given to a policy that weighs values, got None")
             self._norms[norm] = ops.value_norm(
                 self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
             )
         return self._norms[norm]
+
+    def without_queries(self) -> LayerInputs:
+        """For later, when they have been scored."""
+        return self._with(queries=self.queries[..., :0].clone())
+
+    def without_entries(self) -> LayerInputs:
+        """The same shape, lengths and norms, without keys, values and queries."""
+        hollow = self.keys[..., :0].clone()
+        return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None)
+
+    def _with(self, **changes: Tensor | None) -> LayerInputs:
+        changed = replace(self, **changes)  # type: ignore[arg-type]
+        changed._norms.update(self._norms)
+        return changed
 
     @property
     def ends(self) -> Tensor:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
-from adakv.policy.prompt_scorers import ExpectedAttention, PromptAttention, RepeatAttention
+from adakv.policy.expression import parse
+from adakv.policy.prompt_scorers import (
+    ColumnMax,
+    ExpectedAttention,
+    PromptAttention,
+    RepeatAttention,
+)
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -21,9 +27,8 @@ from adakv.policy.scorers import (
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
+_wide_column_max = ColumnMax(norms="all")
 _adaptive_pyramid = Adaptive(layers=Pyramid())
-
-_column_max = PromptAttention(reduce="max", group_reduce="max", distance=16, sinks=4)
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -50,8 +55,10 @@ _PRESETS: dict[str, Policy] = {
     "critical_ada_pyramidkv":      Policy(_snapkv, _adaptive_pyramid, TwoStage()),
     "defensive":                   Policy(Defensive(), Adaptive(), TopScore()),
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
-    "ada_column_max":              Policy(_column_max, Adaptive(), TopScore()),
+    "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
+    "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
     "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
+    "best":                        Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),
@@ -79,9 +86,15 @@ def names() -> tuple[str, ...]:
 
 
 def get(policy: str | Policy) -> Policy:
-    """The preset of that name; a :class:`Policy` is given back as it is."""
+    """The preset of that name, or the policy that a text like ``"KeyDiff() * Adaptive(floor=0.1) *
+    TopScore()"`` describes; a :class:`Policy` is given back as it is."""
     if isinstance(policy, Policy):
         return policy
+    if "(" in policy:
+        return parse(policy)
     if policy not in _PRESETS:
-        raise ValueError(f"policy must be a Policy or one of {', '.join(names())}; got {policy!r}")
+        raise ValueError(
+            f"policy must be one of {', '.join(names())}, scorer * allocator * selector written "
+            f"down, or a Policy; got {policy!r}"
+        )
     return _PRESETS[policy]

@@ -1,22 +1,22 @@
-"""Scorers that read the queries of the whole prompt, not of its window alone.
+"""Scorers that read the queries of the whole prompt, or of a repetition of it.
 
-Each costs a pass over the prompt beside the prefill's own attention, in plain torch.
+Each costs a pass over the prompt beside the prefill's own attention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.attention import attention, check_all_queries
+from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
 
-_ROWS = 64  # queries whose attention is held at a time
+NormUse = Literal["none", "floor", "all"]
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,84 @@ class PromptAttention:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         check_all_queries(inputs)
-        batch, heads, length = inputs.keys.shape[:3]
-        group = inputs.queries.shape[1] // heads
-        position = torch.arange(length, device=inputs.keys.device)
-        columns = inputs.keys.new_zeros((batch, heads, group, length), dtype=torch.float32)
-        for first in range(0, length, _ROWS * self.stride):
-            rows = slice(first, min(first + _ROWS * self.stride, length), self.stride)
-            p = attention(inputs, rows, rows.stop)  # [B, Hkv, G, R, rows.stop]
-            if self.distance:
-                near = position[: rows.stop] > position[rows, None] - self.distance
-                p = p.masked_fill(near, 0)
-            part = columns[..., : rows.stop]
-            part.copy_(part.maximum(p.amax(3)) if self.reduce == "max" else part + p.sum(3))
-        if self.reduce == "mean":
-            columns = columns / self._num_queries(inputs)
-        return pin_sinks(_reduce(columns, self.group_reduce), self.sinks)
+        scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
+        for sequences, length in _same_lengths(inputs.prompt_lens):
+            rows = slice((length - 1) % self.stride, length, self.stride)
+            scores[sequences, :, :length] = ops.score(
+                inputs.queries[sequences, :, rows],
+                inputs.keys[sequences, :, :length],
+                sinks=inputs.sinks,
+                scale=inputs.scale,
+                softcap=inputs.softcap,
+                window_reduce=self.reduce,
+                group_reduce=self.group_reduce,
+                pool="none",
+                window=0,
+                stride=self.stride,
+                distance=self.distance,
+            )
+        return pin_sinks(scores, self.sinks)
 
-    def _num_queries(self, inputs: LayerInputs) -> Tensor:
-        """``[B or 1, 1, 1, T]``: queries far enough behind each entry, at least 1."""
-        first = torch.arange(inputs.length, device=inputs.keys.device) + self.distance
-        last = inputs.ends[:, None, None, None] - 1
-        count = last // self.stride - (first + self.stride - 1) // self.stride + 1
-        return count.clamp(min=1)
+
+@dataclass(frozen=True)
+class ColumnMax:
+    """The most that any query of the prompt ever gave an entry, with a floor like Defensive's
+    (DefensiveKV, arXiv 2510.13334) under what none looked at. A scorer of this library.
+
+    ``C[h, t] = max over the group of h and the queries s >= t + distance of softmax(q_s . k_t *
+    scale)``, of every ``stride``-th query. With N = ``||v Wo||_1`` and means over the candidates of
+    a head::
+
+        S = max(C, mean(C) * N / mean(N))     norms="floor"
+        S = max(C, mean(C)) * N               norms="all"
+        S = C                                 norms="none"
+
+    What the prompt itself needed once, a question about it may need again. The last query that
+    looks at an entry is often its neighbour, which tells nothing: ``distance`` leaves it out.
+    ``"all"`` is for budgets of half of a prompt or for scores that are compared between layers.
+    """
+
+    window: int = 32
+    distance: int = 32
+    stride: int = 1
+    norms: NormUse = "floor"
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_range("sinks", self.sinks, 0)
+        check_choice("norms", self.norms, get_args(NormUse))
+        self._attention()  # which checks the others
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """``w_o`` only if norms are used."""
+        return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        highest = self._attention().score(inputs)
+        if self.norms == "none":
+            return pin_sinks(highest, self.sinks)
+        candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
+        highest = highest.masked_fill(~candidates, 0)
+        norms = inputs.norms().masked_fill(~candidates, 0)
+        floor = _mean(highest, candidates)
+        if self.norms == "all":
+            return pin_sinks(highest.maximum(floor) * norms, self.sinks)
+        return pin_sinks(highest.maximum(floor * norms / _mean(norms, candidates)), self.sinks)
+
+    def _attention(self) -> PromptAttention:
+        return PromptAttention(
+            window=self.window,
+            reduce="max",
+            group_reduce="max",
+            distance=self.distance,
+            stride=self.stride,
+        )
+
+
+def _mean(x: Tensor, candidates: Tensor) -> Tensor:
+    """``[B, Hkv, 1]``: over the candidates; ``x`` is 0 elsewhere."""
+    return x.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -178,24 +234,21 @@ class RepeatAttention:
         """``[Hkv, length]`` of one sequence."""
         assert inputs.repeat is not None
         queries, more = inputs.repeat
-        keys = torch.cat([inputs.keys[one, :, :length], more[one]], 2)
-        both = replace(
-            inputs,
-            queries=queries[one],
-            keys=keys,
-            values=keys,
-            prompt_lens=(keys.shape[2],),
-            seq_lens=None,
+        scores = ops.score(
+            queries[one],
+            torch.cat([inputs.keys[one, :, :length], more[one]], 2),
+            sinks=inputs.sinks,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            window_reduce="max",
+            group_reduce="max",
+            pool="none",
         )
-        scores = keys.new_zeros((keys.shape[1], length), dtype=torch.float32)
-        for first in range(0, queries.shape[2], _ROWS):
-            p = attention(both, slice(first, first + _ROWS))[0, ..., :length]
-            scores = scores.maximum(p.amax((1, 2)))
-        return scores
+        return scores[0, :, :length]
 
 
-def _reduce(x: Tensor, how: ops.Reduce) -> Tensor:
-    """``[B, Hkv, G, T]`` to ``[B, Hkv, T]``."""
-    if how == "max":
-        return x.amax(2)
-    return x.sum(2) if how == "sum" else x.mean(2)
+def _same_lengths(prompt_lens: tuple[int, ...]) -> list[tuple[slice, int]]:
+    """Sequences that can be worked on together, and their length: all of them, or one by one."""
+    if len(set(prompt_lens)) == 1:
+        return [(slice(None), prompt_lens[0])]
+    return [(slice(b, b + 1), length) for b, length in enumerate(prompt_lens) if length > 0]

@@ -1,0 +1,82 @@
+"""What a layer hands over to be compacted: its prompts, or what a model-wide policy that bounds its
+memory holds of them until the last layer is there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.ops import Kept, Layer
+from adakv.policy import LayerInputs, Policy
+
+
+class Whole(NamedTuple):
+    """Prompts of one length, of one layer."""
+
+    inputs: LayerInputs
+    scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn
+
+    def scored(self, policy: Policy, budget: int) -> Whole:
+        """With scores, unless all of it is kept; without the queries, which are done with."""
+        scores = self.scores
+        if scores is None and self.inputs.length > budget:
+            scores = policy.scorer.score(self.inputs)
+        return Whole(self.inputs.without_queries(), scores)
+
+    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
+        """:func:`adakv.ops.compact` of some of the entries."""
+        ops.compact(self.inputs.keys, self.inputs.values, kept, view, page_ids, page_indptr)
+
+
+class Reserve(NamedTuple):
+    """Those entries of a :class:`Whole` that may still be kept, one behind the other."""
+
+    inputs: LayerInputs  #: of the same shape, without keys and values; with the norms, if needed
+    scores: Tensor  #: [B, Hkv, T] float32, -inf for entries that were dropped
+    keys: Tensor  #: [K, D]
+    values: Tensor  #: [K, D]
+    kept: Kept  #: where they stood
+
+    @classmethod
+    def take(cls, policy: Policy, whole: Whole, budget: int) -> Reserve:
+        """Copies what the policy holds for a budget, so that the rest can be freed."""
+        inputs, heads = whole.inputs, whole.inputs.num_kv_heads
+        kept, scores = policy.reserve(inputs, budget, scores=whole.scores)
+        row = kept.rows(len(scores) * heads)
+        where = row // heads, row % heads, kept.positions.long()
+        return cls(inputs.without_entries(), scores, inputs.keys[where], inputs.values[where], kept)
+
+    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
+        """:func:`adakv.ops.compact` of some of its entries."""
+        batch, heads, length, _ = self.inputs.keys.shape
+        count = len(self.kept.positions)
+        rows = batch * heads
+        order = torch.arange(count, dtype=torch.int32, device=self.keys.device)
+        place = order.new_zeros((rows, length))  # of an entry in the reserve
+        place[self.kept.rows(rows), self.kept.positions.long()] = order
+        places = place[kept.rows(rows), kept.positions.clamp(min=0).long()]
+        places = places.where(kept.positions >= 0, -1)
+        shape = (batch, heads, count, -1)
+        keys, values = (x.expand(shape) for x in (self.keys, self.values))
+        ops.compact(keys, values, Kept(places, kept.indptr), view, page_ids, page_indptr)
+        view.seen.fill_(length)
+        self._restore_positions(view)
+
+    def _restore_positions(self, view: Layer) -> None:
+        """From places in the reserve to positions in the prompts, in all pages of the rows.
+
+        Where a row has no more pages its first one is written again, with the same numbers.
+        """
+        page_size = view.page_positions.shape[1]
+        first_slot = torch.arange(view.block_table.shape[2], device=view.lengths.device) * page_size
+        is_used = first_slot < view.lengths[..., None]  # [B, Hkv, M]
+        pages = view.block_table.where(is_used, view.block_table[..., :1]).long()
+        slots = first_slot * is_used
+        slots = slots[..., None] + torch.arange(page_size, device=slots.device)
+        places = view.page_positions[pages]  # [B, Hkv, M, P]
+        is_held = slots < view.lengths[..., None, None]
+        positions = self.kept.positions[places.where(is_held, 0).long()]
+        view.page_positions[pages] = positions.where(is_held, places)
