@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import adakv
 from adakv.policy import LayerInputs, get
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
-from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts
+from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts, remove_at_exit
 from adakv.vllm.plan import plan
 
 RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
@@ -151,6 +152,14 @@ def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+
+
+def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):
+    name, _ = ledger
+    process = multiprocessing.get_context("spawn").Process(target=remove_at_exit, args=(name,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and not path_of(name).exists()
 
 
 def test_ledger_counts_for_everybody(ledger: tuple[str, Ledger]):

@@ -9,10 +9,10 @@ the scheduler planned and the one that a worker compressed at.
 
 from __future__ import annotations
 
-import atexit
 import mmap
 import os
 import tempfile
+from multiprocessing.util import Finalize  # unlike atexit, children of multiprocessing run it
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,5 +122,5 @@ def read_counts(name: str) -> Counts:
 
 
 def remove_at_exit(name: str) -> None:
-    """Has this process remove the ledger's file when it ends."""
-    atexit.register(path_of(name).unlink, missing_ok=True)
+    """Has this process, which may be a child of another, remove the ledger's file when it ends."""
+    Finalize(None, path_of(name).unlink, kwargs={"missing_ok": True}, exitpriority=0)
