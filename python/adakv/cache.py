@@ -179,6 +179,20 @@ class KVCache:
         """
         return int(_C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size))
 
+    def positions(self, layer: int, slots: slice = slice(None)) -> list[list[Tensor]]:
+        """Positions that a layer holds: per sequence and kv head ``[length]`` int32 on the CPU, as
+        they lie in its slots."""
+        view = sequences(self.layer(layer), slots)
+        table, lengths = view.block_table.cpu(), view.lengths.tolist()
+        positions = view.page_positions.cpu()
+        return [
+            [
+                positions[table[b, h, : -(-length // self.page_size)]].flatten()[:length]
+                for h, length in enumerate(row)
+            ]
+            for b, row in enumerate(lengths)
+        ]
+
     def remove(self, sequence: int) -> None:
         """Gives all pages of a sequence back and empties its rows."""
         self._cache.remove(sequence)
@@ -197,3 +211,8 @@ class KVCache:
     def num_free(self) -> int:
         """Pages that are free."""
         return int(self._cache.num_free)
+
+
+def sequences(layer: Layer, slots: slice) -> Layer:
+    """Some of the sequences of a layer."""
+    return Layer(*layer[:2], *(tensor[slots] for tensor in layer[2:]))

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from adakv import ops
-from adakv.cache import KVCache
+from adakv.cache import KVCache, sequences
 from adakv.models.attachment import TAG
 from adakv.models.sampling import Chooser
-from adakv.models.store import sequences
 
 
 class Slots(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from adakv import Error, ops
-from adakv.cache import KVCache
+from adakv.cache import KVCache, sequences
 from adakv.models.budget import Budget
 from adakv.models.deal import advance, begin
 from adakv.models.padding import align, new_tokens, restore
@@ -417,27 +417,4 @@ class Store:
 
     def positions(self, layer: int) -> list[list[Tensor]]:
         """Per sequence and kv head the positions that are held, ``[length]`` int32, ascending."""
-        if self._kv is None:
-            return []
-        view = sequences(self._kv.layer(layer), self._slots)
-        pages, lengths = view.block_table.cpu(), view.lengths.tolist()
-        positions = view.page_positions.cpu()
-        return [
-            [
-                positions[pages[b, h, : -(-length // self._page_size)]].flatten()[:length]
-                for h, length in enumerate(row)
-            ]
-            for b, row in enumerate(lengths)
-        ]
-
-
-def sequences(layer: ops.Layer, group: slice) -> ops.Layer:
-    """Some of the sequences of a layer."""
-    return ops.Layer(
-        layer.pages,
-        layer.page_positions,
-        layer.block_table[group],
-        layer.lengths[group],
-        layer.seen[group],
-        layer.fresh_pages[group],
-    )
+        return [] if self._kv is None else self._kv.positions(layer, self._slots)
