@@ -191,6 +191,16 @@ __device__ inline float2 join(float2 a, float2 b) {
   return {maximum, a.y * fast_exp2(a.x - maximum) + b.y * fast_exp2(b.x - maximum)};
 }
 
+/// Joins the pairs of the four lanes that share rows of a product.
+__device__ inline float2 join_quad(float2 pair) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    pair = join(
+        pair, {__shfl_xor_sync(kFullWarp, pair.x, step), __shfl_xor_sync(kFullWarp, pair.y, step)});
+  }
+  return pair;
+}
+
 /// Joins partials 0, step, 2 * step, ... below `count`, `stride` pairs apart.
 __device__ inline float2 join_partials(const float2* partials, int count, int step, int stride) {
   constexpr int kLoads = 8;  // under way at the same time

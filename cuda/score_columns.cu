@@ -194,12 +194,7 @@ __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
       });
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
-    float2 sum = sums[i];
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sum = join(
-          sum, {__shfl_xor_sync(kFullWarp, sum.x, step), __shfl_xor_sync(kFullWarp, sum.y, step)});
-    }
+    float2 sum = join_quad(sums[i]);
     const int32_t w = own + i * 8 + lane / 4;
     if (score.sink_logits) sum = join(sum, {score.sink_logits[head.q] * kLog2e, 1.f});
     const bool exists = w <= last && head.position(params, w) >= 0;

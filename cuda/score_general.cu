@@ -51,12 +51,7 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
 
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
-    float2 sum = sums[i];
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sum = join(
-          sum, {__shfl_xor_sync(kFullWarp, sum.x, step), __shfl_xor_sync(kFullWarp, sum.y, step)});
-    }
+    const float2 sum = join_quad(sums[i]);
     const int r = place.row_in_chunk + i * 8 + place.lane / 4;
     if (place.lane % 4 == 0) joined[place.warp / Tile::kRowWarps][r] = sum;
   }
