@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import adakv
-from adakv.eval.gauges import follow
+from adakv.eval.gauges import follow, same_start
 
 OnToken = Callable[[], None]
 
@@ -130,9 +130,11 @@ def compare(model: Any, prompt: Tensor, setting: Setting, *, run: Run, full: Run
         first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0]
         logits = torch.cat([first, follow(model, cache, answer)])
     same = logits[:-1].argmax(dim=-1) == answer
-    pairs = zip(run.tokens, full.tokens, strict=False)
-    same_start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return replace(run, same_choice=same.float().mean().item(), same_start=same_start)
+    return replace(
+        run,
+        same_choice=same.float().mean().item(),
+        same_start=same_start(run.tokens, full.tokens),
+    )
 
 
 def _attached(model: Any, setting: Setting) -> AbstractContextManager[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -87,6 +89,12 @@ def compare(full: Tensor, compressed: Tensor, answer: Tensor) -> Quality:
         exact_full=float(torch.equal(choices_p, answer)),
         loss_full=-log_p.gather(-1, column).mean().item(),
     )
+
+
+def same_start(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Tokens before the first that differs."""
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def follow(model: Any, cache: Any, tokens: Tensor) -> Tensor:

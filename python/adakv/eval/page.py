@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import html
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import adakv
-from adakv.eval.gauges import compare, follow
+from adakv.eval.gauges import compare, follow, same_start
 from adakv.eval.prefill import Prefill
 from adakv.models import Cache
 from adakv.models.hf import FullAttentionLayer
@@ -173,7 +172,6 @@ def make_page(
             follow(model, compressed(), tokens[:-1]),
             tokens[1:],
         )
-    pairs = zip(own, full, strict=False)
     return Page(
         policy=policy,
         num_tokens=prompt.shape[1],
@@ -185,7 +183,7 @@ def make_page(
         full_answer=tokenizer.decode(full, skip_special_tokens=True).strip(),
         kl=quality.kl,
         agreement=quality.agreement,
-        same_start=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
+        same_start=same_start(own, full),
     )
 
 
