@@ -354,7 +354,6 @@ class Store:
             new_keys = new_values = None
         else:
             schedule, new_keys, new_values = self._schedules[layer], keys, values
-        is_planned_just_now = layer == 0 or bool(self._pieces)
         out, _ = ops.attend(
             queries,
             view,
@@ -365,7 +364,7 @@ class Store:
             sinks=sinks,
             scale=scale,
             softcap=softcap,
-            prefetch=not is_planned_just_now,
+            prefetch=layer > 0 and not self._pieces,  # else it was planned just now
         )
         out = out.transpose(1, 2)
         return out if self._order is None else restore(out, self._order)
