@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +70,6 @@ def save_gemma2(folder: Path) -> str:
     )
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
-
-
-def install_entry_points(folder: Path) -> list[str]:
-    """What has to be on a process's path for vLLM to find the plugin: nothing, if adakv is
-    installed; else ``folder``, with the entry points that it would have then."""
-    if any(e.value == "adakv.vllm:register" for e in entry_points(group="vllm.general_plugins")):
-        return []
-    project = Path(__file__).parent.parent / "pyproject.toml"
-    lines = re.findall(
-        r'^\[project\.entry-points\."(.*)"\]\n(\w+) = "(.*)"$', project.read_text(), re.MULTILINE
-    )
-    info = folder / "adakv-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adakv\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "".join(f"[{group}]\n{name} = {value}\n" for group, name, value in lines)
-    )
-    return [str(folder)]
 
 
 @dataclass(frozen=True)
