@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
 class FoldingScorer(Scorer, Protocol):
     """A scorer of all queries that can do without most: it takes a prompt part by part."""
 
@@ -173,11 +174,6 @@ class Policy:
     def needs_all_queries(self) -> bool:
         """Whether :attr:`LayerInputs.queries` must be those of all positions."""
         return self._scorer_needs("all_queries")
-
-    @property
-    def folds(self) -> bool:
-        """Whether the scorer is a :class:`FoldingScorer`, for whom prompts can come in parts."""
-        return hasattr(self.scorer, "fold")
 
     @property
     def needs_rotate(self) -> bool:

@@ -13,34 +13,47 @@ their first block, which they keep to their end.
 
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
                    and makes tables and schedules of all layers
-    attend()       in each layer: append, attend; keeps a prompt's last queries
+    attend()       in each layer: append, attend; remembers what the policy has to know of a
+                   prompt's queries: the last ones, or what it makes of all of them
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Layer
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import FoldingScorer, LayerInputs, Policy
 from adakv.vllm.plan import Plan, plan
 from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
 
 
 class Attention(NamedTuple):
-    """How a layer attends; as in :func:`adakv.ops.attend`."""
+    """How a layer attends; as in :func:`adakv.ops.attend`, and :attr:`LayerInputs.rotate`."""
 
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class Heard(NamedTuple):
+    """What a layer remembers of a prompt's queries."""
+
+    queries: Tensor  # [n, Hq, D]: the window's; or the last ones, which aren't folded yet
+    folded: Any = None
 
 
 class Boundaries:
     """What is told about a prompt's end; see :class:`adakv.vllm.ledger.Ledger`."""
+
+    def times_freed(self, first_block: int) -> int:
+        """How many requests with that first block are gone."""
+        return 0
 
     def check_planned(self, first_block: int, boundary: int) -> None:
         """Raises if the scheduler planned something else."""
@@ -93,8 +106,10 @@ class EngineCache:
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(num_pages, self.block_size)
-        self._undecided: set[int] = set()  # first blocks of requests that may read their prompt
-        self._windows: list[dict[int, Tensor]] = [{} for _ in pages]  # [up to W, Hq, D]
+        # First blocks of requests that may read their prompt, and how often each was freed before.
+        self._undecided: dict[int, int] = {}
+        self._heard: list[dict[int, Heard]] = [{} for _ in pages]
+        self._folding = policy.scorer if isinstance(policy.scorer, FoldingScorer) else None
 
     def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
@@ -144,9 +159,7 @@ class EngineCache:
         queries, out : ``[tokens, Hq, D]``
         keys, values : ``[tokens, Hkv, D]``
         """
-        for first_block, tokens in step.reading:
-            self._keep_queries(layer, first_block, queries[tokens])
-        scale, softcap, sinks = self.attentions[layer]
+        scale, softcap, sinks, _ = self.attentions[layer]
         for group in step.groups:
             new_tokens = group.new_tokens
             q, k, v = (
@@ -165,6 +178,8 @@ class EngineCache:
                 softcap=softcap,
             )
             out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
+        for reading in step.reading:
+            self._hear(layer, reading, queries[reading.tokens])
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -181,73 +196,76 @@ class EngineCache:
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
+        for first_block, freed in list(self._undecided.items()):
+            if self._told.times_freed(first_block) != freed:
+                self._forget(first_block)
         first_blocks = batch.block_table[:, 0].tolist()
         for row, first_block in enumerate(first_blocks):
             begin, end = batch.query_start[row : row + 2]
             if first_block == 0 or begin == end:
                 continue
             if batch.computed[row] == 0:  # also a request that starts again after a preemption
+                self._forget(first_block)
                 self.boundaries[first_block] = 0
-                self._undecided.add(first_block)
-                self._forget_queries(first_block)
+                self._undecided[first_block] = self._told.times_freed(first_block)
+            if first_block not in self._undecided:
+                continue
+            blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
-                step.reading.append(Reading(first_block, slice(begin, end)))
-            elif first_block in self._undecided:
-                self._end_prompt(first_block, batch.block_table[row], batch.computed[row])
+                length = computed + end - begin
+                folds = self._folding is not None and self._plan(length) is not None
+                pages = self._page_ids(blocks, length) if folds else None
+                step.reading.append(Reading(first_block, slice(begin, end), length, pages))
+            else:
+                self._end_prompt(first_block, blocks, computed)
 
-    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
-        self._told.check_planned(first_block, boundary)
-        planned = plan(
+    def _plan(self, boundary: int) -> Plan | None:
+        return plan(
             boundary,
             budget=self.budget,
             block_size=self.block_size,
             num_kv_heads=self.num_kv_heads,
         )
+
+    def _page_ids(self, blocks: Tensor, length: int) -> Tensor:
+        """``[Hkv, blocks]``: pages of a whole request's first ``length`` tokens."""
+        head = torch.arange(self.num_kv_heads, device=self.device)[:, None]
+        return blocks[: -(-length // self.block_size)].long() * self.num_kv_heads + head
+
+    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
+        self._told.check_planned(first_block, boundary)
+        planned = self._plan(boundary)
         if planned is not None:
+            page_ids = self._page_ids(blocks, boundary)
             for layer in range(self.num_layers):
-                self._compact(layer, first_block, blocks, boundary, planned)
+                self._compact(layer, first_block, page_ids, boundary, planned)
             self.boundaries[first_block] = boundary
             self._told.compressed(
                 self.num_layers * self.num_kv_heads * boundary,
                 int(self.lengths[:, first_block].sum()),
             )
-        self._undecided.discard(first_block)
-        self._forget_queries(first_block)
+        self._forget(first_block)
         self._told.done(first_block, boundary)
 
     def _compact(
-        self, layer: int, first_block: int, blocks: Tensor, boundary: int, planned: Plan
+        self, layer: int, first_block: int, page_ids: Tensor, boundary: int, planned: Plan
     ) -> None:
         """Chooses what a layer keeps of a prompt and moves it into the request's first blocks."""
-        pages, heads = self.pages[layer], self.num_kv_heads
-        head = torch.arange(heads, device=self.device)
-        page_ids = blocks[: -(-boundary // self.block_size), None].long() * heads + head
-        dense = pages[page_ids.T]  # [Hkv, blocks, 2, P, D], a copy: the pages are written to below
-        keys, values = (dense[:, :, i].flatten(1, 2)[None, :, :boundary] for i in (0, 1))
-        scale, softcap, sinks = self.attentions[layer]
-        inputs = LayerInputs(
-            queries=self._windows[layer][first_block].transpose(0, 1)[None],
-            keys=keys,
-            values=values,
-            w_o=self._w_o(layer) if self._w_o is not None and self.policy.needs_w_o else None,
-            prompt_lens=(boundary,),
-            layer=layer,
-            num_layers=self.num_layers,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-        )
-        kept = self.policy.choose(inputs, self.budget)
+        heads = self.num_kv_heads
+        queries, folded = self._heard[layer][first_block]
+        inputs = self._inputs(layer, queries, page_ids, boundary)
+        scores = self._folding.finish(folded, inputs) if self._folding is not None else None
+        kept = self.policy.choose(inputs, self.budget, scores=scores)
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
-        usable = page_ids[: planned.kept_blocks + 1].flatten().int()
+        usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
         lengths = self._integers(1, heads)
         ops.compact(
             inputs.keys,
             inputs.values,
             kept,
             Layer(
-                pages,
+                self.pages[layer],
                 self._positions,
                 self._integers(1, heads, planned.kept_blocks * heads),
                 lengths,
@@ -259,17 +277,48 @@ class EngineCache:
         )
         self.lengths[layer, first_block] = lengths[0]
 
-    def _keep_queries(self, layer: int, first_block: int, queries: Tensor) -> None:
-        """Keeps the last W queries of a prompt that is being read."""
-        window, windows = self.policy.window, self._windows[layer]
-        newest = queries[-window:]
-        if len(newest) < window and first_block in windows:
-            newest = torch.cat([windows[first_block], newest])[-window:]
-        windows[first_block] = newest.clone()
+    def _inputs(self, layer: int, queries: Tensor, page_ids: Tensor, length: int) -> LayerInputs:
+        """The first ``length`` tokens of a request that is whole, and the last of their queries
+        ``[n, Hq, D]``; keys and values are copies."""
+        keys, values = (
+            self.pages[layer][:, i][page_ids].flatten(1, 2)[None, :, :length] for i in (0, 1)
+        )
+        scale, softcap, sinks, rotate = self.attentions[layer]
+        return LayerInputs(
+            queries=queries.transpose(0, 1)[None],
+            keys=keys,
+            values=values,
+            w_o=self._w_o(layer) if self._w_o is not None and self.policy.needs_w_o else None,
+            prompt_lens=(length,),
+            layer=layer,
+            num_layers=self.num_layers,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            rotate=rotate,
+        )
 
-    def _forget_queries(self, first_block: int) -> None:
-        for windows in self._windows:
-            windows.pop(first_block, None)
+    def _hear(self, layer: int, reading: Reading, new: Tensor) -> None:
+        """Remembers what the policy will have to know of new queries of a prompt."""
+        heard, first_block = self._heard[layer], reading.first_block
+        before = heard.get(first_block, Heard(new[:0]))
+        if self._folding is None:
+            window = self.policy.window
+            queries = torch.cat([before.queries, new[-window:]])[-window:]
+            heard[first_block] = Heard(queries.clone())
+            return
+        queries = torch.cat([before.queries, new])
+        if reading.page_ids is None:  # it may prove too short to be compressed
+            heard[first_block] = Heard(queries)
+            return
+        part = self._inputs(layer, queries, reading.page_ids, reading.length)
+        heard[first_block] = Heard(new[:0].clone(), self._folding.fold(before.folded, part))
+
+    def _forget(self, first_block: int) -> None:
+        """The request with that first block is decided on, or gone."""
+        self._undecided.pop(first_block, None)
+        for heard in self._heard:
+            heard.pop(first_block, None)
 
     def _group(
         self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int

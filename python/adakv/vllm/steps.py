@@ -60,7 +60,9 @@ class Reading(NamedTuple):
     """New tokens of a prompt."""
 
     first_block: int
-    tokens: slice
+    tokens: slice  # of the step
+    length: int  # of the prompt as far as it is read then
+    page_ids: Tensor | None  # [Hkv, blocks], if the policy folds queries and it is long enough
 
 
 @dataclass
