@@ -47,13 +47,22 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
     assert not any(c.lengths.any() for cs in run.compressions for c in cs)
 
 
-@pytest.mark.parametrize("mode", ["fill", "exact"])
-def test_engine_writes_what_transformers_writes(model: str, mode: str):
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [
+        ("ada_snapkv", "fill"),
+        ("ada_snapkv", "exact"),
+        ("h2o", "fill"),
+        ("ada_column_max", "exact"),
+        ("ada_expected", "fill"),
+    ],
+)
+def test_engine_writes_what_transformers_writes(model: str, policy: str, mode: str):
     """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted."""
     rng = random.Random(1)
     prompts = random_prompts(2, [rng.randint(20, 500) for _ in range(30)])
     counts = [rng.randint(3, 60) for _ in prompts]
-    settings = Settings(budget=64, mode=mode)
+    settings = Settings(policy, 64, mode)
     small = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
     with engine(model, settings, **small) as it:
         run = it.run(prompts, counts)
@@ -105,7 +114,7 @@ def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"policy": "h2o"}, {}, "needs all queries"),
+        ({"policy": "kvzip"}, {}, "reads the prompt twice"),
         ({}, {"block_size": 96}, "block_size must be a power of two"),
         ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model"),
     ],

@@ -15,6 +15,7 @@ from adakv.policy import LayerInputs, get
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
 from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts, remove_at_exit
 from adakv.vllm.plan import plan
+from policy.helpers import rotate
 
 RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
 
@@ -113,6 +114,7 @@ def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
             prompt_lens=(length,),
             layer=0,
             num_layers=1,
+            rotate=rotate,
         )
         kept = settings.policy_for(block).choose(inputs, budget).indptr.diff()
         if mode == "exact":

@@ -97,8 +97,6 @@ def why_not(policy: Policy) -> str | None:
         return "its rounding drifts, so how much a layer keeps isn't fixed"
     if policy.needs_all_queries and not isinstance(policy.scorer, FoldingScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
-    if policy.needs_rotate:
-        return "it needs the model's rotary embedding, which vLLM doesn't hand out"
     return None
 
 
