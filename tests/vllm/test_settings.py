@@ -155,6 +155,8 @@ def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+    scheduler.free(3)
+    assert [worker.times_freed(block) for block in (2, 3)] == [0, 1]
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):
