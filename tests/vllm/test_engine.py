@@ -11,7 +11,7 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
-from vllm_engine import BLOCK, Run, engine, save_gemma2, save_llama
+from vllm_engine import BLOCK, SMALL, Run, engine, save_gemma2, save_llama
 from vllm_reference import Reference
 
 
@@ -49,23 +49,26 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
 
 
 @pytest.mark.parametrize(
-    ("policy", "mode"),
+    ("policy", "mode", "runs_ahead"),
     [
-        ("ada_snapkv", "fill"),
-        ("ada_snapkv", "exact"),
-        ("h2o", "fill"),
-        ("ada_column_max", "exact"),
-        ("ada_expected", "fill"),
+        ("ada_snapkv", "fill", False),
+        ("ada_snapkv", "exact", True),
+        ("h2o", "fill", True),
+        ("ada_column_max", "exact", False),
+        ("ada_expected", "fill", False),
     ],
 )
-def test_engine_writes_what_transformers_writes(model: str, policy: str, mode: str):
-    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted."""
+def test_engine_writes_what_transformers_writes(
+    model: str, policy: str, mode: str, runs_ahead: bool
+):
+    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted; also with
+    the next step scheduled while one runs."""
     rng = random.Random(1)
     prompts = random_prompts(2, [rng.randint(20, 500) for _ in range(30)])
     counts = [rng.randint(3, 60) for _ in prompts]
     settings = Settings(policy, 64, mode)
-    small = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
-    with engine(model, settings, **small) as it:
+    with engine(model, settings, runs_ahead=runs_ahead, **SMALL) as it:
+        assert it.core.batch_queue_size == (2 if runs_ahead else 1)
         run = it.run(prompts, counts)
         assert it.num_free == 29
     assert run.preemptions > 0
