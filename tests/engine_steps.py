@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from adakv.policy import LayerInputs, Policy
-from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.plan import plan
+from adakv.vllm.prompts import Attention
 from policy.helpers import rotate
 from tolerance import assert_close
 
@@ -62,6 +63,7 @@ class Steps:
         pages = [torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(LAYERS)]
         self.told = Told()
         width = HEADS * GROUP * DIM
+        self.asked: list[int] = []  # layers whose output projection was asked for
         self.w_o = [torch.randn(40, width, device=device).to(dtype) for _ in range(LAYERS)]
         self.cache = EngineCache(
             policy,
@@ -69,7 +71,7 @@ class Steps:
             pages,
             num_kv_heads=HEADS,
             attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
-            w_o=self.w_o.__getitem__,
+            w_o=self._output_weight,
             boundaries=self.told,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
@@ -176,6 +178,10 @@ class Steps:
         """The step has run."""
         for request, count in zip(self.requests, counts, strict=True):
             request.computed += count
+
+    def _output_weight(self, layer: int) -> Tensor:
+        self.asked.append(layer)
+        return self.w_o[layer]
 
     def _kept(self, request: Request, layer: int) -> list[Tensor]:
         n = request.boundary

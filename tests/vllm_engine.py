@@ -145,6 +145,11 @@ class Engine:
         self.core = self._engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
 
+    def close(self) -> None:
+        """Lets go of all of it, whoever still knows this object."""
+        self.core.shutdown()
+        del self._engine, self.core, self.scheduler
+
     @property
     def manager(self) -> Any:
         """Of the compressed caches, or of the only ones."""
@@ -223,7 +228,6 @@ def engine(model: str, settings: Settings | None = None, **options: Any) -> Iter
         yield it
     finally:
         if it is not None:
-            it.core.shutdown()
-        del it
+            it.close()
         gc.collect()
         cleanup_dist_env_and_memory()

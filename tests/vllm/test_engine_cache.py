@@ -10,7 +10,7 @@ import torch
 from adakv.policy import Policy, get
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
-from engine_steps import BLOCK, BUDGET, DIM, GROUP, HEADS, LAYERS, Steps
+from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps
 
 FOLDING = [
     "h2o",
@@ -60,9 +60,9 @@ def run_random_steps(steps: Steps, number_of_steps: int) -> None:
             steps.preempt(rng.choice(steps.requests))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["fill", "exact"])
-def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str):
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, dtype: torch.dtype):
     steps = Steps(policy(mode), device, dtype)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
@@ -74,7 +74,7 @@ def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, na
     steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
     run_random_steps(steps, 25)
     assert len(steps.told.entries) > 2
-    assert all(len(heard) <= 4 for heard in steps.cache._heard)
+    assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)
 
 
 def test_engine_cache_looks_at_no_queries_of_short_prompts(device: torch.device):
@@ -84,16 +84,16 @@ def test_engine_cache_looks_at_no_queries_of_short_prompts(device: torch.device)
         steps.add(prompt)
     run_step(steps, [30, 40])
     run_step(steps, [BUDGET - 25, 24])
-    for heard in steps.cache._heard:
-        assert [len(h.queries) for h in heard.values()] == [BUDGET + 5, 64]
-        assert [h.folded is None for h in heard.values()] == [True, True]
+    for prompts in steps.cache.prompts:
+        assert [len(h.queries) for h in prompts.heard.values()] == [BUDGET + 5, 64]
+        assert [h.folded is None for h in prompts.heard.values()] == [True, True]
     run_step(steps, [1, 86])
-    for heard in steps.cache._heard:
-        assert [(len(h.queries), h.folded.shape) for h in heard.values()] == [
+    for prompts in steps.cache.prompts:
+        assert [(len(h.queries), h.folded.shape) for h in prompts.heard.values()] == [
             (0, (1, 1, HEADS, 150))
         ]
     run_step(steps, [1, 1])
-    assert steps.cache._heard == [{}] * LAYERS
+    assert not any(prompts.heard for prompts in steps.cache.prompts)
     assert len(steps.told.entries) == 1
 
 
@@ -105,10 +105,10 @@ def test_engine_cache_forgets_prompts_that_nobody_goes_on_with(device: torch.dev
     steps.remove(steps.requests[2])  # it wanted one token
     steps.preempt(steps.requests[1])
     run_step(steps, [50, 10])
-    assert all(len(heard) == 2 for heard in steps.cache._heard)
+    assert all(len(prompts.heard) == 2 for prompts in steps.cache.prompts)
     steps.remove(steps.requests[1])
     run_step(steps, [1])
-    assert steps.cache._heard == [{}] * LAYERS
+    assert not any(prompts.heard for prompts in steps.cache.prompts)
 
 
 def test_engine_cache_keeps_exactly_the_budget(device: torch.device):
@@ -166,13 +166,6 @@ def test_engine_cache_changes_nothing_when_the_scheduler_planned_otherwise(devic
 
 def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(device: torch.device):
     steps = Steps(get("critical_ada_snapkv"), device, torch.float32)
-    asked = []
-
-    def w_o(layer: int) -> torch.Tensor:
-        asked.append(layer)
-        return torch.randn(16, HEADS * GROUP * DIM, device=device)
-
-    steps.cache._w_o = w_o
     steps.add(150)
     metadata = steps.describe([150])
     step = steps.cache.begin_step(batch_of(metadata))
@@ -181,4 +174,4 @@ def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(devic
         steps.cache.attend(layer, step, q, k, v, torch.empty_like(q))
     steps.advance([150])
     steps.cache.begin_step(batch_of(steps.describe([1])))
-    assert asked == list(range(LAYERS))
+    assert steps.asked == list(range(LAYERS))

@@ -13,39 +13,23 @@ their first block, which they keep to their end.
 
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
                    and makes tables and schedules of all layers
-    attend()       in each layer: append, attend; remembers what the policy has to know of a
-                   prompt's queries: the last ones, or what it makes of all of them
+    attend()       in each layer: append, attend; prompts that are being read see prompts.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Layer
-from adakv.policy import FoldingScorer, LayerInputs, Policy
+from adakv.policy import Policy
 from adakv.vllm.plan import Plan, plan
+from adakv.vllm.prompts import Attention, LayerPrompts
 from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
-
-
-class Attention(NamedTuple):
-    """How a layer attends; as in :func:`adakv.ops.attend`, and :attr:`LayerInputs.rotate`."""
-
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
-class Heard(NamedTuple):
-    """What a layer remembers of a prompt's queries."""
-
-    queries: Tensor  # [n, Hq, D]: the window's; or the last ones, which aren't folded yet
-    folded: Any = None
 
 
 class Boundaries:
@@ -95,11 +79,20 @@ class EngineCache:
         boundaries: Boundaries | None = None,
     ) -> None:
         num_pages, _, self.block_size, _ = pages[0].shape
-        self.policy, self.budget, self.num_kv_heads = policy, budget, num_kv_heads
-        self.pages, self.attentions = list(pages), list(attentions)
-        self.num_layers, self.device = len(pages), pages[0].device
+        self.budget, self.num_kv_heads = budget, num_kv_heads
+        self.pages, self.num_layers, self.device = list(pages), len(pages), pages[0].device
+        self.prompts = [
+            LayerPrompts(
+                policy,
+                pages[layer],
+                attention,
+                w_o=w_o and partial(w_o, layer),
+                layer=layer,
+                num_layers=len(pages),
+            )
+            for layer, attention in enumerate(attentions)
+        ]
         num_blocks = num_pages // num_kv_heads
-        self._w_o = w_o
         self._told = boundaries or Boundaries()
         # By first block. A boundary of 0: the request is whole.
         self.boundaries = self._integers(num_blocks)
@@ -108,8 +101,6 @@ class EngineCache:
         self._positions = self._integers(num_pages, self.block_size)
         # First blocks of requests that may read their prompt, and how often each was freed before.
         self._undecided: dict[int, int] = {}
-        self._heard: list[dict[int, Heard]] = [{} for _ in pages]
-        self._folding = policy.scorer if isinstance(policy.scorer, FoldingScorer) else None
 
     def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
@@ -131,7 +122,7 @@ class EngineCache:
             raise ValueError("num_new must not be given for a step that reads prompts")
         if self._undecided or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
-        for rows, tokens, new_tokens in equal_runs(batch):
+        for rows, tokens, new_tokens in equal_runs(batch, step.read_by_torch):
             group = self._group(batch, rows, tokens, new_tokens)
             step.groups.append(group if buffers is None else copied(group, buffers))
         return step
@@ -159,7 +150,8 @@ class EngineCache:
         queries, out : ``[tokens, Hq, D]``
         keys, values : ``[tokens, Hkv, D]``
         """
-        scale, softcap, sinks, _ = self.attentions[layer]
+        prompts = self.prompts[layer]
+        scale, softcap, sinks, _ = prompts.attention
         for group in step.groups:
             new_tokens = group.new_tokens
             q, k, v = (
@@ -178,8 +170,11 @@ class EngineCache:
                 softcap=softcap,
             )
             out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
-        for reading in step.reading:
-            self._hear(layer, reading, queries[reading.tokens])
+        for row, reading in step.reading.items():
+            new = reading.tokens
+            if row in step.read_by_torch:
+                out[new] = prompts.read(reading, queries[new], keys[new], values[new])
+            prompts.hear(reading, queries[new])
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -213,9 +208,15 @@ class EngineCache:
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
                 length = computed + end - begin
-                folds = self._folding is not None and self._plan(length) is not None
-                pages = self._page_ids(blocks, length) if folds else None
-                step.reading.append(Reading(first_block, slice(begin, end), length, pages))
+                step.reading[row] = Reading(
+                    first_block,
+                    slice(begin, end),
+                    length,
+                    self._page_ids(blocks, length),
+                    self._plan(length) is not None,
+                )
+                if all(p.is_read_by_torch(end - begin) for p in self.prompts):
+                    step.read_by_torch.add(row)
             else:
                 self._end_prompt(first_block, blocks, computed)
 
@@ -252,10 +253,7 @@ class EngineCache:
     ) -> None:
         """Chooses what a layer keeps of a prompt and moves it into the request's first blocks."""
         heads = self.num_kv_heads
-        queries, folded = self._heard[layer][first_block]
-        inputs = self._inputs(layer, queries, page_ids, boundary)
-        scores = self._folding.finish(folded, inputs) if self._folding is not None else None
-        kept = self.policy.choose(inputs, self.budget, scores=scores)
+        inputs, kept = self.prompts[layer].choose(first_block, page_ids, boundary, self.budget)
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
         usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
@@ -277,48 +275,11 @@ class EngineCache:
         )
         self.lengths[layer, first_block] = lengths[0]
 
-    def _inputs(self, layer: int, queries: Tensor, page_ids: Tensor, length: int) -> LayerInputs:
-        """The first ``length`` tokens of a request that is whole, and the last of their queries
-        ``[n, Hq, D]``; keys and values are copies."""
-        keys, values = (
-            self.pages[layer][:, i][page_ids].flatten(1, 2)[None, :, :length] for i in (0, 1)
-        )
-        scale, softcap, sinks, rotate = self.attentions[layer]
-        return LayerInputs(
-            queries=queries.transpose(0, 1)[None],
-            keys=keys,
-            values=values,
-            w_o=self._w_o(layer) if self._w_o is not None and self.policy.needs_w_o else None,
-            prompt_lens=(length,),
-            layer=layer,
-            num_layers=self.num_layers,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            rotate=rotate,
-        )
-
-    def _hear(self, layer: int, reading: Reading, new: Tensor) -> None:
-        """Remembers what the policy will have to know of new queries of a prompt."""
-        heard, first_block = self._heard[layer], reading.first_block
-        before = heard.get(first_block, Heard(new[:0]))
-        if self._folding is None:
-            window = self.policy.window
-            queries = torch.cat([before.queries, new[-window:]])[-window:]
-            heard[first_block] = Heard(queries.clone())
-            return
-        queries = torch.cat([before.queries, new])
-        if reading.page_ids is None:  # it may prove too short to be compressed
-            heard[first_block] = Heard(queries)
-            return
-        part = self._inputs(layer, queries, reading.page_ids, reading.length)
-        heard[first_block] = Heard(new[:0].clone(), self._folding.fold(before.folded, part))
-
     def _forget(self, first_block: int) -> None:
         """The request with that first block is decided on, or gone."""
         self._undecided.pop(first_block, None)
-        for heard in self._heard:
-            heard.pop(first_block, None)
+        for prompts in self.prompts:
+            prompts.heard.pop(first_block, None)
 
     def _group(
         self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int

@@ -28,8 +28,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from adakv.vllm.config import Settings, check_engine
-from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.prompts import Attention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
 
