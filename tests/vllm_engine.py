@@ -33,22 +33,25 @@ ENVIRONMENT = {
 }
 
 
+#: Of random models.
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
 def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
-    """Saves a random Llama without a tokenizer: three layers, four q heads; the folder."""
+    """Saves a random Llama of three layers without a tokenizer; the folder."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = SIZES | {"num_key_value_heads": num_kv_heads}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).save_pretrained(folder)
     return str(folder)
 
 
@@ -56,20 +59,12 @@ def save_gemma2(folder: Path) -> str:
     """Saves a random Gemma2: every other layer has a sliding window, and logits are capped."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=128,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         sliding_window=64,
         attn_logit_softcapping=5.0,
         query_pre_attn_scalar=20,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        eos_token_id=None,
-        bos_token_id=None,
+        **SIZES,
     )
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
