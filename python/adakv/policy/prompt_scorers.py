@@ -6,7 +6,7 @@ can take it part by part, as it is read, and then need no queries but the newest
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +16,6 @@ from adakv import ops
 from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
-from adakv.policy.scorers import WindowAttention
 
 NormUse = Literal["none", "floor", "all"]
 
@@ -195,8 +194,16 @@ class ColumnMax:
         """Of columns ``[B, Hkv, T]``."""
         if self.window_weight == 0:
             return self._with_floor(prompt.columns, inputs)
-        window = WindowAttention(self.window, window_reduce="max", group_reduce="max")
-        asked = window.score(replace(inputs, queries=prompt.last))
+        asked = ops.score(
+            prompt.last,
+            inputs.keys,
+            seq_lens=inputs.seq_lens,
+            sinks=inputs.sinks,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            window_reduce="max",
+            group_reduce="max",
+        )
         return self._with_floor(prompt.columns.maximum(self.window_weight * asked), inputs)
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
