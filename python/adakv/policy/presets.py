@@ -27,7 +27,7 @@ from adakv.policy.scorers import (
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
-_wide_column_max = ColumnMax(norms="all")
+_wide_column_max = ColumnMax(norms="all", window_weight=4)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
 _ffy0_pyramid = Pyramid(rounding="official")
