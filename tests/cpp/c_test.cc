@@ -95,7 +95,7 @@ TEST(CFace, TellsWhatCannotBeDoneFromWhatIsWrong) {
   EXPECT_EQ(cache_without_memory_in_c(), ADAKV_ERROR);
   EXPECT_NE(std::string(adakv_last_error()).find("memory: allocate("), std::string::npos);
   AdakvCache* cache = nullptr;
-  EXPECT_EQ(adakv_cache_create(nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
+  EXPECT_EQ(adakv_cache_create(nullptr, nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
   EXPECT_STREQ(adakv_last_error(), "config must not be NULL");
   EXPECT_EQ(cache, nullptr);
   adakv_cache_destroy(cache);

@@ -296,7 +296,7 @@ int life_of_a_sequence_in_c(char message[256]) {
   const AdakvMemory memory = {&counter, counted_allocate, counted_free, copy_rows, fill_rows};
   const AdakvCacheConfig config = small_config();
   AdakvCache* cache = NULL;
-  TRY(adakv_cache_create(&config, &memory, &cache));
+  TRY(adakv_cache_create(&config, &memory, NULL, &cache));
   EXPECT(counter.live == 1 && counter.bytes >= 40 * adakv_cache_page_bytes(cache));
   int line = choose(message);
   if (!line) line = fill_pages(cache, message);
@@ -317,5 +317,5 @@ AdakvStatus cache_without_memory_in_c(void) {
   const AdakvMemory memory = {NULL, no_memory, counted_free, copy_rows, fill_rows};
   AdakvCacheConfig config = small_config();
   AdakvCache* cache = NULL;
-  return adakv_cache_create(&config, &memory, &cache);
+  return adakv_cache_create(&config, &memory, NULL, &cache);
 }
