@@ -60,7 +60,7 @@ Options parse(int argc, char** argv) {
     } else if (word == "--critical") {
       options.is_critical = true;
     } else {
-      const char* value = i + 1 < argc ? argv[++i] : nullptr;  // argv[argc] is null too
+      const char* value = i + 1 < argc ? argv[++i] : nullptr;
       if (word == "--ratio") {
         options.ratio = number(word, value, 0);
       } else if (word == "--budget") {
@@ -69,10 +69,9 @@ Options parse(int argc, char** argv) {
         options.new_tokens = static_cast<int64_t>(number(word, value, 1));
       } else if (word == "--threads") {
         options.threads = static_cast<int>(number(word, value, 1));
-      } else if (word == "--device" && value) {
-        options.device = value;
-      } else if (word == "--json" && value) {
-        options.json = value;
+      } else if (word == "--device" || word == "--json") {
+        if (!value) throw std::runtime_error(word + " wants a value");
+        (word == "--json" ? options.json : options.device) = value;
       } else {
         throw std::runtime_error("unknown option " + word + "\n" + kUsage);
       }
