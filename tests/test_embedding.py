@@ -74,8 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_embedding_from_c(package: Path, tmp_path: Path):
-    output = run(built(ROOT / "tests" / "consumer", tmp_path, package) / "consumer")
+def test_embedding_from_c(package: Path, tmp_path: Path, device: torch.device):
+    output = run(built(ROOT / "tests" / "consumer", tmp_path, package) / "consumer", device.type)
     assert output.startswith(f"adakv {adakv.__version__}: line 0")
 
 

@@ -20,8 +20,10 @@ AdakvTensor floats(float* data, int32_t ndim, int64_t* shape) {
 }
 
 TEST(CFace, KeepsWhatMattersAndDecodesFromIt) {
+  EmbedderDevice host;
+  embedder_host(&host);
   char message[256] = "";
-  const int line = life_of_a_sequence_in_c(message);
+  const int line = life_of_a_sequence_in_c(&host, message);
   EXPECT_EQ(line, 0) << "embedder_c.c:" << line << ": " << message;
 }
 
