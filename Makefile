@@ -10,6 +10,7 @@
 #   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
 #   VLLM_VENV     the environment of vLLM, which wants other versions than the rest
 #   MODEL   the model of the demo and of the end-to-end benchmark
+#   DEVICE  where `make embed` and `make bench` run, cpu or cuda
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
@@ -77,7 +78,7 @@ embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Py
 	python examples/embed_cpp/export.py $(MODEL) demo/embed
 	for policy in ada_snapkv critical_ada_snapkv; do \
 		python examples/embed_cpp/compare.py build/embed/embed demo/embed --policy $$policy \
-			|| exit 1; \
+			--device $(DEVICE) || exit 1; \
 	done
 
 test: lint test-cpp test-python ## lint, C++ tests, Python tests
