@@ -10,21 +10,13 @@
 #include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
+#include "score_columns.cuh"
 #include "score_tiles.cuh"
 
 namespace adakv {
 namespace {
 
 constexpr int64_t kMostRows = 256;  // queries that the kernels for a window are made for
-constexpr int64_t kPadding = 256;   // queries are padded to a multiple of this
-
-struct ColumnParams {
-  ScoreParams score;  // window: last positions, which don't compete
-  float* lse;         // [B, Hq, padded]: log-sum-exp of z; +inf for queries that don't exist
-  int32_t num_queries, padded;
-  int32_t stride, distance;
-  bool is_mean;  // over the window
-};
 
 /// Sizes of one CTA: each warp keeps its own rows, and all of them look at the rows that stream by.
 template <typename Element_, int kDim_>
@@ -47,51 +39,8 @@ struct ColumnTile {
   // 16-bit rows only pass through the stages, before these are filled.
   static constexpr size_t kSharedBytes = kStageBytes + (kIsFloat ? kKeptBytes : 0);
   static_assert(kIsFloat || kKeptBytes <= kStageBytes, "the rows that stay don't fit");
-  static_assert(kPadding % kKeptRows == 0 && kKeptRows % kStreamed == 0, "queries are padded so");
-};
-
-/// A q head of a sequence, the place of a CTA in grid [tiles, Hq, B].
-struct ColumnHead {
-  int32_t b, q, h, seq_len, candidates;
-
-  __device__ explicit ColumnHead(const ScoreParams& params) {
-    q = blockIdx.y;
-    b = blockIdx.z;
-    h = q / params.group;
-    seq_len = params.seq_lens ? params.seq_lens[b] : params.length;
-    candidates = seq_len - params.window;
-  }
-
-  __device__ int64_t index(const ScoreParams& params) const {
-    return int64_t{b} * params.kv_heads * params.group + q;
-  }
-
-  __device__ int32_t position(const ColumnParams& params, int32_t query) const {
-    return seq_len - 1 - (params.num_queries - 1 - query) * params.stride;
-  }
-
-  /// The first query that counts for an entry.
-  __device__ int32_t first_query(const ColumnParams& params, int32_t t) const {
-    const int32_t behind = seq_len - 1 - params.distance - t;  // of the last query
-    if (behind < 0) return params.num_queries;
-    return max(params.num_queries - 1 - behind / params.stride, 0);
-  }
-
-  template <typename Element>
-  __device__ const Element* query(const ColumnParams& params, int32_t w) const {
-    if (w >= params.num_queries) return nullptr;
-    const int64_t* stride = params.score.query_stride;
-    return static_cast<const Element*>(params.score.queries) + b * stride[0] + q * stride[1] +
-           w * stride[2];
-  }
-
-  template <typename Element>
-  __device__ const Element* key(const ColumnParams& params, int32_t t) const {
-    if (t >= seq_len) return nullptr;
-    const int64_t* stride = params.score.key_stride;
-    return static_cast<const Element*>(params.score.keys) + b * stride[0] + h * stride[1] +
-           t * stride[2];
-  }
+  static_assert(kColumnPadding % kKeptRows == 0 && kKeptRows % kStreamed == 0,
+                "queries are padded so");
 };
 
 /// Loads a warp's rows and calls compute(first row, rows) for `count` tiles of streamed rows from
@@ -133,11 +82,6 @@ __device__ void for_each_streamed(const ScoreParams& params,
   }
 }
 
-// The lse that was given, in units of log2(e).
-__device__ float given_lse(const ScoreParams& params, const ColumnHead& head, int32_t w) {
-  return params.lse[head.b * params.lse_stride[0] + head.q * params.lse_stride[1] + w] * kLog2e;
-}
-
 // grid: [ceil(W / kKeptRows), Hq, B]; one CTA: the lse of some queries. The longest rows go first.
 template <typename Element, int kDim>
 __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
@@ -151,14 +95,7 @@ __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
   if (head.candidates <= 0) return;
   const int32_t first = (gridDim.x - 1 - blockIdx.x) * Tile::kKeptRows;
   const int32_t last = min(first + Tile::kKeptRows, params.num_queries) - 1;
-  float* lse = params.lse + head.index(score) * params.padded;
-  if (score.lse) {
-    for (int32_t w = first + threadIdx.x; w < first + Tile::kKeptRows; w += Tile::kThreads) {
-      const bool exists = w <= last && head.position(params, w) >= 0;
-      lse[w] = exists ? given_lse(score, head, w) : INFINITY;
-    }
-    return;
-  }
+  if (score.lse) return head.take_lse(params, first, Tile::kKeptRows);
   const int lane = threadIdx.x % kWarpSize;
   const int32_t own = first + threadIdx.x / kWarpSize * Tile::kWarpRows;  // this warp's first
   const int32_t own_first = head.position(params, own);
@@ -194,11 +131,8 @@ __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
       });
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
-    float2 sum = join_quad(sums[i]);
-    const int32_t w = own + i * 8 + lane / 4;
-    if (score.sink_logits) sum = join(sum, {score.sink_logits[head.q] * kLog2e, 1.f});
-    const bool exists = w <= last && head.position(params, w) >= 0;
-    if (lane % 4 == 0) lse[w] = exists ? sum.x + log2f(sum.y) : INFINITY;
+    const float2 sum = join_quad(sums[i]);
+    if (lane % 4 == 0) head.put_lse(params, own + i * 8 + lane / 4, sum);
   }
 }
 
@@ -218,7 +152,7 @@ __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
   if (first >= head.candidates) return;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t own = first + threadIdx.x / kWarpSize * Tile::kWarpRows;  // this warp's first
-  const float* lse = params.lse + head.index(score) * params.padded;
+  const float* lse = head.lse(params);
   float values[2 * kTiles];  // of entries 8 i + g: logarithms of maxima, or sums
   for (int i = 0; i < 2 * kTiles; ++i) values[i] = kIsMax ? -INFINITY : 0.f;
   const int32_t begin = head.first_query(params, first) / kStreamed * kStreamed;
@@ -258,24 +192,15 @@ __global__ void __launch_bounds__((ColumnTile<Element, kDim>::kThreads),
           }
         }
       });
-  float* part = score.parts + head.index(score) * score.length;
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
-    float value = values[i];
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, value, step);
-      value = kIsMax ? fmaxf(value, other) : value + other;
-    }
-    const int32_t t = own + i * 8 + lane / 4;
-    if (kIsMax) value = fast_exp2(value);
-    if (params.is_mean) value /= max(params.num_queries - head.first_query(params, t), 1);
-    if (lane % 4 == 0 && t < head.candidates) part[t] = value;
+    const float value = reduce_quad<kIsMax>(values[i]);
+    if (lane % 4 == 0) head.put_column(params, own + i * 8 + lane / 4, kIsMax, value);
   }
 }
 
 int64_t padded_queries(const ScoreArgs& args) {
-  return (args.queries.shape[2] + kPadding - 1) / kPadding * kPadding;
+  return (args.queries.shape[2] + kColumnPadding - 1) / kColumnPadding * kColumnPadding;
 }
 
 int64_t num_not_competing(const ScoreArgs& args) {
@@ -329,6 +254,10 @@ void score_columns(const ScoreArgs& args) {
   params.lse = args.workspace.ptr<float>();
   params.score.parts =
       params.lse + args.queries.shape[0] * args.queries.shape[1] * int64_t{params.padded};
+  if (sm90_score_columns_fits(args)) {
+    sm90_score_columns(summed, params);
+    return pool_parts(summed, params.score);
+  }
   dispatch_dtype(args.keys.dtype, [&](auto element) {
     dispatch_tile_dim(args.keys.shape[3], [&](auto dim) {
       launch_columns<typename decltype(element)::type, dim.value>(summed, params);

@@ -63,6 +63,15 @@ __device__ inline void fence_barriers() {
   if constexpr (kArch >= 900) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+/// Arrives at a barrier that now also waits for so many bytes.
+__device__ inline void arrive_with_bytes(uint32_t barrier, uint32_t num_bytes) {
+  if constexpr (kArch >= 900) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(num_bytes)
+                 : "memory");
+  }
+}
+
 /// Starts the copy of the box at `coordinates` of a 4-dimensional tensor map, by one thread. It
 /// completes on the barrier.
 __device__ inline void copy_box(uint32_t to,
@@ -72,14 +81,27 @@ __device__ inline void copy_box(uint32_t to,
                                 uint32_t barrier,
                                 uint64_t policy) {
   if constexpr (kArch >= 900) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(num_bytes)
-                 : "memory");
+    arrive_with_bytes(barrier, num_bytes);
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
         "l"(map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]),
         "r"(coordinates[3]), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+}
+
+/// Starts the copy of a multiple of 16 bytes, by one thread. It completes on the barrier.
+__device__ inline void copy_bytes(uint32_t to,
+                                  const void* from,
+                                  uint32_t num_bytes,
+                                  uint32_t barrier) {
+  if constexpr (kArch >= 900) {
+    arrive_with_bytes(barrier, num_bytes);
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(num_bytes), "r"(barrier)
         : "memory");
   }
 }

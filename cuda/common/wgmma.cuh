@@ -138,9 +138,13 @@ struct Ring {
   }
   __device__ void wait_full(int i) const { wait_barrier(full_barrier(i), i / kStages % 2); }
 
-  __device__ void give_back(int i) const {
+  /// By a thread that gives back, without a branch for those that don't: products may be under way.
+  __device__ void give_back(int i, bool gives) const {
     asm volatile(
-        "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&empty[i % kStages]))
+        "{\n.reg .pred gives;\nsetp.ne.b32 gives, %1, 0;\n"
+        "@gives mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
+            shared_address(&empty[i % kStages])),
+        "r"(static_cast<int>(gives))
         : "memory");
   }
 };

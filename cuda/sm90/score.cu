@@ -13,6 +13,7 @@
 #include "common/rows.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
+#include "sm90/logits.cuh"
 
 namespace adakv {
 namespace {
@@ -128,26 +129,6 @@ __device__ void multiply_tiles(float (&sums)[64], uint32_t a, uint32_t b) {
   }
   warpgroup_commit();
   warpgroup_wait<0>();
-}
-
-// Takes the 32 logits x[first], x[first + 1], x[first + 4], ... of a row into its maximum and sum.
-__device__ void add_logits(float2& sum, const float (&x)[64], int first, float multiplier) {
-  float even = x[first], odd = x[first + 1];
-#pragma unroll
-  for (int j = 4; j < 64; j += 4) {
-    even = fmaxf(even, x[first + j]);
-    odd = fmaxf(odd, x[first + j + 1]);
-  }
-  const float highest = fmaxf(sum.x, fmaxf(even, odd) * multiplier);
-  sum.y *= fast_exp2(sum.x - highest);
-  sum.x = highest;
-  even = odd = 0.f;
-#pragma unroll
-  for (int j = 0; j < 64; j += 4) {
-    even += fast_exp2(fmaf(x[first + j], multiplier, -highest));
-    odd += fast_exp2(fmaf(x[first + j + 1], multiplier, -highest));
-  }
-  sum.y += even + odd;
 }
 
 // One CTA: maxima and sums of a chunk's rows over a split of keys. Tiles go backwards: the last

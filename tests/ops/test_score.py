@@ -104,9 +104,11 @@ def test_score_of_any_queries(num_queries: int, dtype: torch.dtype, device: torc
 def test_score_of_all_queries_by_head_dim(
     head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    case = Prompt(length=600, window=600, kv_heads=1, group=3, head_dim=head_dim, dtype=dtype)
+    case = Prompt(length=1300, window=1300, kv_heads=1, group=3, head_dim=head_dim, dtype=dtype)
     queries, keys = case.queries(device), case.entries(device)
-    check(queries, keys, window=20, distance=2, window_reduce="max", softcap=4.0, pool_width=5)
+    for softcap in (0.0, 4.0):
+        options = {"window_reduce": "max", "softcap": softcap, "pool_width": 5}
+        check(queries, keys, window=20, distance=2, **options)
     queries, keys = queries[:1], keys[:1]
     logits = reference.window_logits(queries[0].cpu().double(), keys[0].cpu().double())
     lse = logits.logsumexp(-1)[None].float().to(device)

@@ -5,6 +5,7 @@ A model's forward in PyTorch takes the host milliseconds, a replay microseconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -55,13 +56,19 @@ class Steps:
         if not self._records:
             return step
         with self._decoder.idle():
-            side = torch.cuda.Stream()
+            side = _side_stream(torch.cuda.current_device())
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # torch asks for this before recording
                 for _ in range(2):
                     step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 step()
         return graph.replay
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Where steps are recorded: one for all, as cuBLAS keeps a workspace for each it has seen."""
+    return torch.cuda.Stream(device)
