@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from adakv.policy import LayerInputs, Policy
-from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.plan import plan
+from adakv.vllm.prompts import Attention
+from policy.helpers import rotate
 from tolerance import assert_close
 
 LAYERS, HEADS, GROUP, DIM, BLOCK, BUDGET = 2, 3, 2, 32, 16, 48
@@ -40,6 +42,10 @@ class Told(Boundaries):
     def __init__(self) -> None:
         self.planned: list[tuple[int, int]] = []
         self.entries: list[tuple[int, int]] = []
+        self.freed = [0] * NUM_BLOCKS
+
+    def times_freed(self, first_block: int) -> int:
+        return self.freed[first_block]
 
     def check_planned(self, first_block: int, boundary: int) -> None:
         self.planned.append((first_block, boundary))
@@ -56,12 +62,16 @@ class Steps:
         shape = NUM_BLOCKS * HEADS, 2, BLOCK, DIM
         pages = [torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(LAYERS)]
         self.told = Told()
+        width = HEADS * GROUP * DIM
+        self.asked: list[int] = []  # layers whose output projection was asked for
+        self.w_o = [torch.randn(40, width, device=device).to(dtype) for _ in range(LAYERS)]
         self.cache = EngineCache(
             policy,
             BUDGET,
             pages,
             num_kv_heads=HEADS,
-            attentions=[Attention(scale=SCALE)] * LAYERS,
+            attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
+            w_o=self._output_weight,
             boundaries=self.told,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
@@ -77,6 +87,16 @@ class Steps:
     def remove(self, request: Request) -> None:
         """It has finished, and its blocks are anybody's."""
         self.requests.remove(request)
+        self._free(request)
+
+    def preempt(self, request: Request) -> None:
+        """It has to start again."""
+        self._free(request)
+        request.blocks, request.computed, request.boundary, request.kept = [], 0, 0, []
+
+    def _free(self, request: Request) -> None:
+        if request.blocks:
+            self.told.freed[request.blocks[0]] += 1
         self.free += [block for block in request.blocks if block]
 
     def describe(self, counts: list[int], padding: int = 0) -> SimpleNamespace:
@@ -159,14 +179,20 @@ class Steps:
         for request, count in zip(self.requests, counts, strict=True):
             request.computed += count
 
+    def _output_weight(self, layer: int) -> Tensor:
+        self.asked.append(layer)
+        return self.w_o[layer]
+
     def _kept(self, request: Request, layer: int) -> list[Tensor]:
         n = request.boundary
         q, k, v = (
             x[layer, :n].transpose(0, 1)[None]
             for x in (request.queries, request.keys, request.values)
         )
-        window = q[:, :, -self.policy.window :]
-        inputs = LayerInputs(window, k, v, None, (n,), layer, LAYERS, scale=SCALE)
+        queries = q if self.policy.needs_all_queries else q[:, :, -self.policy.window :]
+        inputs = LayerInputs(
+            queries, k, v, self.w_o[layer], (n,), layer, LAYERS, scale=SCALE, rotate=rotate
+        )
         kept = self.policy.choose(inputs, BUDGET)
         borders = kept.indptr.tolist()
         return [kept.positions[a:b].long() for a, b in pairwise(borders)]

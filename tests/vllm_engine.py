@@ -18,6 +18,9 @@ from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 
 BLOCK = 32
+#: A pool in which requests of up to 640 tokens are preempted.
+SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
+
 #: For one engine in a process, beside others on the machine.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -30,22 +33,25 @@ ENVIRONMENT = {
 }
 
 
+#: Of random models.
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
 def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
-    """Saves a random Llama without a tokenizer: three layers, four q heads; the folder."""
+    """Saves a random Llama of three layers without a tokenizer; the folder."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = SIZES | {"num_key_value_heads": num_kv_heads}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).save_pretrained(folder)
     return str(folder)
 
 
@@ -53,20 +59,12 @@ def save_gemma2(folder: Path) -> str:
     """Saves a random Gemma2: every other layer has a sliding window, and logits are capped."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=128,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         sliding_window=64,
         attn_logit_softcapping=5.0,
         query_pre_attn_scalar=20,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        eos_token_id=None,
-        bos_token_id=None,
+        **SIZES,
     )
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
@@ -77,7 +75,7 @@ class Compression:
     """A request was compressed, or found not worth it."""
 
     boundary: int
-    num_outputs: int  # tokens it had written by then
+    num_outputs: int  # tokens it had written when it began, or began again after a preemption
     lengths: torch.Tensor  # [L, Hkv], what its rows kept; 0: it stays whole
 
 
@@ -102,10 +100,21 @@ def is_compressed(manager: Any) -> bool:
 
 
 class Engine:
-    """An engine whose scheduler and worker can be looked at."""
+    """An engine whose scheduler and worker can be looked at.
 
-    def __init__(self, model: str, settings: Settings | None = None, **options: Any) -> None:
-        from vllm import LLM
+    ``runs_ahead``: it schedules a step while the one before runs, which vLLM does on GPUs only.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: Settings | None = None,
+        *,
+        runs_ahead: bool = False,
+        **options: Any,
+    ) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         adakv.vllm.register()  # as vLLM does, where adakv is installed
         given = settings and {
@@ -125,9 +134,16 @@ class Engine:
             "additional_config": {"adakv": given} if given else {},
             "seed": 0,
         } | options
-        self._engine = LLM(model, **options).llm_engine
+        config = EngineArgs(model, **options).create_engine_config()
+        config.scheduler_config.async_scheduling = runs_ahead
+        self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self.core = self._engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
+
+    def close(self) -> None:
+        """Lets go of all of it, whoever still knows this object."""
+        self.core.shutdown()
+        del self._engine, self.core, self.scheduler
 
     @property
     def manager(self) -> Any:
@@ -157,17 +173,21 @@ class Engine:
             )
             self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
         run = Run([[] for _ in prompts], [[] for _ in prompts])
-        noted: set[tuple[str, int]] = set()
+        turns: dict[tuple[str, int], int] = {}
         while self._engine.has_unfinished_requests():
             written = {key: r.num_output_tokens for key, r in self.scheduler.requests.items()}
             for output in self._engine.step():
                 if output.finished:
                     run.tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-            self._note(run, written, noted)
+            self._note(run, written, turns)
         return run
 
-    def _note(self, run: Run, written: dict[str, int], noted: set[tuple[str, int]]) -> None:
-        """Notes what a step did; ``written``: tokens that each request had written before."""
+    def _note(self, run: Run, written: dict[str, int], turns: dict[tuple[str, int], int]) -> None:
+        """Notes what a step did.
+
+        ``written``: tokens that each request had written before it; ``turns``: how many these were
+        when a request began and after each of its preemptions, -1 once it is compressed.
+        """
         running = self.scheduler.running
         run.steps += 1
         run.free_blocks.append(self.num_free)
@@ -179,15 +199,16 @@ class Engine:
             return
         for request in running:
             key, turn = request.request_id, (request.request_id, request.num_preemptions)
+            num_outputs = turns.setdefault(turn, written[key])
             boundary = self.manager.boundary(key)
-            if boundary is None or turn in noted:
+            if boundary is None or num_outputs < 0:
                 continue
-            noted.add(turn)
+            turns[turn] = -1
             first_block = self.manager.req_to_blocks[key][0].block_id
             is_cut = bool(self.cache.boundaries[first_block])
             lengths = self.cache.lengths[:, first_block] * is_cut
             number = int(key.split("-")[0])
-            run.compressions[number].append(Compression(boundary, written[key], lengths))
+            run.compressions[number].append(Compression(boundary, num_outputs, lengths))
 
 
 @contextlib.contextmanager
@@ -202,7 +223,6 @@ def engine(model: str, settings: Settings | None = None, **options: Any) -> Iter
         yield it
     finally:
         if it is not None:
-            it.core.shutdown()
-        del it
+            it.close()
         gc.collect()
         cleanup_dist_env_and_memory()

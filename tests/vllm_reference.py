@@ -31,9 +31,9 @@ class Reference:
     ) -> list[int]:
         """The model's choice at the place of each of ``tokens``.
 
-        From one compression to the next a request reads tokens up to its boundary whole, and then
-        those behind it with what was kept. The first token behind a boundary is still the whole
-        prompt's, if reading ended there.
+        A request reads tokens up to its boundary whole, and then those behind it with what was
+        kept; from the start again after a preemption. The first token behind a boundary is still
+        the whole prompt's, if reading ended there.
         """
         text = torch.tensor([prompt + tokens])
         ends = [c.num_outputs for c in compressions[1:]] + [len(tokens)]

@@ -11,7 +11,7 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
-from vllm_engine import BLOCK, Run, engine, save_gemma2, save_llama
+from vllm_engine import BLOCK, SMALL, Run, engine, save_gemma2, save_llama
 from vllm_reference import Reference
 
 
@@ -40,22 +40,35 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
         assert plain.cache is None
         expected = plain.run(prompts, 24)
     with engine(model, Settings(budget=800), enable_prefix_caching=True) as it:
-        it.run(prompts[:2], 3)
+        it.run(prompts[:2], 1)  # such requests end before anything is decided
         run = it.run(prompts, 24)
         assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+        assert not any(prompts.heard for prompts in it.cache.prompts)
     assert run.tokens == expected.tokens
     assert not any(c.lengths.any() for cs in run.compressions for c in cs)
 
 
-@pytest.mark.parametrize("mode", ["fill", "exact"])
-def test_engine_writes_what_transformers_writes(model: str, mode: str):
-    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted."""
+@pytest.mark.parametrize(
+    ("policy", "mode", "runs_ahead"),
+    [
+        ("ada_snapkv", "fill", False),
+        ("ada_snapkv", "exact", True),
+        ("h2o", "fill", True),
+        ("ada_column_max", "exact", False),
+        ("ada_expected", "fill", False),
+    ],
+)
+def test_engine_writes_what_transformers_writes(
+    model: str, policy: str, mode: str, runs_ahead: bool
+):
+    """Unequal lengths, chunks of 100 tokens, a pool so small that requests are preempted; also with
+    the next step scheduled while one runs."""
     rng = random.Random(1)
     prompts = random_prompts(2, [rng.randint(20, 500) for _ in range(30)])
     counts = [rng.randint(3, 60) for _ in prompts]
-    settings = Settings(budget=64, mode=mode)
-    small = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
-    with engine(model, settings, **small) as it:
+    settings = Settings(policy, 64, mode)
+    with engine(model, settings, runs_ahead=runs_ahead, **SMALL) as it:
+        assert it.core.batch_queue_size == (2 if runs_ahead else 1)
         run = it.run(prompts, counts)
         assert it.num_free == 29
     assert run.preemptions > 0
@@ -89,11 +102,12 @@ def test_engine_runs_three_times_the_requests_in_the_same_memory(model: str):
     assert run.steps < whole.steps
 
 
-def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path):
+@pytest.mark.parametrize("policy", ["ada_snapkv", "ada_column_max"])
+def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path, policy: str):
     """Gemma2: the other layers are compressed, with capped logits and a scale of their own."""
     model = save_gemma2(tmp_path)
     prompts = random_prompts(6, [60, 200, 333])
-    settings = Settings(budget=64)
+    settings = Settings(policy, 64)
     with engine(model, settings, max_num_batched_tokens=100, enable_prefix_caching=True) as it:
         it.run(prompts[1:], 20)
         run = it.run(prompts, 20)
@@ -105,7 +119,7 @@ def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"policy": "h2o"}, {}, "needs all queries"),
+        ({"policy": "kvzip"}, {}, "reads the prompt twice"),
         ({}, {"block_size": 96}, "block_size must be a power of two"),
         ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model"),
     ],

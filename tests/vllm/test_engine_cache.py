@@ -10,7 +10,15 @@ import torch
 from adakv.policy import Policy, get
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
-from engine_steps import BLOCK, BUDGET, DIM, GROUP, HEADS, LAYERS, Steps
+from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps
+
+FOLDING = [
+    "h2o",
+    "ada_column_max",
+    "ada_expected",
+    "PromptAttention(reduce='mean', group_reduce='max', stride=3, distance=2)"
+    " * Adaptive() * TopScore()",
+]
 
 
 def run_step(steps: Steps, counts: list[int]) -> None:
@@ -31,13 +39,11 @@ def policy(mode: str) -> Policy:
     return Settings(budget=BUDGET, mode=mode).policy_for(BLOCK)
 
 
-@pytest.mark.parametrize("mode", ["fill", "exact"])
-def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str):
-    """Chunks, drafts that are taken back, requests that come and go, blocks that are used again."""
+def run_random_steps(steps: Steps, number_of_steps: int) -> None:
+    """Chunks, drafts that are taken back, requests that come and go or have to start again, blocks
+    that are used again."""
     rng = random.Random(0)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    steps = Steps(policy(mode), device, dtype)
-    for number in range(45):
+    for number in range(number_of_steps):
         while len(steps.requests) < 4:
             steps.add(rng.choice([5, BUDGET, 100, 140, 161, 250]))
         counts = []
@@ -50,7 +56,59 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str):
                 request.computed -= 2
         if number % 7 == 6:
             steps.remove(rng.choice(steps.requests))
+        if number % 7 == 3:
+            steps.preempt(rng.choice(steps.requests))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, dtype: torch.dtype):
+    steps = Steps(policy(mode), device, dtype)
+    run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, name: str):
+    """Policies that look at all queries, which come in chunks."""
+    steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
+    run_random_steps(steps, 25)
+    assert len(steps.told.entries) > 2
+    assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)
+
+
+def test_engine_cache_looks_at_no_queries_of_short_prompts(device: torch.device):
+    """Until a prompt is long enough to be compressed its queries are kept, and no longer."""
+    steps = Steps(Settings("h2o", BUDGET).policy_for(BLOCK), device, torch.float32)
+    for prompt in (BUDGET + 5, 150):
+        steps.add(prompt)
+    run_step(steps, [30, 40])
+    run_step(steps, [BUDGET - 25, 24])
+    for prompts in steps.cache.prompts:
+        assert [len(h.queries) for h in prompts.heard.values()] == [BUDGET + 5, 64]
+        assert [h.folded is None for h in prompts.heard.values()] == [True, True]
+    run_step(steps, [1, 86])
+    for prompts in steps.cache.prompts:
+        assert [(len(h.queries), h.folded.shape) for h in prompts.heard.values()] == [
+            (0, (1, 1, HEADS, 150))
+        ]
+    run_step(steps, [1, 1])
+    assert not any(prompts.heard for prompts in steps.cache.prompts)
+    assert len(steps.told.entries) == 1
+
+
+def test_engine_cache_forgets_prompts_that_nobody_goes_on_with(device: torch.device):
+    steps = Steps(policy("fill"), device, torch.float32)
+    for _ in range(3):
+        steps.add(150)
+    run_step(steps, [100, 100, 150])
+    steps.remove(steps.requests[2])  # it wanted one token
+    steps.preempt(steps.requests[1])
+    run_step(steps, [50, 10])
+    assert all(len(prompts.heard) == 2 for prompts in steps.cache.prompts)
+    steps.remove(steps.requests[1])
+    run_step(steps, [1])
+    assert not any(prompts.heard for prompts in steps.cache.prompts)
 
 
 def test_engine_cache_keeps_exactly_the_budget(device: torch.device):
@@ -83,8 +141,7 @@ def test_engine_cache_gives_a_preempted_request_a_new_start(device: torch.device
     request = steps.add(150)
     run_step(steps, [150])
     run_step(steps, [1])
-    steps.free += [block for block in request.blocks if block]
-    request.blocks, request.computed, request.boundary, request.kept = [], 0, 0, []
+    steps.preempt(request)
     run_step(steps, [100])
     run_step(steps, [51])
     run_step(steps, [1])
@@ -109,13 +166,6 @@ def test_engine_cache_changes_nothing_when_the_scheduler_planned_otherwise(devic
 
 def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(device: torch.device):
     steps = Steps(get("critical_ada_snapkv"), device, torch.float32)
-    asked = []
-
-    def w_o(layer: int) -> torch.Tensor:
-        asked.append(layer)
-        return torch.randn(16, HEADS * GROUP * DIM, device=device)
-
-    steps.cache._w_o = w_o
     steps.add(150)
     metadata = steps.describe([150])
     step = steps.cache.begin_step(batch_of(metadata))
@@ -124,4 +174,4 @@ def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(devic
         steps.cache.attend(layer, step, q, k, v, torch.empty_like(q))
     steps.advance([150])
     steps.cache.begin_step(batch_of(steps.describe([1])))
-    assert asked == list(range(LAYERS))
+    assert steps.asked == list(range(LAYERS))

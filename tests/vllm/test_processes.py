@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import torch
 
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
+import vllm_second_runner
 from adakv.vllm.config import Settings
 from adakv.vllm.plan import plan
 from vllm_engine import ENVIRONMENT, Compression, save_llama
@@ -135,3 +138,29 @@ def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, s
         for prompt, written in zip(prompts, tokens, strict=True)
     ]
     assert [whole[i] == tokens[i] for i in range(3)] == [True, False, True]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_second_model_runner_writes_what_transformers_writes(
+    tmp_path: Path, environment: dict[str, str], runs_ahead: bool
+):
+    model, rng = save_llama(tmp_path / "model"), random.Random(3)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(60, 300))] for _ in range(6)]
+    counts = [rng.randint(40, 60) for _ in prompts]
+    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead))]
+    done = subprocess.run(
+        [sys.executable, vllm_second_runner.__file__, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = done.stdout.split(vllm_second_runner.MARK)[1]
+    all_tokens, compressions, preemptions = json.loads(result)
+    assert preemptions > 0
+    reference = Reference(model, Settings(budget=64))
+    for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
+        compressed = [Compression(b, n, torch.tensor(lengths)) for b, n, lengths in found]
+        assert reference.choices(prompt, tokens, compressed) == tokens

@@ -6,6 +6,7 @@ A policy is a scorer, an allocator and a selector; :func:`get` knows those that 
 from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Profile, Pyramid, Uniform
 from adakv.policy.base import (
     Allocator,
+    FoldingScorer,
     Kept,
     LayerInputs,
     LayerSchedule,
@@ -42,6 +43,7 @@ __all__ = [
     "Everything",
     "ExpectedAttention",
     "Flat",
+    "FoldingScorer",
     "Kept",
     "KeyDiff",
     "KeyNorm",

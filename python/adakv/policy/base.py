@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from adakv.policy.inputs import LayerInputs
 
 __all__ = [
     "Allocator",
+    "FoldingScorer",
     "Kept",
     "LayerInputs",
     "LayerSchedule",
@@ -58,6 +59,28 @@ class Scorer(Protocol):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]`` float32, higher is better; not read in the window and in padding."""
+        ...
+
+
+@runtime_checkable
+class FoldingScorer(Scorer, Protocol):
+    """A scorer of all queries that can do without most: it takes a prompt part by part."""
+
+    def fold(self, folded: Any, part: LayerInputs) -> Any:
+        """What to remember of the queries up to now, which a caller hands back and never reads.
+
+        Parameters
+        ----------
+        folded
+            What came of the parts before; None of the first.
+        part : :class:`LayerInputs`
+            The prompt as far as it has been read, all sequences of one length; its queries are the
+            new ones, those of its last positions.
+        """
+        ...
+
+    def finish(self, folded: Any, inputs: LayerInputs) -> Tensor:
+        """:meth:`score` of a whole prompt, all of whose parts were folded: doesn't read queries."""
         ...
 
 

@@ -1,18 +1,19 @@
 """Scorers that read the queries of the whole prompt, or of a repetition of it.
 
-Each costs a pass over the prompt beside the prefill's own attention.
+Each costs a pass over the prompt beside the prefill's own attention. Those with a method ``fold``
+can take it part by part, as it is read, and then need no queries but the newest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.attention import check_all_queries
+from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
 
@@ -53,20 +54,75 @@ class PromptAttention:
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for sequences, length in _same_lengths(inputs.prompt_lens):
             rows = slice((length - 1) % self.stride, length, self.stride)
-            scores[sequences, :, :length] = ops.score(
+            scores[sequences, :, :length] = self._columns(
                 inputs.queries[sequences, :, rows],
                 inputs.keys[sequences, :, :length],
-                sinks=inputs.sinks,
-                scale=inputs.scale,
-                softcap=inputs.softcap,
-                window_reduce=self.reduce,
-                group_reduce=self.group_reduce,
-                pool="none",
-                window=0,
-                stride=self.stride,
-                distance=self.distance,
+                inputs,
+                self.reduce,
             )
         return pin_sinks(scores, self.sinks)
+
+    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+        """``[stride, B, Hkv or Hq, T]`` float32: what entries got from the queries so far.
+
+        Which ``stride``-th queries count is known by the last one alone: so there are as many sets,
+        and a part costs what all of its queries cost. Of q heads, if a group is not reduced as the
+        queries are.
+        """
+        batch, heads, length, _ = part.keys.shape
+        start, keys = length - part.queries.shape[2], part.keys
+        if (self.reduce == "max") != (self.group_reduce == "max"):
+            keys = keys.repeat_interleave(part.queries.shape[1] // heads, dim=1)
+        columns = part.keys.new_zeros(
+            (self.stride, batch, keys.shape[1], length), dtype=torch.float32
+        )
+        if folded is not None:
+            columns[..., :start] = folded
+        for number, column in enumerate(columns):
+            first = (number - start) % self.stride
+            queries = part.queries[:, :, first :: self.stride]
+            if queries.shape[2] == 0:
+                continue
+            end = start + first + (queries.shape[2] - 1) * self.stride + 1
+            new = self._columns(
+                queries, keys[:, :, :end], part, "max" if self.reduce == "max" else "sum"
+            )
+            seen = column[..., :end]
+            seen.copy_(seen.maximum(new) if self.reduce == "max" else seen + new)
+        return columns
+
+    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
+        columns = folded[(inputs.length - 1) % self.stride].clone()
+        if self.reduce == "mean":
+            position = torch.arange(inputs.length, device=columns.device)
+            behind = inputs.length - 1 - self.distance - position
+            columns /= (behind // self.stride + 1).clamp(min=1)
+        if columns.shape[1] != inputs.num_kv_heads:
+            heads = columns.view(columns.shape[0], inputs.num_kv_heads, -1, inputs.length)
+            if self.group_reduce == "max":
+                columns = heads.amax(2)
+            else:
+                columns = heads.mean(2) if self.group_reduce == "mean" else heads.sum(2)
+        return pin_sinks(columns, self.sinks)
+
+    def _columns(
+        self, queries: Tensor, keys: Tensor, inputs: LayerInputs, reduce: ops.Reduce
+    ) -> Tensor:
+        """``[B, Hkv, T]`` of every ``stride``-th query, the last of which is the last key's."""
+        return ops.score(
+            queries,
+            keys,
+            sinks=inputs.sinks,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            window_reduce=reduce,
+            group_reduce=self.group_reduce,
+            pool="none",
+            window=0,
+            stride=self.stride,
+            distance=self.distance,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +160,17 @@ class ColumnMax:
         return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        highest = self._attention().score(inputs)
+        return self._with_floor(self._attention().score(inputs), inputs)
+
+    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+        """:meth:`PromptAttention.fold`, of maxima."""
+        return self._attention().fold(folded, part)
+
+    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
+        return self._with_floor(self._attention().finish(folded, inputs), inputs)
+
+    def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.norms == "none":
             return pin_sinks(highest, self.sinks)
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
@@ -128,6 +194,14 @@ class ColumnMax:
 def _mean(x: Tensor, candidates: Tensor) -> Tensor:
     """``[B, Hkv, 1]``: over the candidates; ``x`` is 0 elsewhere."""
     return x.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True).clamp(min=1)
+
+
+class Moments(NamedTuple):
+    """What :class:`ExpectedAttention` knows of the queries before RoPE."""
+
+    num_queries: Tensor  # [B or 1, 1, 1]
+    mean: Tensor  # [B, Hq, D]
+    scatter: Tensor  # [B, Hq, D, D], the sum of (q - mean)^T (q - mean)
 
 
 @dataclass(frozen=True)
@@ -160,10 +234,37 @@ class ExpectedAttention:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         check_all_queries(inputs)
+        return self.finish(self.fold(None, inputs), inputs)
+
+    def fold(self, folded: Moments | None, part: LayerInputs) -> Moments:
+        """The queries so far, joined as Chan, Golub and LeVeque (1979) join samples."""
+        if part.rotate is None:
+            raise ValueError("rotate must be given to a policy that foresees queries, got None")
+        position = query_positions(part)[:, None]  # [B or 1, 1, R]
+        queries = part.rotate(part.queries.float(), -position[:, 0])  # before RoPE
+        counts = (position >= self.sinks) & (position < part.ends[:, None, None])
+        queries = queries.masked_fill(~counts[..., None], 0)
+        count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
+        mean = queries.sum(2) / count.clamp(min=1)
+        centred = (queries - mean[:, :, None]).masked_fill(~counts[..., None], 0)
+        scatter = centred.mT @ centred
+        if folded is None:
+            return Moments(count, mean, scatter)
+        both = (folded.num_queries + count).clamp(min=1)
+        apart = mean - folded.mean
+        weight = (folded.num_queries * count / both)[..., None]
+        return Moments(
+            folded.num_queries + count,
+            folded.mean + apart * (count / both),
+            folded.scatter + scatter + weight * apart[..., None] * apart[..., None, :],
+        )
+
+    def finish(self, folded: Moments, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
         keys = inputs.keys.float()
         batch, heads, _, head_dim = keys.shape
         scale = inputs.scale or head_dim**-0.5
-        mean, covariance = self._future_queries(inputs)  # [B, Hq, D], [B, Hq, D, D]
+        mean, covariance = self._future_queries(folded, inputs)  # [B, Hq, D], [B, Hq, D, D]
         z = scale * (mean.view(batch, heads, -1, head_dim) @ keys.mT)  # [B, Hkv, G, T]
         if self.covariance:
             grouped = covariance.view(batch, heads, -1, head_dim, head_dim)
@@ -177,21 +278,12 @@ class ExpectedAttention:
             scores *= torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
         return pin_sinks(scores, self.sinks)
 
-    def _future_queries(self, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    def _future_queries(self, folded: Moments, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         """Mean ``[B, Hq, D]`` and covariance ``[B, Hq, D, D]`` of the queries to come."""
-        if inputs.rotate is None:
-            raise ValueError("rotate must be given to a policy that foresees queries, got None")
-        position = torch.arange(inputs.length, device=inputs.keys.device)
-        queries = inputs.rotate(inputs.queries.float(), -position)  # before RoPE
-        counts = inputs.candidates(0) & (position >= self.sinks)
-        queries = queries.masked_fill(~counts[..., None], 0)
-        count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
-        mean = queries.sum(2) / count
-        centred = (queries - mean[:, :, None]).masked_fill(~counts[..., None], 0)
-        future = inputs.ends[:, None] + torch.arange(self.num_future, device=count.device)
+        future = inputs.ends[:, None] + torch.arange(self.num_future, device=inputs.keys.device)
         turned = self._mean_rotation(inputs, future)  # [B or 1, 1, D, D]
-        covariance = centred.mT @ centred / count[..., None]
-        return (mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned
+        covariance = folded.scatter / folded.num_queries.clamp(min=1)[..., None]
+        return (folded.mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned
 
     def _mean_rotation(self, inputs: LayerInputs, positions: Tensor) -> Tensor:
         """``[B or 1, 1, D, D]``: row i is the mean over ``positions`` of unit vector i, turned."""

@@ -8,6 +8,7 @@ Without that entry vLLM runs as it is. docs/vllm.md says how it works and what i
 
     scheduler process     plan.py -> spec.py          which blocks go back, and when
     workers               plan.py -> engine_cache.py  what is kept: the verbs on the engine's pages
+                          prompts.py                  prompts while they are read
                           backend_cpu.py, backend_cuda.py: vLLM's names for it
     between them          ledger.py                   both halves agree, or it is an error
 """

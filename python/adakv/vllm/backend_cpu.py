@@ -1,7 +1,7 @@
 """vLLM's CPU backend, with compressed rows where the engine asks for them.
 
-A compressed layer's blocks have adakv's page format and all its attention is adakv's; other layers
-(sliding windows) and engines without adakv are left to vLLM.
+A compressed layer's blocks have adakv's page format, which none of vLLM's kernels reads; other
+layers (sliding windows) and engines without adakv are left to vLLM.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from adakv.policy import Adaptive, Everything, Flat, Policy, WholePages, get
+from adakv.policy import Adaptive, Everything, Flat, FoldingScorer, Policy, WholePages, get
 
 Mode = Literal["fill", "exact"]
 
@@ -95,10 +95,8 @@ def why_not(policy: Policy) -> str | None:
     allocator = policy.allocator
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
-    if policy.needs_all_queries:
-        return "it needs all queries of a prompt, more memory than what it gives back"
-    if policy.needs_rotate:
-        return "it needs the model's rotary embedding, which vLLM doesn't hand out"
+    if policy.needs_all_queries and not isinstance(policy.scorer, FoldingScorer):
+        return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None
 
 

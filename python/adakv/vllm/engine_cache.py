@@ -13,34 +13,31 @@ their first block, which they keep to their end.
 
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
                    and makes tables and schedules of all layers
-    attend()       in each layer: append, attend; keeps a prompt's last queries
+    attend()       in each layer: append, attend; prompts that are being read see prompts.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Layer
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import Policy
 from adakv.vllm.plan import Plan, plan
+from adakv.vllm.prompts import Attention, LayerPrompts
 from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
-
-
-class Attention(NamedTuple):
-    """How a layer attends; as in :func:`adakv.ops.attend`."""
-
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 class Boundaries:
     """What is told about a prompt's end; see :class:`adakv.vllm.ledger.Ledger`."""
+
+    def times_freed(self, first_block: int) -> int:
+        """How many requests with that first block are gone."""
+        return 0
 
     def check_planned(self, first_block: int, boundary: int) -> None:
         """Raises if the scheduler planned something else."""
@@ -82,19 +79,28 @@ class EngineCache:
         boundaries: Boundaries | None = None,
     ) -> None:
         num_pages, _, self.block_size, _ = pages[0].shape
-        self.policy, self.budget, self.num_kv_heads = policy, budget, num_kv_heads
-        self.pages, self.attentions = list(pages), list(attentions)
-        self.num_layers, self.device = len(pages), pages[0].device
+        self.budget, self.num_kv_heads = budget, num_kv_heads
+        self.pages, self.num_layers, self.device = list(pages), len(pages), pages[0].device
+        self.prompts = [
+            LayerPrompts(
+                policy,
+                pages[layer],
+                attention,
+                w_o=w_o and partial(w_o, layer),
+                layer=layer,
+                num_layers=len(pages),
+            )
+            for layer, attention in enumerate(attentions)
+        ]
         num_blocks = num_pages // num_kv_heads
-        self._w_o = w_o
         self._told = boundaries or Boundaries()
         # By first block. A boundary of 0: the request is whole.
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(num_pages, self.block_size)
-        self._undecided: set[int] = set()  # first blocks of requests that may read their prompt
-        self._windows: list[dict[int, Tensor]] = [{} for _ in pages]  # [up to W, Hq, D]
+        # First blocks of requests that may read their prompt, and how often each was freed before.
+        self._undecided: dict[int, int] = {}
 
     def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
@@ -116,7 +122,7 @@ class EngineCache:
             raise ValueError("num_new must not be given for a step that reads prompts")
         if self._undecided or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
-        for rows, tokens, new_tokens in equal_runs(batch):
+        for rows, tokens, new_tokens in equal_runs(batch, step.read_by_torch):
             group = self._group(batch, rows, tokens, new_tokens)
             step.groups.append(group if buffers is None else copied(group, buffers))
         return step
@@ -144,9 +150,8 @@ class EngineCache:
         queries, out : ``[tokens, Hq, D]``
         keys, values : ``[tokens, Hkv, D]``
         """
-        for first_block, tokens in step.reading:
-            self._keep_queries(layer, first_block, queries[tokens])
-        scale, softcap, sinks = self.attentions[layer]
+        prompts = self.prompts[layer]
+        scale, softcap, sinks, _ = prompts.attention
         for group in step.groups:
             new_tokens = group.new_tokens
             q, k, v = (
@@ -165,6 +170,11 @@ class EngineCache:
                 softcap=softcap,
             )
             out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
+        for row, reading in step.reading.items():
+            new = reading.tokens
+            if row in step.read_by_torch:
+                out[new] = prompts.read(reading, queries[new], keys[new], values[new])
+            prompts.hear(reading, queries[new])
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -181,73 +191,79 @@ class EngineCache:
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
+        for first_block, freed in list(self._undecided.items()):
+            if self._told.times_freed(first_block) != freed:
+                self._forget(first_block)
         first_blocks = batch.block_table[:, 0].tolist()
         for row, first_block in enumerate(first_blocks):
             begin, end = batch.query_start[row : row + 2]
             if first_block == 0 or begin == end:
                 continue
             if batch.computed[row] == 0:  # also a request that starts again after a preemption
+                self._forget(first_block)
                 self.boundaries[first_block] = 0
-                self._undecided.add(first_block)
-                self._forget_queries(first_block)
+                self._undecided[first_block] = self._told.times_freed(first_block)
+            if first_block not in self._undecided:
+                continue
+            blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
-                step.reading.append(Reading(first_block, slice(begin, end)))
-            elif first_block in self._undecided:
-                self._end_prompt(first_block, batch.block_table[row], batch.computed[row])
+                length = computed + end - begin
+                step.reading[row] = Reading(
+                    first_block,
+                    slice(begin, end),
+                    length,
+                    self._page_ids(blocks, length),
+                    self._plan(length) is not None,
+                )
+                if all(p.is_read_by_torch(end - begin) for p in self.prompts):
+                    step.read_by_torch.add(row)
+            else:
+                self._end_prompt(first_block, blocks, computed)
 
-    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
-        self._told.check_planned(first_block, boundary)
-        planned = plan(
+    def _plan(self, boundary: int) -> Plan | None:
+        return plan(
             boundary,
             budget=self.budget,
             block_size=self.block_size,
             num_kv_heads=self.num_kv_heads,
         )
+
+    def _page_ids(self, blocks: Tensor, length: int) -> Tensor:
+        """``[Hkv, blocks]``: pages of a whole request's first ``length`` tokens."""
+        head = torch.arange(self.num_kv_heads, device=self.device)[:, None]
+        return blocks[: -(-length // self.block_size)].long() * self.num_kv_heads + head
+
+    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
+        self._told.check_planned(first_block, boundary)
+        planned = self._plan(boundary)
         if planned is not None:
+            page_ids = self._page_ids(blocks, boundary)
             for layer in range(self.num_layers):
-                self._compact(layer, first_block, blocks, boundary, planned)
+                self._compact(layer, first_block, page_ids, boundary, planned)
             self.boundaries[first_block] = boundary
             self._told.compressed(
                 self.num_layers * self.num_kv_heads * boundary,
                 int(self.lengths[:, first_block].sum()),
             )
-        self._undecided.discard(first_block)
-        self._forget_queries(first_block)
+        self._forget(first_block)
         self._told.done(first_block, boundary)
 
     def _compact(
-        self, layer: int, first_block: int, blocks: Tensor, boundary: int, planned: Plan
+        self, layer: int, first_block: int, page_ids: Tensor, boundary: int, planned: Plan
     ) -> None:
         """Chooses what a layer keeps of a prompt and moves it into the request's first blocks."""
-        pages, heads = self.pages[layer], self.num_kv_heads
-        head = torch.arange(heads, device=self.device)
-        page_ids = blocks[: -(-boundary // self.block_size), None].long() * heads + head
-        dense = pages[page_ids.T]  # [Hkv, blocks, 2, P, D], a copy: the pages are written to below
-        keys, values = (dense[:, :, i].flatten(1, 2)[None, :, :boundary] for i in (0, 1))
-        scale, softcap, sinks = self.attentions[layer]
-        inputs = LayerInputs(
-            queries=self._windows[layer][first_block].transpose(0, 1)[None],
-            keys=keys,
-            values=values,
-            w_o=self._w_o(layer) if self._w_o is not None and self.policy.needs_w_o else None,
-            prompt_lens=(boundary,),
-            layer=layer,
-            num_layers=self.num_layers,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-        )
-        kept = self.policy.choose(inputs, self.budget)
+        heads = self.num_kv_heads
+        inputs, kept = self.prompts[layer].choose(first_block, page_ids, boundary, self.budget)
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
-        usable = page_ids[: planned.kept_blocks + 1].flatten().int()
+        usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
         lengths = self._integers(1, heads)
         ops.compact(
             inputs.keys,
             inputs.values,
             kept,
             Layer(
-                pages,
+                self.pages[layer],
                 self._positions,
                 self._integers(1, heads, planned.kept_blocks * heads),
                 lengths,
@@ -259,17 +275,11 @@ class EngineCache:
         )
         self.lengths[layer, first_block] = lengths[0]
 
-    def _keep_queries(self, layer: int, first_block: int, queries: Tensor) -> None:
-        """Keeps the last W queries of a prompt that is being read."""
-        window, windows = self.policy.window, self._windows[layer]
-        newest = queries[-window:]
-        if len(newest) < window and first_block in windows:
-            newest = torch.cat([windows[first_block], newest])[-window:]
-        windows[first_block] = newest.clone()
-
-    def _forget_queries(self, first_block: int) -> None:
-        for windows in self._windows:
-            windows.pop(first_block, None)
+    def _forget(self, first_block: int) -> None:
+        """The request with that first block is decided on, or gone."""
+        self._undecided.pop(first_block, None)
+        for prompts in self.prompts:
+            prompts.heard.pop(first_block, None)
 
     def _group(
         self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int

@@ -28,8 +28,10 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from adakv.vllm.config import Settings, check_engine
-from adakv.vllm.engine_cache import Attention, Boundaries, EngineCache
+from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.prompts import Attention
+from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
 
 _logger = logging.getLogger("adakv")
@@ -84,9 +86,10 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
     Raises
     ------
     ValueError
-        If it should be compressed, but its backend is not ours.
+        If it should be compressed, but its backend is not ours, or the policy can't work with it.
     """
-    if not isinstance(layer, AttentionLayerBase) or current_settings() is None:
+    settings = current_settings() if isinstance(layer, AttentionLayerBase) else None
+    if settings is None or _engine is None:
         return
     if isinstance(layer, AttentionLayer):
         _parents[layer] = weakref.ref(parent)
@@ -95,6 +98,8 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
                 "adakv needs its own attention backend here: give the engine "
                 f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}'
             )
+        if settings.preset.needs_rotate:
+            rotation(parent, _model_type(_engine[0]), torch.device("cpu"))
 
 
 def customized(spec: Any) -> Any:
@@ -146,12 +151,19 @@ def make_cache(
         layer.kv_cache.view(-1, heads, 2, block, spec.head_size).flatten(0, 1) for layer in layers
     ]
     ledger = Ledger.open(spec.ledger, len(pages[0]) // heads)
+    attentions = [_attention(layer.impl) for layer in layers]
+    if settings.preset.needs_rotate:
+        model_type, device = _model_type(config), pages[0].device
+        attentions = [
+            attention._replace(rotate=rotation(_parents[layer](), model_type, device))
+            for attention, layer in zip(attentions, layers, strict=True)
+        ]
     return EngineCache(
         settings.policy_for(block),
         settings.budget,
         pages,
         num_kv_heads=heads,
-        attentions=[_attention(layer.impl) for layer in layers],
+        attentions=attentions,
         w_o=lambda index: _output_weight(layers[index]),
         boundaries=_Told(ledger, counts=get_tensor_model_parallel_rank() == 0),
     )
@@ -170,6 +182,7 @@ class _Told(Boundaries):
         self._ledger, self._counts = ledger, counts
         self.check_planned = ledger.check_planned  # type: ignore[method-assign]
         self.done = ledger.done  # type: ignore[method-assign]
+        self.times_freed = ledger.times_freed  # type: ignore[method-assign]
 
     def compressed(self, entries_read: int, entries_kept: int) -> None:
         if self._counts:
@@ -179,6 +192,10 @@ class _Told(Boundaries):
 def _attention(impl: Any) -> Attention:
     sinks = None if impl.sinks is None else impl.sinks.float()
     return Attention(impl.scale, impl.logits_soft_cap or None, sinks)
+
+
+def _model_type(config: VllmConfig) -> str:
+    return str(config.model_config.hf_text_config.model_type)
 
 
 def _output_weight(layer: AttentionLayer) -> Tensor:

@@ -4,7 +4,7 @@ vLLM has no way from one to the other, and each finds the boundary by itself: th
 plans the first step behind a prompt, a worker when it runs it. A wrong pair would corrupt caches
 silently, so both sides write it down, and compare. It is a file in shared memory, as they may be in
 different processes: counters, then for each block that is a request's first one the boundary that
-the scheduler planned and the one that a worker compressed at.
+the scheduler planned, the one that a worker compressed at, and how many such requests are gone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ledger:
     """
 
     def __init__(self, name: str, num_blocks: int) -> None:
-        size = 8 * (len(Counts._fields) + 2 * num_blocks)
+        size = 8 * (len(Counts._fields) + 3 * num_blocks)
         file = os.open(path_of(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(file, size)
@@ -53,8 +53,8 @@ class Ledger:
         finally:
             os.close(file)
         numbers = np.frombuffer(self._memory, dtype=np.int64)
-        self._counts, boundaries = np.split(numbers, [len(Counts._fields)])
-        self._planned, self._done = boundaries.reshape(2, num_blocks)
+        self._counts, of_blocks = np.split(numbers, [len(Counts._fields)])
+        self._planned, self._done, self._freed = of_blocks.reshape(3, num_blocks)
 
     @classmethod
     def open(cls, name: str, num_blocks: int) -> Ledger:
@@ -89,6 +89,14 @@ class Ledger:
                 f"the scheduler is about to free blocks of the request with first block "
                 f"{first_block}, compressed at {boundary} tokens, but a worker did so at {done}"
             )
+
+    def free(self, first_block: int) -> None:
+        """The scheduler has done with a request: whatever a worker remembers of it may go."""
+        self._freed[first_block] += 1
+
+    def times_freed(self, first_block: int) -> int:
+        """How many requests with that first block are gone."""
+        return int(self._freed[first_block])
 
     def add(self, **counts: int) -> None:
         """Adds to counts; each of them is added to by one process only."""

@@ -120,6 +120,8 @@ class CompressedManager(FullAttentionManager):
         for notes in (self._prompts, self._admitted, self._boundaries):
             notes.pop(request_id, None)
         self._is_cut.discard(request_id)
+        if blocks := self.req_to_blocks.get(request_id):
+            self._ledger.free(blocks[0].block_id)
         return super().pop_blocks_for_free(request_id)
 
 

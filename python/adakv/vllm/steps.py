@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,7 +60,10 @@ class Reading(NamedTuple):
     """New tokens of a prompt."""
 
     first_block: int
-    tokens: slice
+    tokens: slice  # of the step
+    length: int  # of the prompt as far as it is read then
+    page_ids: Tensor  # [Hkv, blocks], where it lies
+    is_long: bool  # enough to be compressed
 
 
 @dataclass
@@ -68,7 +71,8 @@ class Step:
     """What the layers need of a step."""
 
     groups: list[Group] = field(default_factory=list)
-    reading: list[Reading] = field(default_factory=list)
+    reading: dict[int, Reading] = field(default_factory=dict)  # by row of the batch
+    read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
 
 
 def copied(group: Group, buffers: Group) -> Group:
@@ -90,11 +94,13 @@ def copied(group: Group, buffers: Group) -> Group:
     return into
 
 
-def equal_runs(batch: Batch) -> Iterator[tuple[slice | Tensor, slice | Tensor, int]]:
+def equal_runs(
+    batch: Batch, without: Container[int] = ()
+) -> Iterator[tuple[slice | Tensor, slice | Tensor, int]]:
     """Requests with the same number of new tokens: rows, tokens, and that number."""
     by_count: dict[int, list[int]] = {}
     for row, (begin, end) in enumerate(pairwise(batch.query_start)):
-        if end > begin:
+        if end > begin and row not in without:
             by_count.setdefault(end - begin, []).append(row)
     device = batch.block_table.device
     for count, rows in by_count.items():

@@ -1,0 +1,89 @@
+"""Scorers that take a prompt part by part: the same as of the whole prompt, however it is cut."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.policy import (
+    Adaptive,
+    ColumnMax,
+    ExpectedAttention,
+    FoldingScorer,
+    LayerInputs,
+    Policy,
+    PromptAttention,
+    TopScore,
+    get,
+    names,
+)
+from cases import Prompt
+from policy.helpers import kept_rows, layer_inputs
+
+LENGTH = 150
+REDUCES = get_args(ops.Reduce)
+SCORERS = [
+    *(PromptAttention(window=8, reduce=r, group_reduce=g) for r in REDUCES for g in REDUCES),
+    PromptAttention(window=8, reduce="mean", group_reduce="max", stride=3, distance=5, sinks=2),
+    PromptAttention(window=8, reduce="sum", stride=7, distance=1),
+    ColumnMax(window=8),
+    ColumnMax(window=8, stride=4, distance=0, norms="all"),
+    ColumnMax(window=8, stride=40, norms="none", sinks=0),
+    ExpectedAttention(window=8, num_future=20),
+    ExpectedAttention(window=8, num_future=20, covariance=False, sinks=0),
+]
+
+
+def folded_scores(scorer: Any, whole: LayerInputs, borders: list[int]) -> Tensor:
+    """Of a prompt in parts that end at ``borders``."""
+    folded = None
+    for start, end in pairwise([0, *borders]):
+        part = replace(
+            whole,
+            queries=whole.queries[:, :, start:end],
+            keys=whole.keys[:, :, :end],
+            values=whole.values[:, :, :end],
+            prompt_lens=(end,) * len(whole.prompt_lens),
+        )
+        folded = scorer.fold(folded, part)
+    return scorer.finish(folded, replace(whole, queries=whole.queries[:, :, :0]))
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=str)
+def test_folded_scores_are_those_of_the_whole_prompt(device: torch.device, scorer: Any):
+    rng, policy = random.Random(0), Policy(scorer, Adaptive(), TopScore())
+    prompt = Prompt(batch=2, group=3, length=LENGTH, head_dim=16)
+    whole = replace(
+        layer_inputs(prompt, device, all_queries=True),
+        scale=0.4,
+        softcap=10.0,
+        sinks=torch.randn(6, device=device),
+    )
+    exact = scorer.score(whole)
+    kept = kept_rows(policy.choose(whole, 40), 2)
+    for _ in range(4):
+        cuts = rng.sample(range(1, LENGTH), rng.randint(0, 12))
+        scores = folded_scores(scorer, whole, [*sorted(cuts), LENGTH])
+        torch.testing.assert_close(scores, exact)
+        assert kept_rows(policy.choose(whole, 40, scores=scores), 2) == kept
+
+
+def test_folding_changes_nothing_of_what_was_folded(device: torch.device):
+    whole = layer_inputs(Prompt(length=60, head_dim=16), device, all_queries=True)
+    for scorer in (PromptAttention(sinks=4), ColumnMax(), ExpectedAttention(num_future=9)):
+        folded = scorer.fold(None, whole)
+        assert torch.equal(scorer.finish(folded, whole), scorer.finish(folded, whole))
+
+
+def test_scorers_of_all_queries_take_prompts_in_parts():
+    policies = [get(name) for name in names()]
+    found = [p for p in policies if p.needs_all_queries]
+    assert found == [p for p in policies if isinstance(p.scorer, FoldingScorer)]
+    assert len(found) == 5
