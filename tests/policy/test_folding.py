@@ -36,6 +36,7 @@ SCORERS = [
     ColumnMax(window=8),
     ColumnMax(window=8, stride=4, distance=0, norms="all"),
     ColumnMax(window=8, stride=40, norms="none", sinks=0),
+    ColumnMax(window=8, norms="all", window_weight=3),
     ExpectedAttention(window=8, num_future=20),
     ExpectedAttention(window=8, num_future=20, covariance=False, sinks=0),
 ]

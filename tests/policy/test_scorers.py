@@ -178,6 +178,14 @@ def test_column_max_has_a_floor_by_norms(device):
     assert ColumnMax(window=1).score(inputs)[..., :4].isinf().all()
 
 
+def test_column_max_weighs_the_window(device):
+    """The last query gives at most .3, which pooling hands to its neighbours."""
+    scorer = ColumnMax(window=1, distance=1, sinks=0, norms="none", window_weight=1.5)
+    check(scorer.score(attention_inputs([[CAUSAL]], device)), [[0.5, 0.45, 0.45]])
+    with pytest.raises(ValueError, match="window_weight"):
+        ColumnMax(window_weight=-1)
+
+
 # --- KVzip, arXiv 2505.23416 ----------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ can take it part by part, as it is read, and then need no queries but the newest
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +16,7 @@ from adakv import ops
 from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+from adakv.policy.scorers import WindowAttention
 
 NormUse = Literal["none", "floor", "all"]
 
@@ -125,6 +126,13 @@ class PromptAttention:
         )
 
 
+class Columns(NamedTuple):
+    """What :class:`ColumnMax` knows of the queries."""
+
+    columns: Tensor  # as PromptAttention.fold has them
+    last: Tensor  # [B, Hq, window, D], the queries of the last positions
+
+
 @dataclass(frozen=True)
 class ColumnMax:
     """The most that any query of the prompt ever gave an entry, with a floor like Defensive's
@@ -141,16 +149,22 @@ class ColumnMax:
     What the prompt itself needed once, a question about it may need again. The last query that
     looks at an entry is often its neighbour, which tells nothing: ``distance`` leaves it out.
     ``"all"`` is for budgets of half of a prompt or for scores that are compared between layers.
+
+    A question that is already there stands in the window, and asks for more than other queries do:
+    with ``window_weight`` w and W the same maxima over the window's queries, max-pooled over 7
+    entries, ``max(C, w * W)`` takes the place of C.
     """
 
     window: int = 32
     distance: int = 32
     stride: int = 1
     norms: NormUse = "floor"
+    window_weight: float = 0.0
     sinks: int = 4
 
     def __post_init__(self) -> None:
         check_range("sinks", self.sinks, 0)
+        check_range("window_weight", self.window_weight, 0)
         check_choice("norms", self.norms, get_args(NormUse))
         self._attention()  # which checks the others
 
@@ -160,15 +174,30 @@ class ColumnMax:
         return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        return self._with_floor(self._attention().score(inputs), inputs)
+        batch, heads, _, head_dim = inputs.queries.shape
+        behind = torch.arange(-self.window, 0, device=inputs.keys.device)
+        rows = (inputs.ends[:, None] + behind).clamp(min=0)[:, None, :, None]
+        last = inputs.queries.gather(2, rows.expand(batch, heads, self.window, head_dim))
+        return self._joined(Columns(self._attention().score(inputs), last), inputs)
 
-    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
-        """:meth:`PromptAttention.fold`, of maxima."""
-        return self._attention().fold(folded, part)
+    def fold(self, folded: Columns | None, part: LayerInputs) -> Columns:
+        """:meth:`PromptAttention.fold`, of maxima, and the window's queries."""
+        last = part.queries if folded is None else torch.cat([folded.last, part.queries], 2)
+        columns = self._attention().fold(None if folded is None else folded.columns, part)
+        return Columns(columns, last[:, :, max(last.shape[2] - self.window, 0) :].clone())
 
-    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
+    def finish(self, folded: Columns, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        return self._with_floor(self._attention().finish(folded, inputs), inputs)
+        columns = self._attention().finish(folded.columns, inputs)
+        return self._joined(Columns(columns, folded.last), inputs)
+
+    def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
+        """Of columns ``[B, Hkv, T]``."""
+        if self.window_weight == 0:
+            return self._with_floor(prompt.columns, inputs)
+        window = WindowAttention(self.window, window_reduce="max", group_reduce="max")
+        asked = window.score(replace(inputs, queries=prompt.last))
+        return self._with_floor(prompt.columns.maximum(self.window_weight * asked), inputs)
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.norms == "none":
