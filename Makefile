@@ -133,11 +133,14 @@ test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks,
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
-lint: build ## ruff, mypy --strict, clang-format; changes nothing
+lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
 	@clang-format --dry-run -Werror $(CPP_FILES)
+	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	zizmor -q --offline .github
+	shellcheck .ci/run
 
 format: setup ## let the formatters decide
 	ruff check --fix $(PYTHON_DIRS)

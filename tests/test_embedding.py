@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -163,6 +164,15 @@ def test_embedding_says_what_is_wrong(
     )
     assert done.returncode == 1
     assert done.stderr.startswith("embed: ") and message in done.stderr
+
+
+def test_embedding_library_of_a_wheel_has_a_name_of_its_own():
+    """The flags of conda's compilers put PREFIX/lib first, where a libadakv.so may be installed."""
+    library = Path(adakv._C.__file__).parent / "lib"
+    if not library.is_dir():
+        pytest.skip("adakv runs from a build folder")
+    version = importlib.metadata.version("adakv")
+    assert [path.name for path in library.glob("*.so*")] == [f"libadakv-{version}.so"]
 
 
 @pytest.mark.slow
