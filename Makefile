@@ -10,6 +10,7 @@
 #   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
 #   VLLM_VENV     the environment of vLLM, which wants other versions than the rest
 #   MODEL   the model of the demo and of the end-to-end benchmark
+#   DEVICE  where `make embed` and `make bench` run, cpu or cuda
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
@@ -77,7 +78,7 @@ embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Py
 	python examples/embed_cpp/export.py $(MODEL) demo/embed
 	for policy in ada_snapkv critical_ada_snapkv; do \
 		python examples/embed_cpp/compare.py build/embed/embed demo/embed --policy $$policy \
-			|| exit 1; \
+			--device $(DEVICE) || exit 1; \
 	done
 
 test: lint test-cpp test-python ## lint, C++ tests, Python tests
@@ -132,11 +133,14 @@ test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks,
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
-lint: build ## ruff, mypy --strict, clang-format; changes nothing
+lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
 	@clang-format --dry-run -Werror $(CPP_FILES)
+	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	zizmor -q --offline .github
+	shellcheck .ci/run
 
 format: setup ## let the formatters decide
 	ruff check --fix $(PYTHON_DIRS)

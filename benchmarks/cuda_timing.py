@@ -1,12 +1,14 @@
-"""Timing on a GPU, in two ways: launch by launch, and in a graph of many layers.
+"""Timing on a GPU: launch by launch, in a graph of many layers, or of whole steps.
 
 Launch by launch, the L2 cache is overwritten before each call, and events are recorded around it
 (an empty kernel reads about 4 us then). In a graph, the calls of all layers follow each other as in
 a model's decode step; each layer has buffers of its own, more than the L2 cache holds together.
+Steps of a whole model are timed as they come.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -70,3 +72,30 @@ def graph_times(
             if i >= 2:
                 times[name].append(begin.elapsed_time(end) * 1e3 / len(variants[name]))
     return {name: timing(samples) for name, samples in times.items()}
+
+
+def device_times(run: Callable[[], object], rounds: int) -> list[float]:
+    """Microseconds on the device, of each of the calls after two that warm up."""
+    times = []
+    for i in range(2 + rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(1e3 * begin.elapsed_time(end))
+    return times
+
+
+def wall_times(run: Callable[[], object], rounds: int) -> list[float]:
+    """Microseconds until the device is done, of each of the calls after two that warm up."""
+    times = []
+    for i in range(2 + rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if i >= 2:
+            times.append(1e6 * (time.perf_counter() - begin))
+    return times

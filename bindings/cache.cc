@@ -46,7 +46,8 @@ std::shared_ptr<KVCache> make_cache(int32_t num_layers,
   config.max_row_pages = max_row_pages;
   config.dtype = dtype_of(dtype);
   if (device_type == "cuda") config.device = {DeviceType::kCuda, device_index};
-  return std::make_shared<KVCache>(config, device_memory(config.device));
+  Memory& memory = device_memory(config.device);  // says first if there is no such device
+  return std::make_shared<KVCache>(config, memory, current_stream(config.device));
 }
 
 }  // namespace

@@ -12,10 +12,9 @@
 namespace adakv {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMostHeadDim = 256;
-constexpr int kColumnsPerLane = kMostHeadDim / kWarpSize;
+constexpr int kLoads = 16;  // of a lane on their way at a time
 
 /// One query of a row; all threads of a block work on it.
 struct Query {
@@ -38,79 +37,88 @@ __device__ Query find_query(const AttendParams& p) {
 }
 
 /// What a warp has found out; out[j] is column lane + 32 j.
+template <int kColumns>
 struct PlainState {
   float max = -INFINITY, sum = 0;
-  float out[kColumnsPerLane] = {};
+  float out[kColumns] = {};
 };
 
-/// Slots first_slot .. first_slot + 31 of the query's row, a lane each; then their values in turn.
-template <typename Element>
+/// Slots first_slot .. first_slot + 31 of the query's row: their keys in turn, the softmax with a
+/// lane for each, their values in turn. All lanes read one entry at a time, because that is what
+/// lies together, however it is aligned. A branch around a load would wait for it, so lanes behind
+/// the head dim read its last element.
+template <typename Element, int kColumns>
 __device__ void add_slots(const AttendParams& p,
                           const Query& query,
-                          const float* q,  // [D]
+                          const float* q,  // [32 kColumns], 0 from head_dim on
                           int32_t head_dim,
                           int32_t first_slot,
-                          PlainState& state) {
+                          PlainState<kColumns>& state) {
   const int32_t lane = threadIdx.x % kWarpSize, slot = first_slot + lane;
-  const bool is_visible = slot < query.visible;
-  const char* key = nullptr;
-  float z = -INFINITY;
-  if (is_visible) {
+  const int32_t count = min(kWarpSize, query.visible - first_slot);
+  int32_t columns[kColumns];
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) columns[j] = min(lane + j * kWarpSize, head_dim - 1);
+  const char* key = nullptr;  // of this lane's slot
+  if (lane < count) {
     const int32_t* table = p.layer.block_table.at(query.b, query.h);
     key = p.layer.key(table[slot / p.layer.page_size], slot % p.layer.page_size);
-    float dots[8] = {};  // summed up in parts: smaller errors than one by one
-    for (int32_t d = 0; d < head_dim; d += 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        dots[i] += q[d + i] * to_float(reinterpret_cast<const Element*>(key)[d + i]);
-      }
-    }
-    z = (((dots[0] + dots[1]) + (dots[2] + dots[3])) +
-         ((dots[4] + dots[5]) + (dots[6] + dots[7]))) *
-        p.scale;
-    if (p.softcap != 0) z = p.softcap * tanhf(z);
   }
+  const auto key_of = [&](int32_t i) {
+    return reinterpret_cast<const char*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
+  };
+
+  float z = -INFINITY;
+#pragma unroll(kLoads / kColumns)
+  for (int32_t i = 0; i < count; ++i) {
+    const Element* elements = reinterpret_cast<const Element*>(key_of(i));
+    float dot = 0;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      dot += q[lane + j * kWarpSize] * to_float(elements[columns[j]]);
+    }
+    dot = warp_sum(dot);
+    if (lane == i) z = dot * p.scale;
+  }
+  if (p.softcap != 0 && lane < count) z = p.softcap * tanhf(z);
+
   const float most = fmaxf(state.max, warp_max(z));
   const float factor = expf(state.max - most), probability = expf(z - most);
   state.max = most;
   state.sum = state.sum * factor + warp_sum(probability);
-  float out[kColumnsPerLane] = {};
-  const int32_t count = min(kWarpSize, query.visible - first_slot);
+  float out[kColumns] = {};
+#pragma unroll(kLoads / kColumns)
   for (int32_t i = 0; i < count; ++i) {
     const float share = __shfl_sync(kFullWarp, probability, i);
-    const char* row =
-        reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
-    const Element* value = reinterpret_cast<const Element*>(row + p.layer.half_page_bytes());
+    const Element* value = reinterpret_cast<const Element*>(key_of(i) + p.layer.half_page_bytes());
 #pragma unroll
-    for (int j = 0; j < kColumnsPerLane; ++j) {
-      const int32_t d = lane + j * kWarpSize;
-      if (d < head_dim) out[j] += share * to_float(value[d]);
-    }
+    for (int j = 0; j < kColumns; ++j) out[j] += share * to_float(value[columns[j]]);
   }
 #pragma unroll
-  for (int j = 0; j < kColumnsPerLane; ++j) state.out[j] = state.out[j] * factor + out[j];
+  for (int j = 0; j < kColumns; ++j) state.out[j] = state.out[j] * factor + out[j];
 }
 
 // grid: [num_rows * G * S]; one block: one query over its whole row, 32 slots a warp at a time.
-template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+template <typename Element, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1)
     attend_plain_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
-  __shared__ float q[kMostHeadDim];
-  __shared__ float image[kWarps][kMostHeadDim], max[kWarps], sum[kWarps];
+  __shared__ float q[kColumns * kWarpSize];
+  __shared__ float image[kWarps][kColumns * kWarpSize], max[kWarps], sum[kWarps];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const Query query = find_query(p);
   const char* queries = p.queries.at(query.b, query.head, query.token);
-  for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
-    q[d] = to_float(reinterpret_cast<const Element*>(queries)[d]);
+  for (int32_t d = threadIdx.x; d < kColumns * kWarpSize; d += kThreads) {
+    q[d] = d < head_dim ? to_float(reinterpret_cast<const Element*>(queries)[d]) : 0.f;
   }
   __syncthreads();
 
-  PlainState state;
+  PlainState<kColumns> state;
   for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
-    add_slots<Element>(p, query, q, head_dim, first, state);
+    add_slots<Element, kColumns>(p, query, q, head_dim, first, state);
   }
 #pragma unroll
-  for (int j = 0; j < kColumnsPerLane; ++j) image[warp][lane + j * kWarpSize] = state.out[j];
+  for (int j = 0; j < kColumns; ++j) image[warp][lane + j * kWarpSize] = state.out[j];
   if (lane == 0) {
     max[warp] = state.max;
     sum[warp] = state.sum;
@@ -137,6 +145,15 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<float*>(p.lse.at(query.b, query.head, query.token)) =
         is_empty ? -INFINITY : most + logf(total);
   }
+}
+
+/// Calls the body with the columns of a head dim that a lane of the plain kernel holds.
+template <typename Body>
+void dispatch_columns(int64_t head_dim, const Body& body) {
+  if (head_dim <= 1 * kWarpSize) return body(IntTag<1>{});
+  if (head_dim <= 2 * kWarpSize) return body(IntTag<2>{});
+  if (head_dim <= 4 * kWarpSize) return body(IntTag<4>{});
+  body(IntTag<8>{});
 }
 
 bool has_fast_kernel(const AttendArgs& args) {
@@ -207,8 +224,11 @@ void CudaBackend::attend(const AttendArgs& args) {
       if (has_fast_kernel(args)) return (void)dispatch_head_dim(args.queries.shape[3], run);
     }
     const int64_t grid = num_queries(args) * p.num_rows;
-    attend_plain_kernel<Element><<<static_cast<uint32_t>(grid), kThreads, 0, stream>>>(
-        p, static_cast<int32_t>(args.queries.shape[3]));
+    const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
+    dispatch_columns(head_dim, [&](auto columns) {
+      attend_plain_kernel<Element, columns>
+          <<<static_cast<uint32_t>(grid), kThreads, 0, stream>>>(p, head_dim);
+    });
     ADAKV_CUDA_CHECK("attend", cudaGetLastError());
   });
 }

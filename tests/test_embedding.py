@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -74,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_embedding_from_c(package: Path, tmp_path: Path):
-    output = run(built(ROOT / "tests" / "consumer", tmp_path, package) / "consumer")
+def test_embedding_from_c(package: Path, tmp_path: Path, device: torch.device):
+    output = run(built(ROOT / "tests" / "consumer", tmp_path, package) / "consumer", device.type)
     assert output.startswith(f"adakv {adakv.__version__}: line 0")
 
 
@@ -83,16 +84,62 @@ def test_embedding_from_c(package: Path, tmp_path: Path):
 @pytest.mark.parametrize("policy", ["ada_snapkv", "critical_ada_snapkv"])
 @pytest.mark.parametrize("ratio", [0.1, 1.0])
 def test_embedding_keeps_and_writes_what_python_does(
-    embed: Path, folder: Path, tmp_path: Path, policy: str, ratio: float
+    embed: Path, folder: Path, tmp_path: Path, policy: str, ratio: float, device: torch.device
 ):
     args = argparse.Namespace(
-        embed=embed, folder=folder, ratio=ratio, policy=policy, new_tokens=40, threads=1
+        embed=embed,
+        folder=folder,
+        ratio=ratio,
+        policy=policy,
+        device=device.type,
+        new_tokens=40,
+        threads=1,
     )
     cpp = compare().in_cpp(args, tmp_path / "cpp.json")
     python = compare().run_python(args)
     assert cpp["kept"] == python["kept"]
     assert cpp["tokens"] == python["tokens"]
     assert sum(len(row) for row in cpp["kept"][0]) == (2 * 60 if ratio < 1 else 2 * 603)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
+        (["--device"], "--device wants a value"),
+        (["--budget", "31"], "--budget must be at least the window, 32"),
+        (["--ratio", "0"], "--ratio must be above 0"),
+        (["--what"], "unknown option --what"),
+    ],
+)
+def test_embedding_refuses_options(embed: Path, folder: Path, options: list[str], message: str):
+    done = subprocess.run(
+        [embed, folder, folder / "tokens.txt", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("embed: " + message)
+
+
+@pytest.mark.skipif("cuda" in adakv.backends(), reason="there is a CUDA device")
+def test_embedding_says_why_there_is_no_cuda(embed: Path, folder: Path):
+    done = subprocess.run(
+        [embed, folder, folder / "tokens.txt", "--device", "cuda"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"embed: --device cuda: {adakv.cuda_unavailable_reason()}\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [[], ["--critical"]])
+def test_embedding_under_the_sanitizer(embed: Path, folder: Path, policy: list[str]):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    run(
+        *[sanitizer, "--tool", "memcheck", "--leak-check", "full", "--error-exitcode", "9"],
+        *[embed, folder, folder / "tokens.txt", "--device", "cuda", "--new-tokens", "20", *policy],
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,6 +164,15 @@ def test_embedding_says_what_is_wrong(
     )
     assert done.returncode == 1
     assert done.stderr.startswith("embed: ") and message in done.stderr
+
+
+def test_embedding_library_of_a_wheel_has_a_name_of_its_own():
+    """The flags of conda's compilers put PREFIX/lib first, where a libadakv.so may be installed."""
+    library = Path(adakv._C.__file__).parent / "lib"
+    if not library.is_dir():
+        pytest.skip("adakv runs from a build folder")
+    version = importlib.metadata.version("adakv")
+    assert [path.name for path in library.glob("*.so*")] == [f"libadakv-{version}.so"]
 
 
 @pytest.mark.slow

@@ -71,9 +71,9 @@ LayerView lay_out(Layout& layout, const CacheConfig& c) {
   return view;
 }
 
-void fill(Memory& memory, const TensorView& view, int value) {
+void fill(Memory& memory, const TensorView& view, int value, Stream stream) {
   const size_t bytes = view.size() * dtype_size(view.dtype);
-  memory.fill_rows(view.data, bytes, value, bytes, 1, nullptr);
+  memory.fill_rows(view.data, bytes, value, bytes, 1, stream);
 }
 
 // The same for the part that belongs to one sequence: [L, B, ...] -> all layers of sequence b.
@@ -86,7 +86,7 @@ void fill_sequence(
 
 }  // namespace
 
-KVCache::KVCache(const CacheConfig& config, Memory& memory)
+KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
     : config_((check_config(config), config)), memory_(memory), pool_(config.num_pages) {
   ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ",
               device_name(memory.device()), ", but config.device is ", device_name(config.device));
@@ -98,10 +98,10 @@ KVCache::KVCache(const CacheConfig& config, Memory& memory)
   Layout layout(data_, config.device);
   all_layers_ = lay_out(layout, config);
   try {
-    fill(memory_, all_layers_.block_table, -1);
-    fill(memory_, all_layers_.fresh_pages, -1);
-    fill(memory_, all_layers_.lengths, 0);
-    fill(memory_, all_layers_.seen, 0);
+    fill(memory_, all_layers_.block_table, -1, stream);
+    fill(memory_, all_layers_.fresh_pages, -1, stream);
+    fill(memory_, all_layers_.lengths, 0, stream);
+    fill(memory_, all_layers_.seen, 0, stream);
   } catch (...) {
     memory_.free(data_);
     throw;

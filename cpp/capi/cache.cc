@@ -95,9 +95,11 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
 }  // namespace adakv::capi
 
 struct AdakvCache {
-  AdakvCache(const adakv::CacheConfig& config, std::unique_ptr<adakv::Memory> memory)
+  AdakvCache(const adakv::CacheConfig& config,
+             std::unique_ptr<adakv::Memory> memory,
+             adakv::Stream stream)
       : own_memory(std::move(memory)),
-        cache(config, own_memory ? *own_memory : adakv::device_memory(config.device)),
+        cache(config, own_memory ? *own_memory : adakv::device_memory(config.device), stream),
         all_layers(cache.all_layers()) {
     for (int32_t i = 0; i < config.num_layers; ++i) {
       layers.push_back(std::make_unique<adakv::capi::LayerTensors>(cache.layer(i)));
@@ -116,13 +118,14 @@ using adakv::capi::guarded;
 
 AdakvStatus adakv_cache_create(const AdakvCacheConfig* config,
                                const AdakvMemory* memory,
+                               void* stream,
                                AdakvCache** cache) {
   return guarded([&] {
     AdakvCache*& out = given("cache", cache);
     const adakv::CacheConfig cpp_config = adakv::capi::config_of(given("config", config));
     std::unique_ptr<adakv::Memory> own;
     if (memory) own = std::make_unique<adakv::capi::CallbackMemory>(*memory, cpp_config.device);
-    out = new AdakvCache(cpp_config, std::move(own));
+    out = new AdakvCache(cpp_config, std::move(own), stream);
   });
 }
 

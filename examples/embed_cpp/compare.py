@@ -1,8 +1,10 @@
 """Runs the C++ runtime and transformers on the same prompt and compares what they keep and write.
 
 python examples/embed_cpp/compare.py EMBED FOLDER [--ratio 0.1] [--policy ada_snapkv]
+                                                  [--device cuda]
 
-EMBED is the executable, FOLDER what export.py wrote. The exit code says whether all is the same.
+EMBED is the executable, FOLDER what export.py wrote, the device that of the executable's cache;
+Python stays on the CPU. The exit code says whether all is the same.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ POLICIES = ("ada_snapkv", "critical_ada_snapkv")
 def in_cpp(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     command = [args.embed, args.folder, args.folder / "tokens.txt", "--ratio", str(args.ratio)]
     command += ["--new-tokens", str(args.new_tokens), "--threads", str(args.threads), "--json", out]
+    command += ["--device", args.device]
     if args.policy == "critical_ada_snapkv":
         command.append("--critical")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--policy", choices=POLICIES, default="ada_snapkv")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--python-to", type=Path, help=argparse.SUPPRESS)
@@ -94,8 +98,7 @@ def main() -> None:
         (i for i, (a, b) in enumerate(zip(cpp["tokens"], python["tokens"], strict=True)) if a != b),
         len(cpp["tokens"]),
     )
-    least = sum(cpp[f"{part}_bytes"] for part in ("weight", "cache", "layer"))
-    print(f"{args.policy}, {args.ratio:.0%} of {(args.folder / 'tokens.txt')}")
+    print(f"{args.policy}, {args.ratio:.0%} of {args.folder / 'tokens.txt'}, {args.device}")
     print(f"kept sets: {same_rows} of {len(rows)} the same; {missing} of {entries} entries differ")
     print(f"tokens: the first {same_start} of {len(cpp['tokens'])} the same")
     for name, result in (("C++", cpp), ("Python", python)):
@@ -103,7 +106,9 @@ def main() -> None:
             f"{name:8} prefill {result['prefill_s']:6.2f} s   a token "
             f"{result['ms_per_token']:6.1f} ms   peak {result['peak_bytes'] / 2**20:7.1f} MiB"
         )
-    print(f"C++ peak: {cpp['peak_bytes'] / least:.3f} x (weights + kept cache + one layer)")
+    if args.device == "cpu":
+        least = sum(cpp[f"{part}_bytes"] for part in ("weight", "cache", "layer"))
+        print(f"C++ peak: {cpp['peak_bytes'] / least:.3f} x (weights + kept cache + one layer)")
     sys.exit(missing > 0 or same_start < len(cpp["tokens"]))
 
 

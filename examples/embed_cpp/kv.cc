@@ -3,40 +3,23 @@
 #include <algorithm>
 
 namespace embed {
-namespace {
 
 using adakv::DType;
 using adakv::TensorView;
 
 constexpr int32_t kPageSize = 16;
 
-// [tokens, heads * D] as adakv takes it, [1, heads, tokens, D]: strides do it, nothing is copied.
-TensorView per_head(float* data, int64_t tokens, int64_t heads, int64_t head_dim) {
-  TensorView view(data, {1, heads, tokens, head_dim}, DType::kFloat32);
-  view.stride[1] = head_dim;
-  view.stride[2] = heads * head_dim;
-  return view;
-}
-
-TensorView ints(std::vector<int32_t>& values, std::initializer_list<int64_t> shape) {
-  return TensorView(values.data(), shape, DType::kInt32);
-}
-
-}  // namespace
-
-Kv::Kv(const Sizes& sizes, const Policy& policy, int64_t tokens, int64_t max_new_tokens)
-    : sizes_(sizes),
+Kv::Kv(const Place& place,
+       const Sizes& sizes,
+       const Policy& policy,
+       int64_t tokens,
+       int64_t max_new_tokens)
+    : place_(place),
+      sizes_(sizes),
       policy_(policy),
       tokens_(tokens),
-      cache_(config(max_new_tokens), adakv::device_memory({})),
-      num_workers_(adakv::default_num_workers({})),
-      scores_(sizes.kv_heads * tokens),
-      budgets_(sizes.kv_heads),
-      positions_(num_kept()),
-      indptr_(sizes.kv_heads + 1) {
-  if (policy.is_critical) norms_.resize(scores_.size());
-  schedules_.resize(sizes.layers * adakv::schedule_size(sizes.kv_heads, num_workers_));
-}
+      cache_(config(max_new_tokens), place.memory(), place.stream()),
+      num_workers_(adakv::default_num_workers(place.device())) {}
 
 int64_t Kv::num_kept() const {
   return sizes_.kv_heads * std::min<int64_t>(policy_.budget, tokens_);
@@ -54,109 +37,145 @@ adakv::CacheConfig Kv::config(int64_t max_new_tokens) const {
                                                                      sizes_.kv_heads, kPageSize));
   config.max_row_pages = static_cast<int32_t>((tokens_ + max_new_tokens) / kPageSize + 2);
   config.dtype = DType::kFloat32;
+  config.device = place_.device();
   return config;
+}
+
+// [tokens, heads * D] as adakv takes it, [1, heads, tokens, D]: strides do it, nothing is copied.
+TensorView Kv::per_head(float* data, int64_t tokens, int64_t heads) const {
+  TensorView view = floats(data, {1, heads, tokens, sizes_.head_dim});
+  view.stride[1] = sizes_.head_dim;
+  view.stride[2] = heads * sizes_.head_dim;
+  return view;
+}
+
+TensorView Kv::floats(float* data, std::initializer_list<int64_t> shape) const {
+  return TensorView(data, shape, DType::kFloat32, place_.device());
+}
+
+TensorView Kv::ints(int32_t* data, std::initializer_list<int64_t> shape) const {
+  return TensorView(data, shape, DType::kInt32, place_.device());
 }
 
 // Runs a verb that wants scratch memory.
 template <typename Args>
 void Kv::run(void (*verb)(const Args&), Args& args) {
-  workspace_.resize(std::max(workspace_.size(), adakv::workspace_bytes(args) / 4 + 1));
-  args.workspace = ints(workspace_, {static_cast<int64_t>(workspace_.size())});
+  const int64_t size = static_cast<int64_t>(adakv::workspace_bytes(args) / 4 + 1);
+  args.workspace = ints(workspace_.room(size), {size});
+  args.stream = place_.stream();
   verb(args);
 }
 
-// score -> allocate -> select, or everything where the budget has room for it.
-void Kv::choose(float* queries, float* keys, float* values, const float* w_o, int64_t width) {
-  const int64_t heads = sizes_.heads, kv_heads = sizes_.kv_heads, head_dim = sizes_.head_dim;
-  const TensorView scores(scores_.data(), {1, kv_heads, tokens_}, DType::kFloat32);
-  const TensorView norms(norms_.data(), {1, kv_heads, tokens_}, DType::kFloat32);
-  const bool fits = tokens_ <= policy_.budget;
+// [L, schedule_size]
+TensorView Kv::schedules() {
+  const int64_t size = adakv::schedule_size(sizes_.kv_heads, num_workers_);
+  return ints(schedules_.room(sizes_.layers * size), {sizes_.layers, size});
+}
 
-  if (fits) {
-    std::fill(budgets_.begin(), budgets_.end(), static_cast<int32_t>(tokens_));
-  } else {
+// score -> allocate -> select, or everything where the budget has room for it: positions and indptr
+// of `compact`, which has the layer's keys and values.
+void Kv::choose(const float* queries,
+                const float* w_o,
+                int64_t width,
+                adakv::CompactArgs& compact) {
+  const int64_t kv_heads = sizes_.kv_heads, q_width = sizes_.heads * sizes_.head_dim;
+  const bool fits = tokens_ <= policy_.budget;
+  const std::vector<int32_t> all(kv_heads, static_cast<int32_t>(tokens_));
+  adakv::SelectArgs select;
+  select.scores = floats(scores_.room(kv_heads * tokens_), {1, kv_heads, tokens_});
+  select.budgets =
+      ints(fits ? budgets_.input(all.data(), kv_heads) : budgets_.room(kv_heads), {1, kv_heads});
+  if (!fits) {
+    const float* window = queries + (tokens_ - policy_.window) * q_width;
     adakv::ScoreArgs score;
-    float* window = queries + (tokens_ - policy_.window) * heads * head_dim;
-    score.queries = per_head(window, policy_.window, heads, head_dim);
-    score.keys = per_head(keys, tokens_, kv_heads, head_dim);
-    score.scores = scores;
+    score.queries =
+        per_head(queries_.input(window, policy_.window * q_width), policy_.window, sizes_.heads);
+    score.keys = compact.keys;
+    score.scores = select.scores;
     run(&adakv::score, score);
 
     adakv::AllocateArgs allocate;
-    allocate.scores = scores;
+    allocate.scores = select.scores;
     allocate.budget = policy_.budget;
     allocate.window = policy_.window;
-    allocate.budgets = ints(budgets_, {1, kv_heads});
+    allocate.budgets = select.budgets;
     run(&adakv::allocate, allocate);
   }
-
-  adakv::SelectArgs select;
   if (policy_.is_critical && !fits) {
     adakv::ValueNormArgs value_norm;
-    value_norm.values = per_head(values, tokens_, kv_heads, head_dim);
-    value_norm.w_o =
-        TensorView(const_cast<float*>(w_o), {width, heads * head_dim}, DType::kFloat32);
-    value_norm.norms = norms;
+    value_norm.values = compact.values;
+    value_norm.w_o = floats(w_o_.input(w_o, width * q_width), {width, q_width});
+    value_norm.norms = floats(norms_.room(kv_heads * tokens_), {1, kv_heads, tokens_});
     run(&adakv::value_norm, value_norm);
-    select.norms = norms;
+    select.norms = value_norm.norms;
   }
-  select.scores = scores;
-  select.budgets = ints(budgets_, {1, kv_heads});
   select.window = fits ? 0 : policy_.window;
-  select.positions = ints(positions_, {num_kept()});
-  select.indptr = ints(indptr_, {kv_heads + 1});
+  select.positions = ints(positions_.room(num_kept()), {num_kept()});
+  select.indptr = ints(indptr_.room(kv_heads + 1), {kv_heads + 1});
   run(&adakv::select, select);
+  compact.positions = select.positions;
+  compact.indptr = select.indptr;
 }
 
-void Kv::take_prompt(
-    int32_t layer, float* queries, float* keys, float* values, const float* w_o, int64_t width) {
-  choose(queries, keys, values, w_o, width);
-  adakv::PageList pages = cache_.begin(layer, 0, {num_kept()}, {tokens_});
+void Kv::take_prompt(int32_t layer,
+                     const float* queries,
+                     const float* keys,
+                     const float* values,
+                     const float* w_o,
+                     int64_t width) {
+  const int64_t size = tokens_ * sizes_.kv_heads * sizes_.head_dim;
   adakv::CompactArgs compact;
-  compact.keys = per_head(keys, tokens_, sizes_.kv_heads, sizes_.head_dim);
-  compact.values = per_head(values, tokens_, sizes_.kv_heads, sizes_.head_dim);
-  compact.positions = ints(positions_, {num_kept()});
-  compact.indptr = ints(indptr_, {sizes_.kv_heads + 1});
-  compact.page_ids = ints(pages.ids, {static_cast<int64_t>(pages.ids.size())});
-  compact.page_indptr = ints(pages.indptr, {2});
+  compact.keys = per_head(keys_.input(keys, size), tokens_, sizes_.kv_heads);
+  compact.values = per_head(values_.input(values, size), tokens_, sizes_.kv_heads);
+  choose(queries, w_o, width, compact);
+
+  const adakv::PageList pages = cache_.begin(layer, 0, {num_kept()}, {tokens_});
+  const int64_t num_pages = static_cast<int64_t>(pages.ids.size());
+  compact.page_ids = ints(page_ids_.input(pages.ids.data(), num_pages), {num_pages});
+  compact.page_indptr = ints(page_indptr_.input(pages.indptr.data(), 2), {2});
   compact.layer = cache_.layer(layer);
   run(&adakv::compact, compact);
 }
 
 void Kv::begin_step() {
-  cache_.grow({1}, 1);
+  cache_.grow({1}, 1, place_.stream());
   adakv::PlanArgs plan;
   plan.lengths = cache_.all_layers().lengths;
   plan.block_table = cache_.all_layers().block_table;
   plan.fresh_pages = cache_.all_layers().fresh_pages;
   plan.page_size = kPageSize;
   plan.num_workers = num_workers_;
-  plan.schedule =
-      ints(schedules_, {sizes_.layers, static_cast<int64_t>(schedules_.size()) / sizes_.layers});
+  plan.schedule = schedules();
+  plan.stream = place_.stream();
   adakv::plan(plan);
 }
 
-void Kv::attend(int32_t layer, float* queries, float* keys, float* values, float* out) {
-  const int64_t size = static_cast<int64_t>(schedules_.size()) / sizes_.layers;
+void Kv::attend(
+    int32_t layer, const float* queries, const float* keys, const float* values, float* out) {
+  const int64_t q_width = sizes_.heads * sizes_.head_dim;
+  const int64_t kv_width = sizes_.kv_heads * sizes_.head_dim;
   adakv::AttendArgs attend;
-  attend.queries = per_head(queries, 1, sizes_.heads, sizes_.head_dim);
-  attend.keys = per_head(keys, 1, sizes_.kv_heads, sizes_.head_dim);
-  attend.values = per_head(values, 1, sizes_.kv_heads, sizes_.head_dim);
-  attend.out = per_head(out, 1, sizes_.heads, sizes_.head_dim);
+  attend.queries = per_head(queries_.input(queries, q_width), 1, sizes_.heads);
+  attend.keys = per_head(keys_.input(keys, kv_width), 1, sizes_.kv_heads);
+  attend.values = per_head(values_.input(values, kv_width), 1, sizes_.kv_heads);
+  attend.out = per_head(out_.output(out, q_width), 1, sizes_.heads);
   attend.layer = cache_.layer(layer);
-  attend.schedule = TensorView(schedules_.data() + layer * size, {size}, DType::kInt32);
+  attend.schedule = schedules().select(layer);
   attend.num_workers = num_workers_;
   run(&adakv::attend, attend);
+  out_.finish(out, q_width);
 }
 
 std::vector<std::vector<int32_t>> Kv::positions(int32_t layer) const {
   const adakv::LayerView view = cache_.layer(layer);
+  const std::vector<int32_t> lengths = place_.read(view.lengths);       // [Hkv]
+  const std::vector<int32_t> table = place_.read(view.block_table);     // [Hkv, M]
+  const std::vector<int32_t> slots = place_.read(view.page_positions);  // [N, P]
   std::vector<std::vector<int32_t>> result(sizes_.kv_heads);
   for (int32_t h = 0; h < sizes_.kv_heads; ++h) {
-    const int32_t* row = view.block_table.ptr<int32_t>() + h * view.block_table.stride[1];
-    for (int32_t i = 0; i < view.lengths.ptr<int32_t>()[h]; ++i) {
-      const int64_t slot = int64_t{row[i / kPageSize]} * kPageSize + i % kPageSize;
-      result[h].push_back(view.page_positions.ptr<int32_t>()[slot]);
+    const int32_t* row = &table[h * view.block_table.stride[1]];
+    for (int32_t i = 0; i < lengths[h]; ++i) {
+      result[h].push_back(slots[int64_t{row[i / kPageSize]} * kPageSize + i % kPageSize]);
     }
   }
   return result;

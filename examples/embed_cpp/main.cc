@@ -24,15 +24,16 @@ using Clock = std::chrono::steady_clock;
 
 constexpr char kUsage[] =
     "usage: embed MODEL TOKENS [--ratio R | --budget N] [--critical] [--new-tokens N]\n"
-    "             [--threads N] [--json FILE]\n"
+    "             [--device cpu|cuda] [--threads N] [--json FILE]\n"
     "  MODEL       folder with config.json and model.safetensors (float32) of a Llama\n"
     "  TOKENS      file with the token ids of the prompt\n"
     "  --ratio     share of the prompt's cache to keep (0.1)\n"
     "  --budget    instead: mean entries to keep per kv head\n"
-    "  --critical  select by CriticalKV's two stages\n";
+    "  --critical  select by CriticalKV's two stages\n"
+    "  --device    where the cache lives and adakv works on it (cpu)\n";
 
 struct Options {
-  std::string model, tokens, json;
+  std::string model, tokens, json, device = "cpu";
   double ratio = 0.1;
   int32_t budget = 0;
   bool is_critical = false;
@@ -59,7 +60,7 @@ Options parse(int argc, char** argv) {
     } else if (word == "--critical") {
       options.is_critical = true;
     } else {
-      const char* value = i + 1 < argc ? argv[++i] : nullptr;  // argv[argc] is null too
+      const char* value = i + 1 < argc ? argv[++i] : nullptr;
       if (word == "--ratio") {
         options.ratio = number(word, value, 0);
       } else if (word == "--budget") {
@@ -68,8 +69,9 @@ Options parse(int argc, char** argv) {
         options.new_tokens = static_cast<int64_t>(number(word, value, 1));
       } else if (word == "--threads") {
         options.threads = static_cast<int>(number(word, value, 1));
-      } else if (word == "--json" && value) {
-        options.json = value;
+      } else if (word == "--device" || word == "--json") {
+        if (!value) throw std::runtime_error(word + " wants a value");
+        (word == "--json" ? options.json : options.device) = value;
       } else {
         throw std::runtime_error("unknown option " + word + "\n" + kUsage);
       }
@@ -110,6 +112,7 @@ void run(const Options& options) {
   omp_set_num_threads(threads);
   adakv::set_num_threads(threads);
 
+  const embed::Place place(options.device);
   embed::Llama model(options.model);
   const embed::Config& config = model.config();
   const std::vector<int32_t> prompt = read_tokens(options.tokens);
@@ -118,10 +121,14 @@ void run(const Options& options) {
   policy.is_critical = options.is_critical;
   const int32_t share = static_cast<int32_t>(std::floor(options.ratio * double(length) + 0.5));
   policy.budget = options.budget ? options.budget : std::max(policy.window + 1, share);
+  if (policy.budget < policy.window) {
+    throw std::runtime_error("--budget must be at least the window, " +
+                             std::to_string(policy.window));
+  }
   const embed::Sizes sizes = {
       static_cast<int32_t>(config.layers), static_cast<int32_t>(config.heads),
       static_cast<int32_t>(config.kv_heads), static_cast<int32_t>(config.head_dim)};
-  embed::Kv kv(sizes, policy, length, options.new_tokens);
+  embed::Kv kv(place, sizes, policy, length, options.new_tokens);
 
   const bool has_bar = isatty(2);
   const auto start = Clock::now();

@@ -20,8 +20,10 @@ AdakvTensor floats(float* data, int32_t ndim, int64_t* shape) {
 }
 
 TEST(CFace, KeepsWhatMattersAndDecodesFromIt) {
+  EmbedderDevice host;
+  embedder_host(&host);
   char message[256] = "";
-  const int line = life_of_a_sequence_in_c(message);
+  const int line = life_of_a_sequence_in_c(&host, message);
   EXPECT_EQ(line, 0) << "embedder_c.c:" << line << ": " << message;
 }
 
@@ -95,7 +97,7 @@ TEST(CFace, TellsWhatCannotBeDoneFromWhatIsWrong) {
   EXPECT_EQ(cache_without_memory_in_c(), ADAKV_ERROR);
   EXPECT_NE(std::string(adakv_last_error()).find("memory: allocate("), std::string::npos);
   AdakvCache* cache = nullptr;
-  EXPECT_EQ(adakv_cache_create(nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
+  EXPECT_EQ(adakv_cache_create(nullptr, nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
   EXPECT_STREQ(adakv_last_error(), "config must not be NULL");
   EXPECT_EQ(cache, nullptr);
   adakv_cache_destroy(cache);

@@ -37,6 +37,57 @@ TEST(KVCache, RefusesConfigsThatMakeNoSense) {
   }
 }
 
+// Host memory that notes which streams it hears of.
+class NotingMemory final : public Memory {
+ public:
+  Device device() const override { return {}; }
+  void* allocate(size_t bytes) override { return host_.allocate(bytes); }
+  void free(void* data) override { host_.free(data); }
+  void copy_from_host(void* data, const void* host, size_t bytes, Stream stream) override {
+    streams.push_back(stream);
+    host_.copy_from_host(data, host, bytes, stream);
+  }
+  void copy_rows_from_host(void* data,
+                           size_t pitch_bytes,
+                           const void* host,
+                           size_t row_bytes,
+                           size_t rows,
+                           Stream stream) override {
+    streams.push_back(stream);
+    host_.copy_rows_from_host(data, pitch_bytes, host, row_bytes, rows, stream);
+  }
+  void fill_rows(void* data,
+                 size_t pitch_bytes,
+                 int value,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
+    streams.push_back(stream);
+    host_.fill_rows(data, pitch_bytes, value, row_bytes, rows, stream);
+  }
+
+  std::vector<Stream> streams;
+
+ private:
+  Memory& host_ = device_memory({});
+};
+
+TEST(KVCache, WritesInTheStreamThatItIsGiven) {
+  int a, b, c;
+  NotingMemory memory;
+  KVCache cache(small_config(), memory, &a);
+  EXPECT_EQ(memory.streams, std::vector<Stream>(4, &a));
+  memory.streams.clear();
+  for (int32_t layer : {0, 1}) cache.begin(layer, 0, {8}, {8});
+  EXPECT_TRUE(memory.streams.empty());
+  cache.grow({8, 0, 0}, 8, &b);
+  cache.grow({1, 0, 0}, 1, &b);
+  EXPECT_EQ(memory.streams, std::vector<Stream>(1, &b));
+  memory.streams.clear();
+  cache.remove(0, &c);
+  EXPECT_EQ(memory.streams, std::vector<Stream>(3, &c));
+}
+
 TEST(KVCache, StartsEmpty) {
   KVCache cache(small_config(), device_memory({}));
   const LayerView layer = cache.layer(1);

@@ -136,9 +136,11 @@ typedef struct AdakvPageList {
   int64_t num_ids;       /* pages of all sequences together */
 } AdakvPageList;
 
-/** Takes all memory at once, from `memory` (copied) or, if NULL, from adakv's own. */
+/** Takes all memory at once, from `memory` (copied) or, if NULL, from adakv's own, and empties it in
+ * `stream`, which later calls have to come after. */
 AdakvStatus adakv_cache_create(const AdakvCacheConfig* config,
                                const AdakvMemory* memory,
+                               void* stream,
                                AdakvCache** cache);
 
 /** Gives all memory back. NULL is allowed. */

@@ -75,9 +75,10 @@ class KVCache {
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
   static constexpr int32_t kFreshColumns = 32;
 
-  /// Takes all memory at once. `memory` must outlive the cache. Throws InvalidArgument for a config
-  /// that makes no sense and Error if the memory can't be had.
-  KVCache(const CacheConfig& config, Memory& memory);
+  /// Takes all memory at once and empties it in `stream`, which later calls have to come after.
+  /// `memory` must outlive the cache. Throws InvalidArgument for a config that makes no sense and
+  /// Error if the memory can't be had.
+  KVCache(const CacheConfig& config, Memory& memory, Stream stream = nullptr);
   /// Gives the memory back; tensors of the cache must not be used any more.
   ~KVCache();
   KVCache(const KVCache&) = delete;

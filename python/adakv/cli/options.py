@@ -57,7 +57,7 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
         command(place=Place(dtype, device, json_path, plot_path), **rest)
 
     for option in (
-        click.option("--plot", "plot_path", metavar="FILE", help="Write a heat map (PNG)."),
+        click.option("--plot", "plot_path", metavar="FILE", help="Write a picture (PNG)."),
         click.option("--json", "json_path", metavar="FILE", help="Write the results."),
         click.option("--device", metavar="cpu|cuda", help="Default: cuda where it can be used."),
         click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16"),

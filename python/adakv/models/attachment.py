@@ -9,16 +9,60 @@ from __future__ import annotations
 
 import functools
 import sys
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from adakv.models import families
 
 TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
+
+
+class AttendingLayer(CacheLayerMixin):
+    """A layer of a cache of ours: it tags new keys, and attends to them itself."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: pages are made elsewhere."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values, tagged."""
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    @abstractmethod
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the attention function of a model that had ``inner`` does with tagged keys.
+
+        Query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` as :meth:`update` gave them; the
+        result ``[B, S, Hq, D]``, and attention weights where ``inner`` gives any.
+        """
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in 4.57
 
 
 class Attachment:

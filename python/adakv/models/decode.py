@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from adakv import ops
 from adakv.cache import KVCache, sequences
-from adakv.models.attachment import TAG
+from adakv.models.attachment import AttendingLayer
 from adakv.models.sampling import Chooser
 
 
@@ -193,29 +192,16 @@ class StepCache(TransformersCache):
         self.schedules = ()
 
 
-class StepLayer(CacheLayerMixin):
+class StepLayer(AttendingLayer):
     """One layer of a :class:`StepCache`."""
 
     is_compileable = True
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, cache: StepCache, index: int, view: ops.Layer) -> None:
         super().__init__()
         self._cache = cache
         self._index = index
         self._view = view
-
-    def lazy_initialization(self, *args: Any) -> None:
-        """Nothing to do: the pages are there."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The new keys and values, tagged."""
-        setattr(key_states, TAG, self)
-        return key_states, value_states
 
     def attend(
         self,
@@ -227,7 +213,7 @@ class StepLayer(CacheLayerMixin):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the attention function does with tagged keys: append and attend."""
+        """Appends and attends."""
         sinks = kwargs.get("s_aux")
         out, _ = ops.attend(
             query,
@@ -250,9 +236,3 @@ class StepLayer(CacheLayerMixin):
     def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
         """As for a cache that holds nothing."""
         return (queries if isinstance(queries, int) else queries.shape[0]), 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in 4.57

@@ -20,13 +20,20 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 
 from adakv import Error
 from adakv.cache import KVCache
 from adakv.models import families
-from adakv.models.attachment import TAG, cache_layers, decoder_of, inner_attention, is_attached
+from adakv.models.attachment import (
+    TAG,
+    AttendingLayer,
+    cache_layers,
+    decoder_of,
+    inner_attention,
+    is_attached,
+)
 from adakv.models.budget import Budget
 from adakv.models.prompt import Attention, Prompt
 from adakv.models.repeat import repeating
@@ -234,13 +241,8 @@ class Cache(TransformersCache):
             self._store.compact_all()
 
 
-class FullAttentionLayer(CacheLayerMixin):
+class FullAttentionLayer(AttendingLayer):
     """A full-attention layer of a :class:`Cache`; what it holds is in the cache's store."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(
         self, store: Store, index: int, config: Any, rotate: families.Rotate | None
@@ -253,9 +255,6 @@ class FullAttentionLayer(CacheLayerMixin):
         self._num_seen = 0
         self._sinks: Tensor | None = None
 
-    def lazy_initialization(self, *args: Any) -> None:
-        """Nothing to do: the store makes the pages when the first prompt is there."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -265,9 +264,8 @@ class FullAttentionLayer(CacheLayerMixin):
         if before is not None:
             key_states = torch.cat([before.keys, key_states], dim=2)
             value_states = torch.cat([before.values, value_states], dim=2)
-        setattr(key_states, TAG, self)
         self._store.is_attending = True
-        return key_states, value_states
+        return super().update(key_states, value_states)
 
     def attend(
         self,
@@ -279,7 +277,7 @@ class FullAttentionLayer(CacheLayerMixin):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the attention function does with tagged keys."""
+        """Of a prompt the model's own attention, then choosing; later appends and attends."""
         delattr(key, TAG)
         store, columns = self._store, query.shape[2]
         store.is_attending = False
@@ -324,12 +322,6 @@ class FullAttentionLayer(CacheLayerMixin):
         """Length and offset of the mask, from the number of queries or (4.57) their positions."""
         columns = queries if isinstance(queries, int) else queries.shape[0]
         return self._num_seen + columns, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in 4.57
 
     def advance(self, num_tokens: int) -> None:
         """Only with the whole cache: see :meth:`Cache.advance`."""

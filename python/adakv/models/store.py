@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,20 +23,13 @@ from adakv import Error, ops
 from adakv.cache import KVCache, sequences
 from adakv.models.budget import Budget
 from adakv.models.deal import advance, begin
-from adakv.models.padding import align, new_tokens, restore
+from adakv.models.padded_step import PaddedStep
+from adakv.models.padding import align, new_tokens
 from adakv.models.prompt import Attention, Prompt
 from adakv.models.reserve import Reserve, Whole
 from adakv.policy import LayerInputs
 
 _logger = logging.getLogger("adakv")
-
-
-class _Piece(NamedTuple):
-    """Columns of a step that KVCache.grow made room for in one go."""
-
-    columns: slice
-    fresh_pages: Tensor  # [L, B, Hkv, F]
-    num_new: Tensor | None  # [B] int32
 
 
 class Store:
@@ -88,10 +80,8 @@ class Store:
         self._first = 0  # slot of sequence 0
         self._groups: list[slice] = []
         self._totals: list[list[int]] = []  # [B][L]
-        self._schedules: tuple[Tensor, ...] = ()
-        self._pieces: list[_Piece] = []
-        self._num_new: Tensor | None = None  # [B] int32
-        self._order: Tensor | None = None  # [B, columns], puts padding in front
+        self._order: Tensor | None = None  # [B, T], puts the prompts' padding in front
+        self._step: PaddedStep | None = None  # that is running
 
     def fill(self, kv: KVCache, first: int) -> None:
         """Forgets everything; the next prompts go into the slots of ``kv`` from ``first`` on."""
@@ -313,82 +303,16 @@ class Store:
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before its first :meth:`attend`."""
-        kv = self._kv
-        assert kv is not None
-        num_new, self._order = new_tokens(mask, self.seen, columns)
-        self._num_new = self._to_device(num_new, columns)
-        self._pieces = []
-        left = columns
-        while left:
-            rest = [min(n, left) for n in num_new]
-            now = kv.grow(rest, left)
-            if now < columns:
-                # The next piece's pages overwrite these before the other layers have used them.
-                fresh = kv.all_layers.fresh_pages.clone()
-                counts = self._to_device([max(n - left + now, 0) for n in rest], now)
-                start = columns - left
-                self._pieces.append(_Piece(slice(start, start + now), fresh, counts))
-            left -= now
-        if not self._pieces:
-            schedules = ops.plan(
-                *kv.plan_inputs,
-                new_tokens=columns,
-                num_new=self._num_new,
-                page_size=self._page_size,
-            )
-            self._schedules = schedules.unbind()
-        self.seen = [n + new for n, new in zip(self.seen, num_new, strict=True)]
+        assert self._kv is not None
+        self._step = PaddedStep(self._kv, mask, self.seen, columns)
+        self.seen = self._step.seen
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
     ) -> Tensor:
         """Appends a step's keys and values to a layer and attends: ``[B, S, Hq, D]``."""
-        kv = self._kv
-        assert kv is not None
-        view = kv.layer(layer)
-        scale, softcap, sinks, _ = attention
-        if self._order is not None:
-            queries, keys, values = (align(x, self._order) for x in (queries, keys, values))
-        if self._pieces:
-            schedule = self._append_pieces(layer, keys, values)
-            new_keys = new_values = None
-        else:
-            schedule, new_keys, new_values = self._schedules[layer], keys, values
-        out, _ = ops.attend(
-            queries,
-            view,
-            schedule,
-            keys=new_keys,
-            values=new_values,
-            num_new=self._num_new,
-            sinks=sinks,
-            scale=scale,
-            softcap=softcap,
-            prefetch=layer > 0 and not self._pieces,  # else it was planned just now
-        )
-        out = out.transpose(1, 2)
-        return out if self._order is None else restore(out, self._order)
-
-    def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Appends a step that was too wide for one go; the schedule ``[X]`` to attend with."""
-        assert self._kv is not None
-        view = self._kv.layer(layer)
-        for columns, fresh_pages, num_new in self._pieces:
-            piece = view._replace(fresh_pages=fresh_pages[layer])
-            ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
-        return ops.plan(
-            view.lengths[None],
-            view.block_table[None],
-            view.fresh_pages[None],
-            new_tokens=0,
-            page_size=self._page_size,
-        )[0]
-
-    def _to_device(self, num_new: Sequence[int], columns: int) -> Tensor | None:
-        assert self._kv is not None
-        if all(n == columns for n in num_new):
-            return None
-        return torch.tensor(num_new, dtype=torch.int32, device=self._kv.device)
+        assert self._step is not None
+        return self._step.attend(layer, queries, keys, values, attention)
 
     @property
     def pages_used(self) -> int:

@@ -27,8 +27,9 @@ from adakv.policy.scorers import (
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
-_wide_column_max = ColumnMax(norms="all")
+_wide_column_max = ColumnMax(norms="all", window_weight=4)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
+_kvzip = Policy(RepeatAttention(), ModelWide(), TopScore())
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -57,8 +58,8 @@ _PRESETS: dict[str, Policy] = {
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
     "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
-    "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
-    "best":                        Policy(RepeatAttention(), ModelWide(), TopScore()),
+    "kvzip":                       _kvzip,
+    "best":                        _kvzip,  # at present: docs/quality.md
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),

@@ -1,0 +1,110 @@
+"""One decode step of many sequences: eagerly, from a CUDA graph, compiled and from a graph.
+
+Their caches are filled with random entries, as many as a policy keeps, spread over the heads as
+Ada-KV spreads them. The floor: weights and kept entries, read once, at the rate of a large copy in
+the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+import adakv
+from adakv import ops
+from adakv.cache import KVCache
+from adakv.models.decode import Decoder
+from adakv.models.sampling import Sampling
+from adakv.models.steps import Steps
+from cuda_timing import device_times, wall_times
+from end_to_end_parts.bench import NEW_TOKENS, SPARE_BYTES, STEPS, Bench, free_memory
+
+FLOOR_SHARE, SKEW = 0.2, 0.7  # of a head's budget that is even; of the Dirichlet draw of the rest
+
+
+def first_entries(lengths: Tensor) -> ops.Kept:
+    """The first positions of every row, as many as ``lengths`` ``[rows]`` says."""
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    positions = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(lengths)
+    return ops.Kept(positions.int().cuda(), ends.int().cuda())
+
+
+def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
+    """Sequences of ``length`` tokens, of which each head holds ``mean`` on average."""
+    free_memory()
+    config, layers = bench.config, bench.config.num_hidden_layers
+    heads = config.num_key_value_heads
+    pages = KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
+    kv = KVCache(
+        num_layers=layers,
+        num_sequences=batch,
+        num_kv_heads=heads,
+        head_dim=bench.head_dim,
+        num_pages=pages * layers * batch,
+        max_row_pages=(length + NEW_TOKENS) // 16 + 2,
+        dtype=bench.model.dtype,
+        device="cuda",
+    )
+    shape = (1, heads, length, bench.head_dim)
+    keys, values = (
+        torch.randn(shape, dtype=bench.model.dtype, device="cuda").expand(batch, -1, -1, -1)
+        for _ in "kv"
+    )
+    even = int(FLOOR_SHARE * mean)
+    draw = torch.distributions.Dirichlet(torch.full((heads,), SKEW))
+    for layer in range(layers):
+        rest = (draw.sample((batch,)) * (mean - even) * heads).int()
+        lengths = (even + rest).clamp(max=length)
+        totals = lengths.sum(1).tolist()
+        ids, indptr = kv.begin(layer, totals, [length] * batch)
+        ops.compact(keys, values, first_entries(lengths.flatten()), kv.layer(layer), ids, indptr)
+    decoder = Decoder(bench.model, kv, Sampling(), NEW_TOKENS)
+    logits = torch.randn(bench.config.vocab_size, device="cuda")
+    for slot in range(batch):
+        decoder.begin(slot, logits, length, torch.rand(NEW_TOKENS, dtype=torch.float64))
+    return decoder
+
+
+def measure(bench: Bench, batch: int, length: int, mean: int) -> None:
+    """A step of ``batch`` sequences, by all ways to run it, against the floor."""
+    decoder = filled_decoder(bench, batch, length, mean)
+    times: dict[str, list[float]] = {}
+
+    def run(steps: Steps) -> list[int]:
+        decoder.grow()
+        steps.run(batch)
+        return decoder.slots.tokens[:, 0].tolist()
+
+    derived: dict[str, float] = {}
+    with adakv.attach(bench.model):
+        for name in bench.args.steps:
+            begin = time.perf_counter()
+            steps = Steps(decoder, cuda_graph=name != "eager", compile=name == "compiled")
+            run(steps)
+            derived[f"first_step_s/{name}"] = time.perf_counter() - begin
+            times[f"{name}/wall"] = wall_times(functools.partial(run, steps), STEPS)
+            times[f"{name}/device"] = device_times(functools.partial(run, steps), STEPS)
+    kept = batch * mean * bench.entry_bytes
+    floor = (bench.weight_bytes + kept) / bench.bandwidth * 1e6
+    best = min(statistics.median(samples) for samples in times.values())
+    derived |= {
+        "floor_us": floor,
+        "over_floor": best / floor,
+        "tokens_per_s": batch / best * 1e6,
+        "kept_GB": kept / 1e9,
+        "weights_GB": bench.weight_bytes / 1e9,
+        "copy_TB_per_s": bench.bandwidth / 1e12,
+    }
+    bench.report("step", {"batch": batch, "tokens": length, "mean": mean}, times, **derived)
+
+
+def largest(bench: Bench, mean: int) -> int:
+    """Sequences whose pages fit beside the model."""
+    layers, heads = bench.config.num_hidden_layers, bench.config.num_key_value_heads
+    pages = layers * KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
+    page = 2 * 16 * bench.head_dim * bench.model.dtype.itemsize + 16 * 4
+    return int((free_memory() - SPARE_BYTES) // (pages * page))
