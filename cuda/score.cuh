@@ -201,17 +201,6 @@ __device__ inline float2 join_quad(float2 pair) {
   return pair;
 }
 
-/// The maximum, or the sum, over the four lanes that share rows of a product.
-template <bool kIsMax>
-__device__ inline float reduce_quad(float x) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, x, step);
-    x = kIsMax ? fmaxf(x, other) : x + other;
-  }
-  return x;
-}
-
 /// Joins partials 0, step, 2 * step, ... below `count`, `stride` pairs apart.
 __device__ inline float2 join_partials(const float2* partials, int count, int step, int stride) {
   constexpr int kLoads = 8;  // under way at the same time

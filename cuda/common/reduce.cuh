@@ -23,6 +23,17 @@ __device__ inline T warp_sum(T x) {
   return x;
 }
 
+/// The maximum, or the sum, over the four lanes that share rows of a product.
+template <bool kIsMax>
+__device__ inline float reduce_quad(float x) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const float other = __shfl_xor_sync(kFullWarp, x, step);
+    x = kIsMax ? fmaxf(x, other) : x + other;
+  }
+  return x;
+}
+
 /// Sum over the lanes up to and including this one.
 __device__ inline int32_t warp_inclusive_sum(int32_t x) {
   const int lane = threadIdx.x % kWarpSize;

@@ -74,9 +74,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float sum = sums[j / 2][j % 2 * 2] + sums[j / 2][j % 2 * 2 + 1];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      const float sum = reduce_quad<false>(sums[j / 2][j % 2 * 2] + sums[j / 2][j % 2 * 2 + 1]);
       const int32_t t = own + j / 2 * 64 + thread_row() + j % 2 * 8;
       if (threadIdx.x % 4 == 0 && t < seq_len) norms[t] = sum / static_cast<float>(params.group);
     }
