@@ -184,6 +184,8 @@ def test_column_max_weighs_the_window(device):
     check(scorer.score(attention_inputs([[CAUSAL]], device)), [[0.5, 0.45, 0.45]])
     with pytest.raises(ValueError, match="window_weight"):
         ColumnMax(window_weight=-1)
+    with pytest.raises(ValueError, match="queries must be those of all 60 positions, got 8"):
+        ColumnMax(window=8, window_weight=1).score(layer_inputs(Prompt(length=60), device))
 
 
 # --- KVzip, arXiv 2505.23416 ----------------------------------------------------------------------

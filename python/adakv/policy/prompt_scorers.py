@@ -129,7 +129,7 @@ class Columns(NamedTuple):
     """What :class:`ColumnMax` knows of the queries."""
 
     columns: Tensor  # as PromptAttention.fold has them
-    last: Tensor  # [B, Hq, window, D], the queries of the last positions
+    last: Tensor  # [B, Hq, window, D], the window's queries; none if they have no weight
 
 
 @dataclass(frozen=True)
@@ -173,22 +173,24 @@ class ColumnMax:
         return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        batch, heads, _, head_dim = inputs.queries.shape
-        behind = torch.arange(-self.window, 0, device=inputs.keys.device)
-        rows = (inputs.ends[:, None] + behind).clamp(min=0)[:, None, :, None]
-        last = inputs.queries.gather(2, rows.expand(batch, heads, self.window, head_dim))
-        return self._joined(Columns(self._attention().score(inputs), last), inputs)
+        columns = self._attention().score(inputs)
+        return self._joined(Columns(columns, _last_queries(inputs, self._num_asked)), inputs)
 
     def fold(self, folded: Columns | None, part: LayerInputs) -> Columns:
         """:meth:`PromptAttention.fold`, of maxima, and the window's queries."""
         last = part.queries if folded is None else torch.cat([folded.last, part.queries], 2)
         columns = self._attention().fold(None if folded is None else folded.columns, part)
-        return Columns(columns, last[:, :, max(last.shape[2] - self.window, 0) :].clone())
+        return Columns(columns, last[:, :, max(last.shape[2] - self._num_asked, 0) :].clone())
 
     def finish(self, folded: Columns, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
         columns = self._attention().finish(folded.columns, inputs)
         return self._joined(Columns(columns, folded.last), inputs)
+
+    @property
+    def _num_asked(self) -> int:
+        """Queries that are also looked at apart from the others."""
+        return self.window if self.window_weight else 0
 
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
         """Of columns ``[B, Hkv, T]``."""
@@ -225,6 +227,14 @@ class ColumnMax:
             distance=self.distance,
             stride=self.stride,
         )
+
+
+def _last_queries(inputs: LayerInputs, count: int) -> Tensor:
+    """``[B, Hq, count, D]`` of the queries of all positions."""
+    batch, heads, _, head_dim = inputs.queries.shape
+    behind = torch.arange(-count, 0, device=inputs.keys.device)
+    rows = (inputs.ends[:, None] + behind).clamp(min=0)[:, None, :, None]
+    return inputs.queries.gather(2, rows.expand(batch, heads, count, head_dim))
 
 
 def _mean(x: Tensor, candidates: Tensor) -> Tensor:
