@@ -12,23 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import adakv
 from adakv import policy as policies
 from adakv.models import Cache
 from adakv.models.hf import FullAttentionLayer
 from adakv.policy import Policy
-
-_REPLAYED = "replayed"
-
-
-def _replayed(module: torch.nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stands for the prompt's attention, whose result nobody needs any more."""
-    return query, None
-
-
-AttentionInterface.register(_REPLAYED, _replayed)
 
 
 @dataclass
@@ -40,6 +30,7 @@ class _Layer:
     module: torch.nn.Module | None = None
     queries: Tensor | None = None  # [1, Hq, T, D]
     mask: Tensor | None = None
+    lse: Tensor | None = None  # [1, Hq, T]
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,12 +38,12 @@ class _Recorder(Cache):
     """A cache that keeps everything of one prompt, with the queries."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # In chunks: the prompt waits for more and nothing is compressed.
-        super().__init__(model, "full", chunked_prefill=True)
+        # A policy that is handed all that any is. In chunks: the prompt waits for more.
+        super().__init__(model, "h2o", ratio=1.0, chunked_prefill=True)
         self.recorded: list[_Layer] = []
         for layer in self.layers:
             if isinstance(layer, FullAttentionLayer):
-                layer.__dict__["attend"] = functools.partial(self._attend, layer.attend)
+                layer.__dict__["take_prompt"] = functools.partial(self._take, layer.take_prompt)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -60,20 +51,21 @@ class _Recorder(Cache):
         self.recorded.append(_Layer(key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _attend(
+    def _take(
         self,
-        attend: Any,
-        inner: str,
+        take_prompt: Any,
         module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
+        lse: Tensor | None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> None:
         layer = self.recorded[-1]
-        layer.module, layer.queries, layer.mask, layer.options = module, query, mask, kwargs
-        return attend(inner, module, query, key, value, mask, **kwargs)
+        layer.module, layer.queries, layer.options = module, query, kwargs
+        layer.mask, layer.lse = mask, lse
+        take_prompt(module, query, key, value, mask, lse, **kwargs)
 
 
 class Prefill:
@@ -134,13 +126,13 @@ class Prefill:
                 # Views, because a cache may note something on the tensors that it is given.
                 keys, values = cache.update(layer.keys[:], layer.values[:], index)
                 if layer.module is not None:
-                    cache.layers[index].attend(
-                        _REPLAYED,
+                    cache.layers[index].take_prompt(
                         layer.module,
                         layer.queries,
                         keys,
                         values,
                         layer.mask,
+                        layer.lse,
                         **layer.options,
                     )
         if policies.get(policy).needs_repeat:

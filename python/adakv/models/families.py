@@ -15,7 +15,7 @@ from torch import Tensor
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
-#: Attributes of attention modules that hold the output projection, a Linear [E, Hq * D].
+#: Attributes of attention modules that hold the output projection, [E, Hq * D].
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo")
 
 #: Layers of transformers' caches, and types of layers in configs, that adakv works with.
@@ -50,18 +50,33 @@ def check(model: Any, cache_layers: Sequence[object]) -> None:
         raise ValueError(f"model: {name} has layers without common keys and values: {others}")
 
 
-def output_projection(module: torch.nn.Module, width: int, dtype: torch.dtype) -> Tensor:
-    """``[E, width = Hq * D]``, the weight that the outputs of an attention module's heads meet."""
+def output_projection(module: torch.nn.Module, width: int, like: Tensor) -> Tensor:
+    """``[E, width = Hq * D]`` in the dtype of ``like``: what an attention module's heads meet.
+
+    A projection whose weight can't be read, being quantized or adapted, shows it by what it makes
+    of unit vectors; that takes as long as projecting ``width`` tokens.
+    """
     for name in OUTPUT_PROJECTIONS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != width:
-            continue
-        if weight.is_floating_point():
-            return weight.detach().to(dtype)
+        projection = getattr(module, name, None)
+        if isinstance(projection, torch.nn.Linear) and _is_plain(projection.weight):
+            if projection.in_features == width:
+                return projection.weight.detach().to(like.dtype)
+        elif isinstance(projection, torch.nn.Module):
+            units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
+            rows = projection(units).detach()  # the last one is the bias
+            return (rows[:-1] - rows[-1]).mT.contiguous()
     raise ValueError(
         f"model: the policy needs the weight [E, {width}] of the output projection, and "
-        f"{type(module).__name__} has none, in floating point, named "
-        f"{', '.join(OUTPUT_PROJECTIONS)}"
+        f"{type(module).__name__} has none named {', '.join(OUTPUT_PROJECTIONS)}"
+    )
+
+
+def _is_plain(weight: object) -> bool:
+    """Whether it holds the very numbers that are multiplied by, without scales elsewhere."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and isinstance(weight, Tensor)
+        and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     )
 
 

@@ -14,6 +14,7 @@ keys and values die with its layer's forward.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from adakv.models.attachment import (
     is_attached,
 )
 from adakv.models.budget import Budget
+from adakv.models.log_sum_exp import with_log_sum_exp
 from adakv.models.prompt import Attention, Prompt
 from adakv.models.repeat import repeating
 from adakv.models.store import Store
@@ -279,40 +281,56 @@ class FullAttentionLayer(AttendingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Of a prompt the model's own attention, then choosing; later appends and attends."""
         delattr(key, TAG)
-        store, columns = self._store, query.shape[2]
+        store = self._store
         store.is_attending = False
         if module.config is not self._config:
             raise ValueError("past_key_values: the cache was made for another model")
-        if store.is_prompt:
-            if self.index == 0 and not store.is_repeating:
-                store.begin_prompt(mask, key.shape[0], key.shape[2])
+        if store.is_repeating:
             result = inner_attention(inner, module, query, key, value, mask, **kwargs)
-            if store.is_repeating:
-                store.take_repeat(self.index, query, key)
-                return result  # and nothing was seen
-            self._take_prompt(module, query, key, value, kwargs)
+            store.take_repeat(self.index, query, key)  # and nothing was seen
+        elif store.is_prompt:
+            attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
+            is_causal = mask is None and query.shape[2] == key.shape[2]
+            if store.policy.needs_all_queries and is_causal:
+                result, lse = with_log_sum_exp(attend)
+            else:
+                result, lse = attend(), None
+            self.take_prompt(module, query, key, value, mask, lse, **kwargs)
         else:
             if self.index == 0:
-                store.begin_step(mask, columns)
+                store.begin_step(mask, query.shape[2])
             attention = Attention(kwargs.get("scaling"), kwargs.get("softcap"), self._sinks)
             result = store.attend(self.index, query, key, value, attention), None
-        self._num_seen += columns
+            self._num_seen += query.shape[2]
         return result
 
-    def _take_prompt(
-        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    def take_prompt(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        lse: Tensor | None,
+        **kwargs: Any,
     ) -> None:
+        """What is left to do when a prompt, or a chunk of it, has been attended to."""
+        store = self._store
+        store.is_attending = False
+        if self.index == 0:
+            store.begin_prompt(mask, key.shape[0], key.shape[2])
         sinks = kwargs.get("s_aux")
         self._sinks = None if sinks is None else sinks.detach().float()
         options = kwargs.get("scaling"), kwargs.get("softcap")
         attention = Attention(*options, self._sinks, self._rotate)
         w_o = None
-        if self._store.policy.needs_w_o:
+        if store.policy.needs_w_o:
             width = query.shape[1] * query.shape[3]
-            w_o = families.output_projection(module, width, value.dtype)
-        self._store.hold(self.index, Prompt(query, key, value, w_o, attention))
-        if not self._store.is_chunked or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
-            self._store.compact(self.index)
+            w_o = families.output_projection(module, width, value)
+        store.hold(self.index, Prompt(query, key, value, w_o, attention, lse))
+        if not store.is_chunked or (query.shape[2] == 1 and _LAST_TOKEN_COMES_ALONE):
+            store.compact(self.index)
+        self._num_seen += query.shape[2]
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what positions and masks are made from."""

@@ -27,6 +27,7 @@ class Prompt(NamedTuple):
     values: Tensor  # [B, Hkv, T, D]
     w_o: Tensor | None  # [E, Hq * D]
     attention: Attention
+    lse: Tensor | None = None  # [B, Hq, T] float32, as LayerInputs.lse
     scores: Tensor | None = None  # [B, Hkv, T] float32, if there are any before the policy's turn
 
     def inputs(self, group: slice, seen: Sequence[int], layer: int, num_layers: int) -> LayerInputs:
@@ -45,5 +46,6 @@ class Prompt(NamedTuple):
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            lse=None if self.lse is None else self.lse[group],
             rotate=rotate,
         )

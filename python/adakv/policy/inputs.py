@@ -33,6 +33,9 @@ class LayerInputs:
         Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
     sinks : ``[Hq]`` float32, optional
         Logits that join each softmax (gpt-oss).
+    lse : ``[B, Hq, T]`` float32, optional
+        Log-sum-exp of each query's logits, beside the queries of all positions, if the model's
+        attention handed it over. Saves a pass over queries and keys.
     rotate : callable, optional
         ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
         ``[n]`` or ``[B, n]``, which may be negative; for policies with :attr:`Policy.needs_rotate`.
@@ -52,6 +55,7 @@ class LayerInputs:
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    lse: Tensor | None = None
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     repeat: tuple[Tensor, Tensor] | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -100,12 +104,12 @@ class LayerInputs:
 
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
-        return self._with(queries=self.queries[..., :0].clone())
+        return self._with(queries=self.queries[..., :0].clone(), lse=None)
 
     def without_entries(self) -> LayerInputs:
         """The same shape, lengths and norms, without keys, values and queries."""
         hollow = self.keys[..., :0].clone()
-        return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None)
+        return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None, lse=None)
 
     def _with(self, **changes: Tensor | None) -> LayerInputs:
         changed = replace(self, **changes)  # type: ignore[arg-type]

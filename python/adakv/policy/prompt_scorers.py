@@ -59,6 +59,7 @@ class PromptAttention:
                 inputs.keys[sequences, :, :length],
                 inputs,
                 self.reduce,
+                lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
         return pin_sinks(scores, self.sinks)
 
@@ -107,13 +108,19 @@ class PromptAttention:
         return pin_sinks(columns, self.sinks)
 
     def _columns(
-        self, queries: Tensor, keys: Tensor, inputs: LayerInputs, reduce: ops.Reduce
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        inputs: LayerInputs,
+        reduce: ops.Reduce,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """``[B, Hkv, T]`` of every ``stride``-th query, the last of which is the last key's."""
         return ops.score(
             queries,
             keys,
             sinks=inputs.sinks,
+            lse=lse,
             scale=inputs.scale,
             softcap=inputs.softcap,
             window_reduce=reduce,
