@@ -49,13 +49,13 @@ struct ScoreSpan {
   float scale;
   float softcap;   // 0: none
   bool takes_max;  // over the window; else sums
-  // The next three are written, and read, up to a multiple of kMaxLanes.
-  // max: [W] largest logit of each query; out of score_sums, into score_window.
-  // sum: [W] out of score_sums: sum of exp(logit - max); into score_window: 1 / that sum over all
-  //      keys, 0 behind the window.
+  // The next four are written, and read, up to a multiple of kMaxLanes.
+  // max, sum: [W] out of score_sums: largest logit of each query, and sum of exp(logit - max).
+  // lse: [W] into score_window: max + log(sum) over all keys, +inf behind the window.
   // scores: [num_keys] out of score_window: probabilities, reduced over the window.
   float* max;
   float* sum;
+  const float* lse;
   float* scores;
 };
 

@@ -1,7 +1,7 @@
 // score, in four steps over chunks of keys:
 //   1. sums:    for each q head and chunk, the softmax's maximum and sum (left out if lse is given);
 //               of many queries: in blocks, each of which has all keys for its chunk
-//   2. join:    the chunks' sums, the sink's share included
+//   2. join:    the chunks' sums, the sink's share included, to log-sum-exps
 //   3. window:  probabilities, computed anew, reduced over the window and the group
 //   4. pool:    along the positions
 // Computing the logits twice costs less than keeping them: nothing of size [Hq, W, T] exists.
@@ -81,7 +81,7 @@ class Scoring {
         padded_length_(round_up(length_, kMaxLanes)),
         pools_heads_(args.order == Order::kPoolFirst),
         num_sums_(args.lse ? 0 : batch_ * num_heads_ * num_sum_chunks_ * 2 * padded_window_),
-        num_joined_(batch_ * num_heads_ * 2 * padded_window_),
+        num_joined_(batch_ * num_heads_ * padded_window_),
         num_reduced_(batch_ * (pools_heads_ ? num_heads_ + num_kv_heads_ : num_kv_heads_) *
                      padded_length_),
         workspace_(args.workspace.ptr<float>()) {}
@@ -159,26 +159,24 @@ class Scoring {
     kernels().score_sums[static_cast<int>(args_.keys.dtype)](keys);
   }
 
-  /// [2, padded_window]: maximum and 1 / sum over all keys.
+  /// [padded_window]: log-sum-exp over all keys.
   float* joined_sums(int64_t query_head) const {
-    return workspace_ + num_sums_ + query_head * 2 * padded_window_;
+    return workspace_ + num_sums_ + query_head * padded_window_;
   }
 
-  /// The chunks' sums joined; 0 behind the window and for queries before the prompt, which makes
+  /// The chunks' sums joined; +inf behind the window and for queries before the prompt, which makes
   /// probabilities of 0.
   void join_sums(int64_t query_head) const {
     const int64_t b = query_head / num_heads_, q = query_head % num_heads_;
-    float* maxima = joined_sums(query_head);
-    float* inverse_sums = maxima + padded_window_;
-    std::fill_n(maxima, 2 * padded_window_, 0.f);
+    float* joined = joined_sums(query_head);
+    std::fill_n(joined, padded_window_, INFINITY);
     if (num_candidates(b) == 0) return;
     const int64_t chunks = (seq_len(b) + sum_chunk_ - 1) / sum_chunk_;
     for (int64_t w = 0; w < window_; ++w) {
       if (args_.lse) {
         const TensorView& lse = args_.lse;
-        maxima[w] =
+        joined[w] =
             lse.ptr<const float>()[b * lse.stride[0] + q * lse.stride[1] + w * lse.stride[2]];
-        inverse_sums[w] = 1;
         continue;
       }
       const float sink = args_.sink_logits
@@ -192,8 +190,7 @@ class Scoring {
         const float* sums = chunk_sums(query_head, c);
         sum += std::exp(sums[w] - max) * sums[padded_window_ + w];
       }
-      maxima[w] = max;
-      inverse_sums[w] = 1 / sum;
+      joined[w] = max + std::log(sum);
     }
   }
 
@@ -212,8 +209,7 @@ class Scoring {
       const int64_t query_head = b * num_heads_ + h * group_ + g;
       float* own = reduced(pools_heads_ ? query_head : row) + chunk * kChunk;
       ScoreSpan keys = span(query_head, {0, window_}, {chunk * kChunk, num_keys}, args_.distance);
-      keys.max = joined_sums(query_head);
-      keys.sum = keys.max + padded_window_;
+      keys.lse = joined_sums(query_head);
       keys.scores = scores;
       kernels().score_window[static_cast<int>(args_.keys.dtype)](keys);
       if (args_.window_reduce == Reduce::kMean) average(b, chunk * kChunk, num_keys, scores);
@@ -262,7 +258,7 @@ class Scoring {
   const int64_t padded_window_, padded_length_;
   const bool pools_heads_;
   const int64_t num_sums_;     // [B, Hq, chunks of step 1, 2, padded W]
-  const int64_t num_joined_;   // [B, Hq, 2, padded W]
+  const int64_t num_joined_;   // [B, Hq, padded W]
   const int64_t num_reduced_;  // [B, Hkv, padded T]; [B, Hq + Hkv, padded T] if q heads are pooled
   float* const workspace_;     // the three, one behind the other
 };

@@ -83,36 +83,51 @@ void score_sums(const ScoreSpan& span) {
   });
 }
 
+/// kTakesMax: over the window, else sums. The largest probability is that of the largest logit - lse.
+template <bool kTakesMax>
+inline F32 take(F32 taken, F32 z) {
+  return kTakesMax ? max(z, taken) : taken + exp(z);
+}
+
+template <typename Element, bool kTakesMax>
+void reduce_window(const ScoreSpan& span) {
+  const F32 nothing = kTakesMax ? broadcast(-kInfinity) : F32{};
+  const int padded = stride_of(span.num_keys);
+  for (int i = 0; i < padded; i += kLanes) store(span.scores + i, nothing);
+  for_each_block<Element>(span, [&](const float* logits, int key, int num_keys, int query,
+                                    int count) {
+    const int stride = stride_of(count);
+    const bool sees_all = key + num_keys <= key_limit(span, query);
+    for (int first = 0; first < num_keys; first += kLanes) {
+      F32 reduced[kLanes];  // of one key each, over the lanes' queries
+      for (F32& x : reduced) x = nothing;
+      for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
+        for (int lane = 0; lane < stride; lane += kLanes) {
+          F32 z = cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap) -
+                  load(span.lse + query + lane);
+          if (!sees_all)
+            z = choose(visible_keys(span, query + lane) > key + first + i, z,
+                       broadcast(-kInfinity));
+          reduced[i] = take<kTakesMax>(reduced[i], z);
+        }
+      }
+      F32 scores = {};
+      if (kTakesMax) {
+        for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
+      } else {
+        scores = sum_each(reduced);
+      }
+      float* out = span.scores + key + first;
+      store(out, kTakesMax ? max(scores, load(out)) : scores + load(out));
+    }
+  });
+  if (!kTakesMax) return;
+  for (int i = 0; i < padded; i += kLanes) store(span.scores + i, exp(load(span.scores + i)));
+}
+
 template <typename Element>
 void score_window(const ScoreSpan& span) {
-  const bool takes_max = span.takes_max;
-  for (int i = 0; i < stride_of(span.num_keys); ++i) span.scores[i] = 0;
-  for_each_block<Element>(
-      span, [&](const float* logits, int key, int num_keys, int query, int count) {
-        const int stride = stride_of(count);
-        const bool sees_all = key + num_keys <= key_limit(span, query);
-        for (int first = 0; first < num_keys; first += kLanes) {
-          F32 reduced[kLanes] = {};  // of one key each, over the lanes' queries
-          for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
-            for (int lane = 0; lane < stride; lane += kLanes) {
-              const F32 z =
-                  cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap);
-              F32 p = exp(z - load(span.max + query + lane)) * load(span.sum + query + lane);
-              if (!sees_all)
-                p = choose(visible_keys(span, query + lane) > key + first + i, p, F32{});
-              reduced[i] = takes_max ? max(p, reduced[i]) : reduced[i] + p;
-            }
-          }
-          F32 scores = {};
-          if (takes_max) {
-            for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
-          } else {
-            scores = sum_each(reduced);
-          }
-          float* out = span.scores + key + first;
-          store(out, takes_max ? max(scores, load(out)) : scores + load(out));
-        }
-      });
+  span.takes_max ? reduce_window<Element, true>(span) : reduce_window<Element, false>(span);
 }
 
 }  // namespace adakv::ADAKV_ISA
