@@ -86,7 +86,7 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
         (["--policy", "adasnap"], "policy must be one of streaming, random, snapkv"),
         (["--budget", "64", "--ratio", "0.5"], "give --budget or --ratio, not both"),
         (["--budget", "0"], "--budget must be at least 1, got 0"),
-        (["--budget", "8"], "budget must be at least 32"),
+        (["--budget", "8"], "budget must be at least 36"),
         (["--budget", "many"], "'many' is not a valid integer"),
         (["--ratio", "1.5"], "--ratio must be above 0 and at most 1, got 1.5"),
         (["--ratio", "nan"], "--ratio must be above 0 and at most 1, got nan"),

@@ -123,6 +123,28 @@ def test_a_recorded_loop_equals_the_cpu() -> None:
     assert torch.equal(texts["cuda"], texts["cpu"])
 
 
+@pytest.mark.parametrize("policy", ONE_PASS)
+def test_a_prefill_waits_for_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is added to the model's own."""
+    # A mask has to be read on the host, once in a prompt; this model needs none.
+    model = LLAMA.model(attn_implementation="sdpa").cuda()
+    take_prompt, counts = hf.FullAttentionLayer.take_prompt, []
+
+    def strict(*args: Any, **kwargs: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            take_prompt(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(1)
+
+    monkeypatch.setattr(hf.FullAttentionLayer, "take_prompt", strict)
+    with adakv.attach(model), torch.no_grad():
+        cache = adakv.Cache(model, policy, None if policy == "full" else 70)
+        model(torch.tensor(prompts(180), device="cuda"), past_key_values=cache)
+    assert len(counts) == model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("records", [False, True])
 def test_a_step_waits_for_nothing(records: bool) -> None:
     model = both(LLAMA)["cuda"]
@@ -149,4 +171,4 @@ def test_a_step_waits_for_nothing(records: bool) -> None:
                 steps.run(2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert kv.all_layers.lengths.cpu().sum(-1).tolist() == [[heads * (40 + 31)] * 2] * 4
+    assert kv.all_layers.lengths.cpu().sum((0, 2)).tolist() == [4 * heads * (40 + 31)] * 2

@@ -68,6 +68,7 @@ def run(model: Any, given: dict[str, Any], **settings: Any) -> tuple[list[list[i
         ("ada_snapkv", "in chunks"),
         ("ada_pyramidkv", "alone"),
         ("critical_ada_snapkv", "padded"),
+        ("model_column_max", "alone"),
     ],
 )
 def test_equals_the_cpu(models: dict[str, Any], ids: torch.Tensor, policy: str, how: str) -> None:

@@ -66,6 +66,9 @@ def expected_kept(call: dict[str, Any], b: int, start: int, budget: int, critica
     return [positions[i:j].tolist() for i, j in itertools.pairwise(indptr)]
 
 
+#: One chooses when all layers are there, one in each of them.
+WAITING_OR_NOT = pytest.mark.parametrize("policy", ["model_column_max", "critical_ada_snapkv"])
+
 SCORED = [f for f in FAMILIES if f.prefix in ("Llama", "Gemma2", "Granite", "GptOss", "Phi3")]
 
 
@@ -116,14 +119,15 @@ def test_prompts_shorter_than_the_window_are_kept(policy: str) -> None:
             assert cache.stats()["lengths"][2, :, 1].tolist() == [20, 12, 17]
 
 
-def test_ratio_gives_each_sequence_what_it_gets_alone() -> None:
+@WAITING_OR_NOT
+def test_ratio_gives_each_sequence_what_it_gets_alone(policy: str) -> None:
     model, padding = LLAMA.model(), (0, 60, 15)
     batch = prompts(160, padding)
     with torch.no_grad(), adakv.attach(model):
-        together = adakv.Cache(model, ratio=0.4)
+        together = adakv.Cache(model, policy, ratio=0.4)
         model(**batch, past_key_values=together)
         for b, start in enumerate(padding):
-            alone = adakv.Cache(model, ratio=0.4)
+            alone = adakv.Cache(model, policy, ratio=0.4)
             model(batch["input_ids"][b : b + 1, start:], past_key_values=alone)
             assert alone.stats()["lengths"].sum() == 4 * 2 * int(0.4 * (160 - start) + 0.5)
             for layer in range(4):
@@ -133,14 +137,15 @@ def test_ratio_gives_each_sequence_what_it_gets_alone() -> None:
                     assert torch.equal(ours, expected)
 
 
-def test_padding_may_be_anywhere_in_what_is_new() -> None:
+@WAITING_OR_NOT
+def test_padding_may_be_anywhere_in_what_is_new(policy: str) -> None:
     model, ids = LLAMA.model(), torch.randint(3, VOCAB, (2, 220))
     mask = torch.ones_like(ids)
     mask[0, 100:120] = mask[0, 170:190] = mask[1, :30] = mask[1, 150:165] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     last, logits = {}, []
     with torch.no_grad(), adakv.attach(model):
-        cache = adakv.Cache(model, budget=48)
+        cache = adakv.Cache(model, policy, budget=48)
         for begin, end in ((0, 160), (160, 219), (219, 220)):
             out = model(
                 ids[:, begin:end],
@@ -150,7 +155,7 @@ def test_padding_may_be_anywhere_in_what_is_new() -> None:
             )
             logits.append(out.logits)
         for b in range(2):
-            last[b], alone = [], adakv.Cache(model, budget=48)
+            last[b], alone = [], adakv.Cache(model, policy, budget=48)
             for begin, end in ((0, 160), (160, 219), (219, 220)):
                 part = ids[b : b + 1, begin:end][:, mask[b, begin:end].bool()]
                 last[b].append(model(part, past_key_values=alone).logits)
@@ -222,15 +227,18 @@ def test_second_turn_sees_everything(
     assert [len(rows[0]) for rows in cache.kept(3)] == seen
 
 
+@WAITING_OR_NOT
 @pytest.mark.parametrize("chunk", [16, 40, 47])
 @pytest.mark.parametrize("padding", [(0,), (0, 30)], ids=str)
-def test_chunked_prefill_keeps_what_one_prefill_keeps(chunk: int, padding: tuple[int, ...]) -> None:
+def test_chunked_prefill_keeps_what_one_prefill_keeps(
+    policy: str, chunk: int, padding: tuple[int, ...]
+) -> None:
     model, batch = LLAMA.model(), prompts(120, padding)
     settings = {**GREEDY, "max_new_tokens": 6}
     with adakv.attach(model):
-        whole = adakv.Cache(model, budget=40)
+        whole = adakv.Cache(model, policy, budget=40)
         expected = model.generate(**batch, past_key_values=whole, **settings)
-        chunked = adakv.Cache(model, budget=40, chunked_prefill=True)
+        chunked = adakv.Cache(model, policy, budget=40, chunked_prefill=True)
         actual = model.generate(
             **batch, past_key_values=chunked, prefill_chunk_size=chunk, **settings
         )
@@ -242,7 +250,8 @@ def test_chunked_prefill_keeps_what_one_prefill_keeps(chunk: int, padding: tuple
         assert torch.equal(actual, expected)
 
 
-def test_two_caches_in_turn_are_two_conversations() -> None:
+@WAITING_OR_NOT
+def test_two_caches_in_turn_are_two_conversations(policy: str) -> None:
     model, tokens = LLAMA.model(), torch.randint(3, VOCAB, (20, 1))
     batches = prompts(90), prompts(70, (0, 5))
 
@@ -255,8 +264,10 @@ def test_two_caches_in_turn_are_two_conversations() -> None:
             yield model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
 
     with torch.no_grad(), adakv.attach(model):
-        alone = [list(conversation(batch, adakv.Cache(model, budget=40))) for batch in batches]
-        caches = [adakv.Cache(model, budget=40) for _ in batches]
+        alone = [
+            list(conversation(batch, adakv.Cache(model, policy, budget=40))) for batch in batches
+        ]
+        caches = [adakv.Cache(model, policy, budget=40) for _ in batches]
         mixed = list(zip(*map(conversation, batches, caches), strict=True))
     for ours, expected in zip(zip(*mixed, strict=True), alone, strict=True):
         assert torch.equal(torch.stack(ours), torch.stack(expected))
@@ -273,7 +284,7 @@ def test_prefill_holds_the_dense_keys_of_one_layer_only() -> None:
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(count)
     with torch.no_grad(), adakv.attach(model):
-        cache = adakv.Cache(model, budget=40, max_new_tokens=64)
+        cache = adakv.Cache(model, "ada_snapkv", budget=40, max_new_tokens=64)
         gc.disable()  # so that it is seen if something waits for the collector
         model(**batch, past_key_values=cache)
         gc.enable()
@@ -284,14 +295,15 @@ def test_prefill_holds_the_dense_keys_of_one_layer_only() -> None:
     assert cache.stats()["full_bytes"] == 4 * 2 * 101 * 2 * 16 * 4
 
 
-def test_reset_makes_room_for_another_batch() -> None:
+@WAITING_OR_NOT
+def test_reset_makes_room_for_another_batch(policy: str) -> None:
     model = FAMILIES[9].model()
     with adakv.attach(model):
-        cache = adakv.Cache(model, budget=40)
+        cache = adakv.Cache(model, policy, budget=40)
         model.generate(**prompts(90, (0, 3)), past_key_values=cache, **GREEDY)
         cache.reset()
         assert cache.stats()["pages_used"] == cache.get_seq_length() == 0
         batch = prompts(70)
         actual = model.generate(**batch, past_key_values=cache, **GREEDY)
-        fresh = adakv.Cache(model, budget=40)
+        fresh = adakv.Cache(model, policy, budget=40)
         assert torch.equal(actual, model.generate(**batch, past_key_values=fresh, **GREEDY))

@@ -51,7 +51,7 @@ def test_full_pool_says_what_is_needed_and_the_cache_goes_on(family: Any) -> Non
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"budget": 31}, "budget must be at least 32.* got 31"),
+        ({"budget": 35}, "budget must be at least 36.* got 35"),
         ({"policy": "streaming", "budget": 4}, "budget must be at least"),
         ({"budget": 64, "ratio": 0.5}, "either budget or ratio"),
         ({}, "either budget or ratio"),

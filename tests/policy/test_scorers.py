@@ -178,6 +178,16 @@ def test_column_max_has_a_floor_by_norms(device):
     assert ColumnMax(window=1).score(inputs)[..., :4].isinf().all()
 
 
+def test_column_max_takes_the_norm_that_is_asked_for(device):
+    inputs = layer_inputs(Prompt(length=60), device, all_queries=True)
+    highest = [
+        ColumnMax(window=8, norms="all", norm=norm, sinks=0).score(inputs) / inputs.norms(norm)
+        for norm in ("l1", "l2_gram")
+    ]
+    torch.testing.assert_close(highest[0][..., :52], highest[1][..., :52])
+    assert ColumnMax().norm == "l2_gram"
+
+
 def test_column_max_weighs_the_window(device):
     """The last query gives at most .3, which pooling hands to its neighbours."""
     scorer = ColumnMax(window=1, distance=1, sinks=0, norms="none", window_weight=1.5)

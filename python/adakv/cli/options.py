@@ -77,7 +77,9 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--ratio", type=float, help=ratio_help),
         click.option("--budget", type=int, help="Entries that a kv head keeps on average."),
-        click.option("--policy", default="ada_snapkv", show_default=True, help="See `adakv info`."),
+        click.option(
+            "--policy", default=adakv.policy.DEFAULT, show_default=True, help="See `adakv info`."
+        ),
     ):
         with_setting = option(with_setting)
     return with_setting

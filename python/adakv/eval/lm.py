@@ -42,7 +42,7 @@ class CompressedLM(HFLM):
     def __init__(
         self,
         pretrained: Any,
-        policy: str = "ada_snapkv",
+        policy: str = adakv.policy.DEFAULT,
         budget: int | None = None,
         ratio: float | None = None,
         **options: Any,  # lm-eval gives whatever stands in --model_args

@@ -28,7 +28,7 @@ from adakv.models.memory import Need, Shape, cache_for
 from adakv.models.sampling import Sampling
 from adakv.models.steps import Steps
 from adakv.models.texts import End, Stop, new_token_counts, token_ids
-from adakv.policy import Policy
+from adakv.policy import DEFAULT, Policy
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[str | Sequence[int] | Tensor],
     *,
-    policy: str | Policy = "ada_snapkv",
+    policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
     max_new_tokens: int | Sequence[int] = 128,
@@ -165,7 +165,7 @@ def generate_stream(
     model: PreTrainedModel,
     prompts: Sequence[str | Sequence[int] | Tensor],
     *,
-    policy: str | Policy = "ada_snapkv",
+    policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
     max_new_tokens: int | Sequence[int] = 128,

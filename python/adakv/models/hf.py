@@ -40,7 +40,7 @@ from adakv.models.log_sum_exp import with_log_sum_exp
 from adakv.models.prompt import Attention, Prompt
 from adakv.models.repeat import repeating
 from adakv.models.store import Store
-from adakv.policy import Policy
+from adakv.policy import DEFAULT, Policy
 
 _logger = logging.getLogger("adakv")
 
@@ -80,7 +80,7 @@ class Cache(TransformersCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: str | Policy = "ada_snapkv",
+        policy: str | Policy = DEFAULT,
         budget: int | None = None,
         ratio: float | None = None,
         *,

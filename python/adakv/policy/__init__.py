@@ -15,7 +15,7 @@ from adakv.policy.base import (
     Scorer,
     Selector,
 )
-from adakv.policy.presets import get, names
+from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
     ColumnMax,
@@ -36,6 +36,7 @@ from adakv.policy.selectors import TopScore, TwoStage
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
+    "DEFAULT",
     "Adaptive",
     "Allocator",
     "ColumnMax",

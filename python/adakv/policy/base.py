@@ -296,7 +296,7 @@ class Policy:
         )
         kept = self.selector.select(scores, shares, inputs, window=self.window, total=total)
         held = torch.zeros_like(scores, dtype=torch.bool).flatten(0, 1)
-        held[kept.rows(held.shape[0]), kept.positions.long()] = True
+        held[kept.rows(held.shape[0]), kept.positions.long()] = held.new_ones(())  # no host's True
         return kept, scores.masked_fill(~held.view(scores.shape), -torch.inf)
 
     def _choose(

@@ -81,6 +81,10 @@ _PRESETS: dict[str, Policy] = {
 # fmt: on
 
 
+#: Of everything that reads a prompt once, what measured best: docs/quality.md.
+DEFAULT = "model_column_max"
+
+
 def names() -> tuple[str, ...]:
     """Names of the presets."""
     return tuple(_PRESETS)

@@ -145,7 +145,8 @@ class ColumnMax:
     (DefensiveKV, arXiv 2510.13334) under what none looked at. A scorer of this library.
 
     ``C[h, t] = max over the group of h and the queries s >= t + distance of softmax(q_s . k_t *
-    scale)``, of every ``stride``-th query. With N = ``||v Wo||_1`` and means over the candidates of
+    scale)``, of every ``stride``-th query. With N = ``||v Wo||_2`` (``norm="l1"``: ``||v Wo||_1``,
+    no better and many times slower; :func:`adakv.ops.value_norm`) and means over the candidates of
     a head::
 
         S = max(C, mean(C) * N / mean(N))     norms="floor"
@@ -165,6 +166,7 @@ class ColumnMax:
     distance: int = 32
     stride: int = 1
     norms: NormUse = "floor"
+    norm: ops.Norm = "l2_gram"
     window_weight: float = 0.0
     sinks: int = 4
 
@@ -172,6 +174,7 @@ class ColumnMax:
         check_range("sinks", self.sinks, 0)
         check_range("window_weight", self.window_weight, 0)
         check_choice("norms", self.norms, get_args(NormUse))
+        check_choice("norm", self.norm, get_args(ops.Norm))
         self._attention()  # which checks the others
 
     @property
@@ -220,7 +223,7 @@ class ColumnMax:
             return pin_sinks(highest, self.sinks)
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
         highest = highest.masked_fill(~candidates, 0)
-        norms = inputs.norms().masked_fill(~candidates, 0)
+        norms = inputs.norms(self.norm).masked_fill(~candidates, 0)
         floor = _mean(highest, candidates)
         if self.norms == "all":
             return pin_sinks(highest.maximum(floor) * norms, self.sinks)
