@@ -49,13 +49,15 @@ struct ScoreSpan {
   float scale;
   float softcap;   // 0: none
   bool takes_max;  // over the window; else sums
-  // The next four are written, and read, up to a multiple of kMaxLanes.
+  // The next five are written, and read, up to a multiple of kMaxLanes.
   // max, sum: [W] out of score_sums: largest logit of each query, and sum of exp(logit - max).
   // lse: [W] into score_window: max + log(sum) over all keys, +inf behind the window.
+  // lanes: [num_keys, kMaxLanes] scratch of score_window.
   // scores: [num_keys] out of score_window: probabilities, reduced over the window.
   float* max;
   float* sum;
   const float* lse;
+  float* lanes;
   float* scores;
 };
 

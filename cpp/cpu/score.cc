@@ -205,11 +205,13 @@ class Scoring {
     const int64_t num_keys = std::min(kChunk, num_candidates(b) - chunk * kChunk);
     if (num_keys <= 0) return;
     float scores[kChunk];
+    alignas(64) float lanes[kChunk * kMaxLanes];
     for (int64_t g = 0; g < group_; ++g) {
       const int64_t query_head = b * num_heads_ + h * group_ + g;
       float* own = reduced(pools_heads_ ? query_head : row) + chunk * kChunk;
       ScoreSpan keys = span(query_head, {0, window_}, {chunk * kChunk, num_keys}, args_.distance);
       keys.lse = joined_sums(query_head);
+      keys.lanes = lanes;
       keys.scores = scores;
       kernels().score_window[static_cast<int>(args_.keys.dtype)](keys);
       if (args_.window_reduce == Reduce::kMean) average(b, chunk * kChunk, num_keys, scores);

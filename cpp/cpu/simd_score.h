@@ -89,40 +89,42 @@ inline F32 take(F32 taken, F32 z) {
   return kTakesMax ? max(z, taken) : taken + exp(z);
 }
 
+/// Each lane keeps its own maximum or sum of a key, over the queries that come its way; they are
+/// joined once, at the end.
 template <typename Element, bool kTakesMax>
 void reduce_window(const ScoreSpan& span) {
   const F32 nothing = kTakesMax ? broadcast(-kInfinity) : F32{};
   const int padded = stride_of(span.num_keys);
-  for (int i = 0; i < padded; i += kLanes) store(span.scores + i, nothing);
-  for_each_block<Element>(span, [&](const float* logits, int key, int num_keys, int query,
-                                    int count) {
-    const int stride = stride_of(count);
-    const bool sees_all = key + num_keys <= key_limit(span, query);
-    for (int first = 0; first < num_keys; first += kLanes) {
-      F32 reduced[kLanes];  // of one key each, over the lanes' queries
-      for (F32& x : reduced) x = nothing;
-      for (int i = 0; i < kLanes && first + i < num_keys; ++i) {
-        for (int lane = 0; lane < stride; lane += kLanes) {
-          F32 z = cap_logits(load(logits + (first + i) * stride + lane), span.scale, span.softcap) -
-                  load(span.lse + query + lane);
-          if (!sees_all)
-            z = choose(visible_keys(span, query + lane) > key + first + i, z,
-                       broadcast(-kInfinity));
-          reduced[i] = take<kTakesMax>(reduced[i], z);
+  for (int i = 0; i < padded * kLanes; i += kLanes) store(span.lanes + i, nothing);
+  for_each_block<Element>(
+      span, [&](const float* logits, int key, int num_keys, int query, int count) {
+        const int stride = stride_of(count);
+        const bool sees_all = key + num_keys <= key_limit(span, query);
+        for (int i = 0; i < num_keys; ++i) {
+          float* own = span.lanes + (key + i) * kLanes;
+          F32 taken = load(own);
+          for (int lane = 0; lane < stride; lane += kLanes) {
+            F32 z = cap_logits(load(logits + i * stride + lane), span.scale, span.softcap) -
+                    load(span.lse + query + lane);
+            if (!sees_all)
+              z = choose(visible_keys(span, query + lane) > key + i, z, broadcast(-kInfinity));
+            taken = take<kTakesMax>(taken, z);
+          }
+          store(own, taken);
         }
-      }
-      F32 scores = {};
-      if (kTakesMax) {
-        for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(reduced[i]);
-      } else {
-        scores = sum_each(reduced);
-      }
-      float* out = span.scores + key + first;
-      store(out, kTakesMax ? max(scores, load(out)) : scores + load(out));
+      });
+  for (int first = 0; first < padded; first += kLanes) {
+    F32 lanes[kLanes];  // of one key each
+    for (int i = 0; i < kLanes; ++i) lanes[i] = load(span.lanes + (first + i) * kLanes);
+    F32 scores = {};
+    if (kTakesMax) {
+      for (int i = 0; i < kLanes; ++i) scores[i] = max_lane(lanes[i]);
+      scores = exp(scores);
+    } else {
+      scores = sum_each(lanes);
     }
-  });
-  if (!kTakesMax) return;
-  for (int i = 0; i < padded; i += kLanes) store(span.scores + i, exp(load(span.scores + i)));
+    store(span.scores + first, scores);
+  }
 }
 
 template <typename Element>
