@@ -24,7 +24,6 @@ for topic in names:
 stream = adakv.generate_stream(
     model,
     prompts,
-    policy="critical_ada_snapkv",
     ratio=0.2,
     max_new_tokens=40,
     tokenizer=tokenizer,

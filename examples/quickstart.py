@@ -26,7 +26,7 @@ inputs = tokenizer.apply_chat_template(
 )
 
 with adakv.attach(model):
-    cache = adakv.Cache(model, policy="critical_ada_snapkv", ratio=0.1)
+    cache = adakv.Cache(model, ratio=0.1)
     tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=60, do_sample=False)
 
 stats = cache.stats()

@@ -37,7 +37,7 @@ from adakv.cli.options import (
 from adakv.cli.quality import evaluate
 from adakv.cli.show import show
 
-DEMO_POLICIES = ("ada_snapkv", "critical_ada_snapkv")
+DEMO_POLICIES = ("critical_ada_snapkv", adakv.policy.DEFAULT)
 DEMO_QUESTION = "How do I print a number with two digits after the point?"
 
 
