@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache
 
 import adakv
+from adakv.models.budget import Budget
+from adakv.models.memory import Shape, waiting_bytes
 from adakv.models.reserve import Reserve
 from adakv.policy import Defensive, ModelWide, Policy, TopScore, TwoStage, WindowAttention
 from models.families import LLAMA
@@ -111,3 +113,25 @@ def test_a_forward_that_was_stopped_is_noticed() -> None:
 
 def _stop(*_: object) -> None:
     raise KeyError("stop")
+
+
+@pytest.mark.parametrize("name", ["ada_snapkv", "layer_defensive", "model_column_max"])
+def test_what_waits_for_the_last_layer_is_known_before(name: str) -> None:
+    """generate_batch leaves room for it."""
+    model, held_bytes = LLAMA.model(), 0
+    budget = Budget.given(name, 50, None)
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, name, budget=50)
+
+        def count(*_: object) -> None:
+            nonlocal held_bytes
+            for part in (parts[0] for parts in cache._store._waiting if parts):
+                dense = part if isinstance(part, Reserve) else part.inputs
+                held_bytes += sum(x.nbytes for x in (dense.keys, dense.values, part.scores))
+
+        model.model.layers[3].register_forward_pre_hook(count)
+        model(**prompts(150), past_key_values=cache)
+    known = waiting_bytes(budget, 150, Shape(4, 2, 16, torch.float32, torch.device("cpu")))
+    joined = 4 * 2 * 150 * 4 if held_bytes else 0  # the scores once more, of 4 layers and 2 heads
+    assert known == held_bytes * 4 // 3 + joined
+    assert (known == 0) == (name == "ada_snapkv")

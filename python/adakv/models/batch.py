@@ -202,6 +202,7 @@ def generate_stream(
         ids,
         needs,
         shape,
+        limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
         page_size=options.page_size,

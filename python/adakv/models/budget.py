@@ -55,6 +55,13 @@ class Budget:
         share = math.floor(self.ratio * prompt_len + 0.5)
         return max(self.policy.window + 1, self._least, share)
 
+    def waiting(self, prompt_len: int) -> int:
+        """Entries per kv head that a layer holds, all heads on average, until the last is there."""
+        if not self.policy.is_model_wide:
+            return 0
+        share: float | None = getattr(self.policy.allocator, "reserve", None)
+        return prompt_len if share is None else min(round(share * self.of(prompt_len)), prompt_len)
+
     def totals(self, prompt_len: int, *, num_kv_heads: int, num_layers: int) -> list[int]:
         """Most entries that each layer keeps of a prompt, all its kv heads together."""
         shape = torch.empty(1, num_kv_heads, prompt_len, 0)  # all that totals depend on

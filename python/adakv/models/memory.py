@@ -72,6 +72,7 @@ def cache_for(
     prompts: Sequence[Tensor],
     needs: Sequence[Need],
     shape: Shape,
+    budget: Budget,
     *,
     max_batch: int,
     cache_bytes: int | None,
@@ -85,7 +86,9 @@ def cache_for(
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots])
     page_bytes = page_size * (2 * shape.head_dim * shape.dtype.itemsize + 4)
     if cache_bytes is None and shape.device.type == "cuda":
-        cache_bytes = _free_bytes(model, max(prompts, key=len))
+        longest = max(prompts, key=len)
+        waiting = waiting_bytes(budget, len(longest), shape)
+        cache_bytes = _free_bytes(model, longest, waiting)
     if cache_bytes is not None:
         pages = min(pages, cache_bytes // page_bytes)
     for index, need in enumerate(needs):
@@ -107,7 +110,17 @@ def cache_for(
     )
 
 
-def _free_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
+def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:
+    """What layers hold beside the pages until the last one of a prompt is there: keys and values,
+    and scores, once more when they are joined."""
+    entries = budget.waiting(prompt_len)
+    if entries == 0:
+        return 0
+    entry_bytes = 2 * shape.head_dim * shape.dtype.itemsize
+    return shape.num_layers * shape.num_kv_heads * (entries * entry_bytes + 2 * 4 * prompt_len)
+
+
+def _free_bytes(model: PreTrainedModel, prompt: Tensor, waiting: int) -> int:
     """CUDA memory that is left for pages while a prompt is read, from reading its beginning."""
     device = model.device
     ids = prompt[None, :_PROBE].to(device)
@@ -119,4 +132,4 @@ def _free_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     prefill = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(_SHARE * max(free - prefill * len(prompt) // ids.shape[1], 0))
+    return int(_SHARE * max(free - prefill * len(prompt) // ids.shape[1] - waiting, 0))

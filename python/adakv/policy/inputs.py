@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,11 @@ class LayerInputs:
     def length(self) -> int:
         """T, the padded length of the prompts."""
         return self.keys.shape[2]
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """What :func:`adakv.ops.score` has to know of the model's attention."""
+        return {"sinks": self.sinks, "scale": self.scale, "softcap": self.softcap}
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""

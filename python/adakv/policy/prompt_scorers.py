@@ -119,10 +119,8 @@ class PromptAttention:
         return ops.score(
             queries,
             keys,
-            sinks=inputs.sinks,
+            **inputs.attention,
             lse=lse,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
             window_reduce=reduce,
             group_reduce=self.group_reduce,
             pool="none",
@@ -210,9 +208,7 @@ class ColumnMax:
             prompt.last,
             inputs.keys,
             seq_lens=inputs.seq_lens,
-            sinks=inputs.sinks,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
+            **inputs.attention,
             window_reduce="max",
             group_reduce="max",
         )
@@ -385,9 +381,7 @@ class RepeatAttention:
         scores = ops.score(
             queries[one],
             torch.cat([inputs.keys[one, :, :length], more[one]], 2),
-            sinks=inputs.sinks,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
+            **inputs.attention,
             window_reduce="max",
             group_reduce="max",
             pool="none",
