@@ -75,7 +75,7 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
     assert run_command_line(["demo", model, *options]) == 0
     full, *runs = json.loads(path.read_text())["runs"]
     assert [run["title"] for run in runs] == ["critical_ada_snapkv", "model_column_max"]
-    assert runs[0]["cache_bytes"] == runs[1]["cache_bytes"] < full["cache_bytes"] / 3
+    assert max(run["cache_bytes"] for run in runs) < full["cache_bytes"] / 3
     out = capsys.readouterr().out
     assert all(run["title"] in out for run in (full, *runs))
 
