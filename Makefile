@@ -9,7 +9,9 @@
 #   CUDA    AUTO, ON or OFF; by default CUDA code is built where there is a GPU to run it
 #   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
 #   VLLM_VENV     the environment of vLLM, which wants other versions than the rest
-#   MODEL   the model of the demo and of the end-to-end benchmark
+#   MODEL   the model of the demo, of the end-to-end benchmark and of `make quality`, a file or folder
+#   TEXT, QA, EVAL_OPTIONS  what `make quality` reads: a text, questions in SQuAD's layout if there
+#           are any, and more options of `adakv eval`
 #   DEVICE  where `make embed` and `make bench` run, cpu or cuda
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -42,7 +44,8 @@ CLANG := $(shell command -v clang++)
 comma := ,
 
 .PHONY: help setup build model demo embed test test-cpp test-python test-asan test-ubsan test-tsan \
-	test-arm test-gpu test-wheel vllm test-vllm fuzz lint format bench docs cuda-check wheel clean
+	test-arm test-gpu test-wheel vllm test-vllm fuzz lint format bench quality docs cuda-check wheel \
+	clean
 
 help: ## list the words
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -150,6 +153,14 @@ format: setup ## let the formatters decide
 bench: build model ## the benchmarks of this machine, into benchmarks/results/
 	for bench in $(BENCHES); do python $$bench --device $(DEVICE) --save $(DEVICE) || exit 1; done
 	python benchmarks/end_to_end.py --device $(DEVICE) --model $(MODEL) --save $(DEVICE)
+
+quality: build model ## every preset against the full cache on TEXT=book.txt, into build/quality
+	$(if $(TEXT),,$(error quality: give a text, TEXT=book.txt))
+	mkdir -p build/quality
+	adakv eval $(MODEL) --text $(TEXT) --needles $(TEXT) $(if $(QA),--qa $(QA)) --aware both \
+		--policies $$(python -c 'import adakv; print(*adakv.policies(), sep=",")') \
+		--records build/quality/records.jsonl --json build/quality/quality.json \
+		--markdown build/quality/quality.md --plot build/quality/quality.png $(EVAL_OPTIONS)
 
 docs: build ## check the documentation and make the site, into build/site; needs Doxygen
 	python -m pytest tests/test_docs.py
