@@ -47,6 +47,10 @@ _logger = logging.getLogger("adakv")
 # generate(prefill_chunk_size=...) of 4.57 leaves the prompt's last token to a forward of its own.
 _LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
 
+#: Arguments of attention functions that change logits or add some: then torch's log-sum-exp, if
+#: there is one, may be another than that of the scores.
+_MORE_LOGITS = ("softcap", "s_aux", "position_bias")
+
 
 class Cache(TransformersCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
@@ -292,7 +296,8 @@ class FullAttentionLayer(AttendingLayer):
         elif store.is_prompt:
             attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
             is_causal = mask is None and query.shape[2] == key.shape[2]
-            if store.policy.needs_all_queries and is_causal:
+            is_plain = all(kwargs.get(name) is None for name in _MORE_LOGITS)
+            if store.policy.needs_all_queries and is_causal and is_plain:
                 result, lse = with_log_sum_exp(attend)
             else:
                 result, lse = attend(), None
