@@ -23,14 +23,13 @@ from adakv.policy import Policy
 
 @dataclass
 class _Layer:
-    """What a layer handed to the cache and, if it is not a sliding one, to its attention."""
+    """What a layer handed to the cache and, if it is not a sliding one, took of its prompt."""
 
     keys: Tensor  # [1, Hkv, T, D]
     values: Tensor  # [1, Hkv, T, D]
     module: torch.nn.Module | None = None
     queries: Tensor | None = None  # [1, Hq, T, D]
-    mask: Tensor | None = None
-    lse: Tensor | None = None  # [1, Hq, T]
+    rest: tuple[Any, ...] = ()  # more of take_prompt's arguments: mask, lse
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,16 +55,13 @@ class _Recorder(Cache):
         take_prompt: Any,
         module: torch.nn.Module,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        lse: Tensor | None,
-        **kwargs: Any,
+        *keys_values_rest: Any,
+        **options: Any,
     ) -> None:
         layer = self.recorded[-1]
-        layer.module, layer.queries, layer.options = module, query, kwargs
-        layer.mask, layer.lse = mask, lse
-        take_prompt(module, query, key, value, mask, lse, **kwargs)
+        layer.module, layer.queries = module, query
+        layer.rest, layer.options = keys_values_rest[2:], options
+        take_prompt(module, query, *keys_values_rest, **options)
 
 
 class Prefill:
@@ -127,13 +123,7 @@ class Prefill:
                 keys, values = cache.update(layer.keys[:], layer.values[:], index)
                 if layer.module is not None:
                     cache.layers[index].take_prompt(
-                        layer.module,
-                        layer.queries,
-                        keys,
-                        values,
-                        layer.mask,
-                        layer.lse,
-                        **layer.options,
+                        layer.module, layer.queries, keys, values, *layer.rest, **layer.options
                     )
         if policies.get(policy).needs_repeat:
             with torch.inference_mode():
