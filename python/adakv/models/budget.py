@@ -59,8 +59,9 @@ class Budget:
         """Entries per kv head that a layer holds, all heads on average, until the last is there."""
         if not self.policy.is_model_wide:
             return 0
-        share: float | None = getattr(self.policy.allocator, "reserve", None)
-        return prompt_len if share is None else min(round(share * self.of(prompt_len)), prompt_len)
+        if not self.policy.reserves:
+            return prompt_len
+        return min(self.policy.reserved(self.of(prompt_len), prompt_len), prompt_len)
 
     def totals(self, prompt_len: int, *, num_kv_heads: int, num_layers: int) -> list[int]:
         """Most entries that each layer keeps of a prompt, all its kv heads together."""

@@ -71,13 +71,10 @@ def output_projection(module: torch.nn.Module, width: int, like: Tensor) -> Tens
     )
 
 
-def _is_plain(weight: object) -> bool:
+def _is_plain(weight: Tensor) -> bool:
     """Whether it holds the very numbers that are multiplied by, without scales elsewhere."""
-    return (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and isinstance(weight, Tensor)
-        and weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    )
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in dtypes
 
 
 def rotation(decoder: torch.nn.Module) -> Rotate:

@@ -329,8 +329,9 @@ class FullAttentionLayer(AttendingLayer):
         self._sinks = None if sinks is None else sinks.detach().float()
         options = kwargs.get("scaling"), kwargs.get("softcap")
         attention = Attention(*options, self._sinks, self._rotate)
-        w_o = None
-        if store.policy.needs_w_o:
+        before = store.prompt(self.index)
+        w_o = None if before is None else before.w_o
+        if store.policy.needs_w_o and w_o is None:
             width = query.shape[1] * query.shape[3]
             w_o = families.output_projection(module, width, value)
         store.hold(self.index, Prompt(query, key, value, w_o, attention, lse))

@@ -27,7 +27,7 @@ class Prompt(NamedTuple):
     values: Tensor  # [B, Hkv, T, D]
     w_o: Tensor | None  # [E, Hq * D]
     attention: Attention
-    lse: Tensor | None = None  # [B, Hq, T] float32, as LayerInputs.lse
+    lse: Tensor | None = None  # [B, Hq, T] float32, as LayerInputs.lse; none of prompts in chunks
     scores: Tensor | None = None  # [B, Hkv, T] float32, if there are any before the policy's turn
 
     def inputs(self, group: slice, seen: Sequence[int], layer: int, num_layers: int) -> LayerInputs:

@@ -152,7 +152,6 @@ class Store:
         queries = prompt.queries
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
-            prompt = prompt._replace(lse=None)  # that of the newest alone
         if not self.policy.needs_all_queries:
             # A copy, so that the other queries can be freed.
             queries = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()

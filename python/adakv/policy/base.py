@@ -268,6 +268,11 @@ class Policy:
         """Whether layers drop a part of their prompts before the last one is there."""
         return getattr(self.allocator, "reserve", None) is not None
 
+    def reserved(self, budget: int, prompt_len: int) -> int:
+        """Mean entries per kv head that :meth:`reserve` holds of a prompt."""
+        share: float = getattr(self.allocator, "reserve", None) or 1.0
+        return min(round(share * budget), max(prompt_len, budget))
+
     def reserve(
         self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None
     ) -> tuple[Kept, Tensor]:
@@ -283,10 +288,7 @@ class Policy:
         if all(n <= b for n, b in zip(lengths, even, strict=True)):
             kept = _keep_everything(inputs)
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
-        share: float = getattr(self.allocator, "reserve", None) or 1.0
-        budgets = tuple(
-            min(round(share * b), max(n, b)) for n, b in zip(lengths, even, strict=True)
-        )
+        budgets = tuple(self.reserved(b, n) for n, b in zip(lengths, even, strict=True))
         scores = self.scorer.score(inputs) if scores is None else scores
         shares = self.allocator.allocate(scores, inputs, budgets, window=self.window)
         heads = inputs.num_kv_heads
@@ -296,7 +298,8 @@ class Policy:
         )
         kept = self.selector.select(scores, shares, inputs, window=self.window, total=total)
         held = torch.zeros_like(scores, dtype=torch.bool).flatten(0, 1)
-        held[kept.rows(held.shape[0]), kept.positions.long()] = held.new_ones(())  # no host's True
+        rows = kept.rows(held.shape[0])
+        held[rows, kept.positions.long()] = held.new_ones(())  # True would come from the host
         return kept, scores.masked_fill(~held.view(scores.shape), -torch.inf)
 
     def _choose(
