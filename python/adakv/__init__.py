@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adakv import _C, cache, ops, policy
-from adakv._C import Error, __version__, cpu_instruction_set, cuda_unavailable_reason
+from adakv._C import __version__, cpu_instruction_set, cuda_unavailable_reason
+from adakv.errors import Error
 from adakv.policy import Policy
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 
-from adakv import Error
 from adakv.cache import KVCache
+from adakv.errors import Error
 from adakv.models import families
 from adakv.models.attachment import (
     TAG,

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from adakv import Error
 from adakv.cache import KVCache
+from adakv.errors import Error
 from adakv.models.attachment import cache_layers, decoder_of
 from adakv.models.budget import Budget
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adakv import Error
+from adakv.errors import Error
 from adakv.models.store import Store
 
 

@@ -19,8 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from adakv import Error, ops
+from adakv import ops
 from adakv.cache import KVCache, sequences
+from adakv.errors import Error
 from adakv.models.budget import Budget
 from adakv.models.deal import advance, begin
 from adakv.models.padded_step import PaddedStep

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adakv import Error
+from adakv.errors import Error
 
 
 class Counts(NamedTuple):
