@@ -97,7 +97,7 @@ void score(handle queries,
   args.queries = view_of("queries", queries);
   args.keys = view_of("keys", keys);
   args.seq_lens = view_of("seq_lens", seq_lens);
-  args.sink_logits = view_of("sinks", sink_logits);
+  args.sink_logits = view_of("sink_logits", sink_logits);
   args.lse = view_of("lse", lse);
   args.scale = scale;
   args.softcap = softcap;
@@ -256,7 +256,7 @@ void attend(handle queries,
   args.keys = view_of("keys", keys);
   args.values = view_of("values", values);
   args.num_new = view_of("num_new", num_new);
-  args.sink_logits = view_of("sinks", sink_logits);
+  args.sink_logits = view_of("sink_logits", sink_logits);
   args.scale = scale;
   args.softcap = softcap;
   args.num_workers = num_workers;

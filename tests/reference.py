@@ -67,7 +67,7 @@ def score(
     keys: Tensor,
     *,
     seq_lens: Tensor | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     window_reduce: str = "mean",
@@ -90,8 +90,10 @@ def score(
             continue
         q, k = queries[b].cpu().to(dtype), keys[b, :, :seq_len].cpu().to(dtype)
         z = window_logits(q, k, scale, softcap, stride)
-        if sinks is not None:
-            z = torch.cat([z, sinks.cpu().to(dtype)[:, None, None].expand(-1, num_queries, 1)], -1)
+        if sink_logits is not None:
+            z = torch.cat(
+                [z, sink_logits.cpu().to(dtype)[:, None, None].expand(-1, num_queries, 1)], -1
+            )
         position = _window_positions(seq_len, num_queries, stride)[:, None]
         counts = position - distance >= torch.arange(n)  # [W, n]
         p = z.softmax(-1)[..., :n].where(counts, 0)
@@ -354,7 +356,7 @@ def attend(
     layer: Any,
     *,
     num_new: Tensor | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
@@ -375,8 +377,8 @@ def attend(
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
                 z = _capped(z, softcap)
-                if sinks is not None:
-                    z = torch.cat([z, sinks[q : q + 1].cpu().to(dtype)])
+                if sink_logits is not None:
+                    z = torch.cat([z, sink_logits[q : q + 1].cpu().to(dtype)])
                 lse[b, q, s] = z.logsumexp(0)
                 out[b, q, s] = z.softmax(0)[:seen] @ values[:seen]
     return out, lse

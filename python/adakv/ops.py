@@ -74,7 +74,7 @@ def score(
     keys: Tensor,
     *,
     seq_lens: Tensor | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     lse: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -103,11 +103,11 @@ def score(
         Prompt keys, after RoPE.
     seq_lens : ``[B]`` int32, optional
         Prompt lengths, 0 to T. Default: all T.
-    sinks : ``[Hq]`` float32, optional
+    sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax and attend to nothing (gpt-oss).
     lse : ``[B, Hq, W]`` float32, optional
-        Log-sum-exp of z (natural log, sinks included), if the attention handed it over; saves a
-        pass over the keys.
+        Log-sum-exp of z (natural log, sink logits included), if the attention handed it over; saves
+        a pass over the keys.
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
     window_reduce, group_reduce : "mean", "max" or "sum"
@@ -134,7 +134,7 @@ def score(
         queries,
         keys,
         seq_lens,
-        sinks,
+        sink_logits,
         lse,
         scale or 0.0,
         softcap or 0.0,
@@ -354,7 +354,7 @@ def attend(
     keys: Tensor | None = None,
     values: Tensor | None = None,
     num_new: Tensor | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     prefetch: bool = False,
@@ -374,7 +374,7 @@ def attend(
     keys, values : ``[B, Hkv, S, D]``, optional
     num_new : ``[B]`` int32, optional
         As in :func:`append`; padding columns give 0.
-    sinks : ``[Hq]`` float32, optional
+    sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax and attend to nothing (gpt-oss).
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
@@ -386,8 +386,8 @@ def attend(
     -------
     out : ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``
     lse : ``[B, Hq, S]`` float32
-        Natural log of the sum of exponentials, sinks included; ``-inf`` where nothing was attended
-        to.
+        Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
+        attended to.
     """
     out, lse = verb("attend")(
         queries,
@@ -396,7 +396,7 @@ def attend(
         keys,
         values,
         num_new,
-        sinks,
+        sink_logits,
         scale or 0.0,
         softcap or 0.0,
         prefetch,

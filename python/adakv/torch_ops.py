@@ -21,7 +21,7 @@ def _score(
     queries: Tensor,
     keys: Tensor,
     seq_lens: Tensor | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     lse: Tensor | None,
     scale: float,
     softcap: float,
@@ -39,7 +39,7 @@ def _score(
         queries,
         keys,
         seq_lens,
-        sinks,
+        sink_logits,
         lse,
         scale,
         softcap,
@@ -121,7 +121,7 @@ def _attend(
     keys: Tensor | None,
     values: Tensor | None,
     num_new: Tensor | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     scale: float,
     softcap: float,
     prefetch: bool,
@@ -130,7 +130,7 @@ def _attend(
     workers = _num_workers(queries.device)
     _C.attend(
         queries, pages, page_positions, block_table, lengths, seen, fresh_pages, schedule,
-        keys, values, num_new, sinks, scale, softcap, workers, prefetch, out, lse,
+        keys, values, num_new, sink_logits, scale, softcap, workers, prefetch, out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -159,9 +159,9 @@ _LAYER = (
 #: verb -> (schema, body, fake)
 _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "score": (
-        "(Tensor queries, Tensor keys, Tensor? seq_lens, Tensor? sinks, Tensor? lse, float scale, "
-        "float softcap, str window_reduce, str group_reduce, str order, str pool, int pool_width, "
-        "int window=-1, int stride=1, int distance=0) -> Tensor",
+        "(Tensor queries, Tensor keys, Tensor? seq_lens, Tensor? sink_logits, Tensor? lse, "
+        "float scale, float softcap, str window_reduce, str group_reduce, str order, str pool, "
+        "int pool_width, int window=-1, int stride=1, int distance=0) -> Tensor",
         _score,
         lambda queries, keys, *_: keys.new_empty(keys.shape[:3], dtype=torch.float32),
     ),
@@ -201,7 +201,7 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     ),
     "attend": (
         f"(Tensor queries, {_LAYER.format('')}, Tensor schedule, Tensor? keys, Tensor? values, "
-        "Tensor? num_new, Tensor? sinks, float scale, float softcap, bool prefetch) "
+        "Tensor? num_new, Tensor? sink_logits, float scale, float softcap, bool prefetch) "
         "-> (Tensor, Tensor)",
         _attend,
         lambda queries, *_: _attend_outputs(queries),

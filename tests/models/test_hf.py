@@ -54,7 +54,7 @@ def expected_kept(call: dict[str, Any], b: int, start: int, budget: int, critica
     scores = reference.score(
         call["query"][b : b + 1, :, -window:],
         keys,
-        sinks=None if sinks is None else sinks.detach(),
+        sink_logits=None if sinks is None else sinks.detach(),
         scale=call["scaling"],
         softcap=call.get("softcap"),
     )

@@ -64,7 +64,7 @@ def definitions(call: dict[str, Any], b: int, start: int) -> tuple[Tensor, Tenso
     scores = reference.score(
         call["query"][b : b + 1, :, -32:],
         call["key"][b : b + 1, :, start:],
-        sinks=None if sinks is None else sinks.detach(),
+        sink_logits=None if sinks is None else sinks.detach(),
         scale=call["scaling"],
         softcap=call.get("softcap"),
     )

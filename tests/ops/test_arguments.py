@@ -85,7 +85,7 @@ def score(**changes: Any) -> None:
             {"seq_lens": torch.tensor([40, 40])},
             "seq_lens must be float32, float16, bfloat16 or int32, got torch.int64",
         ),
-        ({"sinks": torch.zeros(3)}, "sink_logits must be [Hq = 4], got [3]"),
+        ({"sink_logits": torch.zeros(3)}, "sink_logits must be [Hq = 4], got [3]"),
         ({"lse": torch.zeros(B, HQ, 3)}, "lse must be [B = 2, Hq = 4, W = 8], got [2, 4, 3]"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
         ({"softcap": -1.0}, "softcap must be 0 (none) or more, got -1"),
@@ -224,8 +224,8 @@ def test_attend_names_what_is_wrong(layer: ops.Layer) -> None:
             "pages must be bfloat16 like queries, got float32",
         ),
         (
-            lambda: ops.attend(queries, layer, schedule, sinks=torch.zeros(HQ).double()),
-            "sinks must be float32",
+            lambda: ops.attend(queries, layer, schedule, sink_logits=torch.zeros(HQ).double()),
+            "sink_logits must be float32",
         ),
     ]:
         with pytest.raises(ValueError) as error:

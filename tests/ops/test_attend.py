@@ -77,7 +77,7 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
     heads = len(case.lengths[0]) * case.group
     return {
         "num_new": None if case.num_new is None else int32(case.num_new, device),
-        "sinks": torch.randn(heads, device=device) if case.with_sinks else None,
+        "sink_logits": torch.randn(heads, device=device) if case.with_sinks else None,
         "scale": case.scale,
         "softcap": case.softcap,
     }

@@ -50,14 +50,14 @@ def test_score_reduces_as_told(
 def test_score_of_wide_windows_and_options(dtype: torch.dtype, device: torch.device) -> None:
     for window, softcap, with_sinks in product((33, 128, 150), (None, 5.0), (False, True)):
         case = Prompt(length=1700, window=window, group=2, dtype=dtype, seq_lens=(1700, 901))
-        sinks = torch.randn(4, device=device) if with_sinks else None
+        sink_logits = torch.randn(4, device=device) if with_sinks else None
         check(
             case.queries(device) * 3,
             case.entries(device),
             seq_lens=case.lengths(device),
             scale=0.2,
             softcap=softcap,
-            sinks=sinks,
+            sink_logits=sink_logits,
         )
 
 
@@ -88,7 +88,7 @@ def test_score_of_any_queries(num_queries: int, dtype: torch.dtype, device: torc
             queries,
             keys,
             seq_lens=case.lengths(device),
-            sinks=torch.linspace(-1, 2, 6, device=device),
+            sink_logits=torch.linspace(-1, 2, 6, device=device),
             window_reduce=reduce,
             group_reduce=reduce,
             pool="none" if window == 0 else "avg",

@@ -65,7 +65,7 @@ def test_folded_scores_are_those_of_the_whole_prompt(device: torch.device, score
         layer_inputs(prompt, device, all_queries=True),
         scale=0.4,
         softcap=10.0,
-        sinks=torch.randn(6, device=device),
+        sink_logits=torch.randn(6, device=device),
     )
     exact = scorer.score(whole)
     kept = kept_rows(policy.choose(whole, 40), 2)

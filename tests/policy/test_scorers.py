@@ -152,11 +152,11 @@ def test_prompt_attention_in_pieces_is_the_whole(device):
     prompt = Prompt(batch=1, kv_heads=2, group=2, length=300, head_dim=16)
     inputs = layer_inputs(prompt, device, all_queries=True)
     object.__setattr__(inputs, "softcap", 3.0)
-    object.__setattr__(inputs, "sinks", torch.tensor([0.5, 1, 2, -1], device=device))
+    object.__setattr__(inputs, "sink_logits", torch.tensor([0.5, 1, 2, -1], device=device))
     q, k = inputs.queries.double().cpu(), inputs.keys.double().cpu().repeat_interleave(2, 1)
     z = 3 * torch.tanh(q @ k.mT / 4 / 3)
     z = z.masked_fill(~torch.ones(300, 300).tril().bool(), -torch.inf)
-    extra = inputs.sinks.cpu().double().view(1, 4, 1, 1).expand(1, 4, 300, 1)
+    extra = inputs.sink_logits.cpu().double().view(1, 4, 1, 1).expand(1, 4, 300, 1)
     p = torch.cat([z, extra], -1).softmax(-1)[..., :300]
     expected = p.sum(2).view(1, 2, 2, 300).mean(2)
     torch.testing.assert_close(PromptAttention().score(inputs).cpu(), expected.float())

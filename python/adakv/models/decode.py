@@ -222,7 +222,7 @@ class StepLayer(AttendingLayer):
             keys=key,
             values=value,
             num_new=self._cache.num_new,
-            sinks=None if sinks is None else sinks.float(),
+            sink_logits=None if sinks is None else sinks.float(),
             scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),
             prefetch=self._index > 0,  # a compiler may move the plan right before its first use

@@ -86,7 +86,7 @@ class PaddedStep:
             keys=new_keys,
             values=new_values,
             num_new=self._num_new,
-            sinks=sinks,
+            sink_logits=sinks,
             scale=scale,
             softcap=softcap,
             prefetch=layer > 0 and not self._pieces,  # else it was planned just now

@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
             num_layers,
             scale=scale,
             softcap=softcap,
-            sinks=sinks,
+            sink_logits=sinks,
             lse=None if self.lse is None else self.lse[group],
             rotate=rotate,
         )

@@ -35,8 +35,8 @@ def attention(inputs: LayerInputs, rows: slice, length: int | None = None) -> Te
     positions = query_positions(inputs)[:, None, None, rows, None]  # [B or 1, 1, 1, R, 1]
     seen = torch.arange(length, device=keys.device) <= positions
     z = z.masked_fill(~seen, -torch.inf)
-    if inputs.sinks is not None:
-        sinks = inputs.sinks.view(1, *shape[1:3], 1, 1).expand(*shape[:4], 1)
+    if inputs.sink_logits is not None:
+        sinks = inputs.sink_logits.view(1, *shape[1:3], 1, 1).expand(*shape[:4], 1)
         z = torch.cat([z, sinks], -1)
     is_token = positions < inputs.ends[:, None, None, None, None]
     p = z.softmax(-1)[..., :length]

@@ -32,7 +32,7 @@ class LayerInputs:
         ``prompt_lens`` on the device; may be left out if all are T.
     scale, softcap : float, optional
         Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
-    sinks : ``[Hq]`` float32, optional
+    sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax (gpt-oss).
     lse : ``[B, Hq, T]`` float32, optional
         Log-sum-exp of each query's logits, beside the queries of all positions, if the model's
@@ -55,7 +55,7 @@ class LayerInputs:
     seq_lens: Tensor | None = None
     scale: float | None = None
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
     lse: Tensor | None = None
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     repeat: tuple[Tensor, Tensor] | None = None
@@ -96,7 +96,7 @@ class LayerInputs:
     @property
     def attention(self) -> dict[str, Any]:
         """What :func:`adakv.ops.score` has to know of the model's attention."""
-        return {"sinks": self.sinks, "scale": self.scale, "softcap": self.softcap}
+        return {"sink_logits": self.sink_logits, "scale": self.scale, "softcap": self.softcap}
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""

@@ -165,7 +165,7 @@ class EngineCache:
                 keys=k,
                 values=v,
                 num_new=group.num_new,
-                sinks=sinks,
+                sink_logits=sinks,
                 scale=scale,
                 softcap=softcap,
             )

@@ -136,7 +136,7 @@ class LayerPrompts:
             num_layers=self._num_layers,
             scale=scale,
             softcap=softcap,
-            sinks=sinks,
+            sink_logits=sinks,
             rotate=rotate,
         )
 
