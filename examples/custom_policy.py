@@ -15,15 +15,15 @@ class ValueAware:
     ``S[h, t] = attention[h, t] * |v[h, t]|_1``; the first entries, whose values are small, stay.
     """
 
-    attention: WindowAttention = field(default_factory=lambda: WindowAttention(sinks=4))
+    attention: WindowAttention = field(default_factory=lambda: WindowAttention(pinned=4))
 
     @property
     def window(self) -> int:
         return self.attention.window
 
     @property
-    def sinks(self) -> int:
-        return self.attention.sinks
+    def pinned(self) -> int:
+        return self.attention.pinned
 
     def score(self, inputs: LayerInputs) -> Tensor:
         sizes = inputs.values.float().abs().sum(-1)  # [B, Hkv, T]

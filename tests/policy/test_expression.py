@@ -26,8 +26,8 @@ from adakv.policy import (
             Policy(ColumnMax(stride=4, norms="all"), ModelWide(floor=0.1), TwoStage()),
         ),
         (
-            "WindowAttention(sinks=4) * Uniform(layers=Pyramid(beta=5)) * TopScore()",
-            Policy(WindowAttention(sinks=4), Uniform(Pyramid(beta=5)), TopScore()),
+            "WindowAttention(pinned=4) * Uniform(layers=Pyramid(beta=5)) * TopScore()",
+            Policy(WindowAttention(pinned=4), Uniform(Pyramid(beta=5)), TopScore()),
         ),
     ],
 )
@@ -51,8 +51,8 @@ def test_every_preset_can_be_written(name: str) -> None:
         ("KeyDiff(4) * Adaptive() * TopScore()", r"KeyDiff\(4\) must be one of"),
         ("KeyDiff(**{}) * Adaptive() * TopScore()", "unexpected keyword"),
         ("KeyDiff(depth=4) * Adaptive() * TopScore()", "unexpected keyword argument 'depth'"),
-        ("KeyDiff(sinks=-1) * Adaptive() * TopScore()", "sinks must be at least 0, got -1"),
-        ("KeyDiff(sinks=open('x')) * Adaptive() * TopScore()", r"open\('x'\) must be one of"),
+        ("KeyDiff(pinned=-1) * Adaptive() * TopScore()", "pinned must be at least 0, got -1"),
+        ("KeyDiff(pinned=open('x')) * Adaptive() * TopScore()", r"open\('x'\) must be one of"),
         ("exit() * Adaptive() * TopScore()", r"exit\(\) must be one of"),
     ],
 )

@@ -31,14 +31,14 @@ LENGTH = 150
 REDUCES = get_args(ops.Reduce)
 SCORERS = [
     *(PromptAttention(window=8, reduce=r, group_reduce=g) for r in REDUCES for g in REDUCES),
-    PromptAttention(window=8, reduce="mean", group_reduce="max", stride=3, distance=5, sinks=2),
+    PromptAttention(window=8, reduce="mean", group_reduce="max", stride=3, distance=5, pinned=2),
     PromptAttention(window=8, reduce="sum", stride=7, distance=1),
     ColumnMax(window=8),
     ColumnMax(window=8, stride=4, distance=0, norms="all"),
-    ColumnMax(window=8, stride=40, norms="none", sinks=0),
+    ColumnMax(window=8, stride=40, norms="none", pinned=0),
     ColumnMax(window=8, norms="all", window_weight=3),
     ExpectedAttention(window=8, num_future=20),
-    ExpectedAttention(window=8, num_future=20, covariance=False, sinks=0),
+    ExpectedAttention(window=8, num_future=20, covariance=False, pinned=0),
 ]
 
 
@@ -78,7 +78,7 @@ def test_folded_scores_are_those_of_the_whole_prompt(device: torch.device, score
 
 def test_folding_changes_nothing_of_what_was_folded(device: torch.device):
     whole = layer_inputs(Prompt(length=60, head_dim=16), device, all_queries=True)
-    for scorer in (PromptAttention(sinks=4), ColumnMax(), ExpectedAttention(num_future=9)):
+    for scorer in (PromptAttention(pinned=4), ColumnMax(), ExpectedAttention(num_future=9)):
         folded = scorer.fold(None, whole)
         assert torch.equal(scorer.finish(folded, whole), scorer.finish(folded, whole))
 

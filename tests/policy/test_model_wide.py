@@ -107,8 +107,8 @@ def test_model_wide_budgets_go_through_two_stages(device):
         assert surely <= set(in_stages[layer][b][h])
 
 
-def test_model_wide_pins_sinks_in_every_head(device):
-    policy = Policy(WindowAttention(window=8, sinks=3), ModelWide(), TopScore())
+def test_model_wide_pins_in_every_head(device):
+    policy = Policy(WindowAttention(window=8, pinned=3), ModelWide(), TopScore())
     for layer in chosen(policy, model_inputs(policy, RAGGED, device)):
         assert all(row[:3] == [0, 1, 2] for row in itertools.chain(*layer))
 

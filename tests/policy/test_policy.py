@@ -193,7 +193,7 @@ def test_pyramid_conserves_the_mean(mean, prompt_len, num_layers):
 
 def test_recency_keeps_the_first_and_the_last(device):
     inputs = random_inputs(device)
-    rows = chosen(Policy(Recency(sinks=4), Uniform(), TopScore()), inputs, 10)
+    rows = chosen(Policy(Recency(pinned=4), Uniform(), TopScore()), inputs, 10)
     assert rows == [[[0, 1, 2, 3, *range(n - 6, n)]] * 4 for n in inputs.prompt_lens]
 
 
@@ -226,11 +226,11 @@ def test_random_is_even_and_depends_on_seed_layer_head_and_position_alone(device
 
 
 @pytest.mark.parametrize(
-    "scorer", [WindowAttention(window=8, sinks=3), KeyNorm(window=8, sinks=3), Random(sinks=3)]
+    "scorer", [WindowAttention(window=8, pinned=3), KeyNorm(window=8, pinned=3), Random(pinned=3)]
 )
 @pytest.mark.parametrize("allocator", [Uniform(), Adaptive(floor=0.0), Adaptive(floor=0.2)])
 @pytest.mark.parametrize("selector", [TopScore(), TwoStage(), TwoStage(first=0.0)])
-def test_sinks_are_pinned(device, scorer, allocator, selector):
+def test_first_entries_are_pinned(device, scorer, allocator, selector):
     prompt = Prompt(**{**vars(RAGGED), "window": scorer.window})
     inputs = random_inputs(device, prompt)
     inputs.values[:, :, :3] = 0  # their norm is 0, and still they stay
@@ -257,7 +257,7 @@ def test_choose_takes_scores_from_outside(device, dtype):
         (lambda: WindowAttention(window=0), "window must be at least 1, got 0"),
         (lambda: WindowAttention(pool_width=4), "pool_width must be odd, got 4"),
         (lambda: WindowAttention(pool_width=65), r"pool_width must be in \[1, 63\], got 65"),
-        (lambda: WindowAttention(sinks=-1), "sinks must be at least 0, got -1"),
+        (lambda: WindowAttention(pinned=-1), "pinned must be at least 0, got -1"),
         (
             lambda: WindowAttention(pool="median"),
             "pool must be one of max, avg, none; got 'median'",
@@ -266,7 +266,7 @@ def test_choose_takes_scores_from_outside(device, dtype):
         (lambda: WindowAttention(group_reduce="x"), "group_reduce must be one of mean, max, sum"),
         (lambda: WindowAttention(window_reduce="x"), "window_reduce must be one of"),
         (lambda: KeyNorm(window=0), "window must be at least 1, got 0"),
-        (lambda: Recency(sinks=-1), "sinks must be at least 0, got -1"),
+        (lambda: Recency(pinned=-1), "pinned must be at least 0, got -1"),
         (lambda: Random(seed=-1), r"seed must be in \[0, 2147483647\], got -1"),
         (lambda: Adaptive(floor=1.5), r"floor must be in \[0, 1\], got 1.5"),
         (lambda: Adaptive(floor=float("nan")), r"floor must be in \[0, 1\], got nan"),
@@ -303,10 +303,10 @@ def test_layer_inputs_are_checked(changes, message):
 def test_choose_names_what_is_wrong(device):
     inputs = random_inputs(device)
     policy = Policy(SCORER, Uniform(), TopScore())
-    with pytest.raises(ValueError, match=r"at least 8 entries .*window 8, sinks 0.*got 7"):
+    with pytest.raises(ValueError, match=r"at least 8 entries .*window 8, pinned 0.*got 7"):
         policy.choose(inputs, 7)
-    with pytest.raises(ValueError, match=r"at least 11 entries .*window 8, sinks 3.*got 10"):
-        Policy(WindowAttention(window=8, sinks=3), Uniform(), TopScore()).totals(inputs, 10)
+    with pytest.raises(ValueError, match=r"at least 11 entries .*window 8, pinned 3.*got 10"):
+        Policy(WindowAttention(window=8, pinned=3), Uniform(), TopScore()).totals(inputs, 10)
     with pytest.raises(ValueError, match=r"queries must be .* last 32 positions .*got 8"):
         get("snapkv").choose(inputs, 40)
     with pytest.raises(ValueError, match="w_o must be given"):

@@ -95,7 +95,7 @@ def test_preset_budgets_are_the_mean_over_layers(device, name):
 
 def test_preset_table_is_the_documented_one():
     snapkv = WindowAttention()
-    assert policy.get("streaming") == Policy(Recency(sinks=4), Uniform(), TopScore())
+    assert policy.get("streaming") == Policy(Recency(pinned=4), Uniform(), TopScore())
     assert policy.get("random") == Policy(Random(), Uniform(), TopScore())
     assert policy.get("snapkv") == Policy(snapkv, Uniform(), TopScore())
     assert policy.get("pyramidkv") == Policy(snapkv, Uniform(Pyramid()), TopScore())
@@ -120,7 +120,7 @@ def test_preset_table_is_the_documented_one():
 
 def test_preset_defaults_are_the_papers():
     scorer, allocator, selector = WindowAttention(), Adaptive(), TwoStage()
-    assert (scorer.window, scorer.pool, scorer.pool_width, scorer.sinks) == (32, "max", 7, 0)
+    assert (scorer.window, scorer.pool, scorer.pool_width, scorer.pinned) == (32, "max", 7, 0)
     assert (scorer.window_reduce, scorer.group_reduce, scorer.order) == (
         "mean",
         "mean",

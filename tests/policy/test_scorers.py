@@ -63,7 +63,7 @@ TWICE = [[USUAL, USUAL], [USUAL, ONCE]]
 
 def test_defensive_remembers_what_one_query_needed(device):
     """The maxima are .2 .45 .15 .10 .05, and their mean .19; the means alone would keep {0, 2}."""
-    plain = Defensive(window=2, pool_width=1, sinks=0)
+    plain = Defensive(window=2, pool_width=1, pinned=0)
     inputs = attention_inputs([TWICE], device)
     check(plain.score(inputs), [[0.2, 0.45, 0.19, 0.19, 0.19]])
     assert kept_rows(Policy(plain, Uniform(), TopScore()).choose(inputs, 4), 1) == [[[0, 1, 5, 6]]]
@@ -86,14 +86,14 @@ def test_defensive_weighs_by_norms(device, norm_share, expected):
     """Norms 1 2 1 1 4 and 2 1 1 1 1: their sums over the candidates are 9 and 6."""
     norms = [[1.0, 2, 1, 1, 4, 50, 50], [2.0, 1, 1, 1, 1, 50, 50]]
     inputs = attention_inputs([TWICE, TWICE], device, norms)
-    check(Defensive(2, 1, norm_share, sinks=0).score(inputs), expected)
+    check(Defensive(2, 1, norm_share, pinned=0).score(inputs), expected)
 
 
 def test_defensive_pools_each_row_and_keeps_its_sum(device):
     """Pooled by 5 with padding .14 .16 .18 .10 .08 .06, in sum .72 instead of 1; mean 1/6."""
     inputs = attention_inputs([[[[0.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0]]]], device)
     pooled = [x / 0.72 for x in (0.14, 0.16, 0.18)]
-    check(Defensive(window=1, sinks=0).score(inputs), [[*pooled, 1 / 6, 1 / 6, 1 / 6]])
+    check(Defensive(window=1, pinned=0).score(inputs), [[*pooled, 1 / 6, 1 / 6, 1 / 6]])
 
 
 # --- TOVA, arXiv 2401.06104, and KeyDiff, arXiv 2504.15364 ----------------------------------------
@@ -168,7 +168,7 @@ def test_prompt_attention_in_pieces_is_the_whole(device):
 def test_column_max_has_a_floor_by_norms(device):
     """Column maxima .5 .3 .2 0 of the first three entries' later queries; norms 1 1 4 2."""
     inputs = attention_inputs([[CAUSAL]], device, norms=[[1.0, 1, 4, 2]])
-    settings = {"window": 1, "distance": 1, "sinks": 0}
+    settings = {"window": 1, "distance": 1, "pinned": 0}
     mean = (0.5 + 0.3 + 0.3) / 3
     check(ColumnMax(**settings, norms="none").score(inputs), [[0.5, 0.3, 0.3]])
     check(ColumnMax(**settings).score(inputs), [[0.5, 0.3, mean * 2]])
@@ -181,7 +181,7 @@ def test_column_max_has_a_floor_by_norms(device):
 def test_column_max_takes_the_norm_that_is_asked_for(device):
     inputs = layer_inputs(Prompt(length=60), device, all_queries=True)
     highest = [
-        ColumnMax(window=8, norms="all", norm=norm, sinks=0).score(inputs) / inputs.norms(norm)
+        ColumnMax(window=8, norms="all", norm=norm, pinned=0).score(inputs) / inputs.norms(norm)
         for norm in ("l1", "l2_gram")
     ]
     torch.testing.assert_close(highest[0][..., :52], highest[1][..., :52])
@@ -190,7 +190,7 @@ def test_column_max_takes_the_norm_that_is_asked_for(device):
 
 def test_column_max_weighs_the_window(device):
     """The last query gives at most .3, which pooling hands to its neighbours."""
-    scorer = ColumnMax(window=1, distance=1, sinks=0, norms="none", window_weight=1.5)
+    scorer = ColumnMax(window=1, distance=1, pinned=0, norms="none", window_weight=1.5)
     check(scorer.score(attention_inputs([[CAUSAL]], device)), [[0.5, 0.45, 0.45]])
     with pytest.raises(ValueError, match="window_weight"):
         ColumnMax(window_weight=-1)
@@ -208,7 +208,7 @@ def test_repeat_attention_is_the_most_that_a_repeating_query_gives(device):
     prompt = both.keys[:, :, :2]
     repeat = both.queries, both.keys[:, :, 2:]
     inputs = LayerInputs(prompt, prompt, prompt, None, (2,), 0, 1, scale=1.0, repeat=repeat)
-    check(RepeatAttention(sinks=0).score(inputs), [[0.6, 0.3]])
+    check(RepeatAttention(pinned=0).score(inputs), [[0.6, 0.3]])
     with pytest.raises(ValueError, match="repeat must be given"):
         RepeatAttention().score(both)
 
@@ -240,19 +240,19 @@ def test_expected_attention_turns_the_queries_on(device, settings, logit):
     inputs = LayerInputs(queries, keys, values, None, (2,), 0, 1, scale=1.0, rotate=quarter_turns)
     settings = {"num_future": 1, **settings}
     weight = math.exp(logit)
-    scores = ExpectedAttention(window=1, sinks=0, **settings).score(inputs)
+    scores = ExpectedAttention(window=1, pinned=0, **settings).score(inputs)
     check(scores, [[5 / (1 + weight), weight / (1 + weight)]])
-    plain = ExpectedAttention(window=1, sinks=0, value_norm=False, **settings).score(inputs)
+    plain = ExpectedAttention(window=1, pinned=0, value_norm=False, **settings).score(inputs)
     check(plain, [[1 / (1 + weight), weight / (1 + weight)]])
 
 
-def test_expected_attention_leaves_the_sinks_out(device):
+def test_expected_attention_leaves_the_pinned_out(device):
     inputs = layer_inputs(Prompt(length=40, head_dim=16), device, all_queries=True)
-    scores = ExpectedAttention(sinks=4).score(inputs)
+    scores = ExpectedAttention(pinned=4).score(inputs)
     assert scores[..., :4].isposinf().all() and scores[..., 4:].isfinite().all()
     inputs.queries[:, :, :4] *= 100
     inputs.keys[:, :, :4] *= 100
-    assert torch.equal(scores, ExpectedAttention(sinks=4).score(inputs))
+    assert torch.equal(scores, ExpectedAttention(pinned=4).score(inputs))
 
 
 # --- Budgets in fixed proportions -----------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_press_scorer_hands_over_a_layer(device, turns):
     if not turns:
         object.__setattr__(inputs, "rotate", None)
     press = Press()
-    scores = PressScorer(press, sinks=1).score(inputs)
+    scores = PressScorer(press, pinned=1).score(inputs)
     for b, (call, length) in enumerate(zip(press.calls, (50, 37), strict=True)):
         assert torch.equal(scores[b, :, 1:length], inputs.values[b, :, 1:length, 0])
         assert scores[b, :, 0].isposinf().all() and scores[b, :, length:].isneginf().all()
@@ -396,7 +396,7 @@ def test_scorers_name_what_is_missing(device):
     [
         (lambda: Defensive(pool_width=2), "pool_width must be odd, got 2"),
         (lambda: Defensive(norm_share="x"), "norm_share must be one of none, entries, heads"),
-        (lambda: LastQuery(sinks=-1), "sinks must be at least 0, got -1"),
+        (lambda: LastQuery(pinned=-1), "pinned must be at least 0, got -1"),
         (lambda: KeyDiff(window=0), "window must be at least 1, got 0"),
         (lambda: PromptAttention(reduce="min"), "reduce must be one of mean, max, sum"),
         (lambda: PromptAttention(distance=-1), "distance must be at least 0, got -1"),

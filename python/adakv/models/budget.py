@@ -30,7 +30,7 @@ class Budget:
         if self.entries is not None and self.entries < self._least:
             raise ValueError(
                 f"budget must be at least {self._least}, the policy's window of "
-                f"{self.policy.window} entries and its sinks, got {self.entries}"
+                f"{self.policy.window} entries and its pinned first ones, got {self.entries}"
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
@@ -45,7 +45,7 @@ class Budget:
 
     @property
     def _least(self) -> int:
-        return self.policy.window + self.policy.scorer.sinks
+        return self.policy.window + self.policy.scorer.pinned
 
     def of(self, prompt_len: int) -> int:
         """Mean entries per kv head, window included, for a prompt of so many tokens."""

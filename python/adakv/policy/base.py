@@ -53,7 +53,7 @@ class Scorer(Protocol):
         ...
 
     @property
-    def sinks(self) -> int:
+    def pinned(self) -> int:
         """How many of the first entries the scorer pins by a score of ``+inf``."""
         ...
 
@@ -214,7 +214,7 @@ class Policy:
         ----------
         inputs : :class:`LayerInputs`
         budget : int
-            Mean entries per kv head over all layers, at least the window and the pinned sinks.
+            Mean entries per kv head over all layers, at least the window and the pinned entries.
         scores : ``[B, Hkv, T]`` floating point, optional
             Scores from elsewhere, taken in the place of the scorer's; ``+inf`` pins an entry.
 
@@ -324,11 +324,11 @@ class Policy:
         ]
 
     def _layer_budgets(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
-        pinned = self.window + self.scorer.sinks
-        if budget < pinned:
+        least = self.window + self.scorer.pinned
+        if budget < least:
             raise ValueError(
-                f"budget must be at least {pinned} entries per kv head "
-                f"(window {self.window}, sinks {self.scorer.sinks}), got {budget}"
+                f"budget must be at least {least} entries per kv head "
+                f"(window {self.window}, pinned {self.scorer.pinned}), got {budget}"
             )
         most = max(inputs.length, self.window)
         return tuple(

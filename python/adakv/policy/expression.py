@@ -1,4 +1,4 @@
-"""Policies written down: ``"Defensive(sinks=8) * ModelWide(floor=0.1) * TopScore()"``."""
+"""Policies written down: ``"Defensive(pinned=8) * ModelWide(floor=0.1) * TopScore()"``."""
 
 from __future__ import annotations
 

@@ -154,8 +154,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def pin_sinks(scores: Tensor, sinks: int) -> Tensor:
-    """``scores``, changed in place: the first ``sinks`` entries of every row are ``+inf``."""
-    if sinks:
-        scores[..., :sinks] = torch.inf
+def pin_first(scores: Tensor, count: int) -> Tensor:
+    """``scores``, changed in place: the first ``count`` entries of every row are ``+inf``."""
+    if count:
+        scores[..., :count] = torch.inf
     return scores

@@ -45,7 +45,7 @@ _factory_adaptive = Adaptive(safeguard="official_round", weigh_heads=True)
 
 # fmt: off
 _PRESETS: dict[str, Policy] = {
-    "streaming":                   Policy(Recency(sinks=4), Uniform(), TopScore()),
+    "streaming":                   Policy(Recency(pinned=4), Uniform(), TopScore()),
     "random":                      Policy(Random(), Uniform(), TopScore()),
     "snapkv":                      Policy(_snapkv, Uniform(), TopScore()),
     "pyramidkv":                   Policy(_snapkv, Uniform(Pyramid()), TopScore()),
@@ -66,7 +66,7 @@ _PRESETS: dict[str, Policy] = {
     "knorm":                       Policy(KeyNorm(), Uniform(), TopScore()),
     "tova":                        Policy(LastQuery(), Uniform(), TopScore()),
     "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
-    "full":                        Policy(Recency(sinks=0), Uniform(Everything()), TopScore()),
+    "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),
     "ada_pyramidkv@ffy0":          Policy(_snapkv, _ffy0_adaptive_pyramid, TopScore()),

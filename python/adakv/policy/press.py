@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_range, pin_sinks
+from adakv.policy.inputs import LayerInputs, check_range, pin_first
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class PressScorer:
 
     press: Any
     window: int = 32
-    sinks: int = 0
+    pinned: int = 0
     needs: tuple[Need, ...] = ("all_queries",)
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
         if not callable(getattr(self.press, "score", None)):
             raise ValueError(
                 f"press must have a method score, as kvpress' ScorerPress, got {self.press!r}"
@@ -60,7 +60,7 @@ class PressScorer:
                 {"position_embeddings": embeddings},
             )
             scores[b, :, :length] = rows[0].float()
-        return pin_sinks(scores, self.sinks)
+        return pin_first(scores, self.pinned)
 
 
 def _stand_in(

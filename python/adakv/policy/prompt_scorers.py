@@ -15,7 +15,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_first
 
 NormUse = Literal["none", "floor", "all"]
 
@@ -38,12 +38,12 @@ class PromptAttention:
     group_reduce: ops.Reduce = "mean"
     distance: int = 0
     stride: int = 1
-    sinks: int = 0
+    pinned: int = 0
     needs: ClassVar[tuple[Need, ...]] = ("all_queries",)
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
         check_range("distance", self.distance, 0)
         check_range("stride", self.stride, 1)
         check_choice("reduce", self.reduce, get_args(ops.Reduce))
@@ -61,7 +61,7 @@ class PromptAttention:
                 self.reduce,
                 lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
-        return pin_sinks(scores, self.sinks)
+        return pin_first(scores, self.pinned)
 
     def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
         """``[stride, B, Hkv or Hq, T]`` float32: what entries got from the queries so far.
@@ -105,7 +105,7 @@ class PromptAttention:
                 columns = heads.amax(2)
             else:
                 columns = heads.mean(2) if self.group_reduce == "mean" else heads.sum(2)
-        return pin_sinks(columns, self.sinks)
+        return pin_first(columns, self.pinned)
 
     def _columns(
         self,
@@ -166,10 +166,10 @@ class ColumnMax:
     norms: NormUse = "floor"
     norm: ops.Norm = "l2_gram"
     window_weight: float = 0.0
-    sinks: int = 4
+    pinned: int = 4
 
     def __post_init__(self) -> None:
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
         check_range("window_weight", self.window_weight, 0)
         check_choice("norms", self.norms, get_args(NormUse))
         check_choice("norm", self.norm, get_args(ops.Norm))
@@ -216,14 +216,14 @@ class ColumnMax:
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.norms == "none":
-            return pin_sinks(highest, self.sinks)
+            return pin_first(highest, self.pinned)
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
         highest = highest.masked_fill(~candidates, 0)
         norms = inputs.norms(self.norm).masked_fill(~candidates, 0)
         floor = _mean(highest, candidates)
         if self.norms == "all":
-            return pin_sinks(highest.maximum(floor) * norms, self.sinks)
-        return pin_sinks(highest.maximum(floor * norms / _mean(norms, candidates)), self.sinks)
+            return pin_first(highest.maximum(floor) * norms, self.pinned)
+        return pin_first(highest.maximum(floor * norms / _mean(norms, candidates)), self.pinned)
 
     def _attention(self) -> PromptAttention:
         return PromptAttention(
@@ -261,28 +261,28 @@ class ExpectedAttention:
     """Attention to be expected of queries to come (Expected Attention, arXiv 2510.00636).
 
     Queries before RoPE are taken for normally distributed, with the mean m and the covariance C of
-    the prompt's own, from position ``sinks`` on. With R the mean of the RoPE matrices of the next
+    the prompt's own, from position ``pinned`` on. With R the mean of the RoPE matrices of the next
     ``num_future`` positions::
 
         z[q, t] = scale * k[t] . R m[q] + scale^2 / 2 * k[t]^T R C[q] R^T k[t]
         S[h, t] = (mean over the group of h(softmax_t(z[q, t]))) * |v[h, t]|_2
 
     which is the expectation of the attention's exponentials. ``covariance=False`` leaves out the
-    second term, ``value_norm=False`` the factor ``|v|``. The first ``sinks`` entries are pinned and
-    left out of all statistics, as their queries are unlike the others.
+    second term, ``value_norm=False`` the factor ``|v|``. The first ``pinned`` entries always stay
+    and are left out of all statistics, as their queries are unlike the others.
     """
 
     window: int = 32
     num_future: int = 512
     covariance: bool = True
     value_norm: bool = True
-    sinks: int = 4
+    pinned: int = 4
     needs: ClassVar[tuple[Need, ...]] = ("all_queries", "rotate")
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
         check_range("num_future", self.num_future, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         check_all_queries(inputs)
@@ -294,7 +294,7 @@ class ExpectedAttention:
             raise ValueError("rotate must be given to a policy that foresees queries, got None")
         position = query_positions(part)[:, None]  # [B or 1, 1, R]
         queries = part.rotate(part.queries.float(), -position[:, 0])  # before RoPE
-        counts = (position >= self.sinks) & (position < part.ends[:, None, None])
+        counts = (position >= self.pinned) & (position < part.ends[:, None, None])
         queries = queries.masked_fill(~counts[..., None], 0)
         count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
         mean = queries.sum(2) / count.clamp(min=1)
@@ -323,12 +323,12 @@ class ExpectedAttention:
             for g, c in enumerate(grouped.unbind(2)):
                 z[:, :, g] += scale**2 / 2 * ((keys @ c) * keys).sum(-1)
         position = torch.arange(inputs.length, device=keys.device)
-        competes = inputs.candidates(0) & (position >= self.sinks)  # [B or 1, 1, T]
+        competes = inputs.candidates(0) & (position >= self.pinned)  # [B or 1, 1, T]
         z = z.masked_fill(~competes[:, :, None], -torch.inf)
         scores = z.softmax(-1).mean(2)
         if self.value_norm:
             scores *= torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
-        return pin_sinks(scores, self.sinks)
+        return pin_first(scores, self.pinned)
 
     def _future_queries(self, folded: Moments, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         """Mean ``[B, Hq, D]`` and covariance ``[B, Hq, D, D]`` of the queries to come."""
@@ -359,12 +359,12 @@ class RepeatAttention:
     """
 
     window: int = 1
-    sinks: int = 4
+    pinned: int = 4
     needs: ClassVar[tuple[Need, ...]] = ("repeat",)
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.repeat is None:
@@ -372,7 +372,7 @@ class RepeatAttention:
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for b, length in enumerate(inputs.prompt_lens):  # each repetition follows its own prompt
             scores[b, :, :length] = self._score_one(inputs, slice(b, b + 1), length)
-        return pin_sinks(scores, self.sinks)
+        return pin_first(scores, self.pinned)
 
     def _score_one(self, inputs: LayerInputs, one: slice, length: int) -> Tensor:
         """``[Hkv, length]`` of one sequence."""

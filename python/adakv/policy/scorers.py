@@ -1,6 +1,6 @@
 """How much each entry of a prompt matters: scores ``[B, Hkv, T]`` float32, higher is better.
 
-``sinks=k`` of a scorer pins the first k entries by a score of ``+inf``; the window needs no score.
+``pinned=k`` makes a scorer pin the first k entries by a score of ``+inf``; the window needs no score.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.attention import attention
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_sinks
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_first
 
 NormShare = Literal["none", "entries", "heads"]
 
@@ -39,11 +39,11 @@ class WindowAttention:
     order: ops.Order = "group_first"
     pool: ops.Pool = "max"
     pool_width: int = 7
-    sinks: int = 0
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
         check_odd("pool_width", self.pool_width)
         check_choice("window_reduce", self.window_reduce, get_args(ops.Reduce))
         check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
@@ -63,7 +63,7 @@ class WindowAttention:
             pool=self.pool,
             pool_width=self.pool_width,
         )
-        return pin_sinks(scores, self.sinks)
+        return pin_first(scores, self.pinned)
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class Defensive:
     mean is a floor under entries that nobody looked at. ``norm_share="entries"`` divides N by its
     sum over the head's candidates, for scores that are compared between layers (Layer-DefensiveKV);
     ``"heads"`` by its sum over the kv heads of a token, as the authors' code does. Values of the
-    first entries are small while attention leans on them: ``sinks`` are pinned.
+    first entries are small while attention leans on them: ``pinned`` of them always stay.
     """
 
     window: int = 32
     pool_width: int = 5
     norm_share: NormShare = "none"
-    sinks: int = 4
+    pinned: int = 4
     needs: ClassVar[tuple[Need, ...]] = ("w_o",)
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
         check_odd("pool_width", self.pool_width)
         check_choice("norm_share", self.norm_share, get_args(NormShare))
 
@@ -107,7 +107,7 @@ class Defensive:
         norms = inputs.norms().masked_fill(~candidates, 0)
         if self.norm_share != "none":
             norms = norms / norms.sum(-1 if self.norm_share == "entries" else 1, keepdim=True)
-        return pin_sinks(risk.maximum(floor) * norms, self.sinks)
+        return pin_first(risk.maximum(floor) * norms, self.pinned)
 
     def _pooled(self, p: Tensor) -> Tensor:
         side = self.pool_width // 2
@@ -123,15 +123,15 @@ class LastQuery:
     scores, so that whole tokens go.
     """
 
-    sinks: int = 0
+    pinned: int = 0
     window: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         heads = WindowAttention(window=1, pool="none").score(inputs)
-        return pin_sinks(heads.mean(1, keepdim=True).expand_as(heads).clone(), self.sinks)
+        return pin_first(heads.mean(1, keepdim=True).expand_as(heads).clone(), self.pinned)
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,17 @@ class KeyDiff:
     """
 
     window: int = 32
-    sinks: int = 0
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         keys = F.normalize(inputs.keys.float(), dim=-1)  # [B, Hkv, T, D]
         keys = keys.masked_fill(~inputs.candidates(0)[..., None], 0)
         mean = keys.sum(2, keepdim=True)  # up to a factor, which the cosine does not see
-        return pin_sinks(-F.cosine_similarity(keys, mean, dim=-1), self.sinks)
+        return pin_first(-F.cosine_similarity(keys, mean, dim=-1), self.pinned)
 
 
 @dataclass(frozen=True)
@@ -163,33 +163,34 @@ class KeyNorm:
     """
 
     window: int = 32
-    sinks: int = 0
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         norms = torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=torch.float32)
-        return pin_sinks(-norms, self.sinks)
+        return pin_first(-norms, self.pinned)
 
 
 @dataclass(frozen=True)
 class Recency:
-    """The first ``sinks`` entries and the most recent ones (StreamingLLM, arXiv 2309.17453).
+    """The first ``pinned`` entries and the most recent ones (StreamingLLM, arXiv 2309.17453).
 
-    ``S[h, t] = t``. Every head keeps exactly its budget: the sinks and the last ``budget - sinks``.
+    ``S[h, t] = t``. Every head keeps exactly its budget: the pinned entries and the last ``budget -
+    pinned``.
     """
 
-    sinks: int = 4
+    pinned: int = 4
     window: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         positions = torch.arange(inputs.length, dtype=torch.float32, device=inputs.keys.device)
-        return pin_sinks(positions.repeat(*inputs.keys.shape[:2], 1), self.sinks)
+        return pin_first(positions.repeat(*inputs.keys.shape[:2], 1), self.pinned)
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,12 @@ class Random:
 
     seed: int = 0
     window: int = 32
-    sinks: int = 0
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**31 - 1)
         check_range("window", self.window, 1)
-        check_range("sinks", self.sinks, 0)
+        check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         device = inputs.keys.device
@@ -215,7 +216,7 @@ class Random:
         positions = torch.arange(inputs.length, device=device)
         rows = _mix(self.seed * 0x9E3779B1 + inputs.layer * 0x85EBCA77 + heads)
         noise = _mix(rows + positions * 0x9E3779B1) >> 8  # 24 bits, which float32 holds exactly
-        return pin_sinks((noise.float() * 2.0**-24).repeat(inputs.keys.shape[0], 1, 1), self.sinks)
+        return pin_first((noise.float() * 2.0**-24).repeat(inputs.keys.shape[0], 1, 1), self.pinned)
 
 
 def check_odd(name: str, width: int) -> None:

@@ -46,11 +46,11 @@ class Settings:
             raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
-        least = self.preset.window + self.preset.scorer.sinks
+        least = self.preset.window + self.preset.scorer.pinned
         if self.budget < least:
             raise ValueError(
                 f"adakv: budget must be at least {least} entries per kv head (window "
-                f"{self.preset.window}, sinks {self.preset.scorer.sinks}), got {self.budget}"
+                f"{self.preset.window}, pinned {self.preset.scorer.pinned}), got {self.budget}"
             )
 
     @classmethod
