@@ -22,8 +22,8 @@ from adakv.policy import (
     [
         ("Defensive() * Adaptive() * TopScore()", policy.get("defensive")),
         (
-            "ColumnMax(stride=4, norms='all')*ModelWide(floor=0.1)*TwoStage()",
-            Policy(ColumnMax(stride=4, norms="all"), ModelWide(floor=0.1), TwoStage()),
+            "ColumnMax(stride=4, weigh_by='all')*ModelWide(floor=0.1)*TwoStage()",
+            Policy(ColumnMax(stride=4, weigh_by="all"), ModelWide(floor=0.1), TwoStage()),
         ),
         (
             "WindowAttention(pinned=4) * Uniform(layers=Pyramid(beta=5)) * TopScore()",

@@ -34,9 +34,9 @@ SCORERS = [
     PromptAttention(window=8, reduce="mean", group_reduce="max", stride=3, distance=5, pinned=2),
     PromptAttention(window=8, reduce="sum", stride=7, distance=1),
     ColumnMax(window=8),
-    ColumnMax(window=8, stride=4, distance=0, norms="all"),
-    ColumnMax(window=8, stride=40, norms="none", pinned=0),
-    ColumnMax(window=8, norms="all", window_weight=3),
+    ColumnMax(window=8, stride=4, distance=0, weigh_by="all"),
+    ColumnMax(window=8, stride=40, weigh_by="none", pinned=0),
+    ColumnMax(window=8, weigh_by="all", window_weight=3),
     ExpectedAttention(window=8, num_future=20),
     ExpectedAttention(window=8, num_future=20, covariance=False, pinned=0),
 ]

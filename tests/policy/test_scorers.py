@@ -170,10 +170,10 @@ def test_column_max_has_a_floor_by_norms(device):
     inputs = attention_inputs([[CAUSAL]], device, norms=[[1.0, 1, 4, 2]])
     settings = {"window": 1, "distance": 1, "pinned": 0}
     mean = (0.5 + 0.3 + 0.3) / 3
-    check(ColumnMax(**settings, norms="none").score(inputs), [[0.5, 0.3, 0.3]])
+    check(ColumnMax(**settings, weigh_by="none").score(inputs), [[0.5, 0.3, 0.3]])
     check(ColumnMax(**settings).score(inputs), [[0.5, 0.3, mean * 2]])
-    check(ColumnMax(**settings, norms="all").score(inputs), [[0.5, mean, 4 * mean]])
-    strided = ColumnMax(**settings, stride=2, norms="none").score(inputs)
+    check(ColumnMax(**settings, weigh_by="all").score(inputs), [[0.5, mean, 4 * mean]])
+    strided = ColumnMax(**settings, stride=2, weigh_by="none").score(inputs)
     check(strided, [[0.25, 0.2, 0.3]])
     assert ColumnMax(window=1).score(inputs)[..., :4].isinf().all()
 
@@ -181,7 +181,7 @@ def test_column_max_has_a_floor_by_norms(device):
 def test_column_max_takes_the_norm_that_is_asked_for(device):
     inputs = layer_inputs(Prompt(length=60), device, all_queries=True)
     highest = [
-        ColumnMax(window=8, norms="all", norm=norm, pinned=0).score(inputs) / inputs.norms(norm)
+        ColumnMax(window=8, weigh_by="all", norm=norm, pinned=0).score(inputs) / inputs.norms(norm)
         for norm in ("l1", "l2_gram")
     ]
     torch.testing.assert_close(highest[0][..., :52], highest[1][..., :52])
@@ -190,7 +190,7 @@ def test_column_max_takes_the_norm_that_is_asked_for(device):
 
 def test_column_max_weighs_the_window(device):
     """The last query gives at most .3, which pooling hands to its neighbours."""
-    scorer = ColumnMax(window=1, distance=1, pinned=0, norms="none", window_weight=1.5)
+    scorer = ColumnMax(window=1, distance=1, pinned=0, weigh_by="none", window_weight=1.5)
     check(scorer.score(attention_inputs([[CAUSAL]], device)), [[0.5, 0.45, 0.45]])
     with pytest.raises(ValueError, match="window_weight"):
         ColumnMax(window_weight=-1)

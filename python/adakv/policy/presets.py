@@ -27,7 +27,7 @@ from adakv.policy.scorers import (
 from adakv.policy.selectors import TopScore, TwoStage
 
 _snapkv = WindowAttention()
-_wide_column_max = ColumnMax(norms="all", window_weight=4)
+_wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 _kvzip = Policy(RepeatAttention(), ModelWide(), TopScore())
 

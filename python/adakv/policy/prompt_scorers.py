@@ -17,7 +17,7 @@ from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_first
 
-NormUse = Literal["none", "floor", "all"]
+WeighBy = Literal["none", "floor", "all"]
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ class ColumnMax:
     no better and many times slower; :func:`adakv.ops.value_norm`) and means over the candidates of
     a head::
 
-        S = max(C, mean(C) * N / mean(N))     norms="floor"
-        S = max(C, mean(C)) * N               norms="all"
-        S = C                                 norms="none"
+        S = max(C, mean(C) * N / mean(N))     weigh_by="floor"
+        S = max(C, mean(C)) * N               weigh_by="all"
+        S = C                                 weigh_by="none"
 
     What the prompt itself needed once, a question about it may need again. The last query that
     looks at an entry is often its neighbour, which tells nothing: ``distance`` leaves it out.
@@ -163,7 +163,7 @@ class ColumnMax:
     window: int = 32
     distance: int = 32
     stride: int = 1
-    norms: NormUse = "floor"
+    weigh_by: WeighBy = "floor"
     norm: ops.Norm = "l2_gram"
     window_weight: float = 0.0
     pinned: int = 4
@@ -171,14 +171,14 @@ class ColumnMax:
     def __post_init__(self) -> None:
         check_range("pinned", self.pinned, 0)
         check_range("window_weight", self.window_weight, 0)
-        check_choice("norms", self.norms, get_args(NormUse))
+        check_choice("weigh_by", self.weigh_by, get_args(WeighBy))
         check_choice("norm", self.norm, get_args(ops.Norm))
         self._attention()  # which checks the others
 
     @property
     def needs(self) -> tuple[Need, ...]:
         """``w_o`` only if norms are used."""
-        return ("all_queries",) if self.norms == "none" else ("all_queries", "w_o")
+        return ("all_queries",) if self.weigh_by == "none" else ("all_queries", "w_o")
 
     def score(self, inputs: LayerInputs) -> Tensor:
         columns = self._attention().score(inputs)
@@ -215,13 +215,13 @@ class ColumnMax:
         return self._with_floor(prompt.columns.maximum(self.window_weight * asked), inputs)
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
-        if self.norms == "none":
+        if self.weigh_by == "none":
             return pin_first(highest, self.pinned)
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
         highest = highest.masked_fill(~candidates, 0)
         norms = inputs.norms(self.norm).masked_fill(~candidates, 0)
         floor = _mean(highest, candidates)
-        if self.norms == "all":
+        if self.weigh_by == "all":
             return pin_first(highest.maximum(floor) * norms, self.pinned)
         return pin_first(highest.maximum(floor * norms / _mean(norms, candidates)), self.pinned)
 

@@ -1,6 +1,6 @@
 """How much each entry of a prompt matters: scores ``[B, Hkv, T]`` float32, higher is better.
 
-``pinned=k`` makes a scorer pin the first k entries by a score of ``+inf``; the window needs no score.
+``pinned=k`` of a scorer: it pins the first k entries by a score of ``+inf``; the window needs none.
 """
 
 from __future__ import annotations
