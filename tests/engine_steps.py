@@ -189,7 +189,7 @@ class Steps:
             x[layer, :n].transpose(0, 1)[None]
             for x in (request.queries, request.keys, request.values)
         )
-        queries = q if self.policy.needs_all_queries else q[:, :, -self.policy.window :]
+        queries = q if "all_queries" in self.policy.needs else q[:, :, -self.policy.window :]
         inputs = LayerInputs(
             queries, k, v, self.w_o[layer], (n,), layer, LAYERS, scale=SCALE, rotate=rotate
         )

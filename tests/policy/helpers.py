@@ -63,7 +63,7 @@ def model_inputs(
                 device,
                 layer=layer,
                 num_layers=num_layers,
-                all_queries=policy.needs_all_queries,
+                all_queries="all_queries" in policy.needs,
             ),
             repeat=(more.queries(device), more.entries(device)),
         )

@@ -85,6 +85,6 @@ def test_folding_changes_nothing_of_what_was_folded(device: torch.device):
 
 def test_scorers_of_all_queries_take_prompts_in_parts():
     policies = [get(name) for name in names()]
-    found = [p for p in policies if p.needs_all_queries]
+    found = [p for p in policies if "all_queries" in p.needs]
     assert found == [p for p in policies if isinstance(p.scorer, FoldingScorer)]
     assert len(found) == 5

@@ -12,12 +12,14 @@ from adakv.policy import (
     KeyNorm,
     LayerInputs,
     Policy,
+    PromptAttention,
     Pyramid,
     Random,
     Recency,
     TopScore,
     TwoStage,
     Uniform,
+    WholePages,
     WindowAttention,
     get,
 )
@@ -321,9 +323,12 @@ def test_choose_names_what_is_wrong(device):
 
 def test_policy_says_what_it_needs():
     assert get("ada_snapkv").window == 32
-    assert not get("ada_snapkv").needs_w_o
-    assert get("critical_ada_snapkv").needs_w_o
-    assert Policy(SCORER, Adaptive(budgets_from="critical"), TopScore()).needs_w_o
+    assert get("ada_snapkv").needs == frozenset()
+    assert get("critical_ada_snapkv").needs == {"w_o"}
+    by_norms = Adaptive(budgets_from="critical")
+    assert Policy(SCORER, by_norms, TopScore()).needs == {"w_o"}
+    assert Policy(SCORER, WholePages(by_norms), TopScore()).needs == {"w_o"}
+    assert Policy(PromptAttention(), by_norms, TwoStage()).needs == {"all_queries", "w_o"}
 
 
 def test_policy_parts_are_values():

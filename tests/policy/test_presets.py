@@ -155,7 +155,7 @@ def test_choose_waits_for_no_device(name, monkeypatch):
     with FakeTensorMode():
         x = torch.empty(2, 2, 300, 16)
         lengths = torch.empty(2, dtype=torch.int32)
-        queries = torch.empty(2, 4, 300 if preset.needs_all_queries else preset.window, 16)
+        queries = torch.empty(2, 4, 300 if "all_queries" in preset.needs else preset.window, 16)
         repeat = torch.empty(2, 4, 70, 16), torch.empty(2, 2, 70, 16)
         options = {"seq_lens": lengths, "rotate": rotate, "repeat": repeat}
         tensors = queries, x, x, torch.empty(8, 64), (300, 250)
@@ -186,10 +186,11 @@ def test_preset_ignores_the_rest_of_the_batch(device, name):
     layers = inputs_for(name, PROMPTS[2], device)
     together = [kept_rows(kept, 4) for kept in preset.choose_all(layers, BUDGET)]
     for b, length in enumerate(layers[0].prompt_lens):
+        num_queries = length if "all_queries" in preset.needs else None
         alone = [
             replace(
                 x,
-                queries=x.queries[b : b + 1, :, : length if preset.needs_all_queries else None],
+                queries=x.queries[b : b + 1, :, :num_queries],
                 keys=x.keys[b : b + 1, :, :length],
                 values=x.values[b : b + 1, :, :length],
                 repeat=tuple(y[b : b + 1] for y in x.repeat),

@@ -368,15 +368,16 @@ def test_press_scorer_wants_a_press():
 
 
 def test_scorers_say_what_they_need():
-    def needs(scorer: Any) -> tuple[bool, bool, bool]:
-        policy = Policy(scorer, Uniform(), TopScore())
-        return policy.needs_w_o, policy.needs_all_queries, policy.needs_rotate
+    def needs(scorer: Any) -> frozenset[str]:
+        return Policy(scorer, Uniform(), TopScore()).needs
 
-    assert needs(WindowAttention()) == needs(KeyDiff()) == (False, False, False)
-    assert needs(Defensive()) == (True, False, False)
-    assert needs(PromptAttention()) == (False, True, False)
-    assert needs(ExpectedAttention()) == (False, True, True)
-    assert needs(PressScorer(Press(), needs=("all_queries", "w_o"))) == (True, True, False)
+    assert needs(WindowAttention()) == needs(KeyDiff()) == frozenset()
+    assert needs(Defensive()) == {"w_o"}
+    assert needs(PromptAttention()) == needs(ColumnMax(weigh_by="none")) == {"all_queries"}
+    assert needs(ColumnMax()) == {"all_queries", "w_o"}
+    assert needs(ExpectedAttention()) == {"all_queries", "rotate"}
+    assert needs(RepeatAttention()) == {"repeat"}
+    assert needs(PressScorer(Press(), needs=("all_queries", "w_o"))) == {"all_queries", "w_o"}
 
 
 def test_scorers_name_what_is_missing(device):

@@ -104,7 +104,7 @@ def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
     for budget, length in ((66, 200), (64, 129), (100, 301)):
         settings = Settings(policy=name, budget=budget, mode=mode)
         planned = plan(length, budget=budget, block_size=block, num_kv_heads=heads)
-        everything = settings.preset.needs_all_queries
+        everything = "all_queries" in settings.preset.needs
         queries = length if everything else settings.preset.window
         inputs = LayerInputs(
             queries=torch.randn(1, 2 * heads, queries, 16),

@@ -125,7 +125,7 @@ class Prefill:
                     cache.layers[index].take_prompt(
                         layer.module, layer.queries, keys, values, *layer.rest, **layer.options
                     )
-        if policies.get(policy).needs_repeat:
+        if "repeat" in policies.get(policy).needs:
             with torch.inference_mode():
                 cache.repeat(self._prompt)
         return cache

@@ -178,7 +178,7 @@ def generate_stream(
     """
     options = options or BatchOptions()
     limit = Budget.given(policy, budget, ratio)
-    if limit.policy.needs_repeat:
+    if "repeat" in limit.policy.needs:
         raise ValueError(
             "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
         )

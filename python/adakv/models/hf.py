@@ -106,7 +106,7 @@ class Cache(TransformersCache):
             page_size=page_size,
             is_chunked=chunked_prefill,
         )
-        rotate = families.rotation(decoder) if self._store.policy.needs_rotate else None
+        rotate = families.rotation(decoder) if "rotate" in self._store.policy.needs else None
         for index, layer in enumerate(full):
             layers[layer] = FullAttentionLayer(self._store, index, decoder.config, rotate)
         super().__init__(layers=layers)
@@ -297,7 +297,7 @@ class FullAttentionLayer(AttendingLayer):
             attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
             is_causal = mask is None and query.shape[2] == key.shape[2]
             is_plain = all(kwargs.get(name) is None for name in _MORE_LOGITS)
-            if store.policy.needs_all_queries and is_causal and is_plain:
+            if "all_queries" in store.policy.needs and is_causal and is_plain:
                 result, lse = with_log_sum_exp(attend)
             else:
                 result, lse = attend(), None
@@ -331,7 +331,7 @@ class FullAttentionLayer(AttendingLayer):
         attention = Attention(*options, self._sinks, self._rotate)
         before = store.prompt(self.index)
         w_o = None if before is None else before.w_o
-        if store.policy.needs_w_o and w_o is None:
+        if "w_o" in store.policy.needs and w_o is None:
             width = query.shape[1] * query.shape[3]
             w_o = families.output_projection(module, width, value)
         store.hold(self.index, Prompt(query, key, value, w_o, attention, lse))

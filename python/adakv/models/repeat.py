@@ -15,7 +15,7 @@ def repeating(store: Store, batch: int) -> Iterator[None]:
 
     Raises ``ValueError`` or ``adakv.Error``, and changes nothing, if there is nothing to repeat.
     """
-    if not store.policy.needs_repeat:
+    if "repeat" not in store.policy.needs:
         raise ValueError("policy: it doesn't score what a repetition looks at")
     prompt = store.prompt(0)
     if prompt is None:

@@ -64,7 +64,7 @@ class Store:
         self._num_layers = num_layers
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
-        self.is_chunked = is_chunked or budget.policy.needs_repeat
+        self.is_chunked = is_chunked or "repeat" in budget.policy.needs
         self.reset()
 
     def reset(self) -> None:
@@ -153,7 +153,7 @@ class Store:
         queries = prompt.queries
         if before is not None:
             queries = torch.cat([before.queries, queries], dim=2)
-        if not self.policy.needs_all_queries:
+        if "all_queries" not in self.policy.needs:
             # A copy, so that the other queries can be freed.
             queries = queries[:, :, max(queries.shape[2] - self.policy.window, 0) :].clone()
         self._prompts[layer] = prompt._replace(queries=queries)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.base import LayerSchedule
+from adakv.policy.base import LayerSchedule, Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range
 
 BudgetsFrom = Literal["scores", "critical"]
@@ -94,7 +94,6 @@ class Uniform:
 
     layers: LayerSchedule = Flat()
     is_model_wide: ClassVar[bool] = False
-    needs_w_o: ClassVar[bool] = False
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
@@ -136,8 +135,9 @@ class Adaptive:
         check_choice("budgets_from", self.budgets_from, get_args(BudgetsFrom))
 
     @property
-    def needs_w_o(self) -> bool:
-        return self.budgets_from == "critical"
+    def needs(self) -> frozenset[Need]:
+        """``w_o`` only if budgets come from weighed scores."""
+        return frozenset({"w_o"} if self.budgets_from == "critical" else ())
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
@@ -183,7 +183,6 @@ class Profile:
 
     shares: tuple[tuple[float, ...], ...]
     is_model_wide: ClassVar[bool] = False
-    needs_w_o: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         shares = tuple(tuple(map(float, layer)) for layer in self.shares)
@@ -271,7 +270,6 @@ class ModelWide:
     reserve: float | None = None
     layers: ClassVar[LayerSchedule] = Flat()
     is_model_wide: ClassVar[bool] = True
-    needs_w_o: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_range("floor", self.floor, 0, 1)

@@ -35,17 +35,23 @@ __all__ = [
     "Policy",
     "Scorer",
     "Selector",
+    "needs_of",
 ]
 
+#: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
+#: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
+#: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
+#: a repetition. An allocator that is model-wide needs nothing.
 Need = Literal["w_o", "all_queries", "rotate", "repeat"]
 
 
-class Scorer(Protocol):
-    """How much each entry of a layer matters.
+def needs_of(*parts: object) -> frozenset[Need]:
+    """What some parts of a policy need together; a part without ``needs`` needs nothing."""
+    return frozenset[Need]().union(*(getattr(part, "needs", ()) for part in parts))
 
-    A scorer that reads more than keys, values and the window's queries says so in an attribute
-    ``needs``, a tuple of :data:`Need`.
-    """
+
+class Scorer(Protocol):
+    """How much each entry of a layer matters."""
 
     @property
     def window(self) -> int:
@@ -107,11 +113,6 @@ class Allocator(Protocol):
         """Whether the layers are allocated together, as one layer of ``L * Hkv`` kv heads."""
         ...
 
-    @property
-    def needs_w_o(self) -> bool:
-        """Whether :meth:`allocate` reads ``inputs.norms``; never if it is model-wide."""
-        ...
-
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
@@ -129,11 +130,6 @@ class Allocator(Protocol):
 
 class Selector(Protocol):
     """Which entries a kv head keeps within its budget."""
-
-    @property
-    def needs_w_o(self) -> bool:
-        """Whether :meth:`select` reads ``inputs.norms``."""
-        ...
 
     def select(
         self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
@@ -166,27 +162,9 @@ class Policy:
         return self.allocator.is_model_wide
 
     @property
-    def needs_w_o(self) -> bool:
-        """Whether :attr:`LayerInputs.w_o` has to be given."""
-        return self._scorer_needs("w_o") or self.allocator.needs_w_o or self.selector.needs_w_o
-
-    @property
-    def needs_all_queries(self) -> bool:
-        """Whether :attr:`LayerInputs.queries` must be those of all positions."""
-        return self._scorer_needs("all_queries")
-
-    @property
-    def needs_rotate(self) -> bool:
-        """Whether :attr:`LayerInputs.rotate` has to be given."""
-        return self._scorer_needs("rotate")
-
-    @property
-    def needs_repeat(self) -> bool:
-        """Whether :attr:`LayerInputs.repeat` has to be given."""
-        return self._scorer_needs("repeat")
-
-    def _scorer_needs(self, need: Need) -> bool:
-        return need in getattr(self.scorer, "needs", ())
+    def needs(self) -> frozenset[Need]:
+        """What the three parts together read of :class:`LayerInputs` beyond what all read."""
+        return needs_of(self.scorer, self.allocator, self.selector)
 
     def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
         """Most entries that each sequence keeps in this layer, all kv heads together.

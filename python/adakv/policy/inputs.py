@@ -20,11 +20,11 @@ class LayerInputs:
     ----------
     queries : ``[B, Hq, W, D]``
         Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
-        For policies with :attr:`Policy.needs_all_queries` ``[B, Hq, T, D]``, of all positions.
+        ``[B, Hq, T, D]``, of all positions, if "all_queries" is in :attr:`Policy.needs`.
     keys, values : ``[B, Hkv, T, D]``
         The prompt, keys after RoPE, padded at the end.
     w_o : ``[E, Hq * D]``, optional
-        Weight of the output projection; only policies with :attr:`Policy.needs_w_o` read it.
+        Weight of the output projection; read only if "w_o" is in :attr:`Policy.needs`.
     prompt_lens : tuple of int
         True length of each sequence, known to the host.
     layer, num_layers : int
@@ -39,10 +39,10 @@ class LayerInputs:
         attention handed it over. Saves a pass over queries and keys.
     rotate : callable, optional
         ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
-        ``[n]`` or ``[B, n]``, which may be negative; for policies with :attr:`Policy.needs_rotate`.
+        ``[n]`` or ``[B, n]``, which may be negative; if "rotate" is in :attr:`Policy.needs`.
     repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
-        Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; for
-        policies with :attr:`Policy.needs_repeat`.
+        Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; if
+        "repeat" is in :attr:`Policy.needs`.
     """
 
     queries: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ class PressScorer:
     press: Any
     window: int = 32
     pinned: int = 0
-    needs: tuple[Need, ...] = ("all_queries",)
+    needs: Collection[Need] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
@@ -43,6 +44,7 @@ class PressScorer:
             )
         if "all_queries" not in self.needs:
             raise ValueError(f"needs must hold 'all_queries', got {self.needs}")
+        object.__setattr__(self, "needs", frozenset(self.needs))
 
     def score(self, inputs: LayerInputs) -> Tensor:
         check_all_queries(inputs)

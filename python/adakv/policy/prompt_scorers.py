@@ -39,7 +39,7 @@ class PromptAttention:
     distance: int = 0
     stride: int = 1
     pinned: int = 0
-    needs: ClassVar[tuple[Need, ...]] = ("all_queries",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
@@ -176,9 +176,9 @@ class ColumnMax:
         self._attention()  # which checks the others
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def needs(self) -> frozenset[Need]:
         """``w_o`` only if norms are used."""
-        return ("all_queries",) if self.weigh_by == "none" else ("all_queries", "w_o")
+        return frozenset({"all_queries"} if self.weigh_by == "none" else {"all_queries", "w_o"})
 
     def score(self, inputs: LayerInputs) -> Tensor:
         columns = self._attention().score(inputs)
@@ -277,7 +277,7 @@ class ExpectedAttention:
     covariance: bool = True
     value_norm: bool = True
     pinned: int = 4
-    needs: ClassVar[tuple[Need, ...]] = ("all_queries", "rotate")
+    needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "rotate"})
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)
@@ -360,7 +360,7 @@ class RepeatAttention:
 
     window: int = 1
     pinned: int = 4
-    needs: ClassVar[tuple[Need, ...]] = ("repeat",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"repeat"})
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)

@@ -85,7 +85,7 @@ class Defensive:
     pool_width: int = 5
     norm_share: NormShare = "none"
     pinned: int = 4
-    needs: ClassVar[tuple[Need, ...]] = ("w_o",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"w_o"})
 
     def __post_init__(self) -> None:
         check_range("window", self.window, 1)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.base import Kept
+from adakv.policy.base import Kept, Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range
 
 
 @dataclass(frozen=True)
 class TopScore:
     """The highest scores."""
-
-    @property
-    def needs_w_o(self) -> bool:
-        return False
 
     def select(
         self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
@@ -43,15 +39,12 @@ class TwoStage:
     eps: float = 1e-4
     norm: ops.Norm = "l1"
     counts_window: bool = False
+    needs: ClassVar[frozenset[Need]] = frozenset({"w_o"})
 
     def __post_init__(self) -> None:
         check_range("first", self.first, 0, 1)
         check_range("eps", self.eps, 0)
         check_choice("norm", self.norm, get_args(ops.Norm))
-
-    @property
-    def needs_w_o(self) -> bool:
-        return True
 
     def select(
         self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int

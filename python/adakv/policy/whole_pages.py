@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adakv.policy.base import Allocator, LayerSchedule
+from adakv.policy.base import Allocator, LayerSchedule, Need, needs_of
 from adakv.policy.inputs import LayerInputs, check_range
 
 
@@ -35,8 +35,9 @@ class WholePages:
         return self.allocator.is_model_wide
 
     @property
-    def needs_w_o(self) -> bool:
-        return self.allocator.needs_w_o
+    def needs(self) -> frozenset[Need]:
+        """What ``allocator`` needs."""
+        return needs_of(self.allocator)
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int

@@ -84,7 +84,7 @@ def why_not(policy: Policy) -> str | None:
     The scheduler gives blocks back without asking the workers. So what a layer keeps in sum must
     follow from the prompt's length, and be the same in every layer, as a block spans all of them.
     """
-    if policy.needs_repeat:
+    if "repeat" in policy.needs:
         return "it reads the prompt twice"
     if policy.is_model_wide:
         return "it shares one budget out among all layers, so how much a layer keeps isn't fixed"
@@ -95,7 +95,7 @@ def why_not(policy: Policy) -> str | None:
     allocator = policy.allocator
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
-    if policy.needs_all_queries and not isinstance(policy.scorer, FoldingScorer):
+    if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None
 

@@ -63,7 +63,7 @@ class EngineCache:
     attentions : one :class:`Attention` for each layer
     w_o : callable, optional
         ``w_o(layer)`` is the ``[E, Hq * D]`` weight of a layer's output projection, for policies
-        with :attr:`Policy.needs_w_o`.
+        with "w_o" in their :attr:`Policy.needs`.
     boundaries : :class:`Boundaries`, optional
     """
 

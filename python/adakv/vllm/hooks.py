@@ -98,7 +98,7 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
                 "adakv needs its own attention backend here: give the engine "
                 f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}'
             )
-        if settings.preset.needs_rotate:
+        if "rotate" in settings.preset.needs:
             rotation(parent, _model_type(_engine[0]), torch.device("cpu"))
 
 
@@ -152,7 +152,7 @@ def make_cache(
     ]
     ledger = Ledger.open(spec.ledger, len(pages[0]) // heads)
     attentions = [_attention(layer.impl) for layer in layers]
-    if settings.preset.needs_rotate:
+    if "rotate" in settings.preset.needs:
         model_type, device = _model_type(config), pages[0].device
         attentions = [
             attention._replace(rotate=rotation(_parents[layer](), model_type, device))

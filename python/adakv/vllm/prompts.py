@@ -63,7 +63,7 @@ class LayerPrompts:
         self.attention = attention
         self.heard: dict[int, Heard] = {}  # by first block
         self._policy, self._pages = policy, pages
-        self._w_o = w_o if policy.needs_w_o else None
+        self._w_o = w_o if "w_o" in policy.needs else None
         self._layer, self._num_layers = layer, num_layers
         self._folding = policy.scorer if isinstance(policy.scorer, FoldingScorer) else None
 
