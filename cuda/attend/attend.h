@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "adakv/ops.h"
 #include "append.cuh"
 #include "common/divisor.cuh"
 #include "common/rows.cuh"
@@ -46,5 +47,8 @@ inline int padded_queries(int64_t num_queries) {
 /// are not cut: a block does 16 queries of a row; then nothing can be appended in the launch.
 template <typename Element, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
+
+/// The kernel for everything else (any.cu). It does each row in one piece and appends nothing.
+void any_attend(const AttendArgs& args, const AttendParams& params);
 
 }  // namespace adakv
