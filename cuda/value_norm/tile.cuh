@@ -1,4 +1,4 @@
-// What the general kernels of value_norm share: a warp keeps values, and rows stream by.
+// What the kernels of any.cu and gram.cu share: a warp keeps values, and rows stream by.
 #pragma once
 
 #include <algorithm>

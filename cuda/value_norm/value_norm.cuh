@@ -1,4 +1,4 @@
-// What the kernels of value_norm share: the general ones (any.cu) and that for sm_90
+// What the kernels of value_norm share: those for any device (any.cu, gram.cu) and that for sm_90
 // (sm90/value_norm.cu).
 #pragma once
 
@@ -21,7 +21,10 @@ struct ValueNormParams {
   int32_t num_splits;
 };
 
-/// l2_gram (gram.cu); `early`: as LaunchShape has it.
+/// l1 of whatever the kernel for sm_90 doesn't take (any.cu); `early`: as LaunchShape has it.
+void any_value_norm(const ValueNormArgs& args, const ValueNormParams& params, bool early);
+
+/// l2_gram (gram.cu).
 void value_norm_gram(const ValueNormArgs& args, const ValueNormParams& params, bool early);
 
 /// The kernel of sm90/value_norm.cu: kL1, D 64 or 128 of 16 bits.
