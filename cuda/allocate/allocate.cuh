@@ -1,5 +1,5 @@
-// What the kernels of allocate share: those of ordinary launches (any.cu) and that of one
-// cluster (cluster.cu).
+// What the kernels of allocate share: those of ordinary launches (any.cu) and that of one cluster
+// (cluster.cu).
 //
 // The last of the Hkv * b best entries is found digit by digit of a long key, (order_key(score),
 // ~position): 11 + 11 + 10 bits of the score, then 11 at a time of the position. Most often the
@@ -35,6 +35,10 @@ constexpr int kPositionLevels = 3;  // at most
 /// Whether one cluster a sequence does it, with a joint histogram of all heads.
 bool cluster_allocate_fits(const AllocateArgs& args);
 void cluster_allocate(const AllocateArgs& args, AllocateParams params);
+
+/// The kernels for everything else (any.cu): below sm_90, Safeguard::kHardFloor, many heads.
+void any_allocate(const AllocateArgs& args, AllocateParams params);
+size_t any_allocate_workspace_bytes(const AllocateArgs& args);
 
 struct Sequence {
   int32_t seq_len, length;  // length: candidates of a head

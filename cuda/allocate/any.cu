@@ -1,19 +1,24 @@
-// Budgets from one top-k over the heads of a layer, by ordinary launches: below sm_90, for
-// Safeguard::kHardFloor and for many heads; see ops.h for the formulas and allocate.cuh for the
-// search.
-//   1. count, once per level: every head's histogram of the next digit, of the entries that have
-//      the digits found so far; of the position only the first digit, and only if it matters
-//   2. finish: f[h] = entries of head h above the last one, and those equal to it that come first;
-//      then the safeguard
+// allocate for any device, safeguard and number of heads: the definition, told step by step, by
+// ordinary launches. See ops.h for the formulas and allocate.cuh for the search. One cluster a
+// sequence (cluster.cu) does it faster where it fits.
+//
+//   f[h] = how many of the heads * mean best entries lie in head h; then the safeguard
+//
+// The last entry that gets in is found digit by digit: where k entries are wanted, the next digit
+// is the highest d such that at least k entries lie above the digits so far or have them and then d
+// or more. Launches:
+//   1. count, once per level, grid: [parts, Hkv, B]; one CTA: the histogram of the next digit, of a
+//      part of one head's entries that have the digits so far; of the position only the first
+//      digit, and only if it matters
+//   2. finish, grid: [B]; one CTA: the budgets of one sequence. f[h] = entries of head h above the
+//      last one, and those equal to it that come first
 // Each launch finds the digit of the level before for itself: that costs less than one more launch.
 #include "allocate/allocate.cuh"
 
 #include <algorithm>
 
 #include "common/async_copy.cuh"
-#include "common/device_guard.h"
 #include "common/launch.cuh"
-#include "cuda_backend.h"
 
 namespace adakv {
 namespace {
@@ -72,16 +77,17 @@ __device__ void write_state(const AllocateParams& params, int b, int level, cons
   for (int h = threadIdx.x; h < params.heads; h += kThreads) stored[2 + h] = state.above[h];
 }
 
-// The highest digit d with
+// The next digit: the highest d with
 //   sum over heads of max(own, entries above the digits so far or with digits >= d) >= k.
 __device__ int find_digit(
     const AllocateParams& params, Shared& shared, int b, int level, const State& state) {
   const Sequence sequence(params, b);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int bin = 2 * threadIdx.x;
+  const int bin = 2 * threadIdx.x;            // a thread looks after this one and the next
   int64_t reached_low = 0, reached_high = 0;  // the sum for d = bin and bin + 1
   if (threadIdx.x == 0) shared.digit = 0;
   for (int begin = 0; begin < params.heads; begin += kHeadBatch) {
+    // 1. The counts of this thread's bins, of some heads.
     int2 counts[kHeadBatch];
     int32_t suffix[kHeadBatch];  // of this thread's bins and the higher ones of its warp
 #pragma unroll
@@ -92,6 +98,7 @@ __device__ int find_digit(
         counts[j] = __ldcg(reinterpret_cast<const int2*>(histogram + bin));
       }
     }
+    // 2. Added up from the highest bin down: within a warp, then over the warps.
 #pragma unroll
     for (int j = 0; j < kHeadBatch; ++j) {
       suffix[j] = top_k::warp_suffix_sum(counts[j].x + counts[j].y);
@@ -103,6 +110,7 @@ __device__ int find_digit(
       shared.warp_sums[warp][lane] = top_k::warp_suffix_sum(sum) - sum;
     }
     __syncthreads();
+    // 3. What the heads reach together with either bin as the digit.
 #pragma unroll
     for (int j = 0; j < kHeadBatch; ++j) {
       if (begin + j < params.heads) {
@@ -113,6 +121,7 @@ __device__ int find_digit(
     }
     __syncthreads();
   }
+  // 4. The highest bin that reaches k.
   const int mine = reached_high >= sequence.k ? bin + 1 : reached_low >= sequence.k ? bin : 0;
   const int best = __reduce_max_sync(kFullWarp, mine);
   if (lane == 0 && best > 0) atomicMax(&shared.digit, best);
@@ -124,6 +133,7 @@ __device__ int find_digit(
 __device__ void refine(
     const AllocateParams& params, Shared& shared, int b, int level, State& state) {
   const int digit = find_digit(params, shared, b, level, state);
+  // Entries with a higher digit are above the last one: a warp adds up a head's.
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   for (int h = warp; h < params.heads; h += kWarps) {
     const int32_t* histogram = histogram_of(params, b, level, h);
@@ -203,7 +213,7 @@ __device__ void count_digits(const AllocateParams& params,
   }
 }
 
-// grid: [parts, Hkv, B]; one CTA: the digits of one level, of a part of one head's entries.
+// Launch 1. grid: [parts, Hkv, B]; one CTA: a level's digits of a part of one head's entries.
 __global__ void __launch_bounds__(kThreads)
     allocate_count_kernel(const __grid_constant__ AllocateParams params, int level) {
   extern __shared__ int32_t above[];  // [Hkv]
@@ -215,6 +225,9 @@ __global__ void __launch_bounds__(kThreads)
   const int h = blockIdx.y, b = blockIdx.z;
   const Sequence sequence(params, b);
   if (sequence.keeps_all(params.mean) || sequence.k == 0) return;
+
+  // 1. The digit of the level before, which its histograms have; one CTA of a sequence writes it
+  //    down for the next level. Where scores alone tell all heads' shares, positions don't matter.
   State state;
   state.above = above;
   read_state(params, b, max(level - 1, 0), state);
@@ -223,12 +236,16 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0 && h == 0) write_state(params, b, level, state);
     if (level == kKeyLevels && is_settled(params, shared, b, level - 1, state)) return;
   }
+
+  // 2. The histogram of this CTA's part.
   const int32_t share = (sequence.length + params.num_parts - 1) / params.num_parts;
   const int32_t begin = min(static_cast<int32_t>(blockIdx.x) * share, sequence.length);
   const int32_t end = min(begin + share, sequence.length);
   count_digits(params, b, h, begin, end, level, state,
                [&](uint32_t digit) { atomicAdd(&histogram[digit], 1); });
   __syncthreads();
+
+  // 3. Added to the head's, in memory.
   int32_t* joined = histogram_of(params, b, level, h);
   for (int i = threadIdx.x; i < kBins; i += kThreads) {
     if (histogram[i]) atomicAdd(&joined[i], histogram[i]);
@@ -239,6 +256,8 @@ __global__ void __launch_bounds__(kThreads)
 __device__ void count_best(
     const AllocateParams& params, Shared& shared, int b, State& state, int32_t* counts) {
   const Sequence sequence(params, b);
+
+  // 1. The digits that are still open: those of the position, if scores alone don't settle it.
   read_state(params, b, kKeyLevels, state);
   int level = kKeyLevels - 1;
   if (!is_settled(params, shared, b, level, state)) {
@@ -255,10 +274,14 @@ __device__ void count_best(
       refine(params, shared, b, level, state);
     }
   }
+
+  // 2. What lies above the last entry is in.
   for (int h = threadIdx.x; h < params.heads; h += kThreads) {
     counts[h] = max(sequence.own, state.above[h]);
   }
   __syncthreads();
+
+  // 3. The rest is of those that are equal to it.
   if (threadIdx.x == 0) {
     int64_t rest = sequence.k;
     for (int h = 0; h < params.heads; ++h) rest -= counts[h];
@@ -272,7 +295,7 @@ __device__ void count_best(
   __syncthreads();
 }
 
-// grid: [B]; one CTA: the budgets of one sequence.
+// Launch 2. grid: [B]; one CTA: the budgets of one sequence.
 __global__ void __launch_bounds__(kThreads)
     allocate_finish_kernel(const __grid_constant__ AllocateParams params) {
   extern __shared__ BudgetScratch scratch[];                             // [Hkv]
@@ -283,6 +306,8 @@ __global__ void __launch_bounds__(kThreads)
   const int b = blockIdx.x;
   const Sequence sequence(params, b);
   if (sequence.keeps_all(params.mean)) return store_lengths(params, b, sequence.seq_len);
+
+  // 1. How many of the best entries each head has.
   State state;
   state.above = above;
   if (sequence.k > 0) {
@@ -291,6 +316,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int h = threadIdx.x; h < params.heads; h += kThreads) counts[h] = 0;
     __syncthreads();
   }
+
+  // 2. The safeguard makes budgets of them.
   store_budgets(params, b, counts, scratch);
 }
 
@@ -298,36 +325,12 @@ int64_t histogram_ints(const TensorView& scores) {
   return scores.shape[0] * scores.shape[1] * kLevels * kBins;
 }
 
-AllocateParams make_params(const AllocateArgs& args) {
-  const TensorView& scores = args.scores;
-  AllocateParams params = {};
-  params.scores = scores.ptr<float>();
-  params.seq_lens = args.seq_lens.ptr<int32_t>();
-  params.budgets = args.budgets.ptr<int32_t>();
-  std::copy_n(scores.stride, 2, params.score_stride);
-  params.budget_stride = args.budgets.stride[0];
-  params.floor = args.floor;
-  params.safeguard = args.safeguard;
-  params.heads = static_cast<int32_t>(scores.shape[1]);
-  params.length = static_cast<int32_t>(scores.shape[2]);
-  params.window = args.window;
-  params.mean = args.budget - args.window;
-  while (params.position_bits < 31 && params.length > 1 << params.position_bits) {
-    ++params.position_bits;
-  }
-  return params;
-}
-
 }  // namespace
 
-void CudaBackend::allocate(const AllocateArgs& args) {
+void any_allocate(const AllocateArgs& args, AllocateParams params) {
   const TensorView& scores = args.scores;
-  const DeviceGuard guard(scores.device);
   const unsigned batch = static_cast<unsigned>(scores.shape[0]);
   const unsigned heads = static_cast<unsigned>(scores.shape[1]);
-  if (batch == 0 || heads == 0) return;
-  AllocateParams params = make_params(args);
-  if (cluster_allocate_fits(args)) return cluster_allocate(args, params);
   params.histograms = args.workspace.ptr<int32_t>();
   params.states = params.histograms + histogram_ints(scores);
   params.num_parts = std::max(1, (params.length + kPartKeys - 1) / kPartKeys);
@@ -346,8 +349,7 @@ void CudaBackend::allocate(const AllocateArgs& args) {
          args.stream, params);
 }
 
-size_t CudaBackend::workspace_bytes(const AllocateArgs& args) const {
-  if (cluster_allocate_fits(args)) return 0;
+size_t any_allocate_workspace_bytes(const AllocateArgs& args) {
   const int64_t states = args.scores.shape[0] * kLevels * (2 + args.scores.shape[1]);
   return (histogram_ints(args.scores) + states) * sizeof(int32_t);
 }
