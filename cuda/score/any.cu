@@ -1,5 +1,16 @@
-// score for any head dim, dtype and option: a warp keeps query rows and the keys stream by. See
-// score.cuh.
+// score for any head dim, dtype and option: the definition, told step by step.
+//
+//   p[w, t]   = softmax over t of z[w, t], of the entries that query w sees
+//   scores[t] = pool of  reduce over the group's q heads of  reduce over the window of  p[w, t]
+//
+// Two launches, and score_pool_kernel (pool.cu) if a score is made of several parts; score.cuh says
+// how rows of queries are dealt to chunks, and tiles.cuh how a CTA's warps share a tile.
+//   1. lse, grid: [splits, chunks, B * Hkv]; one CTA: maxima and sums of a chunk's rows over a
+//      split of the keys
+//   2. probs, grid: [spans, chunks, B * Hkv]; one CTA: the scores of a span of entries, or a
+//      chunk's parts of them
+// In both a warp keeps rows of queries in registers and the keys stream by in tiles: nothing of
+// size [W, T] is stored, but each product is taken twice.
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "score/tiles.cuh"
@@ -7,7 +18,8 @@
 namespace adakv {
 namespace {
 
-// grid: [splits, chunks, B * Hkv]; one CTA: maxima and sums of a chunk's rows over a split of keys.
+// Launch 1. grid: [splits, chunks, B * Hkv]; one CTA: maxima and sums of a chunk's rows over a
+// split of keys.
 template <typename Element, int kDim>
 __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
                                   (ScoreTile<Element, kDim>::kCtas))
@@ -24,18 +36,22 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
   typename Tile::Kept queries;
   float2 sums[2 * kTiles];  // of rows 8 i + g, over the entries of this lane
   for (int i = 0; i < 2 * kTiles; ++i) sums[i] = {kLowest, 0.f};
+
+  // 1. This CTA's tiles of keys come one after the other; each warp takes some of their entries.
   const TileRange range(row.seq_len, Tile::kEntries, blockIdx.x, params.lse_splits);
   const KeyTiles tiles = {range.begin * Tile::kEntries, range.end - range.begin, row.seq_len};
   for_each_tile<Tile>(params, row, tiles, memory, queries, [&](int32_t tile, const Element* keys) {
     if (place.first_row >= params.group * params.head_rows) return;
 #pragma unroll 1
     for (int i = place.entry; i < place.entry + Tile::kWarpEntries; i += 16) {
+      // 2. The logits z of 16 entries, sorted by row: four of each for this lane.
       float x[kTiles][2][4], z[2 * kTiles][4];
       logits<Tile>(params, queries, keys + i * Tile::kPitch, x);
 #pragma unroll
       for (int j = 0; j < 8 * kTiles; ++j) {
         z[j / 4][j % 4] = x[j / 8][j % 4 / 2][j / 4 % 2 * 2 + j % 2] * params.multiplier;
       }
+      // 3. Within the window a query sees no entries behind its own.
       const int32_t first = tiles.first + tile * Tile::kEntries + i;
       if (first + 16 > row.candidates) {
 #pragma unroll
@@ -45,10 +61,12 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
           if (t >= visible_entries(params, row, r)) z[j / 4][j % 4] = -INFINITY;
         }
       }
+      // 4. Into the rows' maxima and sums.
       add_logits(sums, z);
     }
   });
 
+  // 5. Those of a row are joined over its lanes, over the warps, and stored as the split's partial.
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const float2 sum = join_quad(sums[i]);
@@ -189,8 +207,8 @@ __device__ void add_probs(const float (&logits)[Tile::kTiles][2][4],
   }
 }
 
-// grid: [spans, chunks, B * Hkv]; one CTA: the scores of a span of entries, or a chunk's parts of
-// them. kIsMax: the window is reduced by maximum, else by sum.
+// Launch 2. grid: [spans, chunks, B * Hkv]; one CTA: the scores of a span of entries, or a chunk's
+// parts of them. kIsMax: the window is reduced by maximum, else by sum.
 template <typename Element, int kDim, bool kIsMax>
 __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
                                   (ScoreTile<Element, kDim>::kCtas))
@@ -209,13 +227,18 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
   float2 scales[2 * Tile::kTiles];
   const KeyTiles tiles = {span.first, span.num_tiles, row.candidates};
   for_each_tile<Tile>(params, row, tiles, memory, queries, [&](int32_t tile, const Element* keys) {
+    // 1. Once the first keys are on their way: what rows' probabilities are made with, from the
+    //    partials of launch 1 or the lse that was given.
     if (tile == 0) {
       wait_for_previous_kernel();
       load_scales(params, row, place, shared_scales, scales);
     }
+    // 2. The tile before is joined over the warps, and the one before that becomes scores: pooling
+    //    reaches into the next tile.
     if (tile > 0) values.join_units(params, row, span, tile - 1);
     if (tile > 1) values.store_scores(params, row, span, tile - 2);
     if (place.first_row >= params.group * params.head_rows) return;
+    // 3. The probabilities of this warp's rows for its entries, reduced over rows as they come.
     float x[Tile::kUnits][8] = {};
 #pragma unroll
     for (int i = 0; i < Tile::kWarpEntries / 16; ++i) {
@@ -223,8 +246,11 @@ __global__ void __launch_bounds__((ScoreTile<Element, kDim>::kThreads),
       logits<Tile>(params, queries, keys + (place.entry + i * 16) * Tile::kPitch, products);
       add_probs<Tile, kIsMax>(products, params.multiplier, scales, 4 * i, x);
     }
+    // 4. Reduced over the lanes, too, and left in shared memory.
     values.put(place, tile, x);
   });
+
+  // 5. The same of the last two tiles, and -inf for entries that don't compete.
   wait_for_previous_kernel();
   const int32_t last = span.num_tiles - 1;
   __syncthreads();
@@ -249,7 +275,7 @@ void dispatch_tile(const ScoreArgs& args, const Body& body) {
 
 }  // namespace
 
-ScoreSizes general_score_sizes(const ScoreArgs& args) {
+ScoreSizes any_score_sizes(const ScoreArgs& args) {
   ScoreSizes sizes = {};
   dispatch_tile(args, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
@@ -258,7 +284,7 @@ ScoreSizes general_score_sizes(const ScoreArgs& args) {
   return sizes;
 }
 
-void general_score(const ScoreArgs& args, const ScoreParams& params) {
+void any_score(const ScoreArgs& args, const ScoreParams& params) {
   const bool early = has_sm90("score", args.keys.device.index);
   dispatch_tile(args, [&](auto tile) {
     using Tile = typename decltype(tile)::type;

@@ -1,5 +1,5 @@
-// What the kernels of score's columns share: the general ones (columns.cu) and those for
-// sm_90 (sm90/columns.cu).
+// What the kernels of score's columns share: those for any device (columns.cu) and those for sm_90
+// (sm90/columns.cu).
 #pragma once
 
 #include "score/score.cuh"

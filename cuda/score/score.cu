@@ -154,12 +154,11 @@ void CudaBackend::score(const ScoreArgs& args) {
   if (args.scores.size() == 0) return;
   if (score_reads_columns(args)) return score_columns(args);
   const bool is_sm90 = sm90_score_fits(args);
-  const ScoreParams params =
-      make_params(args, is_sm90 ? kSm90ScoreSizes : general_score_sizes(args));
+  const ScoreParams params = make_params(args, is_sm90 ? kSm90ScoreSizes : any_score_sizes(args));
   if (is_sm90) {
     sm90_score(args, params);
   } else {
-    general_score(args, params);
+    any_score(args, params);
   }
   if (params.num_parts > 1) pool_parts(args, params);
 }
@@ -167,8 +166,8 @@ void CudaBackend::score(const ScoreArgs& args) {
 size_t CudaBackend::workspace_bytes(const ScoreArgs& args) const {
   if (args.scores.size() == 0) return 0;
   if (score_reads_columns(args)) return score_columns_workspace_bytes(args);
-  const int64_t general = workspace_floats(args, general_score_sizes(args));
-  return std::max(general, workspace_floats(args, kSm90ScoreSizes)) * sizeof(float);
+  const int64_t any = workspace_floats(args, any_score_sizes(args));
+  return std::max(any, workspace_floats(args, kSm90ScoreSizes)) * sizeof(float);
 }
 
 }  // namespace adakv

@@ -1,4 +1,5 @@
-// What the kernels of score share: the general ones and those for sm_90 (sm90/score.cu).
+// What the kernels of score share: those for any device (any.cu) and those for sm_90
+// (sm90/score.cu).
 //
 //   1. lse:   for each query row the maximum and the sum of exp2(z - maximum) over a split of keys
 //   2. probs: for each entry the window-reduced probabilities of some rows, a "part"
@@ -57,8 +58,8 @@ bool pools_heads(const ScoreArgs& args);
 float score_weight(const ScoreArgs& args);
 
 /// Steps 1 and 2 (any.cu), and 3 (pool.cu).
-ScoreSizes general_score_sizes(const ScoreArgs& args);
-void general_score(const ScoreArgs& args, const ScoreParams& params);
+ScoreSizes any_score_sizes(const ScoreArgs& args);
+void any_score(const ScoreArgs& args, const ScoreParams& params);
 void pool_parts(const ScoreArgs& args, const ScoreParams& params);
 
 /// columns.cu: score of more queries than a window has, or of others. It has its own steps 1

@@ -1,5 +1,5 @@
-// The tiles of score's general kernels: how rows and entries are dealt to warps, and how queries
-// and keys come to them.
+// The tiles of score's kernels for any device: how rows and entries are dealt to warps, and how
+// queries and keys come to them.
 #pragma once
 
 #include "common/tile.cuh"
