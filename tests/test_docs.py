@@ -32,6 +32,13 @@ def test_docs_links_lead_somewhere(page: Path):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/images/*.png")), ids=lambda p: p.name)
+def test_docs_pictures_have_palettes(picture: Path):
+    """Charts need a quarter of the bytes so: Pillow's ``image.convert("RGB").quantize(256)``."""
+    color_type = picture.read_bytes()[25]  # PNG specification, IHDR
+    assert color_type == 3, f"{picture.name} has no palette"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_docs_examples_compile(page: Path):
     for block in blocks(page):

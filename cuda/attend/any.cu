@@ -1,0 +1,193 @@
+// attend for any dtype, page size, head dim and address: the definition, told step by step. What
+// the fast kernels (attend.cuh) don't take is done here.
+//
+//   z[t] = q . key[t] * scale, or softcap * tanh(that / softcap)       of the slots that q sees
+//   out  = sum over t of exp(z[t]) * value[t] / total
+//   lse  = log(total),  total = exp(sink) + sum over t of exp(z[t])
+//
+// grid: [num_rows * G * S]; one CTA: one query over its whole row. Its warps take 32 slots at a
+// time, in turn, and each keeps a maximum, a sum and an output of its own until the row ends.
+// Powers of e are relative to the maximum so far; when that grows, what is there is rescaled.
+#include "attend/attend.h"
+#include "common/check.cuh"
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
+
+namespace adakv {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kLoads = 16;  // of a lane on their way at a time
+
+/// The query of a CTA.
+struct Query {
+  int32_t b, h, head, token;
+  int32_t visible;  // slots before this are seen; 0 for padding
+};
+
+// Query number = token * G + q head of the group. The last of S new tokens sees the whole row, the
+// one before it a slot less, and so on. Sequences with fewer than S new tokens are padded in front.
+__device__ Query find_query(const AttendParams& p) {
+  const int32_t num_queries = p.group.value * p.num_tokens;
+  const int32_t row = blockIdx.x / num_queries, number = blockIdx.x % num_queries;
+  Query query;
+  query.b = p.num_heads.quotient(row);
+  query.h = p.num_heads.remainder(row);
+  query.head = query.h * p.group.value + p.group.remainder(number);
+  query.token = p.group.quotient(number);
+  const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
+  const int32_t visible = p.rows[row].length - p.num_tokens + query.token + 1;
+  query.visible = is_padding ? 0 : max(0, visible);
+  return query;
+}
+
+/// What a warp has found out; out[j] is column lane + 32 j.
+template <int kColumns>
+struct WarpResult {
+  float max = -INFINITY, sum = 0;
+  float out[kColumns] = {};
+};
+
+// Takes slots first_slot .. first_slot + 31 of the query's row into a warp's result. For products
+// all lanes read one entry at a time, because that is what lies together, however it is aligned;
+// for the softmax each lane has a slot. A branch around a load would wait for it, so lanes behind
+// the head dim read its last element.
+template <typename Element, int kColumns>
+__device__ void add_slots(const AttendParams& p,
+                          const Query& query,
+                          const float* q,  // [32 kColumns], 0 from head_dim on
+                          int32_t head_dim,
+                          int32_t first_slot,
+                          WarpResult<kColumns>& result) {
+  const int32_t lane = threadIdx.x % kWarpSize, slot = first_slot + lane;
+  const int32_t count = min(kWarpSize, query.visible - first_slot);
+  int32_t columns[kColumns];
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) columns[j] = min(lane + j * kWarpSize, head_dim - 1);
+
+  // Where the key of this lane's slot lies: the block table has its page.
+  const char* key = nullptr;
+  if (lane < count) {
+    const int32_t* table = p.layer.block_table.at(query.b, query.h);
+    key = p.layer.key(table[slot / p.layer.page_size], slot % p.layer.page_size);
+  }
+  const auto key_of = [&](int32_t i) {
+    return reinterpret_cast<const char*>(
+        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
+  };
+
+  // z of this lane's slot; -inf if it isn't seen.
+  float z = -INFINITY;
+#pragma unroll(kLoads / kColumns)
+  for (int32_t i = 0; i < count; ++i) {
+    const Element* elements = reinterpret_cast<const Element*>(key_of(i));
+    float dot = 0;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      dot += q[lane + j * kWarpSize] * to_float(elements[columns[j]]);
+    }
+    dot = warp_sum(dot);
+    if (lane == i) z = dot * p.scale;
+  }
+  if (p.softcap != 0 && lane < count) z = p.softcap * tanhf(z);  // the scale is divided by it
+
+  // The maximum so far, and by what factor the sum and output so far shrink.
+  const float most = fmaxf(result.max, warp_max(z));
+  const float factor = expf(result.max - most), probability = expf(z - most);
+  result.max = most;
+  result.sum = result.sum * factor + warp_sum(probability);
+
+  // The values, each times its slot's probability. They lie half a page behind the keys.
+  float out[kColumns] = {};
+#pragma unroll(kLoads / kColumns)
+  for (int32_t i = 0; i < count; ++i) {
+    const float share = __shfl_sync(kFullWarp, probability, i);
+    const Element* value = reinterpret_cast<const Element*>(key_of(i) + p.layer.half_page_bytes());
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) out[j] += share * to_float(value[columns[j]]);
+  }
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) result.out[j] = result.out[j] * factor + out[j];
+}
+
+template <typename Element, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_any_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
+  __shared__ float q[kColumns * kWarpSize];
+  __shared__ float image[kWarps][kColumns * kWarpSize], max[kWarps], sum[kWarps];
+  const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const Query query = find_query(p);
+
+  // 1. The query comes to shared memory, as float32.
+  const char* queries = p.queries.at(query.b, query.head, query.token);
+  for (int32_t d = threadIdx.x; d < kColumns * kWarpSize; d += kThreads) {
+    q[d] = d < head_dim ? to_float(reinterpret_cast<const Element*>(queries)[d]) : 0.f;
+  }
+  __syncthreads();
+
+  // 2. Each warp takes every kWarps-th run of 32 slots, and leaves its result in shared memory.
+  WarpResult<kColumns> result;
+  for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
+    add_slots<Element, kColumns>(p, query, q, head_dim, first, result);
+  }
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) image[warp][lane + j * kWarpSize] = result.out[j];
+  if (lane == 0) {
+    max[warp] = result.max;
+    sum[warp] = result.sum;
+  }
+  __syncthreads();
+
+  // 3. All threads join the sums, relative to the highest maximum. A sink is one logit more,
+  //    without a value. A query that sees nothing has out 0 and lse -inf, sink or not.
+  const bool is_empty = query.visible == 0;
+  const float sink = p.sink_logits && !is_empty ? p.sink_logits[query.head] : -INFINITY;
+  float most = sink, total = 0, factors[kWarps];
+  for (int w = 0; w < kWarps; ++w) most = fmaxf(most, max[w]);
+  const float base = is_empty ? 0 : most;
+  for (int w = 0; w < kWarps; ++w) {
+    factors[w] = expf(max[w] - base);
+    total += factors[w] * sum[w];
+  }
+  total += expf(sink - base);
+
+  // 4. Each thread joins a column of the outputs, and one stores the lse.
+  Element* out = reinterpret_cast<Element*>(p.out.at(query.b, query.head, query.token));
+  for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
+    float x = 0;
+    for (int w = 0; w < kWarps; ++w) x += factors[w] * image[w][d];
+    out[d] = from_float<Element>(is_empty ? 0 : x / total);
+  }
+  if (threadIdx.x == 0 && p.lse.data) {
+    *reinterpret_cast<float*>(p.lse.at(query.b, query.head, query.token)) =
+        is_empty ? -INFINITY : most + logf(total);
+  }
+}
+
+/// Calls the body with the columns of a head dim that a lane holds.
+template <typename Body>
+void dispatch_columns(int64_t head_dim, const Body& body) {
+  if (head_dim <= 1 * kWarpSize) return body(IntTag<1>{});
+  if (head_dim <= 2 * kWarpSize) return body(IntTag<2>{});
+  if (head_dim <= 4 * kWarpSize) return body(IntTag<4>{});
+  body(IntTag<8>{});
+}
+
+}  // namespace
+
+void any_attend(const AttendArgs& args, const AttendParams& params) {
+  const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
+  const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
+  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    dispatch_columns(head_dim, [&](auto columns) {
+      attend_any_kernel<Element, columns>
+          <<<static_cast<uint32_t>(grid), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
+              params, head_dim);
+    });
+  });
+  ADAKV_CUDA_CHECK("attend", cudaGetLastError());
+}
+
+}  // namespace adakv

@@ -1,0 +1,91 @@
+// attend: the launcher. Decode over pages of 16 slots or a multiple, 16-bit elements and head dims
+// 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), all else to any.cu.
+#include <cmath>
+
+#include "attend/attend.h"
+#include "common/device_guard.h"
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
+#include "cuda_backend.h"
+
+namespace adakv {
+namespace {
+
+bool has_fast_kernel(const AttendArgs& args) {
+  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 &&
+                          args.queries.dtype != DType::kFloat32 &&
+                          dispatch_head_dim(args.queries.shape[3], [](auto) {});
+  return fits_tiles && rows_are_aligned(args.layer.pages, 16) &&
+         rows_are_aligned(args.queries, 4) && rows_are_aligned(args.out, 8);
+}
+
+int64_t num_queries(const AttendArgs& args) {
+  const int64_t heads = args.layer.lengths.shape[1];
+  return heads == 0 ? 0 : args.queries.shape[1] / heads * args.queries.shape[2];
+}
+
+/// Whether the rows' ranges are those of the schedule; else each row is done in one piece.
+bool cuts_rows(const AttendArgs& args) {
+  return has_fast_kernel(args) && num_queries(args) <= kMostQueries;
+}
+
+AttendParams attend_params(const AttendArgs& args) {
+  AttendParams p = {};
+  p.workers = args.schedule.ptr<const schedule::Worker>();
+  p.rows = reinterpret_cast<schedule::RowFacts*>(args.schedule.ptr<schedule::Worker>() +
+                                                 args.num_workers);
+  p.layer = layer_rows(args.layer);
+  p.queries = entry_rows(args.queries);
+  p.out = entry_rows(args.out);
+  p.lse = entry_rows(args.lse);
+  p.num_new = args.num_new ? args.num_new.ptr<int32_t>() : nullptr;
+  p.sink_logits = args.sink_logits ? args.sink_logits.ptr<float>() : nullptr;
+  p.partials = args.workspace.ptr<float>();
+  p.num_rows = static_cast<int32_t>(args.layer.lengths.shape[0]) * p.layer.num_heads;
+  p.num_workers = args.num_workers;
+  p.max_partials = static_cast<int32_t>(schedule::max_partials(args.num_workers));
+  p.num_tokens = static_cast<int32_t>(args.queries.shape[2]);
+  p.prefetches = args.prefetch && cuts_rows(args);
+  p.group = Divisor::of(args.queries.shape[1] / p.layer.num_heads);
+  p.num_heads = Divisor::of(p.layer.num_heads);
+  p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
+  if (args.softcap != 0) p.scale /= args.softcap;
+  p.softcap = args.softcap;
+  return p;
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------
+
+void CudaBackend::attend(const AttendArgs& args) {
+  if (args.queries.size() == 0) return;
+  const DeviceGuard guard(args.queries.device);
+  AttendParams p = attend_params(args);
+  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  const bool appends_along = args.keys && cuts_rows(args) && rows_are_aligned(args.keys, 16) &&
+                             rows_are_aligned(args.values, 16);
+  if (appends_along) {
+    p.append = append_params(args.layer, args.keys, args.values, args.num_new);
+  } else if (args.keys) {
+    append({args.keys, args.values, args.num_new, args.layer, args.stream});
+  }
+  if (!has_fast_kernel(args)) return any_attend(args, p);
+  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    if constexpr (!std::is_same_v<Element, float>) {
+      dispatch_head_dim(args.queries.shape[3], [&](auto head_dim) {
+        launch_attend<Element, head_dim>(p, args.layer.pages.shape[0], stream);
+      });
+    }
+  });
+}
+
+size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {
+  if (!cuts_rows(args)) return 0;
+  const size_t floats_per_query = args.queries.shape[3] + 2;
+  return schedule::max_partials(args.num_workers) * padded_queries(num_queries(args)) *
+         floats_per_query * sizeof(float);
+}
+
+}  // namespace adakv

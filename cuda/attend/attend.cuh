@@ -1,0 +1,195 @@
+// The fast attend kernel: decode attention over ragged pages, one block per worker of the schedule.
+//
+// A tile is 16 slots of a page, keys and values. Each warp takes every kWarps-th tile of its
+// worker's range and keeps kStages of them under way in a pipeline of its own, so that nothing
+// waits for the slowest warp before a row ends.
+//
+// Tiles ask L2 to let them go first: without that other data leaves it, 5 us at 16 x 1024. One
+// block of 8 warps per multiprocessor was best of 4 to 16 warps and 1 to 4 blocks. The code is kept
+// small: a kernel of some 10 us feels every instruction that it has to fetch (bench_attend_cuda).
+#pragma once
+
+#include "attend/row_end.cuh"
+#include "attend/tiles.cuh"
+#include "attend/warp.cuh"
+#include "common/check.cuh"
+#include "common/launch.cuh"
+#include "common/tensor_map.h"
+
+namespace adakv {
+
+/// Rows without entries have no worker: out is 0, lse -inf. By one warp of each block.
+template <typename Config>
+__device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
+  const int32_t lane = threadIdx.x % kWarpSize;
+  const int32_t end = cuts_rows ? p.num_rows : blockIdx.x + 1;
+#pragma unroll 1
+  for (int32_t r = blockIdx.x + lane * gridDim.x; r < end; r += kWarpSize * gridDim.x) {
+    if (p.rows[r].begin < p.rows[r].end) continue;
+    const RowContext row = row_context<Config>(p, r, 0);
+#pragma unroll 1
+    for (int i = 0; i < row.num_queries * Config::kHeadDim; ++i) {
+      const int32_t query = row.first_query + i / Config::kHeadDim, column = i % Config::kHeadDim;
+      const int32_t head = row.h * p.group.value + p.group.remainder(query);
+      const int32_t token = p.group.quotient(query);
+      reinterpret_cast<uint16_t*>(p.out.at(row.b, head, token))[column] = 0;
+      if (column > 0 || !p.lse.data) continue;
+      *reinterpret_cast<float*>(p.lse.at(row.b, head, token)) = -INFINITY;
+    }
+  }
+}
+
+__device__ inline schedule::RowFacts load_facts(const void* facts) {
+  const int4 first = __ldg(static_cast<const int4*>(facts));
+  const int4 second = __ldg(static_cast<const int4*>(facts) + 1);
+  return {first.x, first.y, first.z, first.w, second.x, second.y, {0, 0}};
+}
+
+/// Reads the parameters that a worker needs first: they come from memory a line at a time, which
+/// would else happen when they are needed.
+__device__ inline void fetch_params(const AttendParams& p) {
+  asm volatile("" ::"l"(p.workers), "r"(p.layer.page_size), "l"(p.layer.lengths.data),
+               "l"(p.queries.data), "l"(p.out.data), "l"(p.append.keys.data), "r"(p.append.batch),
+               "l"(p.append.layer.pages), "r"(p.append.layer.entry_bytes),
+               "l"(p.append.layer.lengths.data), "l"(p.append.layer.seen), "l"(p.partials),
+               "r"(p.num_tokens), "r"(p.num_heads.value), "f"(p.softcap));
+}
+
+// grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
+// a worker, or of a row. The warp behind kWarps, if there is one, appends.
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
+    attend_kernel(const __grid_constant__ AttendParams p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  AttendShared<Config>& shared = *reinterpret_cast<AttendShared<Config>*>(memory);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const bool cuts_rows = gridDim.y == 1;
+  if (warp < Config::kWarps && Config::kCopiesBoxes) {
+    if (lane == 0) prefetch_map(&p.page_map);
+    if (lane < Config::kStages) init_barrier(shared_address(&shared.barriers[warp][lane]));
+    fence_barriers();
+    __syncwarp();
+  }
+  fetch_params(p);
+  // Arguments wait for the kernel before; pages and schedule only if it may have written them.
+  if (!p.prefetches || warp == Config::kWarps) wait_for_previous_kernel();
+  if (warp == Config::kWarps) {
+#pragma unroll 1
+    for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
+      append_entries<uint4, 8>(p.append, b, {0, 1, 0, 1});
+      __syncwarp();
+      count_appended(p.append, b, lane, kWarpSize);
+    }
+    return;
+  }
+
+  Range range = {};
+  range.page_shift = p.layer.page_shift - kTileShift;
+  schedule::RowFacts facts;
+  if (cuts_rows) {
+    const schedule::Worker* worker = p.workers + blockIdx.x;
+    const int4 header = __ldg(reinterpret_cast<const int4*>(worker));
+    facts = load_facts(&worker->facts);
+    range.begin = header.x;
+    range.end = header.y;
+    range.row = header.z;
+    range.listed = worker->pages;
+    range.num_listed = schedule::kWorkerPages;
+  } else {
+    facts = load_facts(p.rows + blockIdx.x);
+    range.begin = facts.begin;
+    range.end = facts.end;
+    range.row = blockIdx.x;
+    const int32_t b = p.num_heads.quotient(range.row), h = p.num_heads.remainder(range.row);
+    range.listed = p.layer.block_table.at(b, h);
+    range.num_listed = facts.end - facts.begin;
+  }
+  TilePipeline<Config> pipeline(p, range, shared);
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows);
+
+  int32_t row_index = range.row, tile = 0, image = 0;
+  int32_t end = range.begin;
+#pragma unroll 1
+  while (end < range.end) {
+    end = min(range.end, facts.end);
+    const bool has_more = end < range.end;
+    schedule::RowFacts next = facts;
+    if (has_more) next = load_facts(p.rows + row_index + 1);
+    const RowContext row = row_context<Config>(p, row_index, facts.length);
+    WarpState<Config> state;
+    state.begin_row(p, row);
+    const int32_t end_tile = (end - range.begin) << range.page_shift;
+    const int32_t row_tile = (range.begin - facts.begin) * (1 << range.page_shift);
+    const NewSlots<Config> new_slots(p, row, row_tile);
+#pragma unroll 1
+    for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
+      const uint32_t data = pipeline.wait(tile);
+      const int32_t first_slot = (row_tile + t) * kTileSlots;
+      if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
+      state.add_tile(p, data, first_slot, row.length);
+      pipeline.release(tile);
+    }
+    state.store(shared.image[image][warp], shared.max_sum[image][warp]);
+    RowEnd<Config> row_end(p, row, shared, image);
+    row_end.run(facts, row_index, cuts_rows);
+    if (!has_more) return;
+    // With two images in turn, nobody can still read the one that is written next.
+    image = (image + 1) % Config::kImages;
+    if (Config::kImages == 1) RowEnd<Config>::wait_for_warps();
+    facts = next;
+#pragma unroll 1
+    for (++row_index; facts.begin == facts.end;) facts = load_facts(p.rows + ++row_index);
+  }
+}
+
+template <typename Config>
+void launch_instance(const AttendParams& p, cudaStream_t stream) {
+  static_assert(sizeof(AttendShared<Config>) <= Config::kMostBytes);
+  const int blocks = schedule::ceil_div(p.group.value * p.num_tokens, Config::kQueries);
+  LaunchShape shape;
+  shape.grid = blocks == 1 ? dim3(p.num_workers) : dim3(p.num_rows, blocks);
+  shape.threads = Config::kThreads + (p.append.keys.data ? kWarpSize : 0);
+  shape.shared_bytes = sizeof(AttendShared<Config>);
+  shape.early = Config::kCopiesBoxes;
+  launch("attend", attend_kernel<Config>, shape, stream, p);
+}
+
+template <typename Element, int kHeadDim, bool kCopiesBoxes>
+void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
+  switch (padded_queries(int64_t{p.group.value} * p.num_tokens)) {
+    case 4:
+      return launch_instance<AttendConfig<Element, kHeadDim, 4, kCopiesBoxes>>(p, stream);
+    case 8:
+      return launch_instance<AttendConfig<Element, kHeadDim, 8, kCopiesBoxes>>(p, stream);
+    default:
+      return launch_instance<AttendConfig<Element, kHeadDim, 16, kCopiesBoxes>>(p, stream);
+  }
+}
+
+/// Whether the current device has the bulk copy engine and the shared memory that goes with it.
+inline bool device_copies_boxes() {
+  int device = 0;
+  ADAKV_CUDA_CHECK("attend", cudaGetDevice(&device));
+  return has_sm90("attend", device) &&
+         device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
+}
+
+template <typename Element, int kHeadDim>
+void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream) {
+  if (!device_copies_boxes()) return launch_for_queries<Element, kHeadDim, false>(params, stream);
+  constexpr uint32_t kColumns = AttendConfig<Element, kHeadDim, 4, true>::kBoxColumns;
+  constexpr uint32_t kBoxes = kHeadDim / kColumns;
+  const uint64_t half_bytes = uint64_t(params.layer.page_size) * kHeadDim * 2;
+  AttendParams p = params;
+  // Columns of a box, slots of all pages, boxes side by side, keys and values.
+  p.page_map =
+      encode_tensor_map("attend", p.layer.pages,
+                        {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
+                         {kHeadDim * 2, kColumns * 2, half_bytes},
+                         {kColumns, kTileSlots, kBoxes, 2}});
+  launch_for_queries<Element, kHeadDim, true>(p, stream);
+}
+
+}  // namespace adakv

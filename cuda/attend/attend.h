@@ -1,0 +1,54 @@
+// What the launcher of attend hands to its kernels.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "adakv/ops.h"
+#include "append.cuh"
+#include "common/divisor.cuh"
+#include "common/rows.cuh"
+#include "ops/schedule.h"
+
+namespace adakv {
+
+struct AttendParams {
+  CUtensorMap page_map;             // of the pages, for devices that copy boxes
+  const schedule::Worker* workers;  // [num_workers]
+  schedule::RowFacts* rows;         // [num_rows]; unused[0] counts the workers that are done
+  LayerRows layer;
+  EntryRows queries;         // [B, Hq, S, D]
+  EntryRows out;             // [B, Hq, S, D]
+  EntryRows lse;             // [B, Hq, S] float32, or none
+  AppendParams append;       // keys.data is null: nothing to append
+  const int32_t* num_new;    // [B] or null
+  const float* sink_logits;  // [Hq] or null
+  float* partials;  // [max_partials, queries, D], then (max, sum) [max_partials, queries, 2]
+  int32_t num_rows, num_workers, max_partials;
+  int32_t num_tokens;        // S
+  Divisor group, num_heads;  // G, Hkv
+  bool prefetches;           // pages and schedule are read before the previous kernel has ended
+  float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
+
+  __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
+};
+
+/// Queries of a row that the fast kernels take at a time, at most.
+constexpr int kMostQueries = 16;
+
+/// Queries that partial results are kept for.
+inline int padded_queries(int64_t num_queries) {
+  return num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : kMostQueries;
+}
+
+/// The fast kernels, for pages of 16 slots or a multiple. Rows with more than kMostQueries queries
+/// are not cut: a block does 16 queries of a row; then nothing can be appended in the launch.
+template <typename Element, int kHeadDim>
+void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
+
+/// The kernel for everything else (any.cu). It does each row in one piece and appends nothing.
+void any_attend(const AttendArgs& args, const AttendParams& params);
+
+}  // namespace adakv

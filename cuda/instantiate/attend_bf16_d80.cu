@@ -1,5 +1,0 @@
-#include "attend.cuh"
-
-namespace adakv {
-template void launch_attend<__nv_bfloat16, 80>(const AttendParams&, int64_t, cudaStream_t);
-}
