@@ -20,10 +20,12 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("dtype must be float32, float16 or bfloat16, got " + name);
 }
 
-py::tuple tensors_of(const std::shared_ptr<KVCache>& cache, const LayerView& view) {
-  return py::make_tuple(tensor_of(view.pages, cache), tensor_of(view.page_positions, cache),
-                        tensor_of(view.block_table, cache), tensor_of(view.lengths, cache),
-                        tensor_of(view.seen, cache), tensor_of(view.fresh_pages, cache));
+// Tensors that keep their memory alive, also beyond a reserve().
+py::tuple tensors_of(const KVCache& cache, const LayerView& view) {
+  const std::shared_ptr<const void> owner = cache.holder();
+  return py::make_tuple(tensor_of(view.pages, owner), tensor_of(view.page_positions, owner),
+                        tensor_of(view.block_table, owner), tensor_of(view.lengths, owner),
+                        tensor_of(view.seen, owner), tensor_of(view.fresh_pages, owner));
 }
 
 std::shared_ptr<KVCache> make_cache(int32_t num_layers,
@@ -58,11 +60,13 @@ void bind_cache(py::module_& module) {
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"), py::arg("num_pages"),
            py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"),
            py::arg("device_index"))
-      .def("layer", [](const std::shared_ptr<KVCache>& self,
-                       int32_t layer) { return tensors_of(self, self->layer(layer)); })
-      .def(
-          "all_layers",
-          [](const std::shared_ptr<KVCache>& self) { return tensors_of(self, self->all_layers()); })
+      .def("layer",
+           [](const KVCache& self, int32_t layer) { return tensors_of(self, self.layer(layer)); })
+      .def("all_layers", [](const KVCache& self) { return tensors_of(self, self.all_layers()); })
+      .def("reserve",
+           [](KVCache& self, int32_t num_pages, int32_t max_row_pages) {
+             self.reserve(num_pages, max_row_pages, current_stream(self.config().device));
+           })
       .def("begin",
            [](KVCache& self, int32_t layer, int32_t first_sequence,
               const std::vector<int64_t>& num_kept, const std::vector<int64_t>& longest_row) {
@@ -74,6 +78,7 @@ void bind_cache(py::module_& module) {
              return self.grow(num_new, num_columns, current_stream(self.config().device));
            })
       .def("pages_to_grow", &KVCache::pages_to_grow)
+      .def("row_pages_to_grow", &KVCache::row_pages_to_grow)
       .def("remove",
            [](KVCache& self, int32_t sequence) {
              self.remove(sequence, current_stream(self.config().device));

@@ -53,6 +53,24 @@ class CudaMemory final : public Memory {
                                        cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
   }
 
+  // Packed rows as one: a pitch has its limits (2^31 bytes), and a pool is larger.
+  void copy_rows(void* to,
+                 size_t to_pitch,
+                 const void* from,
+                 size_t from_pitch,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
+    const DeviceGuard guard(device_);
+    const auto s = static_cast<cudaStream_t>(stream);
+    const bool is_packed = to_pitch == row_bytes && from_pitch == row_bytes;
+    ADAKV_CUDA_CHECK("memory",
+                     is_packed
+                         ? cudaMemcpyAsync(to, from, row_bytes * rows, cudaMemcpyDeviceToDevice, s)
+                         : cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, row_bytes, rows,
+                                             cudaMemcpyDeviceToDevice, s));
+  }
+
   void fill_rows(void* data,
                  size_t pitch_bytes,
                  int value,

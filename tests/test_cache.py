@@ -106,14 +106,14 @@ class Model:
         assert torch.equal(everything.lengths.flatten(), lengths.int())
 
         table = everything.block_table.flatten(0, 2)  # [rows, M]
-        is_used = torch.arange(MAX_ROW_PAGES) < -(-lengths // PAGE)[:, None]
+        is_used = torch.arange(table.shape[1]) < -(-lengths // PAGE)[:, None]
         owned = table[is_used]
         assert (table[~is_used] == -1).all()
         assert ((owned >= 0) & (owned < self.cache.num_pages)).all()
         assert len(owned) == len(owned.unique()) <= self.cache.pages_used
 
         pages = table.clamp(min=0).long()
-        is_held = torch.arange(MAX_ROW_PAGES * PAGE) < lengths[:, None]  # [rows, slots]
+        is_held = torch.arange(table.shape[1] * PAGE) < lengths[:, None]  # [rows, slots]
         positions = everything.page_positions[pages].flatten(1)[is_held]
         assert positions.tolist() == [x for row in self.rows.values() for x in row]
         keys, values = (
@@ -200,3 +200,81 @@ def test_cache_refuses_what_does_not_fit_and_goes_on(device: torch.device) -> No
     assert model.cache.num_free == free
     model.append([9, 0, 0])
     model.check()
+
+
+def test_reserve_keeps_what_is_held_and_goes_on(device: torch.device) -> None:
+    """A cache that is enlarged whenever it is full goes on like one that was made large."""
+    model = Model(device, num_pages=70)
+    for b in range(BATCH):
+        model.begin(b, 30 + b, 20)
+    with pytest.raises(adakv.Error, match="max_row_pages is 16"):
+        model.cache.grow([200, 200, 200], 200)
+    enlarged = 0
+    for new in [[1] * BATCH] * 30 + [[40, 3, 0], [200, 200, 200]] + [[1, 0, 2]] * 20:
+        cache, stale = model.cache, model.cache.layer(1).pages
+        missing = cache.pages_to_grow(new) - cache.num_free
+        if missing > 0:
+            cache.reserve(num_pages=2 * cache.num_pages + missing)
+            enlarged += 1
+            assert stale.data_ptr() != cache.layer(1).pages.data_ptr()
+        if cache.row_pages_to_grow(new) > cache.max_row_pages:
+            cache.reserve(max_row_pages=cache.row_pages_to_grow(new))
+            enlarged += 1
+            assert (cache.layer(1).block_table == -1).any()
+        model.append(new)
+        model.check()
+    assert enlarged >= 3
+    for b in range(BATCH):
+        model.cache.remove(b)
+    assert model.cache.num_free == model.cache.num_pages > 70
+
+
+def test_reserve_decodes_like_a_cache_that_was_made_large(device: torch.device) -> None:
+    outs = []
+    for large in (True, False):
+        torch.manual_seed(0)
+        cache = KVCache(
+            num_layers=1,
+            num_sequences=1,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            num_pages=200 if large else 8,
+            max_row_pages=40 if large else 3,
+            page_size=PAGE,
+            dtype=torch.float32,
+            device=device,
+        )
+        keys, values = torch.randn(2, 1, HEADS, 12, DIM).to(device)
+        budgets = torch.full((1, HEADS), 9, dtype=torch.int32, device=device)
+        kept = ops.select(torch.rand(1, HEADS, 12).to(device), budgets, window=2)
+        ops.compact(keys, values, kept, cache.layer(0), *cache.begin(0, [9 * HEADS], [12]))
+        for _ in range(40):
+            if cache.pages_to_grow([1]) > cache.num_free:
+                cache.reserve(num_pages=2 * cache.num_pages)
+            cache.reserve(max_row_pages=cache.row_pages_to_grow([1]))
+            cache.grow([1], 1)
+            schedule = ops.plan(*cache.plan_inputs, page_size=PAGE)
+            q, k, v = torch.randn(3, 1, HEADS, 1, DIM).to(device)
+            outs.append(ops.attend(q, cache.layer(0), schedule[0], keys=k, values=v)[0])
+    assert all(torch.equal(a, b) for a, b in zip(outs[:40], outs[40:], strict=True))
+
+
+def test_reserve_refuses_and_changes_nothing() -> None:
+    cache = KVCache(
+        num_layers=1,
+        num_sequences=1,
+        num_kv_heads=1,
+        head_dim=256,
+        page_size=256,
+        num_pages=4,
+        max_row_pages=4,
+        dtype=torch.float32,
+    )
+    pages = cache.layer(0).pages
+    with pytest.raises(adakv.Error, match="memory"):
+        cache.reserve(num_pages=2**31 - 1, max_row_pages=8)
+    with pytest.raises(ValueError, match="max_row_pages must not be negative, got -1"):
+        cache.reserve(num_pages=8, max_row_pages=-1)
+    cache.reserve(num_pages=2)
+    assert (cache.num_pages, cache.max_row_pages, cache.num_free) == (4, 4, 4)
+    assert cache.layer(0).pages.data_ptr() == pages.data_ptr()

@@ -1,6 +1,7 @@
 #include "adakv/kv_cache.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <utility>
 
@@ -56,19 +57,37 @@ class Layout {
   int64_t bytes_ = 0;
 };
 
-LayerView lay_out(Layout& layout, const CacheConfig& c) {
-  LayerView view;
+void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
   view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
   view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
+}
+
+void lay_out_table(Layout& layout, const CacheConfig& c, LayerView& view) {
   view.block_table =
       layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}, DType::kInt32);
+}
+
+void lay_out_rows(Layout& layout, const CacheConfig& c, LayerView& view) {
   view.lengths = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads}, DType::kInt32);
   view.seen = layout.add({c.num_layers, c.num_sequences}, DType::kInt32);
   view.fresh_pages = layout.add(
       {c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
   std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
   std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
-  return view;
+}
+
+// Memory for some tensors, which become views of it.
+std::shared_ptr<void> allocate(Memory& memory,
+                               void (*lay_out)(Layout&, const CacheConfig&, LayerView&),
+                               const CacheConfig& config,
+                               LayerView& view) {
+  Layout size(nullptr, config.device);
+  lay_out(size, config, view);
+  const std::shared_ptr<void> data(memory.allocate(size.bytes()),
+                                   [&memory](void* data) { memory.free(data); });
+  Layout layout(data.get(), config.device);
+  lay_out(layout, config, view);
+  return data;
 }
 
 void fill(Memory& memory, const TensorView& view, int value, Stream stream) {
@@ -84,6 +103,21 @@ void fill_sequence(
   memory.fill_rows(view.ptr<char>() + sequence * row, pitch, value, row, view.shape[0], stream);
 }
 
+// Copies the first `count` of what lies along the first dimension.
+void copy_first(
+    Memory& memory, const TensorView& to, const TensorView& from, int64_t count, Stream stream) {
+  const size_t bytes = count * from.stride[0] * dtype_size(from.dtype);
+  if (bytes > 0) memory.copy_rows(to.data, bytes, from.data, bytes, bytes, 1, stream);
+}
+
+// Copies a table into one with more columns, -1 behind what it had.
+void widen(Memory& memory, const TensorView& to, const TensorView& from, Stream stream) {
+  const size_t row_bytes = from.shape[3] * sizeof(int32_t);
+  fill(memory, to, -1, stream);
+  memory.copy_rows(to.data, to.shape[3] * sizeof(int32_t), from.data, row_bytes, row_bytes,
+                   from.size() / from.shape[3], stream);
+}
+
 }  // namespace
 
 KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
@@ -92,24 +126,47 @@ KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
               device_name(memory.device()), ", but config.device is ", device_name(config.device));
   sequences_.resize(config.num_sequences);
   for (Sequence& sequence : sequences_) sequence.pages.resize(config.num_layers);
-  Layout size(nullptr, config.device);
-  lay_out(size, config);
-  data_ = memory.allocate(size.bytes());
-  Layout layout(data_, config.device);
-  all_layers_ = lay_out(layout, config);
-  try {
-    fill(memory_, all_layers_.block_table, -1, stream);
-    fill(memory_, all_layers_.fresh_pages, -1, stream);
-    fill(memory_, all_layers_.lengths, 0, stream);
-    fill(memory_, all_layers_.seen, 0, stream);
-  } catch (...) {
-    memory_.free(data_);
-    throw;
-  }
+  pool_data_ = allocate(memory, lay_out_pool, config, all_layers_);
+  table_data_ = allocate(memory, lay_out_table, config, all_layers_);
+  row_data_ = allocate(memory, lay_out_rows, config, all_layers_);
+  fill(memory_, all_layers_.block_table, -1, stream);
+  fill(memory_, all_layers_.fresh_pages, -1, stream);
+  fill(memory_, all_layers_.lengths, 0, stream);
+  fill(memory_, all_layers_.seen, 0, stream);
 }
 
-KVCache::~KVCache() {
-  memory_.free(data_);
+KVCache::~KVCache() = default;
+
+void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
+  ADAKV_CHECK(num_pages >= 0, "reserve: num_pages must not be negative, got ", num_pages);
+  ADAKV_CHECK(max_row_pages >= 0, "reserve: max_row_pages must not be negative, got ",
+              max_row_pages);
+  CacheConfig config = config_;
+  config.num_pages = std::max(num_pages, config.num_pages);
+  config.max_row_pages = std::max(max_row_pages, config.max_row_pages);
+  check_config(config);
+  const LayerView& old = all_layers_;
+  LayerView view = old;
+  std::shared_ptr<void> pool_data = pool_data_, table_data = table_data_;
+  if (config.num_pages > config_.num_pages) {
+    pool_data = allocate(memory_, lay_out_pool, config, view);
+    copy_first(memory_, view.pages, old.pages, pool_.num_touched(), stream);
+    copy_first(memory_, view.page_positions, old.page_positions, pool_.num_touched(), stream);
+  }
+  if (config.max_row_pages > config_.max_row_pages) {
+    table_data = allocate(memory_, lay_out_table, config, view);
+    widen(memory_, view.block_table, old.block_table, stream);
+  }
+  pool_.grow(config.num_pages);
+  config_ = config;
+  all_layers_ = view;
+  pool_data_.swap(pool_data);
+  table_data_.swap(table_data);
+}
+
+std::shared_ptr<const void> KVCache::holder() const {
+  return std::make_shared<std::array<std::shared_ptr<void>, 3>>(
+      std::array<std::shared_ptr<void>, 3>{pool_data_, table_data_, row_data_});
 }
 
 size_t KVCache::page_bytes() const {
@@ -134,9 +191,13 @@ int64_t KVCache::pages_for(int64_t num_kept,
   return num_kept / page_size + num_kv_heads + row_pages * num_kv_heads;
 }
 
+int64_t KVCache::row_pages(int64_t entries) const {
+  return entries / config_.page_size + (entries % config_.page_size != 0);
+}
+
 // Throws unless a row of so many entries has its pages in the block table.
 void KVCache::check_row(int64_t entries) const {
-  const int64_t pages = entries / config_.page_size + (entries % config_.page_size != 0);
+  const int64_t pages = row_pages(entries);
   if (pages > config_.max_row_pages) {
     throw Error(detail::concat("a row may grow to ", entries, " entries, which needs ", pages,
                                " pages; max_row_pages is ", config_.max_row_pages));
@@ -207,6 +268,16 @@ int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
                 b);
     const int64_t before = sequences_[b].appended;
     pages += (pages_after(before + num_new[b]) - pages_after(before)) * config_.num_layers;
+  }
+  return pages;
+}
+
+int64_t KVCache::row_pages_to_grow(const std::vector<int32_t>& num_new) const {
+  pages_to_grow(num_new);  // checks them
+  int64_t pages = 0;
+  for (size_t b = 0; b < num_new.size(); ++b) {
+    const Sequence& sequence = sequences_[b];
+    pages = std::max(pages, row_pages(sequence.longest_row + sequence.appended + num_new[b]));
   }
   return pages;
 }

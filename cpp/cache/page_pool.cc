@@ -8,6 +8,12 @@ PagePool::PagePool(int32_t num_pages) : num_pages_(num_pages) {
   ADAKV_CHECK(num_pages >= 0, "PagePool: num_pages must not be negative, got ", num_pages);
 }
 
+void PagePool::grow(int32_t num_pages) {
+  ADAKV_CHECK(num_pages >= num_pages_, "PagePool: num_pages must be at least ", num_pages_,
+              ", the pages there are, got ", num_pages);
+  num_pages_ = num_pages;
+}
+
 void PagePool::check_free(int64_t count) const {
   if (count > num_free()) {
     throw Error(detail::concat("not enough pages: ", count, " needed, ", num_free(), " free of ",

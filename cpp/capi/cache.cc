@@ -13,8 +13,9 @@ namespace {
 class CallbackMemory final : public Memory {
  public:
   CallbackMemory(const AdakvMemory& calls, Device device) : calls_(calls), device_(device) {
-    ADAKV_CHECK(calls.allocate && calls.free && calls.copy_rows_from_host && calls.fill_rows,
-                "memory: all four functions must be given");
+    ADAKV_CHECK(calls.allocate && calls.free && calls.copy_rows_from_host && calls.copy_rows &&
+                    calls.fill_rows,
+                "memory: all five functions must be given");
   }
 
   Device device() const override { return device_; }
@@ -41,6 +42,17 @@ class CallbackMemory final : public Memory {
                                                             row_bytes, rows, stream));
   }
 
+  void copy_rows(void* to,
+                 size_t to_pitch,
+                 const void* from,
+                 size_t from_pitch,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
+    check("copy_rows", calls_.copy_rows(calls_.context, to, to_pitch, from, from_pitch, row_bytes,
+                                        rows, stream));
+  }
+
   void fill_rows(void* data,
                  size_t pitch_bytes,
                  int value,
@@ -62,12 +74,14 @@ class CallbackMemory final : public Memory {
 
 // The six tensors of a LayerView, and their shapes.
 struct LayerTensors {
-  explicit LayerTensors(const LayerView& view) {
+  explicit LayerTensors(const LayerView& view) { set(view); }
+  LayerTensors(const LayerTensors&) = delete;
+
+  void set(const LayerView& view) {
     const TensorView* views[] = {&view.pages,   &view.page_positions, &view.block_table,
                                  &view.lengths, &view.seen,           &view.fresh_pages};
     for (int i = 0; i < 6; ++i) tensors[i] = tensor_of(*views[i], shapes[i], strides[i]);
   }
-  LayerTensors(const LayerTensors&) = delete;
 
   AdakvLayer layer() const {
     return {&tensors[0], &tensors[1], &tensors[2], &tensors[3], &tensors[4], &tensors[5]};
@@ -144,6 +158,20 @@ AdakvStatus adakv_cache_all_layers(const AdakvCache* cache, AdakvLayer* tensors)
   return guarded([&] { given("tensors", tensors) = given("cache", cache).all_layers.layer(); });
 }
 
+AdakvStatus adakv_cache_reserve(AdakvCache* cache,
+                                int32_t num_pages,
+                                int32_t max_row_pages,
+                                void* stream) {
+  return guarded([&] {
+    adakv::KVCache& memory = given("cache", cache).cache;
+    memory.reserve(num_pages, max_row_pages, stream);
+    cache->all_layers.set(memory.all_layers());
+    for (size_t i = 0; i < cache->layers.size(); ++i) {
+      cache->layers[i]->set(memory.layer(static_cast<int32_t>(i)));
+    }
+  });
+}
+
 AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               int32_t layer,
                               int32_t first_sequence,
@@ -182,6 +210,16 @@ AdakvStatus adakv_cache_pages_to_grow(const AdakvCache* cache,
   return guarded([&] {
     given("cache", cache), given("num_new", num_new), given("pages", pages);
     *pages = cache->cache.pages_to_grow({num_new, num_new + cache->cache.config().num_sequences});
+  });
+}
+
+AdakvStatus adakv_cache_row_pages_to_grow(const AdakvCache* cache,
+                                          const int32_t* num_new,
+                                          int64_t* pages) {
+  return guarded([&] {
+    given("cache", cache), given("num_new", num_new), given("pages", pages);
+    *pages =
+        cache->cache.row_pages_to_grow({num_new, num_new + cache->cache.config().num_sequences});
   });
 }
 

@@ -59,6 +59,19 @@ class HostMemory final : public Memory {
     }
   }
 
+  void copy_rows(void* to,
+                 size_t to_pitch,
+                 const void* from,
+                 size_t from_pitch,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream) override {
+    for (size_t i = 0; i < rows; ++i) {
+      std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                  static_cast<const char*>(from) + i * from_pitch, row_bytes);
+    }
+  }
+
   void fill_rows(
       void* data, size_t pitch_bytes, int value, size_t row_bytes, size_t rows, Stream) override {
     for (size_t i = 0; i < rows; ++i)

@@ -28,8 +28,8 @@ from adakv.ops import Layer
 class KVCache:
     """Pages for the entries that are kept, for a batch of sequences over all layers.
 
-    All memory is taken at once; on the CPU, pages that were never used cost nothing. Tensors that
-    it hands out keep it alive.
+    All memory is taken at once; on the CPU, pages that were never used cost nothing. More is made
+    by :meth:`reserve`. Tensors that it hands out keep their memory alive.
 
     Parameters
     ----------
@@ -75,6 +75,7 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.num_pages = num_pages
+        self.max_row_pages = max_row_pages
         self.page_size = page_size
         self.dtype = dtype
         self.device = device
@@ -90,11 +91,14 @@ class KVCache:
             device_type=device.type,
             device_index=device.index or 0,
         )
+        self._take_tensors()
+
+    def _take_tensors(self) -> None:
         self.all_layers = Layer(*self._cache.all_layers())
         # What all layers share is one tensor: compiled graphs take two for different memory.
         shared = self.all_layers.pages, self.all_layers.page_positions
         self._layers = tuple(
-            Layer(*shared, *self._cache.layer(layer)[2:]) for layer in range(num_layers)
+            Layer(*shared, *self._cache.layer(layer)[2:]) for layer in range(self.num_layers)
         )
 
     all_layers: Layer
@@ -109,6 +113,32 @@ class KVCache:
         """Lengths, block table and fresh pages of all layers, as :func:`adakv.ops.plan` takes
         them."""
         return self.all_layers.lengths, self.all_layers.block_table, self.all_layers.fresh_pages
+
+    def reserve(self, *, num_pages: int = 0, max_row_pages: int = 0) -> None:
+        """Makes room for more pages, and keeps what the cache holds.
+
+        What has to grow is copied to new memory: the pool takes twice its memory for a moment, so
+        double rather than add a little. Tensors that the cache handed out before are stale
+        (``pages`` and ``page_positions`` if the pool grew, ``block_table`` if the rows did; they
+        show the past, and what is written to them is lost): ask :meth:`layer` and
+        :attr:`plan_inputs` again. CUDA graphs that were recorded with them must be recorded again.
+
+        Parameters
+        ----------
+        num_pages : int
+            Pages that the pool should have at least, see :meth:`pages_to_grow`.
+        max_row_pages : int
+            Pages that a row should have room for at least, see :meth:`row_pages_to_grow`.
+
+        Raises
+        ------
+        adakv.Error
+            If the memory can't be had. Nothing changes.
+        """
+        self._cache.reserve(num_pages, max_row_pages)
+        self.num_pages = max(self.num_pages, num_pages)
+        self.max_row_pages = max(self.max_row_pages, max_row_pages)
+        self._take_tensors()
 
     def begin(
         self, layer: int, totals: Sequence[int], longest: Sequence[int], *, first_sequence: int = 0
@@ -169,6 +199,11 @@ class KVCache:
     def pages_to_grow(self, num_new: Sequence[int]) -> int:
         """Pages that have to be free for appending ``num_new[b]`` tokens to each sequence b."""
         return int(self._cache.pages_to_grow(num_new))
+
+    def row_pages_to_grow(self, num_new: Sequence[int]) -> int:
+        """What ``max_row_pages`` has to be for appending ``num_new[b]`` tokens to each sequence b:
+        pages that the longest row may need."""
+        return int(self._cache.row_pages_to_grow(num_new))
 
     @staticmethod
     def pages_for(total: int, new_tokens: int, *, num_kv_heads: int, page_size: int = 16) -> int:

@@ -30,6 +30,19 @@ static int copy_rows(void* context,
                                 cudaMemcpyHostToDevice, stream);
 }
 
+static int move_rows(void* context,
+                     void* to,
+                     size_t to_pitch,
+                     const void* from,
+                     size_t from_pitch,
+                     size_t row_bytes,
+                     size_t rows,
+                     void* stream) {
+  (void)context;
+  return (int)cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, row_bytes, rows,
+                                cudaMemcpyDeviceToDevice, stream);
+}
+
 static int fill_rows(void* context,
                      void* data,
                      size_t pitch,
@@ -47,7 +60,7 @@ static int copy_to_host(void* host, const void* data, size_t bytes, void* stream
 }
 
 int embedder_cuda(EmbedderDevice* device) {
-  const AdakvMemory memory = {device, allocate, release, copy_rows, fill_rows};
+  const AdakvMemory memory = {device, allocate, release, copy_rows, move_rows, fill_rows};
   cudaStream_t stream = NULL;
   memset(device, 0, sizeof *device);
   device->device.device_type = 2;

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
+#include <memory>
 #include <random>
 
 #include "adakv/error.h"
@@ -41,7 +43,10 @@ TEST(KVCache, RefusesConfigsThatMakeNoSense) {
 class NotingMemory final : public Memory {
  public:
   Device device() const override { return {}; }
-  void* allocate(size_t bytes) override { return host_.allocate(bytes); }
+  void* allocate(size_t bytes) override {
+    if (bytes > most_bytes) throw Error("no memory");
+    return host_.allocate(bytes);
+  }
   void free(void* data) override { host_.free(data); }
   void copy_from_host(void* data, const void* host, size_t bytes, Stream stream) override {
     streams.push_back(stream);
@@ -56,6 +61,16 @@ class NotingMemory final : public Memory {
     streams.push_back(stream);
     host_.copy_rows_from_host(data, pitch_bytes, host, row_bytes, rows, stream);
   }
+  void copy_rows(void* to,
+                 size_t to_pitch,
+                 const void* from,
+                 size_t from_pitch,
+                 size_t row_bytes,
+                 size_t rows,
+                 Stream stream) override {
+    streams.push_back(stream);
+    host_.copy_rows(to, to_pitch, from, from_pitch, row_bytes, rows, stream);
+  }
   void fill_rows(void* data,
                  size_t pitch_bytes,
                  int value,
@@ -67,6 +82,7 @@ class NotingMemory final : public Memory {
   }
 
   std::vector<Stream> streams;
+  size_t most_bytes = 1 << 20;
 
  private:
   Memory& host_ = device_memory({});
@@ -86,6 +102,9 @@ TEST(KVCache, WritesInTheStreamThatItIsGiven) {
   memory.streams.clear();
   cache.remove(0, &c);
   EXPECT_EQ(memory.streams, std::vector<Stream>(3, &c));
+  memory.streams.clear();
+  cache.reserve(500, 50, &a);
+  EXPECT_EQ(memory.streams, std::vector<Stream>(4, &a));
 }
 
 TEST(KVCache, StartsEmpty) {
@@ -99,6 +118,92 @@ TEST(KVCache, StartsEmpty) {
   for (int i = 0; i < 3 * 2; ++i) EXPECT_EQ(layer.lengths.ptr<int32_t>()[i], 0);
   EXPECT_EQ(cache.page_bytes(), 8u * (2 * 8 * 4 + 4));
   EXPECT_THROW(cache.layer(2), InvalidArgument);
+}
+
+TEST(KVCache, ReserveKeepsWhatItHolds) {
+  NotingMemory memory;
+  KVCache cache(small_config(), memory);
+  const PageList first = cache.begin(0, 0, {20}, {12});
+  cache.begin(1, 0, {20}, {12});
+  cache.grow({3, 0, 0}, 3);
+  const LayerView before = cache.layer(1);
+  const auto same_memory = [](const TensorView& a, const TensorView& b) {
+    return a.data == b.data && a.shape_string() == b.shape_string();
+  };
+  // What the device wrote: entries, positions, tables and lengths.
+  for (int64_t i = 0; i < cache.pool().num_touched() * before.pages.stride[0]; ++i) {
+    before.pages.ptr<float>()[i] = static_cast<float>(i);
+  }
+  for (int64_t i = 0; i < cache.pool().num_touched() * 8; ++i) {
+    before.page_positions.ptr<int32_t>()[i] = static_cast<int32_t>(i + 5);
+  }
+  for (int64_t i = 0; i < before.block_table.size(); ++i) {
+    before.block_table.ptr<int32_t>()[i] = static_cast<int32_t>(i);
+  }
+  before.lengths.ptr<int32_t>()[0] = 12;
+
+  cache.reserve(0, 0);
+  cache.reserve(400, 40);
+  EXPECT_TRUE(same_memory(cache.layer(1).pages, before.pages));
+  EXPECT_TRUE(same_memory(cache.layer(1).block_table, before.block_table));
+  EXPECT_THROW(cache.reserve(-1, 0), InvalidArgument);
+  EXPECT_THROW(cache.reserve(0, -1), InvalidArgument);
+  EXPECT_THROW(cache.reserve(1000, std::numeric_limits<int32_t>::max()), Error);
+  EXPECT_THROW(cache.reserve(std::numeric_limits<int32_t>::max(), 70), Error);
+  EXPECT_EQ(cache.config().num_pages, 400);
+  EXPECT_EQ(cache.pool().num_pages(), 400);
+  EXPECT_TRUE(same_memory(cache.layer(1).pages, before.pages));
+  EXPECT_TRUE(same_memory(cache.layer(1).block_table, before.block_table));
+
+  const std::shared_ptr<const void> old = cache.holder();
+  cache.reserve(1000, 0);
+  EXPECT_TRUE(same_memory(cache.layer(1).block_table, before.block_table));
+  cache.reserve(0, 70);
+  const LayerView after = cache.layer(1);
+  EXPECT_EQ(cache.config().num_pages, 1000);
+  EXPECT_EQ(cache.config().max_row_pages, 70);
+  EXPECT_EQ(after.pages.shape_string(), "[1000, 2, 8, 8]");
+  EXPECT_EQ(after.page_positions.shape_string(), "[1000, 8]");
+  EXPECT_EQ(after.block_table.shape_string(), "[3, 2, 70]");
+  for (int64_t i = 0; i < cache.pool().num_touched() * before.pages.stride[0]; ++i) {
+    ASSERT_EQ(after.pages.ptr<float>()[i], static_cast<float>(i));
+  }
+  for (int64_t i = 0; i < cache.pool().num_touched() * 8; ++i) {
+    ASSERT_EQ(after.page_positions.ptr<int32_t>()[i], static_cast<int32_t>(i + 5));
+  }
+  for (int64_t row = 0; row < 6; ++row) {
+    for (int64_t i = 0; i < 70; ++i) {
+      ASSERT_EQ(after.block_table.ptr<int32_t>()[row * 70 + i],
+                i < 40 ? static_cast<int32_t>(row * 40 + i) : -1);
+    }
+  }
+  EXPECT_TRUE(same_memory(after.lengths, before.lengths));
+  EXPECT_TRUE(same_memory(after.seen, before.seen));
+  EXPECT_TRUE(same_memory(after.fresh_pages, before.fresh_pages));
+  EXPECT_EQ(before.block_table.ptr<int32_t>()[1], 1);  // stale, but there: `old` holds it
+
+  // And it goes on with the pages that were owned, and with new ones.
+  EXPECT_EQ(cache.num_pages(0, 0), static_cast<int32_t>(first.ids.size()));
+  cache.begin(0, 1, {7000}, {70 * 8});
+  EXPECT_THROW(cache.begin(1, 1, {10}, {70 * 8 + 1}), Error);
+  EXPECT_EQ(cache.pool().num_free(), 1000 - cache.pool().num_used());
+  cache.remove(0);
+  cache.remove(1);
+  EXPECT_EQ(cache.pool().num_free(), 1000);
+}
+
+TEST(KVCache, SaysWhatRowsGrowTo) {
+  KVCache cache(small_config(), device_memory({}));
+  EXPECT_EQ(cache.row_pages_to_grow({0, 0, 0}), 0);
+  for (int layer : {0, 1}) cache.begin(layer, 1, {20}, {12});
+  EXPECT_EQ(cache.row_pages_to_grow({0, 4, 0}), 2);
+  EXPECT_EQ(cache.row_pages_to_grow({0, 5, 0}), 3);
+  EXPECT_THROW(cache.row_pages_to_grow({0, -1, 0}), InvalidArgument);
+  const int32_t most = 40 * 8 - 12;
+  EXPECT_EQ(cache.row_pages_to_grow({0, most + 1, 0}), 41);
+  EXPECT_THROW(cache.grow({0, most + 1, 0}, most + 1), Error);
+  cache.reserve(0, 41);
+  EXPECT_GE(cache.grow({0, most + 1, 0}, most + 1), 1);
 }
 
 // All rows that K entries can be spread over: ceil(length / P) pages each, and a fresh one.

@@ -73,5 +73,18 @@ TEST(PagePool, EveryPageHasOneOwnerWhateverHappens) {
   }
 }
 
+TEST(PagePool, GrowsByFreePages) {
+  PagePool pool(2);
+  std::vector<int32_t> pages;
+  pool.take(2, pages);
+  EXPECT_THROW(pool.grow(1), InvalidArgument);
+  pool.grow(5);
+  EXPECT_EQ(pool.num_pages(), 5);
+  EXPECT_EQ(pool.num_free(), 3);
+  EXPECT_EQ(pool.num_touched(), 2);
+  pool.take(3, pages);
+  EXPECT_EQ(pages, (std::vector<int32_t>{0, 1, 2, 3, 4}));
+}
+
 }  // namespace
 }  // namespace adakv

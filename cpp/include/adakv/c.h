@@ -78,7 +78,7 @@ typedef struct AdakvTensor {
 /** The memory of a compressed cache: KVCache of kv_cache.h. */
 typedef struct AdakvCache AdakvCache;
 
-/** Sizes of a cache, which never change. */
+/** Sizes of a cache. adakv_cache_reserve() raises num_pages and max_row_pages. */
 typedef struct AdakvCacheConfig {
   int32_t num_layers;    /* of the model */
   int32_t num_sequences; /* most sequences at a time */
@@ -92,7 +92,8 @@ typedef struct AdakvCacheConfig {
 } AdakvCacheConfig;
 
 /** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
- * must outlive the cache. Copies and fills are in stream order and return 0 on success. */
+ * must outlive the cache. Copies and fills are in stream order and return 0 on success; `free` waits
+ * for work in a stream that may still use the memory, as cudaFree() does. */
 typedef struct AdakvMemory {
   void* context; /* passed to every call */
   /** Uninitialised memory, aligned to 256 bytes; NULL if there is none. */
@@ -108,6 +109,15 @@ typedef struct AdakvMemory {
                              size_t row_bytes,
                              size_t rows,
                              void* stream);
+  /** Copies such rows from one place of the device to another; the places don't overlap. */
+  int (*copy_rows)(void* context,
+                   void* to,
+                   size_t to_pitch_bytes,
+                   const void* from,
+                   size_t from_pitch_bytes,
+                   size_t row_bytes,
+                   size_t rows,
+                   void* stream);
   /** Sets every byte of such rows to `value`. */
   int (*fill_rows)(void* context,
                    void* data,
@@ -118,7 +128,8 @@ typedef struct AdakvMemory {
                    void* stream);
 } AdakvMemory;
 
-/** The tensors of one layer; they belong to the cache and live as long. */
+/** The tensors of one layer; they belong to the cache and live as long. adakv_cache_reserve() changes
+ * where they point to. */
 typedef struct AdakvLayer {
   const AdakvTensor* pages;          /* [N, 2, P, D] */
   const AdakvTensor* page_positions; /* [N, P] int32 */
@@ -152,6 +163,15 @@ AdakvStatus adakv_cache_layer(const AdakvCache* cache, int32_t layer, AdakvLayer
 /** The same with all layers in front, as adakv_plan() takes them: lengths [L, B, Hkv], ... */
 AdakvStatus adakv_cache_all_layers(const AdakvCache* cache, AdakvLayer* tensors);
 
+/** Makes room for at least num_pages pages in the pool and max_row_pages in a row, and keeps what the
+ * cache holds. What has to grow is copied to new memory in `stream`; the pool takes twice its memory
+ * for a moment. AdakvLayers from before are good for the new memory, too; addresses copied out of
+ * them are stale. */
+AdakvStatus adakv_cache_reserve(AdakvCache* cache,
+                                int32_t num_pages,
+                                int32_t max_row_pages,
+                                void* stream);
+
 /** Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer:
  * num_kept [num_sequences] entries over all rows, at most longest_row [num_sequences] in one. */
 AdakvStatus adakv_cache_begin(AdakvCache* cache,
@@ -171,6 +191,12 @@ AdakvStatus adakv_cache_grow(
 AdakvStatus adakv_cache_pages_to_grow(const AdakvCache* cache,
                                       const int32_t* num_new,
                                       int64_t* pages);
+
+/** Columns of the block table that the longest row may need after that: what max_row_pages has to
+ * be. */
+AdakvStatus adakv_cache_row_pages_to_grow(const AdakvCache* cache,
+                                          const int32_t* num_new,
+                                          int64_t* pages);
 
 /** Gives the pages of a sequence back and empties its rows. */
 AdakvStatus adakv_cache_remove(AdakvCache* cache, int32_t sequence, void* stream);

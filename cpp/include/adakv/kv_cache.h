@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "adakv/memory.h"
@@ -31,7 +32,8 @@
 #pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
-/// Sizes of a cache; all memory follows from them.
+/// Sizes of a cache; all memory follows from them. KVCache::reserve() raises num_pages and
+/// max_row_pages.
 struct CacheConfig {
   int32_t num_layers = 0;          // with full attention: those that hold compressed entries
   int32_t num_sequences = 0;       // most sequences at a time
@@ -68,8 +70,8 @@ struct PageList {
   std::vector<int32_t> indptr;  // [sequences + 1]  where each one's begin
 };
 
-/// Who owns which page, and the tensors of all layers, in one allocation. One thread at a time may
-/// change a cache; different caches need no care.
+/// Who owns which page, and the tensors of all layers. One thread at a time may change a cache;
+/// different caches need no care.
 class KVCache {
  public:
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
@@ -79,12 +81,13 @@ class KVCache {
   /// `memory` must outlive the cache. Throws InvalidArgument for a config that makes no sense and
   /// Error if the memory can't be had.
   KVCache(const CacheConfig& config, Memory& memory, Stream stream = nullptr);
-  /// Gives the memory back; tensors of the cache must not be used any more.
+  /// Gives the memory back, unless somebody has holder(); tensors of the cache must not be used any
+  /// more.
   ~KVCache();
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
 
-  /// As given.
+  /// As given, and raised by reserve().
   const CacheConfig& config() const { return config_; }
   /// How many pages are free and used.
   const PagePool& pool() const { return pool_; }
@@ -105,6 +108,18 @@ class KVCache {
                            int64_t num_new,
                            int32_t num_kv_heads,
                            int32_t page_size);
+
+  /// Makes room for at least `num_pages` pages in the pool and `max_row_pages` in a row, and keeps
+  /// what the cache holds. What has to grow is copied to new memory in `stream`, pages that were
+  /// never taken excepted: the pool takes twice its memory for a moment. Views from before are
+  /// stale: of `pages` and `page_positions` if the pool grew, of `block_table` if rows did; the
+  /// other tensors stay where they are. Throws InvalidArgument for sizes that make no sense and
+  /// Error if the memory can't be had; then nothing changes.
+  void reserve(int32_t num_pages, int32_t max_row_pages, Stream stream = nullptr);
+
+  /// The memory of the tensors as they are now. Who holds it may use them after a reserve(), which
+  /// writes others, and after the end of the cache; the Memory must live as long.
+  std::shared_ptr<const void> holder() const;
 
   /// Takes the pages for what the sequences first_sequence + i keep of their prompts in a layer, to
   /// be passed to compact(). Sequence i keeps at most num_kept[i] entries over all its rows, and at
@@ -127,6 +142,10 @@ class KVCache {
   /// Pages that have to be free for appending num_new[b] tokens to each sequence b.
   int64_t pages_to_grow(const std::vector<int32_t>& num_new) const;
 
+  /// Columns of the block table that the longest row may need after that: what max_row_pages has to
+  /// be.
+  int64_t row_pages_to_grow(const std::vector<int32_t>& num_new) const;
+
   /// Gives the pages of a sequence back and empties its rows.
   void remove(int32_t sequence, Stream stream = nullptr);
 
@@ -142,6 +161,7 @@ class KVCache {
 
   void check_sequence(int32_t sequence) const;
   void check_layer(int32_t layer) const;
+  int64_t row_pages(int64_t entries) const;
   void check_row(int64_t entries) const;
   void refill(int32_t sequence, int32_t first, int32_t last, Stream stream);
 
@@ -149,8 +169,9 @@ class KVCache {
   Memory& memory_;
   PagePool pool_;
   std::vector<Sequence> sequences_;
-  void* data_ = nullptr;  // the one allocation that all tensors lie in
   LayerView all_layers_;  // fresh_pages lies as [B, L, Hkv, F], so that a sequence's are one copy
+  // What they lie in: pages and page_positions; the block table; the rest, which never grows.
+  std::shared_ptr<void> pool_data_, table_data_, row_data_;
 };
 
 }  // namespace adakv

@@ -21,7 +21,8 @@ class Memory {
   /// should cost nothing where the device can do that (the CPU backend's does).
   virtual void* allocate(size_t bytes) = 0;
 
-  /// Gives back what allocate() returned.
+  /// Gives back what allocate() returned. Work in a stream may still use it: wait for that, as
+  /// cudaFree() does.
   virtual void free(void* data) = 0;
 
   /// Copies from host memory to this device, in stream order. `host` may be reused as soon as this
@@ -36,6 +37,16 @@ class Memory {
                                    size_t row_bytes,
                                    size_t rows,
                                    Stream stream) = 0;
+
+  /// Copies `rows` rows of `row_bytes` from one place of this device to another, in stream order.
+  /// Each lies `to_pitch` and `from_pitch` bytes after the one before; the places don't overlap.
+  virtual void copy_rows(void* to,
+                         size_t to_pitch,
+                         const void* from,
+                         size_t from_pitch,
+                         size_t row_bytes,
+                         size_t rows,
+                         Stream stream) = 0;
 
   /// Sets every byte of `rows` rows of `row_bytes`, `pitch_bytes` apart, to `value`, in stream
   /// order.

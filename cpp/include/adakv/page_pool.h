@@ -20,6 +20,11 @@ class PagePool {
   int32_t num_free() const { return num_pages_ - next_ + static_cast<int32_t>(free_.size()); }
   /// Pages that are taken.
   int32_t num_used() const { return num_pages() - num_free(); }
+  /// Pages that were ever taken: those from here on hold nothing.
+  int32_t num_touched() const { return next_; }
+
+  /// Adds free pages, so that there are `num_pages`. Throws InvalidArgument if there are more.
+  void grow(int32_t num_pages);
 
   /// Throws Error, naming both numbers, unless `count` pages are free.
   void check_free(int64_t count) const;
