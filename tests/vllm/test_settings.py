@@ -163,8 +163,28 @@ def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+
+
+def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger]):
+    name, scheduler = ledger
+    worker = Ledger(name, 10)
+    scheduler.begin(3)
+    assert [worker.is_running(block) for block in (2, 3)] == [False, True]
     scheduler.free(3)
-    assert [worker.times_freed(block) for block in (2, 3)] == [0, 1]
+    assert not worker.is_running(3)
+    scheduler.begin(3)
+    assert worker.is_running(3)
+
+
+def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple[str, Ledger]):
+    """Engines that measure what CUDA graphs take have a small pool before they have theirs."""
+    name, scheduler = ledger
+    scheduler.plan(9, 400)
+    assert Ledger.open(name, 4).num_blocks == 4
+    worker = Ledger.open(name, 10)
+    assert worker is Ledger.open(name, 10)
+    worker.check_planned(9, 400)
+    assert path_of(name).stat().st_size == 8 * (4 + 4 * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):
