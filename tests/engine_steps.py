@@ -34,6 +34,7 @@ class Request:
     boundary: int = 0
     kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
     blocks: list[int] = field(default_factory=list)
+    is_warm_up: bool = False  # no scheduler knows of it
 
 
 class Told(Boundaries):
@@ -42,10 +43,10 @@ class Told(Boundaries):
     def __init__(self) -> None:
         self.planned: list[tuple[int, int]] = []
         self.entries: list[tuple[int, int]] = []
-        self.freed = [0] * NUM_BLOCKS
+        self.running: set[int] = set()
 
-    def times_freed(self, first_block: int) -> int:
-        return self.freed[first_block]
+    def is_running(self, first_block: int) -> bool:
+        return first_block in self.running
 
     def check_planned(self, first_block: int, boundary: int) -> None:
         self.planned.append((first_block, boundary))
@@ -96,7 +97,7 @@ class Steps:
 
     def _free(self, request: Request) -> None:
         if request.blocks:
-            self.told.freed[request.blocks[0]] += 1
+            self.told.running.discard(request.blocks[0])
         self.free += [block for block in request.blocks if block]
 
     def describe(self, counts: list[int], padding: int = 0) -> SimpleNamespace:
@@ -104,6 +105,8 @@ class Steps:
         for request, count in zip(self.requests, counts, strict=True):
             while len(request.blocks) * BLOCK < request.computed + count:
                 request.blocks.append(self.free.pop())
+            if request.computed == 0 and not request.is_warm_up:
+                self.told.running.add(request.blocks[0])
         computed = [r.computed for r in self.requests]
         table = torch.zeros(len(counts) + padding, MAX_LEN // BLOCK, dtype=torch.int32)
         for row, request in zip(table, self.requests, strict=False):
@@ -141,7 +144,7 @@ class Steps:
     def end_prompts(self) -> None:
         """Chooses what requests keep whose prompt ended before this step."""
         for request in self.requests:
-            if request.computed < request.prompt or request.boundary:
+            if request.computed < request.prompt or request.boundary or request.is_warm_up:
                 continue
             request.boundary = request.computed
             planned = plan(request.computed, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS)

@@ -164,6 +164,23 @@ def test_engine_cache_changes_nothing_when_the_scheduler_planned_otherwise(devic
         assert torch.equal(pages.nan_to_num(), was.nan_to_num())
 
 
+def test_engine_cache_compresses_nothing_that_only_warms_the_engine_up(device: torch.device):
+    """Requests of no scheduler, through prompt and decode steps, with drafts, too; then the blocks
+    are those of real ones."""
+    steps = Steps(policy("fill"), device, torch.float32)
+    for prompt in (2, 150, 161):
+        steps.add(prompt).is_warm_up = True
+    run_step(steps, [2, 150, 100])
+    run_step(steps, [1, 3, 61])
+    run_step(steps, [1, 1, 1])
+    assert not steps.told.planned and not any(prompts.heard for prompts in steps.cache.prompts)
+    for request in list(steps.requests):
+        steps.remove(request)
+        steps.free = [b for b in steps.free if b not in request.blocks] + request.blocks[::-1]
+    run_random_steps(steps, 12)
+    assert len(steps.told.planned) > 2
+
+
 def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(device: torch.device):
     steps = Steps(get("critical_ada_snapkv"), device, torch.float32)
     steps.add(150)

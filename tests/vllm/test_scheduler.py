@@ -142,6 +142,7 @@ class Simulation:
             if last is sequence:
                 return 0
         blocks = [block.block_id for block in self.blocks_of[request.request_id]]
+        assert self.ledger.is_running(blocks[0])
         items.append(Item(sequence, sequence.turn, computed, count, blocks))
         request.num_computed_tokens += count
         request.num_in_flight_tokens += count
@@ -226,6 +227,7 @@ def test_scheduler_frees_only_what_no_step_in_flight_reads(
     for sequence in list(sim.running):
         sim.remove(sequence)
     assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    assert not any(map(ledger.is_running, range(NUM_BLOCKS)))
 
 
 def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, request):

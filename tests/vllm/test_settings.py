@@ -29,6 +29,10 @@ def engine(**changes: Any) -> SimpleNamespace:
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             use_ubatching=False,
+            nnodes_within_dp=1,
+            use_ray=False,
+            data_parallel_backend="mp",
+            enable_elastic_ep=False,
         ),
         speculative_config=None,
         cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
@@ -75,6 +79,10 @@ def test_settings_say_what_is_wrong(given: Any, message: str):
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"parallel_config__use_ubatching": True}, "ubatches"),
+        ({"parallel_config__nnodes_within_dp": 2}, "nnodes must be 1"),
+        ({"parallel_config__use_ray": True}, "Ray"),
+        ({"parallel_config__data_parallel_backend": "ray"}, "Ray"),
+        ({"parallel_config__enable_elastic_ep": True}, "enable_elastic_ep must be off"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts must come from n-grams"),
         ({"model_config__use_mla": True}, "MLA"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model, got fp8"),
@@ -155,8 +163,28 @@ def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+
+
+def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger]):
+    name, scheduler = ledger
+    worker = Ledger(name, 10)
+    scheduler.begin(3)
+    assert [worker.is_running(block) for block in (2, 3)] == [False, True]
     scheduler.free(3)
-    assert [worker.times_freed(block) for block in (2, 3)] == [0, 1]
+    assert not worker.is_running(3)
+    scheduler.begin(3)
+    assert worker.is_running(3)
+
+
+def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple[str, Ledger]):
+    """Engines that measure what CUDA graphs take have a small pool before they have theirs."""
+    name, scheduler = ledger
+    scheduler.plan(9, 400)
+    assert Ledger.open(name, 4).num_blocks == 4
+    worker = Ledger.open(name, 10)
+    assert worker is Ledger.open(name, 10)
+    worker.check_planned(9, 400)
+    assert path_of(name).stat().st_size == 8 * (4 + 4 * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):

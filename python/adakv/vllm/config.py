@@ -124,6 +124,15 @@ def check_engine(config: Any) -> None:
             getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
         "pipeline_parallel_size must be 1": parallel.pipeline_parallel_size > 1,
+        "nnodes must be 1 for each engine: its processes tell each other by shared memory": (
+            parallel.nnodes_within_dp > 1
+        ),
+        "Ray may put its processes, which tell each other by shared memory, on several nodes": (
+            parallel.use_ray or parallel.data_parallel_backend == "ray"
+        ),
+        "enable_elastic_ep must be off: it warms up again while requests run": (
+            parallel.enable_elastic_ep
+        ),
         "ubatches (enable_dbo) split a step in two": parallel.use_ubatching,
         "drafts must come from n-grams, not from a model": (
             drafts is not None and "ngram" not in str(drafts.method)

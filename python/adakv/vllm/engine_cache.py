@@ -35,9 +35,10 @@ from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
 class Boundaries:
     """What is told about a prompt's end; see :class:`adakv.vllm.ledger.Ledger`."""
 
-    def times_freed(self, first_block: int) -> int:
-        """How many requests with that first block are gone."""
-        return 0
+    def is_running(self, first_block: int) -> bool:
+        """Whether the scheduler has a request with that first block; otherwise it is gone, or one
+        that only warms the engine up."""
+        return True
 
     def check_planned(self, first_block: int, boundary: int) -> None:
         """Raises if the scheduler planned something else."""
@@ -99,8 +100,8 @@ class EngineCache:
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(num_pages, self.block_size)
-        # First blocks of requests that may read their prompt, and how often each was freed before.
-        self._undecided: dict[int, int] = {}
+        # First blocks of requests that may read their prompt.
+        self._undecided: set[int] = set()
 
     def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
@@ -191,8 +192,8 @@ class EngineCache:
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
-        for first_block, freed in list(self._undecided.items()):
-            if self._told.times_freed(first_block) != freed:
+        for first_block in list(self._undecided):
+            if not self._told.is_running(first_block):
                 self._forget(first_block)
         first_blocks = batch.block_table[:, 0].tolist()
         for row, first_block in enumerate(first_blocks):
@@ -202,7 +203,8 @@ class EngineCache:
             if batch.computed[row] == 0:  # also a request that starts again after a preemption
                 self._forget(first_block)
                 self.boundaries[first_block] = 0
-                self._undecided[first_block] = self._told.times_freed(first_block)
+                if self._told.is_running(first_block):
+                    self._undecided.add(first_block)
             if first_block not in self._undecided:
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
@@ -277,7 +279,7 @@ class EngineCache:
 
     def _forget(self, first_block: int) -> None:
         """The request with that first block is decided on, or gone."""
-        self._undecided.pop(first_block, None)
+        self._undecided.discard(first_block)
         for prompts in self.prompts:
             prompts.heard.pop(first_block, None)
 

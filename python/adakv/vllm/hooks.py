@@ -182,7 +182,7 @@ class _Told(Boundaries):
         self._ledger, self._counts = ledger, counts
         self.check_planned = ledger.check_planned  # type: ignore[method-assign]
         self.done = ledger.done  # type: ignore[method-assign]
-        self.times_freed = ledger.times_freed  # type: ignore[method-assign]
+        self.is_running = ledger.is_running  # type: ignore[method-assign]
 
     def compressed(self, entries_read: int, entries_kept: int) -> None:
         if self._counts:

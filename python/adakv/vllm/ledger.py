@@ -4,7 +4,8 @@ vLLM has no way from one to the other, and each finds the boundary by itself: th
 plans the first step behind a prompt, a worker when it runs it. A wrong pair would corrupt caches
 silently, so both sides write it down, and compare. It is a file in shared memory, as they may be in
 different processes: counters, then for each block that is a request's first one the boundary that
-the scheduler planned, the one that a worker compressed at, and how many such requests are gone.
+the scheduler planned, the one that a worker compressed at, and how many such requests have begun,
+and are gone. A request that no scheduler began is the engine's own: it warms up.
 """
 
 from __future__ import annotations
@@ -45,23 +46,31 @@ class Ledger:
     """
 
     def __init__(self, name: str, num_blocks: int) -> None:
-        size = 8 * (len(Counts._fields) + 3 * num_blocks)
+        self.num_blocks = num_blocks
+        size = 8 * (len(Counts._fields) + 4 * num_blocks)
         file = os.open(path_of(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(file, size)
-            self._memory = mmap.mmap(file, size)
+            if os.fstat(file).st_size < size:
+                os.ftruncate(file, size)
+            numbers = np.frombuffer(mmap.mmap(file, size), dtype=np.int64)
         finally:
             os.close(file)
-        numbers = np.frombuffer(self._memory, dtype=np.int64)
         self._counts, of_blocks = np.split(numbers, [len(Counts._fields)])
-        self._planned, self._done, self._freed = of_blocks.reshape(3, num_blocks)
+        self._planned, self._done, self._begun, self._freed = of_blocks.reshape(4, num_blocks)
 
     @classmethod
     def open(cls, name: str, num_blocks: int) -> Ledger:
-        """This process's ledger of that name."""
-        if name not in _ledgers:
+        """This process's ledger of that name.
+
+        An engine that measures what CUDA graphs take does so with a smaller pool at first.
+        """
+        if name not in _ledgers or _ledgers[name].num_blocks != num_blocks:
             _ledgers[name] = cls(name, num_blocks)
         return _ledgers[name]
+
+    def begin(self, first_block: int) -> None:
+        """The scheduler has given a request its first block."""
+        self._begun[first_block] += 1
 
     def plan(self, first_block: int, boundary: int) -> None:
         """The scheduler will have the request with that first block compressed at ``boundary``."""
@@ -94,9 +103,9 @@ class Ledger:
         """The scheduler has done with a request: whatever a worker remembers of it may go."""
         self._freed[first_block] += 1
 
-    def times_freed(self, first_block: int) -> int:
-        """How many requests with that first block are gone."""
-        return int(self._freed[first_block])
+    def is_running(self, first_block: int) -> bool:
+        """Whether the scheduler has a request with that first block."""
+        return bool(self._begun[first_block] > self._freed[first_block])
 
     def add(self, **counts: int) -> None:
         """Adds to counts; each of them is added to by one process only."""

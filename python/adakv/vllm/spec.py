@@ -31,6 +31,7 @@ class CompressedManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._begun: set[str] = set()
         self._prompts: dict[str, int] = {}
         self._admitted: dict[str, int] = {}  # tokens when it came, or came back
         self._boundaries: dict[str, int] = {}
@@ -101,6 +102,15 @@ class CompressedManager(FullAttentionManager):
         )
         return needed
 
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Also tells workers of a request before its first step: what they know of no scheduler
+        only warms them up."""
+        new = super().allocate_new_blocks(request_id, *args, **kwargs)
+        if request_id not in self._begun and (blocks := self.req_to_blocks.get(request_id)):
+            self._begun.add(request_id)
+            self._ledger.begin(blocks[0].block_id)
+        return new
+
     @classmethod
     def find_longest_cache_hit(
         cls, *args: Any, kv_cache_group_ids: list[int], **kwargs: Any
@@ -120,8 +130,9 @@ class CompressedManager(FullAttentionManager):
         for notes in (self._prompts, self._admitted, self._boundaries):
             notes.pop(request_id, None)
         self._is_cut.discard(request_id)
-        if blocks := self.req_to_blocks.get(request_id):
-            self._ledger.free(blocks[0].block_id)
+        if request_id in self._begun:
+            self._begun.remove(request_id)
+            self._ledger.free(self.req_to_blocks[request_id][0].block_id)
         return super().pop_blocks_for_free(request_id)
 
 
