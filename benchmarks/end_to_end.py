@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adakv.models.store import Store
 from torch import Tensor
 
 import adakv
@@ -28,7 +29,6 @@ import end_to_end_cuda
 import harness
 from adakv.cli.inputs import DTYPES, load_model, manual_text
 from adakv.cli.measure import FULL, Setting, cache_bytes
-from adakv.models.store import Store
 
 STEPS_PER_TURN = 8
 

@@ -65,7 +65,7 @@ def compare() -> ModuleType:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with random weights, and a prompt of several blocks and an odd rest."""
-    from models.families import LLAMA, VOCAB
+    from hf.families import LLAMA, VOCAB
 
     path = tmp_path_factory.mktemp("llama")
     LLAMA.model(max_position_embeddings=1024).save_pretrained(path)

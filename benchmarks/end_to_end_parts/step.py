@@ -17,9 +17,9 @@ from torch import Tensor
 import adakv
 from adakv import ops
 from adakv.cache import KVCache
-from adakv.models.decode import Decoder
-from adakv.models.sampling import Sampling
-from adakv.models.steps import Steps
+from adakv.hf.cuda_graph import Steps
+from adakv.hf.sampling import Sampling
+from adakv.hf.slots import Decoder
 from cuda_timing import device_times, wall_times
 from end_to_end_parts.bench import NEW_TOKENS, SPARE_BYTES, STEPS, Bench, free_memory
 

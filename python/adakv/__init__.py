@@ -15,7 +15,7 @@ from adakv.errors import Error
 from adakv.policy import Policy
 
 if TYPE_CHECKING:
-    from adakv.models import (
+    from adakv.hf import (
         BatchOptions,
         Cache,
         attach,
@@ -90,5 +90,5 @@ def _installed(folder: str) -> str:
 def __getattr__(name: str) -> Any:
     # What needs transformers is loaded when it is first used.
     if name in __all__:
-        return getattr(importlib.import_module("adakv.models"), name)
+        return getattr(importlib.import_module("adakv.hf"), name)
     raise AttributeError(f"module 'adakv' has no attribute {name!r}")

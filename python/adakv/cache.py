@@ -104,8 +104,13 @@ class KVCache:
     all_layers: Layer
     """The tensors of all layers, with a leading L on all but ``pages`` and ``page_positions``."""
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The tensors of each layer, as the verbs take them."""
+        return self._layers
+
     def layer(self, layer: int) -> Layer:
-        """The tensors of one layer, as the verbs take them."""
+        """The tensors of one layer."""
         return self._layers[layer]
 
     @property
@@ -170,6 +175,57 @@ class KVCache:
             self.device, non_blocking=True
         )
         return both[len(page_indptr) :], both[: len(page_indptr)]
+
+    def begin_layers(
+        self,
+        layers: Sequence[int],
+        totals: Sequence[Sequence[int]],
+        longest: Sequence[int],
+        *,
+        first_sequence: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`begin` for layers of which only the device knows how much each one keeps.
+
+        A model-wide policy keeps K entries of a prompt in all layers together. Over L * Hkv rows
+        they fill at most ``K // P + L * Hkv`` pages, however they lie, and every row needs a fresh
+        page besides. The host takes that many; the device deals them out, each layer from where the
+        one before stopped.
+
+        Parameters
+        ----------
+        layers : ints
+            One, or those whose entries were chosen together.
+        totals : ints ``[len(layers)][B]``
+            As :meth:`adakv.Policy.totals` counts them.
+        longest, first_sequence : ints ``[B]``, and int
+            As in :meth:`begin`.
+
+        Returns
+        -------
+        page_ids, next_page : ``[Q]`` and ``[B + 1]`` int32, on the cache's device
+            As :func:`adakv.ops.compact` takes them for the first layer; :meth:`advance_pages` makes
+            them those of the next.
+        """
+        taken = []  # of each layer, the [Q] pages of each sequence
+        for layer, counts in zip(layers, totals, strict=True):
+            most = [min(pair) for pair in zip(counts, longest, strict=True)]
+            page_ids, page_indptr = self.begin(layer, counts, most, first_sequence=first_sequence)
+            if len(layers) == 1:
+                return page_ids, page_indptr
+            sizes = [
+                self.pages_for(n, 0, num_kv_heads=self.num_kv_heads, page_size=self.page_size)
+                for n in counts
+            ]
+            taken.append(torch.split(page_ids, sizes))
+        pages = [torch.cat(sequence) for sequence in zip(*taken, strict=True)]
+        ends = torch.tensor([0, *map(len, pages)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return torch.cat(pages), ends.to(self.device, non_blocking=True)
+
+    def advance_pages(self, next_page: Tensor, lengths: Tensor) -> None:
+        """Moves ``next_page`` of :meth:`begin_layers` past the pages of a layer that was compacted
+        to ``lengths`` ``[B, Hkv]``."""
+        pages = (lengths + self.page_size - 1) // self.page_size + 1  # and the fresh one
+        next_page[:-1] += pages.sum(1, dtype=torch.int32)
 
     def grow(self, num_new: Sequence[int], columns: int) -> int:
         """Makes room for new tokens in all layers, before they are appended.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.models import hf
-from adakv.models.decode import Decoder
-from adakv.models.sampling import Sampling
-from models.families import FAMILIES, LLAMA, VOCAB, Family
+from adakv.hf.layers import FullAttentionLayer
+from adakv.hf.sampling import Sampling
+from adakv.hf.slots import Decoder
+from hf.families import FAMILIES, LLAMA, VOCAB, Family
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
@@ -128,17 +128,17 @@ def test_a_prefill_waits_for_nothing(policy: str, monkeypatch: pytest.MonkeyPatc
     """Of what is added to the model's own."""
     # A mask has to be read on the host, once in a prompt; this model needs none.
     model = LLAMA.model(attn_implementation="sdpa").cuda()
-    take_prompt, counts = hf.FullAttentionLayer.take_prompt, []
+    take, counts = FullAttentionLayer.take, []
 
     def strict(*args: Any, **kwargs: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            take_prompt(*args, **kwargs)
+            take(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         counts.append(1)
 
-    monkeypatch.setattr(hf.FullAttentionLayer, "take_prompt", strict)
+    monkeypatch.setattr(FullAttentionLayer, "take", strict)
     with adakv.attach(model), torch.no_grad():
         cache = adakv.Cache(model, policy, None if policy == "full" else 70)
         model(torch.tensor(prompts(180), device="cuda"), past_key_values=cache)
@@ -153,14 +153,14 @@ def test_a_step_waits_for_nothing(records: bool) -> None:
         num_layers=model.config.num_hidden_layers, num_sequences=2, num_kv_heads=heads,
         head_dim=dim, num_pages=400, max_row_pages=20, dtype=torch.float32, device="cuda",
     )  # fmt: skip
-    decoder, cache = Decoder(model, kv, Sampling(), 40), hf.Cache(model, budget=40)
+    decoder, cache = Decoder(model, kv, Sampling(), 40), adakv.Cache(model, budget=40)
     with adakv.attach(model), torch.no_grad():
         for slot, prompt in enumerate(prompts(80, 50)):
             cache.fill(kv, slot)
             ids = torch.tensor([prompt], device="cuda")
             logits = model(ids, past_key_values=cache).logits[0, -1]
             decoder.begin(slot, logits, len(prompt), torch.rand(40, dtype=torch.float64))
-        steps = adakv.models.steps.Steps(decoder, cuda_graph=records)
+        steps = adakv.hf.cuda_graph.Steps(decoder, cuda_graph=records)
         decoder.grow()
         steps.run(2)
         torch.cuda.synchronize()

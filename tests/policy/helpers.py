@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adakv.policy import Kept, LayerInputs, Policy
+from adakv.step import Attention
 from cases import Prompt
 
 NAN = float("nan")
@@ -37,7 +38,7 @@ def layer_inputs(
         layer=layer,
         num_layers=num_layers,
         seq_lens=prompt.lengths(device),
-        rotate=rotate,
+        attention=Attention(rotate=rotate),
     )
 
 

@@ -24,8 +24,9 @@ from adakv.policy import (
     get,
     names,
 )
+from adakv.step import Attention
 from cases import Prompt
-from policy.helpers import kept_rows, layer_inputs
+from policy.helpers import kept_rows, layer_inputs, rotate
 
 LENGTH = 150
 REDUCES = get_args(ops.Reduce)
@@ -63,9 +64,7 @@ def test_folded_scores_are_those_of_the_whole_prompt(device: torch.device, score
     prompt = Prompt(batch=2, group=3, length=LENGTH, head_dim=16)
     whole = replace(
         layer_inputs(prompt, device, all_queries=True),
-        scale=0.4,
-        softcap=10.0,
-        sink_logits=torch.randn(6, device=device),
+        attention=Attention(0.4, 10.0, torch.randn(6, device=device), rotate),
     )
     exact = scorer.score(whole)
     kept = kept_rows(policy.choose(whole, 40), 2)

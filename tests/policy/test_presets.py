@@ -33,6 +33,7 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
+from adakv.step import Attention
 from cases import Prompt
 from policy.helpers import bare_inputs, kept_rows, model_inputs, rotate
 
@@ -157,7 +158,7 @@ def test_choose_waits_for_no_device(name, monkeypatch):
         lengths = torch.empty(2, dtype=torch.int32)
         queries = torch.empty(2, 4, 300 if "all_queries" in preset.needs else preset.window, 16)
         repeat = torch.empty(2, 4, 70, 16), torch.empty(2, 2, 70, 16)
-        options = {"seq_lens": lengths, "rotate": rotate, "repeat": repeat}
+        options = {"seq_lens": lengths, "attention": Attention(rotate=rotate), "repeat": repeat}
         tensors = queries, x, x, torch.empty(8, 64), (300, 250)
         layers = [LayerInputs(*tensors, layer, 4, **options) for layer in range(4)]
         most = sum(sum(preset.totals(inputs, 100)) for inputs in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
+from adakv.step import Attention
 from cases import Prompt
 from policy.helpers import kept_rows, layer_inputs, rotate
 
@@ -46,7 +48,9 @@ def attention_inputs(
     keys = torch.eye(length, 16, device=device).expand(1, heads, -1, -1)
     w_o = torch.zeros(heads, group, 16, device=device)
     w_o[..., :length] = torch.tensor(norms or [[1.0] * length] * heads, device=device)[:, None]
-    return LayerInputs(queries, keys, keys, w_o.view(1, -1), (length,), 0, 1, scale=1.0)
+    return LayerInputs(
+        queries, keys, keys, w_o.view(1, -1), (length,), 0, 1, attention=Attention(1.0)
+    )
 
 
 def check(scores: Tensor, expected: list[list[float]]) -> None:
@@ -151,12 +155,12 @@ def test_prompt_attention_in_pieces_is_the_whole(device):
     """More rows than are held at a time, with the options of every model."""
     prompt = Prompt(batch=1, kv_heads=2, group=2, length=300, head_dim=16)
     inputs = layer_inputs(prompt, device, all_queries=True)
-    object.__setattr__(inputs, "softcap", 3.0)
-    object.__setattr__(inputs, "sink_logits", torch.tensor([0.5, 1, 2, -1], device=device))
+    sink_logits = torch.tensor([0.5, 1, 2, -1], device=device)
+    inputs = replace(inputs, attention=Attention(softcap=3.0, sink_logits=sink_logits))
     q, k = inputs.queries.double().cpu(), inputs.keys.double().cpu().repeat_interleave(2, 1)
     z = 3 * torch.tanh(q @ k.mT / 4 / 3)
     z = z.masked_fill(~torch.ones(300, 300).tril().bool(), -torch.inf)
-    extra = inputs.sink_logits.cpu().double().view(1, 4, 1, 1).expand(1, 4, 300, 1)
+    extra = sink_logits.cpu().double().view(1, 4, 1, 1).expand(1, 4, 300, 1)
     p = torch.cat([z, extra], -1).softmax(-1)[..., :300]
     expected = p.sum(2).view(1, 2, 2, 300).mean(2)
     torch.testing.assert_close(PromptAttention().score(inputs).cpu(), expected.float())
@@ -207,7 +211,9 @@ def test_repeat_attention_is_the_most_that_a_repeating_query_gives(device):
     both = attention_inputs([rows], device)
     prompt = both.keys[:, :, :2]
     repeat = both.queries, both.keys[:, :, 2:]
-    inputs = LayerInputs(prompt, prompt, prompt, None, (2,), 0, 1, scale=1.0, repeat=repeat)
+    inputs = LayerInputs(
+        prompt, prompt, prompt, None, (2,), 0, 1, attention=Attention(1.0), repeat=repeat
+    )
     check(RepeatAttention(pinned=0).score(inputs), [[0.6, 0.3]])
     with pytest.raises(ValueError, match="repeat must be given"):
         RepeatAttention().score(both)
@@ -237,7 +243,9 @@ def test_expected_attention_turns_the_queries_on(device, settings, logit):
     queries = torch.tensor([[[[1.0, 0], [0, 3]]]], device=device)
     keys = torch.tensor([[[[0.0, 0], [1, 0]]]], device=device)
     values = torch.tensor([[[[3.0, 4], [0, 1]]]], device=device)
-    inputs = LayerInputs(queries, keys, values, None, (2,), 0, 1, scale=1.0, rotate=quarter_turns)
+    inputs = LayerInputs(
+        queries, keys, values, None, (2,), 0, 1, attention=Attention(1.0, rotate=quarter_turns)
+    )
     settings = {"num_future": 1, **settings}
     weight = math.exp(logit)
     scores = ExpectedAttention(window=1, pinned=0, **settings).score(inputs)
@@ -339,7 +347,7 @@ def test_press_scorer_hands_over_a_layer(device, turns):
     prompt = Prompt(batch=2, group=2, length=50, head_dim=16, seq_lens=(50, 37))
     inputs = layer_inputs(prompt, device, all_queries=True)
     if not turns:
-        object.__setattr__(inputs, "rotate", None)
+        inputs = replace(inputs, attention=Attention())
     press = Press()
     scores = PressScorer(press, pinned=1).score(inputs)
     for b, (call, length) in enumerate(zip(press.calls, (50, 37), strict=True)):
@@ -386,8 +394,7 @@ def test_scorers_name_what_is_missing(device):
         PromptAttention().score(inputs)
     with pytest.raises(ValueError, match=r"queries must be .* last 32 positions .*got 8"):
         Defensive().score(inputs)
-    bare = layer_inputs(Prompt(), device, all_queries=True)
-    object.__setattr__(bare, "rotate", None)
+    bare = replace(layer_inputs(Prompt(), device, all_queries=True), attention=Attention())
     with pytest.raises(ValueError, match="rotate must be given"):
         ExpectedAttention().score(bare)
 

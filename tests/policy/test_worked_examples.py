@@ -20,6 +20,7 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
+from adakv.step import Attention
 from policy.helpers import bare_inputs, kept_rows, with_window
 from tolerance import assert_close
 
@@ -111,7 +112,7 @@ def attention_inputs(probabilities: list[list[list[float]]], device: torch.devic
     queries = torch.zeros(1, group, window, 16, device=device)
     queries[0, :, :, :length] = p.clamp(min=1e-30).log()
     keys = torch.eye(length, 16, device=device)[None, None]
-    return LayerInputs(queries, keys, keys, None, (length,), 0, 1, scale=1.0)
+    return LayerInputs(queries, keys, keys, None, (length,), 0, 1, attention=Attention(1.0))
 
 
 def rest(row: list[float]) -> list[float]:

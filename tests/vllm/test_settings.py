@@ -12,6 +12,7 @@ import torch
 
 import adakv
 from adakv.policy import LayerInputs, get
+from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
 from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts, remove_at_exit
 from adakv.vllm.plan import plan
@@ -122,7 +123,7 @@ def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
             prompt_lens=(length,),
             layer=0,
             num_layers=1,
-            rotate=rotate,
+            attention=Attention(rotate=rotate),
         )
         kept = settings.policy_for(block).choose(inputs, budget).indptr.diff()
         if mode == "exact":

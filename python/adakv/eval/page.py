@@ -13,8 +13,8 @@ from torch import Tensor
 import adakv
 from adakv.eval.gauges import compare, follow, same_start
 from adakv.eval.prefill import Prefill
-from adakv.models import Cache
-from adakv.models.hf import FullAttentionLayer
+from adakv.hf import Cache
+from adakv.hf.layers import FullAttentionLayer
 
 
 @dataclass(frozen=True)

@@ -6,62 +6,63 @@ of a prompt are the same for every policy, and reading the prompt once serves th
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache as TransformersCache
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 import adakv
 from adakv import policy as policies
-from adakv.models import Cache
-from adakv.models.hf import FullAttentionLayer
+from adakv.hf import Cache
+from adakv.hf.attachment import AttendingLayer, cache_layers, decoder_of
+from adakv.hf.layers import attend_to_prompt
 from adakv.policy import Policy
+from adakv.reading import Part
 
 
-@dataclass
-class _Layer:
-    """What a layer handed to the cache and, if it is not a sliding one, took of its prompt."""
+class _RecordingLayer(AttendingLayer):
+    """A full-attention layer that remembers all that any policy asks of a prompt."""
 
-    keys: Tensor  # [1, Hkv, T, D]
-    values: Tensor  # [1, Hkv, T, D]
-    module: torch.nn.Module | None = None
-    queries: Tensor | None = None  # [1, Hq, T, D]
-    rest: tuple[Any, ...] = ()  # more of take_prompt's arguments: mask, lse
-    options: dict[str, Any] = field(default_factory=dict)
+    part: Part
+
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention."""
+        needs = frozenset({"all_queries"})
+        result, self.part = attend_to_prompt(
+            inner, module, query, key, value, mask, needs, **kwargs
+        )
+        return result
 
 
-class _Recorder(Cache):
-    """A cache that keeps everything of one prompt, with the queries."""
+class _Recorder(TransformersCache):
+    """A cache that remembers one prompt, with the queries."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # A policy that is handed all that any is. In chunks: the prompt waits for more.
-        super().__init__(model, "h2o", ratio=1.0, chunked_prefill=True)
-        self.recorded: list[_Layer] = []
-        for layer in self.layers:
-            if isinstance(layer, FullAttentionLayer):
-                layer.__dict__["take_prompt"] = functools.partial(self._take, layer.take_prompt)
+        layers = [
+            _RecordingLayer() if type(layer) is DynamicLayer else layer
+            for layer in cache_layers(decoder_of(model))
+        ]
+        self.entries: list[tuple[Tensor, Tensor]] = []  # [1, Hkv, T, D] keys and values of a layer
+        super().__init__(layers=layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.recorded.append(_Layer(key_states, value_states))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _take(
-        self,
-        take_prompt: Any,
-        module: torch.nn.Module,
-        query: Tensor,
-        *keys_values_rest: Any,
-        **options: Any,
-    ) -> None:
-        layer = self.recorded[-1]
-        layer.module, layer.queries = module, query
-        layer.rest, layer.options = keys_values_rest[2:], options
-        take_prompt(module, query, *keys_values_rest, **options)
+        self.entries.append((key_states, value_states))
+        # A view, as what is handed back may be tagged.
+        return super().update(key_states[:], value_states, layer_idx, *args, **kwargs)
 
 
 class Prefill:
@@ -85,22 +86,24 @@ class Prefill:
     def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
         if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0:
             raise ValueError(f"prompt must be [1, T] with T > 0, got {list(prompt.shape)}")
-        recorder = _Recorder(model)
+        self._recorder = _Recorder(model)
         with torch.inference_mode():
             output = model(
-                prompt.to(model.device), past_key_values=recorder, logits_to_keep=1, use_cache=True
+                prompt.to(model.device),
+                past_key_values=self._recorder,
+                logits_to_keep=1,
+                use_cache=True,
             )
         self.logits: Tensor = output.logits[0, -1]
         self._model = model
         self._prompt = prompt.to(model.device)
-        self._layers = recorder.recorded
 
     def full_cache(self) -> DynamicCache:
         """transformers' own cache, holding the whole prompt."""
         cache = DynamicCache(config=self._model.config)
         with torch.inference_mode():
-            for index, layer in enumerate(self._layers):
-                cache.update(layer.keys, layer.values, index)
+            for index, entries in enumerate(self._recorder.entries):
+                cache.update(*entries, index)
         return cache
 
     def cache(
@@ -118,13 +121,11 @@ class Prefill:
         """
         cache = adakv.Cache(self._model, policy, budget, ratio, max_new_tokens=max_new_tokens)
         with torch.inference_mode():
-            for index, layer in enumerate(self._layers):
-                # Views, because a cache may note something on the tensors that it is given.
-                keys, values = cache.update(layer.keys[:], layer.values[:], index)
-                if layer.module is not None:
-                    cache.layers[index].take_prompt(
-                        layer.module, layer.queries, keys, values, *layer.rest, **layer.options
-                    )
+            for index, (keys, values) in enumerate(self._recorder.entries):
+                cache.update(keys[:], values, index)
+                recorded = self._recorder.layers[index]
+                if isinstance(recorded, _RecordingLayer):
+                    cache.layers[index].take(recorded.part, None)
         if "repeat" in policies.get(policy).needs:
             with torch.inference_mode():
                 cache.repeat(self._prompt)

@@ -15,6 +15,7 @@ from adakv.policy.base import (
     Scorer,
     Selector,
 )
+from adakv.policy.budget import Budget
 from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
@@ -39,6 +40,7 @@ __all__ = [
     "DEFAULT",
     "Adaptive",
     "Allocator",
+    "Budget",
     "ColumnMax",
     "Defensive",
     "Everything",

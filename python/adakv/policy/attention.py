@@ -29,14 +29,14 @@ def attention(inputs: LayerInputs, rows: slice, length: int | None = None) -> Te
     batch, heads, length, head_dim = keys.shape
     shape = (batch, heads, queries.shape[1] // heads, queries.shape[2], length)
     grouped = queries.reshape(batch, heads, shape[2] * shape[3], head_dim)
-    z = (grouped @ keys.mT).view(shape) * (inputs.scale or head_dim**-0.5)
-    if inputs.softcap:
-        z = inputs.softcap * torch.tanh(z / inputs.softcap)
+    z = (grouped @ keys.mT).view(shape) * (inputs.attention.scale or head_dim**-0.5)
+    if softcap := inputs.attention.softcap:
+        z = softcap * torch.tanh(z / softcap)
     positions = query_positions(inputs)[:, None, None, rows, None]  # [B or 1, 1, 1, R, 1]
     seen = torch.arange(length, device=keys.device) <= positions
     z = z.masked_fill(~seen, -torch.inf)
-    if inputs.sink_logits is not None:
-        sinks = inputs.sink_logits.view(1, *shape[1:3], 1, 1).expand(*shape[:4], 1)
+    if inputs.attention.sink_logits is not None:
+        sinks = inputs.attention.sink_logits.view(1, *shape[1:3], 1, 1).expand(*shape[:4], 1)
         z = torch.cat([z, sinks], -1)
     is_token = positions < inputs.ends[:, None, None, None, None]
     p = z.softmax(-1)[..., :length]

@@ -166,6 +166,11 @@ class Policy:
         """What the three parts together read of :class:`LayerInputs` beyond what all read."""
         return needs_of(self.scorer, self.allocator, self.selector)
 
+    def keeps_everything(self, inputs: LayerInputs, budget: int) -> bool:
+        """Whether all prompts fit into their budget in this layer: then nothing is scored."""
+        budgets = self._layer_budgets(inputs, budget)
+        return all(n <= b for n, b in zip(inputs.prompt_lens, budgets, strict=True))
+
     def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
         """Most entries that each sequence keeps in this layer, all kv heads together.
 
@@ -263,7 +268,7 @@ class Policy:
             For :meth:`choose_all`: ``-inf`` where an entry is not held.
         """
         even, lengths = self._layer_budgets(inputs, budget), inputs.prompt_lens
-        if all(n <= b for n, b in zip(lengths, even, strict=True)):
+        if self.keeps_everything(inputs, budget):
             kept = _keep_everything(inputs)
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         budgets = tuple(self.reserved(b, n) for n, b in zip(lengths, even, strict=True))
@@ -289,7 +294,7 @@ class Policy:
             given = [_outside_scores(s, x) for s, x in zip(given, layers, strict=True)]
         budgets = self._layer_budgets(first, budget)
         totals = self.totals(first, budget)
-        if all(n <= b for n, b in zip(first.prompt_lens, budgets, strict=True)):
+        if self.keeps_everything(first, budget):
             return [_keep_everything(x) for x in layers]
         scores = given or [self.scorer.score(x) for x in layers]
         joined = scores[0] if len(layers) == 1 else torch.cat(list(scores), dim=1)

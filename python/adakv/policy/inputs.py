@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.step import Attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +30,12 @@ class LayerInputs:
     layer, num_layers : int
     seq_lens : ``[B]`` int32, optional
         ``prompt_lens`` on the device; may be left out if all are T.
-    scale, softcap : float, optional
-        Of the model's attention. Default: ``1 / sqrt(D)``, and no cap.
-    sink_logits : ``[Hq]`` float32, optional
-        Logits that join each softmax (gpt-oss).
+    attention : :class:`adakv.step.Attention`, optional
+        Scale, softcap and sink logits of the model's attention; with ``rotate``, its RoPE, for
+        policies that need it.
     lse : ``[B, Hq, T]`` float32, optional
         Log-sum-exp of each query's logits, beside the queries of all positions, if the model's
         attention handed it over. Saves a pass over queries and keys.
-    rotate : callable, optional
-        ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's RoPE at ``positions``
-        ``[n]`` or ``[B, n]``, which may be negative; if "rotate" is in :attr:`Policy.needs`.
     repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
         Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; if
         "repeat" is in :attr:`Policy.needs`.
@@ -53,11 +49,8 @@ class LayerInputs:
     layer: int
     num_layers: int
     seq_lens: Tensor | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
+    attention: Attention = field(default_factory=Attention)
     lse: Tensor | None = None
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     repeat: tuple[Tensor, Tensor] | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -92,11 +85,6 @@ class LayerInputs:
     def length(self) -> int:
         """T, the padded length of the prompts."""
         return self.keys.shape[2]
-
-    @property
-    def attention(self) -> dict[str, Any]:
-        """What :func:`adakv.ops.score` has to know of the model's attention."""
-        return {"sink_logits": self.sink_logits, "scale": self.scale, "softcap": self.softcap}
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""

@@ -76,8 +76,8 @@ def _stand_in(
     def embed(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return _cos_sin(inputs, position_ids, head_dim, x.dtype)
 
-    if inputs.rotate is not None:
-        queries = inputs.rotate(queries, -positions)
+    if inputs.attention.rotate is not None:
+        queries = inputs.attention.rotate(queries, -positions)
     config = SimpleNamespace(
         num_attention_heads=num_heads,
         num_key_value_heads=inputs.num_kv_heads,
@@ -101,12 +101,13 @@ def _cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """``[1, n, D]`` each, as Llama's rotary embedding gives them; no rotation if none is known."""
     shape = (1, positions.shape[-1], head_dim)
-    if inputs.rotate is None:
+    rotate = inputs.attention.rotate
+    if rotate is None:
         return (
             torch.ones(shape, dtype=dtype, device=positions.device),
             torch.zeros(shape, dtype=dtype, device=positions.device),
         )
     half = torch.zeros((1, *shape), device=positions.device)
     half[..., : head_dim // 2] = 1  # turned, it holds the cosines and then the sines
-    cos, sin = inputs.rotate(half, positions)[0].to(dtype).chunk(2, -1)
+    cos, sin = rotate(half, positions)[0].to(dtype).chunk(2, -1)
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

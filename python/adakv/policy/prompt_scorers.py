@@ -119,7 +119,7 @@ class PromptAttention:
         return ops.score(
             queries,
             keys,
-            **inputs.attention,
+            **inputs.attention.logits,
             lse=lse,
             window_reduce=reduce,
             group_reduce=self.group_reduce,
@@ -208,7 +208,7 @@ class ColumnMax:
             prompt.last,
             inputs.keys,
             seq_lens=inputs.seq_lens,
-            **inputs.attention,
+            **inputs.attention.logits,
             window_reduce="max",
             group_reduce="max",
         )
@@ -290,10 +290,11 @@ class ExpectedAttention:
 
     def fold(self, folded: Moments | None, part: LayerInputs) -> Moments:
         """The queries so far, joined as Chan, Golub and LeVeque (1979) join samples."""
-        if part.rotate is None:
+        rotate = part.attention.rotate
+        if rotate is None:
             raise ValueError("rotate must be given to a policy that foresees queries, got None")
         position = query_positions(part)[:, None]  # [B or 1, 1, R]
-        queries = part.rotate(part.queries.float(), -position[:, 0])  # before RoPE
+        queries = rotate(part.queries.float(), -position[:, 0])  # before RoPE
         counts = (position >= self.pinned) & (position < part.ends[:, None, None])
         queries = queries.masked_fill(~counts[..., None], 0)
         count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
@@ -315,7 +316,7 @@ class ExpectedAttention:
         """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
         keys = inputs.keys.float()
         batch, heads, _, head_dim = keys.shape
-        scale = inputs.scale or head_dim**-0.5
+        scale = inputs.attention.scale or head_dim**-0.5
         mean, covariance = self._future_queries(folded, inputs)  # [B, Hq, D], [B, Hq, D, D]
         z = scale * (mean.view(batch, heads, -1, head_dim) @ keys.mT)  # [B, Hkv, G, T]
         if self.covariance:
@@ -339,11 +340,12 @@ class ExpectedAttention:
 
     def _mean_rotation(self, inputs: LayerInputs, positions: Tensor) -> Tensor:
         """``[B or 1, 1, D, D]``: row i is the mean over ``positions`` of unit vector i, turned."""
-        assert inputs.rotate is not None
+        rotate = inputs.attention.rotate
+        assert rotate is not None
         head_dim = inputs.keys.shape[3]
         units = torch.eye(head_dim, device=positions.device)[None, :, None]
         units = units.expand(positions.shape[0], -1, positions.shape[1], -1)
-        return inputs.rotate(units, positions).mean(2)[:, None]
+        return rotate(units, positions).mean(2)[:, None]
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,7 @@ class RepeatAttention:
         scores = ops.score(
             queries[one],
             torch.cat([inputs.keys[one, :, :length], more[one]], 2),
-            **inputs.attention,
+            **inputs.attention.logits,
             window_reduce="max",
             group_reduce="max",
             pool="none",

@@ -56,7 +56,7 @@ class WindowAttention:
             inputs.queries,
             inputs.keys,
             seq_lens=inputs.seq_lens,
-            **inputs.attention,
+            **inputs.attention.logits,
             window_reduce=self.window_reduce,
             group_reduce=self.group_reduce,
             order=self.order,

@@ -27,8 +27,9 @@ from torch import Tensor
 from adakv import ops
 from adakv.ops import Layer
 from adakv.policy import Policy
+from adakv.step import Attention
 from adakv.vllm.plan import Plan, plan
-from adakv.vllm.prompts import Attention, LayerPrompts
+from adakv.vllm.prompts import LayerPrompts
 from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
 
 

@@ -27,10 +27,10 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
-from adakv.vllm.prompts import Attention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
 

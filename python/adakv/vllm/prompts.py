@@ -11,19 +11,11 @@ from torch import Tensor
 
 from adakv.ops import Kept
 from adakv.policy import FoldingScorer, LayerInputs, Policy
+from adakv.step import Attention
 from adakv.vllm.steps import Reading
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
 READ_BY_TORCH = 32
-
-
-class Attention(NamedTuple):
-    """How a layer attends; as in :func:`adakv.ops.attend`, and :attr:`LayerInputs.rotate`."""
-
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Heard(NamedTuple):
@@ -69,7 +61,7 @@ class LayerPrompts:
 
     def is_read_by_torch(self, num_new: int) -> bool:
         """Whether so many new tokens of a prompt are better left to :meth:`read`."""
-        is_plain = self.attention.softcap is None and self.attention.sinks is None
+        is_plain = self.attention.softcap is None and self.attention.sink_logits is None
         on_cpu = self._pages.device.type == "cpu"
         is_faster = on_cpu and self._pages.dtype == torch.bfloat16 and num_new >= READ_BY_TORCH
         return is_plain and is_faster
@@ -125,7 +117,6 @@ class LayerPrompts:
     def _inputs(self, queries: Tensor, page_ids: Tensor, length: int) -> LayerInputs:
         """The first ``length`` tokens of a prompt, and the last of their queries."""
         keys, values = self._entries(page_ids, length)
-        scale, softcap, sinks, rotate = self.attention
         return LayerInputs(
             queries=queries.transpose(0, 1)[None],
             keys=keys,
@@ -134,10 +125,7 @@ class LayerPrompts:
             prompt_lens=(length,),
             layer=self._layer,
             num_layers=self._num_layers,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sinks,
-            rotate=rotate,
+            attention=self.attention,
         )
 
     def _entries(self, page_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adakv import policy
-from adakv.models import families
+from adakv.hf import families
 from adakv.policy import (
     ExpectedAttention,
     KeyDiff,
@@ -26,8 +26,8 @@ from adakv.policy import (
     PressScorer,
     PromptAttention,
 )
-from models.families import LLAMA, VOCAB
-from models.test_hf import captured
+from hf.families import LLAMA, VOCAB
+from hf.test_hf import captured
 from policy.helpers import kept_rows
 
 kvpress = pytest.importorskip("kvpress")

@@ -1,15 +1,15 @@
 """Adapters: what plugs adakv into a framework that runs models. Loaded when first used."""
 
-from adakv.models.attachment import Attachment, attach
-from adakv.models.batch import (
+from adakv.hf.attachment import Attachment, attach
+from adakv.hf.cache import Cache
+from adakv.hf.cuda_graph import cuda_graph_sample
+from adakv.hf.generate import (
     BatchOptions,
     BatchResult,
     NewToken,
     generate_batch,
     generate_stream,
 )
-from adakv.models.hf import Cache
-from adakv.models.loop import cuda_graph_sample
 
 __all__ = [
     "Attachment",

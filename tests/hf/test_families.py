@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import adakv
-from models.families import FAMILIES, VOCAB, Family
+from hf.families import FAMILIES, VOCAB, Family
 from tolerance import assert_close
 
 pytestmark = pytest.mark.model

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
-from adakv.models.attachment import cache_layers, decoder_of
-from adakv.models.budget import Budget
+from adakv.hf.attachment import cache_layers, decoder_of
+from adakv.policy import Budget
 
 _PROBE = 1024  # tokens whose prefill tells what a token takes
 _SHARE = 0.9  # of the memory that a prefill leaves free

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from adakv import policy as policies
-from adakv.policy import Everything, LayerInputs, Policy
+from adakv.policy.allocators import Everything
+from adakv.policy.base import Policy
+from adakv.policy.inputs import LayerInputs
+from adakv.policy.presets import get
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Budget:
     @classmethod
     def given(cls, policy: str | Policy, entries: int | None, ratio: float | None) -> Budget:
         """From what users give; a policy that keeps everything needs neither number."""
-        chosen = policies.get(policy)
+        chosen = get(policy)
         if entries is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
             ratio = 1.0
         return cls(chosen, entries, ratio)

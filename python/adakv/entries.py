@@ -1,5 +1,5 @@
-"""What a layer hands over to be compacted: its prompts, or what a model-wide policy that bounds its
-memory holds of them until the last layer is there."""
+"""Entries of prompts before they are in pages: while they come in by parts, and until those that
+stay are compacted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,43 @@ from adakv.ops import Kept, Layer
 from adakv.policy import LayerInputs, Policy
 
 
+class GrowingEntries:
+    """Keys and values of a prompt's parts, side by side in memory that grows by an eighth.
+
+    So n entries take room for at most ``9 / 8 * n``, and all copies together are of ``O(n)``.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []  # keys and values, [B, Hkv, capacity, D] each
+        self._length = 0
+
+    def put(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Takes ``[B, Hkv, S, D]`` of each for the columns from ``start`` on, behind which nothing
+        is left, and gives all there are, as :meth:`view` does."""
+        self._length = start + keys.shape[2]
+        if not self._memory:
+            self._memory = [
+                x.new_empty(0).view(*x.shape[:2], 0, x.shape[3]) for x in (keys, values)
+            ]
+        capacity = self._memory[0].shape[2]
+        if self._length > capacity:
+            capacity = max(self._length, capacity + capacity // 8)
+            for i, old in enumerate(self._memory):  # one after the other: the old one is freed
+                self._memory[i] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                self._memory[i][:, :, :start] = old[:, :, :start]
+                del old
+        for memory, new in zip(self._memory, (keys, values), strict=True):
+            memory[:, :, start : self._length] = new
+        return self.view()
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hkv, T, D]`` of all parts."""
+        keys, values = (memory[:, :, : self._length] for memory in self._memory)
+        return keys, values
+
+
 class Whole(NamedTuple):
-    """Prompts of one length, of one layer."""
+    """Prompts of one length, in one layer."""
 
     inputs: LayerInputs
     scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn

@@ -10,13 +10,12 @@ import torch
 from transformers import DynamicCache
 
 import adakv
-from adakv.models.budget import Budget
-from adakv.models.memory import Shape, waiting_bytes
-from adakv.models.reserve import Reserve
-from adakv.policy import Defensive, ModelWide, Policy, TopScore, TwoStage, WindowAttention
-from models.families import LLAMA
-from models.test_hf import GREEDY, captured, prompts
-from models.test_model_wide import held
+from adakv.entries import Reserve
+from adakv.hf.pool_size import Shape, waiting_bytes
+from adakv.policy import Budget, Defensive, ModelWide, Policy, TopScore, TwoStage, WindowAttention
+from hf.families import LLAMA
+from hf.test_hf import GREEDY, captured, prompts
+from hf.test_model_wide import held
 
 pytestmark = pytest.mark.model
 
@@ -58,7 +57,7 @@ def test_a_small_reserve_keeps_the_same_number(selector: Any) -> None:
     model = LLAMA.model()
     with torch.no_grad(), captured(model) as calls:
         model(**prompts(150, PADDING), past_key_values=DynamicCache(config=model.config))
-    kv = bounded._store._kv
+    kv = bounded.pages
     assert kv is not None
     assert kv.layer(0).seen.tolist() == [150, 117, 50]
     for layer, b, h in itertools.product(range(4), range(3), range(2)):
@@ -125,7 +124,8 @@ def test_what_waits_for_the_last_layer_is_known_before(name: str) -> None:
 
         def count(*_: object) -> None:
             nonlocal held_bytes
-            for part in (parts[0] for parts in cache._store._waiting if parts):
+            assert cache.reading is not None
+            for part in (parts[0] for parts in cache.reading.waiting):
                 dense = part if isinstance(part, Reserve) else part.inputs
                 held_bytes += sum(x.nbytes for x in (dense.keys, dense.values, part.scores))
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.models import batch
-from adakv.models.attachment import is_attached
-from adakv.models.decode import Decoder
-from adakv.models.sampling import Sampling
-from models.families import FAMILIES, LLAMA, VOCAB, Family
+from adakv.hf import generate
+from adakv.hf.attachment import is_attached
+from adakv.hf.sampling import Sampling
+from adakv.hf.slots import Decoder
+from hf.families import FAMILIES, LLAMA, VOCAB, Family
 
 pytestmark = pytest.mark.model
 
@@ -68,8 +68,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
         caches[-1].all_layers.pages.fill_(float("nan"))
         return caches[-1]
 
-    make = batch.cache_for
-    monkeypatch.setattr(batch, "cache_for", cache_for)
+    make = generate.cache_for
+    monkeypatch.setattr(generate, "cache_for", cache_for)
     return caches
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from adakv.models import families
+from adakv.hf import families
+from adakv.step import Attention
 
 TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
@@ -57,6 +58,15 @@ class AttendingLayer(CacheLayerMixin):
         Query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` as :meth:`update` gave them; the
         result ``[B, S, Hq, D]``, and attention weights where ``inner`` gives any.
         """
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what positions and masks are made from."""
+        return 0
+
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """Length and offset of the mask, from the number of queries or (4.57) their positions."""
+        columns = queries if isinstance(queries, int) else queries.shape[0]
+        return self.get_seq_length() + columns, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -157,6 +167,16 @@ def _attention(
     layer = getattr(key, TAG, None)
     attend = inner_attention if layer is None else layer.attend
     return attend(inner, module, query, key, value, attention_mask, **kwargs)
+
+
+def attention_of(options: dict[str, Any]) -> Attention:
+    """How a layer attends, from the keyword arguments of its attention function."""
+    sink_logits = options.get("s_aux")
+    return Attention(
+        options.get("scaling"),
+        options.get("softcap"),
+        None if sink_logits is None else sink_logits.detach().float(),
+    )
 
 
 def inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

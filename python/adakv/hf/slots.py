@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv import ops
 from adakv.cache import KVCache, sequences
-from adakv.models.attachment import AttendingLayer
-from adakv.models.sampling import Chooser
+from adakv.hf.attachment import AttendingLayer, attention_of
+from adakv.hf.sampling import Chooser
+from adakv.step import PlannedStep
 
 
 class Slots(NamedTuple):
@@ -50,7 +50,7 @@ class Decoder:
     kv : :class:`adakv.cache.KVCache`
         With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
     sampling : :class:`Chooser`
-        Most often a :class:`adakv.models.sampling.Sampling`.
+        Most often a :class:`adakv.hf.sampling.Sampling`.
     max_new_tokens : int
         Most tokens that a sequence writes.
     """
@@ -162,46 +162,32 @@ class StepCache(TransformersCache):
     """The first slots of a cache, as a model's forward over one token of each takes them."""
 
     def __init__(self, kv: KVCache, num_new: Tensor) -> None:
-        self.num_new = num_new  # [B] int32
-        self.schedules: tuple[Tensor, ...] = ()  # of the running step
-        width = len(num_new)
-        self._all_layers = ops.Layer(
-            *kv.all_layers[:2], *(tensor[:, :width] for tensor in kv.all_layers[2:])
-        )
-        self._page_size = kv.page_size
-        super().__init__(
-            layers=[
-                StepLayer(self, index, sequences(kv.layer(index), slice(0, width)))
-                for index in range(kv.num_layers)
-            ]
-        )
+        self.step: PlannedStep | None = None  # that is running
+        self._num_new = num_new  # [B] int32
+        slots = slice(0, len(num_new))
+        self._views = tuple(sequences(layer, slots) for layer in kv.layers)
+        lengths, block_table, fresh_pages = (table[:, slots] for table in kv.plan_inputs)
+        self._tables = lengths, block_table, fresh_pages
+        super().__init__(layers=[StepLayer(self, index) for index in range(kv.num_layers)])
 
     def plan(self) -> None:
         """Shares out the step's work, for all layers."""
-        layers = self._all_layers
-        self.schedules = ops.plan(
-            layers.lengths,
-            layers.block_table,
-            layers.fresh_pages,
-            num_new=self.num_new,
-            page_size=self._page_size,
-        ).unbind()
+        self.step = PlannedStep.plan(self._views, self._tables, num_new=self._num_new)
 
     def forget_plan(self) -> None:
         """It is good for one step."""
-        self.schedules = ()
+        self.step = None
 
 
 class StepLayer(AttendingLayer):
-    """One layer of a :class:`StepCache`."""
+    """One layer of a :class:`StepCache`. Slots differ in length, so it gives none."""
 
     is_compileable = True
 
-    def __init__(self, cache: StepCache, index: int, view: ops.Layer) -> None:
+    def __init__(self, cache: StepCache, index: int) -> None:
         super().__init__()
         self._cache = cache
         self._index = index
-        self._view = view
 
     def attend(
         self,
@@ -214,25 +200,6 @@ class StepLayer(AttendingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Appends and attends."""
-        sinks = kwargs.get("s_aux")
-        out, _ = ops.attend(
-            query,
-            self._view,
-            self._cache.schedules[self._index],
-            keys=key,
-            values=value,
-            num_new=self._cache.num_new,
-            sink_logits=None if sinks is None else sinks.float(),
-            scale=kwargs.get("scaling"),
-            softcap=kwargs.get("softcap"),
-            prefetch=self._index > 0,  # a compiler may move the plan right before its first use
-        )
-        return out.transpose(1, 2), None
-
-    def get_seq_length(self) -> int:
-        """Of no use, as slots differ, but the same in every step."""
-        return 0
-
-    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
-        """As for a cache that holds nothing."""
-        return (queries if isinstance(queries, int) else queries.shape[0]), 0
+        step = self._cache.step
+        assert step is not None
+        return step.attend(self._index, query, key, value, attention_of(kwargs)), None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import set_seed
 
 import adakv
-from models.families import LLAMA, V4, VOCAB, Family
+from hf.families import LLAMA, V4, VOCAB, Family
 
 pytestmark = pytest.mark.model
 

@@ -13,12 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 import adakv
-from adakv.models.families import output_projection
-from adakv.models.log_sum_exp import with_log_sum_exp
+from adakv.hf.families import output_projection
+from adakv.hf.log_sum_exp import with_log_sum_exp
 from adakv.policy import LayerInputs, Policy, PromptAttention, TopScore, Uniform, get
-from models.families import LLAMA
-from models.test_hf import prompts
-from models.test_model_wide import held
+from hf.families import LLAMA
+from hf.test_hf import prompts
+from hf.test_model_wide import held
 
 pytestmark = pytest.mark.model
 
@@ -116,6 +116,10 @@ class Spy(PromptAttention):
     def score(self, inputs: LayerInputs) -> Tensor:
         self.handed.append(inputs)
         return super().score(inputs)
+
+    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+        self.handed.append(part)
+        return super().fold(folded, part)
 
 
 @pytest.mark.parametrize(

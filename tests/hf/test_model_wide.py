@@ -23,8 +23,8 @@ from adakv.policy import (
     Uniform,
     WindowAttention,
 )
-from models.families import FAMILIES, LLAMA, V4, VOCAB, Family
-from models.test_hf import GREEDY, captured, prompts
+from hf.families import FAMILIES, LLAMA, V4, VOCAB, Family
+from hf.test_hf import GREEDY, captured, prompts
 from policy.helpers import kept_rows
 
 pytestmark = pytest.mark.model
@@ -94,7 +94,7 @@ def test_model_wide_pages_have_one_owner_and_hold_its_entries() -> None:
     with torch.no_grad(), adakv.attach(model):
         cache = adakv.Cache(model, WIDE, budget=50)
         model(**batch, past_key_values=cache)
-        kv = cache._store._kv
+        kv = cache.pages
         assert kv is not None
         owned: list[int] = []
         for layer, b, h in itertools.product(range(4), range(2), range(2)):
@@ -156,7 +156,7 @@ ROTARY = [
 @pytest.mark.parametrize("family", ROTARY, ids=str)
 def test_rotation_undoes_the_models_own(family: Family) -> None:
     """Equal tokens have equal keys in layer 0 once they are turned back."""
-    from adakv.models import families
+    from adakv.hf import families
 
     model = family.model()
     ids = torch.full((1, 9), 5)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import adakv
 import reference
-from models.families import FAMILIES, LLAMA, V4, VOCAB, Family
+from hf.families import FAMILIES, LLAMA, V4, VOCAB, Family
 
 pytestmark = pytest.mark.model
 

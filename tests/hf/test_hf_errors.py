@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import adakv
-from models.families import FAMILIES, LLAMA, VOCAB
+from hf.families import FAMILIES, LLAMA, VOCAB
 
 pytestmark = pytest.mark.model
 

@@ -1,0 +1,398 @@
+"""The cache for Hugging Face transformers, 4.57 to 5.23.
+
+    model.forward -> Cache.update         first layer: checks everything that can go wrong
+                  -> layer.update         tags the new keys with their layer and hands them back
+                  -> attention function   keys without a tag: the attention the model had before
+                     -> layer.attend      a prompt:     that attention, then Reader, which compacts
+                                          later tokens: PlannedStep, which appends and attends
+
+The tag is how an attention function knows its cache: it sits on the very tensor that update()
+returned, so that any number of caches and models can run in turn or in threads. A prompt's dense
+keys and values die with its layer's forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from adakv.cache import KVCache
+from adakv.errors import Error
+from adakv.hf import families
+from adakv.hf.attachment import cache_layers, decoder_of, is_attached
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
+from adakv.hf.padding import new_tokens
+from adakv.policy import DEFAULT, Budget, Policy
+from adakv.reading import Part, Reader
+from adakv.step import PlannedStep
+
+_logger = logging.getLogger("adakv")
+
+_MIDWAY = "an earlier forward stopped midway: reset() the cache"
+
+
+class Cache(TransformersCache):
+    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
+
+    Full-attention layers are compressed right after their prefill attention, which sees everything
+    (all of them after the last one, if the policy is model-wide).
+    Sliding-window layers are transformers' own. Padding is never stored. Later forwards, of one
+    token or of several, attend to what was kept and to all newer tokens.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder in eval mode, to be run under :func:`attach` and without gradients.
+    policy : str or :class:`adakv.Policy`
+        One of :func:`adakv.policies`, or your own. The default measured best of those that read a
+        prompt once; docs/quality.md has what it costs.
+    budget : int, optional
+        Mean entries to keep per kv head, the policy's window included.
+    ratio : float in (0, 1], optional
+        Instead of ``budget``: the share of each prompt's tokens.
+    max_new_tokens : int
+        Tokens after the prompt that the pages are made for. CPU memory is taken when it is used.
+    chunked_prefill : bool
+        The prompt comes in several forwards (``generate(prefill_chunk_size=...)``): its keys and
+        values are kept until the first forward of one token, and compressed then; a last chunk of
+        one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
+        forward of several tokens is a second turn, from which nothing is evicted.
+    page_size : int
+        Entries of a page: a power of two from 8 to 256.
+    """
+
+    reading: Reader | None
+    """The prompts that are being read; None as soon as what is kept of them is in pages."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = DEFAULT,
+        budget: int | None = None,
+        ratio: float | None = None,
+        *,
+        max_new_tokens: int = 4096,
+        chunked_prefill: bool = False,
+        page_size: int = 16,
+    ) -> None:
+        decoder = decoder_of(model)
+        layers = cache_layers(decoder)
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            _logger.warning("every layer of the model has a sliding window: nothing to compress")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._model = decoder
+        self._budget = Budget.given(policy, budget, ratio)
+        self._max_new_tokens = max_new_tokens
+        self._page_size = page_size
+        needs = self._budget.policy.needs
+        self.waits = chunked_prefill or "repeat" in needs  # prompts may come in several parts
+        rotate = families.rotation(decoder) if "rotate" in needs else None
+        self._full = [FullAttentionLayer(self, i, rotate) for i in range(len(full))]
+        for layer, ours in zip(full, self._full, strict=True):
+            layers[layer] = ours
+        self._begin()
+        super().__init__(layers=layers)
+
+    def _begin(self) -> None:
+        """Holds nothing."""
+        self.reading = Reader(self._budget, len(self._full))
+        self.step: PlannedStep | None = None  # that is running
+        self.order: Tensor | None = None  # [B, columns], puts padding of this forward in front
+        self.is_midway = False  # since something was stored and until the last layer has been
+        self.handed_out = False  # keys were tagged, and have not come back to be attended to
+        self._seen: list[int] = []  # tokens of each sequence, without padding
+        self._signature: tuple[Any, ...] | None = None
+        self._num_forwards = 0
+        self._kv: KVCache | None = None
+        self._first = 0  # slot of sequence 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention modules, layer by layer."""
+        if layer_idx == 0:
+            self._begin_forward(key_states)
+        elif layer_idx >= len(self.layers):
+            raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds.
+
+        Returns
+        -------
+        stats : dict
+            ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
+            sliding layer: what its window holds); ``seen``, tokens per sequence; and of the
+            full-attention layers ``bytes`` in pages, ``pages_used`` and ``full_bytes``, what a full
+            cache would hold.
+        """
+        seen = self.seen
+        counts = torch.tensor(seen, dtype=torch.int32)
+        heads = self._model.config.num_key_value_heads
+        kv = self._kv
+        full = torch.zeros(len(self._full), len(seen), heads, dtype=torch.int32)
+        entry_bytes = page_bytes = pages_used = 0
+        if kv is not None:
+            full = kv.all_layers.lengths[:, self._slots].cpu()
+            entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
+            page_bytes, pages_used = kv.page_bytes, kv.pages_used
+        lengths = [
+            full[layer.index]
+            if isinstance(layer, FullAttentionLayer)
+            else counts.clamp(max=layer.sliding_window - 1)[:, None].expand(-1, heads)
+            for layer in self.layers
+        ]
+        return {
+            "lengths": torch.stack(lengths),
+            "bytes": pages_used * page_bytes,
+            "full_bytes": sum(seen) * len(self._full) * heads * entry_bytes,
+            "pages_used": pages_used,
+            "seen": seen,
+        }
+
+    def kept(self, layer: int) -> list[list[Tensor]]:
+        """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
+
+        Positions count a sequence's own tokens from 0, padding left out.
+        """
+        ours = self.layers[layer]
+        if not isinstance(ours, FullAttentionLayer):
+            raise ValueError(f"layer {layer} has a sliding window and is not compressed")
+        return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
+
+    @property
+    def pages(self) -> KVCache | None:
+        """The memory in which its sequences lie, once a layer is compressed."""
+        return self._kv
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of each sequence, without padding."""
+        return list(self._seen if self.reading is None else self.reading.lengths or self._seen)
+
+    @torch.no_grad()
+    def repeat(self, input_ids: Tensor) -> None:
+        """Has the model read its prompts once more, and compresses by what it looks at.
+
+        For policies whose scorer is :class:`adakv.policy.RepeatAttention`, between the prompts'
+        forward and everything else; the cache then holds what it kept of the prompts alone.
+
+        Parameters
+        ----------
+        input_ids : ``[B, R]`` int64
+            An instruction such as "Repeat the previous context exactly.", and the prompts.
+
+        Raises
+        ------
+        ValueError
+            If the policy is another, the prompts are of unequal length, or the model has layers
+            with a sliding window. The cache is as it was.
+        adakv.Error
+            If there is no prompt that waits for it.
+        """
+        self._check_recordable("its layers with a sliding window can't forget a repetition")
+        if "repeat" not in self._budget.policy.needs:
+            raise ValueError("policy: it doesn't score what a repetition looks at")
+        if self.reading is None or not self.reading.is_begun:
+            raise Error("a prompt can be repeated once, right after it was read")
+        columns = self.get_seq_length()
+        if input_ids.shape[0] != len(self.seen) or {*self.seen} != {columns}:
+            raise ValueError(
+                f"input_ids must repeat the {len(self.seen)} prompts, all of one length and "
+                f"without padding, got {input_ids.shape[0]} for prompts of {self.seen} tokens"
+            )
+        repetition = TransformersCache(
+            layers=[RepeatLayer(self, i) for i in range(len(self._full))]
+        )
+        self._model.base_model(input_ids, past_key_values=repetition, use_cache=True)
+
+    def reset(self) -> None:
+        """Empties the cache and gives its memory back; the next forward is a new prompt."""
+        for layer in self.layers:
+            layer.reset()
+            if not isinstance(layer, FullAttentionLayer):
+                # Some versions only zero a sliding layer's tensors, but the batch may change.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self._begin()
+
+    def fill(self, kv: KVCache, slot: int) -> None:
+        """Empties the cache; the next prompt, of one sequence, goes into a slot of ``kv``.
+
+        There it is decoded by :class:`adakv.hf.slots.Decoder`.
+        """
+        self.reset()
+        self._kv, self._first = kv, slot
+
+    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+        """The pages and the tokens that each sequence has seen, for a
+        :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
+        self._check_recordable(
+            "its layers with a sliding window have steps that can't be recorded; generate without "
+            "custom_generate"
+        )
+        if self.reading is not None:
+            self._finish_all()
+        assert self._kv is not None
+        return self._kv, self.seen
+
+    def advance(self, num_tokens: int) -> None:
+        """Says that a decoder appended tokens of every sequence."""
+        self._seen = [n + num_tokens for n in self._seen]
+        for layer in self._full:
+            layer.num_seen += num_tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("adakv.Cache can't repeat its sequences")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("adakv.Cache can't select from its sequences")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("assisted decoding is not supported: adakv.Cache can't take tokens back")
+
+    def activate_past_recording(self) -> None:
+        self.crop()
+
+    def _check_recordable(self, reason: str) -> None:
+        if len(self._full) < len(self.layers):
+            raise ValueError(f"model: {reason}")
+
+    def _begin_forward(self, keys: Tensor) -> None:
+        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, before any layer is
+        changed."""
+        if not is_attached(self._model):
+            raise Error("the model is not attached: run it inside adakv.attach(model)")
+        if self._model.training or keys.requires_grad:
+            raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
+        self.check_attended()
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1 or self.is_midway:
+            raise Error(_MIDWAY)
+        batch, heads, columns, head_dim = keys.shape
+        signature = (batch, heads, head_dim, keys.dtype, keys.device)
+        if self._signature not in (None, signature):
+            raise ValueError(
+                "batch, kv heads, head dim, dtype and device must stay what they were for the "
+                f"prompt, {self._signature}, got {signature}"
+            )
+        if self.reading is None:
+            self._check_room(batch, columns)
+        if not self._full:  # nobody will count the padding
+            self._seen = [n + columns for n in self._seen or [0] * batch]
+        self._signature = signature
+        self._num_forwards += 1
+        is_after_prompt = columns == 1 and 0 not in lengths
+        if self.reading is not None and is_after_prompt and not LAST_TOKEN_COMES_ALONE:
+            self._finish_all()
+
+    def check_attended(self) -> None:
+        """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
+
+        Nothing was stored then: the cache can be used again.
+        """
+        if self.handed_out:
+            self.handed_out = False
+            raise Error("the last forward was stopped, or was of another model that isn't attached")
+
+    def _check_room(self, batch: int, columns: int) -> None:
+        """Raises ``adakv.Error`` if there are too few pages for a step. The cache goes on."""
+        assert self._kv is not None
+        needed, free = self._kv.pages_to_grow([columns] * batch), self._kv.num_free
+        if needed > free:
+            raise Error(
+                f"the cache is full: {needed} pages needed for {columns} new tokens, {free} "
+                f"free; it was made for max_new_tokens={self._max_new_tokens}"
+            )
+        if columns > 1 and self._num_forwards == 1 and not self.waits:
+            _logger.warning(
+                "%d more tokens right after the prompt are taken for a second turn and are not "
+                "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
+                columns,
+            )
+
+    def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
+        """Counts the tokens of prompts as far as they have come, ``columns`` with padding, from
+        the model's mask."""
+        assert self.reading is not None
+        lengths, self.order = new_tokens(mask, [0] * batch, columns)
+        if self.order is not None and self.waits:
+            raise ValueError("attention_mask: prompts in chunks must be padded on the left")
+        self.reading.begin(lengths, columns)
+        if not self.waits:
+            self.reading.check_complete()
+        self.is_midway = True
+
+    def begin_step(self, mask: Tensor | None, columns: int) -> None:
+        """Makes room for a step in all layers and plans it, before the first one attends."""
+        assert self._kv is not None
+        num_new, self.order = new_tokens(mask, self._seen, columns)
+        self.is_midway = True
+        self.step = PlannedStep.grow(self._kv, num_new, columns)
+        self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
+
+    def finish(
+        self,
+        layer: int,
+        part: Part | None = None,
+        repeat: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Chooses what is kept of a layer's prompts, and moves it into pages.
+
+        With a model-wide policy nothing happens before the last layer, and then in all of them.
+        """
+        reader = self.reading
+        assert reader is not None
+        chosen = reader.finish(layer, part, repeat=repeat)
+        if chosen:
+            self._kv = self._kv or self._allocate(reader)
+            reader.compact(chosen, self._kv, first_sequence=self._first)
+        if reader.num_compacted == reader.num_layers:
+            self._seen, self.reading = reader.lengths, None
+
+    def _finish_all(self) -> None:
+        """:meth:`finish` of all layers, whose prompts came in chunks."""
+        assert self.reading is not None
+        self.reading.check_complete()
+        self.is_midway = True
+        for layer in range(len(self._full)):
+            self.finish(layer)
+        self.is_midway = False
+
+    def _allocate(self, reader: Reader) -> KVCache:
+        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
+        assert self._signature is not None
+        batch, heads, head_dim, dtype, device = self._signature
+        size, more = self._page_size, self._max_new_tokens
+        pages = sum(
+            KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
+            for totals in reader.totals(heads)
+            for total in totals
+        )
+        return KVCache(
+            num_layers=reader.num_layers,
+            num_sequences=batch,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            num_pages=pages,
+            max_row_pages=(max(reader.lengths) + more) // size + 2,  # the pool decides what is full
+            page_size=size,
+            dtype=dtype,
+            device=device,
+        )
+
+    @property
+    def _slots(self) -> slice:
+        return slice(self._first, self._first + len(self.seen))

@@ -1,0 +1,194 @@
+"""Layers of :class:`adakv.Cache`: how a model's attention meets prompts and steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMixin
+
+from adakv.hf import families
+from adakv.hf.attachment import TAG, AttendingLayer, attention_of, inner_attention
+from adakv.hf.log_sum_exp import with_log_sum_exp
+from adakv.hf.padding import align, restore
+from adakv.reading import Part
+from adakv.step import Attention
+
+if TYPE_CHECKING:
+    from adakv.hf.cache import Cache
+
+# generate(prefill_chunk_size=...) of 4.57 leaves the prompt's last token to a forward of its own.
+LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
+
+#: Arguments of attention functions that change logits or add some: then torch's log-sum-exp, if
+#: there is one, may be another than that of the scores.
+_MORE_LOGITS = ("softcap", "s_aux", "position_bias")
+
+
+class FullAttentionLayer(AttendingLayer):
+    """A full-attention layer of a :class:`Cache`, which holds what it stores."""
+
+    def __init__(self, cache: Cache, index: int, rotate: families.Rotate | None) -> None:
+        super().__init__()
+        self.index = index  # among the full-attention layers
+        self.num_seen = 0  # tokens, padding included
+        self._cache = cache
+        self._config = cache._model.config
+        self._rotate = rotate
+        self._attention = Attention()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values, tagged; of a prompt in parts all that came so far."""
+        cache = self._cache
+        if cache.handed_out:
+            cache.check_attended()
+        if cache.reading is not None and cache.waits:
+            key_states, value_states = cache.reading.join(
+                self.index, key_states, value_states, start=self.num_seen
+            )
+        cache.handed_out = True
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a prompt the model's own attention, then choosing; later appends and attends."""
+        delattr(key, TAG)
+        cache = self._cache
+        cache.handed_out = False
+        if module.config is not self._config:
+            raise ValueError("past_key_values: the cache was made for another model")
+        if cache.reading is not None:
+            needs = cache.reading.policy.needs
+            result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)
+            self.take(part, mask)
+            return result
+        if self.index == 0:
+            cache.begin_step(mask, query.shape[2])
+        assert cache.step is not None
+        if cache.order is not None:
+            query, key, value = (align(x, cache.order) for x in (query, key, value))
+        out = cache.step.attend(self.index, query, key, value, self._attention)
+        if cache.order is not None:
+            out = restore(out, cache.order)
+        self._count(query.shape[2])
+        return out, None
+
+    def take(self, part: Part, mask: Tensor | None) -> None:
+        """What is left to do when a prompt, or a chunk of it, has been attended to.
+
+        ``mask`` is that of :meth:`attend`.
+        """
+        cache, columns = self._cache, part.queries.shape[2]
+        reader = cache.reading
+        assert reader is not None
+        cache.handed_out = False
+        self._attention = part.attention._replace(rotate=self._rotate)
+        part = part._replace(attention=self._attention)
+        if self.index == 0:
+            cache.begin_part(mask, part.queries.shape[0], self.num_seen + columns)
+        if cache.order is not None:
+            part = _aligned(part, cache.order)
+        if not cache.waits:
+            cache.finish(self.index, part)
+        else:
+            reader.take(self.index, part._replace(entries=partial(reader.joined, self.index)))
+            if columns == 1 and LAST_TOKEN_COMES_ALONE:
+                cache.finish(self.index)
+        self._count(columns)
+
+    def _count(self, columns: int) -> None:
+        """The layer is done with a forward."""
+        self.num_seen += columns
+        if self.index == len(self._cache._full) - 1:
+            self._cache.is_midway = False
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def reset(self) -> None:
+        """Only with the whole cache: see :meth:`Cache.reset`."""
+        self.num_seen = 0
+
+
+class RepeatLayer(AttendingLayer):
+    """A layer of what the model looks at while it repeats its prompts: of that nothing is kept."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._index = index
+        self._length = cache.get_seq_length()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Behind the prompts' own."""
+        assert self._cache.reading is not None
+        keys, values = self._cache.reading.joined(self._index)
+        return super().update(
+            torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        )
+
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention; then the layer's prompts are chosen from."""
+        delattr(key, TAG)
+        result = inner_attention(inner, module, query, key, value, mask, **kwargs)
+        self._cache.finish(self._index, repeat=(query, key[:, :, self._length :]))
+        return result
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+
+def attend_to_prompt(
+    inner: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    needs: frozenset[str],
+    **kwargs: Any,
+) -> tuple[Any, Part]:
+    """A prompt's attention as the model had it, and what a :class:`Reader` has to know of it.
+
+    The arguments are those of :meth:`AttendingLayer.attend` and the policy's needs.
+    """
+    attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
+    is_causal = mask is None and query.shape[2] == key.shape[2]
+    is_plain = all(kwargs.get(name) is None for name in _MORE_LOGITS)
+    if "all_queries" in needs and is_causal and is_plain:
+        result, lse = with_log_sum_exp(attend)
+    else:
+        result, lse = attend(), None
+    width = query.shape[1] * query.shape[3]
+    w_o = partial(families.output_projection, module, width, value.new_empty(0))
+    return result, Part(query, lambda: (key, value), attention_of(kwargs), w_o, lse)
+
+
+def _aligned(part: Part, order: Tensor) -> Part:
+    """With the padding on the left."""
+    keys, values = (align(x, order) for x in part.entries())
+    return part._replace(queries=align(part.queries, order), entries=lambda: (keys, values))

@@ -1,0 +1,315 @@
+"""Reads prompts: a layer's queries, keys and values come in by parts; what is kept comes out.
+
+    reader = Reader(budget, num_layers)
+    for every part of the prompts:
+        reader.begin(lengths, columns)       how long each prompt is with it
+        reader.take(layer, part)             in each layer: remembers what the policy will ask for
+    then, in each layer:
+        chosen = reader.finish(layer)        scores, allocates and selects
+        reader.compact(chosen, kv)           moves the choice into pages
+
+A prompt that comes in one part needs no ``take``: ``finish(layer, part)`` reads it. A model-wide
+policy chooses from all layers together when the last one finishes; until then ``finish`` gives
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv.cache import KVCache, sequences
+from adakv.entries import GrowingEntries, Reserve, Whole
+from adakv.errors import Error
+from adakv.ops import Kept
+from adakv.policy import Budget, FoldingScorer, LayerInputs
+from adakv.step import Attention
+
+
+class Part(NamedTuple):
+    """What a layer hands over of its prompts: new queries, and all entries so far.
+
+    The B prompts are padded on the left. ``entries()`` gives keys and values ``[B, Hkv, T, D]``,
+    ``w_o()`` the output projection's weight ``[E, Hq * D]``; they are called when they are needed.
+    """
+
+    queries: Tensor  # [B, Hq, S, D], those of the last S columns
+    entries: Callable[[], tuple[Tensor, Tensor]]
+    attention: Attention = Attention()
+    w_o: Callable[[], Tensor] | None = None
+    lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
+
+
+class Chosen(NamedTuple):
+    """What is kept of some of the prompts, all of one length, in a layer."""
+
+    prompts: slice
+    kept: Kept
+    entries: Whole | Reserve
+
+
+class _Heard(NamedTuple):
+    """What a layer remembers of the parts that it took."""
+
+    part: Part  # the newest, without its queries
+    queries: tuple[Tensor, ...]  # [B, Hq, n, D] each, those that aren't folded yet
+    folded: tuple[Any, ...] = ()  # of each group
+
+
+class Reader:
+    """Prompts on their way through the layers of a model.
+
+    Parameters
+    ----------
+    budget : :class:`adakv.policy.Budget`
+        With the policy.
+    num_layers : int
+        How many layers are compressed.
+    """
+
+    def __init__(self, budget: Budget, num_layers: int) -> None:
+        self.policy = budget.policy
+        self.num_layers = num_layers
+        self.lengths: list[int] = []
+        """Tokens of each prompt so far, without padding."""
+        self.num_compacted = 0
+        """Layers that are in pages."""
+        self._budget = budget
+        scorer = self.policy.scorer
+        self._folding = scorer if isinstance(scorer, FoldingScorer) else None
+        self._groups: list[slice] = []  # prompts of one length, which are worked on together
+        self._heard: list[_Heard | None] = [None] * num_layers
+        self._joined = [GrowingEntries() for _ in range(num_layers)]
+        self.waiting: list[list[Whole | Reserve]] = []
+        """What the layers of a model-wide policy hold until the last one has finished."""
+        self._num_finished = 0
+        self._totals: list[list[int]] = []
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part has come."""
+        return bool(self.lengths)
+
+    def begin(self, lengths: Sequence[int], columns: int) -> None:
+        """Says how many tokens each prompt has with the next part, and columns with padding."""
+        if not self._groups and 0 not in lengths:
+            if all(n == columns for n in lengths):
+                self._groups = [slice(0, len(lengths))]
+            else:  # unequal: one by one, so that padding can be cut off without copying
+                self._groups = [slice(b, b + 1) for b in range(len(lengths))]
+        self.lengths = list(lengths)
+
+    def check_complete(self) -> None:
+        """Raises ``ValueError`` if there is a prompt without a token."""
+        if 0 in self.lengths:
+            raise ValueError(
+                f"attention_mask: prompt {self.lengths.index(0)} is nothing but padding"
+            )
+
+    def join(
+        self, layer: int, keys: Tensor, values: Tensor, *, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Puts a part's keys and values ``[B, Hkv, S, D]`` behind the ``start`` columns before.
+
+        For adapters whose attention wants a prompt's entries side by side. The result, all of them,
+        are views of memory that the reader holds until the layer finishes.
+        """
+        return self._joined[layer].put(keys, values, start)
+
+    def joined(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What the newest :meth:`join` gave."""
+        return self._joined[layer].view()
+
+    def take(self, layer: int, part: Part) -> None:
+        """Remembers what the policy will have to know of a part's queries.
+
+        That is those of its window, what a :class:`adakv.policy.FoldingScorer` makes of all of
+        them, or, for other scorers of all queries, the queries. Nothing is folded before a prompt
+        is longer than its budget, so that short ones don't pay for it.
+        """
+        before = self._heard[layer] or _Heard(part, ())
+        newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None)
+        heard = _Heard(newest, (*before.queries, part.queries), before.folded)
+        if self._folding is not None:
+            if any(n > self._budget.of(n) for n in self.lengths) and self._groups:
+                heard = self._fold(layer, heard)
+        elif "all_queries" not in self.policy.needs:
+            window = self._asked(torch.cat(heard.queries, 2))
+            heard = heard._replace(queries=(window.clone(),))  # the other queries can be freed
+        self._heard[layer] = heard
+
+    def finish(
+        self,
+        layer: int,
+        part: Part | None = None,
+        *,
+        repeat: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[int, list[Chosen]]:
+        """Chooses what is kept of a layer's prompts, which are complete.
+
+        Parameters
+        ----------
+        layer : int
+            Layers finish in order.
+        part : :class:`Part`, optional
+            The prompts' last part, or only one, if it wasn't taken.
+        repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
+            As :attr:`adakv.policy.LayerInputs.repeat`.
+
+        Returns
+        -------
+        chosen : dict of :class:`Chosen` lists by layer
+            This layer's; for a model-wide policy those of all layers after the last, else none.
+
+        Raises
+        ------
+        adakv.Error
+            If the layers before have not finished: a forward was stopped midway.
+        """
+        if part is not None and self._heard[layer] is not None:
+            self.take(layer, part)
+            part = None
+        heard = self._heard[layer] if part is None else _Heard(part, (part.queries,))
+        if layer != self._num_finished or heard is None:
+            raise Error("an earlier forward stopped midway: reset() the cache")
+        wholes = self._wholes(layer, heard, repeat)
+        self._heard[layer], self._joined[layer] = None, GrowingEntries()
+        self._num_finished += 1
+        budgets = [self._budget.of(self.lengths[group.start]) for group in self._groups]
+        if not self.policy.is_model_wide:
+            kept = [
+                self.policy.choose(whole.inputs, budget, scores=whole.scores)
+                for whole, budget in zip(wholes, budgets, strict=True)
+            ]
+            return {layer: list(map(Chosen, self._groups, kept, wholes))}
+        self.waiting.append(
+            [
+                Reserve.take(self.policy, whole, budget)
+                if self.policy.reserves
+                else whole.scored(self.policy, budget)
+                for whole, budget in zip(wholes, budgets, strict=True)
+            ]
+        )
+        return {} if self._num_finished < self.num_layers else self._choose_all(budgets)
+
+    def compact(
+        self, chosen: dict[int, list[Chosen]], kv: KVCache, *, first_sequence: int = 0
+    ) -> None:
+        """Moves what :meth:`finish` chose into pages of ``kv``, and drops the rest.
+
+        The prompts are those of the sequences from ``first_sequence`` on. ``chosen`` is emptied
+        layer by layer, so that memory is freed on the way.
+        """
+        layers = list(chosen)
+        if not layers:
+            return
+        totals = [self.totals(kv.num_kv_heads)[layer] for layer in layers]
+        page_ids, next_page = kv.begin_layers(
+            layers, totals, self.lengths, first_sequence=first_sequence
+        )
+        slots = slice(first_sequence, first_sequence + len(self.lengths))
+        for layer in layers:
+            view = sequences(kv.layer(layer), slots)
+            for prompts, kept, entries in chosen.pop(layer):
+                starts = next_page[prompts.start : prompts.stop + 1]
+                entries.compact(kept, sequences(view, prompts), page_ids, starts)
+            if chosen:
+                kv.advance_pages(next_page, view.lengths)
+        self.num_compacted += len(layers)
+
+    def totals(self, num_kv_heads: int) -> list[list[int]]:
+        """``[L][B]``: most entries that a layer keeps of each prompt, all its kv heads together."""
+        if not self._totals:
+            of_prompts = [
+                self._budget.totals(n, num_kv_heads=num_kv_heads, num_layers=self.num_layers)
+                for n in self.lengths
+            ]
+            self._totals = [list(layer) for layer in zip(*of_prompts, strict=True)]
+        return self._totals
+
+    def _fold(self, layer: int, heard: _Heard) -> _Heard:
+        """With all queries folded."""
+        assert self._folding is not None
+        queries = torch.cat(heard.queries, 2)
+        before = heard.folded or (None,) * len(self._groups)
+        inputs = self._inputs(layer, heard.part, queries, None)
+        folded = tuple(self._folding.fold(*pair) for pair in zip(before, inputs, strict=True))
+        return _Heard(heard.part, (queries[:, :, :0].clone(),), folded)
+
+    def _wholes(
+        self, layer: int, heard: _Heard, repeat: tuple[Tensor, Tensor] | None
+    ) -> list[Whole]:
+        """A layer's prompts, group by group, with scores if queries were folded."""
+        if heard.folded and any(x.shape[2] for x in heard.queries):
+            heard = self._fold(layer, heard)
+        part, w_o = heard.part, None
+        if "w_o" in self.policy.needs and part.w_o is not None:
+            w_o = part.w_o()
+        queries = heard.queries[0] if len(heard.queries) == 1 else torch.cat(heard.queries, 2)
+        inputs = self._inputs(layer, part, self._asked(queries), w_o)
+        wholes = [Whole(x, None) for x in inputs]
+        if repeat is not None:
+            wholes = [
+                Whole(replace(x.inputs, repeat=(repeat[0][group], repeat[1][group])), None)
+                for x, group in zip(wholes, self._groups, strict=True)
+            ]
+        if self._folding is None or not heard.folded:
+            return wholes
+        return [
+            Whole(x, self._folding.finish(folded, x) if self._is_cut(x) else None)
+            for x, folded in zip(inputs, heard.folded, strict=True)
+        ]
+
+    def _is_cut(self, inputs: LayerInputs) -> bool:
+        return not self.policy.keeps_everything(inputs, self._budget.of(inputs.length))
+
+    def _asked(self, queries: Tensor) -> Tensor:
+        """The last of the queries, ``[B, Hq, W, D]``, unless the policy asks for all."""
+        if "all_queries" in self.policy.needs:
+            return queries
+        return queries[:, :, max(queries.shape[2] - self.policy.window, 0) :]
+
+    def _inputs(
+        self, layer: int, part: Part, queries: Tensor, w_o: Tensor | None
+    ) -> list[LayerInputs]:
+        """The prompts as a policy takes them, group by group: views, without padding."""
+        keys, values = part.entries()
+        inputs = []
+        for group in self._groups:
+            lengths = tuple(self.lengths[group])
+            start = keys.shape[2] - lengths[0]
+            padding = max(queries.shape[2] - lengths[0], 0)
+            inputs.append(
+                LayerInputs(
+                    queries[group, :, padding:],
+                    keys[group, :, start:],
+                    values[group, :, start:],
+                    w_o,
+                    lengths,
+                    layer,
+                    self.num_layers,
+                    attention=part.attention,
+                    lse=None if part.lse is None else part.lse[group],
+                )
+            )
+        return inputs
+
+    def _choose_all(self, budgets: Sequence[int]) -> dict[int, list[Chosen]]:
+        """What a model-wide policy keeps, of all layers."""
+        finished, self.waiting = self.waiting, []
+        kept = []  # [groups][L]
+        for parts, budget in zip(zip(*finished, strict=True), budgets, strict=True):
+            scores = [part.scores for part in parts if part.scores is not None] or None
+            inputs = [part.inputs for part in parts]
+            kept.append(self.policy.choose_all(inputs, budget, scores=scores))
+        return {
+            layer: [
+                Chosen(group, of_group[layer], entries)
+                for group, of_group, entries in zip(self._groups, kept, layers, strict=True)
+            ]
+            for layer, layers in enumerate(finished)
+        }

@@ -1,0 +1,183 @@
+"""One planned step: new tokens of many sequences, through all layers of a model.
+
+    step = PlannedStep.grow(kv, num_new, columns)    makes room and shares the work out, once
+    out = step.attend(layer, q, k, v, attention)     in each layer, in order: appends and attends
+
+Every adapter decodes through it: nothing else calls ``plan`` or ``attend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.cache import KVCache
+from adakv.ops import Layer
+
+
+class Attention(NamedTuple):
+    """How a layer attends, besides its queries, keys and values.
+
+    ``scale`` (default ``1 / sqrt(D)``), ``softcap`` (default: none) and ``sink_logits`` ``[Hq]``
+    float32, which join each softmax and attend to nothing (gpt-oss), are those of
+    :func:`adakv.ops.attend`. ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's
+    RoPE at ``positions`` ``[n]`` or ``[B, n]``, which may be negative; it is there for policies
+    that need it.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def logits(self) -> dict[str, Any]:
+        """What :func:`adakv.ops.score` and :func:`adakv.ops.attend` have to know of it."""
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sink_logits": self.sink_logits,
+        }
+
+
+class _Piece(NamedTuple):
+    """Columns of a step that :meth:`KVCache.grow` made room for in one go."""
+
+    columns: slice
+    fresh_pages: Tensor  # [L, B, Hkv, F]
+    num_new: Tensor | None  # [B] int32
+
+
+class PlannedStep:
+    """A step whose work has been shared out, to be attended to layer by layer.
+
+    Made by :meth:`plan` or :meth:`grow`; directly from schedules that are known already, as those
+    that a CUDA graph reads.
+
+    Parameters
+    ----------
+    layers : one :class:`adakv.ops.Layer` for each layer
+        Rows of the B sequences of the step, with room for its tokens.
+    schedules : one ``[X]`` for each layer
+        As :func:`adakv.ops.plan` gives them.
+    num_new : ``[B]`` int32, optional
+        How many of the step's S columns, counted from the right, are tokens of each sequence.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        schedules: Sequence[Tensor],
+        num_new: Tensor | None = None,
+        *,
+        _pieces: Sequence[_Piece] = (),
+    ) -> None:
+        self._layers = layers
+        self._schedules = schedules
+        self._num_new = num_new
+        self._pieces = _pieces
+
+    @classmethod
+    def plan(
+        cls,
+        layers: Sequence[Layer],
+        tables: tuple[Tensor, Tensor, Tensor],
+        *,
+        new_tokens: int = 1,
+        num_new: Tensor | None = None,
+    ) -> PlannedStep:
+        """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
+
+        ``tables`` are the lengths ``[L, B, Hkv]``, block table ``[L, B, Hkv, M]`` and fresh pages
+        ``[L, B, Hkv, F]`` of the ``layers``, int32.
+        """
+        page_size = layers[0].pages.shape[2]
+        schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
+        return cls(layers, schedules.unbind(), num_new)
+
+    @classmethod
+    def grow(cls, kv: KVCache, num_new: Sequence[int], columns: int) -> PlannedStep:
+        """Makes room for a step in all layers of a cache, and plans it.
+
+        Parameters
+        ----------
+        kv : :class:`adakv.cache.KVCache`
+        num_new : ints
+            How many of the ``columns``, counted from the right, are tokens of each sequence. Where
+            they are more than the fresh pages of a row take, they are appended in pieces.
+        columns : int
+            S, padding included.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages. Nothing changes.
+        """
+        pieces: list[_Piece] = []
+        left = columns
+        while left:
+            rest = [min(n, left) for n in num_new]
+            now = kv.grow(rest, left)
+            if now < columns:
+                # The next piece's pages overwrite these before the other layers have used them.
+                fresh = kv.all_layers.fresh_pages.clone()
+                counts = _on_device([max(n - left + now, 0) for n in rest], now, kv)
+                start = columns - left
+                pieces.append(_Piece(slice(start, start + now), fresh, counts))
+            left -= now
+        of_step = _on_device(num_new, columns, kv)
+        if pieces:
+            return cls(kv.layers, (), of_step, _pieces=pieces)
+        return cls.plan(kv.layers, kv.plan_inputs, new_tokens=columns, num_new=of_step)
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
+    ) -> Tensor:
+        """Appends keys and values ``[B, Hkv, S, D]`` to a layer, and attends.
+
+        ``queries`` are ``[B, Hq, S, D]``, the result is ``[B, S, Hq, D]``.
+        """
+        new: tuple[Tensor | None, Tensor | None] = keys, values
+        if self._pieces:
+            schedule, new = self._append_pieces(layer, keys, values), (None, None)
+        else:
+            schedule = self._schedules[layer]
+        out, _ = ops.attend(
+            queries,
+            self._layers[layer],
+            schedule,
+            keys=new[0],
+            values=new[1],
+            num_new=self._num_new,
+            sink_logits=attention.sink_logits,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            # Not right behind the plan, which comes before the first layer. (A compiler may move
+            # it, but no further than there.)
+            prefetch=layer > 0 and not self._pieces,
+        )
+        return out.transpose(1, 2)
+
+    def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Appends a step that was too wide for one go; the schedule ``[X]`` to attend with."""
+        view = self._layers[layer]
+        for columns, fresh_pages, num_new in self._pieces:
+            piece = view._replace(fresh_pages=fresh_pages[layer])
+            ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
+        return ops.plan(
+            view.lengths[None],
+            view.block_table[None],
+            view.fresh_pages[None],
+            new_tokens=0,
+            page_size=view.pages.shape[2],
+        )[0]
+
+
+def _on_device(num_new: Sequence[int], columns: int, kv: KVCache) -> Tensor | None:
+    if all(n == columns for n in num_new):
+        return None
+    return torch.tensor(num_new, dtype=torch.int32, device=kv.device)
