@@ -13,7 +13,7 @@ from torch import Tensor
 from adakv.policy import LayerInputs, Policy
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.plan import plan
-from adakv.vllm.prompts import Attention
+from adakv.step import Attention
 from policy.helpers import rotate
 from tolerance import assert_close
 
@@ -194,7 +194,14 @@ class Steps:
         )
         queries = q if "all_queries" in self.policy.needs else q[:, :, -self.policy.window :]
         inputs = LayerInputs(
-            queries, k, v, self.w_o[layer], (n,), layer, LAYERS, scale=SCALE, rotate=rotate
+            queries,
+            k,
+            v,
+            self.w_o[layer],
+            (n,),
+            layer,
+            LAYERS,
+            attention=Attention(SCALE, rotate=rotate),
         )
         kept = self.policy.choose(inputs, BUDGET)
         borders = kept.indptr.tolist()
