@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from adakv.policy import LayerInputs, Policy
+from adakv.step import Attention
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.plan import plan
-from adakv.step import Attention
 from policy.helpers import rotate
 from tolerance import assert_close
 

@@ -83,7 +83,7 @@ class Reader:
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
         self._heard: list[_Heard | None] = [None] * num_layers
-        self._joined = [GrowingEntries() for _ in range(num_layers)]
+        self._joined: dict[int, GrowingEntries] = {}
         self.waiting: list[list[Whole | Reserve]] = []
         """What the layers of a model-wide policy hold until the last one has finished."""
         self._num_finished = 0
@@ -118,6 +118,8 @@ class Reader:
         For adapters whose attention wants a prompt's entries side by side. The result, all of them,
         are views of memory that the reader holds until the layer finishes.
         """
+        if layer not in self._joined:
+            self._joined[layer] = GrowingEntries()
         return self._joined[layer].put(keys, values, start)
 
     def joined(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,8 @@ class Reader:
         if layer != self._num_finished or heard is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
         wholes = self._wholes(layer, heard, repeat)
-        self._heard[layer], self._joined[layer] = None, GrowingEntries()
+        self._heard[layer] = None
+        self._joined.pop(layer, None)
         self._num_finished += 1
         budgets = [self._budget.of(self.lengths[group.start]) for group in self._groups]
         if not self.policy.is_model_wide:
@@ -213,10 +216,13 @@ class Reader:
         )
         slots = slice(first_sequence, first_sequence + len(self.lengths))
         for layer in layers:
-            view = sequences(kv.layer(layer), slots)
+            view = kv.layers[layer]
+            if len(self.lengths) < kv.num_sequences:
+                view = sequences(view, slots)
             for prompts, kept, entries in chosen.pop(layer):
                 starts = next_page[prompts.start : prompts.stop + 1]
-                entries.compact(kept, sequences(view, prompts), page_ids, starts)
+                rows = view if len(self._groups) == 1 else sequences(view, prompts)
+                entries.compact(kept, rows, page_ids, starts)
             if chosen:
                 kv.advance_pages(next_page, view.lengths)
         self.num_compacted += len(layers)

@@ -95,7 +95,11 @@ class Cache(TransformersCache):
         needs = self._budget.policy.needs
         self.waits = chunked_prefill or "repeat" in needs  # prompts may come in several parts
         rotate = families.rotation(decoder) if "rotate" in needs else None
-        self._full = [FullAttentionLayer(self, i, rotate) for i in range(len(full))]
+        self.model_config = decoder.config
+        self._full = [
+            FullAttentionLayer(self, i, rotate, is_last=i == len(full) - 1)
+            for i in range(len(full))
+        ]
         for layer, ours in zip(full, self._full, strict=True):
             layers[layer] = ours
         self._begin()
@@ -137,7 +141,7 @@ class Cache(TransformersCache):
         """
         seen = self.seen
         counts = torch.tensor(seen, dtype=torch.int32)
-        heads = self._model.config.num_key_value_heads
+        heads = self.model_config.num_key_value_heads
         kv = self._kv
         full = torch.zeros(len(self._full), len(seen), heads, dtype=torch.int32)
         entry_bytes = page_bytes = pages_used = 0
@@ -278,7 +282,9 @@ class Cache(TransformersCache):
         if self._model.training or keys.requires_grad:
             raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
         self.check_attended()
-        lengths = {layer.get_seq_length() for layer in self.layers}
+        lengths = {layer.num_seen for layer in self._full}
+        if len(self._full) < len(self.layers):
+            lengths |= {layer.get_seq_length() for layer in self.layers}
         if len(lengths) > 1 or self.is_midway:
             raise Error(_MIDWAY)
         batch, heads, columns, head_dim = keys.shape

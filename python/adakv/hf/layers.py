@@ -30,12 +30,15 @@ _MORE_LOGITS = ("softcap", "s_aux", "position_bias")
 class FullAttentionLayer(AttendingLayer):
     """A full-attention layer of a :class:`Cache`, which holds what it stores."""
 
-    def __init__(self, cache: Cache, index: int, rotate: families.Rotate | None) -> None:
+    def __init__(
+        self, cache: Cache, index: int, rotate: families.Rotate | None, *, is_last: bool
+    ) -> None:
         super().__init__()
         self.index = index  # among the full-attention layers
         self.num_seen = 0  # tokens, padding included
         self._cache = cache
-        self._config = cache._model.config
+        self._config = cache.model_config
+        self._is_last = is_last
         self._rotate = rotate
         self._attention = Attention()
 
@@ -83,7 +86,9 @@ class FullAttentionLayer(AttendingLayer):
         out = cache.step.attend(self.index, query, key, value, self._attention)
         if cache.order is not None:
             out = restore(out, cache.order)
-        self._count(query.shape[2])
+        self.num_seen += query.shape[2]
+        if self._is_last:
+            cache.is_midway = False
         return out, None
 
     def take(self, part: Part, mask: Tensor | None) -> None:
@@ -107,13 +112,9 @@ class FullAttentionLayer(AttendingLayer):
             reader.take(self.index, part._replace(entries=partial(reader.joined, self.index)))
             if columns == 1 and LAST_TOKEN_COMES_ALONE:
                 cache.finish(self.index)
-        self._count(columns)
-
-    def _count(self, columns: int) -> None:
-        """The layer is done with a forward."""
         self.num_seen += columns
-        if self.index == len(self._cache._full) - 1:
-            self._cache.is_midway = False
+        if self._is_last:
+            cache.is_midway = False
 
     def get_seq_length(self) -> int:
         return self.num_seen

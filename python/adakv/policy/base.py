@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -151,25 +152,24 @@ class Policy:
     allocator: Allocator
     selector: Selector
 
-    @property
+    @cached_property
     def window(self) -> int:
         """The last ``window`` entries are always kept."""
         return self.scorer.window
 
-    @property
+    @cached_property
     def is_model_wide(self) -> bool:
         """Whether nothing can be chosen before the last layer is there."""
         return self.allocator.is_model_wide
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[Need]:
         """What the three parts together read of :class:`LayerInputs` beyond what all read."""
         return needs_of(self.scorer, self.allocator, self.selector)
 
     def keeps_everything(self, inputs: LayerInputs, budget: int) -> bool:
         """Whether all prompts fit into their budget in this layer: then nothing is scored."""
-        budgets = self._layer_budgets(inputs, budget)
-        return all(n <= b for n, b in zip(inputs.prompt_lens, budgets, strict=True))
+        return _fit(inputs, self._layer_budgets(inputs, budget))
 
     def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
         """Most entries that each sequence keeps in this layer, all kv heads together.
@@ -268,7 +268,7 @@ class Policy:
             For :meth:`choose_all`: ``-inf`` where an entry is not held.
         """
         even, lengths = self._layer_budgets(inputs, budget), inputs.prompt_lens
-        if self.keeps_everything(inputs, budget):
+        if _fit(inputs, even):
             kept = _keep_everything(inputs)
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         budgets = tuple(self.reserved(b, n) for n, b in zip(lengths, even, strict=True))
@@ -294,7 +294,7 @@ class Policy:
             given = [_outside_scores(s, x) for s, x in zip(given, layers, strict=True)]
         budgets = self._layer_budgets(first, budget)
         totals = self.totals(first, budget)
-        if self.keeps_everything(first, budget):
+        if _fit(first, budgets):
             return [_keep_everything(x) for x in layers]
         scores = given or [self.scorer.score(x) for x in layers]
         joined = scores[0] if len(layers) == 1 else torch.cat(list(scores), dim=1)
@@ -327,6 +327,10 @@ class Policy:
             )
             for n in inputs.prompt_lens
         )
+
+
+def _fit(inputs: LayerInputs, budgets: tuple[int, ...]) -> bool:
+    return all(n <= b for n, b in zip(inputs.prompt_lens, budgets, strict=True))
 
 
 def _outside_scores(scores: Tensor, inputs: LayerInputs) -> Tensor:

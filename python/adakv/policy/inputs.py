@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,12 +77,12 @@ class LayerInputs:
         if not 0 <= self.layer < self.num_layers:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
         """Hkv."""
         return self.keys.shape[1]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """T, the padded length of the prompts."""
         return self.keys.shape[2]
