@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,11 +47,6 @@ def random_inputs(device, prompt: Prompt = RAGGED) -> LayerInputs:
     return layer_inputs(prompt, device)
 
 
-def replaced(inputs: LayerInputs, **changes) -> LayerInputs:
-    fields = {k: v for k, v in vars(inputs).items() if not k.startswith("_")}
-    return LayerInputs(**{**fields, **changes})
-
-
 # --- Invariants of the methods --------------------------------------------------------------------
 
 
@@ -79,7 +75,7 @@ def test_adaptive_with_floor_zero_is_one_top_k_over_the_layer(device, safeguard)
 @pytest.mark.parametrize("allocator", [Uniform(), Adaptive(), Adaptive(layers=Pyramid())])
 def test_two_stages_with_equal_norms_are_one(device, allocator):
     inputs = random_inputs(device)
-    inputs = replaced(inputs, values=torch.ones_like(inputs.keys))
+    inputs = replace(inputs, values=torch.ones_like(inputs.keys))
     two_stage = Policy(SCORER, allocator, TwoStage(eps=0.0))
     assert chosen(two_stage, inputs) == chosen(Policy(SCORER, allocator, TopScore()), inputs)
 
@@ -110,7 +106,7 @@ def test_choose_permutes_with_the_heads(device, allocator, selector):
     order = torch.tensor([2, 0, 3, 1])
     group = (order[:, None] * 2 + torch.arange(2)).flatten()
     w_o = inputs.w_o.view(96, 8, 16)[:, group].reshape(96, 128)
-    permuted = replaced(
+    permuted = replace(
         inputs,
         queries=inputs.queries[:, group],
         keys=inputs.keys[:, order],
@@ -129,7 +125,7 @@ def test_choose_ignores_the_rest_of_the_batch(device, allocator):
     policy = Policy(SCORER, allocator, TwoStage())
     rows = chosen(policy, inputs)
     for b, length in enumerate(inputs.prompt_lens):
-        alone = replaced(
+        alone = replace(
             inputs,
             queries=inputs.queries[b : b + 1],
             keys=inputs.keys[b : b + 1, :, :length],
@@ -299,7 +295,7 @@ def test_part_settings_are_checked(make, message):
 )
 def test_layer_inputs_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        replaced(random_inputs(torch.device("cpu")), **changes)
+        replace(random_inputs(torch.device("cpu")), **changes)
 
 
 def test_choose_names_what_is_wrong(device):
@@ -312,7 +308,7 @@ def test_choose_names_what_is_wrong(device):
     with pytest.raises(ValueError, match=r"queries must be .* last 32 positions .*got 8"):
         get("snapkv").choose(inputs, 40)
     with pytest.raises(ValueError, match="w_o must be given"):
-        Policy(SCORER, Uniform(), TwoStage()).choose(replaced(inputs, w_o=None), 30)
+        Policy(SCORER, Uniform(), TwoStage()).choose(replace(inputs, w_o=None), 30)
     for scores in (
         torch.zeros(3, 4, 89, device=device),
         torch.zeros(3, 4, 90, device=device).int(),
