@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Cache,
         attach,
         cuda_graph_sample,
+        detach,
         generate_batch,
         generate_stream,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "cpu_instruction_set",
     "cuda_graph_sample",
     "cuda_unavailable_reason",
+    "detach",
     "generate_batch",
     "generate_stream",
     "get_cmake_dir",

@@ -417,3 +417,36 @@ def test_step_is_one_graph_while_sequences_come_grow_and_go() -> None:
                     step()
                 texts[name].append(decoder.slots.tokens[decoder.slots.num_new.bool()])
     assert torch.equal(torch.cat(texts["eager"]), torch.cat(texts["compiled"]))
+
+
+def test_streams_of_one_model_may_overlap() -> None:
+    """The first one to end doesn't detach the model under the other."""
+    model, (first, second) = llama(), prompts()[:2]
+    alone = adakv.generate_batch(model, [second], budget=40, max_new_tokens=8)[0].tokens
+    short = adakv.generate_stream(model, [first], budget=40, max_new_tokens=3)
+    long = adakv.generate_stream(model, [second], budget=40, max_new_tokens=8)
+    next(short)
+    tokens = [next(long).token]
+    list(short)
+    tokens += [new.token for new in long]
+    assert tokens == alone
+    assert not is_attached(model)
+
+
+def test_a_stream_under_which_the_model_was_detached_says_so() -> None:
+    model, ids = llama(), prompts()[:1]
+    stream = adakv.generate_stream(model, ids, budget=40, max_new_tokens=8)
+    next(stream)
+    adakv.detach(model)
+    with pytest.raises(adakv.Error, match="the model was detached"):
+        next(stream)
+
+
+def test_an_abandoned_stream_detaches() -> None:
+    model = llama()
+    stream = adakv.generate_stream(model, prompts()[:1], budget=40, max_new_tokens=8)
+    next(stream)
+    assert is_attached(model)
+    del stream
+    gc.collect()
+    assert not is_attached(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -30,7 +32,7 @@ SLIDING = FAMILIES[8]
 
 
 @pytest.mark.parametrize("family", [LLAMA, SLIDING], ids=str)
-def test_full_pool_says_what_is_needed_and_the_cache_goes_on(family: Any) -> None:
+def test_a_text_longer_than_the_pages_has_the_cache_grow(family: Any) -> None:
     model, prompt, tokens = family.model(), ids(60, 2), ids(17, 2)
     with adakv.attach(model):
         small = adakv.Cache(model, budget=40, max_new_tokens=32)
@@ -38,14 +40,18 @@ def test_full_pool_says_what_is_needed_and_the_cache_goes_on(family: Any) -> Non
         for cache in (small, large):
             logits(model, prompt, cache)
             logits(model, tokens[:, :16], cache)
-        before = str(small.stats())
-        with pytest.raises(adakv.Error, match=r"cache is full: 16 pages needed .* 8 free|max_new"):
-            logits(model, tokens, small)
-        assert str(small.stats()) == before
-        for token in tokens[:, :16].split(1, 1):
-            assert torch.equal(logits(model, token, small), logits(model, token, large))
-        with pytest.raises(adakv.Error, match="pages needed for 1 new tokens, 0 free"):
-            logits(model, tokens[:, :1], small)
+        for part in (tokens, *tokens[:, :16].split(1, 1), tokens[:, :1].expand(-1, 90)):
+            assert torch.equal(logits(model, part, small), logits(model, part, large))
+    seen = 60 + 16 + 17 + 16 + 90
+    assert small.stats()["seen"] == large.stats()["seen"] == [seen, seen]
+
+
+def test_room_for_tokens_that_never_come_costs_nothing() -> None:
+    model = LLAMA.model()
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40, max_new_tokens=10**7)
+        logits(model, ids(60), cache)
+    assert cache.pages is not None and cache.pages.num_pages < 10**5
 
 
 @pytest.mark.parametrize(
@@ -85,12 +91,58 @@ def test_cache_needs_an_attached_model_in_eval_mode_without_gradients() -> None:
     assert cache.stats()["seen"] == [50]
 
 
-def test_model_is_attached_once() -> None:
+def test_attachments_are_counted() -> None:
     model = LLAMA.model()
-    with adakv.attach(model), pytest.raises(ValueError, match="attached already"):
-        adakv.attach(model)
+    own = model.config._attn_implementation
+    outer = adakv.attach(model)
     with adakv.attach(model):
         pass
+    assert model.config._attn_implementation != own
+    adakv.attach(model)
+    outer.detach()
+    outer.detach()  # a second call does nothing
+    assert model.config._attn_implementation != own
+    adakv.detach(model)
+    assert model.config._attn_implementation == own
+    with pytest.raises(ValueError, match="model: it is not attached"):
+        adakv.detach(model)
+
+
+def test_a_copy_of_an_attached_model_is_attached() -> None:
+    model, prompt = LLAMA.model(), ids(50)
+    own = model.config._attn_implementation
+    with adakv.attach(model):
+        other = copy.deepcopy(model)
+        expected = logits(model, prompt, adakv.Cache(model, budget=40))
+    with adakv.attach(other):
+        assert torch.equal(logits(other, prompt, adakv.Cache(other, budget=40)), expected)
+    assert model.config._attn_implementation == other.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("where", ["config", "argument"])
+def test_a_model_that_uses_no_cache_is_refused(where: str) -> None:
+    model, prompt = LLAMA.model(), ids(50)
+    with adakv.attach(model), pytest.raises(ValueError, match=r"use_cache"):
+        if where == "config":
+            model.config.use_cache = False
+        cache = adakv.Cache(model, budget=40)
+        model.generate(prompt, past_key_values=cache, use_cache=False, max_new_tokens=4)
+
+
+def test_training_mode_is_refused_before_any_work() -> None:
+    model = LLAMA.model().train()
+    with pytest.raises(ValueError, match="eval mode"):
+        adakv.attach(model)
+    with pytest.raises(ValueError, match="eval mode"):
+        adakv.Cache(model, budget=40)
+
+
+def test_caches_are_neither_copied_nor_pickled() -> None:
+    cache = adakv.Cache(LLAMA.model(), budget=40)
+    with pytest.raises(ValueError, match="can't be copied"):
+        copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="can't be pickled"):
+        pickle.dumps(cache)
 
 
 @pytest.mark.parametrize("is_attached", [True, False])

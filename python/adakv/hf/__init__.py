@@ -1,6 +1,6 @@
 """Adapters: what plugs adakv into a framework that runs models. Loaded when first used."""
 
-from adakv.hf.attachment import Attachment, attach
+from adakv.hf.attachment import Attachment, attach, detach
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import cuda_graph_sample
 from adakv.hf.generate import (
@@ -19,6 +19,7 @@ __all__ = [
     "NewToken",
     "attach",
     "cuda_graph_sample",
+    "detach",
     "generate_batch",
     "generate_stream",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
+import weakref
 from abc import abstractmethod
 from typing import Any
 
@@ -75,18 +77,26 @@ class AttendingLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in 4.57
 
 
+#: How many hold each attached decoder, and the attention that a name of ours stands for.
+_holders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_inners: dict[str, str] = {}
+_lock = threading.RLock()
+
+
 class Attachment:
     """What :func:`attach` did to a model; as a context manager it is undone on leaving."""
 
-    def __init__(self, decoder: PreTrainedModel, inner: str) -> None:
+    def __init__(self, decoder: PreTrainedModel) -> None:
         self._decoder: PreTrainedModel | None = decoder
-        self._inner = inner
 
     def detach(self) -> None:
-        """Gives the model its former attention back. A second call does nothing."""
-        if self._decoder is not None:
-            self._decoder.set_attn_implementation(self._inner)
-        self._decoder = None
+        """Lets the model go: the last who does so gives it its former attention back.
+
+        A second call does nothing.
+        """
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None and is_attached(decoder):
+            _release(decoder)
 
     def __enter__(self) -> Attachment:
         return self
@@ -99,20 +109,57 @@ def attach(model: PreTrainedModel) -> Attachment:
     """Lets a model run with :class:`adakv.Cache`, until :meth:`Attachment.detach`.
 
     Without such a cache the model computes what it did before, with the attention it had before.
+    Attachments are counted: threads, nested blocks and notebook cells may attach a model that is
+    attached, and the last one to detach gives it its former attention back. A deep copy of an
+    attached model is attached, too.
 
     Raises
     ------
     ValueError
         If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
         attention, keys shared between layers, models that don't use transformers' attention
-        interface, flex attention; or if it is attached already.
+        interface, flex attention; or if it is in training mode.
     """
     decoder = decoder_of(model)
     cache_layers(decoder)
+    if decoder.training:
+        raise ValueError("model must be in eval mode (model.eval()), as adakv is for inference")
+    with _lock:
+        if not is_attached(decoder):
+            _install(decoder)
+        _holders[decoder] = _holders.get(decoder, 0) + 1
+    return Attachment(decoder)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undoes one :func:`attach` of a model, whose :class:`Attachment` is not at hand.
+
+    Raises
+    ------
+    ValueError
+        If the model is not attached.
+    """
+    decoder = decoder_of(model)
+    if not is_attached(decoder):
+        raise ValueError("model: it is not attached")
+    _release(decoder)
+
+
+def _release(decoder: PreTrainedModel) -> None:
+    """One holder less; without any the decoder has its own attention."""
+    with _lock:
+        left = _holders.get(decoder, 1) - 1
+        if left > 0:
+            _holders[decoder] = left
+        else:
+            _holders.pop(decoder, None)
+            decoder.set_attn_implementation(_inners[decoder.config._attn_implementation])
+
+
+def _install(decoder: PreTrainedModel) -> None:
+    """Gives a decoder the attention function that knows caches of ours."""
     inner = decoder.config._attn_implementation
     masks = AttentionMaskInterface()
-    if is_attached(decoder):
-        raise ValueError("model: it is attached already; detach() it first")
     if inner == "flex_attention" or inner not in masks:
         raise ValueError(
             f"model: its attention must be eager, sdpa or flash attention, not {inner}"
@@ -120,6 +167,7 @@ def attach(model: PreTrainedModel) -> Attachment:
     # One name for each inner attention: functions, like names, can be registered but not removed.
     # transformers takes every name with "flash" in it for one of its own.
     name = _PREFIX + inner.replace("flash_attention", "fa")
+    _inners[name] = inner
     AttentionInterface.register(name, functools.partial(_attention, inner))
     AttentionMaskInterface.register(name, masks[inner])
     decoder.set_attn_implementation(name)
@@ -127,7 +175,6 @@ def attach(model: PreTrainedModel) -> Attachment:
         raise ValueError(
             f"model: {type(decoder).__name__} doesn't look its attention up in AttentionInterface"
         )
-    return Attachment(decoder, inner)
 
 
 def is_attached(decoder: PreTrainedModel) -> bool:

@@ -34,6 +34,9 @@ from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
 
+#: Tokens after the prompt that pages are made for at first; a longer text has the cache grow.
+_FIRST_TOKENS = 4096
+
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
@@ -57,7 +60,8 @@ class Cache(TransformersCache):
     ratio : float in (0, 1], optional
         Instead of ``budget``: the share of each prompt's tokens.
     max_new_tokens : int
-        Tokens after the prompt that the pages are made for. CPU memory is taken when it is used.
+        Tokens after the prompt that the pages are made for, up to 4096. A longer text has the
+        cache grow. CPU memory is taken when it is used.
     chunked_prefill : bool
         The prompt comes in several forwards (``generate(prefill_chunk_size=...)``): its keys and
         values are kept until the first forward of one token, and compressed then; a last chunk of
@@ -86,6 +90,14 @@ class Cache(TransformersCache):
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             _logger.warning("every layer of the model has a sliding window: nothing to compress")
+        for config in (model.config, decoder.config):
+            if getattr(config, "use_cache", True) is False:
+                raise ValueError(
+                    "model: its config has use_cache=False, so that it would feed its whole text "
+                    "again in every step; set model.config.use_cache = True"
+                )
+        if decoder.training:
+            raise ValueError("model must be in eval mode: adakv.Cache is for inference")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._model = decoder
@@ -141,8 +153,8 @@ class Cache(TransformersCache):
         """
         seen = self.seen
         counts = torch.tensor(seen, dtype=torch.int32)
-        heads = self.model_config.num_key_value_heads
         kv = self._kv
+        heads = self._num_kv_heads
         full = torch.zeros(len(self._full), len(seen), heads, dtype=torch.int32)
         entry_bytes = page_bytes = pages_used = 0
         if kv is not None:
@@ -172,6 +184,15 @@ class Cache(TransformersCache):
         if not isinstance(ours, FullAttentionLayer):
             raise ValueError(f"layer {layer} has a sliding window and is not compressed")
         return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
+
+    @property
+    def _num_kv_heads(self) -> int:
+        """As its keys have them; before the first ones come, as the model's config says."""
+        if self._signature is not None:
+            return int(self._signature[1])
+        config = self.model_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(heads)
 
     @property
     def pages(self) -> KVCache | None:
@@ -237,9 +258,9 @@ class Cache(TransformersCache):
         self.reset()
         self._kv, self._first = kv, slot
 
-    def decoded_pages(self) -> tuple[KVCache, list[int]]:
-        """The pages and the tokens that each sequence has seen, for a
-        :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
+    def decoded_pages(self, num_tokens: int = 0) -> tuple[KVCache, list[int]]:
+        """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
+        a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self._check_recordable(
             "its layers with a sliding window have steps that can't be recorded; generate without "
             "custom_generate"
@@ -247,6 +268,8 @@ class Cache(TransformersCache):
         if self.reading is not None:
             self._finish_all()
         assert self._kv is not None
+        if num_tokens:
+            self.make_room(num_tokens)
         return self._kv, self.seen
 
     def advance(self, num_tokens: int) -> None:
@@ -263,6 +286,12 @@ class Cache(TransformersCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise ValueError("adakv.Cache can't select from its sequences")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        raise ValueError("adakv.Cache can't be copied: make another one and read the prompt there")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError("adakv.Cache can't be pickled or saved: its pages belong to this process")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("assisted decoding is not supported: adakv.Cache can't take tokens back")
@@ -314,19 +343,28 @@ class Cache(TransformersCache):
             raise Error("the last forward was stopped, or was of another model that isn't attached")
 
     def _check_room(self, batch: int, columns: int) -> None:
-        """Raises ``adakv.Error`` if there are too few pages for a step. The cache goes on."""
-        assert self._kv is not None
-        needed, free = self._kv.pages_to_grow([columns] * batch), self._kv.num_free
-        if needed > free:
-            raise Error(
-                f"the cache is full: {needed} pages needed for {columns} new tokens, {free} "
-                f"free; it was made for max_new_tokens={self._max_new_tokens}"
-            )
+        """Has the cache grow if there are too few pages for a step; raises ``adakv.Error``, after
+        which the cache goes on, if there is no memory for them."""
+        self.make_room(columns)
         if columns > 1 and self._num_forwards == 1 and not self.waits:
             _logger.warning(
                 "%d more tokens right after the prompt are taken for a second turn and are not "
                 "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
                 columns,
+            )
+
+    def make_room(self, num_tokens: int) -> None:
+        """Makes sure that so many more tokens of every sequence fit, without asking for more
+        memory on the way."""
+        kv = self._kv
+        assert kv is not None
+        num_new = [num_tokens] * len(self._seen)
+        pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
+        if pages > 0 or rows > kv.max_row_pages:
+            # A half more at least, so that all copies together stay in proportion to the text.
+            kv.reserve(
+                num_pages=kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0,
+                max_row_pages=rows + rows // 2,
             )
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
@@ -381,7 +419,7 @@ class Cache(TransformersCache):
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
         assert self._signature is not None
         batch, heads, head_dim, dtype, device = self._signature
-        size, more = self._page_size, self._max_new_tokens
+        size, more = self._page_size, min(self._max_new_tokens, _FIRST_TOKENS)
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
             for totals in reader.totals(heads)

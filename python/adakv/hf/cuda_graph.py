@@ -128,7 +128,9 @@ def cuda_graph_sample(
             raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
     logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
     chooser = _Logits()
-    pages, seen = cache.decoded_pages()
+    # What a graph reads must stay where it is: all room is made before the first step.
+    most = generation_config.max_length or 0
+    pages, seen = cache.decoded_pages(max(most - input_ids.shape[1], 1))
     decoder = Decoder(model, pages, chooser, 1)
     decoder.take_over(seen)
     steps = Steps(decoder)

@@ -16,7 +16,7 @@ from torch import Tensor
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
 #: Attributes of attention modules that hold the output projection, [E, Hq * D].
-OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo")
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
 #: Layers of transformers' caches, and types of layers in configs, that adakv works with.
 LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}

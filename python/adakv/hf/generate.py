@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.hf.attachment import attach, decoder_of, is_attached
+from adakv.hf.attachment import attach
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for
@@ -234,8 +233,7 @@ class _Batch:
     @torch.no_grad()
     def run(self) -> Iterator[NewToken]:
         """Until all are done."""
-        model = self.decoder.model
-        with nullcontext() if is_attached(decoder_of(model)) else attach(model):
+        with attach(self.decoder.model):
             while self.waiting or self.running:
                 yield from self._admit()
                 yield from self._step()

@@ -73,6 +73,12 @@ class FullAttentionLayer(AttendingLayer):
         cache.handed_out = False
         if module.config is not self._config:
             raise ValueError("past_key_values: the cache was made for another model")
+        is_all_again = 0 < self.num_seen == query.shape[2] - 1
+        if is_all_again and kwargs.get("use_cache") is False:  # which some models always say
+            raise ValueError(
+                "use_cache must not be False beside an adakv.Cache: the model feeds its whole text "
+                "again in every step"
+            )
         if cache.reading is not None:
             needs = cache.reading.policy.needs
             result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)

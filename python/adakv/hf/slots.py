@@ -22,6 +22,7 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from adakv.cache import KVCache, sequences
+from adakv.errors import Error
 from adakv.hf.attachment import AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
 from adakv.step import PlannedStep
@@ -151,7 +152,7 @@ class Step:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._cache.forget_plan()
+        self._cache.end_step()
         uniforms = slots.uniforms.gather(1, slots.written)[:, 0]
         slots.tokens[:] = self._sampling.choose(output.logits[:, -1], uniforms)[:, None]
         slots.positions.add_(slots.num_new)
@@ -163,6 +164,7 @@ class StepCache(TransformersCache):
 
     def __init__(self, kv: KVCache, num_new: Tensor) -> None:
         self.step: PlannedStep | None = None  # that is running
+        self.num_attended = 0  # layers, in this step
         self._num_new = num_new  # [B] int32
         slots = slice(0, len(num_new))
         self._views = tuple(sequences(layer, slots) for layer in kv.layers)
@@ -174,9 +176,18 @@ class StepCache(TransformersCache):
         """Shares out the step's work, for all layers."""
         self.step = PlannedStep.plan(self._views, self._tables, num_new=self._num_new)
 
-    def forget_plan(self) -> None:
-        """It is good for one step."""
-        self.step = None
+    def end_step(self) -> None:
+        """Forgets the plan, which is good for one step.
+
+        Raises ``adakv.Error`` if a layer did not attend to the keys that it was handed: then the
+        model was detached meanwhile, and what it computed is worth nothing.
+        """
+        attended, self.num_attended, self.step = self.num_attended, 0, None
+        if attended != len(self.layers):
+            raise Error(
+                f"{attended} of {len(self.layers)} layers attended to the cache in a step: the "
+                "model was detached by somebody else"
+            )
 
 
 class StepLayer(AttendingLayer):
@@ -202,4 +213,5 @@ class StepLayer(AttendingLayer):
         """Appends and attends."""
         step = self._cache.step
         assert step is not None
+        self._cache.num_attended += 1
         return step.attend(self._index, query, key, value, attention_of(kwargs)), None
