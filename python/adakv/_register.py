@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import accumulate
 from typing import Any, Literal, ParamSpec, TypeVar, get_origin
 
 import torch
@@ -85,16 +85,19 @@ def _taking_fields(
     function: Callable[..., Any], signature: inspect.Signature
 ) -> Callable[..., Any]:
     """The function as the dispatcher calls it: fields one by one, options by name."""
-    tuples = [getattr(p.annotation, "_make", None) for p in signature.parameters.values()]
-    counts = [len(getattr(p.annotation, "_fields", "-")) for p in signature.parameters.values()]
+    kinds: list[Any] = [
+        p.annotation for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY
+    ]
+    if not any(hasattr(kind, "_fields") for kind in kinds):
+        return function
+    ends = list(accumulate(len(getattr(kind, "_fields", "-")) for kind in kinds))
+    parts = list(zip(kinds, [0, *ends], ends, strict=False))
 
     def call(*fields: Any, **options: Any) -> Any:
-        rest = iter(fields)
-        args = []
-        for make, count in zip(tuples, counts, strict=True):
-            part = list(islice(rest, count))
-            if part:
-                args.append(make(part) if make else part[0])
+        args = [
+            fields[start] if end == start + 1 else kind._make(fields[start:end])
+            for kind, start, end in parts
+        ]
         return function(*args, **options)
 
     return call
