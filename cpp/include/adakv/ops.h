@@ -62,12 +62,12 @@ struct ScoreArgs {
   Order order = Order::kGroupFirst;      // kPoolFirst: pool each q head, then reduce the group
   Pool pool = Pool::kMax;                // over neighbouring positions
   int pool_width = 7;                    // odd
-  TensorView scores;                     // [B, Hkv, T] float32, out; -inf from n on
-  TensorView workspace;                  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;               // where CUDA work is put
   int window = -1;                       // last positions of the prompt, which don't compete; -1: W
   int stride = 1;                        // positions from one query to the next
-  int distance = 0;  // positions that a query is behind an entry, at least, to count for it
+  int distance = 0;         // positions that a query is behind an entry, at least, to count for it
+  TensorView scores;        // [B, Hkv, T] float32, out; -inf from n on
+  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.scores.
 void score(const ScoreArgs& args);
