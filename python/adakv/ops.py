@@ -389,7 +389,7 @@ def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
     return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
-@verb(fake=lambda queries, *_, **_options: _attended(queries), mutates=_GROWING)
+@verb(fake=lambda queries, *_, **_options: _attended(queries), mutates=(*_GROWING, "schedule"))
 def attend(
     queries: Tensor,
     layer: Layer,
@@ -414,7 +414,8 @@ def attend(
     queries : ``[B, Hq, S, D]``
     layer : :class:`Layer`
     schedule : ``[X]`` int32
-        This layer's part of :func:`plan`'s result.
+        This layer's part of :func:`plan`'s result. On CUDA the launch counts in it, and leaves it
+        as it was: two launches must not use one schedule at the same time.
     keys, values : ``[B, Hkv, S, D]``, optional
     num_new : ``[B]`` int32, optional
         As in :func:`append`; padding columns give 0.

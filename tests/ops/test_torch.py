@@ -106,6 +106,11 @@ def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -
     torch.library.opcheck(getattr(torch.ops.adakv, verb).default, args, options)
 
 
+def test_torch_operator_says_that_attend_counts_in_the_schedule() -> None:
+    arguments = {a.name: a for a in torch.ops.adakv.attend.default._schema.arguments}
+    assert arguments["schedule"].is_write
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_torch_operator_takes_what_the_function_takes(verb: str) -> None:
     """Same names, order and defaults; a NamedTuple is as many arguments as it has fields."""

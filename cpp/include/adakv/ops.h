@@ -16,7 +16,9 @@
 // whole batch, L layers. A row is one (sequence, kv head) pair. The last dimension of every tensor
 // is contiguous; other strides are free.
 //
-// Threads: verbs may run at the same time as long as none writes a tensor that another one uses.
+// Threads and streams: verbs may run at the same time as long as none writes a tensor that another
+// one uses. attend writes its schedule (and leaves it as it was): two launches that may overlap need
+// a schedule each.
 #pragma once
 
 #include <cstddef>
