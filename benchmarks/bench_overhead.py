@@ -58,34 +58,32 @@ def calls() -> None:
         (
             "score",
             lambda: ops.score(x[:, :, :2], x),
-            lambda: op.score(
-                x[:, :, :2], x, None, None, None, 0.0, 0.0, "mean", "mean", "group_first", "max", 7
-            ),
+            lambda: op.score(x[:, :, :2], x),
         ),
         (
             "allocate",
             lambda: ops.allocate(scores, 3, window=2),
-            lambda: op.allocate(scores, 3, 2, None, 0.2, "blend"),
+            lambda: op.allocate(scores, 3, window=2),
         ),
         (
             "select",
             lambda: ops.select(scores, budgets, window=2, total=3),
-            lambda: op.select(scores, budgets, 2, None, None, 0.5, 1e-4, 3),
+            lambda: op.select(scores, budgets, window=2, total=3),
         ),
         (
             "plan",
             lambda: ops.plan(*cache.plan_inputs),
-            lambda: op.plan(*cache.plan_inputs, 1, None, 16),
+            lambda: op.plan(*cache.plan_inputs),
         ),
         (
             "append",
             lambda: ops.append(one, one, layer, num_new=empty),
-            lambda: op.append(one, one, *layer, empty),
+            lambda: op.append(one, one, *layer, num_new=empty),
         ),
         (
             "attend",
             lambda: ops.attend(one, layer, schedule[0]),
-            lambda: op.attend(one, *layer, schedule[0], None, None, None, None, 0.0, 0.0, False),
+            lambda: op.attend(one, *layer, schedule[0]),
         ),
     ]:
         print(f"{verb:12}{microseconds(direct):12.2f}{microseconds(dispatched):15.2f}")

@@ -3,7 +3,7 @@
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
 4  policies                python/adakv/policy/
-3  torch ops, cache face   python/adakv/{errors,ops,torch_ops,cache}.py
+3  torch ops, cache face   python/adakv/{errors,_register,ops,cache}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -40,7 +40,7 @@ FLOORS = {
     "_C": 2,
     "errors": 3,
     "ops": 3,
-    "torch_ops": 3,
+    "_register": 3,
     "cache": 3,
     "step": 3,
     "policy": 4,

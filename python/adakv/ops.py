@@ -11,19 +11,21 @@ bfloat16, all of one dtype and device, with a contiguous last dimension; other s
 
 Every function here is also ``torch.ops.adakv.<verb>``, with fake implementations and declared
 mutation, and takes that way by itself inside ``torch.compile``. None of them waits for the device,
-copies to the host or is differentiable.
+copies to the host or is differentiable. A function allocates the outputs and calls the core.
 
 Wrong arguments raise ``ValueError`` naming the argument, what was expected and what came.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adakv.torch_ops import verb
+from adakv import _C
+from adakv._register import verb
 
 Reduce = Literal["mean", "max", "sum"]
 Pool = Literal["max", "avg", "none"]
@@ -69,6 +71,22 @@ class Layer(NamedTuple):
     fresh_pages: Tensor
 
 
+#: Fields of a layer that change with a step.
+_GROWING = ("pages", "page_positions", "block_table", "lengths", "seen")
+
+
+@functools.cache
+def _num_workers(device: torch.device) -> int:
+    is_current = device.type == "cuda" and device.index is None
+    index = torch.cuda.current_device() if is_current else device.index or 0
+    return _C.default_num_workers(device.type, index)
+
+
+def _per_entry(keys: Tensor) -> Tensor:
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+
+
+@verb(fake=lambda queries, keys, **_: _per_entry(keys))
 def score(
     queries: Tensor,
     keys: Tensor,
@@ -130,26 +148,16 @@ def score(
     scores : ``[B, Hkv, T]`` float32
         ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
-    scores: Tensor = verb("score")(
-        queries,
-        keys,
-        seq_lens,
-        sink_logits,
-        lse,
-        scale or 0.0,
-        softcap or 0.0,
-        window_reduce,
-        group_reduce,
-        order,
-        pool,
-        pool_width,
-        -1 if window is None else window,
-        stride,
-        distance,
-    )
+    scores = _per_entry(keys)
+    _C.score(
+        queries, keys, seq_lens, sink_logits, lse, scale or 0.0, softcap or 0.0, window_reduce,
+        group_reduce, order, pool, pool_width, -1 if window is None else window, stride, distance,
+        scores,
+    )  # fmt: skip
     return scores
 
 
+@verb(fake=lambda values, w_o, **_: _per_entry(values))
 def value_norm(
     values: Tensor, w_o: Tensor, *, seq_lens: Tensor | None = None, norm: Norm = "l1"
 ) -> Tensor:
@@ -172,10 +180,16 @@ def value_norm(
     -------
     norms : ``[B, Hkv, T]`` float32, ``-inf`` behind ``seq_lens``
     """
-    norms: Tensor = verb("value_norm")(values, w_o, seq_lens, norm)
+    norms = _per_entry(values)
+    _C.value_norm(values, w_o, seq_lens, norm, norms)
     return norms
 
 
+def _per_row(scores: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape[:2], dtype=torch.int32)
+
+
+@verb(fake=lambda scores, budget, **_: _per_row(scores))
 def allocate(
     scores: Tensor,
     budget: int,
@@ -219,10 +233,22 @@ def allocate(
     budgets : ``[B, Hkv]`` int32, window included
         Sequences of at most ``budget`` tokens keep everything.
     """
-    budgets: Tensor = verb("allocate")(scores, budget, window, seq_lens, floor, safeguard)
+    budgets = _per_row(scores)
+    _C.allocate(scores, budget, window, seq_lens, floor, safeguard, budgets)
     return budgets
 
 
+def _kept(budgets: Tensor, total: int | torch.SymInt) -> Kept:
+    return Kept(budgets.new_empty(total), budgets.new_empty(budgets.numel() + 1))
+
+
+def _fake_select(
+    scores: Tensor, budgets: Tensor, *, total: int | None = None, **_options: Any
+) -> Kept:
+    return _kept(budgets, torch.library.get_ctx().new_dynamic_size() if total is None else total)
+
+
+@verb(fake=_fake_select)
 def select(
     scores: Tensor,
     budgets: Tensor,
@@ -266,9 +292,12 @@ def select(
             seq_lens if seq_lens is not None else torch.full_like(budgets[:, 0], scores.shape[-1])
         )
         total = int(budgets.clamp(min=window).minimum(most[:, None]).sum())
-    return Kept(*verb("select")(scores, budgets, window, seq_lens, norms, first, eps, total))
+    kept = _kept(budgets, total)
+    _C.select(scores, budgets, window, seq_lens, norms, first, eps, *kept)
+    return kept
 
 
+@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
 def compact(
     keys: Tensor,
     values: Tensor,
@@ -293,9 +322,10 @@ def compact(
         to its rows in order, then one fresh page to each row.
     seq_lens : ``[B]`` int32, optional
     """
-    verb("compact")(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
+    _C.compact(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
 
 
+@verb(fake=lambda *_, **_options: None, mutates=_GROWING)
 def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
     """Adds S new tokens of each sequence to all of its rows, after :meth:`adakv.cache.KVCache.grow`
     made room.
@@ -308,9 +338,16 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
         How many of the S columns, counted from the right, belong to the sequence; the others are
         padding and not stored.
     """
-    verb("append")(keys, values, *layer, num_new)
+    _C.append(keys, values, *layer, num_new)
 
 
+def _schedule(lengths: Tensor) -> Tensor:
+    layers, batch, heads = lengths.shape
+    size = _C.schedule_size(batch * heads, _num_workers(lengths.device))
+    return lengths.new_empty((layers, size))
+
+
+@verb(fake=lambda lengths, *_, **_options: _schedule(lengths))
 def plan(
     lengths: Tensor,
     block_table: Tensor,
@@ -340,12 +377,19 @@ def plan(
     schedule : ``[L, X]`` int32
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
-    schedule: Tensor = verb("plan")(
-        lengths, block_table, fresh_pages, new_tokens, num_new, page_size
-    )
+    schedule = _schedule(lengths)
+    workers = _num_workers(lengths.device)
+    _C.plan(lengths, block_table, fresh_pages, new_tokens, num_new, page_size, workers, schedule)
     return schedule
 
 
+def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = queries.shape
+    out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@verb(fake=lambda queries, *_, **_options: _attended(queries), mutates=(*_GROWING, "schedule"))
 def attend(
     queries: Tensor,
     layer: Layer,
@@ -370,7 +414,8 @@ def attend(
     queries : ``[B, Hq, S, D]``
     layer : :class:`Layer`
     schedule : ``[X]`` int32
-        This layer's part of :func:`plan`'s result.
+        This layer's part of :func:`plan`'s result. On CUDA the launch counts in it, and leaves it
+        as it was: two launches must not use one schedule at the same time.
     keys, values : ``[B, Hkv, S, D]``, optional
     num_new : ``[B]`` int32, optional
         As in :func:`append`; padding columns give 0.
@@ -389,16 +434,9 @@ def attend(
         Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
         attended to.
     """
-    out, lse = verb("attend")(
-        queries,
-        *layer,
-        schedule,
-        keys,
-        values,
-        num_new,
-        sink_logits,
-        scale or 0.0,
-        softcap or 0.0,
-        prefetch,
-    )
+    out, lse = _attended(queries)
+    _C.attend(
+        queries, *layer, schedule, keys, values, num_new, sink_logits, scale or 0.0, softcap or 0.0,
+        _num_workers(queries.device), prefetch, out, lse,
+    )  # fmt: skip
     return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -71,40 +72,55 @@ def pages() -> dict[str, Any]:
     return {"layer": layer, "page_ids": ids, "page_indptr": cases.int32([0, 10, 20])}
 
 
-def operators(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Positional arguments of each operator, on the CPU but for what depends on the device."""
+def operators(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and options of each operator, on the CPU but for what depends on the device."""
     p, s, room = prompt(), step(), pages()
     scores = torch.rand(BATCH, HEADS, LENGTH)
     budgets = cases.int32([[10, 6], [4, 12]])
     kept = ops.select(scores, budgets, window=WINDOW)
     table = (s["layer"].lengths[None], s["layer"].block_table[None], s["layer"].fresh_pages[None])
     schedule = ops.plan(*(on(device, x) for x in table), new_tokens=2)[0]
-    reduce = ("mean", "mean", "group_first", "max", 7)
-    new = (s["keys"], s["values"])
+    lens = {"seq_lens": p["seq_lens"]}
+    new = {"keys": s["keys"], "values": s["values"]}
+    entries = (torch.randn(BATCH, HEADS, LENGTH, DIM) for _ in range(2))
+    room_for_pages = (*room["layer"], room["page_ids"], room["page_indptr"])
+    norms = torch.rand_like(scores)
     return {
-        "score": (p["queries"], p["keys"], p["seq_lens"], None, None, 0.1, 0.0, *reduce),
-        "value_norm": (p["values"], p["w_o"], p["seq_lens"], "l1"),
-        "allocate": (scores, 10, WINDOW, p["seq_lens"], 0.2, "blend"),
-        "select": (scores, budgets, WINDOW, None, torch.rand_like(scores), 0.5, 1e-4, 40),
-        "compact": (
-            *(torch.randn(BATCH, HEADS, LENGTH, DIM) for _ in range(2)),
-            *kept,
-            *room["layer"],
-            room["page_ids"],
-            room["page_indptr"],
-            None,
-        ),
-        "append": (*new, *s["layer"], None),
-        "plan": (*table, 2, None, 16),
-        "attend": (s["queries"], *s["layer"], schedule, *new, None, None, 0.1, 0.0, False),
+        "score": ((p["queries"], p["keys"]), lens | {"scale": 0.1, "window_reduce": "max"}),
+        "value_norm": ((p["values"], p["w_o"]), lens),
+        "allocate": ((scores, 10), lens | {"window": WINDOW}),
+        "select": ((scores, budgets), {"window": WINDOW, "norms": norms, "total": 40}),
+        "compact": ((*entries, *kept, *room_for_pages), {}),
+        "append": ((*new.values(), *s["layer"]), {}),
+        "plan": (table, {"new_tokens": 2}),
+        "attend": ((s["queries"], *s["layer"], schedule), new | {"scale": 0.1}),
     }
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -> None:
     """The schema tells what is mutated, and the fake gives the shapes, dtypes and strides."""
-    args = [x.to(device) if isinstance(x, Tensor) else x for x in operators(device)[verb]]
-    torch.library.opcheck(getattr(torch.ops.adakv, verb).default, tuple(args))
+    args, options = operators(device)[verb]
+    args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in args)
+    options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
+    torch.library.opcheck(getattr(torch.ops.adakv, verb).default, args, options)
+
+
+def test_torch_operator_says_that_attend_counts_in_the_schedule() -> None:
+    arguments = {a.name: a for a in torch.ops.adakv.attend.default._schema.arguments}
+    assert arguments["schedule"].is_write
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_torch_operator_takes_what_the_function_takes(verb: str) -> None:
+    """Same names, order and defaults; a NamedTuple is as many arguments as it has fields."""
+    schema = getattr(torch.ops.adakv, verb).default._schema
+    packed = {"kept": ops.Kept._fields, "layer": ops.Layer._fields}
+    parameters = inspect.signature(getattr(ops, verb)).parameters.values()
+    names = [x for p in parameters for x in packed.get(p.name, (p.name,))]
+    assert [a.name for a in schema.arguments] == names
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert {a.name: a.default_value for a in schema.arguments if a.has_default_value()} == defaults
 
 
 def on(device: torch.device, value: Any) -> Any:
@@ -137,3 +153,15 @@ def test_torch_compiled_graph_gives_the_same(
     for a, e in zip(compiled["layer"], eager["layer"], strict=True):
         assert torch.equal(a, e)
     assert not torch.equal(compiled["layer"].pages.cpu(), host["layer"].pages)
+
+
+def test_torch_compiled_graph_selects_without_a_known_total(device: torch.device) -> None:
+    scores = torch.rand(BATCH, HEADS, LENGTH, device=device)
+    budgets = cases.int32([[10, 6], [4, 12]]).to(device)
+
+    def select(scores: Tensor, budgets: Tensor) -> ops.Kept:
+        return ops.select(scores, budgets, window=WINDOW)
+
+    got = torch.compile(select, fullgraph=True, backend="aot_eager")(scores, budgets)
+    for a, e in zip(got, select(scores, budgets), strict=True):
+        assert torch.equal(a, e)

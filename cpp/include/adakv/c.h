@@ -341,7 +341,7 @@ typedef struct AdakvPlanArgs {
 typedef struct AdakvAttendArgs {
   const AdakvTensor* queries;     /* [B, Hq, S, D] */
   AdakvLayer layer;               /* in; in and out if keys are given */
-  const AdakvTensor* schedule;    /* [X] int32, of this layer */
+  const AdakvTensor* schedule;    /* [X] int32, of this layer; counted in */
   const AdakvTensor* keys;        /* [B, Hkv, S, D], optional */
   const AdakvTensor* values;      /* [B, Hkv, S, D], optional */
   const AdakvTensor* num_new;     /* [B] int32, optional */

@@ -16,7 +16,9 @@
 // whole batch, L layers. A row is one (sequence, kv head) pair. The last dimension of every tensor
 // is contiguous; other strides are free.
 //
-// Threads: verbs may run at the same time as long as none writes a tensor that another one uses.
+// Threads and streams: verbs may run at the same time as long as none writes a tensor that another
+// one uses. attend writes its schedule (and leaves it as it was): two launches that may overlap need
+// a schedule each.
 #pragma once
 
 #include <cstddef>
@@ -62,12 +64,12 @@ struct ScoreArgs {
   Order order = Order::kGroupFirst;      // kPoolFirst: pool each q head, then reduce the group
   Pool pool = Pool::kMax;                // over neighbouring positions
   int pool_width = 7;                    // odd
-  TensorView scores;                     // [B, Hkv, T] float32, out; -inf from n on
-  TensorView workspace;                  // [workspace_bytes(args) / 4] int32
-  Stream stream = nullptr;               // where CUDA work is put
   int window = -1;                       // last positions of the prompt, which don't compete; -1: W
   int stride = 1;                        // positions from one query to the next
-  int distance = 0;  // positions that a query is behind an entry, at least, to count for it
+  int distance = 0;         // positions that a query is behind an entry, at least, to count for it
+  TensorView scores;        // [B, Hkv, T] float32, out; -inf from n on
+  TensorView workspace;     // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.scores.
 void score(const ScoreArgs& args);

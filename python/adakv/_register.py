@@ -1,0 +1,103 @@
+"""A verb becomes a torch operator: all that torch wants to know is in the function's signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, Literal, ParamSpec, TypeVar, get_origin
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_library: Any = torch.library.Library("adakv", "DEF")  # type: ignore[no-untyped-call]
+
+
+def verb(
+    *, fake: Callable[..., Any], mutates: Iterable[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a function as ``torch.ops.adakv.<name>``, which is called while torch compiles.
+
+    Otherwise the function is called directly, which saves the dispatcher's share of a call
+    (benchmarks/bench_overhead.py). The operator takes what the function takes, but that schemas
+    know no NamedTuple of tensors: it takes the fields in the tuple's place.
+
+    Parameters
+    ----------
+    fake : callable
+        Takes what the function takes and gives outputs of the right shape, dtype and strides.
+    mutates : names of arguments or fields
+        The tensors whose memory is written to.
+    """
+
+    def register(body: Callable[P, R]) -> Callable[P, R]:
+        name = body.__name__
+        signature = inspect.signature(body, eval_str=True)
+        _library.define(name + _schema(signature, mutates))
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, _taking_fields(body, signature), key)
+        taking_fields = _taking_fields(fake, signature)
+        torch.library.register_fake(f"adakv::{name}", taking_fields, lib=_library)
+        operator = getattr(torch.ops.adakv, name).default
+        result: Any = signature.return_annotation
+        is_named = hasattr(result, "_fields")
+
+        @functools.wraps(body)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.compiler.is_compiling():
+                return body(*args, **kwargs)
+            fields = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+            given = operator(*fields, **kwargs)
+            return result(*given) if is_named else given  # type: ignore[no-any-return]
+
+        return call
+
+    return register
+
+
+def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:
+    def flat(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+        annotation = parameter.annotation
+        if get_origin(annotation) is Literal:
+            yield parameter.replace(annotation=str)
+        elif hasattr(annotation, "_fields"):
+            for field in annotation._fields:
+                yield parameter.replace(name=field, annotation=torch.Tensor)
+        else:
+            yield parameter
+
+    def prototype() -> None: ...
+
+    result = signature.return_annotation
+    if hasattr(result, "_fields"):
+        result = tuple[(torch.Tensor,) * len(result._fields)]  # type: ignore[misc]
+    prototype.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[x for p in signature.parameters.values() for x in flat(p)],
+        return_annotation=result,
+    )
+    return torch.library.infer_schema(prototype, mutates_args=tuple(mutates))
+
+
+def _taking_fields(
+    function: Callable[..., Any], signature: inspect.Signature
+) -> Callable[..., Any]:
+    """The function as the dispatcher calls it: fields one by one, options by name."""
+    kinds: list[Any] = [
+        p.annotation for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY
+    ]
+    if not any(hasattr(kind, "_fields") for kind in kinds):
+        return function
+    ends = list(accumulate(len(getattr(kind, "_fields", "-")) for kind in kinds))
+    parts = list(zip(kinds, [0, *ends], ends, strict=False))
+
+    def call(*fields: Any, **options: Any) -> Any:
+        args = [
+            fields[start] if end == start + 1 else kind._make(fields[start:end])
+            for kind, start, end in parts
+        ]
+        return function(*args, **options)
+
+    return call
