@@ -11,28 +11,38 @@ namespace adakv {
 namespace {
 
 constexpr int64_t kAlignment = 256;
+constexpr int32_t kMostLayers = 1 << 16;
+constexpr int64_t kMostRows = int64_t{1} << 24;     // of all layers
 constexpr int64_t kMostColumns = int64_t{1} << 40;  // of all block tables
+constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max();
+
+void check_page_size(const char* who, int32_t page_size) {
+  ADAKV_CHECK(page_size >= 8 && page_size <= 256 && (page_size & (page_size - 1)) == 0, who,
+              ": page_size must be a power of two from 8 to 256, got ", page_size);
+}
 
 void check_config(const CacheConfig& c) {
-  ADAKV_CHECK(c.num_layers >= 1, "KVCache: num_layers must be at least 1, got ", c.num_layers);
+  ADAKV_CHECK(c.num_layers >= 1 && c.num_layers <= kMostLayers, "KVCache: num_layers must be 1 .. ",
+              kMostLayers, ", got ", c.num_layers);
   ADAKV_CHECK(c.num_sequences >= 1, "KVCache: num_sequences must be at least 1, got ",
               c.num_sequences);
   ADAKV_CHECK(c.num_kv_heads >= 1, "KVCache: num_kv_heads must be at least 1, got ",
               c.num_kv_heads);
   ADAKV_CHECK(c.head_dim >= 8 && c.head_dim <= 256 && c.head_dim % 8 == 0,
               "KVCache: head_dim must be a multiple of 8, at most 256, got ", c.head_dim);
-  ADAKV_CHECK(c.page_size >= 8 && c.page_size <= 256 && (c.page_size & (c.page_size - 1)) == 0,
-              "KVCache: page_size must be a power of two from 8 to 256, got ", c.page_size);
+  check_page_size("KVCache", c.page_size);
   ADAKV_CHECK(c.num_pages >= 1, "KVCache: num_pages must be at least 1, got ", c.num_pages);
   ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ",
               c.max_row_pages);
-  int64_t columns = 1;
-  for (const int64_t n : {c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}) {
-    ADAKV_CHECK(n <= kMostColumns / columns,
-                "KVCache: num_layers * num_sequences * num_kv_heads * ",
-                "max_row_pages must be at most ", kMostColumns);
-    columns *= n;
+  int64_t rows = 1;
+  for (const int64_t n : {c.num_layers, c.num_sequences, c.num_kv_heads}) {
+    ADAKV_CHECK(n <= kMostRows / rows,
+                "KVCache: num_layers * num_sequences * num_kv_heads must be at most ", kMostRows,
+                ", got ", c.num_layers, " * ", c.num_sequences, " * ", c.num_kv_heads);
+    rows *= n;
   }
+  ADAKV_CHECK(c.max_row_pages <= kMostColumns / rows, "KVCache: max_row_pages must be at most ",
+              kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
 }
@@ -125,7 +135,6 @@ KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
   ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ",
               device_name(memory.device()), ", but config.device is ", device_name(config.device));
   sequences_.resize(config.num_sequences);
-  for (Sequence& sequence : sequences_) sequence.pages.resize(config.num_layers);
   pool_data_ = allocate(memory, lay_out_pool, config, all_layers_);
   table_data_ = allocate(memory, lay_out_table, config, all_layers_);
   row_data_ = allocate(memory, lay_out_rows, config, all_layers_);
@@ -186,6 +195,11 @@ int64_t KVCache::pages_for(int64_t num_kept,
                            int64_t num_new,
                            int32_t num_kv_heads,
                            int32_t page_size) {
+  check_page_size("pages_for", page_size);
+  ADAKV_CHECK(num_kept >= 0, "pages_for: num_kept must not be negative, got ", num_kept);
+  ADAKV_CHECK(num_new >= 0 && num_new <= kMostTokens, "pages_for: num_new must lie in 0 .. ",
+              kMostTokens, ", got ", num_new);
+  ADAKV_CHECK(num_kv_heads >= 1, "pages_for: num_kv_heads must be at least 1, got ", num_kv_heads);
   // The first fresh page of each row comes with the prompt, another after every page_size tokens.
   const int64_t row_pages = 1 + std::max<int64_t>(num_new - 1, 0) / page_size;
   return num_kept / page_size + num_kv_heads + row_pages * num_kv_heads;
@@ -222,15 +236,14 @@ PageList KVCache::begin(int32_t layer,
   ADAKV_CHECK(num_kept.size() == longest_row.size(),
               "num_kept and longest_row must have the same size, got ", num_kept.size(), " and ",
               longest_row.size());
-  constexpr int64_t kMostKept = std::numeric_limits<int32_t>::max();
   const int32_t count = static_cast<int32_t>(num_kept.size());
   int64_t needed = 0;
   for (int32_t i = 0; i < count; ++i) {
     check_sequence(first_sequence + i);
-    ADAKV_CHECK(num_kept[i] >= 0 && num_kept[i] <= kMostKept, "num_kept must lie in 0 .. ",
-                kMostKept, ", got ", num_kept[i]);
+    ADAKV_CHECK(num_kept[i] >= 0 && num_kept[i] <= kMostTokens, "num_kept must lie in 0 .. ",
+                kMostTokens, ", got ", num_kept[i]);
     ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
-    ADAKV_CHECK(sequences_[first_sequence + i].pages[layer].empty(), "sequence ",
+    ADAKV_CHECK(sequences_[first_sequence + i].num_pages(layer) == 0, "sequence ",
                 first_sequence + i, " holds entries in layer ", layer,
                 " already: remove() it first");
     check_row(longest_row[i]);
@@ -241,6 +254,7 @@ PageList KVCache::begin(int32_t layer,
   list.indptr.push_back(0);
   for (int32_t i = 0; i < count; ++i) {
     Sequence& sequence = sequences_[first_sequence + i];
+    sequence.pages.resize(config_.num_layers);
     pool_.take(pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size),
                sequence.pages[layer]);
     sequence.longest_row = std::max(sequence.longest_row, longest_row[i]);
@@ -253,7 +267,7 @@ PageList KVCache::begin(int32_t layer,
 int32_t KVCache::num_pages(int32_t layer, int32_t sequence) const {
   check_layer(layer);
   check_sequence(sequence);
-  return static_cast<int32_t>(sequences_[sequence].pages[layer].size());
+  return static_cast<int32_t>(sequences_[sequence].num_pages(layer));
 }
 
 int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
@@ -267,6 +281,8 @@ int64_t KVCache::pages_to_grow(const std::vector<int32_t>& num_new) const {
     ADAKV_CHECK(num_new[b] >= 0, "num_new must not be negative, got ", num_new[b], " for sequence ",
                 b);
     const int64_t before = sequences_[b].appended;
+    ADAKV_CHECK(before + num_new[b] <= kMostTokens, "num_new: sequence ", b, " may append ",
+                kMostTokens - before, " tokens more, got ", num_new[b]);
     pages += (pages_after(before + num_new[b]) - pages_after(before)) * config_.num_layers;
   }
   return pages;
@@ -283,6 +299,7 @@ int64_t KVCache::row_pages_to_grow(const std::vector<int32_t>& num_new) const {
 }
 
 int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, Stream stream) {
+  ADAKV_CHECK(num_columns >= 0, "num_columns must not be negative, got ", num_columns);
   const int64_t needed = pages_to_grow(num_new);
   for (size_t b = 0; b < num_new.size(); ++b) {
     ADAKV_CHECK(num_new[b] <= num_columns, "num_new must be at most num_columns = ", num_columns,
@@ -290,7 +307,7 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
     if (num_new[b] == 0) continue;
     check_row(sequences_[b].longest_row + sequences_[b].appended + num_new[b]);
     for (int32_t l = 0; l < config_.num_layers; ++l) {
-      ADAKV_CHECK(!sequences_[b].pages[l].empty(), "sequence ", b, " holds nothing in layer ", l,
+      ADAKV_CHECK(sequences_[b].num_pages(l) > 0, "sequence ", b, " holds nothing in layer ", l,
                   ": begin() it first");
     }
   }
@@ -348,10 +365,8 @@ void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream strea
 void KVCache::remove(int32_t sequence, Stream stream) {
   check_sequence(sequence);
   Sequence& owner = sequences_[sequence];
-  for (std::vector<int32_t>& pages : owner.pages) {
-    pool_.give_back(pages);
-    pages.clear();
-  }
+  for (const std::vector<int32_t>& pages : owner.pages) pool_.give_back(pages);
+  owner.pages.clear();
   owner.longest_row = owner.appended = 0;
   fill_sequence(memory_, all_layers_.block_table, sequence, -1, stream);
   fill_sequence(memory_, all_layers_.lengths, sequence, 0, stream);

@@ -27,10 +27,14 @@ TensorView::TensorView(void* data, std::initializer_list<int64_t> shape, DType d
   ADAKV_CHECK(rank <= kMaxRank, "TensorView: at most ", kMaxRank, " dimensions, got ", rank);
   int i = 0;
   for (int64_t n : shape) this->shape[i++] = n;
-  int64_t step = 1;
-  for (i = rank - 1; i >= 0; --i) {
-    stride[i] = step;
-    step *= this->shape[i];
+  make_contiguous();
+}
+
+void TensorView::make_contiguous() {
+  uint64_t step = 1;  // may wrap: verbs refuse such sizes
+  for (int i = rank - 1; i >= 0; --i) {
+    stride[i] = static_cast<int64_t>(step);
+    step *= static_cast<uint64_t>(shape[i]);
   }
 }
 

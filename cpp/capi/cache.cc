@@ -181,7 +181,12 @@ AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               AdakvPageList* pages) {
   return guarded([&] {
     given("cache", cache), given("pages", pages);
-    ADAKV_CHECK(num_sequences >= 1, "num_sequences must be at least 1, got ", num_sequences);
+    const int32_t most = cache->cache.config().num_sequences;
+    ADAKV_CHECK(first_sequence >= 0 && first_sequence < most, "first_sequence must be 0 .. ",
+                most - 1, ", got ", first_sequence);
+    ADAKV_CHECK(num_sequences >= 1 && num_sequences <= most - first_sequence,
+                "num_sequences must be 1 .. ", most - first_sequence,
+                " from first_sequence = ", first_sequence, " on, got ", num_sequences);
     const auto list = [&](const char* name, const int64_t* values) {
       return std::vector<int64_t>(&given(name, values), values + num_sequences);
     };
@@ -236,16 +241,22 @@ AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,
 }
 
 int32_t adakv_cache_num_free(const AdakvCache* cache) {
-  return cache->cache.pool().num_free();
+  int32_t pages = -1;
+  guarded([&] { pages = given("cache", cache).cache.pool().num_free(); });
+  return pages;
 }
 
 size_t adakv_cache_page_bytes(const AdakvCache* cache) {
-  return cache->cache.page_bytes();
+  size_t bytes = 0;
+  guarded([&] { bytes = given("cache", cache).cache.page_bytes(); });
+  return bytes;
 }
 
 int64_t adakv_pages_for(int64_t num_kept,
                         int64_t num_new,
                         int32_t num_kv_heads,
                         int32_t page_size) {
-  return adakv::KVCache::pages_for(num_kept, num_new, num_kv_heads, page_size);
+  int64_t pages = -1;
+  guarded([&] { pages = adakv::KVCache::pages_for(num_kept, num_new, num_kv_heads, page_size); });
+  return pages;
 }

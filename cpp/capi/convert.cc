@@ -1,5 +1,7 @@
 #include "capi/convert.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 
 namespace adakv::capi {
@@ -48,13 +50,16 @@ TensorView view_of(const char* name, const AdakvTensor* tensor) {
   view.device = device_of(name, tensor->device);
   view.dtype = dtype_of(name, tensor->dtype);
   view.rank = tensor->ndim;
-  int64_t step = 1;
-  for (int i = view.rank - 1; i >= 0; --i) {
-    view.shape[i] = tensor->shape[i];
-    view.stride[i] = tensor->strides != nullptr ? tensor->strides[i] : step;
-    step *= view.shape[i];
+  std::copy_n(tensor->shape, view.rank, view.shape);
+  if (tensor->strides != nullptr) {
+    std::copy_n(tensor->strides, view.rank, view.stride);
+  } else {
+    view.make_contiguous();
   }
-  if (tensor->data) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  if (tensor->data != nullptr) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
+    view.data = reinterpret_cast<void*>(address);
+  }
   return view;
 }
 

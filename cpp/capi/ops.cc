@@ -268,7 +268,9 @@ AdakvStatus adakv_attend_workspace(const AdakvAttendArgs* args, size_t* bytes) {
 }
 
 int64_t adakv_schedule_size(int64_t num_rows, int32_t num_workers) {
-  return adakv::schedule_size(num_rows, num_workers);
+  int64_t size = -1;
+  guarded([&] { size = adakv::schedule_size(num_rows, num_workers); });
+  return size;
 }
 
 AdakvStatus adakv_default_num_workers(AdakvDevice device, int32_t* num_workers) {

@@ -1,6 +1,7 @@
 // Writes new entries behind the last one of every row. A row that fills its page goes on in its
 // next fresh one.
 #include <cstring>
+#include <limits>
 
 #include "adakv/error.h"
 #include "cpu/cpu_backend.h"
@@ -17,22 +18,30 @@ T* row_of(const TensorView& x, int64_t b, int64_t h) {
   return x.ptr<T>() + b * x.stride[0] + h * x.stride[1];
 }
 
-// New pages that a row starts with `count` more entries; throws if it has no room for them.
+// Throws unless `count` more entries of a row have their pages, which lie in the pool.
 void check_room(const LayerView& layer, int64_t b, int64_t h, int32_t count) {
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
   const int32_t length = *row_of(layer.lengths, b, h);
+  const int64_t num_pages = layer.pages.shape[0];
   const int64_t most = layer.block_table.shape[2] * page_size;
   ADAKV_CHECK(length >= 0 && length <= most, "append: lengths must lie in 0 .. M * P = ", most,
               ", got ", length);
+  ADAKV_CHECK(count <= schedule::kMostLength - length, "append: a row holds at most ",
+              schedule::kMostLength, " entries, got ", length, " and ", count, " new ones");
   const int32_t used = schedule::ceil_div(length, page_size);
   const int32_t pages = schedule::ceil_div(length + count, page_size);
   const int32_t* fresh = row_of(layer.fresh_pages, b, h);
   ADAKV_CHECK(pages <= layer.block_table.shape[2], "append: a row of ", length + count,
               " entries needs ", pages, " pages; the block table has room for ",
               layer.block_table.shape[2]);
+  if (count > 0 && length % page_size != 0) {
+    const int32_t page = row_of(layer.block_table, b, h)[used - 1];
+    ADAKV_CHECK(page >= 0 && page < num_pages, "append: block_table must name pages 0 .. ",
+                num_pages - 1, ", got ", page, " for entry ", length, " of sequence ", b,
+                ", kv head ", h);
+  }
   for (int32_t k = 0; k < pages - used; ++k) {
-    const bool is_there =
-        k < layer.fresh_pages.shape[2] && fresh[k] >= 0 && fresh[k] < layer.pages.shape[0];
+    const bool is_there = k < layer.fresh_pages.shape[2] && fresh[k] >= 0 && fresh[k] < num_pages;
     ADAKV_CHECK(is_there, "append: sequence ", b, " has no fresh page: call grow() before");
   }
 }
@@ -69,6 +78,10 @@ void CpuBackend::append(const AppendArgs& args) {
     return args.num_new ? args.num_new.ptr<int32_t>()[b] : static_cast<int32_t>(args.keys.shape[2]);
   };
   for (int64_t b = 0; b < batch; ++b) {
+    const int32_t seen = args.layer.seen.ptr<int32_t>()[b];
+    ADAKV_CHECK(seen >= 0 && seen <= std::numeric_limits<int32_t>::max() - count(b),
+                "append: seen must not be negative, and leave room in int32 for ", count(b),
+                " tokens, got ", seen, " for sequence ", b);
     for (int64_t h = 0; h < heads; ++h) check_room(args.layer, b, h, count(b));
   }
   const auto row = [&](int64_t r) { append_row(args, r / heads, r % heads, count(r / heads)); };

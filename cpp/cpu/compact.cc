@@ -14,7 +14,7 @@ namespace {
 
 // For every row the index of its first page in page_ids, and for the fresh page the index behind
 // the last row's: rows of sequence b start at first_page[b * (Hkv + 1)].
-std::vector<int32_t> deal_pages(const CompactArgs& args) {
+std::vector<int64_t> deal_pages(const CompactArgs& args) {
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t length = static_cast<int32_t>(args.keys.shape[2]);
   const int32_t page_size = static_cast<int32_t>(args.layer.pages.shape[2]);
@@ -22,9 +22,9 @@ std::vector<int32_t> deal_pages(const CompactArgs& args) {
   const int32_t* page_indptr = args.page_indptr.ptr<int32_t>();  // [B + 1]
   const int32_t* positions = args.positions.ptr<int32_t>();      // [K]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();        // [Q]
-  std::vector<int32_t> first_page;
+  std::vector<int64_t> first_page;
   for (int64_t b = 0; b < batch; ++b) {
-    int32_t next = page_indptr[b];
+    int64_t next = page_indptr[b];
     ADAKV_CHECK(
         next >= 0 && next <= page_indptr[b + 1] && page_indptr[b + 1] <= args.page_ids.shape[0],
         "compact: page_indptr must lie in 0 .. ", args.page_ids.shape[0], " and ascend");
@@ -33,6 +33,8 @@ std::vector<int32_t> deal_pages(const CompactArgs& args) {
           indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= args.positions.shape[0],
           "compact: indptr must ascend from 0 to at most ", args.positions.shape[0]);
       const int32_t kept = indptr[r + 1] - indptr[r];
+      ADAKV_CHECK(kept <= schedule::kMostLength, "compact: a row holds at most ",
+                  schedule::kMostLength, " entries, got ", kept);
       const int32_t pages = schedule::ceil_div(kept, page_size);
       ADAKV_CHECK(pages <= args.layer.block_table.shape[2], "compact: a row keeps ", kept,
                   " entries, which needs ", pages, " pages; the block table has room for ",
@@ -41,7 +43,7 @@ std::vector<int32_t> deal_pages(const CompactArgs& args) {
       next += pages;
     }
     first_page.push_back(next);
-    next += static_cast<int32_t>(heads);
+    next += heads;
     ADAKV_CHECK(next <= page_indptr[b + 1], "compact: sequence ", b, " needs ",
                 next - page_indptr[b], " pages, got ", page_indptr[b + 1] - page_indptr[b]);
   }
@@ -83,7 +85,7 @@ void CpuBackend::compact(const CompactArgs& args) {
   const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
   const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();  // [Q]
-  const std::vector<int32_t> first_page = deal_pages(args);
+  const std::vector<int64_t> first_page = deal_pages(args);
 
   parallel_for(batch * heads, [&](int64_t r) {
     const int64_t b = r / heads, h = r % heads;

@@ -83,22 +83,32 @@ struct LayerPlan {
                         : row_of(args.fresh_pages, row)[index - used];
   }
 
-  // Throws unless the block table has room for what rows hold.
+  int32_t num_new(int64_t row) const {
+    return args.new_tokens && args.num_new ? args.num_new.ptr<int32_t>()[row / heads]
+                                           : args.new_tokens;
+  }
+
+  // Throws unless the block table has room for what rows hold, and all can be counted.
   void check_rows() const {
     const int64_t most = args.block_table.shape[3] * args.page_size;
+    int64_t units = 0;
     for (int64_t r = 0; r < num_rows; ++r) {
-      ADAKV_CHECK(length_before(r) >= 0 && length_before(r) <= most,
-                  "plan: lengths must lie in 0 .. M * P = ", most, ", got ", length_before(r));
+      const int32_t length = length_before(r);
+      ADAKV_CHECK(length >= 0 && length <= most, "plan: lengths must lie in 0 .. M * P = ", most,
+                  ", got ", length);
+      ADAKV_CHECK(num_new(r) <= schedule::kMostLength - length, "plan: a row holds at most ",
+                  schedule::kMostLength, " entries, got ", length, " and ", num_new(r),
+                  " new ones");
+      units += schedule::ceil_div(length + num_new(r), args.page_size);
     }
+    ADAKV_CHECK(units <= schedule::kMostUnits, "plan: the rows of a layer hold at most ",
+                schedule::kMostUnits, " pages, got ", units);
   }
 
   void write_rows() {
     int32_t begin = 0;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int32_t num_new = args.new_tokens && args.num_new
-                                  ? args.num_new.ptr<int32_t>()[r / heads]
-                                  : args.new_tokens;
-      const int32_t length = length_before(r) + num_new;
+      const int32_t length = length_before(r) + num_new(r);
       const int32_t end = begin + schedule::ceil_div(length, args.page_size);
       rows[r] = {begin, end, length, 0, 0, 0, {0, 0}};
       begin = end;

@@ -16,16 +16,27 @@ void Checker::device(const char* name, const TensorView& view) {
           first_tensor_, ", got ", device_name(view.device));
 }
 
-// What holds of every tensor: sizes that int32 can count, and memory behind them.
+// What holds of every tensor: sizes that int32 can count, steps that int64 can, and memory behind
+// them.
 void Checker::memory(const char* name, const TensorView& view) const {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   require(view.rank <= TensorView::kMaxRank, name, " must have at most ", TensorView::kMaxRank,
           " dimensions, got ", view.rank);
+  constexpr int64_t kMostElements = int64_t{1} << 47;  // what addresses of 48 bits reach
+  int64_t elements = 1;
   bool is_empty = false;
   for (int i = 0; i < view.rank; ++i) {
     require(view.shape[i] >= 0 && view.shape[i] <= kMost, name, ": sizes must lie in 0 .. ", kMost,
             ", got ", view.shape_string());
     is_empty = is_empty || view.shape[i] == 0;
+    const int64_t size = std::max<int64_t>(view.shape[i], 1), stride = view.stride[i];
+    require(elements <= kMostElements / size, name, " must have at most 2^47 elements, got ",
+            view.shape_string());
+    elements *= size;
+    const int64_t farthest = kMostElements / std::max<int64_t>(size - 1, 1);
+    require(size == 1 || (stride >= -farthest && stride <= farthest), name,
+            ": strides must stay within 2^47 elements, got ", stride, " in dimension ", i, " of ",
+            view.shape_string());
   }
   const size_t element_bytes = dtype_size(view.dtype);
   require(is_empty || view.data != nullptr, name, " ", view.shape_string(),
@@ -111,8 +122,14 @@ void Checker::workspace(const TensorView& view, size_t bytes) {
   device("workspace", view);
   require(view.dtype == DType::kInt32 && view.rank == 1 && view.stride[0] == 1 && view.data,
           "workspace must be a contiguous int32 tensor of one dimension");
+  aligned("workspace", view);
   const int64_t ints = static_cast<int64_t>((bytes + 3) / 4);
   require(view.shape[0] >= ints, "workspace must have ", ints, " elements, got ", view.shape[0]);
+}
+
+void Checker::aligned(const char* name, const TensorView& view) const {
+  require(reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0, name, " must be aligned to ",
+          kAlignment, " bytes, got ", view.data);
 }
 
 const Checker::Dim* Checker::find(std::string_view name) const {

@@ -31,6 +31,9 @@ class Checker {
   /// Scratch memory of at least `bytes`.
   void workspace(const TensorView& view, size_t bytes);
 
+  /// Memory that is read in pieces of 16 bytes, as scratch memory and schedules are.
+  void aligned(const char* name, const TensorView& view) const;
+
   /// Size that a name was bound to.
   int64_t size(std::string_view dim) const;
 
@@ -45,6 +48,8 @@ class Checker {
     std::string_view name;
     int64_t size;
   };
+
+  static constexpr int kAlignment = 16;
 
   const Dim* find(std::string_view name) const;
   void memory(const char* name, const TensorView& view) const;

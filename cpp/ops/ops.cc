@@ -7,6 +7,7 @@
 #include "adakv/ops.h"
 
 #include <cmath>
+#include <limits>
 
 #include "adakv/error.h"
 #include "ops/backend.h"
@@ -197,6 +198,10 @@ Backend& checked(const PlanArgs& args) {
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
   check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ",
                 args.schedule.shape_string());
+  check.aligned("schedule", args.schedule);
+  check.require(args.schedule.shape[0] <= 1 || args.schedule.stride[0] % 4 == 0,
+                "schedule: layers must lie a multiple of 4 elements apart, got ",
+                args.schedule.stride[0]);
   return backend(args.lengths.device.type);
 }
 
@@ -211,6 +216,7 @@ Backend& checked(const AttendArgs& args) {
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
   check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ",
                 args.schedule.shape_string());
+  check.aligned("schedule", args.schedule);
   check.require(static_cast<bool>(args.keys) == static_cast<bool>(args.values),
                 "keys and values must be given together");
   if (args.keys) {
@@ -281,6 +287,11 @@ size_t workspace_bytes(const AttendArgs& args) {
 }
 
 int64_t schedule_size(int64_t num_rows, int num_workers) {
+  constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
+  const Checker check("schedule_size");
+  check.require(num_rows >= 0 && num_rows <= kMostRows, "num_rows must lie in 0 .. ", kMostRows,
+                ", got ", num_rows);
+  check_num_workers(check, num_workers);
   return static_cast<int64_t>(num_workers) * schedule::kWorkerInts + num_rows * schedule::kRowInts;
 }
 

@@ -52,6 +52,8 @@ struct Worker {
 static_assert(sizeof(Worker) == kWorkerInts * 4);
 
 constexpr int kMostWorkers = (1 << 15) - 1;
+constexpr int32_t kMostLength = INT32_MAX - 256;  // of a row: its pages are counted in int32
+constexpr int64_t kMostUnits = (int64_t{1} << 32) / 7 - 1;  // of a layer, see largest_even_chunk()
 
 /// Partial results that a layer can have: a worker shares at most its first and its last row.
 constexpr int64_t max_partials(int num_workers) {

@@ -232,8 +232,8 @@ TEST(Arguments, AttendReadsNoPageThatIsNotThere) {
   plan_args.new_tokens = 1;
   plan(plan_args);
   EXPECT_EQ(complaint([&] { run(&attend, right.attend()); }),
-            "attend: the schedule must be that of the layer's lengths, new tokens included, but a "
-            "row has no page for slots 0 to 0");
+            "attend: the schedule must be that of the layer's lengths, new tokens included, but it "
+            "says 1 for row 0, which has 0");
 }
 
 TEST(Arguments, AnotherDeviceIsAnErrorWithoutIt) {

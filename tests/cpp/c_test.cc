@@ -2,6 +2,8 @@
 #include <adakv/c.h>
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -102,6 +104,48 @@ TEST(CFace, TellsWhatCannotBeDoneFromWhatIsWrong) {
   EXPECT_EQ(cache, nullptr);
   adakv_cache_destroy(cache);
   EXPECT_EQ(adakv_set_num_threads(0), ADAKV_INVALID_ARGUMENT);
+}
+
+TEST(CFace, CountsNothingOfWhatMakesNoSense) {
+  EXPECT_EQ(adakv_cache_num_free(nullptr), -1);
+  EXPECT_STREQ(adakv_last_error(), "cache must not be NULL");
+  EXPECT_EQ(adakv_cache_page_bytes(nullptr), 0u);
+  EXPECT_EQ(adakv_pages_for(20, 4, 2, 8), 2 + 2 + 2);
+  EXPECT_EQ(adakv_pages_for(20, 4, 2, 0), -1);
+  EXPECT_STREQ(adakv_last_error(),
+               "pages_for: page_size must be a power of two from 8 to 256, got 0");
+  EXPECT_EQ(adakv_pages_for(-1, 4, 2, 8), -1);
+  EXPECT_EQ(adakv_pages_for(20, -1, 2, 8), -1);
+  EXPECT_EQ(adakv_pages_for(20, INT64_MAX, 2, 8), -1);
+  EXPECT_EQ(adakv_pages_for(20, 4, 0, 8), -1);
+  EXPECT_GT(adakv_pages_for(INT64_MAX, 1, INT32_MAX, 8), 0);
+  EXPECT_EQ(adakv_schedule_size(-1, 4), -1);
+  EXPECT_EQ(adakv_schedule_size(4, 0), -1);
+  EXPECT_EQ(adakv_set_num_threads(1 << 20), ADAKV_INVALID_ARGUMENT);
+}
+
+// Arrays of the caller are read after what says how long they are: here they are too short.
+TEST(CFace, BeginCountsBeforeItReads) {
+  AdakvCacheConfig config = {};
+  config.num_layers = config.num_sequences = config.num_kv_heads = 1;
+  config.head_dim = 8;
+  config.num_pages = 4;
+  config.max_row_pages = 1;
+  config.page_size = 8;
+  config.dtype = {2, 32, 1};
+  config.device = {1, 0};
+  AdakvCache* cache = nullptr;
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();
+  const std::unique_ptr<int64_t[]> one(new int64_t[1]{1});
+  AdakvPageList pages = {};
+  EXPECT_EQ(adakv_cache_begin(cache, 0, 0, INT32_MAX, one.get(), one.get(), &pages),
+            ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(),
+               "num_sequences must be 1 .. 1 from first_sequence = 0 on, got 2147483647");
+  EXPECT_EQ(adakv_cache_begin(cache, 0, INT32_MAX, 1, one.get(), one.get(), &pages),
+            ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "first_sequence must be 0 .. 0, got 2147483647");
+  adakv_cache_destroy(cache);
 }
 
 TEST(CFace, HasTheDefaultsOfCxx) {

@@ -31,6 +31,8 @@ TEST(KVCache, RefusesConfigsThatMakeNoSense) {
        {+[](CacheConfig& c) { c.num_layers = 0; }, +[](CacheConfig& c) { c.head_dim = 12; },
         +[](CacheConfig& c) { c.head_dim = 264; }, +[](CacheConfig& c) { c.page_size = 12; },
         +[](CacheConfig& c) { c.num_pages = 0; }, +[](CacheConfig& c) { c.max_row_pages = 0; },
+        +[](CacheConfig& c) { c.page_size = 0; }, +[](CacheConfig& c) { c.num_layers = 1 << 17; },
+        +[](CacheConfig& c) { c.num_sequences = std::numeric_limits<int32_t>::max(); },
         +[](CacheConfig& c) { c.dtype = DType::kInt32; },
         +[](CacheConfig& c) { c.device = {DeviceType::kCuda, 0}; }}) {
     CacheConfig config = small_config();
@@ -241,6 +243,19 @@ TEST(KVCache, GrowNeedsABeginInEveryLayer) {
   EXPECT_EQ(cache.grow({1, 0, 0}, 1), 1);
   EXPECT_THROW(cache.grow({1, 0}, 1), InvalidArgument);
   EXPECT_THROW(cache.grow({2, 0, 0}, 1), InvalidArgument);
+}
+
+// Counts of which the sum is more than int32 holds, or makes no sense.
+TEST(KVCache, RefusesCountsThatMakeNoSense) {
+  constexpr int32_t most = std::numeric_limits<int32_t>::max();
+  KVCache cache(small_config(), device_memory({}));
+  for (int layer : {0, 1}) cache.begin(layer, 0, {10}, {10});
+  cache.grow({8, 0, 0}, 8);
+  EXPECT_THROW(cache.pages_to_grow({most, 0, 0}), InvalidArgument);
+  EXPECT_THROW(cache.grow({most, 0, 0}, most), InvalidArgument);
+  EXPECT_THROW(cache.grow({0, 0, 0}, -1), InvalidArgument);
+  EXPECT_THROW(cache.begin(0, most, {1, 1}, {1, 1}), InvalidArgument);
+  EXPECT_THROW(KVCache::pages_for(1, 1, 1, 0), InvalidArgument);
 }
 
 TEST(KVCache, GrowChangesNothingIfItFails) {

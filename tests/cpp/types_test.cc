@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "adakv/error.h"
 
 namespace adakv {
@@ -31,6 +33,15 @@ TEST(TensorView, NarrowAndSelectPointIntoTheSameData) {
   EXPECT_EQ(row.shape_string(), "[3, 4]");
   EXPECT_THROW(view.narrow(1, 2, 2), InvalidArgument);
   EXPECT_THROW(view.select(2), InvalidArgument);
+}
+
+// Verbs refuse such sizes; nothing overflows on the way there.
+TEST(TensorView, MayHaveSizesThatCannotBeCounted) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const TensorView view(nullptr, {kMost, kMost, kMost}, DType::kFloat32);
+  EXPECT_EQ(view.stride[2], 1);
+  EXPECT_EQ(view.stride[1], kMost);
+  view.size();
 }
 
 TEST(TensorView, EmptyIsNotMissing) {

@@ -207,14 +207,15 @@ AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,
                                   int32_t sequence,
                                   int32_t* pages);
 
-/** Pages of the pool that are free. */
+/** Pages of the pool that are free; -1 for NULL. */
 int32_t adakv_cache_num_free(const AdakvCache* cache);
 
-/** Bytes of one page. */
+/** Bytes of one page; 0 for NULL. */
 size_t adakv_cache_page_bytes(const AdakvCache* cache);
 
 /** Pages that one sequence takes in one layer for num_kept entries of its prompt, however they are
- * spread over the rows, and for num_new tokens after it. */
+ * spread over the rows, and for num_new tokens after it; -1, and adakv_last_error(), for numbers that
+ * make no sense. */
 int64_t adakv_pages_for(int64_t num_kept, int64_t num_new, int32_t num_kv_heads, int32_t page_size);
 
 /* ---- The verbs (ops.h) ----------------------------------------------------------------------- */

@@ -103,7 +103,8 @@ class KVCache {
   const LayerView& all_layers() const { return all_layers_; }
 
   /// Pages that one sequence takes in one layer for `num_kept` entries of its prompt, however they
-  /// are spread over the rows, and for `num_new` tokens after it.
+  /// are spread over the rows, and for `num_new` tokens after it. Throws InvalidArgument for numbers
+  /// that make no sense.
   static int64_t pages_for(int64_t num_kept,
                            int64_t num_new,
                            int32_t num_kv_heads,
@@ -154,9 +155,11 @@ class KVCache {
 
  private:
   struct Sequence {
-    std::vector<std::vector<int32_t>> pages;  // [num_layers], owned pages
+    std::vector<std::vector<int32_t>> pages;  // [num_layers], owned pages; [0] before begin()
     int64_t longest_row = 0;                  // of the prompt's entries, at most
     int64_t appended = 0;                     // tokens since begin()
+
+    size_t num_pages(int32_t layer) const { return pages.empty() ? 0 : pages[layer].size(); }
   };
 
   void check_sequence(int32_t sequence) const;

@@ -186,7 +186,8 @@ struct PlanArgs {
 /// Writes args.schedule.
 void plan(const PlanArgs& args);
 
-/// int32 elements of one layer's schedule.
+/// int32 elements of one layer's schedule, which is aligned to 16 bytes. Throws InvalidArgument for
+/// fewer than no rows or more than int32 counts, and for workers that plan does not take.
 int64_t schedule_size(int64_t num_rows, int num_workers);
 
 /// Workers that a device keeps busy: its multiprocessors, or a fixed number on the CPU (results do
@@ -221,8 +222,8 @@ struct AttendArgs {
 /// Writes args.out and args.lse; changes args.layer if keys are given.
 void attend(const AttendArgs& args);
 
-/// Bytes of scratch memory that score needs, from shapes and options only. Checks the arguments, but
-/// for the workspace itself.
+/// Bytes of scratch memory that score needs, aligned to 16, from shapes and options only. Checks the
+/// arguments, but for the workspace itself.
 size_t workspace_bytes(const ScoreArgs& args);
 /// The same for value_norm.
 size_t workspace_bytes(const ValueNormArgs& args);
@@ -235,7 +236,8 @@ size_t workspace_bytes(const CompactArgs& args);
 /// The same for attend.
 size_t workspace_bytes(const AttendArgs& args);
 
-/// Threads that the CPU backend may use, this call's thread included. Results do not depend on it.
+/// Threads that the CPU backend may use, this call's thread included: 1 to 4096. Results do not depend
+/// on it.
 void set_num_threads(int num_threads);
 
 /// Name of the instruction set that the CPU backend was chosen for: "baseline", "x86_64_v3", ...

@@ -63,12 +63,15 @@ struct TensorView {
   /// True if a tensor was given at all, be it an empty one.
   explicit operator bool() const { return rank >= 0; }
 
-  /// Number of elements.
+  /// Number of elements; for sizes that int64 can't count, any number.
   int64_t size() const {
-    int64_t n = rank < 0 ? 0 : 1;
-    for (int i = 0; i < rank; ++i) n *= shape[i];
-    return n;
+    uint64_t n = rank < 0 ? 0 : 1;
+    for (int i = 0; i < rank; ++i) n *= static_cast<uint64_t>(shape[i]);
+    return static_cast<int64_t>(n);
   }
+
+  /// Sets the strides of a contiguous tensor.
+  void make_contiguous();
 
   /// Pointer to the first element; the caller vouches for the type.
   template <typename T>
