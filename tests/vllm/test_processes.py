@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 
@@ -24,6 +27,7 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 import vllm_second_runner
 from adakv.vllm.config import Settings
+from adakv.vllm.ledger import path_of, remove_unused
 from adakv.vllm.plan import plan
 from vllm_engine import ENVIRONMENT, Compression, save_llama
 from vllm_reference import Reference
@@ -35,9 +39,16 @@ def environment() -> dict[str, str]:
     return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
+class Server(NamedTuple):
+    """A server that answers."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
-def server(model: str, environment: dict[str, str], log: Path) -> Iterator[str]:
-    """A server with compression; its address."""
+def server(model: str, environment: dict[str, str], log: Path) -> Iterator[Server]:
+    """A server with compression, until then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,16 +62,18 @@ def server(model: str, environment: dict[str, str], log: Path) -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        deadline = time.monotonic() + 600
+        while True:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
-            assert process.poll() is None, log.read_text()[-3000:]
+            has_time = time.monotonic() < deadline
+            assert process.poll() is None and has_time, log.read_text()[-3000:]
             time.sleep(0.5)
-        yield address
+        yield Server(address, process)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
 
 
 def counts_of(address: str) -> dict[str, int]:
@@ -76,7 +89,7 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
 
     model = save_llama(tmp_path / "model")
     prompt = [i * 7 % 256 for i in range(400)]
-    with server(model, environment, tmp_path / "log") as address:
+    with server(model, environment, tmp_path / "log") as (address, _):
         assert counts_of(address) == dict.fromkeys(counts_of(address), 0)
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         stream = client.completions.create(
@@ -95,6 +108,37 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
     assert counts["blocks_given_back"] == planned.tail - planned.kept_blocks
     assert counts["entries_read"] == 3 * 2 * 400
     assert 3 * 2 * 64 <= counts["entries_kept"] <= 3 * 2 * (64 + 31)
+
+
+def engine_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The process of a server's engine."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    (engine,) = [child for child in children if "EngineCore" in "".join(child.cmdline())]
+    return engine
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "engine is killed", "all is killed"])
+def test_server_leaves_no_ledger_behind(tmp_path: Path, environment: dict[str, str], way: str):
+    """However it ends; where nobody is left to do it, the next one does."""
+    folder, before = path_of("").parent, set(path_of("").parent.iterdir())
+
+    def made() -> list[str]:
+        return [p.name for p in set(folder.iterdir()) - before if p.name.startswith("adakv")]
+
+    model = save_llama(tmp_path / "model")
+    with server(model, environment, tmp_path / "log") as (_, process):
+        engine = engine_of(process)
+        assert len(made()) == 1
+        if "killed" in way:
+            if way == "all is killed":
+                process.kill()
+            engine.kill()
+        else:
+            process.send_signal(signal.Signals[way])
+        process.wait(timeout=300)
+    if way == "all is killed":
+        remove_unused()
+    assert not made()
 
 
 TWO_RANKS = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,14 @@ import adakv
 from adakv.policy import LayerInputs, get
 from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
-from adakv.vllm.ledger import Counts, Ledger, path_of, read_counts, remove_at_exit
+from adakv.vllm.ledger import (
+    Counts,
+    Ledger,
+    path_of,
+    read_counts,
+    remove_at_exit,
+    remove_unused,
+)
 from adakv.vllm.plan import plan
 from policy.helpers import rotate
 
@@ -194,6 +202,31 @@ def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledg
     process.start()
     process.join()
     assert process.exitcode == 0 and not path_of(name).exists()
+
+
+def open_and_die(name: str, is_open: Any) -> None:
+    """In a process of its own, which no finalizer outlives."""
+    ledger = Ledger(name, 10)
+    is_open.set()
+    time.sleep(60)
+    ledger.free(0)
+
+
+def test_ledger_of_a_killed_process_is_removed_and_those_in_use_are_not(
+    ledger: tuple[str, Ledger],
+):
+    context = multiprocessing.get_context("spawn")
+    name, is_open = f"test-{random.getrandbits(60)}", context.Event()
+    process = context.Process(target=open_and_die, args=(name, is_open))
+    process.start()
+    assert is_open.wait(timeout=60)
+    remove_unused()
+    assert path_of(name).exists() and path_of(ledger[0]).exists()
+    process.kill()
+    process.join()
+    assert path_of(name).exists()
+    remove_unused()
+    assert not path_of(name).exists() and path_of(ledger[0]).exists()
 
 
 def test_ledger_counts_for_everybody(ledger: tuple[str, Ledger]):

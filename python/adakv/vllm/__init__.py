@@ -35,6 +35,7 @@ def register() -> None:
     from adakv.vllm import spec  # noqa: F401  registers itself
 
     _watch_layers()
+    _clean_up()
     # On the CPU vLLM knows one backend and takes no other name.
     register_backend(AttentionBackendEnum.CPU_ATTN, "adakv.vllm.backend_cpu.CpuBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "adakv.vllm.backend_cuda.CudaBackend")
@@ -54,3 +55,11 @@ def _watch_layers() -> None:
             hooks.layer_is_made(parent, child)
 
     register_module_module_registration_hook(look)
+
+
+@functools.cache
+def _clean_up() -> None:
+    """Leaves no ledger behind: vLLM's front process ends after its engines, killed or not."""
+    from adakv.vllm.ledger import remove_unused_at_exit
+
+    remove_unused_at_exit()

@@ -6,10 +6,15 @@ silently, so both sides write it down, and compare. It is a file in shared memor
 different processes: counters, then for each block that is a request's first one the boundary that
 the scheduler planned, the one that a worker compressed at, and how many such requests have begun,
 and are gone. A request that no scheduler began is the engine's own: it warms up.
+
+Each process that uses a ledger has a lock on its file, which ends with the process, however that
+ends. So a file without a lock is of an engine that is gone, and whoever finds it removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import tempfile
@@ -31,6 +36,7 @@ class Counts(NamedTuple):
     entries_kept: int = 0
 
 
+_PREFIX = "adakv-ledger-"
 _ledgers: dict[str, Ledger] = {}
 
 
@@ -48,15 +54,13 @@ class Ledger:
     def __init__(self, name: str, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         size = 8 * (len(Counts._fields) + 4 * num_blocks)
-        file = os.open(path_of(name), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if os.fstat(file).st_size < size:
-                os.ftruncate(file, size)
-            numbers = np.frombuffer(mmap.mmap(file, size), dtype=np.int64)
-        finally:
-            os.close(file)
+        file = _locked(path_of(name))  # stays open: the lock is the file's, not the memory's
+        if os.fstat(file).st_size < size:
+            os.ftruncate(file, size)
+        numbers = np.frombuffer(mmap.mmap(file, size), dtype=np.int64)
         self._counts, of_blocks = np.split(numbers, [len(Counts._fields)])
         self._planned, self._done, self._begun, self._freed = of_blocks.reshape(4, num_blocks)
+        Finalize(self, os.close, (file,))
 
     @classmethod
     def open(cls, name: str, num_blocks: int) -> Ledger:
@@ -125,8 +129,7 @@ def ledger_name(config: Any, rank: int) -> str:
 
 def path_of(name: str) -> Path:
     """Where a ledger lies."""
-    shared = Path("/dev/shm")
-    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"adakv-{name}"
+    return _folder() / f"{_PREFIX}{name}"
 
 
 def read_counts(name: str) -> Counts:
@@ -141,3 +144,36 @@ def read_counts(name: str) -> Counts:
 def remove_at_exit(name: str) -> None:
     """Has this process, which may be a child of another, remove the ledger's file when it ends."""
     Finalize(None, path_of(name).unlink, kwargs={"missing_ok": True}, exitpriority=0)
+
+
+def remove_unused() -> None:
+    """Removes the files of engines of which no process is left."""
+    for path in _folder().glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is somebody else's, in use, or gone by now
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(file)
+
+
+def remove_unused_at_exit() -> None:
+    """Has this process do so when it and its children have ended."""
+    Finalize(None, remove_unused, exitpriority=-1)
+
+
+def _folder() -> Path:
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() else Path(tempfile.gettempdir())
+
+
+def _locked(path: Path) -> int:
+    """A file that is open and in use, made if there is none."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)  # it was removed between the first line and the second

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from adakv.vllm.config import Settings
-from adakv.vllm.ledger import Counts, ledger_name, read_counts
+from adakv.vllm.ledger import Counts, ledger_name, read_counts, remove_at_exit
 
 _logger = logging.getLogger("adakv")
 
@@ -37,6 +37,7 @@ class CompressionLogger(StatLoggerBase):
         self._is_used = Settings.of(vllm_config.additional_config) is not None
         if self._is_used:
             prometheus_client.REGISTRY.register(self)
+            remove_at_exit(self._name)  # this process outlives the engine
 
     @property
     def counts(self) -> Counts:

@@ -19,7 +19,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from adakv.vllm.ledger import Ledger, remove_at_exit
+from adakv.vllm.ledger import Ledger, remove_at_exit, remove_unused
 from adakv.vllm.plan import Plan, plan
 
 # vLLM registers its own specs only while there are none: before ours.
@@ -36,6 +36,7 @@ class CompressedManager(FullAttentionManager):
         self._admitted: dict[str, int] = {}  # tokens when it came, or came back
         self._boundaries: dict[str, int] = {}
         self._is_cut: set[str] = set()
+        remove_unused()
         name = self.kv_cache_spec.ledger
         self._ledger = Ledger.open(name, self.block_pool.num_gpu_blocks)
         remove_at_exit(name)
