@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -278,6 +280,43 @@ def test_a_pool_too_small_says_what_is_missing_and_goes_on() -> None:
     cache.remove(0)
     cache.remove(1)
     assert cache.num_free == 40
+
+
+@pytest.mark.parametrize("what", ["lengths", "block_table"])
+def test_append_follows_no_page_that_is_not_there(what: str) -> None:
+    """Numbers that somebody wrote by hand."""
+    cache = make_cache()
+    layer, new = cache.layer(0), torch.randn(2, HKV, 1, D)
+    page_ids, page_indptr = cache.begin(0, [HKV * 5, HKV * 5], [5, 5])
+    entries = torch.randn(2, HKV, 5, D)
+    positions = torch.arange(5, dtype=torch.int32).repeat(2 * HKV)
+    kept = ops.Kept(positions, torch.arange(2 * HKV + 1, dtype=torch.int32) * 5)
+    ops.compact(entries, entries, kept, layer, page_ids, page_indptr)
+    if what == "lengths":
+        layer.lengths[0, 0] = 1000
+    else:
+        layer.block_table[0, 0, 0] = 10**8
+    before = layer.lengths.clone()
+    with pytest.raises(ValueError, match="append: "):
+        ops.append(new, new, layer)
+    assert torch.equal(layer.lengths, before)
+
+
+def test_a_child_after_fork_has_threads_of_its_own() -> None:
+    """The core's threads are the parent's; the child makes its own instead of waiting for them."""
+    code = (
+        "import os, torch\n"
+        "from adakv import ops\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(4, 8, 2048, 64)\n"
+        "ops.score(x[:, :, :32], x)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    ops.score(x[:, :, :32], x)\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
 def test_memory_that_is_not_there_is_an_error() -> None:
