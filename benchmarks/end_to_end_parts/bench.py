@@ -78,7 +78,7 @@ class Bench:
 
     @property
     def entry_bytes(self) -> int:
-        """Of one token, over all layers."""
+        """Bytes of one token, over all layers."""
         entry = 2 * self.config.num_key_value_heads * self.head_dim * self.model.dtype.itemsize
         return entry * int(self.config.num_hidden_layers)
 

@@ -257,14 +257,13 @@ class Reader:
             w_o = part.w_o()
         queries = heard.queries[0] if len(heard.queries) == 1 else torch.cat(heard.queries, 2)
         inputs = self._inputs(layer, part, self._asked(queries), w_o)
-        wholes = [Whole(x, None) for x in inputs]
         if repeat is not None:
-            wholes = [
-                Whole(replace(x.inputs, repeat=(repeat[0][group], repeat[1][group])), None)
-                for x, group in zip(wholes, self._groups, strict=True)
+            inputs = [
+                replace(x, repeat=(repeat[0][group], repeat[1][group]))
+                for x, group in zip(inputs, self._groups, strict=True)
             ]
         if self._folding is None or not heard.folded:
-            return wholes
+            return [Whole(x, None) for x in inputs]
         return [
             Whole(x, self._folding.finish(folded, x) if self._is_cut(x) else None)
             for x, folded in zip(inputs, heard.folded, strict=True)

@@ -94,7 +94,7 @@ def test_kept_is_what_the_definitions_choose(family: Family, policy: str) -> Non
 def test_every_policy_generates(policy: str) -> None:
     model, batch = LLAMA.model(), prompts(150, (0, 30))
     if "repeat" in adakv.policy.get(policy).needs:
-        pytest.skip("reads its prompts twice: tests/models/test_model_wide.py")
+        pytest.skip("reads its prompts twice: tests/hf/test_model_wide.py")
     with adakv.attach(model):
         cache = adakv.Cache(model, policy, budget=80)
         model.generate(**batch, past_key_values=cache, **GREEDY)

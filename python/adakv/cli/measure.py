@@ -37,7 +37,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decode."""
+        """How fast the new tokens were written."""
         return 1 / self.token_seconds if self.token_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     aware_help = "Whether the question is compressed with the prompt, or comes later."
     for option in (
         click.option("--per-prompt", default=2, show_default=True, help="Questions or needles."),
-        click.option("--prompts", default=12, show_default=True, help="Of each gauge."),
-        click.option("--tokens", default=2000, show_default=True, help="Of each prompt."),
+        click.option("--prompts", default=12, show_default=True, help="Prompts of each gauge."),
+        click.option("--tokens", default=2000, show_default=True, help="Length of each prompt."),
         click.option(
             "--aware",
             type=click.Choice(["no", "yes", "both"]),

@@ -155,7 +155,7 @@ def needles(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Item]
 
 
 def _paragraphs(path: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Of a file in SQuAD's layout: each context with its questions and first answers."""
+    """What a file in SQuAD's layout holds: each context with its questions and first answers."""
     try:
         content = json.loads(_read(path))
         return [

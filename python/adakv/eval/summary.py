@@ -175,7 +175,7 @@ def share_name(share: float) -> str:
 
 
 def _table(title: str, values: dict[tuple[str, float], str]) -> Table:
-    """Of values by policy and share."""
+    """A table of values by policy and share."""
     shares = sorted({share for _, share in values}, reverse=True)
     policies = dict.fromkeys(policy for policy, _ in values)
     rows = tuple((p, *(values.get((p, share), "") for share in shares)) for p in policies)
@@ -190,7 +190,7 @@ def _by_text(records: Sequence[Record], metric: str) -> dict[str, float]:
 
 
 def _paired(records: Sequence[Record], base: Sequence[Record]) -> dict[str, Difference]:
-    """Of the items that both have."""
+    """Compares the items that both have."""
     common = {r.key.item for r in records} & {r.key.item for r in base}
     if not common:
         return {}

@@ -324,7 +324,8 @@ class Cache(TransformersCache):
                 f"prompt, {self._signature}, got {signature}"
             )
         if self.reading is None:
-            self._check_room(batch, columns)
+            self.make_room(columns)
+            self._warn_of_a_second_turn(columns)
         if not self._full:  # nobody will count the padding
             self._seen = [n + columns for n in self._seen or [0] * batch]
         self._signature = signature
@@ -342,10 +343,7 @@ class Cache(TransformersCache):
             self.handed_out = False
             raise Error("the last forward was stopped, or was of another model that isn't attached")
 
-    def _check_room(self, batch: int, columns: int) -> None:
-        """Has the cache grow if there are too few pages for a step; raises ``adakv.Error``, after
-        which the cache goes on, if there is no memory for them."""
-        self.make_room(columns)
+    def _warn_of_a_second_turn(self, columns: int) -> None:
         if columns > 1 and self._num_forwards == 1 and not self.waits:
             _logger.warning(
                 "%d more tokens right after the prompt are taken for a second turn and are not "
@@ -354,8 +352,10 @@ class Cache(TransformersCache):
             )
 
     def make_room(self, num_tokens: int) -> None:
-        """Makes sure that so many more tokens of every sequence fit, without asking for more
-        memory on the way."""
+        """Has the cache grow if there are too few pages for so many more tokens of every sequence.
+
+        Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
+        """
         kv = self._kv
         assert kv is not None
         num_new = [num_tokens] * len(self._seen)

@@ -317,7 +317,7 @@ class Stop:
         return "length" if len(tokens) == max_new_tokens else None
 
     def text(self, tokens: list[int]) -> str | None:
-        """Of tokens, if there is a tokenizer."""
+        """The text that tokens make, if there is a tokenizer."""
         if self._tokenizer is None:
             return None
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

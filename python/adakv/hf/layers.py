@@ -67,7 +67,7 @@ class FullAttentionLayer(AttendingLayer):
         mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Of a prompt the model's own attention, then choosing; later appends and attends."""
+        """Gives a prompt the model's own attention, then chooses; appends and attends to a step."""
         delattr(key, TAG)
         cache = self._cache
         cache.handed_out = False

@@ -174,6 +174,7 @@ class StepCache(TransformersCache):
 
     def plan(self) -> None:
         """Shares out the step's work, for all layers."""
+        self.num_attended = 0
         self.step = PlannedStep.plan(self._views, self._tables, num_new=self._num_new)
 
     def end_step(self) -> None:
@@ -182,11 +183,11 @@ class StepCache(TransformersCache):
         Raises ``adakv.Error`` if a layer did not attend to the keys that it was handed: then the
         model was detached meanwhile, and what it computed is worth nothing.
         """
-        attended, self.num_attended, self.step = self.num_attended, 0, None
-        if attended != len(self.layers):
+        self.step = None
+        if self.num_attended != len(self.layers):
             raise Error(
-                f"{attended} of {len(self.layers)} layers attended to the cache in a step: the "
-                "model was detached by somebody else"
+                f"{self.num_attended} of {len(self.layers)} layers attended to the cache in a "
+                "step: the model was detached by somebody else"
             )
 
 

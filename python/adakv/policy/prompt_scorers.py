@@ -201,7 +201,7 @@ class ColumnMax:
         return self.window if self.window_weight else 0
 
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
-        """Of columns ``[B, Hkv, T]``."""
+        """Scores from columns ``[B, Hkv, T]`` and the window's queries."""
         if self.window_weight == 0:
             return self._with_floor(prompt.columns, inputs)
         asked = ops.score(

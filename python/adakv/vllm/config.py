@@ -55,7 +55,7 @@ class Settings:
 
     @classmethod
     def of(cls, additional_config: object) -> Settings | None:
-        """Of vLLM's ``additional_config``; None if it has no entry ``adakv``."""
+        """Reads vLLM's ``additional_config``; None if it has no entry ``adakv``."""
         if not isinstance(additional_config, Mapping) or "adakv" not in additional_config:
             return None
         given = additional_config["adakv"]

@@ -60,7 +60,7 @@ class Compressing:
 
 
 def current_settings() -> Settings | None:
-    """Of the engine whose layers are being made; None if it doesn't ask for adakv.
+    """Settings of the engine whose layers are being made; None if it doesn't ask for adakv.
 
     Raises
     ------

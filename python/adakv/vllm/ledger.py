@@ -123,7 +123,7 @@ class Ledger:
 
 
 def ledger_name(config: Any, rank: int) -> str:
-    """Of the engine with that data parallel rank under a ``VllmConfig``."""
+    """Name of the ledger of the engine with that data parallel rank under a ``VllmConfig``."""
     return f"{config.instance_id}-{rank}"
 
 
