@@ -1,28 +1,36 @@
-"""How many requests vLLM runs at once in a small pool of blocks, with and without adakv.
+"""vLLM with and without adakv: first tokens, decode steps, and many requests in a short pool.
 
     .venv-vllm/bin/python benchmarks/end_to_end_vllm.py --model FOLDER --save cpu-vllm
+    python benchmarks/end_to_end_vllm.py --device cuda --variants plain ada_snapkv --save h200-vllm
 
-(`make vllm` makes that environment.) The prompts are random tokens: what is measured doesn't depend
-on what they say. All requests come at once, and the engine is stepped by hand, so that after each
-step one can see who runs and what the pool has left. One JSON line for each variant, and with
-``--plot FILE`` a picture of both over time.
+(`make vllm` makes the environment of the first command.) Without ``--model`` the weights are random
+and of Llama-3.1-8B's shape. The prompts are random tokens: what is measured does not depend on what
+they say. Every variant runs in a process of its own, and each load of it in the same engine, whose
+pool is made as small as the load asks. All requests of a load come at once, and the engine is
+stepped by hand, so that after each step one can see who runs and what the pool has left. One JSON
+line for each variant and load; ``--plot FILE`` draws both over time for the last load.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import dataclasses
+import json
+import multiprocessing
 import os
 import random
+import statistics
+import tempfile
 import time
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from harness import Timing, report
 
-#: One engine in this process, with all its threads.
+#: One engine in the process that measures, with all its threads.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -32,76 +40,258 @@ ENVIRONMENT = {
 }
 
 
+class Load(NamedTuple):
+    """Requests that come at once."""
+
+    name: str
+    requests: int
+    prompt: int  # tokens of each
+    new: int  # tokens that each writes
+    fit: int  # whole requests that the pool holds
+    rounds: int = 1  # how often it is repeated; the fastest counts
+
+
+#: Measured by default.
+LOADS = {
+    "cpu": [Load("short_pool", 16, 900, 160, 4)],
+    "cuda": [
+        Load("first_token_8k", 1, 8192, 1, 1, 3),
+        Load("first_token_32k", 1, 32768, 1, 1, 3),
+        Load("decode_1_x_8k", 1, 8192, 128, 1, 2),
+        Load("decode_6_x_8k", 6, 8192, 128, 6, 2),
+        Load("ample_pool_8k", 16, 8192, 256, 16),
+        Load("short_pool_8k", 48, 8192, 256, 6),
+        Load("short_pool_2k", 48, 2048, 2048, 6),
+        Load("short_pool_32k", 48, 32768, 128, 6),
+    ],
+}
+
+
+@dataclasses.dataclass
+class Step:
+    """What is seen after a step of the engine."""
+
+    seconds: float  # of the clock, since the load began
+    cpu_seconds: float  # of all threads
+    running: int  # requests
+    blocks: int  # in use
+    tokens: int  # written so far
+    is_reading: bool  # whether a request read its prompt before or after it
+
+
+@dataclasses.dataclass
+class Outcome:
+    """A load of a variant."""
+
+    steps: list[Step]
+    preemptions: int
+    prompt_tokens_read: int
+
+
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a folder, or a name that vLLM knows")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=900, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=160, help="tokens that each request writes")
-    parser.add_argument("--fit", type=int, default=4, help="whole requests that the pool holds")
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--policy", default="ada_snapkv")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", help="a folder, or a name that vLLM knows")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["plain", "ada_snapkv"],
+        help="'plain', or a policy, which may have more settings of adakv's as JSON: "
+        '\'ada_snapkv {"when": "pressure"}\'',
+    )
+    parser.add_argument("--loads", nargs="+", metavar="NAME", help="only these loads of the device")
+    for field, meaning in (
+        ("requests", "that come at once"),
+        ("prompt", "tokens of each prompt"),
+        ("new", "tokens that each request writes"),
+        ("fit", "whole requests that the pool holds"),
+    ):
+        parser.add_argument(f"--{field}", type=int, help=meaning)
+    parser.add_argument("--budget", type=int, help="128 on a CPU, 1024 on a GPU by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.json")
+    parser.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.jsonl")
     parser.add_argument("--plot", metavar="FILE", help="draw requests and blocks over time")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.budget is None:
+        args.budget = 1024 if args.device == "cuda" else 128
+    known = {load.name: load for load in LOADS[args.device]}
+    unknown = set(args.loads or ()) - set(known)
+    if unknown:
+        parser.error(f"--loads: {', '.join(sorted(unknown))}; the device has {', '.join(known)}")
+    given = {k: getattr(args, k) for k in ("requests", "prompt", "new", "fit")}
+    given = {k: v for k, v in given.items() if v is not None}
+    args.loads = [known[name]._replace(**given) for name in args.loads or known]
+    if args.model is None and args.device == "cpu":
+        parser.error("--model is needed on a CPU")
+    return args
 
 
-def run(args: argparse.Namespace, compression: dict[str, Any] | None) -> list[dict[str, float]]:
-    """After each step: seconds since the start, of the clock and of all threads; requests running,
-    blocks used, tokens written."""
-    from vllm.distributed import cleanup_dist_env_and_memory
+def random_model(folder: str) -> str:
+    """The configuration of a model of Llama-3.1-8B's shape."""
+    from transformers import LlamaConfig
 
-    from vllm import LLM, SamplingParams
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    return folder
 
-    length = args.prompt + args.new
-    engine = LLM(
-        args.model,
-        dtype=args.dtype,
-        block_size=args.block_size,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        max_model_len=length,
-        max_num_seqs=args.requests,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=args.fit * -(-length // args.block_size) + 1,
-        additional_config={"adakv": compression} if compression else {},
-    ).llm_engine
-    core = engine.engine_core.engine_core
-    scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
-    params = SamplingParams(max_tokens=args.new, temperature=0, ignore_eos=True, detokenize=False)
-    rng = random.Random(0)
-    for number in range(args.requests):
-        prompt = [rng.randrange(1000, 10000) for _ in range(args.prompt)]
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
-    steps, written, total = [], dict.fromkeys(map(str, range(args.requests)), 0), args.new
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    with tqdm(total=args.requests * total, unit="token", desc=str(compression)) as bar:
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                count = len(output.outputs[0].token_ids)
-                bar.update(count - written[output.request_id])
-                written[output.request_id] = count
-            steps.append(
-                {
-                    "seconds": time.perf_counter() - begin,
-                    "cpu_seconds": time.process_time() - begin_cpu,
-                    "running": len(scheduler.running),
-                    "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-                    "tokens": sum(written.values()),
-                }
+
+def compression(variant: str, budget: int) -> dict[str, Any] | None:
+    """adakv's settings of a variant."""
+    if variant == "plain":
+        return None
+    policy, _, more = variant.partition(" ")
+    return {"policy": policy, "budget": budget, **json.loads(more or "{}")}
+
+
+class Engine:
+    """vLLM's engine, stepped by hand."""
+
+    def __init__(self, args: argparse.Namespace, variant: str) -> None:
+        from vllm import LLM
+
+        self._block_size = args.block_size
+        longest = max(load.prompt + load.new for load in args.loads)
+        on_cuda = args.device == "cuda"
+        settings = compression(variant, args.budget)
+        more: dict[str, Any] = {}
+        if on_cuda:
+            more = {"gpu_memory_utilization": 0.85, "async_scheduling": True}
+            if settings:
+                more["attention_backend"] = "CUSTOM"
+        else:
+            more = {"enforce_eager": True}
+        self._engine = LLM(
+            args.model,
+            load_format="auto" if args.named_model else "dummy",
+            dtype=args.dtype,
+            block_size=args.block_size,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            max_model_len=longest,
+            max_num_seqs=max(64 if on_cuda else 1, *(load.requests for load in args.loads)),
+            max_num_batched_tokens=8192 if on_cuda else 512,
+            num_gpu_blocks_override=max(map(self._blocks, args.loads)) + 1,
+            additional_config={"adakv": settings} if settings else {},
+            **more,
+        ).llm_engine
+        self._vocabulary = self._engine.model_config.get_vocab_size()
+        core = self._engine.engine_core.engine_core
+        self._scheduler = core.scheduler
+        self._pool = core.scheduler.kv_cache_manager.block_pool
+
+    def _blocks(self, load: Load) -> int:
+        """That hold the whole requests of a load which shall fit."""
+        return load.fit * -(-(load.prompt + load.new) // self._block_size)
+
+    def run(self, load: Load, seed: int) -> Outcome:
+        """Reads and writes a load in a pool of its size."""
+        from vllm import SamplingParams
+
+        all_free = self._pool.get_num_free_blocks()
+        held = self._pool.get_new_blocks(all_free - self._blocks(load))
+        total = self._pool.num_gpu_blocks - 1
+        params = SamplingParams(
+            max_tokens=load.new, temperature=0, ignore_eos=True, detokenize=False
+        )
+        rng = random.Random(seed)
+        requests = []
+        for number in range(load.requests):
+            prompt = [rng.randrange(self._vocabulary) for _ in range(load.prompt)]
+            name = f"{load.name}-{seed}-{number}"
+            name = self._engine.add_request(name, {"prompt_token_ids": prompt}, params) or name
+            requests.append(self._scheduler.requests.get(name))
+        written: dict[str, int] = {}
+        cached: dict[str, int] = {}
+        steps, is_reading = [], True
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                written[output.request_id] = len(output.outputs[0].token_ids)
+                cached[output.request_id] = output.num_cached_tokens or 0
+            running = self._scheduler.running
+            before, is_reading = (
+                is_reading,
+                any(r.num_computed_tokens < r.num_prompt_tokens for r in running),
             )
-    core.shutdown()
-    del engine, core, scheduler, pool
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return steps
+            steps.append(
+                Step(
+                    time.perf_counter() - begin,
+                    time.process_time() - begin_cpu,
+                    len(running),
+                    total - len(held) - self._pool.get_num_free_blocks(),
+                    sum(written.values()),
+                    before or is_reading,
+                )
+            )
+        self._pool.free_blocks(held)
+        free = self._pool.get_num_free_blocks()
+        assert free == all_free, f"{all_free - free} blocks were not given back"
+        preemptions = sum(r.num_preemptions for r in requests if r is not None)
+        read = load.requests * load.prompt - sum(cached.values())
+        return Outcome(steps, preemptions, read)
 
 
-def plot(runs: dict[str, list[dict[str, float]]], path: str) -> None:
+def measure(args: argparse.Namespace, variant: str) -> list[Outcome]:
+    """All loads of a variant, in this process."""
+    torch.set_grad_enabled(False)
+    os.environ.update(ENVIRONMENT)
+    engine = Engine(args, variant)
+    outcomes = []
+    for load in args.loads:
+        engine.run(load._replace(requests=1, new=min(load.new, 8)), 100)  # to warm up
+        rounds = [engine.run(load, seed) for seed in range(load.rounds)]
+        best = min(rounds, key=lambda outcome: outcome.steps[-1].seconds)
+        outcomes.append(best)
+        print(f"{variant}: {load.name}: {best.steps[-1].seconds:.3f} s", flush=True)
+    return outcomes
+
+
+def derived(outcome: Outcome) -> dict[str, float]:
+    """What is reported of a load."""
+    steps, last = outcome.steps, outcome.steps[-1]
+    most = max(step.running for step in steps)
+    ends = [0.0, *(step.seconds for step in steps)]
+    spans = [b - a for a, b in pairwise(ends)]
+    first = next(step.seconds for step in steps if step.tokens)
+    reading = sum(span for span, step in zip(spans, steps, strict=True) if step.is_reading)
+    full = [
+        span
+        for span, step in zip(spans, steps, strict=True)
+        if step.running == most and not step.is_reading
+    ]
+    return {
+        "seconds": last.seconds,
+        "cpu_seconds": last.cpu_seconds,
+        "steps": len(steps),
+        "first_token_seconds": first,
+        "seconds_reading": reading,
+        **({"decode_step_ms": 1e3 * statistics.median(full)} if full else {}),
+        "most_running": most,
+        "most_blocks": max(step.blocks for step in steps),
+        "preemptions": outcome.preemptions,
+        "prompt_tokens_read": outcome.prompt_tokens_read,
+        "tokens_per_second": last.tokens / last.seconds,
+    }
+
+
+def plot(runs: dict[str, list[Step]], path: str) -> None:
     """Requests that run and blocks that are used, over time."""
     import matplotlib
 
@@ -113,7 +303,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: str) -> None:
         both, ("running", "blocks"), ("requests running", "blocks used"), strict=True
     ):
         for name, steps in runs.items():
-            axes.step([s["seconds"] for s in steps], [s[key] for s in steps], label=name)
+            axes.step([s.seconds for s in steps], [getattr(s, key) for s in steps], label=name)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     both[0].legend()
@@ -122,44 +312,46 @@ def plot(runs: dict[str, list[dict[str, float]]], path: str) -> None:
 
 
 def main() -> None:
-    """Runs both, one after the other."""
+    """Runs the variants, one after the other."""
     args = options()
-    os.environ.update(ENVIRONMENT)
-    variants = {
-        "vLLM": None,
-        f"with adakv, budget {args.budget}": {"policy": args.policy, "budget": args.budget},
-    }
-    runs = {}
-    for name, compression in variants.items():
-        steps = runs[name] = run(args, compression)
-        times = [a["seconds"] for a in steps]
-        spent = sorted(1e6 * (b - a) for a, b in zip([0.0, *times], times, strict=False))
-        quartiles = (spent[len(spent) * i // 4] for i in (2, 1, 3))
-        report(
-            "end_to_end_vllm",
-            {
-                "variant": name,
-                "model": os.path.basename(args.model.rstrip("/")),
-                "engine_threads": os.environ.get("OMP_NUM_THREADS", "all"),
-                **{k: getattr(args, k) for k in ("requests", "prompt", "new", "fit", "dtype")},
-                "block_size": args.block_size,
-                "policy": args.policy if compression else None,
-            },
-            {"step": Timing(*(round(q, 2) for q in quartiles), len(steps))},
-            {
-                "seconds": times[-1],
-                "cpu_seconds": steps[-1]["cpu_seconds"],
-                "steps": len(steps),
-                "most_running": max(s["running"] for s in steps),
-                "most_blocks": max(s["blocks"] for s in steps),
-                "tokens_per_second": steps[-1]["tokens"] / times[-1],
-            },
-            args.save,
-        )
+    args.named_model = args.model is not None
+    if args.device == "cuda":
+        torch.cuda.init()  # so that the report names the GPU
+    runs: dict[str, list[Step]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            args.model = random_model(folder)
+        for variant in args.variants:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                outcomes = process.submit(measure, args, variant).result()
+            for load, outcome in zip(args.loads, outcomes, strict=True):
+                ends = [0.0, *(step.seconds for step in outcome.steps)]
+                spent = sorted(1e6 * (b - a) for a, b in pairwise(ends))
+                quartiles = (spent[len(spent) * i // 4] for i in (2, 1, 3))
+                report(
+                    "end_to_end_vllm",
+                    {
+                        "variant": variant,
+                        "load": load.name,
+                        "model": os.path.basename(args.model.rstrip("/"))
+                        if args.named_model
+                        else "random, Llama-3.1-8B's shape",
+                        "engine_threads": os.environ.get("OMP_NUM_THREADS", "all"),
+                        **{k: v for k, v in load._asdict().items() if k != "name"},
+                        "dtype": args.dtype,
+                        "block_size": args.block_size,
+                        "budget": args.budget if variant != "plain" else None,
+                        "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
+                    },
+                    {"step": Timing(*(round(q, 2) for q in quartiles), len(outcome.steps))},
+                    derived(outcome),
+                    args.save,
+                )
+            runs[variant] = outcomes[-1].steps
     if args.plot:
         plot(runs, args.plot)
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()
