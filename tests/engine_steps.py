@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Request:
     kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
     blocks: list[int] = field(default_factory=list)
     is_warm_up: bool = False  # no scheduler knows of it
+    place: int = -1
 
 
 class Told(Boundaries):
@@ -56,9 +58,20 @@ class Told(Boundaries):
 
 
 class Steps:
-    """Requests on one device; their blocks in any order, unused memory full of NaN."""
+    """Requests on one device; their blocks in any order, unused memory full of NaN.
 
-    def __init__(self, policy: Policy, device: torch.device, dtype: torch.dtype) -> None:
+    ``has_places``: the worker has a table of requests, as vLLM's second model runner.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        has_places: bool = False,
+    ) -> None:
+        self.has_places = has_places
         self.policy, self.device, self.dtype = policy, device, dtype
         shape = NUM_BLOCKS * HEADS, 2, BLOCK, DIM
         pages = [torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(LAYERS)]
@@ -94,6 +107,7 @@ class Steps:
         """It has to start again."""
         self._free(request)
         request.blocks, request.computed, request.boundary, request.kept = [], 0, 0, []
+        request.place = -1
 
     def _free(self, request: Request) -> None:
         if request.blocks:
@@ -105,7 +119,7 @@ class Steps:
         for request, count in zip(self.requests, counts, strict=True):
             while len(request.blocks) * BLOCK < request.computed + count:
                 request.blocks.append(self.free.pop())
-            if request.computed == 0 and not request.is_warm_up:
+            if request.computed == 0 and request.blocks and not request.is_warm_up:
                 self.told.running.add(request.blocks[0])
         computed = [r.computed for r in self.requests]
         table = torch.zeros(len(counts) + padding, MAX_LEN // BLOCK, dtype=torch.int32)
@@ -123,10 +137,20 @@ class Steps:
             max_query_len=max(counts),
             max_seq_len=max(lengths),
             block_table_tensor=table.to(self.device),
+            req_idx=self._places() if self.has_places else None,
             is_prefilling=torch.tensor(
                 [r.computed < r.prompt for r in self.requests] + [False] * padding
             ),
         )
+
+    def _places(self) -> np.ndarray:
+        """Of the requests in their worker's table; a free one is taken again soon."""
+        taken = [r.place for r in self.requests]
+        for request in self.requests:
+            if request.place < 0:
+                request.place = next(i for i in range(100) if i not in taken)
+                taken.append(request.place)
+        return np.array([r.place for r in self.requests])
 
     def inputs(self, layer: int, counts: list[int]) -> list[Tensor]:
         """Queries, keys and values ``[tokens, H, D]`` of a step's new tokens."""

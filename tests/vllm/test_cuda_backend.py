@@ -3,12 +3,14 @@ while the tables are made anew outside. vLLM isn't needed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of, decode_batch_of, is_decode
-from engine_steps import BLOCK, BUDGET, LAYERS, MAX_LEN, Steps
+from engine_steps import BLOCK, BUDGET, GROUP, HEADS, LAYERS, MAX_LEN, Steps
 
 MOST = 6
 
@@ -18,13 +20,17 @@ def prompts_read(device: torch.device, dtype: torch.dtype) -> Steps:
     steps = Steps(Settings(budget=BUDGET).policy_for(BLOCK), device, dtype)
     for prompt in (200, 30, 161, 100):
         steps.add(prompt)
-    counts = [r.prompt for r in steps.requests]
+    read(steps, [r.prompt for r in steps.requests])
+    return steps
+
+
+def read(steps: Steps, counts: list[int]) -> None:
+    """One step outside of graphs, with so many tokens of each request."""
     step = steps.cache.begin_step(batch_of(steps.describe(counts)))
     for layer in range(LAYERS):
         queries, keys, values = steps.inputs(layer, counts)
         steps.cache.attend(layer, step, queries, keys, values, torch.empty_like(queries))
     steps.advance(counts)
-    return steps
 
 
 def padded(steps: Steps, layer: int) -> list[torch.Tensor]:
@@ -36,7 +42,7 @@ def padded(steps: Steps, layer: int) -> list[torch.Tensor]:
 def test_padded_decode_steps_equal_the_reference(device: torch.device):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     steps = prompts_read(device, dtype)
-    buffers = steps.cache.buffers(MOST + 3, MAX_LEN)
+    buffers = steps.cache.buffers(MOST + 3, MAX_LEN, HEADS * GROUP)
     for number in range(40):
         if number == 30:
             steps.remove(steps.requests[1])
@@ -55,11 +61,42 @@ def test_padded_decode_steps_equal_the_reference(device: torch.device):
         steps.give_back()
 
 
+@pytest.mark.parametrize("has_places", [False, True])
+@pytest.mark.parametrize("name", ["ada_snapkv", "h2o"])
+def test_prompt_tokens_in_replayed_decode_steps_are_heard(name: str, has_places: bool):
+    """A step of one token for each request may be replayed from a graph, where no layer is asked:
+    also if that token is one of a prompt."""
+    policy = Settings(name, BUDGET).policy_for(BLOCK)
+    steps = Steps(policy, torch.device("cpu"), torch.float32, has_places=has_places)
+    for prompt in (152, 130, 161, 40):
+        steps.add(prompt)
+    buffers = steps.cache.buffers(4, MAX_LEN, HEADS * GROUP)
+    read(steps, [149, 130, 161, 40])
+    counts, recorded = [1, 1, 1, 1], None
+    for _ in range(6):
+        metadata = steps.describe(counts)
+        assert is_decode(metadata)
+        steps.end_prompts()
+        step = steps.cache.begin_step(decode_batch_of(metadata, MAX_LEN), buffers)
+        # What a graph replays knows no more of a step than what is in the buffers.
+        recorded = recorded or replace(step, reading={})
+        recorded.groups[0] = recorded.groups[0]._replace(schedule=step.groups[0].schedule)
+        for layer in range(LAYERS):
+            queries, keys, values = steps.inputs(layer, counts)
+            out = torch.full_like(queries, float("nan"))
+            steps.cache.attend(layer, recorded, queries, keys, values, out)
+            steps.check(out, layer, counts)
+        steps.advance(counts)
+        steps.give_back()
+    assert [boundary for _, boundary in steps.told.planned] == [130, 161, 40, 152]
+    assert len(steps.told.entries) == 3
+
+
 @pytest.mark.gpu
 def test_decode_steps_replayed_from_a_graph_equal_the_reference():
     device = torch.device("cuda")
     steps = prompts_read(device, torch.bfloat16)
-    buffers = steps.cache.buffers(MOST + 3, MAX_LEN)
+    buffers = steps.cache.buffers(MOST + 3, MAX_LEN, HEADS * GROUP)
     counts = [1] * len(steps.requests)
     # Recorded on padding alone, as vLLM does before there are requests.
     empty = steps.describe(counts)

@@ -68,6 +68,14 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, d
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
 
 
+def test_engine_cache_knows_requests_by_their_places(device: torch.device):
+    """As with vLLM's second model runner: the host reads no first block in its own step."""
+    steps = Steps(policy("fill"), device, torch.float32, has_places=True)
+    run_random_steps(steps, 45)
+    assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
+    assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)
+
+
 @pytest.mark.parametrize("name", FOLDING)
 def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, name: str):
     """Policies that look at all queries, which come in chunks."""

@@ -126,7 +126,8 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
                 config.scheduler_config.max_num_seqs,
                 config.compilation_config.max_cudagraph_capture_size or 0,
             )
-            self._buffers = self.cache.buffers(most, self._max_seq_len)
+            heads = self._layers[0].impl.num_heads
+            self._buffers = self.cache.buffers(most, self._max_seq_len, heads)
         if is_decode(m):
             step = self.cache.begin_step(decode_batch_of(m, self._max_seq_len), self._buffers)
         else:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,9 +29,10 @@ from adakv import ops
 from adakv.ops import Layer
 from adakv.policy import Policy
 from adakv.step import Attention
+from adakv.vllm.later import Later
 from adakv.vllm.plan import Plan, plan
-from adakv.vllm.prompts import LayerPrompts
-from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs
+from adakv.vllm.prompts import LayerPrompts, Prompt
+from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs, sent
 
 
 class Boundaries:
@@ -101,8 +103,10 @@ class EngineCache:
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(num_pages, self.block_size)
-        # First blocks of requests that may read their prompt.
-        self._undecided: set[int] = set()
+        self._undecided: dict[int, Prompt] = {}  # by request
+        # What the layers of a step that a graph may replay could not hear.
+        self._unheard: Step | None = None
+        self._kept: list[tuple[int, Later]] = []  # entries of a prompt, and how many are kept
 
     def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
@@ -119,18 +123,21 @@ class EngineCache:
         adakv.Error
             If the scheduler expects another boundary than the one found here.
         """
-        step = Step()
-        if batch.num_new is not None and any(batch.is_prefilling):
-            raise ValueError("num_new must not be given for a step that reads prompts")
+        self._hear_late()
+        step = Step(queries=None if buffers is None else buffers.queries)
         if self._undecided or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
         for rows, tokens, new_tokens in equal_runs(batch, step.read_by_torch):
             group = self._group(batch, rows, tokens, new_tokens)
             step.groups.append(group if buffers is None else copied(group, buffers))
+        if buffers is not None and step.reading:
+            self._unheard = step
+        self._tell_kept()
         return step
 
-    def buffers(self, num_requests: int, max_seq_len: int) -> Group:
-        """Memory for the tables of a step of up to so many requests of up to so many tokens."""
+    def buffers(self, num_requests: int, max_seq_len: int, num_q_heads: int) -> Group:
+        """Memory for the tables of a step of up to so many requests of up to so many tokens, and
+        for its queries."""
         rows = self.num_layers, num_requests, self.num_kv_heads
         lengths = self._integers(*rows)
         table = self._integers(*rows, -(-max_seq_len // self.block_size))
@@ -138,7 +145,10 @@ class EngineCache:
         schedule = ops.plan(lengths, table, fresh_pages, page_size=self.block_size)
         seen = self._integers(self.num_layers, num_requests)
         num_new = self._integers(num_requests)
-        return Group(slice(0), 1, num_new, lengths, table, seen, fresh_pages, schedule)
+        queries = self.pages[0].new_zeros(
+            (self.num_layers, num_requests, num_q_heads, self.pages[0].shape[-1])
+        )
+        return Group(slice(0), 1, num_new, lengths, table, seen, fresh_pages, schedule, queries)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -172,11 +182,23 @@ class EngineCache:
                 softcap=softcap,
             )
             out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
+        if step.queries is not None:
+            step.queries[layer, : len(queries)] = queries
+            return
         for row, reading in step.reading.items():
             new = reading.tokens
             if row in step.read_by_torch:
                 out[new] = prompts.read(reading, queries[new], keys[new], values[new])
             prompts.hear(reading, queries[new])
+
+    def _hear_late(self) -> None:
+        """Hears the queries of a step that may have been replayed from a graph."""
+        step, self._unheard = self._unheard, None
+        if step is None or step.queries is None:
+            return
+        for prompts, queries in zip(self.prompts, step.queries, strict=True):
+            for reading in step.reading.values():
+                prompts.hear(reading, queries[reading.tokens])
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -193,35 +215,51 @@ class EngineCache:
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
-        for first_block in list(self._undecided):
-            if not self._told.is_running(first_block):
-                self._forget(first_block)
-        first_blocks = batch.block_table[:, 0].tolist()
-        for row, first_block in enumerate(first_blocks):
+        self._forget_gone()
+        first_blocks, requests = batch.block_table[:, 0], batch.requests
+        if requests is None:
+            requests = first_blocks.tolist()
+        begins = [
+            row
+            for row, (begin, end) in enumerate(pairwise(batch.query_start))
+            # Also a request that starts again after a preemption.
+            if batch.is_prefilling[row] and batch.computed[row] == 0 and begin != end
+        ]
+        if begins:
+            names = first_blocks[sent(begins, self.device)]
+            self.boundaries[names.long()] = 0
+            prompt_names = Later(names)
+            for index, row in enumerate(begins):
+                self._forget(requests[row])
+                self._undecided[requests[row]] = Prompt(prompt_names, index)
+            if batch.requests is None:
+                self._forget_gone()
+        for row, request in enumerate(requests):
             begin, end = batch.query_start[row : row + 2]
-            if first_block == 0 or begin == end:
-                continue
-            if batch.computed[row] == 0:  # also a request that starts again after a preemption
-                self._forget(first_block)
-                self.boundaries[first_block] = 0
-                if self._told.is_running(first_block):
-                    self._undecided.add(first_block)
-            if first_block not in self._undecided:
+            if request not in self._undecided or begin == end:
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
                 length = computed + end - begin
-                step.reading[row] = Reading(
-                    first_block,
-                    slice(begin, end),
-                    length,
-                    self._page_ids(blocks, length),
-                    self._plan(length) is not None,
-                )
+                is_long = self._plan(length) is not None
+                page_ids = self._page_ids(blocks, length)
+                step.reading[row] = Reading(request, slice(begin, end), length, page_ids, is_long)
                 if all(p.is_read_by_torch(end - begin) for p in self.prompts):
                     step.read_by_torch.add(row)
-            else:
-                self._end_prompt(first_block, blocks, computed)
+            elif computed > 0:  # otherwise it is no request, but a number that was one's
+                self._end_prompt(request, blocks, computed)
+
+    def _forget_gone(self) -> None:
+        """Forgets prompts that no scheduler has."""
+        for request, prompt in list(self._undecided.items()):
+            if not self._told.is_running(prompt.first_block):
+                self._forget(request)
+
+    def _tell_kept(self) -> None:
+        """Tells of compressions that are over, as far as nobody has to wait."""
+        while self._kept and self._kept[0][1].is_here:
+            entries, kept = self._kept.pop(0)
+            self._told.compressed(entries, *kept.tolist())
 
     def _plan(self, boundary: int) -> Plan | None:
         return plan(
@@ -236,27 +274,28 @@ class EngineCache:
         head = torch.arange(self.num_kv_heads, device=self.device)[:, None]
         return blocks[: -(-length // self.block_size)].long() * self.num_kv_heads + head
 
-    def _end_prompt(self, first_block: int, blocks: Tensor, boundary: int) -> None:
+    def _end_prompt(self, request: int, blocks: Tensor, boundary: int) -> None:
+        first_block = self._undecided[request].first_block
         self._told.check_planned(first_block, boundary)
         planned = self._plan(boundary)
         if planned is not None:
             page_ids = self._page_ids(blocks, boundary)
             for layer in range(self.num_layers):
-                self._compact(layer, first_block, page_ids, boundary, planned)
+                kept = self._compact(layer, request, page_ids, boundary, planned)
+                self.lengths[layer, first_block] = kept
             self.boundaries[first_block] = boundary
-            self._told.compressed(
-                self.num_layers * self.num_kv_heads * boundary,
-                int(self.lengths[:, first_block].sum()),
-            )
-        self._forget(first_block)
+            entries = self.num_layers * self.num_kv_heads * boundary
+            self._kept.append((entries, Later(self.lengths[:, first_block].sum()[None])))
+        self._forget(request)
         self._told.done(first_block, boundary)
 
     def _compact(
-        self, layer: int, first_block: int, page_ids: Tensor, boundary: int, planned: Plan
-    ) -> None:
-        """Chooses what a layer keeps of a prompt and moves it into the request's first blocks."""
+        self, layer: int, request: int, page_ids: Tensor, boundary: int, planned: Plan
+    ) -> Tensor:
+        """Chooses what a layer keeps of a prompt and moves it into the request's first blocks; how
+        many entries of each head, ``[Hkv]``."""
         heads = self.num_kv_heads
-        inputs, kept = self.prompts[layer].choose(first_block, page_ids, boundary, self.budget)
+        inputs, kept = self.prompts[layer].choose(request, page_ids, boundary, self.budget)
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
         usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
@@ -274,15 +313,15 @@ class EngineCache:
                 self._integers(1, heads, 1),
             ),
             usable,
-            torch.tensor([0, usable.numel()], dtype=torch.int32, device=self.device),
+            sent([0, usable.numel()], self.device).int(),
         )
-        self.lengths[layer, first_block] = lengths[0]
+        return lengths[0]
 
-    def _forget(self, first_block: int) -> None:
-        """The request with that first block is decided on, or gone."""
-        self._undecided.discard(first_block)
+    def _forget(self, request: int) -> None:
+        """The request is decided on, or gone."""
+        self._undecided.pop(request, None)
         for prompts in self.prompts:
-            prompts.heard.pop(first_block, None)
+            prompts.heard.pop(request, None)
 
     def _group(
         self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int

@@ -27,16 +27,14 @@ def batch_of(metadata: Any) -> Batch:
         seq_lens=m.seq_lens,
         block_table=m.block_table_tensor,
         max_seq_len=max(seq_lens),
+        requests=_requests(m),
     )
 
 
 def is_decode(metadata: Any) -> bool:
-    """Whether each request of a step, padding included, has one token and no prompt to read: then
-    it can be replayed from a CUDA graph."""
-    m = metadata
-    return bool(
-        m.max_query_len == 1 and m.num_actual_tokens == m.num_reqs and not any(_is_prefilling(m))
-    )
+    """Whether each request of a step, padding included, has one token: then it may be replayed from
+    a CUDA graph, also if that token is one of a prompt."""
+    return bool(metadata.max_query_len == 1 and metadata.num_actual_tokens == metadata.num_reqs)
 
 
 def decode_batch_of(metadata: Any, max_seq_len: int) -> Batch:
@@ -59,9 +57,19 @@ def decode_batch_of(metadata: Any, max_seq_len: int) -> Batch:
         block_table=m.block_table_tensor,
         max_seq_len=min(max_seq_len, max(m.max_seq_len, 1)),
         num_new=m.query_start_loc.diff().int(),
+        requests=_requests(m),
     )
 
 
 def _is_prefilling(metadata: Any) -> list[bool]:
-    flags = metadata.is_prefilling
-    return [False] * metadata.num_reqs if flags is None else flags.tolist()
+    """As many as requests, padding included, which the second model runner leaves out."""
+    flags: list[bool] = [] if metadata.is_prefilling is None else metadata.is_prefilling.tolist()
+    return flags + [False] * (metadata.num_reqs - len(flags))
+
+
+def _requests(metadata: Any) -> list[int] | None:
+    """The places of a step's requests in the second model runner's table."""
+    if metadata.req_idx is None:
+        return None
+    places: list[int] = metadata.req_idx.tolist()
+    return places + [-1] * (metadata.num_reqs - len(places))

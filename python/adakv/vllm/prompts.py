@@ -12,10 +12,23 @@ from torch import Tensor
 from adakv.ops import Kept
 from adakv.policy import FoldingScorer, LayerInputs, Policy
 from adakv.step import Attention
+from adakv.vllm.later import Later
 from adakv.vllm.steps import Reading
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
 READ_BY_TORCH = 32
+
+
+class Prompt(NamedTuple):
+    """A request that may still read its prompt."""
+
+    first_blocks: Later  # of all that began in its first step
+    place: int  # among them
+
+    @property
+    def first_block(self) -> int:
+        """Its name, for the scheduler, too."""
+        return int(self.first_blocks.tolist()[self.place])
 
 
 class Heard(NamedTuple):
@@ -53,7 +66,7 @@ class LayerPrompts:
         num_layers: int,
     ) -> None:
         self.attention = attention
-        self.heard: dict[int, Heard] = {}  # by first block
+        self.heard: dict[int, Heard] = {}  # by request
         self._policy, self._pages = policy, pages
         self._w_o = w_o if "w_o" in policy.needs else None
         self._layer, self._num_layers = layer, num_layers
@@ -92,24 +105,25 @@ class LayerPrompts:
 
     def hear(self, reading: Reading, new: Tensor) -> None:
         """Remembers what the policy will have to know of new queries ``[n, Hq, D]``."""
-        before = self.heard.get(reading.first_block, Heard(new[:0]))
+        before = self.heard.get(reading.request, Heard(new[:0]))
         if self._folding is None:
             window = self._policy.window
             queries = torch.cat([before.queries, new[-window:]])[-window:]
             now = Heard(queries.clone())
-        elif not reading.is_long:
-            now = Heard(torch.cat([before.queries, new]))
         else:
             queries = torch.cat([before.queries, new])
-            part = self._inputs(queries, reading.page_ids, reading.length)
-            now = Heard(new[:0].clone(), self._folding.fold(before.folded, part))
-        self.heard[reading.first_block] = now
+            if reading.is_long:
+                part = self._inputs(queries, reading.page_ids, reading.length)
+                now = Heard(new[:0].clone(), self._folding.fold(before.folded, part))
+            else:
+                now = Heard(queries)
+        self.heard[reading.request] = now
 
     def choose(
-        self, first_block: int, page_ids: Tensor, length: int, budget: int
+        self, request: int, page_ids: Tensor, length: int, budget: int
     ) -> tuple[LayerInputs, Kept]:
         """What to keep of a prompt in pages ``[Hkv, blocks]``; the inputs are copies."""
-        queries, folded = self.heard[first_block]
+        queries, folded = self.heard[request]
         inputs = self._inputs(queries, page_ids, length)
         scores = None if self._folding is None else self._folding.finish(folded, inputs)
         return inputs, self._policy.choose(inputs, budget, scores=scores)

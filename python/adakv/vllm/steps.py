@@ -32,6 +32,9 @@ class Batch:
     num_new : ``[R]`` int32, optional
         For a batch whose requests all have the same number of columns, some of them padding: how
         many, counted from the right, are tokens.
+    requests : R ints, optional
+        By which each request is known from its first step to its last, -1 for padding. Without
+        them requests are known by their first blocks, which the host then waits for.
     """
 
     query_start: Sequence[int]
@@ -41,6 +44,7 @@ class Batch:
     block_table: Tensor
     max_seq_len: int
     num_new: Tensor | None = None
+    requests: Sequence[int] | None = None
 
 
 class Group(NamedTuple):
@@ -54,12 +58,13 @@ class Group(NamedTuple):
     seen: Tensor  # [L, B]
     fresh_pages: Tensor  # [L, B, Hkv, F]
     schedule: Tensor  # [L, X]
+    queries: Tensor | None = None  # [L, B, Hq, D], of buffers: kept for the next step to hear
 
 
 class Reading(NamedTuple):
     """New tokens of a prompt."""
 
-    first_block: int
+    request: int
     tokens: slice  # of the step
     length: int  # of the prompt as far as it is read then
     page_ids: Tensor  # [Hkv, blocks], where it lies
@@ -73,6 +78,7 @@ class Step:
     groups: list[Group] = field(default_factory=list)
     reading: dict[int, Reading] = field(default_factory=dict)  # by row of the batch
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
+    queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to hear
 
 
 def copied(group: Group, buffers: Group) -> Group:
@@ -109,6 +115,10 @@ def equal_runs(
             begin = batch.query_start[first]
             yield slice(first, last + 1), slice(begin, begin + len(rows) * count), count
         else:
-            begins = torch.tensor([batch.query_start[row] for row in rows])[:, None]
-            tokens = (begins + torch.arange(count)).flatten()
-            yield torch.tensor(rows).to(device), tokens.to(device), count
+            tokens = [batch.query_start[row] + i for row in rows for i in range(count)]
+            yield sent(rows, device), sent(tokens, device), count
+
+
+def sent(values: list[int], device: torch.device) -> Tensor:
+    """A list on a device, without waiting for what the device does."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
