@@ -15,6 +15,7 @@ from adakv.policy import LayerInputs, Policy
 from adakv.step import Attention
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.plan import plan
+from adakv.vllm.prompt_attention import FlashAttention
 from policy.helpers import rotate
 from tolerance import assert_close
 
@@ -69,6 +70,7 @@ class Steps:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        flash: FlashAttention | None = None,
         has_places: bool = False,
     ) -> None:
         self.has_places = has_places
@@ -87,6 +89,7 @@ class Steps:
             attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
             w_o=self._output_weight,
             boundaries=self.told,
+            flash=flash,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
         self.requests: list[Request] = []
@@ -127,6 +130,11 @@ class Steps:
             row[: len(request.blocks)] = torch.tensor(request.blocks)
         start = torch.tensor([0, *counts] + [0] * padding).cumsum(0).int()
         lengths = [a + b for a, b in zip(computed, counts, strict=True)] + [0] * padding
+        slots = [
+            request.blocks[place // BLOCK] * BLOCK + place % BLOCK
+            for request, count in zip(self.requests, counts, strict=True)
+            for place in range(request.computed, request.computed + count)
+        ]
         return SimpleNamespace(
             query_start_loc=start.to(self.device),
             query_start_loc_cpu=start,
@@ -137,6 +145,7 @@ class Steps:
             max_query_len=max(counts),
             max_seq_len=max(lengths),
             block_table_tensor=table.to(self.device),
+            slot_mapping=torch.tensor(slots + [-1] * padding).to(self.device),
             req_idx=self._places() if self.has_places else None,
             is_prefilling=torch.tensor(
                 [r.computed < r.prompt for r in self.requests] + [False] * padding

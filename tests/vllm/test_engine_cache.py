@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from adakv.policy import Policy, get
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
 from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps
+from flash_stand_in import FLASH
 
 FOLDING = [
     "h2o",
@@ -68,9 +70,10 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, d
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
 
 
-def test_engine_cache_knows_requests_by_their_places(device: torch.device):
+@pytest.mark.parametrize("flash", [None, FLASH], ids=["ours", "flash"])
+def test_engine_cache_knows_requests_by_their_places(device: torch.device, flash: Any):
     """As with vLLM's second model runner: the host reads no first block in its own step."""
-    steps = Steps(policy("fill"), device, torch.float32, has_places=True)
+    steps = Steps(policy("fill"), device, torch.float32, flash=flash, has_places=True)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
     assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)

@@ -81,12 +81,17 @@ class PromptAttention:
             columns[..., :start] = folded
         for number, column in enumerate(columns):
             first = (number - start) % self.stride
-            queries = part.queries[:, :, first :: self.stride]
+            rows = slice(first, None, self.stride)
+            queries = part.queries[:, :, rows]
             if queries.shape[2] == 0:
                 continue
             end = start + first + (queries.shape[2] - 1) * self.stride + 1
             new = self._columns(
-                queries, keys[:, :, :end], part, "max" if self.reduce == "max" else "sum"
+                queries,
+                keys[:, :, :end],
+                part,
+                "max" if self.reduce == "max" else "sum",
+                lse=None if part.lse is None else part.lse[:, :, rows].contiguous(),
             )
             seen = column[..., :end]
             seen.copy_(seen.maximum(new) if self.reduce == "max" else seen + new)

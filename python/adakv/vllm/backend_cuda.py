@@ -1,8 +1,8 @@
 """A backend for CUDA, under vLLM's name for those of others: ``attention_backend="CUSTOM"``.
 
-Blocks are head-major, so that one block of one kv head is one page, and all attention is adakv's:
-of prompts in chunks, of decode steps from CUDA graphs. The tables of a step are made in ``build``,
-outside of any graph, where prompts that have ended are compressed, too.
+Blocks are head-major, so that one block of one kv head is one page. Prompts are read by vLLM's
+FlashAttention where it can, decode steps by adakv, also from CUDA graphs. The tables of a step are
+made in ``build``, outside of any graph, where prompts that have ended are compressed, too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from adakv.vllm import hooks
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of, decode_batch_of, is_decode
+from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.steps import Group, Step
 
 
@@ -121,7 +122,8 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
         m = common_attn_metadata
         if self.cache is None or self._buffers is None:
             config = self.vllm_config
-            self.cache = hooks.make_cache(self.kv_cache_spec, self._layers, config)
+            flash = flash_attention(self._layers[0].impl, self.kv_cache_spec)
+            self.cache = hooks.make_cache(self.kv_cache_spec, self._layers, config, flash)
             most = max(
                 config.scheduler_config.max_num_seqs,
                 config.compilation_config.max_cudagraph_capture_size or 0,
@@ -133,6 +135,30 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
         else:
             step = self.cache.begin_step(batch_of(m))
         return CudaMetadata(self.cache, step, m.num_actual_tokens)
+
+
+def flash_attention(impl: CudaAttention, spec: Any) -> FlashAttention | None:
+    """vLLM's FlashAttention, if it reads prompts of such layers on this device."""
+    from vllm.v1.attention.backends import fa_utils
+
+    version = fa_utils.get_flash_attn_version(
+        head_size=impl.head_size,
+        has_sinks=impl.sinks is not None,
+        requires_softcap=bool(impl.logits_soft_cap),
+    )
+    reads_pages = spec.dtype in (torch.float16, torch.bfloat16) and spec.block_size % 16 == 0
+    if version not in (2, 3) or not reads_pages or (version == 2 and impl.sinks is not None):
+        return None
+    one = torch.ones((), device="cuda")  # what scales are where nothing is quantized
+
+    def write(
+        keys: Tensor, values: Tensor, into_keys: Tensor, into_values: Tensor, slots: Tensor
+    ) -> None:
+        fa_utils.reshape_and_cache_flash(
+            keys, values, into_keys, into_values, slots, "auto", one, one
+        )
+
+    return FlashAttention(fa_utils.flash_attn_varlen_func, write, version)
 
 
 class CudaAttention(hooks.Compressing, AttentionImpl[CudaMetadata]):

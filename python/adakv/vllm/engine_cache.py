@@ -31,6 +31,7 @@ from adakv.policy import Policy
 from adakv.step import Attention
 from adakv.vllm.later import Later
 from adakv.vllm.plan import Plan, plan
+from adakv.vllm.prompt_attention import FlashAttention, whole
 from adakv.vllm.prompts import LayerPrompts, Prompt
 from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs, sent
 
@@ -69,6 +70,8 @@ class EngineCache:
         ``w_o(layer)`` is the ``[E, Hq * D]`` weight of a layer's output projection, for policies
         with "w_o" in their :attr:`Policy.needs`.
     boundaries : :class:`Boundaries`, optional
+    flash : :class:`FlashAttention`, optional
+        Reads prompts; without it ``attend`` does.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class EngineCache:
         attentions: Sequence[Attention],
         w_o: Callable[[int], Tensor] | None = None,
         boundaries: Boundaries | None = None,
+        flash: FlashAttention | None = None,
     ) -> None:
         num_pages, _, self.block_size, _ = pages[0].shape
         self.budget, self.num_kv_heads = budget, num_kv_heads
@@ -97,7 +101,7 @@ class EngineCache:
             for layer, attention in enumerate(attentions)
         ]
         num_blocks = num_pages // num_kv_heads
-        self._told = boundaries or Boundaries()
+        self._told, self._flash = boundaries or Boundaries(), flash
         # By first block. A boundary of 0: the request is whole.
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
@@ -127,7 +131,13 @@ class EngineCache:
         step = Step(queries=None if buffers is None else buffers.queries)
         if self._undecided or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
-        for rows, tokens, new_tokens in equal_runs(batch, step.read_by_torch):
+        without = set(step.read_by_torch)
+        spans = enumerate(pairwise(batch.query_start))
+        reads = [row for row, (begin, end) in spans if batch.is_prefilling[row] and begin != end]
+        if self._flash is not None and reads and buffers is None:
+            step.whole = whole(batch, reads)
+            without |= set(reads)
+        for rows, tokens, new_tokens in equal_runs(batch, without):
             group = self._group(batch, rows, tokens, new_tokens)
             step.groups.append(group if buffers is None else copied(group, buffers))
         if buffers is not None and step.reading:
@@ -185,11 +195,26 @@ class EngineCache:
         if step.queries is not None:
             step.queries[layer, : len(queries)] = queries
             return
+        lse = None
+        if step.whole is not None and self._flash is not None:
+            lse = self._flash.attend(
+                step.whole,
+                self.pages[layer],
+                queries,
+                keys,
+                values,
+                out,
+                prompts.attention,
+                wants_lse=prompts.wants_lse,
+            )
         for row, reading in step.reading.items():
             new = reading.tokens
             if row in step.read_by_torch:
                 out[new] = prompts.read(reading, queries[new], keys[new], values[new])
-            prompts.hear(reading, queries[new])
+            if lse is None or step.whole is None:
+                prompts.hear(reading, queries[new])
+            else:
+                prompts.hear(reading, queries[new], lse[:, step.whole.of_row[row]])
 
     def _hear_late(self) -> None:
         """Hears the queries of a step that may have been replayed from a graph."""

@@ -31,6 +31,7 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
 
@@ -140,7 +141,10 @@ def check_layer(impl: Any, *, alibi_slopes: Any, kv_sharing_target_layer_name: s
 
 
 def make_cache(
-    spec: CompressedSpec, layers: Sequence[AttentionLayer], config: VllmConfig
+    spec: CompressedSpec,
+    layers: Sequence[AttentionLayer],
+    config: VllmConfig,
+    flash: FlashAttention | None = None,
 ) -> EngineCache:
     """The cache of a group of layers whose memory has been bound."""
     settings = Settings.of(config.additional_config)
@@ -166,6 +170,7 @@ def make_cache(
         attentions=attentions,
         w_o=lambda index: _output_weight(layers[index]),
         boundaries=_Told(ledger, counts=get_tensor_model_parallel_rank() == 0),
+        flash=flash,
     )
 
 

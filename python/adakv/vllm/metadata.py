@@ -27,6 +27,7 @@ def batch_of(metadata: Any) -> Batch:
         seq_lens=m.seq_lens,
         block_table=m.block_table_tensor,
         max_seq_len=max(seq_lens),
+        slots=m.slot_mapping,
         requests=_requests(m),
     )
 

@@ -36,6 +36,7 @@ class Heard(NamedTuple):
 
     queries: Tensor  # [n, Hq, D]: the window's; or the last ones, which aren't folded yet
     folded: Any = None
+    lse: Tensor | None = None  # [Hq, n], of queries to be folded, where attention gave it
 
 
 class LayerPrompts:
@@ -103,8 +104,15 @@ class LayerPrompts:
         )
         return result[0].transpose(0, 1)
 
-    def hear(self, reading: Reading, new: Tensor) -> None:
-        """Remembers what the policy will have to know of new queries ``[n, Hq, D]``."""
+    @property
+    def wants_lse(self) -> bool:
+        """Whether the log-sum-exp of new queries' logits is of use."""
+        is_plain = self.attention.softcap is None and self.attention.sink_logits is None
+        return self._folding is not None and is_plain
+
+    def hear(self, reading: Reading, new: Tensor, lse: Tensor | None = None) -> None:
+        """Remembers what the policy will have to know of new queries ``[n, Hq, D]``, and ``lse``
+        ``[Hq, n]`` if attention gave it."""
         before = self.heard.get(reading.request, Heard(new[:0]))
         if self._folding is None:
             window = self._policy.window
@@ -112,23 +120,27 @@ class LayerPrompts:
             now = Heard(queries.clone())
         else:
             queries = torch.cat([before.queries, new])
+            if lse is not None and len(before.queries):  # known of all of them, or it is of no use
+                lse = None if before.lse is None else torch.cat([before.lse, lse], 1)
             if reading.is_long:
-                part = self._inputs(queries, reading.page_ids, reading.length)
+                part = self._inputs(queries, reading.page_ids, reading.length, lse)
                 now = Heard(new[:0].clone(), self._folding.fold(before.folded, part))
             else:
-                now = Heard(queries)
+                now = Heard(queries, lse=lse)
         self.heard[reading.request] = now
 
     def choose(
         self, request: int, page_ids: Tensor, length: int, budget: int
     ) -> tuple[LayerInputs, Kept]:
         """What to keep of a prompt in pages ``[Hkv, blocks]``; the inputs are copies."""
-        queries, folded = self.heard[request]
+        queries, folded, _ = self.heard[request]
         inputs = self._inputs(queries, page_ids, length)
         scores = None if self._folding is None else self._folding.finish(folded, inputs)
         return inputs, self._policy.choose(inputs, budget, scores=scores)
 
-    def _inputs(self, queries: Tensor, page_ids: Tensor, length: int) -> LayerInputs:
+    def _inputs(
+        self, queries: Tensor, page_ids: Tensor, length: int, lse: Tensor | None = None
+    ) -> LayerInputs:
         """The first ``length`` tokens of a prompt, and the last of their queries."""
         keys, values = self._entries(page_ids, length)
         return LayerInputs(
@@ -140,6 +152,7 @@ class LayerPrompts:
             layer=self._layer,
             num_layers=self._num_layers,
             attention=self.attention,
+            lse=None if lse is None else lse[None],
         )
 
     def _entries(self, page_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from adakv.vllm.prompt_attention import Whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Batch:
     num_new : ``[R]`` int32, optional
         For a batch whose requests all have the same number of columns, some of them padding: how
         many, counted from the right, are tokens.
+    slots : ``[tokens]`` int64, optional
+        Where each new token's entries go in a whole request: ``block * P`` and the place in it.
     requests : R ints, optional
         By which each request is known from its first step to its last, -1 for padding. Without
         them requests are known by their first blocks, which the host then waits for.
@@ -44,6 +49,7 @@ class Batch:
     block_table: Tensor
     max_seq_len: int
     num_new: Tensor | None = None
+    slots: Tensor | None = None
     requests: Sequence[int] | None = None
 
 
@@ -78,6 +84,7 @@ class Step:
     groups: list[Group] = field(default_factory=list)
     reading: dict[int, Reading] = field(default_factory=dict)  # by row of the batch
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
+    whole: Whole | None = None  # more that are in no group: read by FlashAttention
     queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to hear
 
 

@@ -1,0 +1,181 @@
+"""Prompts read by FlashAttention, from an engine's pages as they are; without a line of vLLM.
+
+A request that is still whole has the same blocks for all kv heads. So its pages ``[2, P, D]``, page
+``block * Hkv + h`` for head h, are also what FlashAttention's paged kernels read, by strides::
+
+    pages [N, 2, P, D]  ->  [blocks, Hkv, 2, P, D]  ->  keys, values [blocks, P, Hkv, D]
+
+Nothing is copied, and it is as fast as from blocks of its own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from adakv.step import Attention
+from adakv.vllm.steps import Batch, sent
+
+
+class ReadKernel(Protocol):
+    """``vllm.vllm_flash_attn.flash_attn_varlen_func``, as far as it is used."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        out: Tensor | None,
+        cu_seqlens_q: Tensor,
+        max_seqlen_q: int,
+        seqused_k: Tensor,
+        max_seqlen_k: int,
+        block_table: Tensor,
+        causal: bool,
+        softmax_scale: float | None,
+        softcap: float,
+        s_aux: Tensor | None,
+        return_softmax_lse: bool,
+        fa_version: int,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+class WriteKernel(Protocol):
+    """Writes new keys and values ``[n, Hkv, D]`` to slots ``[n]`` of ``[blocks, P, Hkv, D]``."""
+
+    def __call__(
+        self, keys: Tensor, values: Tensor, into_keys: Tensor, into_values: Tensor, slots: Tensor
+    ) -> None: ...
+
+
+def write_by_torch(
+    keys: Tensor, values: Tensor, into_keys: Tensor, into_values: Tensor, slots: Tensor
+) -> None:
+    """A :class:`WriteKernel`."""
+    block_size = into_keys.shape[1]
+    where = slots // block_size, slots % block_size
+    into_keys[where], into_values[where] = keys, values
+
+
+class Whole(NamedTuple):
+    """Requests of a step that are still whole and read their prompts, side by side."""
+
+    tokens: slice | Tensor  # of the step
+    starts: Tensor  # [n + 1] int32, where the tokens of each begin among these
+    seq_lens: Tensor  # [n] int32, the new tokens included
+    block_table: Tensor  # [n, M] int32
+    slots: Tensor  # [tokens], where the new entries go: block * P + place in it
+    longest: int  # new tokens
+    max_seq_len: int
+    of_row: dict[int, slice]  # by row of the batch: its tokens among these
+
+
+def whole(batch: Batch, rows: Sequence[int]) -> Whole:
+    """These requests of a step; the host doesn't wait for anything."""
+    start, device = batch.query_start, batch.block_table.device
+    counts = [start[row + 1] - start[row] for row in rows]
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    first, last = rows[0], rows[-1]
+    tokens: slice | Tensor
+    if last - first + 1 == len(rows):
+        tokens, chosen = slice(start[first], start[last + 1]), slice(first, last + 1)
+        block_table, seq_lens = batch.block_table[chosen], batch.seq_lens[chosen]
+    else:
+        indices = [i for row in rows for i in range(start[row], start[row + 1])]
+        tokens, picked = sent(indices, device), sent(list(rows), device)
+        block_table, seq_lens = batch.block_table[picked], batch.seq_lens[picked]
+    assert batch.slots is not None
+    return Whole(
+        tokens,
+        sent(ends, device).int(),
+        seq_lens.int(),
+        block_table,
+        batch.slots[tokens],
+        max(counts),
+        batch.max_seq_len,
+        {row: slice(a, b) for row, (a, b) in zip(rows, pairwise(ends), strict=True)},
+    )
+
+
+@dataclass(frozen=True)
+class FlashAttention:
+    """How prompts are read.
+
+    Parameters
+    ----------
+    read : :class:`ReadKernel`
+    write : :class:`WriteKernel`
+    version : int
+        Of FlashAttention.
+    """
+
+    read: ReadKernel
+    write: WriteKernel
+    version: int = 3
+
+    def attend(
+        self,
+        whole: Whole,
+        pages: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        attention: Attention,
+        *,
+        wants_lse: bool,
+    ) -> Tensor | None:
+        """Appends the requests' new tokens in one layer, and attends.
+
+        Parameters
+        ----------
+        whole : :class:`Whole`
+        pages : ``[N, 2, P, D]``
+        queries, out : ``[tokens, Hq, D]``
+            Of the whole step; only these requests' are read and written.
+        keys, values : ``[tokens, Hkv, D]``
+        attention : :class:`adakv.step.Attention`
+        wants_lse : bool
+
+        Returns
+        -------
+        lse : ``[Hq, n]`` float32, or None
+            Log-sum-exp of the logits of these requests' new tokens.
+        """
+        all_keys, all_values = blocks_of(pages, keys.shape[1])
+        self.write(keys[whole.tokens], values[whole.tokens], all_keys, all_values, whole.slots)
+        sinks = attention.sink_logits
+        in_place = isinstance(whole.tokens, slice)
+        result = self.read(
+            queries[whole.tokens],
+            all_keys,
+            all_values,
+            out=out[whole.tokens] if in_place else None,
+            cu_seqlens_q=whole.starts,
+            max_seqlen_q=whole.longest,
+            seqused_k=whole.seq_lens,
+            max_seqlen_k=whole.max_seq_len,
+            block_table=whole.block_table,
+            causal=True,
+            softmax_scale=attention.scale,
+            softcap=attention.softcap or 0.0,
+            s_aux=None if sinks is None else sinks.to(queries.dtype),
+            return_softmax_lse=wants_lse,
+            fa_version=self.version,
+        )
+        attended, lse = result if isinstance(result, tuple) else (result, None)
+        if not in_place:
+            out[whole.tokens] = attended
+        return lse
+
+
+def blocks_of(pages: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[blocks, P, Hkv, D]`` of pages ``[N, 2, P, D]``: views."""
+    blocks = pages.unflatten(0, (-1, num_kv_heads))
+    return blocks[:, :, 0].transpose(1, 2), blocks[:, :, 1].transpose(1, 2)

@@ -1,0 +1,117 @@
+"""Prompts read by FlashAttention, for which plain torch stands in; vLLM isn't needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from adakv.policy import Policy
+from adakv.vllm.config import Settings
+from adakv.vllm.metadata import batch_of
+from adakv.vllm.prompt_attention import blocks_of, whole
+from engine_steps import BLOCK, BUDGET, DIM, GROUP, HEADS, LAYERS, Steps
+from flash_stand_in import FLASH, read
+
+CPU = torch.device("cpu")
+
+
+def policy(name: str = "ada_snapkv") -> Policy:
+    return Settings(name, BUDGET).policy_for(BLOCK)
+
+
+def run_step(steps: Steps, counts: list[int]) -> Any:
+    """One step of all requests; what it was for the layers."""
+    metadata = steps.describe(counts)
+    steps.end_prompts()
+    step = steps.cache.begin_step(batch_of(metadata))
+    for layer in range(LAYERS):
+        queries, keys, values = steps.inputs(layer, counts)
+        out = torch.full_like(queries, float("nan"))
+        steps.cache.attend(layer, step, queries, keys, values, out)
+        steps.check(out, layer, counts)
+    steps.advance(counts)
+    steps.give_back()
+    return step
+
+
+def test_blocks_are_views_of_head_major_pages():
+    pages = torch.arange(4 * HEADS * 2 * BLOCK * DIM).view(-1, 2, BLOCK, DIM)
+    keys, values = blocks_of(pages, HEADS)
+    assert keys.shape == values.shape == (4, BLOCK, HEADS, DIM)
+    assert keys.data_ptr() == pages.data_ptr() and keys.stride(-1) == 1
+    for block, slot, head in ((0, 0, 0), (2, 5, 1), (3, BLOCK - 1, HEADS - 1)):
+        assert torch.equal(keys[block, slot, head], pages[block * HEADS + head, 0, slot])
+        assert torch.equal(values[block, slot, head], pages[block * HEADS + head, 1, slot])
+
+
+def test_prompts_beside_decodes_are_read_in_one_call():
+    """In any order of a step's requests; compressed ones and prompts of one token among them."""
+    calls: list[dict[str, Any]] = []
+
+    def watched(*tensors: torch.Tensor, **options: Any) -> Any:
+        calls.append(options)
+        return read(*tensors, **options)
+
+    flash = replace(FLASH, read=watched)
+    steps = Steps(policy(), CPU, torch.float32, flash=flash)
+    for prompt in (150, 200, 161, 90):
+        steps.add(prompt)
+    run_step(steps, [150, 70, 1, 0])
+    assert len(calls) == LAYERS and calls[0]["cu_seqlens_q"].tolist() == [0, 150, 220, 221]
+    step = run_step(steps, [1, 80, 50, 60])  # the first decodes: the others lie side by side
+    assert isinstance(step.whole.tokens, slice) and step.whole.tokens == slice(1, 191)
+    assert calls[-1]["seqused_k"].tolist() == [150, 51, 60] and calls[-1]["out"] is not None
+    step = run_step(steps, [1, 50, 110, 30])
+    assert calls[-1]["max_seqlen_q"] == 110
+    steps.add(100)
+    steps.requests = [steps.requests[i] for i in (4, 0, 1, 2, 3)]
+    fresh = steps.add(70)
+    step = run_step(steps, [100, 1, 1, 1, 1, 70])
+    assert not isinstance(step.whole.tokens, slice) and calls[-1]["out"] is None
+    assert [step.whole.of_row[row] for row in (0, 5)] == [slice(0, 100), slice(100, 170)]
+    steps.remove(fresh)
+    before = len(calls)
+    run_step(steps, [1] * 5)
+    assert len(calls) == before and len(steps.told.planned) == 5
+
+
+@pytest.mark.parametrize("name", ["h2o", "ada_column_max"])
+def test_folding_policies_get_the_log_sum_exp(name: str):
+    steps = Steps(policy(name), CPU, torch.float32, flash=FLASH)
+    given: list[torch.Tensor | None] = []
+    for prompts in steps.cache.prompts:
+        inputs = prompts._inputs
+
+        def watched(queries: Any, pages: Any, length: int, lse: Any = None, to: Any = inputs):
+            if len(queries) > 0:
+                given.append(lse)
+            return to(queries, pages, length, lse)
+
+        prompts._inputs = watched
+    for prompt in (150, 161):
+        steps.add(prompt)
+    run_step(steps, [30, 100])
+    run_step(steps, [120, 61])
+    assert len(given) == 3 * LAYERS and all(lse is not None for lse in given)
+    assert {tuple(lse.shape) for lse in given} == {(HEADS * GROUP, n) for n in (150, 100, 61)}
+    run_step(steps, [1, 1])
+    run_step(steps, [1, 1])
+    assert len(steps.told.entries) == 2
+
+
+def test_whole_requests_are_described_without_the_device():
+    """From host values, and slices of what the device has."""
+    steps = Steps(policy(), CPU, torch.float32)
+    for prompt in (40, 60):
+        steps.add(prompt)
+    batch = batch_of(steps.describe([40, 30]))
+    found = whole(batch, [0, 1])
+    assert found.tokens == slice(0, 70) and found.longest == 40 and found.max_seq_len == 40
+    assert found.starts.tolist() == [0, 40, 70] and found.starts.dtype == torch.int32
+    assert found.block_table.data_ptr() == batch.block_table.data_ptr()
+    blocks, places = found.slots // BLOCK, found.slots % BLOCK
+    assert places[:40].tolist() == [i % BLOCK for i in range(40)]
+    assert blocks[:40].tolist() == [steps.requests[0].blocks[i // BLOCK] for i in range(40)]
