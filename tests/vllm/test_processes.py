@@ -133,6 +133,7 @@ def test_server_leaves_no_ledger_behind(tmp_path: Path, environment: dict[str, s
             if way == "all is killed":
                 process.kill()
             engine.kill()
+            psutil.wait_procs([engine], timeout=300)  # its lock ends with it
         else:
             process.send_signal(signal.Signals[way])
         process.wait(timeout=300)
