@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adakv
-from adakv.cli.commands import run_command_line
+from adakv.cli.main import run_command_line
 from adakv.eval import page, summary
 from adakv.eval.gauges import Quality
 from adakv.eval.records import Key, Record, RecordFile

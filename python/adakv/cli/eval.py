@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cli import report
+from adakv.cli import output
 from adakv.cli.inputs import InputError, refusals
-from adakv.cli.options import Place, place_options, progress_bar
+from adakv.cli.options import Place, place_options
+from adakv.cli.progress import progress_bar
 from adakv.eval import data, plot, summary
 from adakv.eval.gauges import Item
 from adakv.eval.records import RecordFile
@@ -149,13 +150,13 @@ def evaluate(
     tables += [summary.depth_table(wanted, name) for name in gauges if name.startswith("needles")]
     print_tables(Console(), tables)
     if markdown:
-        report.write_text(markdown, "\n".join(table.markdown() for table in tables))
+        output.write_text(markdown, "\n".join(table.markdown() for table in tables))
     if place.json_path:
-        results = {"machine": report.machine(), "cells": [cell.as_dict() for cell in cells]}
-        report.write_json(place.json_path, about | results)
+        results = {"machine": output.machine(), "cells": [cell.as_dict() for cell in cells]}
+        output.write_json(place.json_path, about | results)
     if place.plot_path:
-        with report.drawing():
-            report.write_figure(place.plot_path, plot.curves(cells))
+        with output.drawing():
+            output.write_figure(place.plot_path, plot.curves(cells))
 
 
 def run_all(
