@@ -16,7 +16,7 @@ from torch import Tensor
 import adakv
 from adakv.cli.inputs import check_prompt_length, refusals
 from adakv.cli.progress import progress_bar
-from adakv.eval.gauges import follow, same_start
+from adakv.eval.metrics import follow, same_start
 
 OnToken = Callable[[], None]
 
