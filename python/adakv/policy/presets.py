@@ -29,7 +29,6 @@ from adakv.policy.selectors import TopScore, TwoStage
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
-_kvzip = Policy(RepeatAttention(), ModelWide(), TopScore())
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -58,8 +57,7 @@ _PRESETS: dict[str, Policy] = {
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
     "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
-    "kvzip":                       _kvzip,
-    "best":                        _kvzip,  # at present: docs/quality.md
+    "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),
