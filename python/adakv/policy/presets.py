@@ -9,6 +9,7 @@ from __future__ import annotations
 from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
+from adakv.policy.inputs import did_you_mean, short
 from adakv.policy.prompt_scorers import (
     ColumnMax,
     ExpectedAttention,
@@ -93,11 +94,11 @@ def get(policy: str | Policy) -> Policy:
     TopScore()"`` describes; a :class:`Policy` is given back as it is."""
     if isinstance(policy, Policy):
         return policy
-    if "(" in policy:
+    if isinstance(policy, str) and "(" in policy:
         return parse(policy)
-    if policy not in _PRESETS:
+    if not isinstance(policy, str) or policy not in _PRESETS:
         raise ValueError(
             f"policy must be one of {', '.join(names())}, scorer * allocator * selector written "
-            f"down, or a Policy; got {policy!r}"
+            f"down, or a Policy; got {short(policy)}{did_you_mean(policy, names())}"
         )
     return _PRESETS[policy]
