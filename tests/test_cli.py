@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adakv
-from adakv.cli.commands import run_command_line
 from adakv.cli.inputs import InputError, load_model
-from adakv.cli.many import read_prompts, result_file
+from adakv.cli.main import run_command_line
+from adakv.cli.prompts import read_prompts, result_file
 from adakv.hf.generate import BatchResult
 from small_model import LIMIT, save_model
 

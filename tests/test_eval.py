@@ -1,4 +1,4 @@
-"""Quality gauges, on a tiny random model."""
+"""Quality metrics, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import adakv
-from adakv.eval import data, gauges, runner
+from adakv.eval import data, metrics, runner
 from adakv.eval.prefill import Prefill
 from small_model import save_model
 
@@ -62,7 +62,7 @@ def squad(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def decoded(tokenizer: Any, item: gauges.Item) -> tuple[str, str, str]:
+def decoded(tokenizer: Any, item: metrics.Item) -> tuple[str, str, str]:
     return tuple(tokenizer.decode(part) for part in (item.prompt, item.query, item.answer))
 
 
@@ -187,7 +187,7 @@ def test_prefill_fills_caches_as_the_model_would(policy: str, model: Any):
                 for ours, theirs in zip(cache.kept(layer)[0], read.kept(layer)[0], strict=True):
                     assert torch.equal(ours, theirs)
             assert cache.stats()["bytes"] == read.stats()["bytes"]
-            ours, theirs = (gauges.follow(model, c, tokens) for c in (cache, read))
+            ours, theirs = (metrics.follow(model, c, tokens) for c in (cache, read))
             assert torch.equal(ours, theirs)
 
 
@@ -196,22 +196,22 @@ def test_prefill_fills_the_full_cache(model: Any):
     read = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(prompt, past_key_values=read)
-    expected = gauges.follow(model, read, tokens)
+    expected = metrics.follow(model, read, tokens)
     with adakv.attach(model):
         prefill = Prefill(model, prompt)
         for _ in range(2):
-            assert torch.equal(gauges.follow(model, prefill.full_cache(), tokens), expected)
+            assert torch.equal(metrics.follow(model, prefill.full_cache(), tokens), expected)
         with pytest.raises(ValueError, match=r"prompt must be \[1, T\]"):
             Prefill(model, prompt[0])
 
 
-# --- gauges -------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------
 
 
 def test_compare_by_hand():
     full = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     compressed = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
-    quality = gauges.compare(full, compressed, torch.tensor([1, 0]))
+    quality = metrics.compare(full, compressed, torch.tensor([1, 0]))
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert quality.kl == pytest.approx(kl / 2, rel=1e-6)
     assert quality.agreement == 0.5  # torch takes the first of equal logits
@@ -219,12 +219,12 @@ def test_compare_by_hand():
     assert quality.loss == pytest.approx(-(math.log(0.75) + math.log(0.9)) / 2, rel=1e-6)
     assert quality.loss_full == pytest.approx(-(math.log(0.5) + math.log(0.9)) / 2, rel=1e-6)
     with pytest.raises(ValueError, match=r"answer \[S\], got \[2, 2\], \[2, 2\] and \[1\]"):
-        gauges.compare(full, compressed, torch.tensor([1]))
+        metrics.compare(full, compressed, torch.tensor([1]))
 
 
 def test_items_need_a_query(tokenizer: Any):
     with pytest.raises(ValueError, match="query of item 'a' must hold at least one token"):
-        gauges.Item("a", "a", (1,), (), (1,))
+        metrics.Item("a", "a", (1,), (), (1,))
 
 
 def test_run_keeping_everything_changes_nothing(story: str, squad: str, model: Any, tokenizer: Any):
@@ -260,7 +260,7 @@ def test_run_reports_the_bytes_of_the_pool_and_resumes(story: str, model: Any, t
 
 
 def test_run_refuses_what_the_model_cant_hold(model: Any):
-    long = {"text": [gauges.Item("0", "0", (1,) * 1020, (1,), (1,) * 8)]}
+    long = {"text": [metrics.Item("0", "0", (1,) * 1020, (1,), (1,) * 8)]}
     with pytest.raises(ValueError, match="an item of text has 1029 with its answer, the model"):
         next(runner.run(model, long, {"full": adakv.policy.get("full")}, [1.0]))
 
@@ -271,7 +271,7 @@ def test_random_is_worse_than_policies_that_look(tmp_path: Path):
     sharp = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(0, 256, (8, 300)).tolist()
     items = [
-        gauges.Item(f"{i}.0", str(i), tuple(t[:260]), tuple(t[260:261]), tuple(t[261:]))
+        metrics.Item(f"{i}.0", str(i), tuple(t[:260]), tuple(t[260:261]), tuple(t[261:]))
         for i, t in enumerate(tokens)
     ]
     looking = ("ada_snapkv", "critical_ada_snapkv", "ada_column_max", "model_column_max", "kvzip")

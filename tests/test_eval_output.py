@@ -1,4 +1,4 @@
-"""What is made of quality gauges: files, tables, pages; and lm-eval's face."""
+"""What is made of quality metrics: files, tables, pages; and lm-eval's face."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adakv
-from adakv.cli.commands import run_command_line
+from adakv.cli.main import run_command_line
 from adakv.eval import page, summary
-from adakv.eval.gauges import Quality
+from adakv.eval.metrics import Quality
 from adakv.eval.records import Key, Record, RecordFile
 from small_model import save_model
 
@@ -57,7 +57,7 @@ def test_records_survive_a_torn_line(tmp_path: Path):
     file.add(first)
     file.add(second)
     with path.open("a") as torn:
-        torn.write('{"gauge": "qa", "it')
+        torn.write('{"task": "qa", "it')
     again = RecordFile(str(path), ABOUT)
     assert again.records == [first, second]
     again.add(first)
@@ -153,7 +153,7 @@ def test_eval_goes_on_and_writes_everything(folder: str, text: str, tmp_path: Pa
     assert after.startswith(before)
     assert after.count("\n") == 1 + 3 * (before.count("\n") - 1) == 1 + 3 * 2 * 3 * 2
     found = json.loads(files["out.json"].read_text())
-    cells = {(c["gauge"], c["policy"], c["share"]): c for c in found["cells"]}
+    cells = {(c["task"], c["policy"], c["share"]): c for c in found["cells"]}
     assert len(cells) == 3 * 2 * 2
     for (_, _, share), cell in cells.items():
         kl = cell["metrics"]["kl"]

@@ -54,8 +54,41 @@ def test_every_preset_can_be_written(name: str) -> None:
         ("KeyDiff(pinned=-1) * Adaptive() * TopScore()", "pinned must be at least 0, got -1"),
         ("KeyDiff(pinned=open('x')) * Adaptive() * TopScore()", r"open\('x'\) must be one of"),
         ("exit() * Adaptive() * TopScore()", r"exit\(\) must be one of"),
+        ("KeyDif() * Adaptive() * TopScore()", "did you mean 'KeyDiff'"),
+        ("KeyDiff(pinnd=1) * Adaptive() * TopScore()", "'pinnd': did you mean 'pinned'"),
+        ("KeyDiff(pinned=1, pinned=2) * Adaptive() * TopScore()", "pinned is given twice"),
+        ("KeyDiff(pinned=1.5) * Adaptive() * TopScore()", "pinned must be an integer .*got 1.5"),
+        ("KeyDiff() * Adaptive(layers=5) * TopScore()", "layers must be a LayerSchedule.* got 5"),
+        ("KeyDiff() * Adaptive() * TwoStage(eps=1e999)", "eps must be .* and finite, got inf"),
+        ("KeyDiff(pinned='\0') * Adaptive() * TopScore()", "null byte"),
+        ("KeyDiff(pinned='\ud800') * Adaptive() * TopScore()", "surrogates"),
+        ("adasnapkv", "did you mean 'ada_snapkv'"),
     ],
 )
 def test_what_is_no_policy_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy.get(text)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "text",
+    [
+        " * ".join(["KeyDiff()"] * 20000),
+        f"KeyDiff(pinned={'-' * 50000}1) * Adaptive() * TopScore()",
+        f"KeyDiff(pinned={'[' * 50000}) * Adaptive() * TopScore()",
+        f"KeyDiff(pinned={'9' * 5000}) * Adaptive() * TopScore()",
+        f"{'Adaptive(layers=' * 90}5{')' * 90} * Adaptive() * TopScore()",
+        "KeyDiff(pinned='\\d') * Adaptive() * TopScore()",
+    ],
+)
+def test_monstrous_texts_are_refused_in_short(text: str) -> None:
+    with pytest.raises(ValueError, match="policy ") as caught:
+        policy.get(text)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [None, 5, ["snapkv"], b"snapkv"])
+def test_what_is_no_text_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="policy must be one of"):
+        policy.get(value)

@@ -1,4 +1,4 @@
-"""The command line: ``adakv demo``, ``adakv generate`` and ``adakv info``."""
+"""The command line; a file for each command, named as the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Runs the command line; wrong input ends with one line on stderr and exit code 2."""
     try:
-        from adakv.cli.commands import run_command_line
+        from adakv.cli.main import run_command_line
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise

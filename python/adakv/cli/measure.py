@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 import adakv
-from adakv.eval.gauges import follow, same_start
+from adakv.cli.inputs import check_prompt_length, refusals
+from adakv.cli.progress import progress_bar
+from adakv.eval.metrics import follow, same_start
 
 OnToken = Callable[[], None]
 
@@ -83,6 +85,25 @@ class Setting:
 
 
 FULL = Setting(policy=None)
+
+
+def run_all(
+    model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int
+) -> list[Run]:
+    """Runs each setting in turn; those after the full cache are compared with it."""
+    check_prompt_length(model, prompt.shape[1], new)
+    with refusals():
+        for setting in settings:
+            setting.cache(model)  # what is wrong shows before the long work
+    runs: list[Run] = []
+    for setting in settings:
+        with progress_bar(setting.title, new + 1) as advance, refusals():
+            runs.append(run(model, tokenizer, prompt, setting, new=new, on_token=advance))
+        if settings[0] == FULL and len(runs) > 1:
+            with progress_bar(f"{setting.title}: comparing") as advance, refusals():
+                runs[-1] = compare(model, prompt, setting, run=runs[-1], full=runs[0])
+                advance()
+    return runs
 
 
 def run(

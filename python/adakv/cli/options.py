@@ -1,22 +1,19 @@
-"""Options that commands share, and the progress bar."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import adakv
-from adakv.cli import report
+from adakv.cli import output
 from adakv.cli.inputs import DTYPES, InputError, choose_device, load_model
 from adakv.cli.measure import Run, Setting
+from adakv.cli.progress import progress_bar
 
 DEFAULT_RATIO = 0.1
 
@@ -41,10 +38,10 @@ class Place:
     def save(self, runs: list[Run], model: str) -> None:
         """Writes the files that were asked for."""
         if self.json_path:
-            content = {"model": model, "dtype": self.dtype, "machine": report.machine()}
-            report.write_json(self.json_path, content | {"runs": [run.as_dict() for run in runs]})
+            content = {"model": model, "dtype": self.dtype, "machine": output.machine()}
+            output.write_json(self.json_path, content | {"runs": [run.as_dict() for run in runs]})
         if self.plot_path:
-            report.plot_kept(self.plot_path, runs)
+            output.plot_kept(self.plot_path, runs)
 
 
 def place_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -100,20 +97,3 @@ def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setti
     if budget is None and ratio is None:
         ratio = DEFAULT_RATIO
     return Setting(policy, budget, ratio)
-
-
-@contextmanager
-def progress_bar(title: str, total: int = 1) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, if that is a terminal; yields the function that moves it (by 1)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(file=sys.stderr)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=total)
-        yield functools.partial(bar.advance, task)

@@ -1,153 +1,79 @@
-"""Results as tables, JSON and pictures."""
+"""``adakv report``: one prompt on one page."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich import box
+import click
 from rich.console import Console
 from rich.table import Table
 
-import adakv
-from adakv.cli.inputs import InputError
-from adakv.cli.measure import Run
+from adakv.cli import output
+from adakv.cli.inputs import check_prompt_length, encode_prompt, read_text, refusals
+from adakv.cli.measure import Setting
+from adakv.cli.options import Place, place_options, setting_options
+from adakv.cli.progress import progress_bar
 from adakv.eval import plot
 
 
-def print_runs(console: Console, runs: list[Run]) -> None:
-    """One line per run, in the order of ``runs``; the first is what speed is compared with."""
-    compared = any(run.same_choice is not None for run in runs)
-    title = f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("cache", no_wrap=True)
-    names = ["KV\nMiB", "of\nfull", "prefill\nseconds", "decode\ntokens/s"]
-    if compared:
-        names += ["speed-\nup", "same\nchoice", "same\nstart"]
-    for name in names:
-        table.add_column(name, justify="right")
-    for run in runs:
-        cells = [
-            run.title,
-            f"{run.cache_bytes / 2**20:.1f}",
-            f"{run.cache_bytes / run.full_bytes:.1%}",
-            f"{run.prefill_seconds:.1f}",
-            f"{run.tokens_per_second:.1f}",
-        ]
-        if run.same_choice is not None:
-            cells += [
-                f"{run.tokens_per_second / runs[0].tokens_per_second:.2f}x",
-                f"{run.same_choice:.0%}",
-                f"{run.same_start}",
-            ]
-        table.add_row(*cells)
-    console.print(table)
-    if compared:
-        console.print(
-            "same choice: how often the full cache's next token comes first here too, given the "
-            "same past; same start: tokens written before the first that differs",
-            style="dim",
-            highlight=False,
+@click.command()
+@click.argument("model")
+@click.argument("text")
+@click.option("--question", help="Asked after the text, in the model's chat template if any.")
+@setting_options
+@click.option("--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--out", metavar="FOLDER", default="adakv-report", show_default=True)
+@place_options
+def report(
+    model: str,
+    text: str,
+    question: str | None,
+    setting: Setting,
+    max_new_tokens: int,
+    out: str,
+    place: Place,
+) -> None:
+    """What MODEL keeps of TEXT (a file, or - for standard input), on one page.
+
+    Entries per layer and kv head, the text with what was kept marked in it, memory, and how far the
+    answer is from the full cache's: report.html, report.md and kept.png in --out.
+    """
+    content = read_text(text)
+    network, tokenizer = place.load(model)
+    prompt = encode_prompt(tokenizer, content, question)
+    check_prompt_length(network, prompt.shape[1], max_new_tokens)
+    from adakv.eval.page import make_page  # needs transformers
+
+    assert setting.policy is not None
+    with progress_bar(setting.title) as advance, refusals():
+        page = make_page(
+            network,
+            tokenizer,
+            prompt,
+            setting.policy,
+            budget=setting.budget,
+            ratio=setting.ratio,
+            max_new_tokens=max_new_tokens,
         )
-
-
-def print_texts(console: Console, runs: list[Run]) -> None:
-    """What each run wrote."""
-    for run in runs:
-        console.print(f"\n[bold]{run.title}[/bold]")
-        console.print(run.text, markup=False, highlight=False)
-
-
-def brief(part: object) -> str:
-    """A part of a policy, with those of its settings that are not the default."""
-    if not dataclasses.is_dataclass(part):
-        return repr(part)
-    settings = []
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        usual = field.default_factory() if callable(field.default_factory) else field.default
-        if value != usual:
-            settings.append(f"{field.name}={brief(value)}")
-    return f"{type(part).__name__}({', '.join(settings)})"
-
-
-def machine() -> dict[str, Any]:
-    """What a measured number depends on."""
-    return {
-        "adakv": adakv.__version__,
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
-        "processor": processor_name(),
-        "instruction set": adakv.cpu_instruction_set(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def processor_name() -> str:
-    """As the kernel calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes one JSON object."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a text file."""
-    _write(path, lambda target: target.write_text(text, encoding="utf-8"))
-
-
-def write_figure(path: str, figure: Any) -> None:
-    """Writes a matplotlib figure as PNG."""
-    _write(path, lambda target: figure.savefig(target, format="png"))
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Says what to install where matplotlib is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise InputError("pictures need matplotlib; pip install 'adakv[cli]'") from error
-
-
-def plot_kept(path: str, runs: list[Run]) -> None:
-    """A heat map per policy: entries of the prompt kept in each layer and kv head."""
-    titles = {f"{run.title}: entries kept of {run.prompt_tokens}": run.kept for run in runs}
-    with drawing():
-        write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
-
-
-def _write(path: str, write: Any) -> None:
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(target)
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror}") from error
+        advance()
+    title = f"{page.policy}: entries kept of {page.num_tokens}"
+    picture = io.BytesIO()
+    with output.drawing():
+        figure = plot.kept_maps({title: page.lengths})
+    figure.savefig(picture, format="png")
+    folder = Path(out)
+    for path in filter(None, (str(folder / "kept.png"), place.plot_path)):
+        output.write_figure(path, figure)
+    output.write_text(str(folder / "report.html"), page.html(picture.getvalue()))
+    output.write_text(str(folder / "report.md"), page.markdown("kept.png"))
+    if place.json_path:
+        about = {"model": model, "dtype": place.dtype, "machine": output.machine()}
+        output.write_json(place.json_path, about | dataclasses.asdict(page))
+    table = Table(show_header=False)
+    for row in page.facts():
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"written to {folder / 'report.html'}", markup=False, highlight=False)

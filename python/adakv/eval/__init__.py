@@ -1,8 +1,8 @@
-"""What a policy costs in quality: gauges on any model, and the page that shows one prompt.
+"""What a policy costs in quality: metrics on any model, and the page that shows one prompt.
 
 data.py      files -> items: a prompt that is compressed, a query and an answer
 prefill.py   one forward over a prompt, from which any number of caches is filled
-gauges.py    logits of the full and of a compressed cache -> KL, agreement, exact, loss
+metrics.py   logits of the full and of a compressed cache -> KL, agreement, exact, loss
 runner.py    every item x policy x share -> records, one JSON line each
 summary.py   records -> means with standard errors, paired comparison, table, JSON
 plot.py      records -> curves of quality against bytes

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adakv.eval.gauges import Item
+from adakv.eval.metrics import Item
 
 ADJECTIVES = ("amber", "brave", "clever", "frozen", "gentle", "hidden", "jolly", "mellow")
 NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "falcon", "garden", "lantern")
@@ -70,10 +70,10 @@ class Frame:
     def item(
         self, name: str, text: str, question: str, answer: str, *, given: str = "", aware: bool
     ) -> Item:
-        """An item named group.number; ``given`` is a beginning of the answer, not gauged."""
-        gauged = answer
+        """An item named group.number; ``given`` is a beginning of the answer, not compared."""
+        compared = answer
         if not self._has_template or given:
-            gauged = f" {gauged}"
+            compared = f" {compared}"
         if given and not self._has_template:
             given = f" {given}"
         prompt = self._encode(self._before + text, is_start=True)
@@ -81,7 +81,7 @@ class Frame:
         if aware:
             whole = prompt + query
             prompt, query = whole[:-1], whole[-1:]
-        return Item(name, name.partition(".")[0], prompt, query, self._encode(gauged))
+        return Item(name, name.partition(".")[0], prompt, query, self._encode(compared))
 
     def _encode(self, text: str, *, is_start: bool = False) -> tuple[int, ...]:
         special = is_start and not self._has_template  # a template brings its own

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import adakv
-from adakv.eval.gauges import follow
+from adakv.eval.metrics import follow
 from adakv.eval.prefill import Prefill
 
 _Request = tuple[tuple[str, str], list[int], list[int]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adakv
-from adakv.eval.gauges import compare, follow, same_start
+from adakv.eval.metrics import compare, follow, same_start
 from adakv.eval.prefill import Prefill
 from adakv.hf import Cache
 from adakv.hf.layers import FullAttentionLayer
@@ -43,7 +43,7 @@ class Page:
     answer, full_answer : str
         Written greedily from the compressed and from the full cache.
     kl, agreement : float
-        On the full cache's answer: see :class:`adakv.eval.gauges.Quality`.
+        On the full cache's answer: see :class:`adakv.eval.metrics.Quality`.
     same_start : int
         Tokens before the first in which the answers differ.
     """
@@ -165,7 +165,7 @@ def make_page(
         stats, kept = cache.stats(), _kept(cache)
         full = _greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
         own = _greedy(model, cache, prefill.logits, max_new_tokens)
-        # The first token comes from the prefill and is always the same: the rest is gauged.
+        # The first token comes from the prefill and is always the same: the rest is compared.
         tokens = torch.tensor(full, device=model.device)
         quality = compare(
             follow(model, prefill.full_cache(), tokens[:-1]),

@@ -15,17 +15,17 @@ _PANELS = {
 
 
 def curves(cells: Sequence[Cell]) -> Any:
-    """A matplotlib figure: panels for each gauge, a line with standard errors for each policy."""
+    """A matplotlib figure: panels for each task, a line with standard errors for each policy."""
     from matplotlib.figure import Figure
 
-    gauges = list(dict.fromkeys(cell.gauge for cell in cells))
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
     shares = sorted({cell.share for cell in cells})
-    figure = Figure(figsize=(12, 0.5 + 3 * len(gauges)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(gauges), len(_PANELS), squeeze=False)
-    for gauge, row in zip(gauges, axes, strict=True):
+    figure = Figure(figsize=(12, 0.5 + 3 * len(tasks)), layout="constrained", dpi=110)
+    axes = figure.subplots(len(tasks), len(_PANELS), squeeze=False)
+    for task, row in zip(tasks, axes, strict=True):
         for (metric, label), axis in zip(_PANELS.items(), row, strict=True):
             for policy in dict.fromkeys(cell.policy for cell in cells):
-                line = [c for c in cells if (c.gauge, c.policy) == (gauge, policy)]
+                line = [c for c in cells if (c.task, c.policy) == (task, policy)]
                 axis.errorbar(
                     [c.bytes_share for c in line],
                     [c.metrics[metric].mean for c in line],
@@ -41,7 +41,7 @@ def curves(cells: Sequence[Cell]) -> Any:
             axis.minorticks_off()
             axis.invert_xaxis()
             axis.set_ylim(bottom=0)
-            axis.set_title(f"{gauge}: {label}", fontsize=10)
+            axis.set_title(f"{task}: {label}", fontsize=10)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("bytes, of a full cache's")

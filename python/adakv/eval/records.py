@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adakv.eval.gauges import Quality
+from adakv.eval.metrics import Quality
 
 
 class Key(NamedTuple):
     """What a record is about."""
 
-    gauge: str
+    task: str
     item: str
     policy: str
     share: float

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 import adakv
-from adakv.eval.gauges import Item, answer_logits, compare
+from adakv.eval.metrics import Item, answer_logits, compare
 from adakv.eval.prefill import Prefill
 from adakv.eval.records import Key, Record
 from adakv.policy import Policy
 
 
 def missing(
-    gauges: Mapping[str, Sequence[Item]],
+    tasks: Mapping[str, Sequence[Item]],
     policies: Collection[str],
     shares: Collection[float],
     done: Collection[Key],
@@ -24,8 +24,8 @@ def missing(
     """What is still to be measured."""
     finished = set(done)
     keys = (
-        Key(gauge, item.name, policy, share)
-        for gauge, items in gauges.items()
+        Key(task, item.name, policy, share)
+        for task, items in tasks.items()
         for item in items
         for policy in policies
         for share in shares
@@ -35,7 +35,7 @@ def missing(
 
 def run(
     model: Any,
-    gauges: Mapping[str, Sequence[Item]],
+    tasks: Mapping[str, Sequence[Item]],
     policies: Mapping[str, Policy],
     shares: Sequence[float],
     done: Collection[Key] = (),
@@ -46,7 +46,7 @@ def run(
     ----------
     model : PreTrainedModel
         Not attached.
-    gauges : items by the name of their gauge
+    tasks : items by the name of their task
     policies : policies by name
     shares : sequence of float in (0, 1]
         Of each prompt's entries.
@@ -62,18 +62,18 @@ def run(
     record : :class:`Record`
         One for each of :func:`missing`, prompt by prompt: each is read once.
     """
-    _check_lengths(model, gauges)
-    wanted = set(missing(gauges, policies, shares, done))
+    _check_lengths(model, tasks)
+    wanted = set(missing(tasks, policies, shares, done))
     settings = [(name, share) for name in policies for share in shares]
     with adakv.attach(model):
-        for gauge, all_items in gauges.items():
+        for task, all_items in tasks.items():
             for prompt, group in groupby(all_items, key=lambda item: item.prompt):
                 items = list(group)
                 todo = [
-                    (item, Key(gauge, item.name, *setting))
+                    (item, Key(task, item.name, *setting))
                     for item in items
                     for setting in settings
-                    if Key(gauge, item.name, *setting) in wanted
+                    if Key(task, item.name, *setting) in wanted
                 ]
                 if not todo:
                     continue
@@ -104,11 +104,11 @@ def _record(
     )
 
 
-def _check_lengths(model: Any, gauges: Mapping[str, Sequence[Item]]) -> None:
+def _check_lengths(model: Any, tasks: Mapping[str, Sequence[Item]]) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for gauge, items in gauges.items():
+    for task, items in tasks.items():
         longest = max(len(item.prompt + item.query + item.answer) for item in items)
         if limit is not None and longest > limit:
             raise ValueError(
-                f"tokens: an item of {gauge} has {longest} with its answer, the model takes {limit}"
+                f"tokens: an item of {task} has {longest} with its answer, the model takes {limit}"
             )

@@ -52,12 +52,12 @@ class Difference(Mean):
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy at one share on one gauge.
+    """One policy at one share on one task.
 
     ``paired`` are the differences from the first policy at the same share, empty for itself.
     """
 
-    gauge: str
+    task: str
     policy: str
     share: float
     items: int
@@ -86,18 +86,18 @@ class Table:
 
 
 def summarize(records: Sequence[Record]) -> list[Cell]:
-    """A cell for each gauge, policy and share, in the order of their first records."""
+    """A cell for each task, policy and share, in the order of their first records."""
     groups: dict[tuple[str, str, float], list[Record]] = defaultdict(list)
     for record in records:
-        groups[record.key.gauge, record.key.policy, record.key.share].append(record)
-    first = {gauge: policy for gauge, policy, _ in reversed(groups)}
+        groups[record.key.task, record.key.policy, record.key.share].append(record)
+    first = {task: policy for task, policy, _ in reversed(groups)}
     cells = []
-    for (gauge, policy, share), group in groups.items():
-        base = groups.get((gauge, first[gauge], share), [])
-        others = [] if policy == first[gauge] else base
+    for (task, policy, share), group in groups.items():
+        base = groups.get((task, first[task], share), [])
+        others = [] if policy == first[task] else base
         cells.append(
             Cell(
-                gauge,
+                task,
                 policy,
                 share,
                 len(group),
@@ -131,33 +131,33 @@ def difference(values: Iterable[float]) -> Difference:
 
 
 def tables(cells: Sequence[Cell]) -> list[Table]:
-    """For each gauge: KL, agreement and exact match, policies by shares, and KL's differences."""
+    """For each task: KL, agreement and exact match, policies by shares, and KL's differences."""
     found = []
     titles = {
         "kl": "KL to the full cache, nats per token (0 is best)",
         "agreement": "same first choice as the full cache (1 is best)",
         "exact": "answers whose every token comes first (1 is best)",
     }
-    for gauge in dict.fromkeys(cell.gauge for cell in cells):
-        own = [cell for cell in cells if cell.gauge == gauge]
+    for task in dict.fromkeys(cell.task for cell in cells):
+        own = [cell for cell in cells if cell.task == task]
         for metric, title in titles.items():
             values = {(c.policy, c.share): str(c.metrics[metric]) for c in own}
             if metric == "exact":
                 full = {("full cache", c.share): str(c.metrics["exact_full"]) for c in own}
                 values = full | values
-            found.append(_table(f"{gauge}: {title}", values))
+            found.append(_table(f"{task}: {title}", values))
         differences = {(c.policy, c.share): str(c.paired["kl"]) for c in own if c.paired}
         if differences:
-            title = f"{gauge}: KL minus that of `{own[0].policy}`, paired by text"
+            title = f"{task}: KL minus that of `{own[0].policy}`, paired by text"
             found.append(_table(title, differences))
     return found
 
 
-def depth_table(records: Sequence[Record], gauge: str, *, parts: int = 4) -> Table:
+def depth_table(records: Sequence[Record], task: str, *, parts: int = 4) -> Table:
     """Exact answers by depth of what is asked for, over all shares."""
     found: dict[str, list[list[float]]] = {}
     for record in records:
-        if record.key.gauge == gauge and record.depth is not None:
+        if record.key.task == task and record.depth is not None:
             row = found.setdefault(record.key.policy, [[] for _ in range(parts)])
             row[min(int(record.depth * parts), parts - 1)].append(record.quality.exact)
     columns = ("depth", *(f"{i / parts:.2f} to {(i + 1) / parts:.2f}" for i in range(parts)))
@@ -165,7 +165,7 @@ def depth_table(records: Sequence[Record], gauge: str, *, parts: int = 4) -> Tab
         (policy, *(_number(statistics.fmean(part)) if part else "" for part in row))
         for policy, row in found.items()
     )
-    return Table(f"{gauge}: exact answers by depth, all shares together", columns, rows)
+    return Table(f"{task}: exact answers by depth, all shares together", columns, rows)
 
 
 def share_name(share: float) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.policy.base import LayerSchedule, Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings
 
 BudgetsFrom = Literal["scores", "critical"]
 Rounding = Literal["exact", "official"]
@@ -69,6 +69,7 @@ class Pyramid:
     short_prompts: ShortPrompts = "pyramid"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("beta", self.beta, 1)
         check_choice("rounding", self.rounding, get_args(Rounding))
         check_choice("short_prompts", self.short_prompts, get_args(ShortPrompts))
@@ -94,6 +95,9 @@ class Uniform:
 
     layers: LayerSchedule = Flat()
     is_model_wide: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
@@ -130,6 +134,7 @@ class Adaptive:
     is_model_wide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("floor", self.floor, 0, 1)
         check_choice("safeguard", self.safeguard, get_args(ops.Safeguard))
         check_choice("budgets_from", self.budgets_from, get_args(BudgetsFrom))
@@ -272,9 +277,10 @@ class ModelWide:
     is_model_wide: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("floor", self.floor, 0, 1)
         check_choice("safeguard", self.safeguard, get_args(ModelWideSafeguard))
-        check_range("reserve", self.reserve or 1, 1)
+        check_range("reserve", 1 if self.reserve is None else self.reserve, 1)
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
-from adakv.policy.inputs import LayerInputs
+from adakv.policy.inputs import LayerInputs, check_settings
 
 __all__ = [
     "Allocator",
@@ -151,6 +151,9 @@ class Policy:
     scorer: Scorer
     allocator: Allocator
     selector: Selector
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @cached_property
     def window(self) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import warnings
+from dataclasses import fields
 from typing import Any
 
 from adakv.policy import allocators, prompt_scorers, scorers, selectors
 from adakv.policy.base import Policy
+from adakv.policy.inputs import did_you_mean
 
 _PARTS = {
     name: part
@@ -15,6 +18,8 @@ _PARTS = {
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
 }
 
+_MOST_SHOWN = 200  # characters of a text in a message
+
 
 def parse(text: str) -> Policy:
     """``scorer * allocator * selector``, each a part of the library with settings by name.
@@ -22,8 +27,12 @@ def parse(text: str) -> Policy:
     Settings are numbers, strings, truth values or parts, as in ``Adaptive(layers=Pyramid())``.
     Raises ``ValueError`` with the reason if the text is anything else, or a setting is refused.
     """
+    shown = repr(text) if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]!r}..."
     try:
-        match ast.parse(text, mode="eval").body:
+        with warnings.catch_warnings():  # the parser warns of texts that are refused anyway
+            warnings.simplefilter("ignore")
+            body = ast.parse(text, mode="eval").body
+        match body:
             case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
                 return Policy(
                     _part(scorer, "score"),
@@ -31,18 +40,31 @@ def parse(text: str) -> Policy:
                     _part(selector, "select"),
                 )
         raise ValueError("not of the form scorer * allocator * selector")
+    except (RecursionError, MemoryError) as error:  # what Python's parser says of a deep text
+        raise ValueError(f"policy {shown}: too many parts within each other") from error
     except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"policy {text!r}: {error}") from error
+        raise ValueError(f"policy {shown}: {error}") from error
 
 
 def _part(node: ast.expr, does: str) -> Any:
     known = [name for name, part in _PARTS.items() if hasattr(part, does)]
     match node:
         case ast.Call(ast.Name(name), [], keywords) if name in known:
-            return _PARTS[name](**{str(k.arg): _setting(k.value) for k in keywords})
-    raise ValueError(
-        f"{ast.unparse(node)} must be one of {', '.join(known)}, with settings by name"
-    )
+            settings: dict[str, Any] = {}
+            for keyword in keywords:
+                setting = str(keyword.arg)
+                possible = [field.name for field in fields(_PARTS[name])]
+                if setting not in possible:
+                    hint = did_you_mean(setting, possible)
+                    raise ValueError(f"{name}: unexpected keyword argument {setting!r}{hint}")
+                if setting in settings:
+                    raise ValueError(f"{name}: {setting} is given twice")
+                settings[setting] = _setting(keyword.value)
+            return _PARTS[name](**settings)
+    got = ast.unparse(node)
+    got = got if len(got) <= _MOST_SHOWN else f"{got[:_MOST_SHOWN]}..."
+    hint = did_you_mean(got.partition("(")[0], known)
+    raise ValueError(f"{got} must be one of {', '.join(known)}, with settings by name{hint}")
 
 
 def _setting(node: ast.expr) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,18 +133,97 @@ class LayerInputs:
         return scores.masked_fill(in_window, torch.inf)
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raises ``ValueError`` unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        allowed = f"in [{low}, {high}]" if high < float("inf") else f"at least {low}"
+def check_settings(part: Any) -> None:
+    """Checks a part's settings by the types that its dataclass declares.
+
+    Integers, those of numpy too, become ``int`` and numbers ``float``, so that ``1`` may stand for
+    ``1.0``. Raises ``ValueError`` with the setting's name for what is something else.
+    """
+    for setting in fields(part):
+        kind, value = str(setting.type), getattr(part, setting.name)
+        if kind in _CONVERSIONS and not (value is None and setting.default is None):
+            convert, expected = _CONVERSIONS[kind]
+            try:
+                value = convert(value)
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                raise ValueError(f"{setting.name} must be {expected}, got {short(value)}") from None
+            object.__setattr__(part, setting.name, value)
+        elif kind in _METHODS and not callable(getattr(value, _METHODS[kind], None)):
+            raise ValueError(
+                f"{setting.name} must be a {kind}, with a method {_METHODS[kind]}, "
+                f"got {short(value)}"
+            )
+
+
+def _to_int(value: Any) -> int:
+    number = operator.index(value)
+    if isinstance(value, bool) or not -(2**31) <= number < 2**31:
+        raise ValueError
+    return number
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise ValueError
+    return float(value)
+
+
+def _to_bool(value: Any) -> bool:
+    if type(value).__name__ not in ("bool", "bool_"):  # of Python or numpy
+        raise ValueError
+    return bool(value)
+
+
+_CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (_to_int, "an integer of 32 bits"),
+    "float": (_to_float, "a number"),
+    "float | None": (_to_float, "a number or None"),
+    "bool": (_to_bool, "True or False"),
+}
+_METHODS = {
+    "LayerSchedule": "budget",
+    "Allocator": "allocate",
+    "Scorer": "score",
+    "Selector": "select",
+}
+
+
+def short(value: Any) -> str:
+    """At most 80 characters of what it looks like."""
+    text = type(value).__name__ if isinstance(value, (int, Tensor)) else repr(value)
+    if isinstance(value, int) and abs(value) < 2**63:
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_at_most(name: str, value: float, most: float) -> None:
+    """Raises ``ValueError`` if ``value`` would take more memory or time than any use is worth."""
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises ``ValueError`` unless ``low <= value <= high`` and finite."""
+    if not low <= value <= high or math.isinf(value):
+        allowed = f"in [{low}, {high}]" if high < math.inf else f"at least {low}"
+        allowed += " and finite" if value == math.inf == high else ""
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}; got {short(value)}"
+            + did_you_mean(value, choices)
+        )
+
+
+def did_you_mean(value: Any, choices: Iterable[str]) -> str:
+    """``: did you mean 'this'?`` if a choice looks like the value, else nothing."""
+    near = difflib.get_close_matches(value, tuple(choices), 1) if isinstance(value, str) else []
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def pin_first(scores: Tensor, count: int) -> Tensor:

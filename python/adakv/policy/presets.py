@@ -9,6 +9,7 @@ from __future__ import annotations
 from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
+from adakv.policy.inputs import did_you_mean, short
 from adakv.policy.prompt_scorers import (
     ColumnMax,
     ExpectedAttention,
@@ -29,7 +30,6 @@ from adakv.policy.selectors import TopScore, TwoStage
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
-_kvzip = Policy(RepeatAttention(), ModelWide(), TopScore())
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -58,8 +58,7 @@ _PRESETS: dict[str, Policy] = {
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
     "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
-    "kvzip":                       _kvzip,
-    "best":                        _kvzip,  # at present: docs/quality.md
+    "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),
     "keydiff":                     Policy(KeyDiff(), Uniform(), TopScore()),
@@ -95,11 +94,11 @@ def get(policy: str | Policy) -> Policy:
     TopScore()"`` describes; a :class:`Policy` is given back as it is."""
     if isinstance(policy, Policy):
         return policy
-    if "(" in policy:
+    if isinstance(policy, str) and "(" in policy:
         return parse(policy)
-    if policy not in _PRESETS:
+    if not isinstance(policy, str) or policy not in _PRESETS:
         raise ValueError(
             f"policy must be one of {', '.join(names())}, scorer * allocator * selector written "
-            f"down, or a Policy; got {policy!r}"
+            f"down, or a Policy; got {short(policy)}{did_you_mean(policy, names())}"
         )
     return _PRESETS[policy]

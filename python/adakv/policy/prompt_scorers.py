@@ -15,9 +15,20 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.attention import check_all_queries, query_positions
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_first
+from adakv.policy.inputs import (
+    LayerInputs,
+    check_at_most,
+    check_choice,
+    check_range,
+    check_settings,
+    pin_first,
+)
 
 WeighBy = Literal["none", "floor", "all"]
+
+_MOST_STRIDE = 1024  # sets of column sums that a folding scorer holds
+_MOST_FUTURE = 65536
+_FUTURE_PART = 512  # positions of the future that are turned at a time
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,12 @@ class PromptAttention:
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
         check_range("distance", self.distance, 0)
         check_range("stride", self.stride, 1)
+        check_at_most("stride", self.stride, _MOST_STRIDE)
         check_choice("reduce", self.reduce, get_args(ops.Reduce))
         check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
 
@@ -174,6 +187,7 @@ class ColumnMax:
     pinned: int = 4
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("pinned", self.pinned, 0)
         check_range("window_weight", self.window_weight, 0)
         check_choice("weigh_by", self.weigh_by, get_args(WeighBy))
@@ -285,8 +299,10 @@ class ExpectedAttention:
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "rotate"})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("num_future", self.num_future, 1)
+        check_at_most("num_future", self.num_future, _MOST_FUTURE)
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
@@ -349,8 +365,13 @@ class ExpectedAttention:
         assert rotate is not None
         head_dim = inputs.keys.shape[3]
         units = torch.eye(head_dim, device=positions.device)[None, :, None]
-        units = units.expand(positions.shape[0], -1, positions.shape[1], -1)
-        return rotate(units, positions).mean(2)[:, None]
+        count = positions.shape[1]
+        mean = units.new_zeros((positions.shape[0], 1, head_dim, head_dim))
+        for start in range(0, count, _FUTURE_PART):  # D * D numbers for each position
+            part = positions[:, start : start + _FUTURE_PART]
+            turned = rotate(units.expand(part.shape[0], -1, part.shape[1], -1), part)
+            mean += turned.mean(2)[:, None] * (part.shape[1] / count)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -370,6 +391,7 @@ class RepeatAttention:
     needs: ClassVar[frozenset[Need]] = frozenset({"repeat"})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.attention import attention
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range, pin_first
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings, pin_first
 
 NormShare = Literal["none", "entries", "heads"]
 
@@ -42,6 +42,7 @@ class WindowAttention:
     pinned: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
         check_odd("pool_width", self.pool_width)
@@ -88,6 +89,7 @@ class Defensive:
     needs: ClassVar[frozenset[Need]] = frozenset({"w_o"})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
         check_odd("pool_width", self.pool_width)
@@ -127,6 +129,7 @@ class LastQuery:
     window: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
@@ -145,6 +148,7 @@ class KeyDiff:
     pinned: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
 
@@ -166,6 +170,7 @@ class KeyNorm:
     pinned: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)
 
@@ -186,6 +191,7 @@ class Recency:
     window: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
@@ -206,6 +212,7 @@ class Random:
     pinned: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("seed", self.seed, 0, 2**31 - 1)
         check_range("window", self.window, 1)
         check_range("pinned", self.pinned, 0)

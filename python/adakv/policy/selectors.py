@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.policy.base import Kept, Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range
+from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TwoStage:
     needs: ClassVar[frozenset[Need]] = frozenset({"w_o"})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("first", self.first, 0, 1)
         check_range("eps", self.eps, 0)
         check_choice("norm", self.norm, get_args(ops.Norm))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adakv.policy.base import Allocator, LayerSchedule, Need, needs_of
-from adakv.policy.inputs import LayerInputs, check_range
+from adakv.policy.inputs import LayerInputs, check_range, check_settings
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class WholePages:
     page_size: int = 16
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_range("page_size", self.page_size, 1)
 
     @property

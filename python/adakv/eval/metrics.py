@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, what is read after it was compressed, and the answer that is gauged.
+    """A prompt, what is read after it was compressed, and the answer that is compared.
 
     Parameters
     ----------

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cli import report
+from adakv.cli import output
 from adakv.cli.inputs import InputError, refusals
-from adakv.cli.options import Place, place_options, progress_bar
+from adakv.cli.options import Place, place_options
+from adakv.cli.progress import progress_bar
 from adakv.eval import data, plot, summary
-from adakv.eval.gauges import Item
+from adakv.eval.metrics import Item
 from adakv.eval.records import RecordFile
 
 POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"
@@ -42,8 +43,8 @@ class Sources:
         if not (self.qa or self.text or self.needles):
             raise ValueError("give at least one of --qa, --text and --needles")
 
-    def gauges(self, tokenizer: Any) -> dict[str, list[Item]]:
-        """Items by the name of their gauge."""
+    def tasks(self, tokenizer: Any) -> dict[str, list[Item]]:
+        """Items by the name of their task: questions, text to be continued, needles."""
         found: dict[str, list[Item]] = {}
         if self.text:
             found["text"] = data.continuations(self.text, tokenizer, self.size)
@@ -91,7 +92,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     aware_help = "Whether the question is compressed with the prompt, or comes later."
     for option in (
         click.option("--per-prompt", default=2, show_default=True, help="Questions or needles."),
-        click.option("--prompts", default=12, show_default=True, help="Prompts of each gauge."),
+        click.option("--prompts", default=12, show_default=True, help="Prompts of each task."),
         click.option("--tokens", default=2000, show_default=True, help="Length of each prompt."),
         click.option(
             "--aware",
@@ -134,7 +135,7 @@ def evaluate(
     names, kept = check_policies(policies), check_shares(shares)
     network, tokenizer = place.load(model)
     with refusals():
-        gauges = sources.gauges(tokenizer)
+        tasks = sources.tasks(tokenizer)
         about = {
             "adakv": adakv.__version__,
             "model": Path(model).name,
@@ -142,26 +143,26 @@ def evaluate(
             **sources.as_dict(),
         }
         file = RecordFile(records, about)
-    run_all(network, file, gauges, names, kept)
+    run_all(network, file, tasks, names, kept)
     wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
-    tables += [summary.depth_table(wanted, name) for name in gauges if name.startswith("needles")]
+    tables += [summary.depth_table(wanted, name) for name in tasks if name.startswith("needles")]
     print_tables(Console(), tables)
     if markdown:
-        report.write_text(markdown, "\n".join(table.markdown() for table in tables))
+        output.write_text(markdown, "\n".join(table.markdown() for table in tables))
     if place.json_path:
-        results = {"machine": report.machine(), "cells": [cell.as_dict() for cell in cells]}
-        report.write_json(place.json_path, about | results)
+        results = {"machine": output.machine(), "cells": [cell.as_dict() for cell in cells]}
+        output.write_json(place.json_path, about | results)
     if place.plot_path:
-        with report.drawing():
-            report.write_figure(place.plot_path, plot.curves(cells))
+        with output.drawing():
+            output.write_figure(place.plot_path, plot.curves(cells))
 
 
 def run_all(
     model: Any,
     file: RecordFile,
-    gauges: dict[str, list[Item]],
+    tasks: dict[str, list[Item]],
     policies: Sequence[str],
     shares: Sequence[float],
 ) -> None:
@@ -169,10 +170,10 @@ def run_all(
     from adakv.eval import runner  # needs transformers
 
     done = {record.key for record in file.records}
-    total = len(runner.missing(gauges, policies, shares, done))
+    total = len(runner.missing(tasks, policies, shares, done))
     chosen = {name: adakv.policy.get(name) for name in policies}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, gauges, chosen, shares, done):
+        for record in runner.run(model, tasks, chosen, shares, done):
             file.add(record)
             advance()
 

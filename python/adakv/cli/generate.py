@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""``adakv generate``: what a model writes after a text, or after each of many."""
 
 from __future__ import annotations
 
@@ -11,59 +11,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 import adakv
-from adakv.cli import report
-from adakv.cli.inputs import (
-    InputError,
-    check_prompt_length,
-    encode_prompt,
-    manual_text,
-    read_text,
-    refusals,
-)
-from adakv.cli.many import open_results, read_prompts, result_file
-from adakv.cli.measure import FULL, Run, Setting, compare, run
-from adakv.cli.options import (
-    DEFAULT_RATIO,
-    Place,
-    check_setting,
-    place_options,
-    progress_bar,
-    setting_options,
-)
-from adakv.cli.quality import evaluate
-from adakv.cli.show import show
-
-DEMO_POLICIES = ("critical_ada_snapkv", adakv.policy.DEFAULT)
-DEMO_QUESTION = "How do I print a number with two digits after the point?"
-
-
-def run_command_line(arguments: list[str]) -> int:
-    """Runs one command line; the result is the exit code."""
-    try:
-        cli.main(args=arguments, prog_name="adakv", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-    except click.ClickException as error:
-        click.echo(f"adakv: {error.format_message()}", err=True)
-        return 2
-    except click.Abort:
-        click.echo("adakv: stopped", err=True)
-        return 130
-    return 0
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(adakv.__version__, prog_name="adakv")
-def cli() -> None:
-    """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
-
-
-cli.add_command(evaluate)
-cli.add_command(show)
+from adakv.cli import output
+from adakv.cli.inputs import InputError, encode_prompt, read_text, refusals
+from adakv.cli.measure import FULL, Setting, run_all
+from adakv.cli.options import Place, place_options, setting_options
+from adakv.cli.progress import progress_bar
+from adakv.cli.prompts import open_results, read_prompts, result_file
 
 
 @dataclass(frozen=True)
@@ -119,7 +74,7 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
             raise InputError(f"{parameter.opts[0]} {reason}")
 
 
-@cli.command()
+@click.command()
 @click.argument("model")
 @click.argument("text", required=False)
 @click.option("--question", help="Asked after the text, in the model's chat template if any.")
@@ -153,7 +108,7 @@ def generate(
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
     console = Console()
     console.print(runs[-1].text, markup=False, highlight=False)
-    report.print_runs(console, runs)
+    output.print_runs(console, runs)
     place.save(runs, model)
 
 
@@ -190,71 +145,3 @@ def generate_many(
     click.echo(
         f"{len(ids)} prompts with {read} tokens read, {written} tokens written in {seconds:.1f} s"
     )
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--tokens", type=click.IntRange(min=256), default=7000, show_default=True)
-@click.option("--question", default=DEMO_QUESTION, show_default=True)
-@click.option("--ratio", type=float, default=DEFAULT_RATIO, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
-@place_options
-def demo(
-    model: str, tokens: int, question: str, ratio: float, max_new_tokens: int, place: Place
-) -> None:
-    """The full cache against Ada-KV and CriticalKV at the same bytes.
-
-    MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads a long real text, the
-    first --tokens of Python's reference manual, and answers a question about it.
-    """
-    settings = [check_setting(policy, None, ratio) for policy in DEMO_POLICIES]
-    network, tokenizer = place.load(model)
-    prompt = encode_prompt(tokenizer, manual_text(tokenizer, tokens), question)
-    runs = run_all(network, tokenizer, prompt, [FULL, *settings], max_new_tokens)
-    console = Console()
-    console.print(f"[bold]question[/bold] (after {tokens} tokens of Python's manual): {question}")
-    report.print_texts(console, runs)
-    console.print()
-    report.print_runs(console, runs)
-    place.save(runs, model)
-
-
-@cli.command()
-def info() -> None:
-    """What is installed, what this machine can run, and the policies."""
-    console = Console()
-    table = Table(show_header=False)
-    for name, value in report.machine().items():
-        table.add_row(name, str(value))
-    table.add_row("backends", ", ".join(adakv.backends()))
-    table.add_row("cuda", adakv.cuda_unavailable_reason() or "available")
-    console.print(table)
-    presets = Table()
-    presets.add_column("policy", no_wrap=True)
-    for name in ("scorer", "allocator", "selector"):
-        presets.add_column(name, overflow="fold")
-    for name in adakv.policies():
-        policy = adakv.policy.get(name)
-        presets.add_row(
-            name, *map(report.brief, (policy.scorer, policy.allocator, policy.selector))
-        )
-    console.print(presets)
-
-
-def run_all(
-    model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int
-) -> list[Run]:
-    """Runs each setting in turn; those after the full cache are compared with it."""
-    check_prompt_length(model, prompt.shape[1], new)
-    with refusals():
-        for setting in settings:
-            setting.cache(model)  # what is wrong shows before the long work
-    runs: list[Run] = []
-    for setting in settings:
-        with progress_bar(setting.title, new + 1) as advance, refusals():
-            runs.append(run(model, tokenizer, prompt, setting, new=new, on_token=advance))
-        if settings[0] == FULL and len(runs) > 1:
-            with progress_bar(f"{setting.title}: comparing") as advance, refusals():
-                runs[-1] = compare(model, prompt, setting, run=runs[-1], full=runs[0])
-                advance()
-    return runs

@@ -1,0 +1,153 @@
+"""Results as tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import adakv
+from adakv.cli.inputs import InputError
+from adakv.cli.measure import Run
+from adakv.eval import plot
+
+
+def print_runs(console: Console, runs: list[Run]) -> None:
+    """One line per run, in the order of ``runs``; the first is what speed is compared with."""
+    compared = any(run.same_choice is not None for run in runs)
+    title = f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("cache", no_wrap=True)
+    names = ["KV\nMiB", "of\nfull", "prefill\nseconds", "decode\ntokens/s"]
+    if compared:
+        names += ["speed-\nup", "same\nchoice", "same\nstart"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for run in runs:
+        cells = [
+            run.title,
+            f"{run.cache_bytes / 2**20:.1f}",
+            f"{run.cache_bytes / run.full_bytes:.1%}",
+            f"{run.prefill_seconds:.1f}",
+            f"{run.tokens_per_second:.1f}",
+        ]
+        if run.same_choice is not None:
+            cells += [
+                f"{run.tokens_per_second / runs[0].tokens_per_second:.2f}x",
+                f"{run.same_choice:.0%}",
+                f"{run.same_start}",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    if compared:
+        console.print(
+            "same choice: how often the full cache's next token comes first here too, given the "
+            "same past; same start: tokens written before the first that differs",
+            style="dim",
+            highlight=False,
+        )
+
+
+def print_texts(console: Console, runs: list[Run]) -> None:
+    """What each run wrote."""
+    for run in runs:
+        console.print(f"\n[bold]{run.title}[/bold]")
+        console.print(run.text, markup=False, highlight=False)
+
+
+def brief(part: object) -> str:
+    """A part of a policy, with those of its settings that are not the default."""
+    if not dataclasses.is_dataclass(part):
+        return repr(part)
+    settings = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        usual = field.default_factory() if callable(field.default_factory) else field.default
+        if value != usual:
+            settings.append(f"{field.name}={brief(value)}")
+    return f"{type(part).__name__}({', '.join(settings)})"
+
+
+def machine() -> dict[str, Any]:
+    """What a measured number depends on."""
+    return {
+        "adakv": adakv.__version__,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "instruction set": adakv.cpu_instruction_set(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def processor_name() -> str:
+    """As the kernel calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes one JSON object."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file."""
+    _write(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: str, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
+    _write(path, lambda target: figure.savefig(target, format="png"))
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Says what to install where matplotlib is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise InputError("pictures need matplotlib; pip install 'adakv[cli]'") from error
+
+
+def plot_kept(path: str, runs: list[Run]) -> None:
+    """A heat map per policy: entries of the prompt kept in each layer and kv head."""
+    titles = {f"{run.title}: entries kept of {run.prompt_tokens}": run.kept for run in runs}
+    with drawing():
+        write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
+
+
+def _write(path: str, write: Any) -> None:
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target)
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}") from error
