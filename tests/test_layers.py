@@ -54,6 +54,32 @@ SIDEWAYS = {("entries", "policy"), ("reading", "policy"), ("reading", "entries")
 TRANSFORMERS = ("hf/", "cli/", "eval/")
 
 
+VERBS = re.findall(
+    r"^void (\w+)\(const", (ROOT / "cpp/include/adakv/ops.h").read_text(), re.MULTILINE
+)
+#: Where a verb is, on every floor; of several one suffices.
+LIFE_OF_A_VERB = (
+    ["cpp/cpu/{}.cc"],
+    ["cuda/{}.cu", "cuda/{}/any.cu"],
+    ["tests/ops/test_{}.py"],
+    ["tests/cpp/{}_test.cc"],
+    ["benchmarks/bench_{}.py"],
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_a_verb_is_the_name_of_its_files(verb: str):
+    for places in LIFE_OF_A_VERB:
+        names = [place.format(verb) for place in places]
+        assert any((ROOT / name).exists() for name in names), f"no {' or '.join(names)}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_a_verb_of_more_than_two_cuda_files_has_a_folder(verb: str):
+    files = [p.name for p in (ROOT / "cuda").glob(f"{verb}[._]*")]
+    assert len(files) <= 2, f"{files} belong into cuda/{verb}/"
+
+
 def core_files() -> list[Path]:
     folders = (ROOT / folder for folder in INCLUDES)
     return sorted(p for f in folders for p in f.rglob("*") if p.suffix in CORE_SUFFIXES)
