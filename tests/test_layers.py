@@ -2,11 +2,14 @@
 
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
-4  policies                python/adakv/policy/
-3  torch ops, cache face   python/adakv/{errors,_register,ops,cache}.py
+4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries}.py
+3  torch ops, cache, step  python/adakv/{errors,_register,ops,cache,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
+
+And what CONTRIBUTING.md says of names and sizes: a verb is the name of its files on every floor,
+files and functions are short.
 """
 
 from __future__ import annotations
@@ -78,6 +81,31 @@ def test_layers_a_verb_is_the_name_of_its_files(verb: str):
 def test_layers_a_verb_of_more_than_two_cuda_files_has_a_folder(verb: str):
     files = [p.name for p in (ROOT / "cuda").glob(f"{verb}[._]*")]
     assert len(files) <= 2, f"{files} belong into cuda/{verb}/"
+
+
+#: Of code, without docstrings: more is hard to read at once.
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
+FOLDERS = ("cpp", "cuda", "bindings", "python", "tests", "benchmarks", "examples")
+
+
+def test_layers_files_are_short():
+    files = [p for f in FOLDERS for p in (ROOT / f).rglob("*")]
+    files = [p for p in files if p.suffix in {*CORE_SUFFIXES, ".c", ".py", ".pyi"}]
+    long = [p for p in files if len(p.read_text().splitlines()) > MOST_LINES_OF_A_FILE]
+    assert files and not long, long
+
+
+def test_layers_python_functions_are_short():
+    for path in (p for f in FOLDERS for p in (ROOT / f).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            first = node.body[0]
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= first.end_lineno - first.lineno + 1
+            message = f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+            assert lines <= MOST_LINES_OF_A_FUNCTION, message
 
 
 def core_files() -> list[Path]:

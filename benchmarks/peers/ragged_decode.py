@@ -32,7 +32,7 @@ class FlashInfer:
             workspace = torch.empty(64 << 20, dtype=torch.uint8, device=data.pool.device)
             decode = FlashInferDecode(
                 data.table[i], data.lengths[i], case.page_size, case.group, case.head_dim,
-                data.pool.dtype, self.tensor_cores, workspace,
+                dtype=data.pool.dtype, tensor_cores=self.tensor_cores, workspace=workspace,
             )  # fmt: skip
             decode.plan()
             self.decodes.append(decode)
