@@ -69,10 +69,22 @@ class Reader:
         self.data.sum()
 
 
+def device(name: str) -> str:
+    """Checks a device that the command line names."""
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name!r}")
+    reason = adakv.cuda_unavailable_reason()
+    if not reason and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    if name == "cuda" and reason:
+        raise argparse.ArgumentTypeError(f"cuda can't be used here: {reason}")
+    return name
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benches have."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--device", default="cpu", choices=adakv.backends())
+    options.add_argument("--device", default="cpu", type=device, metavar="cpu|cuda")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--rounds", type=int, default=20, help="of each variant on a CPU")
     options.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.jsonl")
