@@ -108,6 +108,63 @@ def test_layers_python_functions_are_short():
             assert lines <= MOST_LINES_OF_A_FUNCTION, message
 
 
+def functions(tree: ast.AST) -> set[str]:
+    """Names of all that is defined with ``def``, in classes and outside."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return {node.name for node in found}
+
+
+def replaced(tree: ast.AST) -> Iterator[str]:
+    """Names that code gives another meaning: by ``setattr``, pytest's or its own, by mock's
+    ``patch``, by assigning to what it imports from adakv, or by assigning a function."""
+    own = functions(tree)
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "adakv"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func).split(".")[-1] in ("setattr", "patch", "object"):
+                names = [x.value for x in node.args[:2] if isinstance(x, ast.Constant)]
+                yield from (str(name).split(".")[-1] for name in names)
+        elif isinstance(node, ast.Assign):
+            is_function = isinstance(node.value, ast.Lambda) or ast.unparse(node.value) in own
+            for target in node.targets:
+                holder, _, name = ast.unparse(target).rpartition(".")
+                if holder and (is_function or holder.split(".")[0] in imported):
+                    yield name
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests", "examples", "python/adakv/eval"])
+def test_layers_nobody_replaces_what_adakv_does(folder: str):
+    """What is measured and tested is what runs: a seam that is missing is made, not patched."""
+    ours = set().union(*(functions(ast.parse(path.read_text())) for path in python_files()))
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in replaced(ast.parse(path.read_text())):
+            assert name not in ours, f"{path.relative_to(ROOT)} replaces {name}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from adakv.hf import Cache\nCache.take = None",
+        "import adakv\nadakv.hf.Cache.take = other.take",
+        "def f(): pass\nlayer.inner.take = f",
+        "layer.take = lambda: None",
+        "setattr(Cache, 'take', f)",
+        "monkeypatch.setattr(Cache, 'take', f)",
+        "monkeypatch.setattr('adakv.hf.Cache.take', f)",
+        "mock.patch.object(Cache, 'take')",
+    ],
+)
+def test_layers_replacements_are_found(code: str):
+    assert "take" in replaced(ast.parse(code))
+    assert "take" not in replaced(ast.parse("take = layer.take\nself.take = take\nx.take = 1"))
+
+
 def core_files() -> list[Path]:
     folders = (ROOT / folder for folder in INCLUDES)
     return sorted(p for f in folders for p in f.rglob("*") if p.suffix in CORE_SUFFIXES)
