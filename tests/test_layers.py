@@ -8,8 +8,8 @@
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
 
-And what CONTRIBUTING.md says of names and sizes: a verb is the name of its files on every floor,
-files and functions are short.
+And what CONTRIBUTING.md says of names, sizes and seams: a verb is the name of its files on every
+floor, files and functions are short, and no test or benchmark replaces what adakv does.
 """
 
 from __future__ import annotations
