@@ -27,9 +27,6 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD := build/dev
 WERROR := $(if $(CI),ON,OFF)
-CUDA_BENCHES := $(wildcard benchmarks/bench_*_cuda.py)
-BENCHES := $(if $(filter cuda,$(DEVICE)),$(CUDA_BENCHES),\
-	$(filter-out $(CUDA_BENCHES),$(wildcard benchmarks/bench_*.py)))
 PYTHON_DIRS := python tests benchmarks examples
 CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
 INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
@@ -151,7 +148,8 @@ format: setup ## let the formatters decide
 	@clang-format -i $(CPP_FILES)
 
 bench: build model ## the benchmarks of this machine, into benchmarks/results/
-	for bench in $(BENCHES); do python $$bench --device $(DEVICE) --save $(DEVICE) || exit 1; done
+	for bench in benchmarks/bench_*.py; do \
+		python $$bench --device $(DEVICE) --save $(DEVICE) || exit 1; done
 	python benchmarks/end_to_end.py --device $(DEVICE) --model $(MODEL) --save $(DEVICE)
 
 quality: build model ## every preset against the full cache on TEXT=book.txt, into build/quality

@@ -1,8 +1,12 @@
-"""append of one token to every row of a layer, and plan for all layers of a step."""
+"""append of one token to every row of a layer, and plan for all layers of a step.
+
+On a GPU append to one layer is timed launch by launch with the L2 cache flushed, and in a graph.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +14,9 @@ import torch
 import harness
 from adakv import ops
 from adakv.cache import KVCache
+from cuda_timing import graph_times, launch_times
+
+GPU_HEADS, GPU_HEAD_DIM = 8, 128
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,11 @@ class Case:
     kv_heads: int = 3
     head_dim: int = 64
     dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    sequences: int
 
 
 def run(case: Case, options: argparse.Namespace) -> None:
@@ -53,7 +65,32 @@ def run(case: Case, options: argparse.Namespace) -> None:
     harness.report("append", vars(case), timings, derived, options.save)
 
 
+def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
+    rows, row_pages = case.sequences * GPU_HEADS, 41
+    cache = KVCache(
+        num_layers=1,
+        num_sequences=case.sequences,
+        num_kv_heads=GPU_HEADS,
+        head_dim=GPU_HEAD_DIM,
+        num_pages=rows * row_pages,
+        max_row_pages=4 * row_pages,
+        device=options.device,
+    )
+    with torch.device(options.device):
+        keys, values = torch.randn(2, case.sequences, GPU_HEADS, 1, GPU_HEAD_DIM).bfloat16()
+        prompt = ops.Kept(torch.zeros(rows).int(), torch.arange(rows + 1).int())  # of one token
+    pages = cache.begin(0, [GPU_HEADS] * case.sequences, [1] * case.sequences)
+    ops.compact(keys, values, prompt, cache.layer(0), *pages)
+    room = cache.grow([256] * case.sequences, 256)
+    assert room == 256  # more than is appended here
+    append = functools.partial(ops.append, keys, values, cache.layer(0))
+    timings = {"launch": launch_times({"append": lambda _: append()})["append"]}
+    timings["graph"] = graph_times({"append": [append] * 4})["append"]
+    harness.report("append", vars(case), timings, {}, options.save)
+
+
 CASES = [Case(), Case(layers=32, batch=8, kv_heads=8, head_dim=128)]
+GPU_CASES = [GpuCase(1), GpuCase(64)]
 
 if __name__ == "__main__":
-    harness.run_cases(__doc__, CASES, run)
+    harness.run_cases(harness.parser(__doc__), cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])

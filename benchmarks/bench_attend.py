@@ -2,11 +2,16 @@
 
 Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw
 over the heads of a sequence. Several layers in turn, more than the last-level cache holds.
+
+On a GPU a call also appends the new token. It is timed in a graph of many layers, and launch by
+launch with the L2 cache flushed, and so are FlashInfer and torch (--peers).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +20,9 @@ from torch import Tensor
 
 import harness
 from adakv import ops
+from cuda_timing import graph_times, launch_times
+from peers.ragged_decode import FlashInfer, peers_of
+from ragged_layers import GpuCase, Layers
 
 
 @dataclass(frozen=True)
@@ -107,13 +115,53 @@ def run(case: Case, options: argparse.Namespace) -> None:
     harness.report("attend", vars(case), timings, derived, options.save)
 
 
+def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
+    layers = Layers(case, options.device)
+    count = len(layers.layers)
+    error = layers.error(layers.attend(0), 0)
+    peers = peers_of(layers) if options.peers else {}
+    calls: dict[str, Callable[[int], object]] = {
+        "adakv": layers.attend,
+        "adakv_no_append": functools.partial(layers.attend, appends=False),
+        **{name: peer.run for name, peer in peers.items()},
+    }
+    timings = {f"{n}_launch": t for n, t in launch_times(calls).items()}
+    in_graph = {
+        name: [functools.partial(call, i) for i in range(count)] for name, call in calls.items()
+    }
+    timings |= {f"{n}_graph": t for n, t in graph_times(in_graph).items()}
+    derived = {"error": error, "layers": count, "MB": case.num_bytes / 1e6}
+    derived["graph_TB_per_s"] = case.num_bytes / timings["adakv_graph"].median_us / 1e6
+    for name, peer in peers.items():
+        derived[f"{name}_error"] = layers.error(peer.run(0), 0, appended=False)
+        if isinstance(peer, FlashInfer):
+            derived[f"{name}_plan_us"] = peer.plan_us()
+    harness.report("attend", vars(case), timings, derived, options.save)
+
+
 CASES = [
     Case(),
     Case(dtype="float32"),
     Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=700, layers=30),
     Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=7000, new_tokens=512),
 ]
-
+GPU_BARS = [
+    GpuCase(batch=batch, mean_length=mean)
+    for batch, mean in ((1, 1024), (1, 4096), (4, 1024), (8, 1024), (16, 1024), (32, 1024),
+                        (64, 1024), (8, 8192), (32, 4096), (256, 512))
+]  # fmt: skip
+GPU_SHAPES = [
+    *(GpuCase(batch=8, group=g, kv_heads=8) for g in (1, 2, 8, 16)),
+    *(GpuCase(batch=8, head_dim=d) for d in (64, 80, 96, 256)),
+    *(GpuCase(batch=1, head_dim=d) for d in (64, 256)),
+    GpuCase(batch=8, group=16, head_dim=256),
+    GpuCase(batch=8, dtype="float16"),
+    GpuCase(batch=8, skew=0.1),
+    GpuCase(batch=1, mean_length=4096, skew=0.05),
+]
 
 if __name__ == "__main__":
-    harness.run_cases(__doc__, CASES, run)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--peers", action="store_true", help="on a GPU FlashInfer and torch, too")
+    gpu_cases = [*GPU_BARS, *GPU_SHAPES]
+    harness.run_cases(parser, cpu=[(CASES, run)], cuda=[(gpu_cases, run_on_gpu)])

@@ -1,8 +1,13 @@
-"""compact of one layer into pages, against gathering the same entries in plain torch."""
+"""compact of one layer into pages, against gathering the same entries in plain torch.
+
+On a GPU the sizes are those of Llama-3.1-8B's layers, with unequal budgets. It is timed launch by
+launch with the L2 cache flushed, and in a graph of many calls.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +15,10 @@ import torch
 import harness
 from adakv import ops
 from adakv.cache import KVCache
+from cuda_timing import graph_times, launch_times
+
+GPU_HEADS, GPU_HEAD_DIM = 8, 128
+GPU_PROMPTS = 8  # in turn, more than the L2 cache holds
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,12 @@ class Case:
     length: int = 7000
     budget: int = 700
     dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    length: int
+    budget: int
 
 
 def run(case: Case, options: argparse.Namespace) -> None:
@@ -54,7 +69,56 @@ def run(case: Case, options: argparse.Namespace) -> None:
     harness.report("compact", vars(case), timings, derived, options.save)
 
 
+def random_kept(length: int, budget: int) -> ops.Kept:
+    """Random positions in rows of unequal budgets, as Ada-KV gives them."""
+    floor, rest = budget // 5, (budget - budget // 5) * GPU_HEADS
+    share = torch.distributions.Dirichlet(torch.full((GPU_HEADS,), 2.0)).sample()
+    counts = (floor + share * rest).int().clamp(max=length)
+    counts[0] += GPU_HEADS * budget - counts.sum()
+    rows = [torch.randperm(length)[:n].sort().values for n in counts.tolist()]
+    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return ops.Kept(torch.cat(rows).int(), indptr.int())
+
+
+def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
+    kept = ops.Kept(*(x.to(options.device) for x in random_kept(case.length, case.budget)))
+    row_pages = case.length // 16 + 40
+    cache = KVCache(
+        num_layers=1,
+        num_sequences=1,
+        num_kv_heads=GPU_HEADS,
+        head_dim=GPU_HEAD_DIM,
+        num_pages=GPU_HEADS * row_pages,
+        max_row_pages=4 * row_pages,
+        device=options.device,
+    )
+    pages = cache.begin(0, [GPU_HEADS * case.budget], [case.length])
+    layer = cache.layer(0)
+    shape = (2, 1, GPU_HEADS, case.length, GPU_HEAD_DIM)  # keys and values
+    prompts = [
+        torch.randn(shape, device=options.device).bfloat16().unbind() for _ in range(GPU_PROMPTS)
+    ]
+    heads = torch.arange(GPU_HEADS, device=options.device)
+    rows, positions = heads.repeat_interleave(kept.indptr.diff().long()), kept.positions.long()
+
+    def compact(i: int) -> None:
+        keys, values = prompts[i % GPU_PROMPTS]
+        ops.compact(keys, values, kept, layer, *pages)
+
+    def gather(i: int) -> None:
+        for x in prompts[i % GPU_PROMPTS]:
+            x[0][rows, positions]
+
+    timings = launch_times({"adakv_launch": compact, "torch_launch": gather})
+    calls = [functools.partial(compact, i) for i in range(GPU_PROMPTS)]
+    timings |= graph_times({"adakv_graph": calls})
+    moved = 2 * GPU_HEADS * case.budget * GPU_HEAD_DIM * 2 * 2
+    derived = {"graph_TB_per_s": moved / timings["adakv_graph"].median_us / 1e6}
+    harness.report("compact", vars(case), timings, derived, options.save)
+
+
 CASES = [Case(), Case(kv_heads=8, head_dim=128, length=32768, budget=4096)]
+GPU_CASES = [GpuCase(32768, 3277), GpuCase(32768, 6554), GpuCase(131072, 13107)]
 
 if __name__ == "__main__":
-    harness.run_cases(__doc__, CASES, run)
+    harness.run_cases(harness.parser(__doc__), cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])

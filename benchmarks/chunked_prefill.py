@@ -8,12 +8,14 @@ model's, in units of the prompt's keys and values.
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import adakv
+import harness
 
 LAYERS, TOKENS, CHUNK = 16, 32768, 2048
 ENTRIES = LAYERS * 2 * 8 * 128 * 2 * TOKENS  # bytes of keys and values
@@ -43,6 +45,9 @@ def measure(model: LlamaForCausalLM, policy: str, ids: torch.Tensor) -> None:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--device", default="cuda", type=harness.device, choices=["cuda"])
+    options.parse_args()
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, vocab_size=32000,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2 * TOKENS,

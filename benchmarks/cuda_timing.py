@@ -8,6 +8,7 @@ Steps of a whole model are timed as they come.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -72,6 +73,16 @@ def graph_times(
             if i >= 2:
                 times[name].append(begin.elapsed_time(end) * 1e3 / len(variants[name]))
     return {name: timing(samples) for name, samples in times.items()}
+
+
+def call_times(
+    ours: Mapping[str, Callable[[int], object]], peers: Mapping[str, Callable[[int], object]]
+) -> dict[str, Timing]:
+    """Ours in a graph and launch by launch; peers the latter only, as not all can be recorded."""
+    calls = {name: [functools.partial(call, i) for i in range(12)] for name, call in ours.items()}
+    timings = {f"{name}, graph": timing for name, timing in graph_times(calls).items()}
+    alone = launch_times({**ours, **peers}, rounds=20)
+    return timings | {f"{name}, launch": timing for name, timing in alone.items()}
 
 
 def device_times(run: Callable[[], object], rounds: int) -> list[float]:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 import adakv
-import end_to_end_cuda
 import harness
 from adakv.cli.inputs import DTYPES, load_model, manual_text
 from adakv.cli.measure import FULL, Setting, cache_bytes
 from adakv.eval.prefill import Prefill
+from end_to_end_parts import cuda
 
 STEPS_PER_TURN = 8
 
@@ -139,10 +139,10 @@ def main() -> None:
     options.add_argument("--policies", nargs="+", default=["ada_snapkv", "critical_ada_snapkv"])
     options.add_argument("--prefills", type=int, default=3, help="at least 2")
     options.set_defaults(rounds=6)
-    end_to_end_cuda.add_options(options)
+    cuda.add_options(options)
     args = options.parse_args()
     if args.device == "cuda":
-        return end_to_end_cuda.main(args)
+        return cuda.main(args)
     if args.model is None:
         options.error("--model is required")
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness import Timing, report
+from harness import Timing, device, report
 
 #: One engine in the process that measures, with all its threads.
 ENVIRONMENT = {
@@ -93,7 +93,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", default="cpu", type=device, metavar="cpu|cuda")
     parser.add_argument("--model", help="a folder, or a name that vLLM knows")
     parser.add_argument(
         "--variants",

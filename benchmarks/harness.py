@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,26 +69,44 @@ class Reader:
         self.data.sum()
 
 
+def device(name: str) -> str:
+    """Checks a device that the command line names."""
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name!r}")
+    reason = adakv.cuda_unavailable_reason()
+    if not reason and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    if name == "cuda" and reason:
+        raise argparse.ArgumentTypeError(f"cuda can't be used here: {reason}")
+    return name
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benches have."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--device", default="cpu", choices=adakv.backends())
+    options.add_argument("--device", default="cpu", type=device, metavar="cpu|cuda")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--rounds", type=int, default=20)
-    options.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.json")
+    options.add_argument("--rounds", type=int, default=20, help="of each variant on a CPU")
+    options.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.jsonl")
     return options
 
 
+Run = Callable[[Any, argparse.Namespace], None]
+Cases = tuple[Sequence[Any], Run]  # and what runs each of them
+
+
 def run_cases(
-    description: str | None, cases: Iterable[Any], run: Callable[[Any, argparse.Namespace], None]
+    options: argparse.ArgumentParser, *, cpu: Sequence[Cases], cuda: Sequence[Cases]
 ) -> None:
-    """Reads the command line and runs every case with the threads and on the device it names."""
-    options = parser(description).parse_args()
-    torch.set_num_threads(options.threads)
-    for case in cases:
-        torch.manual_seed(0)
-        with torch.device(options.device):
-            run(case, options)
+    """Reads the command line and runs the cases of the device that it names."""
+    options.add_argument("--only", default="", metavar="TEXT", help="cases whose names contain it")
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    for cases, run in cuda if chosen.device == "cuda" else cpu:
+        for case in cases:
+            if chosen.only in str(case):
+                torch.manual_seed(0)
+                run(case, chosen)
 
 
 def report(
@@ -111,11 +129,11 @@ def report(
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "derived": {name: round(value, 3) for name, value in derived.items()},
     }
-    line = json.dumps(record)
+    line = json.dumps(record, separators=(",", ":"))
     sys.stdout.write(line + "\n")
     if save:
         RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{save}.json").open("a") as file:
+        with (RESULTS / f"{save}.jsonl").open("a") as file:
             file.write(line + "\n")
     return record
 

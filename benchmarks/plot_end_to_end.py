@@ -1,6 +1,6 @@
 """Draws the decode steps that end_to_end.py measured on a GPU: time and tokens per second.
 
-python benchmarks/plot_end_to_end.py benchmarks/results/NAME.json FILE.png
+python benchmarks/plot_end_to_end.py benchmarks/results/NAME.jsonl FILE.png
 """
 
 from __future__ import annotations

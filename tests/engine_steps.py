@@ -47,11 +47,14 @@ class Told(Boundaries):
         self.planned: list[tuple[int, int]] = []
         self.entries: list[tuple[int, int]] = []
         self.running: set[int] = set()
+        self.refuses = False  # what the cache plans
 
     def is_running(self, first_block: int) -> bool:
         return first_block in self.running
 
     def check_planned(self, first_block: int, boundary: int) -> None:
+        if self.refuses:
+            raise RuntimeError("planned otherwise")
         self.planned.append((first_block, boundary))
 
     def compressed(self, entries_read: int, entries_kept: int) -> None:

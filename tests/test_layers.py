@@ -2,11 +2,14 @@
 
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
-4  policies                python/adakv/policy/
-3  torch ops, cache face   python/adakv/{errors,_register,ops,cache}.py
+4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries}.py
+3  torch ops, cache, step  python/adakv/{errors,_register,ops,cache,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
+
+And what CONTRIBUTING.md says of names, sizes and seams: a verb is the name of its files on every
+floor, files and functions are short, and no test or benchmark replaces what adakv does.
 """
 
 from __future__ import annotations
@@ -52,6 +55,114 @@ FLOORS = {
 TOP_FLOOR = 6
 SIDEWAYS = {("entries", "policy"), ("reading", "policy"), ("reading", "entries")}
 TRANSFORMERS = ("hf/", "cli/", "eval/")
+
+
+VERBS = re.findall(
+    r"^void (\w+)\(const", (ROOT / "cpp/include/adakv/ops.h").read_text(), re.MULTILINE
+)
+#: Where a verb is, on every floor; of several one suffices.
+LIFE_OF_A_VERB = (
+    ["cpp/cpu/{}.cc"],
+    ["cuda/{}.cu", "cuda/{}/any.cu"],
+    ["tests/ops/test_{}.py"],
+    ["tests/cpp/{}_test.cc"],
+    ["benchmarks/bench_{}.py"],
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_a_verb_is_the_name_of_its_files(verb: str):
+    for places in LIFE_OF_A_VERB:
+        names = [place.format(verb) for place in places]
+        assert any((ROOT / name).exists() for name in names), f"no {' or '.join(names)}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_a_verb_of_more_than_two_cuda_files_has_a_folder(verb: str):
+    files = [p.name for p in (ROOT / "cuda").glob(f"{verb}[._]*")]
+    assert len(files) <= 2, f"{files} belong into cuda/{verb}/"
+
+
+#: Of code, without docstrings: more is hard to read at once.
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
+FOLDERS = ("cpp", "cuda", "bindings", "python", "tests", "benchmarks", "examples")
+
+
+def test_layers_files_are_short():
+    files = [p for f in FOLDERS for p in (ROOT / f).rglob("*")]
+    files = [p for p in files if p.suffix in {*CORE_SUFFIXES, ".c", ".py", ".pyi"}]
+    long = [p for p in files if len(p.read_text().splitlines()) > MOST_LINES_OF_A_FILE]
+    assert files and not long, long
+
+
+def test_layers_python_functions_are_short():
+    for path in (p for f in FOLDERS for p in (ROOT / f).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            first = node.body[0]
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= first.end_lineno - first.lineno + 1
+            message = f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+            assert lines <= MOST_LINES_OF_A_FUNCTION, message
+
+
+def functions(tree: ast.AST) -> set[str]:
+    """Names of all that is defined with ``def``, in classes and outside."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return {node.name for node in found}
+
+
+def replaced(tree: ast.AST) -> Iterator[str]:
+    """Names that code gives another meaning: by ``setattr``, pytest's or its own, by mock's
+    ``patch``, by assigning to what it imports from adakv, or by assigning a function."""
+    own = functions(tree)
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "adakv"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if ast.unparse(node.func).split(".")[-1] in ("setattr", "patch", "object"):
+                names = [x.value for x in node.args[:2] if isinstance(x, ast.Constant)]
+                yield from (str(name).split(".")[-1] for name in names)
+        elif isinstance(node, ast.Assign):
+            is_function = isinstance(node.value, ast.Lambda) or ast.unparse(node.value) in own
+            for target in node.targets:
+                holder, _, name = ast.unparse(target).rpartition(".")
+                if holder and (is_function or holder.split(".")[0] in imported):
+                    yield name
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tests", "examples", "python/adakv/eval"])
+def test_layers_nobody_replaces_what_adakv_does(folder: str):
+    """What is measured and tested is what runs: a seam that is missing is made, not patched."""
+    ours = set().union(*(functions(ast.parse(path.read_text())) for path in python_files()))
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in replaced(ast.parse(path.read_text())):
+            assert name not in ours, f"{path.relative_to(ROOT)} replaces {name}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from adakv.hf import Cache\nCache.take = None",
+        "import adakv\nadakv.hf.Cache.take = other.take",
+        "def f(): pass\nlayer.inner.take = f",
+        "layer.take = lambda: None",
+        "setattr(Cache, 'take', f)",
+        "monkeypatch.setattr(Cache, 'take', f)",
+        "monkeypatch.setattr('adakv.hf.Cache.take', f)",
+        "mock.patch.object(Cache, 'take')",
+    ],
+)
+def test_layers_replacements_are_found(code: str):
+    assert "take" in replaced(ast.parse(code))
+    assert "take" not in replaced(ast.parse("take = layer.take\nself.take = take\nx.take = 1"))
 
 
 def core_files() -> list[Path]:

@@ -1,1 +1,1 @@
-"""What end_to_end_cuda.py measures: one module per part, and what they share in bench.py."""
+"""What end_to_end.py measures on a GPU (cuda.py): one module per part, and what they share."""

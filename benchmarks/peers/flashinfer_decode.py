@@ -17,7 +17,7 @@ class FlashInferDecode:
 
     def __init__(
         self, table: Tensor, lengths: Tensor, page_size: int, group: int, head_dim: int,
-        dtype: torch.dtype, tensor_cores: bool, workspace: Tensor,
+        *, dtype: torch.dtype, tensor_cores: bool, workspace: Tensor,
     ) -> None:  # fmt: skip
         import flashinfer
 

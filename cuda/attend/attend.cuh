@@ -6,7 +6,7 @@
 //
 // Tiles ask L2 to let them go first: without that other data leaves it, 5 us at 16 x 1024. One
 // block of 8 warps per multiprocessor was best of 4 to 16 warps and 1 to 4 blocks. The code is kept
-// small: a kernel of some 10 us feels every instruction that it has to fetch (bench_attend_cuda).
+// small: a kernel of some 10 us feels every instruction that it has to fetch (bench_attend).
 #pragma once
 
 #include "attend/row_end.cuh"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.hf.layers import FullAttentionLayer
+from adakv.eval.prefill import Prefill
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from hf.families import FAMILIES, LLAMA, VOCAB, Family
@@ -124,25 +124,22 @@ def test_a_recorded_loop_equals_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("policy", ONE_PASS)
-def test_a_prefill_waits_for_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is added to the model's own."""
-    # A mask has to be read on the host, once in a prompt; this model needs none.
+def test_what_is_added_to_a_prefill_waits_for_nothing(policy: str) -> None:
+    """A mask has to be read on the host, once in a prompt; this one has none."""
     model = LLAMA.model(attn_implementation="sdpa").cuda()
-    take, counts = FullAttentionLayer.take, []
-
-    def strict(*args: Any, **kwargs: Any) -> None:
+    ids, budget = torch.tensor(prompts(180)), None if policy == "full" else 70
+    with adakv.attach(model):
+        prefill = Prefill(model, ids)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            take(*args, **kwargs)
+            cache = prefill.cache(policy, budget)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        counts.append(1)
-
-    monkeypatch.setattr(FullAttentionLayer, "take", strict)
-    with adakv.attach(model), torch.no_grad():
-        cache = adakv.Cache(model, policy, None if policy == "full" else 70)
-        model(torch.tensor(prompts(180), device="cuda"), past_key_values=cache)
-    assert len(counts) == model.config.num_hidden_layers
+        with torch.no_grad():
+            whole = adakv.Cache(model, policy, budget)
+            model(ids.cuda(), past_key_values=whole)
+    assert cache.reading is None
+    assert torch.equal(cache.stats()["lengths"], whole.stats()["lengths"])
 
 
 @pytest.mark.parametrize("records", [False, True])

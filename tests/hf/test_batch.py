@@ -17,7 +17,6 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.hf import generate
 from adakv.hf.attachment import is_attached
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
@@ -58,18 +57,19 @@ def options(**settings: Any) -> adakv.BatchOptions:
     return adakv.BatchOptions(**{"eos_token_id": (), **settings})
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
-    """The caches that batches make."""
+def caches_of_batches(model: Any) -> list[KVCache]:
+    """Those that ``generate_batch`` makes from now on, their unused memory full of NaN."""
     caches: list[KVCache] = []
 
-    def cache_for(*args: Any, **settings: Any) -> KVCache:
-        caches.append(make(*args, **settings))
-        caches[-1].all_layers.pages.fill_(float("nan"))
-        return caches[-1]
+    def note(module: Any, args: Any, arguments: dict[str, Any]) -> None:
+        reader = arguments.get("past_key_values")
+        is_prompt = isinstance(reader, adakv.Cache) and reader.reading is not None
+        kv = reader.pages if is_prompt else None  # other caches have none before their prompt
+        if kv is not None and (not caches or caches[-1] is not kv):
+            kv.all_layers.pages.fill_(float("nan"))
+            caches.append(kv)
 
-    make = generate.cache_for
-    monkeypatch.setattr(generate, "cache_for", cache_for)
+    model.register_forward_pre_hook(note, with_kwargs=True)
     return caches
 
 
@@ -84,10 +84,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_texts_are_those_of_each_prompt_alone(
-    settings: dict[str, Any], made: list[KVCache]
-) -> None:
+def test_texts_are_those_of_each_prompt_alone(settings: dict[str, Any]) -> None:
     model, ids = llama(), prompts()
+    made = caches_of_batches(model)
     results = adakv.generate_batch(
         model, ids, max_new_tokens=NEW, options=options(max_batch=3), **settings
     )
@@ -121,8 +120,9 @@ def test_every_family_with_full_attention_runs(family: Family) -> None:
         assert result.tokens == alone(model, prompt, 6, budget=36)
 
 
-def test_prompts_wait_for_pages(made: list[KVCache]) -> None:
+def test_prompts_wait_for_pages() -> None:
     model, ids = llama(), prompts()
+    made = caches_of_batches(model)
     settings = {"budget": 40, "max_new_tokens": NEW}
     expected = adakv.generate_batch(model, ids, options=options(), **settings)
     page = made[0].page_bytes
@@ -135,8 +135,9 @@ def test_prompts_wait_for_pages(made: list[KVCache]) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_texts_leave_nothing_behind(device: torch.device, made: list[KVCache]) -> None:
+def test_a_thousand_texts_leave_nothing_behind(device: torch.device) -> None:
     model, sizes = llama().to(device), []
+    made = caches_of_batches(model)
     for _ in range(20):
         given = prompts(tuple(torch.randint(1, 400, (50,)).tolist()))
         counts = torch.randint(1, 30, (50,)).tolist()
@@ -327,14 +328,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("wrong, message", REFUSED, ids=str)
 def test_what_makes_no_sense_is_refused_before_any_work(
-    wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    wrong: dict[str, Any], message: str
 ) -> None:
     model = llama()
-    monkeypatch.setattr(adakv.Cache, "update", None)  # nothing is read
+    made = caches_of_batches(model)
     arguments: dict[str, Any] = {"prompts": [[5, 6]], "budget": 40, **wrong}
     arguments["options"] = options(**arguments.get("options", {}))
     with pytest.raises(ValueError, match=message):
         adakv.generate_stream(model, **arguments)
+    assert not made
 
 
 def test_models_that_cannot_share_slots_are_refused() -> None:

@@ -79,18 +79,20 @@ def test_a_floor_keeps_no_more_than_was_held() -> None:
     assert 0.9 * most < total <= most
 
 
-def test_what_is_not_held_is_dropped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    take = Reserve.take
+def test_what_is_not_held_is_dropped_at_once() -> None:
+    model, sizes = LLAMA.model(), []
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, policy(1.5, TopScore()), budget=50)
 
-    def counted(*args: Any) -> Reserve:
-        reserve = take(*args)
-        sizes.append(len(reserve.keys))
-        return reserve
+        def count(*_: object) -> None:
+            assert cache.reading is not None
+            sizes.append([[len(x.keys) for x in parts] for parts in cache.reading.waiting])
 
-    monkeypatch.setattr(Reserve, "take", counted)
-    read(policy(1.5, TopScore()))
-    assert sizes == [150, 150, 100] * 4  # 2 kv heads: 1.5 * 50 entries each, or the whole prompt
+        for layer in model.model.layers[:3]:
+            layer.register_forward_hook(count)
+        model(**prompts(150, PADDING), past_key_values=cache)
+    held = [150, 150, 100]  # 2 kv heads: 1.5 * 50 entries each, or the whole prompt
+    assert sizes == [[held] * 1, [held] * 2, [held] * 3]
     with pytest.raises(ValueError, match="reserve must be at least 1, got 0"):
         ModelWide(reserve=0.5)
 

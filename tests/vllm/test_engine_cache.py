@@ -163,11 +163,7 @@ def test_engine_cache_changes_nothing_when_the_scheduler_planned_otherwise(devic
     steps = Steps(policy("fill"), device, torch.float32)
     steps.add(150)
     run_step(steps, [150])
-
-    def refuse(first_block: int, boundary: int) -> None:
-        raise RuntimeError("planned otherwise")
-
-    steps.told.check_planned = refuse
+    steps.told.refuses = True
     before = [pages.clone() for pages in steps.cache.pages]
     with pytest.raises(RuntimeError, match="planned otherwise"):
         steps.cache.begin_step(batch_of(steps.describe([1])))
