@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adakv.policy import Policy
+from adakv.policy import LayerInputs, Policy
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.prompt_attention import blocks_of, whole
@@ -80,23 +80,21 @@ def test_prompts_beside_decodes_are_read_in_one_call():
 
 @pytest.mark.parametrize("name", ["h2o", "ada_column_max"])
 def test_folding_policies_get_the_log_sum_exp(name: str):
-    steps = Steps(policy(name), CPU, torch.float32, flash=FLASH)
-    given: list[torch.Tensor | None] = []
-    for prompts in steps.cache.prompts:
-        inputs = prompts._inputs
+    chosen, given = policy(name), []
 
-        def watched(queries: Any, pages: Any, length: int, lse: Any = None, to: Any = inputs):
-            if len(queries) > 0:
-                given.append(lse)
-            return to(queries, pages, length, lse)
+    class Watched(type(chosen.scorer)):
+        def fold(self, folded: Any, part: LayerInputs) -> Any:
+            given.append(part.lse)
+            return super().fold(folded, part)
 
-        prompts._inputs = watched
+    chosen = replace(chosen, scorer=Watched(**vars(chosen.scorer)))
+    steps = Steps(chosen, CPU, torch.float32, flash=FLASH)
     for prompt in (150, 161):
         steps.add(prompt)
     run_step(steps, [30, 100])
     run_step(steps, [120, 61])
     assert len(given) == 3 * LAYERS and all(lse is not None for lse in given)
-    assert {tuple(lse.shape) for lse in given} == {(HEADS * GROUP, n) for n in (150, 100, 61)}
+    assert {tuple(lse.shape) for lse in given} == {(1, HEADS * GROUP, n) for n in (150, 100, 61)}
     run_step(steps, [1, 1])
     run_step(steps, [1, 1])
     assert len(steps.told.entries) == 2
