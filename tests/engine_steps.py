@@ -3,9 +3,10 @@ with queries, keys and values by chance in the place of a model; and what has to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ from tolerance import assert_close
 LAYERS, HEADS, GROUP, DIM, BLOCK, BUDGET = 2, 3, 2, 32, 16, 48
 NUM_BLOCKS, MAX_LEN = 200, 512
 SCALE = 0.3
+
+
+def watched(policy: Policy) -> tuple[Policy, list[LayerInputs]]:
+    """A policy that folds, and the parts of prompts that it will have folded."""
+    parts: list[LayerInputs] = []
+
+    class Watched(type(policy.scorer)):  # type: ignore[misc]
+        def fold(self, folded: Any, part: LayerInputs) -> Any:
+            parts.append(part)
+            return super().fold(folded, part)
+
+    return replace(policy, scorer=Watched(**vars(policy.scorer))), parts
 
 
 @dataclass(eq=False)

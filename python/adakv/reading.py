@@ -52,12 +52,23 @@ class Chosen(NamedTuple):
     entries: Whole | Reserve
 
 
-class _Heard(NamedTuple):
+class _Observed(NamedTuple):
     """What a layer remembers of the parts that it took."""
 
-    part: Part  # the newest, without its queries
-    queries: tuple[Tensor, ...]  # [B, Hq, n, D] each, those that aren't folded yet
+    newest: Part  # without its queries, unless it is the only one
+    unfolded: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
     folded: tuple[Any, ...] = ()  # of each group
+
+    def joined(self) -> Part:
+        """The newest part, with all queries that are there, and with their log-sum-exp if that of
+        all is known."""
+        if len(self.unfolded) == 1:
+            return self.unfolded[0]
+        known = [part.lse for part in self.unfolded if part.lse is not None]
+        return self.newest._replace(
+            queries=torch.cat([part.queries for part in self.unfolded], 2),
+            lse=torch.cat(known, 2) if len(known) == len(self.unfolded) else None,
+        )
 
 
 class Reader:
@@ -82,7 +93,7 @@ class Reader:
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
-        self._heard: list[_Heard | None] = [None] * num_layers
+        self._observed: list[_Observed | None] = [None] * num_layers
         self._joined: dict[int, GrowingEntries] = {}
         self.waiting: list[list[Whole | Reserve]] = []
         """What the layers of a model-wide policy hold until the last one has finished."""
@@ -131,18 +142,22 @@ class Reader:
 
         That is those of its window, what a :class:`adakv.policy.FoldingScorer` makes of all of
         them, or, for other scorers of all queries, the queries. Nothing is folded before a prompt
-        is longer than its budget, so that short ones don't pay for it.
+        is longer than its budget, so that short ones don't pay for it. The part's memory may be
+        used for something else afterwards.
         """
-        before = self._heard[layer] or _Heard(part, ())
+        before = self._observed[layer] or _Observed(part)
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None)
-        heard = _Heard(newest, (*before.queries, part.queries), before.folded)
-        if self._folding is not None:
-            if any(n > self._budget.of(n) for n in self.lengths) and self._groups:
-                heard = self._fold(layer, heard)
-        elif "all_queries" not in self.policy.needs:
-            window = self._asked(torch.cat(heard.queries, 2))
-            heard = heard._replace(queries=(window.clone(),))  # the other queries can be freed
-        self._heard[layer] = heard
+        parts: tuple[Part, ...] = (*before.unfolded, part)
+        if self._folding is not None and self._groups and self._is_long:
+            self._observed[layer] = self._fold(layer, _Observed(newest, parts, before.folded))
+            return
+        if self._folding is None and "all_queries" not in self.policy.needs:
+            window = torch.cat([self._asked(x.queries) for x in parts], 2)
+            parts = (newest._replace(queries=self._asked(window).clone()),)
+        else:
+            lse = None if part.lse is None else part.lse.clone()
+            parts = (*before.unfolded, part._replace(queries=part.queries.clone(), lse=lse))
+        self._observed[layer] = _Observed(newest, parts, before.folded)
 
     def finish(
         self,
@@ -172,14 +187,14 @@ class Reader:
         adakv.Error
             If the layers before have not finished: a forward was stopped midway.
         """
-        if part is not None and self._heard[layer] is not None:
+        if part is not None and self._observed[layer] is not None:
             self.take(layer, part)
             part = None
-        heard = self._heard[layer] if part is None else _Heard(part, (part.queries,))
-        if layer != self._num_finished or heard is None:
+        observed = self._observed[layer] if part is None else _Observed(part)
+        if layer != self._num_finished or observed is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
-        wholes = self._wholes(layer, heard, repeat)
-        self._heard[layer] = None
+        wholes = self._wholes(layer, observed, repeat)
+        self._observed[layer] = None
         self._joined.pop(layer, None)
         self._num_finished += 1
         budgets = [self._budget.of(self.lengths[group.start]) for group in self._groups]
@@ -237,36 +252,40 @@ class Reader:
             self._totals = [list(layer) for layer in zip(*of_prompts, strict=True)]
         return self._totals
 
-    def _fold(self, layer: int, heard: _Heard) -> _Heard:
+    @property
+    def _is_long(self) -> bool:
+        """Whether not all that came of the prompts will be kept."""
+        return any(n > self._budget.of(n) for n in self.lengths)
+
+    def _fold(self, layer: int, observed: _Observed) -> _Observed:
         """With all queries folded."""
         assert self._folding is not None
-        queries = torch.cat(heard.queries, 2)
-        before = heard.folded or (None,) * len(self._groups)
-        inputs = self._inputs(layer, heard.part, queries, None)
+        part = observed.joined()
+        before = observed.folded or (None,) * len(self._groups)
+        inputs = self._inputs(layer, part, part.queries.contiguous(), None)
         folded = tuple(self._folding.fold(*pair) for pair in zip(before, inputs, strict=True))
-        return _Heard(heard.part, (queries[:, :, :0].clone(),), folded)
+        return _Observed(observed.newest, (), folded)
 
     def _wholes(
-        self, layer: int, heard: _Heard, repeat: tuple[Tensor, Tensor] | None
+        self, layer: int, observed: _Observed, repeat: tuple[Tensor, Tensor] | None
     ) -> list[Whole]:
         """A layer's prompts, group by group, with scores if queries were folded."""
-        if heard.folded and any(x.shape[2] for x in heard.queries):
-            heard = self._fold(layer, heard)
-        part, w_o = heard.part, None
+        if observed.folded and observed.unfolded:
+            observed = self._fold(layer, observed)
+        part, w_o = observed.joined() if observed.unfolded else observed.newest, None
         if "w_o" in self.policy.needs and part.w_o is not None:
             w_o = part.w_o()
-        queries = heard.queries[0] if len(heard.queries) == 1 else torch.cat(heard.queries, 2)
-        inputs = self._inputs(layer, part, self._asked(queries), w_o)
+        inputs = self._inputs(layer, part, self._asked(part.queries), w_o)
         if repeat is not None:
             inputs = [
                 replace(x, repeat=(repeat[0][group], repeat[1][group]))
                 for x, group in zip(inputs, self._groups, strict=True)
             ]
-        if self._folding is None or not heard.folded:
+        if self._folding is None or not observed.folded:
             return [Whole(x, None) for x in inputs]
         return [
             Whole(x, self._folding.finish(folded, x) if self._is_cut(x) else None)
-            for x, folded in zip(inputs, heard.folded, strict=True)
+            for x, folded in zip(inputs, observed.folded, strict=True)
         ]
 
     def _is_cut(self, inputs: LayerInputs) -> bool:
@@ -298,7 +317,7 @@ class Reader:
                     layer,
                     self.num_layers,
                     attention=part.attention,
-                    lse=None if part.lse is None else part.lse[group],
+                    lse=None if part.lse is None else part.lse[group, :, padding:],
                 )
             )
         return inputs

@@ -55,8 +55,7 @@ class _Piece(NamedTuple):
 class PlannedStep:
     """A step whose work has been shared out, to be attended to layer by layer.
 
-    Made by :meth:`plan` or :meth:`grow`; directly from schedules that are known already, as those
-    that a CUDA graph reads.
+    Made by :meth:`plan` or :meth:`grow`.
 
     Parameters
     ----------
@@ -77,7 +76,7 @@ class PlannedStep:
         _pieces: Sequence[_Piece] = (),
     ) -> None:
         self._layers = layers
-        self._schedules = schedules
+        self.schedules = schedules
         self._num_new = num_new
         self._pieces = _pieces
 
@@ -89,14 +88,18 @@ class PlannedStep:
         *,
         new_tokens: int = 1,
         num_new: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> PlannedStep:
         """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
 
         ``tables`` are the lengths ``[L, B, Hkv]``, block table ``[L, B, Hkv, M]`` and fresh pages
-        ``[L, B, Hkv, F]`` of the ``layers``, int32.
+        ``[L, B, Hkv, F]`` of the ``layers``, int32. The schedules go into the first columns of
+        ``out`` ``[L, X or more]`` if it is given, where a recorded CUDA graph reads them.
         """
         page_size = layers[0].pages.shape[2]
         schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
+        if out is not None:
+            schedules = out[:, : schedules.shape[1]].copy_(schedules)
         return cls(layers, schedules.unbind(), num_new)
 
     @classmethod
@@ -145,7 +148,7 @@ class PlannedStep:
         if self._pieces:
             schedule, new = self._append_pieces(layer, keys, values), (None, None)
         else:
-            schedule = self._schedules[layer]
+            schedule = self.schedules[layer]
         out, _ = ops.attend(
             queries,
             self._layers[layer],

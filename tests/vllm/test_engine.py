@@ -43,7 +43,7 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
         it.run(prompts[:2], 1)  # such requests end before anything is decided
         run = it.run(prompts, 24)
         assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
-        assert not any(prompts.heard for prompts in it.cache.prompts)
+        assert not it.cache.prompts
     assert run.tokens == expected.tokens
     assert not any(c.lengths.any() for cs in run.compressions for c in cs)
 

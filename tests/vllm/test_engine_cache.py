@@ -11,7 +11,7 @@ import torch
 from adakv.policy import Policy, get
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
-from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps
+from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps, watched
 from flash_stand_in import FLASH
 
 FOLDING = [
@@ -24,7 +24,8 @@ FOLDING = [
 
 
 def run_step(steps: Steps, counts: list[int]) -> None:
-    """One step of all requests, and whether it gave what it should."""
+    """One step of all requests, and whether it gave what it should. The engine's memory of queries,
+    keys and values is then used for something else."""
     metadata = steps.describe(counts)
     steps.end_prompts()
     step = steps.cache.begin_step(batch_of(metadata))
@@ -33,6 +34,8 @@ def run_step(steps: Steps, counts: list[int]) -> None:
         out = torch.full_like(queries, float("nan"))
         steps.cache.attend(layer, step, queries, keys, values, out)
         steps.check(out, layer, counts)
+        for used in (queries, keys, values):
+            used.fill_(float("nan"))
     steps.advance(counts)
     steps.give_back()
 
@@ -76,7 +79,7 @@ def test_engine_cache_knows_requests_by_their_places(device: torch.device, flash
     steps = Steps(policy("fill"), device, torch.float32, flash=flash, has_places=True)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
-    assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)
+    assert len(steps.cache.prompts) <= 4
 
 
 @pytest.mark.parametrize("name", FOLDING)
@@ -85,26 +88,23 @@ def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, na
     steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
     run_random_steps(steps, 25)
     assert len(steps.told.entries) > 2
-    assert all(len(prompts.heard) <= 4 for prompts in steps.cache.prompts)
+    assert len(steps.cache.prompts) <= 4
 
 
-def test_engine_cache_looks_at_no_queries_of_short_prompts(device: torch.device):
+def test_engine_cache_folds_no_queries_of_short_prompts(device: torch.device):
     """Until a prompt is long enough to be compressed its queries are kept, and no longer."""
-    steps = Steps(Settings("h2o", BUDGET).policy_for(BLOCK), device, torch.float32)
+    chosen, folds = watched(Settings("h2o", BUDGET).policy_for(BLOCK))
+    steps = Steps(chosen, device, torch.float32)
     for prompt in (BUDGET + 5, 150):
         steps.add(prompt)
     run_step(steps, [30, 40])
     run_step(steps, [BUDGET - 25, 24])
-    for prompts in steps.cache.prompts:
-        assert [len(h.queries) for h in prompts.heard.values()] == [BUDGET + 5, 64]
-        assert [h.folded is None for h in prompts.heard.values()] == [True, True]
+    assert len(steps.cache.prompts) == 2 and not folds
     run_step(steps, [1, 86])
-    for prompts in steps.cache.prompts:
-        assert [(len(h.queries), h.folded.shape) for h in prompts.heard.values()] == [
-            (0, (1, 1, HEADS, 150))
-        ]
+    assert len(steps.cache.prompts) == 1
+    assert [(part.queries.shape[2], part.length) for part in folds] == [(150, 150)] * LAYERS
     run_step(steps, [1, 1])
-    assert not any(prompts.heard for prompts in steps.cache.prompts)
+    assert not steps.cache.prompts and len(folds) == LAYERS
     assert len(steps.told.entries) == 1
 
 
@@ -116,10 +116,10 @@ def test_engine_cache_forgets_prompts_that_nobody_goes_on_with(device: torch.dev
     steps.remove(steps.requests[2])  # it wanted one token
     steps.preempt(steps.requests[1])
     run_step(steps, [50, 10])
-    assert all(len(prompts.heard) == 2 for prompts in steps.cache.prompts)
+    assert len(steps.cache.prompts) == 2
     steps.remove(steps.requests[1])
     run_step(steps, [1])
-    assert not any(prompts.heard for prompts in steps.cache.prompts)
+    assert not steps.cache.prompts
 
 
 def test_engine_cache_keeps_exactly_the_budget(device: torch.device):
@@ -180,7 +180,7 @@ def test_engine_cache_compresses_nothing_that_only_warms_the_engine_up(device: t
     run_step(steps, [2, 150, 100])
     run_step(steps, [1, 3, 61])
     run_step(steps, [1, 1, 1])
-    assert not steps.told.planned and not any(prompts.heard for prompts in steps.cache.prompts)
+    assert not steps.told.planned and not steps.cache.prompts
     for request in list(steps.requests):
         steps.remove(request)
         steps.free = [b for b in steps.free if b not in request.blocks] + request.blocks[::-1]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import Policy
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.prompt_attention import blocks_of, whole
-from engine_steps import BLOCK, BUDGET, DIM, GROUP, HEADS, LAYERS, Steps
+from engine_steps import BLOCK, BUDGET, DIM, HEADS, LAYERS, Steps, watched
 from flash_stand_in import FLASH, read
 
 CPU = torch.device("cpu")
@@ -32,6 +32,7 @@ def run_step(steps: Steps, counts: list[int]) -> Any:
         out = torch.full_like(queries, float("nan"))
         steps.cache.attend(layer, step, queries, keys, values, out)
         steps.check(out, layer, counts)
+        queries.fill_(float("nan"))  # the engine's, and used for something else
     steps.advance(counts)
     steps.give_back()
     return step
@@ -80,21 +81,16 @@ def test_prompts_beside_decodes_are_read_in_one_call():
 
 @pytest.mark.parametrize("name", ["h2o", "ada_column_max"])
 def test_folding_policies_get_the_log_sum_exp(name: str):
-    chosen, given = policy(name), []
-
-    class Watched(type(chosen.scorer)):
-        def fold(self, folded: Any, part: LayerInputs) -> Any:
-            given.append(part.lse)
-            return super().fold(folded, part)
-
-    chosen = replace(chosen, scorer=Watched(**vars(chosen.scorer)))
+    """Also of parts before a prompt was long enough to be looked at."""
+    chosen, folds = watched(policy(name))
     steps = Steps(chosen, CPU, torch.float32, flash=FLASH)
     for prompt in (150, 161):
         steps.add(prompt)
     run_step(steps, [30, 100])
     run_step(steps, [120, 61])
-    assert len(given) == 3 * LAYERS and all(lse is not None for lse in given)
-    assert {tuple(lse.shape) for lse in given} == {(1, HEADS * GROUP, n) for n in (150, 100, 61)}
+    assert [part.queries.shape[2] for part in folds] == [100] * LAYERS + [150, 61] * LAYERS
+    for part in folds:
+        assert part.lse is not None and part.lse.shape == part.queries.shape[:3]
     run_step(steps, [1, 1])
     run_step(steps, [1, 1])
     assert len(steps.told.entries) == 2

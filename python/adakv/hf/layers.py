@@ -115,7 +115,8 @@ class FullAttentionLayer(AttendingLayer):
         if not cache.waits:
             cache.finish(self.index, part)
         else:
-            reader.take(self.index, part._replace(entries=partial(reader.joined, self.index)))
+            joined = partial(reader.joined, self.index)
+            reader.take(self.index, part._replace(entries=joined, lse=None))
             if columns == 1 and LAST_TOKEN_COMES_ALONE:
                 cache.finish(self.index)
         self.num_seen += columns

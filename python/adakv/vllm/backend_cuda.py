@@ -26,7 +26,7 @@ from adakv.vllm import hooks
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of, decode_batch_of, is_decode
 from adakv.vllm.prompt_attention import FlashAttention
-from adakv.vllm.steps import Group, Step
+from adakv.vllm.steps import Buffers, Step
 
 
 class CudaBackend(AttentionBackend):
@@ -110,7 +110,7 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.cache: EngineCache | None = None
-        self._buffers: Group | None = None
+        self._buffers: Buffers | None = None
         self._max_seq_len = vllm_config.model_config.max_model_len
         self._layers = hooks.layers_of(vllm_config, layer_names)
         for index, layer in enumerate(self._layers):

@@ -25,15 +25,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adakv import ops
 from adakv.ops import Layer
-from adakv.policy import Policy
-from adakv.step import Attention
+from adakv.policy import FoldingScorer, Policy
+from adakv.reading import Part, Reader
+from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
-from adakv.vllm.plan import Plan, plan
+from adakv.vllm.plan import Plan
 from adakv.vllm.prompt_attention import FlashAttention, whole
-from adakv.vllm.prompts import LayerPrompts, Prompt
-from adakv.vllm.steps import Batch, Group, Reading, Step, copied, equal_runs, sent
+from adakv.vllm.prompts import (
+    READ_BY_TORCH,
+    BlockBudget,
+    Prompt,
+    entries_of,
+    is_plain,
+    read_by_torch,
+)
+from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
 
 
 class Boundaries:
@@ -87,19 +94,18 @@ class EngineCache:
         flash: FlashAttention | None = None,
     ) -> None:
         num_pages, _, self.block_size, _ = pages[0].shape
-        self.budget, self.num_kv_heads = budget, num_kv_heads
+        self.num_kv_heads = num_kv_heads
         self.pages, self.num_layers, self.device = list(pages), len(pages), pages[0].device
-        self.prompts = [
-            LayerPrompts(
-                policy,
-                pages[layer],
-                attention,
-                w_o=w_o and partial(w_o, layer),
-                layer=layer,
-                num_layers=len(pages),
-            )
-            for layer, attention in enumerate(attentions)
-        ]
+        self._budget = BlockBudget(
+            policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
+        )
+        self._attentions, self._w_o = attentions, w_o
+        self._folds = isinstance(policy.scorer, FoldingScorer)
+        self._torch_is_faster = (
+            self.device.type == "cpu"
+            and pages[0].dtype == torch.bfloat16
+            and all(map(is_plain, attentions))
+        )
         num_blocks = num_pages // num_kv_heads
         self._told, self._flash = boundaries or Boundaries(), flash
         # By first block. A boundary of 0: the request is whole.
@@ -107,18 +113,18 @@ class EngineCache:
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(num_pages, self.block_size)
-        self._undecided: dict[int, Prompt] = {}  # by request
-        # What the layers of a step that a graph may replay could not hear.
-        self._unheard: Step | None = None
+        self.prompts: dict[int, Prompt] = {}  # that are not decided on, by request
+        # What the layers of a step that a graph may replay could not observe.
+        self._unobserved: Step | None = None
         self._kept: list[tuple[int, Later]] = []  # entries of a prompt, and how many are kept
 
-    def begin_step(self, batch: Batch, buffers: Group | None = None) -> Step:
+    def begin_step(self, batch: Batch, buffers: Buffers | None = None) -> Step:
         """Compresses what has to be, and describes the rest of the step to the layers.
 
         Parameters
         ----------
         batch : :class:`Batch`
-        buffers : :class:`Group`, optional
+        buffers : :class:`Buffers`, optional
             From :meth:`buffers`: the step is described there, at addresses that a recorded CUDA
             graph reads. For steps of one token for each request.
 
@@ -127,9 +133,9 @@ class EngineCache:
         adakv.Error
             If the scheduler expects another boundary than the one found here.
         """
-        self._hear_late()
+        self._observe_late()
         step = Step(queries=None if buffers is None else buffers.queries)
-        if self._undecided or any(batch.is_prefilling):
+        if self.prompts or any(batch.is_prefilling):
             self._follow_prompts(batch, step)
         without = set(step.read_by_torch)
         spans = enumerate(pairwise(batch.query_start))
@@ -138,27 +144,25 @@ class EngineCache:
             step.whole = whole(batch, reads)
             without |= set(reads)
         for rows, tokens, new_tokens in equal_runs(batch, without):
-            group = self._group(batch, rows, tokens, new_tokens)
-            step.groups.append(group if buffers is None else copied(group, buffers))
+            planned = self._planned(batch, rows, new_tokens, buffers)
+            step.groups.append(Group(tokens, new_tokens, planned))
         if buffers is not None and step.reading:
-            self._unheard = step
+            self._unobserved = step
         self._tell_kept()
         return step
 
-    def buffers(self, num_requests: int, max_seq_len: int, num_q_heads: int) -> Group:
+    def buffers(self, num_requests: int, max_seq_len: int, num_q_heads: int) -> Buffers:
         """Memory for the tables of a step of up to so many requests of up to so many tokens, and
         for its queries."""
         rows = self.num_layers, num_requests, self.num_kv_heads
-        lengths = self._integers(*rows)
-        table = self._integers(*rows, -(-max_seq_len // self.block_size))
-        fresh_pages = self._integers(*rows, 1)
-        schedule = ops.plan(lengths, table, fresh_pages, page_size=self.block_size)
-        seen = self._integers(self.num_layers, num_requests)
-        num_new = self._integers(num_requests)
-        queries = self.pages[0].new_zeros(
-            (self.num_layers, num_requests, num_q_heads, self.pages[0].shape[-1])
+        tables = Tables(
+            self._integers(*rows),
+            self._integers(*rows, -(-max_seq_len // self.block_size)),
+            self._integers(*rows, 1),
+            self._integers(*rows[:2]),
         )
-        return Group(slice(0), 1, num_new, lengths, table, seen, fresh_pages, schedule, queries)
+        shape = (*rows[:2], num_q_heads, self.pages[0].shape[-1])
+        return Buffers(tables, self._layers, self.pages[0].new_zeros(shape))
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -172,26 +176,13 @@ class EngineCache:
         queries, out : ``[tokens, Hq, D]``
         keys, values : ``[tokens, Hkv, D]``
         """
-        prompts = self.prompts[layer]
-        scale, softcap, sinks, _ = prompts.attention
-        for group in step.groups:
-            new_tokens = group.new_tokens
+        attention = self._attentions[layer]
+        for tokens, new_tokens, planned in step.groups:
             q, k, v = (
-                x[group.tokens].unflatten(0, (-1, new_tokens)).transpose(1, 2)
+                x[tokens].unflatten(0, (-1, new_tokens)).transpose(1, 2)
                 for x in (queries, keys, values)
             )
-            result, _ = ops.attend(
-                q,
-                self._layer(layer, group),
-                group.schedule[layer],
-                keys=k,
-                values=v,
-                num_new=group.num_new,
-                sink_logits=sinks,
-                scale=scale,
-                softcap=softcap,
-            )
-            out[group.tokens] = result.transpose(1, 2).flatten(0, 1)
+            out[tokens] = planned.attend(layer, q, k, v, attention).flatten(0, 1)
         if step.queries is not None:
             step.queries[layer, : len(queries)] = queries
             return
@@ -204,39 +195,51 @@ class EngineCache:
                 keys,
                 values,
                 out,
-                prompts.attention,
-                wants_lse=prompts.wants_lse,
+                attention,
+                wants_lse=self._folds and is_plain(attention),
             )
         for row, reading in step.reading.items():
             new = reading.tokens
             if row in step.read_by_torch:
-                out[new] = prompts.read(reading, queries[new], keys[new], values[new])
+                place = self.pages[layer], reading.page_ids, reading.length
+                out[new] = read_by_torch(*place, queries[new], keys[new], values[new], attention)
             if lse is None or step.whole is None:
-                prompts.hear(reading, queries[new])
+                self._observe(layer, reading, queries[new])
             else:
-                prompts.hear(reading, queries[new], lse[:, step.whole.of_row[row]])
+                self._observe(layer, reading, queries[new], lse[:, step.whole.of_row[row]])
 
-    def _hear_late(self) -> None:
-        """Hears the queries of a step that may have been replayed from a graph."""
-        step, self._unheard = self._unheard, None
+    def _observe(
+        self, layer: int, reading: Reading, queries: Tensor, lse: Tensor | None = None
+    ) -> None:
+        """Hands a prompt's new queries ``[n, Hq, D]`` to its reader, and ``lse`` ``[Hq, n]`` if
+        attention gave it."""
+        part = Part(
+            queries.transpose(0, 1)[None],
+            partial(entries_of, self.pages[layer], reading.page_ids, reading.length),
+            self._attentions[layer],
+            self._w_o and partial(self._w_o, layer),
+            None if lse is None else lse[None],
+        )
+        reading.reader.take(layer, part)
+
+    def _observe_late(self) -> None:
+        """Observes the queries of a step that may have been replayed from a graph."""
+        step, self._unobserved = self._unobserved, None
         if step is None or step.queries is None:
             return
-        for prompts, queries in zip(self.prompts, step.queries, strict=True):
+        for layer, queries in enumerate(step.queries):
             for reading in step.reading.values():
-                prompts.hear(reading, queries[reading.tokens])
+                self._observe(layer, reading, queries[reading.tokens])
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-    def _layer(self, layer: int, group: Group) -> Layer:
-        return Layer(
-            self.pages[layer],
-            self._positions,
-            group.block_table[layer],
-            group.lengths[layer],
-            group.seen[layer],
-            group.fresh_pages[layer],
-        )
+    def _layers(self, tables: Tables) -> list[Layer]:
+        """What ``attend`` takes of some rows, in each layer."""
+        return [
+            Layer(pages, self._positions, table, lengths, seen, fresh)
+            for pages, lengths, table, fresh, seen in zip(self.pages, *tables, strict=True)
+        ]
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
@@ -255,30 +258,30 @@ class EngineCache:
             self.boundaries[names.long()] = 0
             prompt_names = Later(names)
             for index, row in enumerate(begins):
-                self._forget(requests[row])
-                self._undecided[requests[row]] = Prompt(prompt_names, index)
+                reader = Reader(self._budget, self.num_layers)
+                self.prompts[requests[row]] = Prompt(reader, prompt_names, index)
             if batch.requests is None:
                 self._forget_gone()
         for row, request in enumerate(requests):
             begin, end = batch.query_start[row : row + 2]
-            if request not in self._undecided or begin == end:
+            if request not in self.prompts or begin == end:
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
-                length = computed + end - begin
-                is_long = self._plan(length) is not None
+                length, reader = computed + end - begin, self.prompts[request].reader
+                reader.begin([length], length)
                 page_ids = self._page_ids(blocks, length)
-                step.reading[row] = Reading(request, slice(begin, end), length, page_ids, is_long)
-                if all(p.is_read_by_torch(end - begin) for p in self.prompts):
+                step.reading[row] = Reading(reader, slice(begin, end), length, page_ids)
+                if self._torch_is_faster and end - begin >= READ_BY_TORCH:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
                 self._end_prompt(request, blocks, computed)
 
     def _forget_gone(self) -> None:
         """Forgets prompts that no scheduler has."""
-        for request, prompt in list(self._undecided.items()):
+        for request, prompt in list(self.prompts.items()):
             if not self._told.is_running(prompt.first_block):
-                self._forget(request)
+                del self.prompts[request]
 
     def _tell_kept(self) -> None:
         """Tells of compressions that are over, as far as nobody has to wait."""
@@ -286,71 +289,48 @@ class EngineCache:
             entries, kept = self._kept.pop(0)
             self._told.compressed(entries, *kept.tolist())
 
-    def _plan(self, boundary: int) -> Plan | None:
-        return plan(
-            boundary,
-            budget=self.budget,
-            block_size=self.block_size,
-            num_kv_heads=self.num_kv_heads,
-        )
-
     def _page_ids(self, blocks: Tensor, length: int) -> Tensor:
         """``[Hkv, blocks]``: pages of a whole request's first ``length`` tokens."""
         head = torch.arange(self.num_kv_heads, device=self.device)[:, None]
         return blocks[: -(-length // self.block_size)].long() * self.num_kv_heads + head
 
     def _end_prompt(self, request: int, blocks: Tensor, boundary: int) -> None:
-        first_block = self._undecided[request].first_block
+        reader, first_block = self.prompts[request].reader, self.prompts[request].first_block
         self._told.check_planned(first_block, boundary)
-        planned = self._plan(boundary)
+        planned = self._budget.plan(boundary)
         if planned is not None:
-            page_ids = self._page_ids(blocks, boundary)
-            for layer in range(self.num_layers):
-                kept = self._compact(layer, request, page_ids, boundary, planned)
-                self.lengths[layer, first_block] = kept
+            self._compress(reader, first_block, self._page_ids(blocks, boundary), planned)
             self.boundaries[first_block] = boundary
             entries = self.num_layers * self.num_kv_heads * boundary
             self._kept.append((entries, Later(self.lengths[:, first_block].sum()[None])))
-        self._forget(request)
+        del self.prompts[request]
         self._told.done(first_block, boundary)
 
-    def _compact(
-        self, layer: int, request: int, page_ids: Tensor, boundary: int, planned: Plan
-    ) -> Tensor:
-        """Chooses what a layer keeps of a prompt and moves it into the request's first blocks; how
-        many entries of each head, ``[Hkv]``."""
-        heads = self.num_kv_heads
-        inputs, kept = self.prompts[layer].choose(request, page_ids, boundary, self.budget)
+    def _compress(self, reader: Reader, first_block: int, page_ids: Tensor, planned: Plan) -> None:
+        """Moves what the layers keep of a prompt in pages ``[Hkv, blocks]`` into its first ones."""
+        heads, device = self.num_kv_heads, self.device
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
         usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
-        lengths = self._integers(1, heads)
-        ops.compact(
-            inputs.keys,
-            inputs.values,
-            kept,
-            Layer(
+        starts = sent([0, usable.numel()], device).int()
+        for layer in range(self.num_layers):
+            (chosen,) = reader.finish(layer)[layer]
+            lengths = self._integers(1, heads)
+            rows = Layer(
                 self.pages[layer],
                 self._positions,
                 self._integers(1, heads, planned.kept_blocks * heads),
                 lengths,
                 self._integers(1),
                 self._integers(1, heads, 1),
-            ),
-            usable,
-            sent([0, usable.numel()], self.device).int(),
-        )
-        return lengths[0]
+            )
+            chosen.entries.compact(chosen.kept, rows, usable, starts)
+            self.lengths[layer, first_block] = lengths[0]
 
-    def _forget(self, request: int) -> None:
-        """The request is decided on, or gone."""
-        self._undecided.pop(request, None)
-        for prompts in self.prompts:
-            prompts.heard.pop(request, None)
-
-    def _group(
-        self, batch: Batch, rows: slice | Tensor, tokens: slice | Tensor, new_tokens: int
-    ) -> Group:
+    def _planned(
+        self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None
+    ) -> PlannedStep:
+        """The step of some requests that have equally many new tokens."""
         blocks, seq_lens = batch.block_table[rows], batch.seq_lens[rows].int()
         first_blocks = blocks[:, 0].long()
         boundaries = self.boundaries[first_blocks]  # [B]
@@ -366,16 +346,12 @@ class EngineCache:
         used = (lengths + (self.block_size - 1)) // self.block_size
         columns = used[..., None] + torch.arange(fresh, device=self.device)
         fresh_pages = table.gather(-1, columns.clamp(max=width - 1).long())
-        schedule = ops.plan(
-            lengths,
-            table,
-            fresh_pages,
-            new_tokens=new_tokens,
-            num_new=num_new,
-            page_size=self.block_size,
-        )
         seen = seen.expand(self.num_layers, -1).contiguous()
-        return Group(tokens, new_tokens, num_new, lengths, table, seen, fresh_pages, schedule)
+        tables = Tables(lengths, table, fresh_pages, seen)
+        if buffers is not None and num_new is not None:
+            return buffers.plan(tables, num_new)
+        layers, inputs = self._layers(tables), tables.plan_inputs
+        return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
 
     def _tables(self, blocks: Tensor, tails: Tensor, kept_pages: Tensor, width: int) -> Tensor:
         """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks behind the

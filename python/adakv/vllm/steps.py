@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adakv.ops import Layer
+from adakv.reading import Reader
+from adakv.step import PlannedStep
 
 if TYPE_CHECKING:
     from adakv.vllm.prompt_attention import Whole
@@ -53,28 +57,35 @@ class Batch:
     requests: Sequence[int] | None = None
 
 
+class Tables(NamedTuple):
+    """Rows of some requests in all layers, int32."""
+
+    lengths: Tensor  # [L, B, Hkv], before the step; then in each layer also the new tokens
+    block_table: Tensor  # [L, B, Hkv, M]
+    fresh_pages: Tensor  # [L, B, Hkv, F]
+    seen: Tensor  # [L, B]
+
+    @property
+    def plan_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`PlannedStep.plan` takes of them."""
+        return self[:3]
+
+
 class Group(NamedTuple):
     """Requests of a step that have the same number of new tokens, side by side."""
 
     tokens: slice | Tensor  # of the step
     new_tokens: int
-    num_new: Tensor | None  # [B] int32
-    lengths: Tensor  # [L, B, Hkv], before the step; then in each layer also the new tokens
-    block_table: Tensor  # [L, B, Hkv, M]
-    seen: Tensor  # [L, B]
-    fresh_pages: Tensor  # [L, B, Hkv, F]
-    schedule: Tensor  # [L, X]
-    queries: Tensor | None = None  # [L, B, Hq, D], of buffers: kept for the next step to hear
+    planned: PlannedStep
 
 
 class Reading(NamedTuple):
     """New tokens of a prompt."""
 
-    request: int
+    reader: Reader
     tokens: slice  # of the step
     length: int  # of the prompt as far as it is read then
     page_ids: Tensor  # [Hkv, blocks], where it lies
-    is_long: bool  # enough to be compressed
 
 
 @dataclass
@@ -85,26 +96,43 @@ class Step:
     reading: dict[int, Reading] = field(default_factory=dict)  # by row of the batch
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
     whole: Whole | None = None  # more that are in no group: read by FlashAttention
-    queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to hear
+    queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to observe
 
 
-def copied(group: Group, buffers: Group) -> Group:
-    """A group of one token for each request, in the first parts of the buffers."""
-    num_requests, width = group.block_table.shape[1:4:2]
-    into = Group(
-        group.tokens,
-        group.new_tokens,
-        None if buffers.num_new is None else buffers.num_new[:num_requests],
-        buffers.lengths[:, :num_requests],
-        buffers.block_table[:, :num_requests],
-        buffers.seen[:, :num_requests],
-        buffers.fresh_pages[:, :num_requests],
-        buffers.schedule[:, : group.schedule.shape[1]],
-    )
-    into.block_table[..., :width] = group.block_table
-    for name in ("num_new", "lengths", "seen", "fresh_pages", "schedule"):
-        getattr(into, name).copy_(getattr(group, name))
-    return into
+class Buffers:
+    """Memory for steps of one token for each request, where recorded CUDA graphs read them.
+
+    Parameters
+    ----------
+    tables : :class:`Tables`
+        For the most requests, and the most blocks of each.
+    layers_of : callable
+        Gives the :class:`Layer` views of some tables.
+    queries : ``[L, B, Hq, D]``
+        For the new queries of each layer, which the next step observes.
+    """
+
+    def __init__(
+        self, tables: Tables, layers_of: Callable[[Tables], list[Layer]], queries: Tensor
+    ) -> None:
+        self.queries = queries
+        self._tables, self._layers_of = tables, layers_of
+        self._num_new = tables.seen.new_zeros(tables.seen.shape[1])
+        largest = PlannedStep.plan(layers_of(tables), tables.plan_inputs)
+        self._schedules = torch.stack(list(largest.schedules))
+        self._layers: dict[int, list[Layer]] = {}  # by the number of requests
+
+    def plan(self, tables: Tables, num_new: Tensor) -> PlannedStep:
+        """Copies a step's tables to here, and plans it."""
+        size = len(num_new)
+        ours, counts = Tables(*(table[:, :size] for table in self._tables)), self._num_new[:size]
+        for old, new in zip(ours, tables, strict=True):
+            old[..., : new.shape[-1]] = new
+        counts.copy_(num_new)
+        if size not in self._layers:
+            self._layers[size] = self._layers_of(ours)
+        layers, inputs = self._layers[size], ours.plan_inputs
+        return PlannedStep.plan(layers, inputs, num_new=counts, out=self._schedules)
 
 
 def equal_runs(
