@@ -27,7 +27,7 @@ from adakv.errors import Error
 from adakv.hf import families
 from adakv.hf.attachment import cache_layers, decoder_of, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
-from adakv.hf.padding import new_tokens
+from adakv.hf.padding import Padding
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
@@ -121,7 +121,7 @@ class Cache(TransformersCache):
         """Holds nothing."""
         self.reading = Reader(self._budget, len(self._full))
         self.step: PlannedStep | None = None  # that is running
-        self.order: Tensor | None = None  # [B, columns], puts padding of this forward in front
+        self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
@@ -368,13 +368,18 @@ class Cache(TransformersCache):
             )
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
-        """Counts the tokens of prompts as far as they have come, ``columns`` with padding, from
-        the model's mask."""
+        """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
         assert self.reading is not None
-        lengths, self.order = new_tokens(mask, [0] * batch, columns)
-        if self.order is not None and self.waits:
+        before = self._full[0].num_seen
+        seen = self.reading.lengths if before else [0] * batch
+        new = self.padding.count(mask, seen, before, columns, prompt=True)
+        gaps = self.padding.order is not None or any(
+            had > 0 and now < columns for had, now in zip(seen, new, strict=True)
+        )
+        if gaps and self.waits:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
-        self.reading.begin(lengths, columns)
+        lengths = [had + now for had, now in zip(seen, new, strict=True)]
+        self.reading.begin(lengths, before + columns)
         if not self.waits:
             self.reading.check_complete()
         self.is_midway = True
@@ -382,7 +387,8 @@ class Cache(TransformersCache):
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before the first one attends."""
         assert self._kv is not None
-        num_new, self.order = new_tokens(mask, self._seen, columns)
+        before = self._full[0].num_seen
+        num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
         self.step = PlannedStep.grow(self._kv, num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]

@@ -87,11 +87,12 @@ class FullAttentionLayer(AttendingLayer):
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
         assert cache.step is not None
-        if cache.order is not None:
-            query, key, value = (align(x, cache.order) for x in (query, key, value))
+        order = cache.padding.order
+        if order is not None:
+            query, key, value = (align(x, order) for x in (query, key, value))
         out = cache.step.attend(self.index, query, key, value, self._attention)
-        if cache.order is not None:
-            out = restore(out, cache.order)
+        if order is not None:
+            out = restore(out, order)
         self.num_seen += query.shape[2]
         if self._is_last:
             cache.is_midway = False
@@ -109,9 +110,9 @@ class FullAttentionLayer(AttendingLayer):
         self._attention = part.attention._replace(rotate=self._rotate)
         part = part._replace(attention=self._attention)
         if self.index == 0:
-            cache.begin_part(mask, part.queries.shape[0], self.num_seen + columns)
-        if cache.order is not None:
-            part = _aligned(part, cache.order)
+            cache.begin_part(mask, part.queries.shape[0], columns)
+        if cache.padding.order is not None:
+            part = _aligned(part, cache.padding.order)
         if not cache.waits:
             cache.finish(self.index, part)
         else:
@@ -183,6 +184,8 @@ def attend_to_prompt(
 
     The arguments are those of :meth:`AttendingLayer.attend` and the policy's needs.
     """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q must not be given: a cache holds one text a sequence")
     attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
     is_causal = mask is None and query.shape[2] == key.shape[2]
     is_plain = all(kwargs.get(name) is None for name in _MORE_LOGITS)
