@@ -28,14 +28,12 @@ from adakv.hf import families
 from adakv.hf.attachment import cache_layers, decoder_of, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import Padding
+from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
-
-#: Tokens after the prompt that pages are made for at first; a longer text has the cache grow.
-_FIRST_TOKENS = 4096
 
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
@@ -360,12 +358,14 @@ class Cache(TransformersCache):
         assert kv is not None
         num_new = [num_tokens] * len(self._seen)
         pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
-        if pages > 0 or rows > kv.max_row_pages:
-            # A half more at least, so that all copies together stay in proportion to the text.
-            kv.reserve(
-                num_pages=kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0,
-                max_row_pages=rows + rows // 2,
-            )
+        if pages <= 0 and rows <= kv.max_row_pages:
+            return
+        needed = kv.num_pages + max(pages, 0)
+        more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
+        try:  # a half more, so that all copies together stay in proportion to the text
+            kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
+        except Error:
+            kv.reserve(num_pages=needed, max_row_pages=rows)
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
@@ -425,7 +425,7 @@ class Cache(TransformersCache):
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
         assert self._signature is not None
         batch, heads, head_dim, dtype, device = self._signature
-        size, more = self._page_size, min(self._max_new_tokens, _FIRST_TOKENS)
+        size, more = self._page_size, min(self._max_new_tokens, FIRST_TOKENS)
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
             for totals in reader.totals(heads)

@@ -15,6 +15,9 @@ from adakv.errors import Error
 from adakv.hf.attachment import cache_layers, decoder_of
 from adakv.policy import Budget
 
+#: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
+FIRST_TOKENS = 4096
+
 _PROBE = 1024  # tokens whose prefill tells what a token takes
 _SHARE = 0.9  # of the memory that a prefill leaves free
 
@@ -56,7 +59,7 @@ class Need:
     row_pages: int  # of the longest row
 
     @classmethod
-    def of(cls, prompt_len: int, new: int, budget: Budget, shape: Shape, page_size: int) -> Need:
+    def of(cls, prompt_len: int, new: int, *, budget: Budget, shape: Shape, page_size: int) -> Need:
         """``new`` tokens are written, the last of which is never stored."""
         heads = shape.num_kv_heads
         totals = budget.totals(prompt_len, num_kv_heads=heads, num_layers=shape.num_layers)
@@ -65,6 +68,17 @@ class Need:
             for total in totals
         )
         return cls(pages, -(-(min(prompt_len, max(totals)) + new) // page_size))
+
+
+def first_tokens(model: PreTrainedModel, prompt_len: int, new: int, *, is_limited: bool) -> int:
+    """How many of ``new`` tokens have their pages promised before a prompt is read.
+
+    Where memory is limited those that the model's context has room for, so that no text ends for
+    want of pages; otherwise :data:`FIRST_TOKENS`.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    room = max(context - prompt_len, FIRST_TOKENS) if is_limited else FIRST_TOKENS
+    return min(new, room)
 
 
 def cache_for(
