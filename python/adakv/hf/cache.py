@@ -133,7 +133,7 @@ class Cache(TransformersCache):
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention modules, layer by layer."""
         if layer_idx == 0:
-            self._begin_forward(key_states)
+            self._begin_forward(key_states, value_states.dtype)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -301,9 +301,9 @@ class Cache(TransformersCache):
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
 
-    def _begin_forward(self, keys: Tensor) -> None:
-        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, before any layer is
-        changed."""
+    def _begin_forward(self, keys: Tensor, dtype: torch.dtype) -> None:
+        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, to be stored in ``dtype``,
+        before any layer is changed."""
         if not is_attached(self._model):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
         if self._model.training or keys.requires_grad:
@@ -315,7 +315,7 @@ class Cache(TransformersCache):
         if len(lengths) > 1 or self.is_midway:
             raise Error(_MIDWAY)
         batch, heads, columns, head_dim = keys.shape
-        signature = (batch, heads, head_dim, keys.dtype, keys.device)
+        signature = (batch, heads, head_dim, dtype, keys.device)
         if self._signature not in (None, signature):
             raise ValueError(
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "

@@ -47,6 +47,8 @@ class FullAttentionLayer(AttendingLayer):
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values, tagged; of a prompt in parts all that came so far."""
         cache = self._cache
+        if key_states.dtype is not value_states.dtype:  # RoPE under autocast
+            key_states = key_states.to(value_states.dtype)
         if cache.handed_out:
             cache.check_attended()
         if cache.reading is not None and cache.waits:
@@ -87,6 +89,8 @@ class FullAttentionLayer(AttendingLayer):
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
         assert cache.step is not None
+        if query.dtype is not key.dtype:
+            query = query.to(key.dtype)
         order = cache.padding.order
         if order is not None:
             query, key, value = (align(x, order) for x in (query, key, value))
@@ -146,9 +150,8 @@ class RepeatLayer(AttendingLayer):
         """Behind the prompts' own."""
         assert self._cache.reading is not None
         keys, values = self._cache.reading.joined(self._index)
-        return super().update(
-            torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
-        )
+        new_keys, new_values = key_states.to(keys.dtype), value_states.to(values.dtype)
+        return super().update(torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2))
 
     def attend(
         self,
@@ -163,7 +166,7 @@ class RepeatLayer(AttendingLayer):
         """The model's own attention; then the layer's prompts are chosen from."""
         delattr(key, TAG)
         result = inner_attention(inner, module, query, key, value, mask, **kwargs)
-        self._cache.finish(self._index, repeat=(query, key[:, :, self._length :]))
+        self._cache.finish(self._index, repeat=(query.to(key.dtype), key[:, :, self._length :]))
         return result
 
     def get_seq_length(self) -> int:
@@ -193,6 +196,7 @@ def attend_to_prompt(
         result, lse = with_log_sum_exp(attend)
     else:
         result, lse = attend(), None
+    query, key = query.to(value.dtype), key.to(value.dtype)
     width = query.shape[1] * query.shape[3]
     w_o = partial(families.output_projection, module, width, value.new_empty(0))
     return result, Part(query, lambda: (key, value), attention_of(kwargs), w_o, lse)

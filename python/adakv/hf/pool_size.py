@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,28 @@ class Shape:
                 f"model: {type(model).__name__} has layers with a sliding window, which many "
                 "prompts can't share; run them one by one through adakv.Cache"
             )
-        cache = DynamicCache(config=model.config)
+        look = _Look(config=model.config)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-        keys = [layer.keys for layer in cache.layers]
-        shapes = {(x.shape[1], x.shape[3], x.dtype, x.device) for x in keys}
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=look)
+        shapes = set(look.shapes)
         if len(shapes) > 1:
             raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-        return cls(len(keys), *shapes.pop())
+        return cls(len(look.shapes), *shapes.pop())
+
+
+class _Look(DynamicCache):
+    """A cache that looks at what a model's layers would store, and stores nothing."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.shapes: list[tuple[int, int, torch.dtype, torch.device]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        _, heads, _, head_dim = key_states.shape
+        self.shapes.append((heads, head_dim, value_states.dtype, value_states.device))
+        return key_states, value_states
 
 
 @dataclass(frozen=True)

@@ -232,4 +232,5 @@ class StepLayer(AttendingLayer):
         step = self._cache.step
         assert step is not None
         self._cache.num_attended += 1
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return step.attend(self._index, query, key, value, attention_of(kwargs)), None
