@@ -25,10 +25,11 @@ from transformers.cache_utils import DynamicLayer
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families
-from adakv.hf.attachment import cache_layers, decoder_of, is_attached
+from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
@@ -83,6 +84,7 @@ class Cache(TransformersCache):
         chunked_prefill: bool = False,
         page_size: int = 16,
     ) -> None:
+        model = unwrapped(model)
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -132,6 +134,8 @@ class Cache(TransformersCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention modules, layer by layer."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.update, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == 0:
             self._begin_forward(key_states, value_states.dtype)
         elif layer_idx >= len(self.layers):

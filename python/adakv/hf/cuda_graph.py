@@ -19,6 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from adakv.hf.cache import Cache
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.slots import Decoder
+from adakv.hf.wrappers import unwrapped
 
 
 class Steps:
@@ -137,7 +138,7 @@ def cuda_graph_sample(
     most = (generation_config.max_length or 2**31) - input_ids.shape[1]
     room = max(min(most, FIRST_TOKENS), 1)
     pages, seen = cache.decoded_pages(room)
-    decoder = Decoder(model, pages, chooser)
+    decoder = Decoder(unwrapped(model), pages, chooser)
     decoder.take_over(seen)
     steps = Steps(decoder)
     pad = generation_config._pad_token_tensor

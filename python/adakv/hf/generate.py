@@ -26,6 +26,7 @@ from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
+from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 
 End = Literal["eos", "stop_string", "length"]
@@ -177,6 +178,7 @@ def generate_stream(
 
     Arguments are checked and memory is taken by the call, the work is done while iterating.
     """
+    model = unwrapped(model)
     options = options or BatchOptions()
     limit = Budget.given(policy, budget, ratio)
     if "repeat" in limit.policy.needs:

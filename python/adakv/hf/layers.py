@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from adakv.hf import families
-from adakv.hf.attachment import TAG, AttendingLayer, attention_of, inner_attention
+from adakv.hf.attachment import TAG, AttendingLayer, attention_of, eagerly, inner_attention
 from adakv.hf.log_sum_exp import with_log_sum_exp
 from adakv.hf.padding import align, restore
 from adakv.reading import Part
@@ -70,6 +70,8 @@ class FullAttentionLayer(AttendingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Gives a prompt the model's own attention, then chooses; appends and attends to a step."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
         cache = self._cache
         cache.handed_out = False
@@ -148,6 +150,8 @@ class RepeatLayer(AttendingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Behind the prompts' own."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.update, key_states, value_states, *args, **kwargs)
         assert self._cache.reading is not None
         keys, values = self._cache.reading.joined(self._index)
         new_keys, new_values = key_states.to(keys.dtype), value_states.to(values.dtype)
@@ -164,6 +168,8 @@ class RepeatLayer(AttendingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention; then the layer's prompts are chosen from."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
         result = inner_attention(inner, module, query, key, value, mask, **kwargs)
         self._cache.finish(self._index, repeat=(query.to(key.dtype), key[:, :, self._length :]))
