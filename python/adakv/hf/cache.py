@@ -105,7 +105,9 @@ class Cache(TransformersCache):
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
         needs = self._budget.policy.needs
-        self.waits = chunked_prefill or "repeat" in needs  # prompts may come in several parts
+        self._repeats = "repeat" in needs
+        self._is_chunked = chunked_prefill
+        self.waits = chunked_prefill or self._repeats  # with compressing, for more of the prompt
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
         self._full = [
@@ -125,6 +127,7 @@ class Cache(TransformersCache):
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
+        self._repetition: Tensor | None = None  # [B, R], for after the prompt
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
         self._kv: KVCache | None = None
@@ -226,9 +229,7 @@ class Cache(TransformersCache):
         adakv.Error
             If there is no prompt that waits for it.
         """
-        self._check_recordable("its layers with a sliding window can't forget a repetition")
-        if "repeat" not in self._budget.policy.needs:
-            raise ValueError("policy: it doesn't score what a repetition looks at")
+        self._check_repeats()
         if self.reading is None or not self.reading.is_begun:
             raise Error("a prompt can be repeated once, right after it was read")
         columns = self.get_seq_length()
@@ -241,6 +242,19 @@ class Cache(TransformersCache):
             layers=[RepeatLayer(self, i) for i in range(len(self._full))]
         )
         self._model.base_model(input_ids, past_key_values=repetition, use_cache=True)
+
+    def repeat_after_prompt(self, input_ids: Tensor) -> None:
+        """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
+        transformers' ``generate``, which reads a prompt and goes on."""
+        self._check_repeats()
+        if self.seen:
+            raise Error("the prompt has been read: call repeat() now")
+        self._repetition = input_ids
+
+    def _check_repeats(self) -> None:
+        self._check_recordable("its layers with a sliding window can't forget a repetition")
+        if not self._repeats:
+            raise ValueError("policy: it doesn't score what a repetition looks at")
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
@@ -325,6 +339,10 @@ class Cache(TransformersCache):
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
+        is_after_prompt = columns == 1 and 0 not in lengths and not LAST_TOKEN_COMES_ALONE
+        is_read = is_after_prompt or not self._is_chunked
+        if self._repeats and is_read and self.reading is not None and self.reading.is_begun:
+            self._repeat_now()
         if self.reading is None:
             self.make_room(columns)
             self._warn_of_a_second_turn(columns)
@@ -332,9 +350,18 @@ class Cache(TransformersCache):
             self._seen = [n + columns for n in self._seen or [0] * batch]
         self._signature = signature
         self._num_forwards += 1
-        is_after_prompt = columns == 1 and 0 not in lengths
-        if self.reading is not None and is_after_prompt and not LAST_TOKEN_COMES_ALONE:
+        if self.reading is not None and is_after_prompt:
             self._finish_all()
+
+    def _repeat_now(self) -> None:
+        """What comes next isn't of the prompt any more."""
+        if self._repetition is None:
+            raise ValueError(
+                "repeat must be given: call Cache.repeat after the prompt, before other tokens, or "
+                "Cache.repeat_after_prompt before it (give Cache(chunked_prefill=True) if the "
+                "prompt comes in several forwards)"
+            )
+        self.repeat(self._repetition)
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
