@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from adakv.hf import families
+from adakv.hf import families, long_rope
 from adakv.hf.wrappers import unwrapped
 from adakv.step import Attention
 
@@ -220,6 +220,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of models that had ``inner`` before they were attached."""
     layer = getattr(key, TAG, None)
+    if layer is None and not torch.compiler.is_compiling():
+        long_rope.check_dropped(module, query)
     attend = inner_attention if layer is None else layer.attend
     return attend(inner, module, query, key, value, attention_mask, **kwargs)
 

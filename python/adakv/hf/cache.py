@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
-from adakv.hf import families
+from adakv.hf import families, long_rope
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import Padding
@@ -110,6 +110,9 @@ class Cache(TransformersCache):
         self.waits = chunked_prefill or self._repeats  # with compressing, for more of the prompt
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
+        self.rope_limit = long_rope.limit_of(decoder.config)
+        if self.rope_limit is not None:
+            long_rope.watch(self)
         self._full = [
             FullAttentionLayer(self, i, rotate, is_last=i == len(full) - 1)
             for i in range(len(full))
@@ -130,6 +133,7 @@ class Cache(TransformersCache):
         self._repetition: Tensor | None = None  # [B, R], for after the prompt
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
+        self._was_asked = False  # how long it is, since it was last given keys
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
 
@@ -339,6 +343,9 @@ class Cache(TransformersCache):
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
+        had = max(self.seen, default=0)
+        long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
+        self._was_asked = False
         is_after_prompt = columns == 1 and 0 not in lengths and not LAST_TOKEN_COMES_ALONE
         is_read = is_after_prompt or not self._is_chunked
         if self._repeats and is_read and self.reading is not None and self.reading.is_begun:
@@ -362,6 +369,20 @@ class Cache(TransformersCache):
                 "prompt comes in several forwards)"
             )
         self.repeat(self._repetition)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        self._was_asked = True
+        return int(super().get_seq_length(layer_idx))
+
+    def is_left_out(self, config: Any, columns: int) -> bool:
+        """Whether a forward of so many columns, of a model with ``config``, was to have this cache
+        and has another one: see :mod:`adakv.hf.long_rope`."""
+        longest = max(self.rope_limit or columns, self._full[0].num_seen)
+        if not self._was_asked or config is not self.model_config or columns <= longest:
+            return False
+        self._was_asked = False  # that is said once
+        return True
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.

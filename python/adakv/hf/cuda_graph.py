@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import StoppingCriteriaList as StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from adakv.hf import long_rope
 from adakv.hf.cache import Cache
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.slots import Decoder
@@ -132,10 +133,13 @@ def cuda_graph_sample(
     for name in ("scores", "logits", "attentions", "hidden_states"):
         if getattr(generation_config, f"output_{name}", False):
             raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
+    most = (generation_config.max_length or 2**31) - input_ids.shape[1]
+    length = input_ids.shape[1]
+    what = f"max_new_tokens: the prompt has {length} tokens, and its text of {most} more"
+    long_rope.check_growth(cache.rope_limit, length, length + most - 1, what=what)
     logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
     chooser = _Logits()
     # What a graph reads must stay where it is: room is made for many steps at once.
-    most = (generation_config.max_length or 2**31) - input_ids.shape[1]
     room = max(min(most, FIRST_TOKENS), 1)
     pages, seen = cache.decoded_pages(room)
     decoder = Decoder(unwrapped(model), pages, chooser)

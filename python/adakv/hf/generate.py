@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.hf.attachment import attach
+from adakv.hf import long_rope
+from adakv.hf.attachment import attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
@@ -194,6 +195,8 @@ def generate_stream(
     shape = Shape.of(model)
     ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     counts = new_token_counts(max_new_tokens, len(ids))
+    config = decoder_of(model).config
+    long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
     need_of = partial(Need.of, budget=limit, shape=shape, page_size=options.page_size)
     waiting = []
