@@ -62,10 +62,10 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
         totals = lengths.sum(1).tolist()
         ids, indptr = kv.begin(layer, totals, [length] * batch)
         ops.compact(keys, values, first_entries(lengths.flatten()), kv.layer(layer), ids, indptr)
-    decoder = Decoder(bench.model, kv, Sampling(), NEW_TOKENS)
+    decoder = Decoder(bench.model, kv, Sampling())
     logits = torch.randn(bench.config.vocab_size, device="cuda")
     for slot in range(batch):
-        decoder.begin(slot, logits, length, torch.rand(NEW_TOKENS, dtype=torch.float64))
+        decoder.begin(slot, logits, length)
     return decoder
 
 

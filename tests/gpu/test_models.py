@@ -150,13 +150,13 @@ def test_a_step_waits_for_nothing(records: bool) -> None:
         num_layers=model.config.num_hidden_layers, num_sequences=2, num_kv_heads=heads,
         head_dim=dim, num_pages=400, max_row_pages=20, dtype=torch.float32, device="cuda",
     )  # fmt: skip
-    decoder, cache = Decoder(model, kv, Sampling(), 40), adakv.Cache(model, budget=40)
+    decoder, cache = Decoder(model, kv, Sampling()), adakv.Cache(model, budget=40)
     with adakv.attach(model), torch.no_grad():
         for slot, prompt in enumerate(prompts(80, 50)):
             cache.fill(kv, slot)
             ids = torch.tensor([prompt], device="cuda")
             logits = model(ids, past_key_values=cache).logits[0, -1]
-            decoder.begin(slot, logits, len(prompt), torch.rand(40, dtype=torch.float64))
+            decoder.begin(slot, logits, len(prompt))
         steps = adakv.hf.cuda_graph.Steps(decoder, cuda_graph=records)
         decoder.grow()
         steps.run(2)

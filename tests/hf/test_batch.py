@@ -359,12 +359,12 @@ def fill(model: Any, slots: dict[int, Tensor], num_sequences: int) -> tuple[KVCa
         dtype=torch.float32,
     )
     kv.all_layers.pages.fill_(float("nan"))
-    decoder = Decoder(model, kv, Sampling(), 100)
+    decoder = Decoder(model, kv, Sampling())
     cache = adakv.Cache(model, budget=40)
     for slot, prompt in slots.items():
         cache.fill(kv, slot)
         logits = model(prompt[None], past_key_values=cache, use_cache=True).logits
-        decoder.begin(slot, logits[0, -1], len(prompt), torch.empty(0))
+        decoder.begin(slot, logits[0, -1], len(prompt))
     return kv, decoder
 
 
@@ -413,7 +413,7 @@ def test_step_is_one_graph_while_sequences_come_grow_and_go() -> None:
                     cache = adakv.Cache(model, budget=40)
                     cache.fill(kv, 1)
                     logits = model(third[None], past_key_values=cache, use_cache=True).logits
-                    decoder.begin(1, logits[0, -1], 60, torch.empty(0))
+                    decoder.begin(1, logits[0, -1], 60)
                 decoder.grow()
                 with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
                     step()

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import set_seed
 
 import adakv
+from adakv.cache import KVCache
 from hf.families import LLAMA, V4, VOCAB, Family
 
 pytestmark = pytest.mark.model
@@ -89,3 +90,44 @@ def test_sliding_windows_are_refused() -> None:
         cache = adakv.Cache(model, budget=40)
         with pytest.raises(ValueError, match="sliding window"):
             model.generate(ids, past_key_values=cache, max_new_tokens=4, **LOOP)
+
+
+def test_room_is_made_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = LLAMA.model(), inputs()
+    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 60}
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        expected = model.generate(**given, past_key_values=cache, **settings, **LOOP)
+        monkeypatch.setattr("adakv.hf.cuda_graph.FIRST_TOKENS", 7)
+        small = adakv.Cache(model, budget=40, max_new_tokens=7)
+        assert torch.equal(
+            model.generate(**given, past_key_values=small, **settings, **LOOP), expected
+        )
+        endless = adakv.Cache(model, budget=40, max_new_tokens=7)
+        settings = {**settings, "max_new_tokens": 2**31 - 81, "stop_strings": None}
+        settings["eos_token_id"] = list(range(3, VOCAB))
+        model.generate(**given, past_key_values=endless, **settings, **LOOP)
+    assert str(small.kept(1)) == str(cache.kept(1))
+    assert endless.pages.num_pages < 500
+
+
+def test_a_cache_takes_what_it_needs_if_more_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, prompt = LLAMA.model(), torch.randint(3, VOCAB, (1, 60))
+    reserve, refused = KVCache.reserve, []
+
+    def tight(kv: KVCache, *, num_pages: int = 0, max_row_pages: int = 0) -> None:
+        if num_pages > kv.num_pages + 10:
+            refused.append(num_pages)
+            raise adakv.Error("no memory")
+        reserve(kv, num_pages=num_pages, max_row_pages=max_row_pages)
+
+    monkeypatch.setattr(KVCache, "reserve", tight)
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, budget=40, max_new_tokens=1)
+        model(prompt, past_key_values=cache)
+        for _ in range(40):
+            model(prompt[:, :1], past_key_values=cache)
+    assert refused
+    assert cache.stats()["seen"] == [100]

@@ -250,3 +250,49 @@ def test_repeat_names_what_is_wrong() -> None:
         sliding(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="sliding window can't forget"):
             cache.repeat(ids)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_nothing_comes_between_a_prompt_and_its_repetition(num_tokens: int) -> None:
+    model, ids, more = LLAMA.model(), torch.randint(3, VOCAB, (2, 40)), torch.ones(2, 5).long()
+    with torch.no_grad(), adakv.attach(model):
+        caches = [adakv.Cache(model, REPEAT[0], ratio=0.5) for _ in range(2)]
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"repeat must be given: .*chunked_prefill=True"):
+            model(more[:, :num_tokens], past_key_values=caches[0])
+        logits = []
+        for cache in caches:  # nothing has changed in the first one
+            cache.repeat(ids)
+            logits.append(model(more[:, :num_tokens], past_key_values=cache).logits)
+        chunked = adakv.Cache(model, REPEAT[0], ratio=0.5, chunked_prefill=True)
+        for part in ids.split(20, 1):
+            model(part, past_key_values=chunked)
+        chunked.repeat(ids)
+    assert torch.equal(*logits)
+    assert held(caches[0]) == held(caches[1])
+    assert chunked.stats()["lengths"].sum() == 2 * 4 * 2 * 20
+
+
+def test_generate_reads_a_prompt_twice_by_itself() -> None:
+    model, ids = LLAMA.model(), torch.randint(3, VOCAB, (2, 40))
+    settings = {**GREEDY, "attention_mask": torch.ones_like(ids)}
+    with adakv.attach(model):
+        by_hand, by_itself = (adakv.Cache(model, REPEAT[0], ratio=0.5) for _ in range(2))
+        with torch.no_grad():
+            first = model(ids, past_key_values=by_hand).logits[:, -1:].argmax(-1)
+        by_hand.repeat(ids)
+        mask = torch.ones(2, 41)
+        expected = model.generate(
+            torch.cat([ids, first], 1),
+            past_key_values=by_hand,
+            **{**settings, "attention_mask": mask, "max_new_tokens": 11},
+        )
+        by_itself.repeat_after_prompt(ids)
+        actual = model.generate(ids, past_key_values=by_itself, **settings)
+        with pytest.raises(adakv.Error, match=r"call repeat\(\) now"):
+            by_itself.repeat_after_prompt(ids)
+        with pytest.raises(ValueError, match="policy: it doesn't score what a repetition"):
+            adakv.Cache(model, "snapkv", ratio=0.9).repeat_after_prompt(ids)
+    assert torch.equal(actual, expected)
+    assert held(by_itself) == held(by_hand)

@@ -19,11 +19,20 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from adakv.hf import families
+from adakv.hf import families, long_rope
+from adakv.hf.wrappers import unwrapped
 from adakv.step import Attention
 
 TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
+
+
+#: ``eagerly(function, ...)`` calls it outside of the graph that torch.compile makes of a model:
+#: caches count tokens and make room on the host.
+eagerly = torch.compiler.disable(
+    lambda function, *args, **kwargs: function(*args, **kwargs),
+    reason="adakv.Cache runs between the graphs of a compiled model, so fullgraph must be False",
+)
 
 
 class AttendingLayer(CacheLayerMixin):
@@ -184,8 +193,7 @@ def is_attached(decoder: PreTrainedModel) -> bool:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that generates text: most often the model itself."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers model, got {type(model).__name__}")
+    model = unwrapped(model)
     families.check(model, [])
     config = model.config.get_text_config(decoder=True)
     for module in model.modules():
@@ -212,6 +220,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of models that had ``inner`` before they were attached."""
     layer = getattr(key, TAG, None)
+    if layer is None and not torch.compiler.is_compiling():
+        long_rope.check_dropped(module, query)
     attend = inner_attention if layer is None else layer.attend
     return attend(inner, module, query, key, value, attention_mask, **kwargs)
 

@@ -24,18 +24,17 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
-from adakv.hf import families
-from adakv.hf.attachment import cache_layers, decoder_of, is_attached
+from adakv.hf import families, long_rope
+from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
-from adakv.hf.padding import new_tokens
+from adakv.hf.padding import Padding
+from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
-
-#: Tokens after the prompt that pages are made for at first; a longer text has the cache grow.
-_FIRST_TOKENS = 4096
 
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
@@ -85,6 +84,7 @@ class Cache(TransformersCache):
         chunked_prefill: bool = False,
         page_size: int = 16,
     ) -> None:
+        model = unwrapped(model)
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -105,9 +105,14 @@ class Cache(TransformersCache):
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
         needs = self._budget.policy.needs
-        self.waits = chunked_prefill or "repeat" in needs  # prompts may come in several parts
+        self._repeats = "repeat" in needs
+        self._is_chunked = chunked_prefill
+        self.waits = chunked_prefill or self._repeats  # with compressing, for more of the prompt
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
+        self.rope_limit = long_rope.limit_of(decoder.config)
+        if self.rope_limit is not None:
+            long_rope.watch(self)
         self._full = [
             FullAttentionLayer(self, i, rotate, is_last=i == len(full) - 1)
             for i in range(len(full))
@@ -121,12 +126,14 @@ class Cache(TransformersCache):
         """Holds nothing."""
         self.reading = Reader(self._budget, len(self._full))
         self.step: PlannedStep | None = None  # that is running
-        self.order: Tensor | None = None  # [B, columns], puts padding of this forward in front
+        self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
+        self._repetition: Tensor | None = None  # [B, R], for after the prompt
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
+        self._was_asked = False  # how long it is, since it was last given keys
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
 
@@ -134,8 +141,10 @@ class Cache(TransformersCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention modules, layer by layer."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.update, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == 0:
-            self._begin_forward(key_states)
+            self._begin_forward(key_states, value_states.dtype)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -224,9 +233,7 @@ class Cache(TransformersCache):
         adakv.Error
             If there is no prompt that waits for it.
         """
-        self._check_recordable("its layers with a sliding window can't forget a repetition")
-        if "repeat" not in self._budget.policy.needs:
-            raise ValueError("policy: it doesn't score what a repetition looks at")
+        self._check_repeats()
         if self.reading is None or not self.reading.is_begun:
             raise Error("a prompt can be repeated once, right after it was read")
         columns = self.get_seq_length()
@@ -239,6 +246,19 @@ class Cache(TransformersCache):
             layers=[RepeatLayer(self, i) for i in range(len(self._full))]
         )
         self._model.base_model(input_ids, past_key_values=repetition, use_cache=True)
+
+    def repeat_after_prompt(self, input_ids: Tensor) -> None:
+        """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
+        transformers' ``generate``, which reads a prompt and goes on."""
+        self._check_repeats()
+        if self.seen:
+            raise Error("the prompt has been read: call repeat() now")
+        self._repetition = input_ids
+
+    def _check_repeats(self) -> None:
+        self._check_recordable("its layers with a sliding window can't forget a repetition")
+        if not self._repeats:
+            raise ValueError("policy: it doesn't score what a repetition looks at")
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
@@ -303,9 +323,9 @@ class Cache(TransformersCache):
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
 
-    def _begin_forward(self, keys: Tensor) -> None:
-        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, before any layer is
-        changed."""
+    def _begin_forward(self, keys: Tensor, dtype: torch.dtype) -> None:
+        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, to be stored in ``dtype``,
+        before any layer is changed."""
         if not is_attached(self._model):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
         if self._model.training or keys.requires_grad:
@@ -317,12 +337,19 @@ class Cache(TransformersCache):
         if len(lengths) > 1 or self.is_midway:
             raise Error(_MIDWAY)
         batch, heads, columns, head_dim = keys.shape
-        signature = (batch, heads, head_dim, keys.dtype, keys.device)
+        signature = (batch, heads, head_dim, dtype, keys.device)
         if self._signature not in (None, signature):
             raise ValueError(
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
+        had = max(self.seen, default=0)
+        long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
+        self._was_asked = False
+        is_after_prompt = columns == 1 and 0 not in lengths and not LAST_TOKEN_COMES_ALONE
+        is_read = is_after_prompt or not self._is_chunked
+        if self._repeats and is_read and self.reading is not None and self.reading.is_begun:
+            self._repeat_now()
         if self.reading is None:
             self.make_room(columns)
             self._warn_of_a_second_turn(columns)
@@ -330,9 +357,32 @@ class Cache(TransformersCache):
             self._seen = [n + columns for n in self._seen or [0] * batch]
         self._signature = signature
         self._num_forwards += 1
-        is_after_prompt = columns == 1 and 0 not in lengths
-        if self.reading is not None and is_after_prompt and not LAST_TOKEN_COMES_ALONE:
+        if self.reading is not None and is_after_prompt:
             self._finish_all()
+
+    def _repeat_now(self) -> None:
+        """What comes next isn't of the prompt any more."""
+        if self._repetition is None:
+            raise ValueError(
+                "repeat must be given: call Cache.repeat after the prompt, before other tokens, or "
+                "Cache.repeat_after_prompt before it (give Cache(chunked_prefill=True) if the "
+                "prompt comes in several forwards)"
+            )
+        self.repeat(self._repetition)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        self._was_asked = True
+        return int(super().get_seq_length(layer_idx))
+
+    def is_left_out(self, config: Any, columns: int) -> bool:
+        """Whether a forward of so many columns, of a model with ``config``, was to have this cache
+        and has another one: see :mod:`adakv.hf.long_rope`."""
+        longest = max(self.rope_limit or columns, self._full[0].num_seen)
+        if not self._was_asked or config is not self.model_config or columns <= longest:
+            return False
+        self._was_asked = False  # that is said once
+        return True
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
@@ -360,21 +410,28 @@ class Cache(TransformersCache):
         assert kv is not None
         num_new = [num_tokens] * len(self._seen)
         pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
-        if pages > 0 or rows > kv.max_row_pages:
-            # A half more at least, so that all copies together stay in proportion to the text.
-            kv.reserve(
-                num_pages=kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0,
-                max_row_pages=rows + rows // 2,
-            )
+        if pages <= 0 and rows <= kv.max_row_pages:
+            return
+        needed = kv.num_pages + max(pages, 0)
+        more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
+        try:  # a half more, so that all copies together stay in proportion to the text
+            kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
+        except Error:
+            kv.reserve(num_pages=needed, max_row_pages=rows)
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
-        """Counts the tokens of prompts as far as they have come, ``columns`` with padding, from
-        the model's mask."""
+        """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
         assert self.reading is not None
-        lengths, self.order = new_tokens(mask, [0] * batch, columns)
-        if self.order is not None and self.waits:
+        before = self._full[0].num_seen
+        seen = self.reading.lengths if before else [0] * batch
+        new = self.padding.count(mask, seen, before, columns, prompt=True)
+        gaps = self.padding.order is not None or any(
+            had > 0 and now < columns for had, now in zip(seen, new, strict=True)
+        )
+        if gaps and self.waits:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
-        self.reading.begin(lengths, columns)
+        lengths = [had + now for had, now in zip(seen, new, strict=True)]
+        self.reading.begin(lengths, before + columns)
         if not self.waits:
             self.reading.check_complete()
         self.is_midway = True
@@ -382,7 +439,8 @@ class Cache(TransformersCache):
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
         """Makes room for a step in all layers and plans it, before the first one attends."""
         assert self._kv is not None
-        num_new, self.order = new_tokens(mask, self._seen, columns)
+        before = self._full[0].num_seen
+        num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
         self.step = PlannedStep.grow(self._kv, num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
@@ -419,7 +477,7 @@ class Cache(TransformersCache):
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
         assert self._signature is not None
         batch, heads, head_dim, dtype, device = self._signature
-        size, more = self._page_size, min(self._max_new_tokens, _FIRST_TOKENS)
+        size, more = self._page_size, min(self._max_new_tokens, FIRST_TOKENS)
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
             for totals in reader.totals(heads)

@@ -16,8 +16,11 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import StoppingCriteriaList as StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from adakv.hf import long_rope
 from adakv.hf.cache import Cache
+from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.slots import Decoder
+from adakv.hf.wrappers import unwrapped
 
 
 class Steps:
@@ -36,10 +39,14 @@ class Steps:
         self._decoder = decoder
         self._compiles = compile
         self._records = cuda_graph and decoder.slots.tokens.is_cuda
+        self._layers = decoder.kv.layers  # that the steps below read
         self._runs: dict[int, Callable[[], object]] = {}
 
     def run(self, num_slots: int) -> None:
         """A step of the first slots, of so many at least, after :meth:`Decoder.grow`."""
+        if self._layers is not self._decoder.kv.layers:  # the cache has grown
+            self._layers = self._decoder.kv.layers
+            self._runs.clear()
         width = self._width(num_slots)
         if width not in self._runs:
             self._runs[width] = self._prepare(width)
@@ -126,12 +133,16 @@ def cuda_graph_sample(
     for name in ("scores", "logits", "attentions", "hidden_states"):
         if getattr(generation_config, f"output_{name}", False):
             raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
+    most = (generation_config.max_length or 2**31) - input_ids.shape[1]
+    length = input_ids.shape[1]
+    what = f"max_new_tokens: the prompt has {length} tokens, and its text of {most} more"
+    long_rope.check_growth(cache.rope_limit, length, length + most - 1, what=what)
     logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
     chooser = _Logits()
-    # What a graph reads must stay where it is: all room is made before the first step.
-    most = generation_config.max_length or 0
-    pages, seen = cache.decoded_pages(max(most - input_ids.shape[1], 1))
-    decoder = Decoder(model, pages, chooser, 1)
+    # What a graph reads must stay where it is: room is made for many steps at once.
+    room = max(min(most, FIRST_TOKENS), 1)
+    pages, seen = cache.decoded_pages(room)
+    decoder = Decoder(unwrapped(model), pages, chooser)
     decoder.take_over(seen)
     steps = Steps(decoder)
     pad = generation_config._pad_token_tensor
@@ -152,6 +163,9 @@ def cuda_graph_sample(
                 break
             decoder.slots.tokens.copy_(tokens)
             decoder.slots.written.zero_()  # the step leaves nothing to its own chance
+            if num_steps == room:
+                room += min(most - room, FIRST_TOKENS)
+                cache.make_room(room - num_steps)
             decoder.grow()
             steps.run(len(tokens))
             num_steps += 1

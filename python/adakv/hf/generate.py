@@ -11,20 +11,23 @@ A prompt's pages are known before it is read, so that none runs out on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.hf.attachment import attach
+from adakv.hf import long_rope
+from adakv.hf.attachment import attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
-from adakv.hf.pool_size import Need, Shape, cache_for
+from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
+from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 
 End = Literal["eos", "stop_string", "length"]
@@ -99,7 +102,8 @@ class _Sequence:
     index: int
     prompt: Tensor  # [T] int64
     max_new_tokens: int
-    need: Need
+    room: int  # tokens that there are pages for
+    need: Need  # for these
     tokens: list[int] = field(default_factory=list)
 
 
@@ -175,6 +179,7 @@ def generate_stream(
 
     Arguments are checked and memory is taken by the call, the work is done while iterating.
     """
+    model = unwrapped(model)
     options = options or BatchOptions()
     limit = Budget.given(policy, budget, ratio)
     if "repeat" in limit.policy.needs:
@@ -190,30 +195,36 @@ def generate_stream(
     shape = Shape.of(model)
     ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     counts = new_token_counts(max_new_tokens, len(ids))
-    needs = [
-        Need.of(len(prompt), count, limit, shape, options.page_size)
-        for prompt, count in zip(ids, counts, strict=True)
-    ]
+    config = decoder_of(model).config
+    long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
+    is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
+    need_of = partial(Need.of, budget=limit, shape=shape, page_size=options.page_size)
+    waiting = []
+    for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
+        room = first_tokens(model, len(prompt), count, is_limited=is_limited)
+        waiting.append(_Sequence(i, prompt, count, room, need_of(len(prompt), room)))
     if not ids:
         return iter(())
     kv = cache_for(
         model,
         ids,
-        needs,
+        [sequence.need for sequence in waiting],
         shape,
         limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
         page_size=options.page_size,
     )
-    decoder = Decoder(model, kv, sampling, max(counts))
+    decoder = Decoder(model, kv, sampling)
+    seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
     batch = _Batch(
         decoder,
         Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
         Cache(model, policy, budget, ratio),
         stop,
-        int(torch.randint(2**48, ())) if options.seed is None else options.seed,
-        deque(map(_Sequence, range(len(ids)), ids, counts, needs)),
+        None if sampling.is_greedy else seed,
+        need_of,
+        deque(waiting),
     )
     return batch.run()
 
@@ -226,7 +237,8 @@ class _Batch:
     steps: Steps
     reader: Cache  # that prompts go through on their way into the decoder's cache
     stop: Stop
-    seed: int
+    seed: int | None  # None: nothing is left to chance
+    need_of: Callable[[int, int], Need]  # a prompt's tokens, and those after it
     waiting: deque[_Sequence]
     running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
 
@@ -250,25 +262,43 @@ class _Batch:
 
     def _prefill(self, slot: int, sequence: _Sequence) -> int:
         """Reads a prompt; its first token."""
-        generator = torch.Generator().manual_seed(self.seed + sequence.index)
-        uniforms = torch.rand(sequence.max_new_tokens, generator=generator, dtype=torch.float64)
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + sequence.index)
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
         output = self.decoder.model(
             ids, past_key_values=self.reader, use_cache=True, logits_to_keep=1
         )
-        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], uniforms)
+        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator)
         return int(self.decoder.slots.tokens[slot])
 
     def _step(self) -> Iterator[NewToken]:
         """One token of each."""
         if self.running:
             width = max(self.running) + 1
+            self._make_room()
             self.decoder.grow()
             self.steps.run(width)
             tokens = self.decoder.slots.tokens[:width, 0].tolist()
             for slot in sorted(self.running):
                 yield self._take(slot, tokens[slot])
+
+    def _make_room(self) -> None:
+        """Has the cache grow for texts that have come to the end of their room.
+
+        Raises ``adakv.Error`` if there is no memory for them.
+        """
+        longer = [one for one in self.running.values() if len(one.tokens) == one.room]
+        for sequence in longer:
+            sequence.room = min(2 * sequence.room, sequence.max_new_tokens)
+            sequence.need = self.need_of(len(sequence.prompt), sequence.room)
+        if longer:
+            needs = [sequence.need for sequence in self.running.values()]
+            self.decoder.kv.reserve(
+                num_pages=sum(need.pages for need in needs),
+                max_row_pages=max(need.row_pages for need in needs),
+            )
 
     def _take(self, slot: int, token: int) -> NewToken:
         """Writes a token down; if it is the sequence's last, the slot is free again."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from adakv.hf import families
-from adakv.hf.attachment import TAG, AttendingLayer, attention_of, inner_attention
+from adakv.hf.attachment import TAG, AttendingLayer, attention_of, eagerly, inner_attention
 from adakv.hf.log_sum_exp import with_log_sum_exp
 from adakv.hf.padding import align, restore
 from adakv.reading import Part
@@ -47,6 +47,8 @@ class FullAttentionLayer(AttendingLayer):
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values, tagged; of a prompt in parts all that came so far."""
         cache = self._cache
+        if key_states.dtype is not value_states.dtype:  # RoPE under autocast
+            key_states = key_states.to(value_states.dtype)
         if cache.handed_out:
             cache.check_attended()
         if cache.reading is not None and cache.waits:
@@ -68,6 +70,8 @@ class FullAttentionLayer(AttendingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Gives a prompt the model's own attention, then chooses; appends and attends to a step."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
         cache = self._cache
         cache.handed_out = False
@@ -87,11 +91,14 @@ class FullAttentionLayer(AttendingLayer):
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
         assert cache.step is not None
-        if cache.order is not None:
-            query, key, value = (align(x, cache.order) for x in (query, key, value))
+        if query.dtype is not key.dtype:
+            query = query.to(key.dtype)
+        order = cache.padding.order
+        if order is not None:
+            query, key, value = (align(x, order) for x in (query, key, value))
         out = cache.step.attend(self.index, query, key, value, self._attention)
-        if cache.order is not None:
-            out = restore(out, cache.order)
+        if order is not None:
+            out = restore(out, order)
         self.num_seen += query.shape[2]
         if self._is_last:
             cache.is_midway = False
@@ -109,9 +116,9 @@ class FullAttentionLayer(AttendingLayer):
         self._attention = part.attention._replace(rotate=self._rotate)
         part = part._replace(attention=self._attention)
         if self.index == 0:
-            cache.begin_part(mask, part.queries.shape[0], self.num_seen + columns)
-        if cache.order is not None:
-            part = _aligned(part, cache.order)
+            cache.begin_part(mask, part.queries.shape[0], columns)
+        if cache.padding.order is not None:
+            part = _aligned(part, cache.padding.order)
         if not cache.waits:
             cache.finish(self.index, part)
         else:
@@ -144,11 +151,12 @@ class RepeatLayer(AttendingLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Behind the prompts' own."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.update, key_states, value_states, *args, **kwargs)
         assert self._cache.reading is not None
         keys, values = self._cache.reading.joined(self._index)
-        return super().update(
-            torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
-        )
+        new_keys, new_values = key_states.to(keys.dtype), value_states.to(values.dtype)
+        return super().update(torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2))
 
     def attend(
         self,
@@ -161,9 +169,11 @@ class RepeatLayer(AttendingLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention; then the layer's prompts are chosen from."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
         result = inner_attention(inner, module, query, key, value, mask, **kwargs)
-        self._cache.finish(self._index, repeat=(query, key[:, :, self._length :]))
+        self._cache.finish(self._index, repeat=(query.to(key.dtype), key[:, :, self._length :]))
         return result
 
     def get_seq_length(self) -> int:
@@ -184,6 +194,8 @@ def attend_to_prompt(
 
     The arguments are those of :meth:`AttendingLayer.attend` and the policy's needs.
     """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q must not be given: a cache holds one text a sequence")
     attend = partial(inner_attention, inner, module, query, key, value, mask, **kwargs)
     is_causal = mask is None and query.shape[2] == key.shape[2]
     is_plain = all(kwargs.get(name) is None for name in _MORE_LOGITS)
@@ -191,6 +203,7 @@ def attend_to_prompt(
         result, lse = with_log_sum_exp(attend)
     else:
         result, lse = attend(), None
+    query, key = query.to(value.dtype), key.to(value.dtype)
     width = query.shape[1] * query.shape[3]
     w_o = partial(families.output_projection, module, width, value.new_empty(0))
     return result, Part(query, lambda: (key, value), attention_of(kwargs), w_o, lse)

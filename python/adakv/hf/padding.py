@@ -1,35 +1,122 @@
-"""Padding: who has how many of the new tokens, and how they are brought together on the right."""
+"""Masks: who has how many of the new tokens, and how they are brought together on the right.
+
+adakv reads padding from a model's mask and attends causally. Any other mask is an error: trees,
+blocks that look ahead, biases, masks that differ between heads or cut a text in pieces.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_HIDDEN = -1e4  # what an additive mask gives entries that must not be seen, or less
+_BLOCK = 1 << 24  # elements of a mask that are looked at in one go
 
-def new_tokens(
-    mask: Tensor | None, seen: list[int], columns: int
-) -> tuple[list[int], Tensor | None]:
-    """How many of the newest columns belong to each sequence, and how to move them to the right.
 
-    ``mask`` is what the model gives its attention: ``[B, 1, S, columns so far]``, boolean or
-    additive, or ``[B, columns so far]``. Its last row must show all tokens seen; a new column that
-    it hides is padding. The second result is ``[B, columns]`` int64, or None if all padding is on
-    the left.
-    """
-    if mask is None:
-        return [columns] * len(seen), None
-    shown = mask[:, 0, -1] if mask.dim() == 4 else mask
-    shown = (shown > -1 if shown.is_floating_point() else shown.bool()).expand(len(seen), -1)
-    new = shown[:, -columns:].int()
-    is_mixed = (new.diff() < 0).any(-1)
-    num_new, num_shown, mixed = torch.stack([new.sum(-1), shown.sum(-1), is_mixed]).tolist()
-    for b, (before, now, both) in enumerate(zip(seen, num_new, num_shown, strict=True)):
-        if both != before + now:
+class Padding:
+    """Which columns hold tokens of each sequence, as the masks so far had it."""
+
+    def __init__(self) -> None:
+        self.order: Tensor | None = None
+        """``[B, columns]`` int64 that puts padding of the newest columns in front (:func:`align`),
+        or None if it is there."""
+        self._shown: Tensor | None = None  # [B, n] bool, of the newest mask; later columns: all
+
+    def count(
+        self, mask: Tensor | None, seen: Sequence[int], before: int, columns: int, *, prompt: bool
+    ) -> list[int]:
+        """How many of the newest columns belong to each sequence.
+
+        Parameters
+        ----------
+        mask
+            What the model gives its attention: ``[B, 1, columns, before + columns]``, boolean or
+            additive, or ``[B, before + columns]``; or None, which shows everything. A new column
+            that the last row hides is padding.
+        seen : ints
+            Tokens of each sequence in the ``before`` columns.
+        prompt : bool
+            Tokens may also see later ones, as those of an image do: their attention is the
+            model's own.
+
+        Raises
+        ------
+        ValueError
+            If the mask hides tokens seen, or isn't causal. Nothing changes.
+        """
+        if mask is None:
+            self.order = None
+            return [columns] * len(seen)
+        total = before + columns
+        if mask.dim() not in (2, 4) or mask.shape[-1] < total:
             raise ValueError(
-                f"attention_mask must show all tokens seen: sequence {b} has {before}, "
-                f"and {both - now} are shown"
+                f"attention_mask must be [B, {total}] or [B, 1, {columns}, {total}], "
+                f"got {list(mask.shape)}"
             )
-    return num_new, new.argsort(stable=True) if any(mixed) else None
+        mask = mask[..., :total]
+        shown = (mask.bool() if mask.dim() == 2 else _shows(mask[:, 0, -1])).expand(len(seen), -1)
+        new = shown[:, before:].int()
+        known, is_other = 0, torch.zeros_like(shown[:, 0])
+        if self._shown is not None and before:
+            earlier = self._shown[:, :before]  # without what a refused forward showed
+            known, is_other = earlier.shape[1], (shown[:, : earlier.shape[1]] != earlier).any(-1)
+        facts = [
+            new.sum(-1),
+            shown.sum(-1),
+            (new.diff() < 0).any(-1),
+            is_other | ~shown[:, known:before].all(-1),
+            _is_wrong(mask, shown, before, prompt) if mask.dim() == 4 else is_other,
+        ]
+        num_new, num_shown, is_mixed, hides, is_wrong = torch.stack(facts).tolist()  # waits
+        for b, (had, now, both) in enumerate(zip(seen, num_new, num_shown, strict=True)):
+            if is_wrong[b]:
+                raise ValueError(
+                    f"attention_mask of sequence {b} must be causal beside padding: "
+                    f"{_PROMPTS if prompt else _STEPS} are not supported"
+                )
+            if both != had + now or hides[b]:
+                raise ValueError(
+                    f"attention_mask must show all tokens seen: sequence {b} has {had}, "
+                    f"and {both - now} are shown; what was given without a mask, or after the end "
+                    "of a text, can't be hidden later"
+                )
+        self.order = new.argsort(stable=True) if any(is_mixed) else None
+        self._shown = shown.clone()
+        return [int(n) for n in num_new]
+
+
+_PROMPTS = "several texts in one sequence, biases and masks that differ between heads"
+_STEPS = "trees, blocks that look ahead, biases and masks that differ between heads"
+
+
+def _shows(mask: Tensor) -> Tensor:
+    """What a mask with queries shows."""
+    return mask == 0 if mask.is_floating_point() else mask.bool()
+
+
+def _is_wrong(mask: Tensor, shown: Tensor, before: int, prompt: bool) -> Tensor:
+    """``[B]`` bool: whether a mask ``[B, H, S, columns]`` is another one than a causal one over
+    ``shown`` ``[B, columns]``."""
+    batch, total = shown.shape
+    wrong = torch.zeros(batch, dtype=torch.bool, device=mask.device)
+    mask = mask.expand(batch, -1, total - before, -1)
+    columns = torch.arange(total, device=mask.device)
+    step = max(_BLOCK // mask[:, :, 0].numel(), 1)
+    for start in range(before, total, step):
+        rows = columns[start : start + step, None]  # [n, 1]
+        block = mask[:, :, start - before : start - before + step]  # [B, H, n, columns]
+        shows = _shows(block)
+        if mask.is_floating_point():
+            wrong |= ~(shows | (block <= _HIDDEN)).flatten(1).all(-1)
+        causal = shown[:, None, None, :] & (columns <= rows)
+        more = shows & ~(shown[:, None, None, :] if prompt else causal)
+        of_token = shown[:, start : start + step][:, None, :, None]
+        # Padding may see anything but itself: then it is no padding.
+        wrong |= ((more | causal & ~shows) & of_token).flatten(1).any(-1)
+        wrong |= (shows & ~of_token & (columns == rows)).flatten(1).any(-1)
+    return wrong
 
 
 def align(x: Tensor, order: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf.attachment import cache_layers, decoder_of
 from adakv.policy import Budget
+
+#: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
+FIRST_TOKENS = 4096
 
 _PROBE = 1024  # tokens whose prefill tells what a token takes
 _SHARE = 0.9  # of the memory that a prefill leaves free
@@ -38,14 +42,28 @@ class Shape:
                 f"model: {type(model).__name__} has layers with a sliding window, which many "
                 "prompts can't share; run them one by one through adakv.Cache"
             )
-        cache = DynamicCache(config=model.config)
+        look = _Look(config=model.config)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-        keys = [layer.keys for layer in cache.layers]
-        shapes = {(x.shape[1], x.shape[3], x.dtype, x.device) for x in keys}
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=look)
+        shapes = set(look.shapes)
         if len(shapes) > 1:
             raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-        return cls(len(keys), *shapes.pop())
+        return cls(len(look.shapes), *shapes.pop())
+
+
+class _Look(DynamicCache):
+    """A cache that looks at what a model's layers would store, and stores nothing."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.shapes: list[tuple[int, int, torch.dtype, torch.device]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        _, heads, _, head_dim = key_states.shape
+        self.shapes.append((heads, head_dim, value_states.dtype, value_states.device))
+        return key_states, value_states
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Need:
     row_pages: int  # of the longest row
 
     @classmethod
-    def of(cls, prompt_len: int, new: int, budget: Budget, shape: Shape, page_size: int) -> Need:
+    def of(cls, prompt_len: int, new: int, *, budget: Budget, shape: Shape, page_size: int) -> Need:
         """``new`` tokens are written, the last of which is never stored."""
         heads = shape.num_kv_heads
         totals = budget.totals(prompt_len, num_kv_heads=heads, num_layers=shape.num_layers)
@@ -65,6 +83,17 @@ class Need:
             for total in totals
         )
         return cls(pages, -(-(min(prompt_len, max(totals)) + new) // page_size))
+
+
+def first_tokens(model: PreTrainedModel, prompt_len: int, new: int, *, is_limited: bool) -> int:
+    """How many of ``new`` tokens have their pages promised before a prompt is read.
+
+    Where memory is limited those that the model's context has room for, so that no text ends for
+    want of pages; otherwise :data:`FIRST_TOKENS`.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    room = max(context - prompt_len, FIRST_TOKENS) if is_limited else FIRST_TOKENS
+    return min(new, room)
 
 
 def cache_for(

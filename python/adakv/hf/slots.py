@@ -27,6 +27,8 @@ from adakv.hf.attachment import AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
 from adakv.step import PlannedStep
 
+_UNIFORMS = 256  # numbers of a sequence that are drawn at a time
+
 
 class Slots(NamedTuple):
     """What a step reads and writes beside the cache, for each of B slots.
@@ -38,7 +40,7 @@ class Slots(NamedTuple):
     positions: Tensor  # [B, 1] int64    where it stands in its sequence
     written: Tensor  # [B, 1] int64    how many there are after the prompt
     num_new: Tensor  # [B, 1] int32    1 if there is a sequence
-    uniforms: Tensor  # [B, most that are written] float64    numbers in [0, 1) to choose them by
+    uniforms: Tensor  # [B, U] float64    numbers in [0, 1) to choose the next U of them by
 
 
 class Decoder:
@@ -52,13 +54,9 @@ class Decoder:
         With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
     sampling : :class:`Chooser`
         Most often a :class:`adakv.hf.sampling.Sampling`.
-    max_new_tokens : int
-        Most tokens that a sequence writes.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, max_new_tokens: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, kv: KVCache, sampling: Chooser) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
 
@@ -66,27 +64,34 @@ class Decoder:
         self.kv = kv
         self._sampling = sampling
         self._num_new = [0] * kv.num_sequences  # slots.num_new, known to the host
+        self._num_used = [0] * kv.num_sequences  # of their newest numbers
+        self._generators: dict[int, torch.Generator] = {}  # by slot
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
             written=zeros(1, torch.int64),
             num_new=zeros(1, torch.int32),
-            uniforms=zeros(max_new_tokens, torch.float64),
+            uniforms=zeros(_UNIFORMS, torch.float64),
         )
 
-    def begin(self, slot: int, logits: Tensor, prompt_len: int, uniforms: Tensor) -> None:
+    def begin(
+        self, slot: int, logits: Tensor, prompt_len: int, generator: torch.Generator | None = None
+    ) -> None:
         """A prompt of ``prompt_len`` tokens is in the slot: chooses its first token.
 
-        ``logits`` ``[V]`` are those of its last token; ``uniforms`` as many float64 in [0, 1) as
-        the sequence has tokens to write, or none if nothing is left to chance.
+        ``logits`` ``[V]`` are those of its last token. Chance comes from ``generator``, a CPU's, of
+        which the sequence's token i takes number i; without one nothing is left to chance.
         """
         mine = Slots(*(tensor[slot] for tensor in self.slots))
-        mine.uniforms[: len(uniforms)] = uniforms.to(self.kv.device)
+        if generator is not None:
+            self._generators[slot] = generator
+            self._draw(slot)
         mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
         mine.positions[:] = prompt_len
         mine.written[:] = 1
         mine.num_new[:] = 1
         self._num_new[slot] = 1
+        self._num_used[slot] = 1
 
     def take_over(self, seen: Sequence[int]) -> None:
         """All slots hold sequences, of so many tokens; their newest ones are still to be given."""
@@ -100,6 +105,13 @@ class Decoder:
         self.slots.num_new[slot] = 0
         self.slots.written[slot] = 0
         self._num_new[slot] = 0
+        self._generators.pop(slot, None)
+
+    def _draw(self, slot: int) -> None:
+        """The next numbers of a sequence."""
+        self.slots.uniforms[slot] = torch.rand(
+            _UNIFORMS, generator=self._generators[slot], dtype=torch.float64
+        )
 
     def grow(self) -> None:
         """Makes room for the next step of all sequences.
@@ -110,6 +122,11 @@ class Decoder:
             If there are too few free pages. Nothing changes.
         """
         self.kv.grow(self._num_new, 1)
+        for slot in self._generators:
+            if self._num_used[slot] == _UNIFORMS:
+                self._draw(slot)
+                self._num_used[slot] = 0
+            self._num_used[slot] += 1
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -153,7 +170,7 @@ class Step:
             use_cache=True,
         )
         self._cache.end_step()
-        uniforms = slots.uniforms.gather(1, slots.written)[:, 0]
+        uniforms = slots.uniforms.gather(1, slots.written % _UNIFORMS)[:, 0]
         slots.tokens[:] = self._sampling.choose(output.logits[:, -1], uniforms)[:, None]
         slots.positions.add_(slots.num_new)
         slots.written.add_(slots.num_new)
@@ -215,4 +232,5 @@ class StepLayer(AttendingLayer):
         step = self._cache.step
         assert step is not None
         self._cache.num_attended += 1
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return step.attend(self._index, query, key, value, attention_of(kwargs)), None
