@@ -8,6 +8,7 @@ get the attention the model had before. Nothing is patched and nothing is kept o
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -18,9 +19,15 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMixin
 
 from adakv.hf import families
 from adakv.step import Attention
+
+_arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+#: The argument by which models and ``generate`` take a cache: its name is another since 5.24.
+CACHE = "cache" if "cache" in _arguments else "past_key_values"
 
 TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model

@@ -1,4 +1,4 @@
-"""The cache for Hugging Face transformers, 4.57 to 5.23.
+"""The cache for Hugging Face transformers, 4.57 to 5.24.
 
     model.forward -> Cache.update         first layer: checks everything that can go wrong
                   -> layer.update         tags the new keys with their layer and hands them back
@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families
-from adakv.hf.attachment import cache_layers, decoder_of, is_attached
+from adakv.hf.attachment import CACHE, cache_layers, decoder_of, is_attached
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import new_tokens
 from adakv.policy import DEFAULT, Budget, Policy
@@ -41,7 +41,8 @@ _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
 class Cache(TransformersCache):
-    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
+    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
+    (``cache=`` since transformers 5.24).
 
     Full-attention layers are compressed right after their prefill attention, which sees everything
     (all of them after the last one, if the policy is model-wide).
@@ -238,7 +239,7 @@ class Cache(TransformersCache):
         repetition = TransformersCache(
             layers=[RepeatLayer(self, i) for i in range(len(self._full))]
         )
-        self._model.base_model(input_ids, past_key_values=repetition, use_cache=True)
+        self._model.base_model(input_ids, use_cache=True, **{CACHE: repetition})
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""

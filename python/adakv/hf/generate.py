@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.hf.attachment import attach
+from adakv.hf.attachment import CACHE, attach
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for
@@ -254,9 +254,7 @@ class _Batch:
         uniforms = torch.rand(sequence.max_new_tokens, generator=generator, dtype=torch.float64)
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
-        output = self.decoder.model(
-            ids, past_key_values=self.reader, use_cache=True, logits_to_keep=1
-        )
+        output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
         self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], uniforms)
         return int(self.decoder.slots.tokens[slot])
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
-from adakv.hf.attachment import cache_layers, decoder_of
+from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
 
 _PROBE = 1024  # tokens whose prefill tells what a token takes
@@ -40,7 +40,7 @@ class Shape:
             )
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: cache})
         keys = [layer.keys for layer in cache.layers]
         shapes = {(x.shape[1], x.shape[3], x.dtype, x.device) for x in keys}
         if len(shapes) > 1:
