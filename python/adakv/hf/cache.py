@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of, is_attached
+from adakv.hf.hybrid import States, full_attention_layer, has_keys, is_full_attention
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import new_tokens
 from adakv.policy import DEFAULT, Budget, Policy
@@ -37,6 +37,7 @@ _logger = logging.getLogger("adakv")
 #: Tokens after the prompt that pages are made for at first; a longer text has the cache grow.
 _FIRST_TOKENS = 4096
 
+_FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_grad()"
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
@@ -46,7 +47,8 @@ class Cache(TransformersCache):
 
     Full-attention layers are compressed right after their prefill attention, which sees everything
     (all of them after the last one, if the policy is model-wide).
-    Sliding-window layers are transformers' own. Padding is never stored. Later forwards, of one
+    Sliding-window layers are transformers' own, and so are the states of linear attention, Mamba
+    and convolutions in hybrid models. Padding is never stored. Later forwards, of one
     token or of several, attend to what was kept and to all newer tokens.
 
     Parameters
@@ -88,9 +90,9 @@ class Cache(TransformersCache):
     ) -> None:
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full = [i for i, layer in enumerate(layers) if is_full_attention(layer)]
         if not full:
-            _logger.warning("every layer of the model has a sliding window: nothing to compress")
+            _logger.warning("no layer of the model has full attention: nothing to compress")
         for config in (model.config, decoder.config):
             if getattr(config, "use_cache", True) is False:
                 raise ValueError(
@@ -110,13 +112,14 @@ class Cache(TransformersCache):
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
         self._full = [
-            FullAttentionLayer(self, i, rotate, is_last=i == len(full) - 1)
-            for i in range(len(full))
+            full_attention_layer(self, layers[own], i, rotate, is_last=own == full[-1])
+            for i, own in enumerate(full)
         ]
         for layer, ours in zip(full, self._full, strict=True):
             layers[layer] = ours
-        self._begin()
+        self._with_keys = [i for i, layer in enumerate(layers) if has_keys(layer)]
         super().__init__(layers=layers)
+        self._begin()
 
     def _begin(self) -> None:
         """Holds nothing."""
@@ -128,6 +131,7 @@ class Cache(TransformersCache):
         self._seen: list[int] = []  # tokens of each sequence, without padding
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
+        self._states = States(self.layers)
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
 
@@ -135,11 +139,20 @@ class Cache(TransformersCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention modules, layer by layer."""
-        if layer_idx == 0:
+        if layer_idx == self._with_keys[0]:
             self._begin_forward(key_states)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Called by the model's layers that have states, once a forward for each state."""
+        if state_idx == 0:
+            if self._states.begin_at(layer_idx, self._num_forwards):
+                self._check_whole()
+            self._states.ask(layer_idx)
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds.
@@ -148,9 +161,9 @@ class Cache(TransformersCache):
         -------
         stats : dict
             ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
-            sliding layer: what its window holds); ``seen``, tokens per sequence; and of the
-            full-attention layers ``bytes`` in pages, ``pages_used`` and ``full_bytes``, what a full
-            cache would hold.
+            sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
+            sequence; and of the full-attention layers ``bytes`` in pages, ``pages_used`` and
+            ``full_bytes``, what a full cache would hold.
         """
         seen = self.seen
         counts = torch.tensor(seen, dtype=torch.int32)
@@ -165,7 +178,9 @@ class Cache(TransformersCache):
         lengths = [
             full[layer.index]
             if isinstance(layer, FullAttentionLayer)
-            else counts.clamp(max=layer.sliding_window - 1)[:, None].expand(-1, heads)
+            else counts.clamp(max=getattr(layer, "sliding_window", 1) - 1)[:, None].expand(
+                -1, heads
+            )
             for layer in self.layers
         ]
         return {
@@ -183,7 +198,7 @@ class Cache(TransformersCache):
         """
         ours = self.layers[layer]
         if not isinstance(ours, FullAttentionLayer):
-            raise ValueError(f"layer {layer} has a sliding window and is not compressed")
+            raise ValueError(f"layer {layer} has no full attention and is not compressed")
         return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
 
     @property
@@ -225,7 +240,7 @@ class Cache(TransformersCache):
         adakv.Error
             If there is no prompt that waits for it.
         """
-        self._check_recordable("its layers with a sliding window can't forget a repetition")
+        self._check_recordable("its layers without full attention can't forget a repetition")
         if "repeat" not in self._budget.policy.needs:
             raise ValueError("policy: it doesn't score what a repetition looks at")
         if self.reading is None or not self.reading.is_begun:
@@ -243,12 +258,13 @@ class Cache(TransformersCache):
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
-        for layer in self.layers:
+        for layer in self._full:
             layer.reset()
-            if not isinstance(layer, FullAttentionLayer):
-                # Some versions only zero a sliding layer's tensors, but the batch may change.
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        if len(self._full) < len(self.layers):
+            # transformers' layers keep their tensors for the next prompt, but the batch may change.
+            for index, fresh in enumerate(cache_layers(self._model)):
+                if not isinstance(self.layers[index], FullAttentionLayer):
+                    self.layers[index] = fresh
         self._begin()
 
     def fill(self, kv: KVCache, slot: int) -> None:
@@ -263,7 +279,7 @@ class Cache(TransformersCache):
         """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
         a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self._check_recordable(
-            "its layers with a sliding window have steps that can't be recorded; generate without "
+            "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
         if self.reading is not None:
@@ -307,16 +323,10 @@ class Cache(TransformersCache):
     def _begin_forward(self, keys: Tensor) -> None:
         """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, before any layer is
         changed."""
-        if not is_attached(self._model):
-            raise Error("the model is not attached: run it inside adakv.attach(model)")
-        if self._model.training or keys.requires_grad:
-            raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
-        self.check_attended()
-        lengths = {layer.num_seen for layer in self._full}
-        if len(self._full) < len(self.layers):
-            lengths |= {layer.get_seq_length() for layer in self.layers}
-        if len(lengths) > 1 or self.is_midway:
-            raise Error(_MIDWAY)
+        if not self._states.are_ahead(self._num_forwards):  # else it has been done
+            self._check_whole()
+        if keys.requires_grad:
+            raise ValueError(_FOR_INFERENCE)
         batch, heads, columns, head_dim = keys.shape
         signature = (batch, heads, head_dim, keys.dtype, keys.device)
         if self._signature not in (None, signature):
@@ -331,9 +341,23 @@ class Cache(TransformersCache):
             self._seen = [n + columns for n in self._seen or [0] * batch]
         self._signature = signature
         self._num_forwards += 1
-        is_after_prompt = columns == 1 and 0 not in lengths
+        is_after_prompt = columns == 1 and self.get_seq_length() > 0
         if self.reading is not None and is_after_prompt and not LAST_TOKEN_COMES_ALONE:
             self._finish_all()
+
+    def _check_whole(self) -> None:
+        """Raises unless the model can go on, and all layers have seen the same forwards."""
+        if not is_attached(self._model):
+            raise Error("the model is not attached: run it inside adakv.attach(model)")
+        if self._model.training:
+            raise ValueError(_FOR_INFERENCE)
+        self.check_attended()
+        lengths = {layer.num_seen for layer in self._full}
+        if len(self._full) < len(self.layers):
+            lengths |= {self.layers[index].get_seq_length() for index in self._with_keys}
+        is_whole = len(lengths) <= 1 and self._states.are_at(self._num_forwards)
+        if self.is_midway or not is_whole:
+            raise Error(_MIDWAY)
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.

@@ -19,8 +19,12 @@ Rotate = Callable[[Tensor, Tensor], Tensor]
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
 #: Layers of transformers' caches, and types of layers in configs, that adakv works with.
-LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYERS = {
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
+    *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+}
+#: Types in configs of layers that hold keys and values alone.
+WITH_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 #: Model types whose full-attention layers are all turned by the one ``rotary_emb`` of the decoder.
 ROTARY = {
@@ -42,10 +46,17 @@ def check(model: Any, cache_layers: Sequence[object]) -> None:
     for setting, meaning in UNSUPPORTED.items():
         if getattr(config, setting, None):
             raise ValueError(f"model: {name} {meaning}")
-    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    others |= {type(layer).__name__ for layer in cache_layers} - LAYERS
-    if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent models
-        others.add("recurrent layers")
+    types = getattr(config, "layer_types", None) or ()
+    others = {type(layer).__name__ for layer in cache_layers} - LAYERS
+    # Versions that have no layers of their own for states take these types for attention.
+    others |= {
+        type_
+        for type_, layer in zip(types, cache_layers, strict=False)
+        if type(layer).__name__ == "DynamicLayer" and type_ not in WITH_KEYS
+    }
+    is_known = types or any("LinearAttention" in type(layer).__name__ for layer in cache_layers)
+    if getattr(model, "_is_stateful", False) and cache_layers and not is_known:
+        others.add("recurrent layers")  # whose states transformers' cache doesn't hold
     if others:
         raise ValueError(f"model: {name} has layers without common keys and values: {others}")
 

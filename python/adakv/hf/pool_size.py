@@ -35,8 +35,8 @@ class Shape:
         layers = cache_layers(decoder_of(model))
         if any(type(layer) is not DynamicLayer for layer in layers):
             raise ValueError(
-                f"model: {type(model).__name__} has layers with a sliding window, which many "
-                "prompts can't share; run them one by one through adakv.Cache"
+                f"model: {type(model).__name__} has layers without full attention, which "
+                "many prompts can't share; run them one by one through adakv.Cache"
             )
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
