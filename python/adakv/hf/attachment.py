@@ -123,9 +123,9 @@ def attach(model: PreTrainedModel) -> Attachment:
     Raises
     ------
     ValueError
-        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
-        attention, keys shared between layers, models that don't use transformers' attention
-        interface, flex attention; or if it is in training mode.
+        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), keys
+        shared between layers, values as wide as no key, heads of more than 256 numbers, models that
+        don't use transformers' attention interface, flex attention; or if it is in training mode.
     """
     decoder = decoder_of(model)
     cache_layers(decoder)
@@ -202,10 +202,15 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cache_layers(decoder: PreTrainedModel) -> list[Any]:
-    """The layers of transformers' own cache for a model: full attention and sliding windows."""
-    layers = list(DynamicCache(config=decoder.config).layers)
+    """The layers of transformers' own cache for a model, if adakv works with all of them."""
+    layers = own_layers(decoder)
     families.check(decoder, layers)
     return layers
+
+
+def own_layers(decoder: PreTrainedModel) -> list[Any]:
+    """New layers as transformers' own cache has them."""
+    return list(DynamicCache(config=decoder.config).layers)
 
 
 def _attention(

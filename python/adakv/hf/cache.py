@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families
-from adakv.hf.attachment import CACHE, cache_layers, decoder_of, is_attached
-from adakv.hf.hybrid import States, full_attention_layer, has_keys, is_full_attention
+from adakv.hf.attachment import CACHE, cache_layers, decoder_of, is_attached, own_layers
+from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import new_tokens
 from adakv.policy import DEFAULT, Budget, Policy
@@ -90,7 +90,7 @@ class Cache(TransformersCache):
     ) -> None:
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
-        full = [i for i, layer in enumerate(layers) if is_full_attention(layer)]
+        full = families.full_attention(layers)
         if not full:
             _logger.warning("no layer of the model has full attention: nothing to compress")
         for config in (model.config, decoder.config):
@@ -109,6 +109,8 @@ class Cache(TransformersCache):
         self._page_size = page_size
         needs = self._budget.policy.needs
         self.waits = chunked_prefill or "repeat" in needs  # prompts may come in several parts
+        if "w_o" in needs:
+            families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
         self._full = [
@@ -262,7 +264,7 @@ class Cache(TransformersCache):
             layer.reset()
         if len(self._full) < len(self.layers):
             # transformers' layers keep their tensors for the next prompt, but the batch may change.
-            for index, fresh in enumerate(cache_layers(self._model)):
+            for index, fresh in enumerate(own_layers(self._model)):
                 if not isinstance(self.layers[index], FullAttentionLayer):
                     self.layers[index] = fresh
         self._begin()

@@ -58,11 +58,6 @@ def full_attention_layer(
     return HybridLayer(cache, index, rotate, is_last=is_last, number_of_states=states)
 
 
-def is_full_attention(layer: object) -> bool:
-    """Whether a layer of transformers' cache holds keys and values of all tokens."""
-    return type(layer) in (DynamicLayer, _StatesAndKeys)
-
-
 def has_keys(layer: object) -> bool:
     """Whether a layer of a cache holds keys and values of tokens."""
     return isinstance(layer, CacheLayerMixin)
