@@ -85,3 +85,64 @@ FAMILIES = [
     Family("SmolLM3"),
     Family("StableLm", in_4_57=False),  # looks its attention up in the interface since 5.0
 ]
+
+_states = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_delta = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": _states,
+}
+_mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+#: What they keep beside keys and values is transformers', since 5.x in layers of one cache.
+HYBRIDS = [
+    Family("Qwen3Next", {"head_dim": 16, **_delta, **_experts}, in_4_57=False),
+    Family("Qwen3_5", {"head_dim": 16, **_delta}, "Qwen3_5TextConfig", in_4_57=False),
+    Family(
+        "GraniteMoeHybrid",
+        {"layer_types": _states, "num_local_experts": 4, "shared_intermediate_size": 32, **_mamba},
+        in_4_57=False,
+    ),
+    Family("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"]}, in_4_57=False),
+    Family("FalconH1", {"mamba_d_ssm": 128, **_mamba}, in_4_57=False),
+    Family(
+        "Jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
+        in_4_57=False,
+    ),
+    Family(
+        "NemotronH",
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+        in_4_57=False,
+    ),
+    Family("OlmoHybrid", _delta, in_4_57=False),
+    Family("Bamba", {"attn_layer_indices": [1, 3], **_mamba}, in_4_57=False),
+    Family(
+        "Zamba2",
+        {
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "num_key_value_heads": 4,
+            "mamba_d_state": 8,
+            "chunk_size": 8,
+            "adapter_rank": 4,
+        },
+        in_4_57=False,
+    ),
+]

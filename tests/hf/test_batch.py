@@ -340,7 +340,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(
 
 
 def test_models_that_cannot_share_slots_are_refused() -> None:
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM has layers with a sliding window"):
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM has layers without full attention"):
         adakv.generate_batch(SLIDING.model(), [[5, 6]], budget=40)
     with pytest.raises(ValueError, match="eval mode"):
         adakv.generate_batch(llama().train(), [[5, 6]], budget=40)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import adakv
-from hf.families import FAMILIES, LLAMA, VOCAB
+from hf.families import FAMILIES, LLAMA, V4, VOCAB
 
 pytestmark = pytest.mark.model
 
@@ -242,16 +242,40 @@ TINY: dict[str, Any] = {
 _LATENT = {"num_attention_heads": 2, "n_routed_experts": 8, "q_lora_rank": 8}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 _GLOBAL = {"num_layers": 1, "attention_types": [[["global"], 1]]}
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_WIDE = {"head_dim": 16, "global_head_dim": 512, "layer_types": _TYPES, "num_kv_shared_layers": 0}
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 REFUSED = [
     ("T5", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 1}, "encoder-decoder"),
     ("DeepseekV3", {**TINY, **_LATENT}, "MLA"),
-    ("Qwen3Next", {**TINY, "num_experts": 4}, "linear_attention"),
-    ("Bamba", {**TINY, **_MAMBA}, "recurrent"),
     ("GPTNeo", {"vocab_size": VOCAB, "hidden_size": 32, **_GLOBAL}, "AttentionInterface"),
+    ("JetMoe", {**TINY, "num_local_experts": 4, "kv_channels": 8}, "repeats its keys"),
+    ("Doge", TINY, "hides keys by a mask that it makes"),
+    ("DiffLlama", TINY, "halves the heads of its values"),
+    ("Llama", {**TINY, "head_dim": 264}, "heads of 264 numbers; .* multiples of 8 up to 256"),
+    ("Llama", {**TINY, "head_dim": 12}, "heads of 12 numbers; .* multiples of 8 up to 256"),
 ]
+if V4:
+    REFUSED += [
+        ("Qwen3Next", {**TINY, "num_experts": 4}, "linear_attention"),
+        ("Bamba", {**TINY, **_MAMBA}, "recurrent"),
+    ]
+else:
+    REFUSED += [
+        ("Mamba", TINY, "has no attention, and so no cache"),
+        ("Gemma4Text", {**TINY, **_WIDE, **_PER_LAYER}, "full attention with heads of 512 numbers"),
+        (
+            "Gemma4Text",
+            {**TINY, **_WIDE, **_PER_LAYER, "global_head_dim": 16, "num_kv_shared_layers": 2},
+            "shares keys and values between layers",
+        ),
+        ("MiMoV2Flash", {**TINY, "head_dim": 16, "v_head_dim": 8}, "values of 8 .* keys of 16"),
+    ]
 
 
-@pytest.mark.parametrize("name, settings, message", REFUSED, ids=[row[0] for row in REFUSED])
+@pytest.mark.parametrize(
+    "name, settings, message", REFUSED, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_models_without_rows_are_refused(name: str, settings: Any, message: str) -> None:
     config = getattr(transformers, f"{name}Config")(**settings)
     auto = transformers.AutoModelForSeq2SeqLM if name == "T5" else transformers.AutoModelForCausalLM
@@ -270,10 +294,31 @@ def test_policy_that_needs_the_output_projection_says_so() -> None:
         layer.self_attn.__dict__["o_proj"] = project.forward  # no module
     with adakv.attach(model):
         logits(model, ids(60), adakv.Cache(model, "ada_snapkv", budget=40))
+        with pytest.raises(ValueError, match=r"weight \[E, Hq \* D\] of the output projection"):
+            adakv.Cache(model, "critical_snapkv", budget=40)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),  # c_proj, transposed
+        ("GPTNeoX", {"num_attention_heads": 4}),  # dense
+        ("OPT", {"ffn_dim": 32, "num_attention_heads": 4}),  # out_proj
+        pytest.param(
+            *("ModernBertDecoder", {"num_attention_heads": 4}),  # Wo
+            marks=pytest.mark.skipif(V4, reason="has sliding layers only in 4.57's tiny shape"),
+        ),
+    ],
+)
+def test_output_projections_are_found_under_other_names(name: str, settings: Any) -> None:
+    settings = {**TINY, "num_hidden_layers": 2, "pad_token_id": 0, **settings}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with adakv.attach(model):
         cache = adakv.Cache(model, "critical_snapkv", budget=40)
-        with pytest.raises(ValueError, match=r"weight \[E, 64\] of the output projection"):
-            logits(model, ids(60), cache)
-    assert cache.stats()["pages_used"] == 0
+        logits(model, ids(60), cache)
+    assert cache.stats()["bytes"] > 0
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:

@@ -248,7 +248,7 @@ def test_repeat_names_what_is_wrong() -> None:
     with torch.no_grad(), adakv.attach(sliding):
         cache = adakv.Cache(sliding, REPEAT[0], ratio=0.5)
         sliding(ids, past_key_values=cache)
-        with pytest.raises(ValueError, match="sliding window can't forget"):
+        with pytest.raises(ValueError, match="without full attention can't forget"):
             cache.repeat(ids)
 
 

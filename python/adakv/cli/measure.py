@@ -17,6 +17,7 @@ import adakv
 from adakv.cli.inputs import check_prompt_length, refusals
 from adakv.cli.progress import progress_bar
 from adakv.eval.metrics import follow, same_start
+from adakv.hf.attachment import CACHE
 
 OnToken = Callable[[], None]
 
@@ -116,10 +117,10 @@ def run(
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
             max_new_tokens=new,
             do_sample=False,
             streamer=clock,
+            **{CACHE: cache},
         )
     tokens = output[0, prompt.shape[1] :].tolist()
     start, *times = clock.times
@@ -148,7 +149,7 @@ def compare(model: Any, prompt: Tensor, setting: Setting, *, run: Run, full: Run
     answer = torch.tensor(full.tokens, device=model.device)
     cache = setting.cache(model)
     with _attached(model, setting), torch.inference_mode():
-        first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0]
+        first = model(prompt, logits_to_keep=1, **{CACHE: cache}).logits[0]
         logits = torch.cat([first, follow(model, cache, answer)])
     same = logits[:-1].argmax(dim=-1) == answer
     return replace(

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 import adakv
 from adakv.eval.metrics import follow
 from adakv.eval.prefill import Prefill
+from adakv.hf.attachment import CACHE
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -99,4 +100,5 @@ class CompressedLM(HFLM):
     ) -> Any:
         more = max_length - context.shape[1]
         cache = adakv.Cache(self.model, *self._setting, max_new_tokens=more)
-        return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        options[CACHE] = cache
+        return super()._model_generate(context, max_length, stop, **options)

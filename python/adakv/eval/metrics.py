@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adakv.hf.attachment import CACHE
+
 
 @dataclass(frozen=True)
 class Item:
@@ -105,7 +107,7 @@ def follow(model: Any, cache: Any, tokens: Tensor) -> Tensor:
     tokens = tokens.to(model.device)[None]
     with torch.inference_mode():
         logits = [
-            model(piece, past_key_values=cache, use_cache=True).logits[0]
+            model(piece, use_cache=True, **{CACHE: cache}).logits[0]
             for piece in (tokens[:, :1], tokens[:, 1:])
             if piece.shape[1]
         ]

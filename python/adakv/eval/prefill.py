@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 import adakv
 from adakv import policy as policies
 from adakv.hf import Cache
-from adakv.hf.attachment import AttendingLayer, cache_layers, decoder_of
+from adakv.hf.attachment import CACHE, AttendingLayer, cache_layers, decoder_of
 from adakv.hf.layers import attend_to_prompt
 from adakv.policy import Policy
 from adakv.reading import Part
@@ -90,9 +90,9 @@ class Prefill:
         with torch.inference_mode():
             output = model(
                 prompt.to(model.device),
-                past_key_values=self._recorder,
                 logits_to_keep=1,
                 use_cache=True,
+                **{CACHE: self._recorder},
             )
         self.logits: Tensor = output.logits[0, -1]
         self._model = model

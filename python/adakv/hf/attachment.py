@@ -8,6 +8,7 @@ get the attention the model had before. Nothing is patched and nothing is kept o
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -18,10 +19,16 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMixin
 
 from adakv.hf import families, long_rope
 from adakv.hf.wrappers import unwrapped
 from adakv.step import Attention
+
+_arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+#: The argument by which models and ``generate`` take a cache: its name is another since 5.24.
+CACHE = "cache" if "cache" in _arguments else "past_key_values"
 
 TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
@@ -125,9 +132,9 @@ def attach(model: PreTrainedModel) -> Attachment:
     Raises
     ------
     ValueError
-        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), linear
-        attention, keys shared between layers, models that don't use transformers' attention
-        interface, flex attention; or if it is in training mode.
+        If the model can't run with adakv: encoder-decoder models, latent attention (MLA), keys
+        shared between layers, values as wide as no key, heads of more than 256 numbers, models that
+        don't use transformers' attention interface, flex attention; or if it is in training mode.
     """
     decoder = decoder_of(model)
     cache_layers(decoder)
@@ -203,10 +210,15 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cache_layers(decoder: PreTrainedModel) -> list[Any]:
-    """The layers of transformers' own cache for a model: full attention and sliding windows."""
-    layers = list(DynamicCache(config=decoder.config).layers)
+    """The layers of transformers' own cache for a model, if adakv works with all of them."""
+    layers = own_layers(decoder)
     families.check(decoder, layers)
     return layers
+
+
+def own_layers(decoder: PreTrainedModel) -> list[Any]:
+    """New layers as transformers' own cache has them."""
+    return list(DynamicCache(config=decoder.config).layers)
 
 
 def _attention(

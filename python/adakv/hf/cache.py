@@ -1,4 +1,4 @@
-"""The cache for Hugging Face transformers, 4.57 to 5.23.
+"""The cache for Hugging Face transformers, 4.57 to 5.24.
 
     model.forward -> Cache.update         first layer: checks everything that can go wrong
                   -> layer.update         tags the new keys with their layer and hands them back
@@ -20,12 +20,19 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families, long_rope
-from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached
+from adakv.hf.attachment import (
+    CACHE,
+    cache_layers,
+    decoder_of,
+    eagerly,
+    is_attached,
+    own_layers,
+)
+from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS
@@ -36,15 +43,18 @@ from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
 
+_FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_grad()"
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
 class Cache(TransformersCache):
-    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
+    """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
+    (``cache=`` since transformers 5.24).
 
     Full-attention layers are compressed right after their prefill attention, which sees everything
     (all of them after the last one, if the policy is model-wide).
-    Sliding-window layers are transformers' own. Padding is never stored. Later forwards, of one
+    Sliding-window layers are transformers' own, and so are the states of linear attention, Mamba
+    and convolutions in hybrid models. Padding is never stored. Later forwards, of one
     token or of several, attend to what was kept and to all newer tokens.
 
     Parameters
@@ -87,9 +97,9 @@ class Cache(TransformersCache):
         model = unwrapped(model)
         decoder = decoder_of(model)
         layers = cache_layers(decoder)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full = families.full_attention(layers)
         if not full:
-            _logger.warning("every layer of the model has a sliding window: nothing to compress")
+            _logger.warning("no layer of the model has full attention: nothing to compress")
         for config in (model.config, decoder.config):
             if getattr(config, "use_cache", True) is False:
                 raise ValueError(
@@ -108,19 +118,22 @@ class Cache(TransformersCache):
         self._repeats = "repeat" in needs
         self._is_chunked = chunked_prefill
         self.waits = chunked_prefill or self._repeats  # with compressing, for more of the prompt
+        if "w_o" in needs:
+            families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
         self.rope_limit = long_rope.limit_of(decoder.config)
         if self.rope_limit is not None:
             long_rope.watch(self)
         self._full = [
-            FullAttentionLayer(self, i, rotate, is_last=i == len(full) - 1)
-            for i in range(len(full))
+            full_attention_layer(self, layers[own], i, rotate, is_last=own == full[-1])
+            for i, own in enumerate(full)
         ]
         for layer, ours in zip(full, self._full, strict=True):
             layers[layer] = ours
-        self._begin()
+        self._with_keys = [i for i, layer in enumerate(layers) if has_keys(layer)]
         super().__init__(layers=layers)
+        self._begin()
 
     def _begin(self) -> None:
         """Holds nothing."""
@@ -134,6 +147,7 @@ class Cache(TransformersCache):
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
         self._was_asked = False  # how long it is, since it was last given keys
+        self._states = States(self.layers)
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
 
@@ -143,11 +157,20 @@ class Cache(TransformersCache):
         """Called by the model's attention modules, layer by layer."""
         if torch.compiler.is_compiling():
             return eagerly(self.update, key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == 0:
+        if layer_idx == self._with_keys[0]:
             self._begin_forward(key_states, value_states.dtype)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Called by the model's layers that have states, once a forward for each state."""
+        if state_idx == 0:
+            if self._states.begin_at(layer_idx, self._num_forwards):
+                self._check_whole()
+            self._states.ask(layer_idx)
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds.
@@ -156,9 +179,9 @@ class Cache(TransformersCache):
         -------
         stats : dict
             ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
-            sliding layer: what its window holds); ``seen``, tokens per sequence; and of the
-            full-attention layers ``bytes`` in pages, ``pages_used`` and ``full_bytes``, what a full
-            cache would hold.
+            sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
+            sequence; and of the full-attention layers ``bytes`` in pages, ``pages_used`` and
+            ``full_bytes``, what a full cache would hold.
         """
         seen = self.seen
         counts = torch.tensor(seen, dtype=torch.int32)
@@ -173,7 +196,9 @@ class Cache(TransformersCache):
         lengths = [
             full[layer.index]
             if isinstance(layer, FullAttentionLayer)
-            else counts.clamp(max=layer.sliding_window - 1)[:, None].expand(-1, heads)
+            else counts.clamp(max=getattr(layer, "sliding_window", 1) - 1)[:, None].expand(
+                -1, heads
+            )
             for layer in self.layers
         ]
         return {
@@ -191,7 +216,7 @@ class Cache(TransformersCache):
         """
         ours = self.layers[layer]
         if not isinstance(ours, FullAttentionLayer):
-            raise ValueError(f"layer {layer} has a sliding window and is not compressed")
+            raise ValueError(f"layer {layer} has no full attention and is not compressed")
         return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
 
     @property
@@ -245,7 +270,7 @@ class Cache(TransformersCache):
         repetition = TransformersCache(
             layers=[RepeatLayer(self, i) for i in range(len(self._full))]
         )
-        self._model.base_model(input_ids, past_key_values=repetition, use_cache=True)
+        self._model.base_model(input_ids, use_cache=True, **{CACHE: repetition})
 
     def repeat_after_prompt(self, input_ids: Tensor) -> None:
         """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
@@ -256,18 +281,19 @@ class Cache(TransformersCache):
         self._repetition = input_ids
 
     def _check_repeats(self) -> None:
-        self._check_recordable("its layers with a sliding window can't forget a repetition")
+        self._check_recordable("its layers without full attention can't forget a repetition")
         if not self._repeats:
             raise ValueError("policy: it doesn't score what a repetition looks at")
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
-        for layer in self.layers:
+        for layer in self._full:
             layer.reset()
-            if not isinstance(layer, FullAttentionLayer):
-                # Some versions only zero a sliding layer's tensors, but the batch may change.
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        if len(self._full) < len(self.layers):
+            # transformers' layers keep their tensors for the next prompt, but the batch may change.
+            for index, fresh in enumerate(own_layers(self._model)):
+                if not isinstance(self.layers[index], FullAttentionLayer):
+                    self.layers[index] = fresh
         self._begin()
 
     def fill(self, kv: KVCache, slot: int) -> None:
@@ -282,7 +308,7 @@ class Cache(TransformersCache):
         """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
         a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self._check_recordable(
-            "its layers with a sliding window have steps that can't be recorded; generate without "
+            "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
         if self.reading is not None:
@@ -326,16 +352,10 @@ class Cache(TransformersCache):
     def _begin_forward(self, keys: Tensor, dtype: torch.dtype) -> None:
         """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, to be stored in ``dtype``,
         before any layer is changed."""
-        if not is_attached(self._model):
-            raise Error("the model is not attached: run it inside adakv.attach(model)")
-        if self._model.training or keys.requires_grad:
-            raise ValueError("adakv.Cache is for inference: use model.eval() and torch.no_grad()")
-        self.check_attended()
-        lengths = {layer.num_seen for layer in self._full}
-        if len(self._full) < len(self.layers):
-            lengths |= {layer.get_seq_length() for layer in self.layers}
-        if len(lengths) > 1 or self.is_midway:
-            raise Error(_MIDWAY)
+        if not self._states.are_ahead(self._num_forwards):  # else it has been done
+            self._check_whole()
+        if keys.requires_grad:
+            raise ValueError(_FOR_INFERENCE)
         batch, heads, columns, head_dim = keys.shape
         signature = (batch, heads, head_dim, dtype, keys.device)
         if self._signature not in (None, signature):
@@ -346,7 +366,7 @@ class Cache(TransformersCache):
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
-        is_after_prompt = columns == 1 and 0 not in lengths and not LAST_TOKEN_COMES_ALONE
+        is_after_prompt = columns == 1 and had > 0 and not LAST_TOKEN_COMES_ALONE
         is_read = is_after_prompt or not self._is_chunked
         if self._repeats and is_read and self.reading is not None and self.reading.is_begun:
             self._repeat_now()
@@ -383,6 +403,20 @@ class Cache(TransformersCache):
             return False
         self._was_asked = False  # that is said once
         return True
+
+    def _check_whole(self) -> None:
+        """Raises unless the model can go on, and all layers have seen the same forwards."""
+        if not is_attached(self._model):
+            raise Error("the model is not attached: run it inside adakv.attach(model)")
+        if self._model.training:
+            raise ValueError(_FOR_INFERENCE)
+        self.check_attended()
+        lengths = {layer.num_seen for layer in self._full}
+        if len(self._full) < len(self.layers):
+            lengths |= {self.layers[index].get_seq_length() for index in self._with_keys}
+        is_whole = len(lengths) <= 1 and self._states.are_at(self._num_forwards)
+        if self.is_midway or not is_whole:
+            raise Error(_MIDWAY)
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.

@@ -17,6 +17,7 @@ from transformers import StoppingCriteriaList as StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from adakv.hf import long_rope
+from adakv.hf.attachment import CACHE
 from adakv.hf.cache import Cache
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.slots import Decoder
@@ -118,16 +119,16 @@ def cuda_graph_sample(
     call and then replayed, which takes the host microseconds instead of milliseconds; on the CPU it
     runs as it is. (transformers gives no streamer to loops other than its own.)
 
-    ``past_key_values`` must be a :class:`adakv.Cache` of a model without sliding windows.
+    The cache given must be a :class:`adakv.Cache` of a model without sliding windows.
 
     Raises
     ------
     ValueError
         If it is not; for ``num_beams`` above 1; for scores or attentions as outputs.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values must be an adakv.Cache, got {type(cache).__name__}")
+        raise ValueError(f"{CACHE} must be an adakv.Cache, got {type(cache).__name__}")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(f"num_beams must be 1, got {generation_config.num_beams}")
     for name in ("scores", "logits", "attentions", "hidden_states"):
@@ -173,7 +174,7 @@ def cuda_graph_sample(
     finally:
         cache.advance(num_steps)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache})
     return input_ids
 
 
@@ -187,9 +188,9 @@ def _read(model: PreTrainedModel, input_ids: Tensor, cache: Cache, mask: Tensor 
         new,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{CACHE: cache},
     )
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
@@ -19,8 +20,14 @@ Rotate = Callable[[Tensor, Tensor], Tensor]
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "wo", "Wo", "c_proj")
 
 #: Layers of transformers' caches, and types of layers in configs, that adakv works with.
-LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYERS = {
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
+    *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+}
+#: Those of them that hold keys and values of all tokens.
+FULL_ATTENTION = {"DynamicLayer", "LinearAttentionAndFullAttentionLayer"}
+#: Types in configs of layers that hold keys and values alone.
+WITH_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 #: Model types whose full-attention layers are all turned by the one ``rotary_emb`` of the decoder.
 ROTARY = {
@@ -36,18 +43,99 @@ UNSUPPORTED = {
 }
 
 
+#: Model types whose attention meets other keys and values than those that its cache gave it.
+UNLIKE_ITS_CACHE = {
+    "diffllama": "halves the heads of its values between its cache and its attention",
+    "doge": "hides keys by a mask that it makes of all values, which a compressed cache hasn't",
+    "git": "computes its attention itself instead of looking it up in AttentionInterface",
+    "jetmoe": "repeats its keys and values between its cache and its attention",
+    "mllama": "has cross-attention, whose keys are of images and not of the text",
+    "mllama_text_model": "has cross-attention, whose keys are of images and not of the text",
+}
+
+#: Heads that there are kernels for: so many numbers, of which a head has a multiple of 8.
+MAX_HEAD_DIM = 256
+
+
 def check(model: Any, cache_layers: Sequence[object]) -> None:
     """Raises ``ValueError`` unless adakv works with a model and with the layers of its cache."""
     name, config = type(model).__name__, model.config
+    reason = UNLIKE_ITS_CACHE.get(getattr(config, "model_type", ""))
+    if reason is not None:
+        raise ValueError(f"model: {name} {reason}")
     for setting, meaning in UNSUPPORTED.items():
         if getattr(config, setting, None):
             raise ValueError(f"model: {name} {meaning}")
-    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    others |= {type(layer).__name__ for layer in cache_layers} - LAYERS
-    if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent models
-        others.add("recurrent layers")
+    types = getattr(config, "layer_types", None) or ()
+    others = {type(layer).__name__ for layer in cache_layers} - LAYERS
+    # Versions that have no layers of their own for states take these types for attention.
+    others |= {
+        type_
+        for type_, layer in zip(types, cache_layers, strict=False)
+        if type(layer).__name__ == "DynamicLayer" and type_ not in WITH_KEYS
+    }
+    is_known = types or any("LinearAttention" in type(layer).__name__ for layer in cache_layers)
+    if getattr(model, "_is_stateful", False) and cache_layers and not is_known:
+        others.add("recurrent layers")  # whose states transformers' cache doesn't hold
     if others:
         raise ValueError(f"model: {name} has layers without common keys and values: {others}")
+    if cache_layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache_layers):
+        raise ValueError(f"model: {name} has no attention, and so no cache to compress")
+    check_heads(model, full_attention(cache_layers))
+
+
+def full_attention(cache_layers: Sequence[object]) -> list[int]:
+    """Which layers of transformers' own cache hold keys and values of all tokens."""
+    return [i for i, layer in enumerate(cache_layers) if type(layer).__name__ in FULL_ATTENTION]
+
+
+def check_heads(model: torch.nn.Module, full: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless the heads of the full-attention layers suit the kernels."""
+    name, seen = type(model).__name__, set()
+    for module in attention_modules(model, full):
+        dim = getattr(module, "head_dim", None)
+        value_dim = getattr(module, "v_head_dim", dim)
+        if not isinstance(dim, int):
+            continue
+        if value_dim != dim:
+            raise ValueError(
+                f"model: {name} has values of {value_dim} numbers and keys of {dim}; "
+                "adakv needs as many"
+            )
+        if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
+            raise ValueError(
+                f"model: {name} has full attention with heads of {dim} numbers; adakv has kernels "
+                f"for multiples of 8 up to {MAX_HEAD_DIM}"
+            )
+        seen.add(dim)
+    if len(seen) > 1:
+        raise ValueError(f"model: {name} has full-attention layers with different heads: {seen}")
+
+
+def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.nn.Module]:
+    """Modules that attend in some of a decoder's layers, as far as they say it of themselves."""
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) in layers
+        and type(module).__name__.endswith("Attention")
+    ]
+
+
+def check_output_projections(model: torch.nn.Module, full: Sequence[int]) -> None:
+    """Raises ``ValueError`` if an attention module of these layers shows no output projection."""
+    for module in attention_modules(model, full):
+        if not any(
+            isinstance(getattr(module, name, None), torch.nn.Module) for name in OUTPUT_PROJECTIONS
+        ):
+            raise ValueError(_no_projection(module, "E, Hq * D"))
+
+
+def _no_projection(module: torch.nn.Module, shape: str) -> str:
+    return (
+        f"model: the policy needs the weight [{shape}] of the output projection, and "
+        f"{type(module).__name__} has none named {', '.join(OUTPUT_PROJECTIONS)}"
+    )
 
 
 def output_projection(module: torch.nn.Module, width: int, like: Tensor) -> Tensor:
@@ -65,10 +153,7 @@ def output_projection(module: torch.nn.Module, width: int, like: Tensor) -> Tens
             units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
             rows = projection(units).detach()  # the last one is the bias
             return (rows[:-1] - rows[-1]).mT.contiguous()
-    raise ValueError(
-        f"model: the policy needs the weight [E, {width}] of the output projection, and "
-        f"{type(module).__name__} has none named {', '.join(OUTPUT_PROJECTIONS)}"
-    )
+    raise ValueError(_no_projection(module, f"E, {width}"))
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adakv.hf import long_rope
-from adakv.hf.attachment import attach, decoder_of
+from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
@@ -267,9 +267,7 @@ class _Batch:
             generator = torch.Generator().manual_seed(self.seed + sequence.index)
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
-        output = self.decoder.model(
-            ids, past_key_values=self.reader, use_cache=True, logits_to_keep=1
-        )
+        output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
         self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator)
         return int(self.decoder.slots.tokens[slot])
 

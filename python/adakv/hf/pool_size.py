@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
 from adakv.errors import Error
-from adakv.hf.attachment import cache_layers, decoder_of
+from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
@@ -39,12 +39,12 @@ class Shape:
         layers = cache_layers(decoder_of(model))
         if any(type(layer) is not DynamicLayer for layer in layers):
             raise ValueError(
-                f"model: {type(model).__name__} has layers with a sliding window, which many "
-                "prompts can't share; run them one by one through adakv.Cache"
+                f"model: {type(model).__name__} has layers without full attention, which "
+                "many prompts can't share; run them one by one through adakv.Cache"
             )
         look = _Look(config=model.config)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=look)
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: look})
         shapes = set(look.shapes)
         if len(shapes) > 1:
             raise ValueError(f"model: its layers have keys of different kinds: {shapes}")

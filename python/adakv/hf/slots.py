@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from adakv.cache import KVCache, sequences
 from adakv.errors import Error
-from adakv.hf.attachment import AttendingLayer, attention_of
+from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
 from adakv.step import PlannedStep
 
@@ -166,8 +166,8 @@ class Step:
             input_ids=slots.tokens,
             attention_mask=self._mask,
             position_ids=slots.positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE: self._cache},
         )
         self._cache.end_step()
         uniforms = slots.uniforms.gather(1, slots.written % _UNIFORMS)[:, 0]
