@@ -41,7 +41,7 @@ CLANG := $(shell command -v clang++)
 comma := ,
 
 .PHONY: help setup build model demo embed test test-cpp test-python test-asan test-ubsan test-tsan \
-	test-arm test-gpu test-wheel vllm test-vllm fuzz lint format bench quality docs cuda-check wheel \
+	test-arm test-gpu test-wheel vllm test-vllm fuzz stubs lint format bench quality docs cuda-check wheel \
 	clean
 
 help: ## list the words
@@ -133,10 +133,14 @@ test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks,
 test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
+stubs: build ## write python/adakv/_C.pyi from what bindings/ defines
+	python bindings/stubs.py
+
 lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
+	python bindings/stubs.py --check
 	@clang-format --dry-run -Werror $(CPP_FILES)
 	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	zizmor -q --offline .github

@@ -1,13 +1,16 @@
 // KVCache for Python: counts as numbers, tensors as torch tensors that keep the cache alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "adakv/error.h"
 #include "adakv/kv_cache.h"
+#include "given.h"
 #include "tensor_view.h"
 
 namespace adakv {
@@ -17,74 +20,136 @@ DType dtype_of(const std::string& name) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (name == dtype_name(dtype)) return dtype;
   }
-  throw py::value_error("dtype must be float32, float16 or bfloat16, got " + name);
+  throw InvalidArgument("dtype must be float32, float16 or bfloat16, got " + name);
 }
 
-// Tensors that keep their memory alive, also beyond a reserve().
-py::tuple tensors_of(const KVCache& cache, const LayerView& view) {
+// The tensors of a layer, in the order of LayerView; they keep their memory alive, also beyond a
+// reserve().
+struct Tensors {
+  py::tuple tensors;
+};
+
+Tensors tensors_of(const KVCache& cache, const LayerView& view) {
   const std::shared_ptr<const void> owner = cache.holder();
-  return py::make_tuple(tensor_of(view.pages, owner), tensor_of(view.page_positions, owner),
-                        tensor_of(view.block_table, owner), tensor_of(view.lengths, owner),
-                        tensor_of(view.seen, owner), tensor_of(view.fresh_pages, owner));
+  py::list tensors;
+  for_each_member<LayerView>(
+      [&](const auto& member) { tensors.append(tensor_of(view.*member.cpp, owner)); });
+  return {py::tuple(tensors)};
 }
 
-std::shared_ptr<KVCache> make_cache(int32_t num_layers,
-                                    int32_t num_sequences,
-                                    int32_t num_kv_heads,
-                                    int32_t head_dim,
-                                    int32_t page_size,
-                                    int32_t num_pages,
-                                    int32_t max_row_pages,
-                                    const std::string& dtype,
-                                    const std::string& device_type,
-                                    int32_t device_index) {
+using Int = Given<int32_t>;
+using Ints = Given<std::vector<int32_t>>;
+using LongInts = Given<std::vector<int64_t>>;
+
+std::shared_ptr<KVCache> make_cache(Int num_layers,
+                                    Int num_sequences,
+                                    Int num_kv_heads,
+                                    Int head_dim,
+                                    Int page_size,
+                                    Int num_pages,
+                                    Int max_row_pages,
+                                    Given<const char*> dtype,
+                                    Given<const char*> device_type,
+                                    Int device_index) {
   CacheConfig config;
-  config.num_layers = num_layers;
-  config.num_sequences = num_sequences;
-  config.num_kv_heads = num_kv_heads;
-  config.head_dim = head_dim;
-  config.page_size = page_size;
-  config.num_pages = num_pages;
-  config.max_row_pages = max_row_pages;
-  config.dtype = dtype_of(dtype);
-  if (device_type == "cuda") config.device = {DeviceType::kCuda, device_index};
+  config.num_layers = take("num_layers", num_layers);
+  config.num_sequences = take("num_sequences", num_sequences);
+  config.num_kv_heads = take("num_kv_heads", num_kv_heads);
+  config.head_dim = take("head_dim", head_dim);
+  config.page_size = take("page_size", page_size);
+  config.num_pages = take("num_pages", num_pages);
+  config.max_row_pages = take("max_row_pages", max_row_pages);
+  config.dtype = dtype_of(take("dtype", dtype));
+  config.device =
+      named_device(take("device_type", device_type), take("device_index", device_index));
   Memory& memory = device_memory(config.device);  // says first if there is no such device
   return std::make_shared<KVCache>(config, memory, current_stream(config.device));
 }
 
+Stream stream_of(const KVCache& cache) {
+  return current_stream(cache.config().device);
+}
+
+py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
+    KVCache& self, Int layer, Int first_sequence, LongInts num_kept, LongInts longest_row) {
+  const PageList pages = self.begin(take("layer", layer), take("first_sequence", first_sequence),
+                                    take("num_kept", num_kept), take("longest_row", longest_row));
+  return py::make_tuple(pages.ids, pages.indptr);
+}
+
 }  // namespace
+}  // namespace adakv
+
+template <>
+struct pybind11::detail::type_caster<adakv::Tensors> {
+  static constexpr auto name = const_name("tuple[torch.Tensor, ...]");
+  static handle cast(adakv::Tensors given, return_value_policy, handle) {
+    return given.tensors.release();
+  }
+};
+
+namespace adakv {
 
 void bind_cache(py::module_& module) {
+  using py::arg;
   py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
-      .def(py::init(&make_cache), py::kw_only(), py::arg("num_layers"), py::arg("num_sequences"),
-           py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("page_size"), py::arg("num_pages"),
-           py::arg("max_row_pages"), py::arg("dtype"), py::arg("device_type"),
-           py::arg("device_index"))
-      .def("layer",
-           [](const KVCache& self, int32_t layer) { return tensors_of(self, self.layer(layer)); })
+      .def(py::init(&make_cache), py::kw_only(), arg("num_layers"), arg("num_sequences"),
+           arg("num_kv_heads"), arg("head_dim"), arg("page_size"), arg("num_pages"),
+           arg("max_row_pages"), arg("dtype"), arg("device_type"), arg("device_index"))
+      .def(
+          "layer",
+          [](const KVCache& self, Int layer) {
+            return tensors_of(self, self.layer(take("layer", layer)));
+          },
+          arg("layer"))
       .def("all_layers", [](const KVCache& self) { return tensors_of(self, self.all_layers()); })
-      .def("reserve",
-           [](KVCache& self, int32_t num_pages, int32_t max_row_pages) {
-             self.reserve(num_pages, max_row_pages, current_stream(self.config().device));
-           })
-      .def("begin",
-           [](KVCache& self, int32_t layer, int32_t first_sequence,
-              const std::vector<int64_t>& num_kept, const std::vector<int64_t>& longest_row) {
-             PageList pages = self.begin(layer, first_sequence, num_kept, longest_row);
-             return py::make_tuple(std::move(pages.ids), std::move(pages.indptr));
-           })
-      .def("grow",
-           [](KVCache& self, const std::vector<int32_t>& num_new, int32_t num_columns) {
-             return self.grow(num_new, num_columns, current_stream(self.config().device));
-           })
-      .def("pages_to_grow", &KVCache::pages_to_grow)
-      .def("row_pages_to_grow", &KVCache::row_pages_to_grow)
-      .def("remove",
-           [](KVCache& self, int32_t sequence) {
-             self.remove(sequence, current_stream(self.config().device));
-           })
-      .def_static("pages_for", &KVCache::pages_for)
-      .def("num_pages", &KVCache::num_pages)
+      .def(
+          "reserve",
+          [](KVCache& self, Int num_pages, Int max_row_pages) {
+            self.reserve(take("num_pages", num_pages), take("max_row_pages", max_row_pages),
+                         stream_of(self));
+          },
+          arg("num_pages"), arg("max_row_pages"))
+      .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("num_kept"),
+           arg("longest_row"))
+      .def(
+          "grow",
+          [](KVCache& self, Ints num_new, Int columns) {
+            return self.grow(take("num_new", num_new), take("columns", columns), stream_of(self));
+          },
+          arg("num_new"), arg("columns"))
+      .def(
+          "pages_to_grow",
+          [](const KVCache& self, Ints num_new) {
+            return self.pages_to_grow(take("num_new", num_new));
+          },
+          arg("num_new"))
+      .def(
+          "row_pages_to_grow",
+          [](const KVCache& self, Ints num_new) {
+            return self.row_pages_to_grow(take("num_new", num_new));
+          },
+          arg("num_new"))
+      .def(
+          "remove",
+          [](KVCache& self, Int sequence) {
+            self.remove(take("sequence", sequence), stream_of(self));
+          },
+          arg("sequence"))
+      .def_static(
+          "pages_for",
+          [](Given<int64_t> total, Given<int64_t> new_tokens, Int num_kv_heads, Int page_size) {
+            return KVCache::pages_for(take("total", total), take("new_tokens", new_tokens),
+                                      take("num_kv_heads", num_kv_heads),
+                                      take("page_size", page_size));
+          },
+          arg("total"), arg("new_tokens"), arg("num_kv_heads"), arg("page_size"))
+      .def(
+          "num_pages",
+          [](const KVCache& self, Int layer, Int sequence) {
+            return self.num_pages(take("layer", layer), take("sequence", sequence));
+          },
+          arg("layer"), arg("sequence"))
       .def_property_readonly("page_bytes", &KVCache::page_bytes)
       .def_property_readonly("num_free", [](const KVCache& self) { return self.pool().num_free(); })
       .def_property_readonly("num_used",

@@ -1,6 +1,8 @@
 // The Python module adakv._C: version, backends, errors, and what ops.cc and cache.cc bind.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "adakv/error.h"
@@ -25,10 +27,10 @@ PYBIND11_MODULE(_C, module) {
       py::set_error(PyExc_ValueError, error.what());
     }
   });
-  module.def("cuda_unavailable_reason", []() -> py::object {
+  module.def("cuda_unavailable_reason", []() -> std::optional<std::string> {
     std::string reason;
-    if (adakv::cuda_available(&reason)) return py::none();
-    return py::str(reason);
+    if (adakv::cuda_available(&reason)) return std::nullopt;
+    return reason;
   });
   module.def("cpu_instruction_set", &adakv::cpu_instruction_set);
   adakv::bind_ops(module);

@@ -1,5 +1,6 @@
 #include "tensor_view.h"
 
+#include <cstring>
 #include <string>
 
 #include "adakv/error.h"
@@ -56,16 +57,35 @@ dlpack::Device from_device(Device device) {
 
 }  // namespace
 
+std::string description(py::handle object) {
+  const bool is_short = object.is_none() || PyFloat_Check(object.ptr()) ||
+                        PyBool_Check(object.ptr()) || PyUnicode_Check(object.ptr());
+  if (!is_short) return py::str(py::type::of(object));
+  const std::string text = py::repr(object);
+  return text.size() <= 40 ? text : text.substr(0, 37) + "...";
+}
+
+Device named_device(const char* type, int32_t index) {
+  if (std::strcmp(type, "cpu") == 0) return {};
+  ADAKV_CHECK(std::strcmp(type, "cuda") == 0, "device must be cpu or cuda, got ", type);
+  return {DeviceType::kCuda, index};
+}
+
 TensorView view_of(const char* name, py::handle object) {
   TensorView view;
   if (object.is_none()) return view;
-  ADAKV_CHECK(is_tensor(object), name, " must be a torch.Tensor, got ",
-              std::string(py::str(py::type::of(object))));
+  ADAKV_CHECK(is_tensor(object), name, " must be a torch.Tensor, got ", description(object));
   dlpack::Tensor tensor;
-  if (exchange_api().tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
-
-  ADAKV_CHECK(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCuda, name,
-              " must be a CPU or CUDA tensor");
+  const bool is_packed = exchange_api().tensor_from_object(object.ptr(), &tensor) == 0;
+  if (!is_packed) PyErr_Clear();
+  if (!is_packed || (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCuda)) {
+    const auto what = [&](const char* attribute) -> std::string {
+      return py::str(object.attr(attribute));
+    };
+    throw InvalidArgument(detail::concat(name, " must be a dense tensor on the CPU or CUDA, got ",
+                                         what("layout"), ", ", what("dtype"), " on ",
+                                         what("device")));
+  }
   ADAKV_CHECK(to_dtype(tensor.dtype, view.dtype), name,
               " must be float32, float16, bfloat16 or int32, got ",
               std::string(py::str(object.attr("dtype"))));

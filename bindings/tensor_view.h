@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <string>
 
 #include "adakv/types.h"
 #include "dlpack.h"
@@ -17,6 +18,12 @@ namespace py = pybind11;
 /// InvalidArgument (with `name`) for anything that is no tensor, or of a dtype, device or rank that
 /// adakv doesn't know.
 TensorView view_of(const char* name, py::handle tensor);
+
+/// What messages say about an object: its type.
+std::string description(py::handle object);
+
+/// A device by torch's name for its type, "cpu" or "cuda". Throws InvalidArgument for others.
+Device named_device(const char* type, int32_t index);
 
 /// A torch tensor over memory that `owner` keeps alive.
 py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner);

@@ -149,16 +149,16 @@ struct LayerPlan {
     return high;
   }
 
-  /// While borders are sought, a row's unused integers are its parts, and all up to it.
+  /// A row's parts, and the ranges before it, are known already when borders are sought.
   __device__ void cut_rows(int32_t chunk) {
     num_ranges = block_exclusive_sum<kThreads>(
         p.num_rows,
-        [&](int32_t r) { return rows[r].unused[0] = schedule::ceil_div(units(r), chunk); },
-        [&](int32_t r, int32_t before) { rows[r].unused[1] = before + rows[r].unused[0]; },
-        scratch);
+        [&](int32_t r) { return rows[r].num_partials = schedule::ceil_div(units(r), chunk); },
+        [&](int32_t r, int32_t before) { rows[r].first_worker = before; }, scratch);
     for (int32_t k = threadIdx.x; k < num_ranges; k += kThreads) {
-      const int32_t r = first_above(k, p.num_rows, [&](int32_t i) { return rows[i].unused[1]; });
-      const int32_t parts = rows[r].unused[0], part = k + 1 - (rows[r].unused[1] - parts);
+      const int32_t r = first_above(
+          k, p.num_rows, [&](int32_t i) { return rows[i].first_worker + rows[i].num_partials; });
+      const int32_t parts = rows[r].num_partials, part = k + 1 - rows[r].first_worker;
       borders[k + 1] = rows[r].begin + schedule::even_border(part, units(r), parts);
     }
   }
@@ -204,7 +204,7 @@ struct LayerPlan {
           const bool is_empty = row.begin == row.end;
           row.first_worker = is_empty ? 0 : worker_of(row.begin);
           row.num_partials = is_empty ? 0 : worker_of(row.end - 1) - row.first_worker + 1;
-          row.unused[0] = row.unused[1] = 0;
+          row.arrived = row.unused = 0;
           return row.num_partials > 1 ? row.num_partials : 0;
         },
         [&](int32_t r, int32_t before) { rows[r].first_partial = before; }, scratch);

@@ -31,11 +31,11 @@ CORE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
 INCLUDES = {
     "cpp/include/adakv": ("adakv/",),
     "cpp/cache": ("adakv/",),
-    "cpp/capi": ("adakv/", "capi/"),
+    "cpp/capi": ("adakv/", "ops/", "capi/"),
     "cpp/ops": ("adakv/", "ops/"),
     "cpp/cpu": ("adakv/", "ops/", "cpu/"),
     "cuda": ("adakv/", "ops/"),
-    "bindings": ("adakv/", "pybind11/"),
+    "bindings": ("adakv/", "ops/", "pybind11/"),
 }
 FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 

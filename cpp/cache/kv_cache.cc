@@ -72,9 +72,15 @@ void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
   view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
 }
 
+// Of the block table: no row can have more pages than the pool, so that a large max_row_pages takes
+// no memory before there are pages to fill it.
+int32_t num_columns(const CacheConfig& c) {
+  return std::min(c.max_row_pages, c.num_pages);
+}
+
 void lay_out_table(Layout& layout, const CacheConfig& c, LayerView& view) {
   view.block_table =
-      layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, c.max_row_pages}, DType::kInt32);
+      layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, num_columns(c)}, DType::kInt32);
 }
 
 void lay_out_rows(Layout& layout, const CacheConfig& c, LayerView& view) {
@@ -162,7 +168,7 @@ void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
     copy_first(memory_, view.pages, old.pages, pool_.num_touched(), stream);
     copy_first(memory_, view.page_positions, old.page_positions, pool_.num_touched(), stream);
   }
-  if (config.max_row_pages > config_.max_row_pages) {
+  if (num_columns(config) > num_columns(config_)) {
     table_data = allocate(memory_, lay_out_table, config, view);
     widen(memory_, view.block_table, old.block_table, stream);
   }

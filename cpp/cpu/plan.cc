@@ -110,7 +110,7 @@ struct LayerPlan {
     for (int64_t r = 0; r < num_rows; ++r) {
       const int32_t length = length_before(r) + num_new(r);
       const int32_t end = begin + schedule::ceil_div(length, args.page_size);
-      rows[r] = {begin, end, length, 0, 0, 0, {0, 0}};
+      rows[r] = {begin, end, length, 0, 0, 0, 0, 0};
       begin = end;
     }
   }

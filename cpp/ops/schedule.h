@@ -16,7 +16,8 @@
 //                         results of the workers that share this row are kept at first_partial +
 //                         (worker - first_worker); num_partials <= 1: not shared (0: no units)
 //            first_worker the worker that does unit `begin`; sharing workers follow each other
-//            0, 0         free for the backend: attend may count in them
+//            arrived      0; while attend runs on CUDA, how many of the sharing workers are done
+//            0
 //
 // How the P units of a layer are shared out (integers only, so both backends agree):
 //   1. N = clamp(P / 8, 1, num_workers) workers are used: below 8 pages a worker, merging costs
@@ -40,7 +41,7 @@ constexpr int kWorkerHeader = 12;
 constexpr int kWorkerPages = kWorkerInts - kWorkerHeader;
 
 struct RowFacts {
-  int32_t begin, end, length, first_partial, num_partials, first_worker, unused[2];
+  int32_t begin, end, length, first_partial, num_partials, first_worker, arrived, unused;
 };
 static_assert(sizeof(RowFacts) == kRowInts * 4);
 

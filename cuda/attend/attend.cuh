@@ -42,7 +42,7 @@ __device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
 __device__ inline schedule::RowFacts load_facts(const void* facts) {
   const int4 first = __ldg(static_cast<const int4*>(facts));
   const int4 second = __ldg(static_cast<const int4*>(facts) + 1);
-  return {first.x, first.y, first.z, first.w, second.x, second.y, {0, 0}};
+  return {first.x, first.y, first.z, first.w, second.x, second.y, 0, 0};
 }
 
 /// Reads the parameters that a worker needs first: they come from memory a line at a time, which

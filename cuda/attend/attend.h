@@ -17,7 +17,7 @@ namespace adakv {
 struct AttendParams {
   CUtensorMap page_map;             // of the pages, for devices that copy boxes
   const schedule::Worker* workers;  // [num_workers]
-  schedule::RowFacts* rows;         // [num_rows]; unused[0] counts the workers that are done
+  schedule::RowFacts* rows;         // [num_rows]; attend counts in `arrived`
   LayerRows layer;
   EntryRows queries;         // [B, Hq, S, D]
   EntryRows out;             // [B, Hq, S, D]

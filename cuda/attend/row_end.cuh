@@ -142,7 +142,7 @@ class RowEnd {
 
   /// Counts this worker in; true for the last one, to whom all partial results are visible then.
   __device__ bool arrive(int32_t row_index, int32_t num_partials) const {
-    int32_t* counter = p_.rows[row_index].unused;
+    int32_t* counter = &p_.rows[row_index].arrived;
     int32_t before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
                  : "=r"(before)

@@ -39,6 +39,7 @@ class KVCache:
         Pages of the pool, shared by all layers. A page holds ``page_size`` entries of one row.
     max_row_pages : int
         Most pages of one row: ``ceil(longest / page_size)`` for rows of up to ``longest`` entries.
+        A block table has no more columns than the pool has pages, so a large number costs nothing.
     page_size : int
         Entries of a page: a power of two from 8 to 256.
     dtype, device
@@ -124,7 +125,7 @@ class KVCache:
 
         What has to grow is copied to new memory: the pool takes twice its memory for a moment, so
         double rather than add a little. Tensors that the cache handed out before are stale
-        (``pages`` and ``page_positions`` if the pool grew, ``block_table`` if the rows did; they
+        (``pages`` and ``page_positions`` if the pool grew, ``block_table`` if its rows did; they
         show the past, and what is written to them is lost): ask :meth:`layer` and
         :attr:`plan_inputs` again. CUDA graphs that were recorded with them must be recorded again.
 

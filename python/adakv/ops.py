@@ -150,8 +150,9 @@ def score(
     """
     scores = _per_entry(keys)
     _C.score(
-        queries, keys, seq_lens, sink_logits, lse, scale or 0.0, softcap or 0.0, window_reduce,
-        group_reduce, order, pool, pool_width, -1 if window is None else window, stride, distance,
+        queries, keys, seq_lens, sink_logits, lse,
+        0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
+        window_reduce, group_reduce, order, pool, pool_width, -1 if window is None else window, stride, distance,
         scores,
     )  # fmt: skip
     return scores
@@ -234,7 +235,7 @@ def allocate(
         Sequences of at most ``budget`` tokens keep everything.
     """
     budgets = _per_row(scores)
-    _C.allocate(scores, budget, window, seq_lens, floor, safeguard, budgets)
+    _C.allocate(scores, seq_lens, budget, window, floor, safeguard, budgets)
     return budgets
 
 
@@ -293,7 +294,7 @@ def select(
         )
         total = int(budgets.clamp(min=window).minimum(most[:, None]).sum())
     kept = _kept(budgets, total)
-    _C.select(scores, budgets, window, seq_lens, norms, first, eps, *kept)
+    _C.select(scores, budgets, norms, seq_lens, window, first, eps, *kept)
     return kept
 
 
@@ -322,7 +323,7 @@ def compact(
         to its rows in order, then one fresh page to each row.
     seq_lens : ``[B]`` int32, optional
     """
-    _C.compact(keys, values, *kept, *layer, page_ids, page_indptr, seq_lens)
+    _C.compact(keys, values, *kept, seq_lens, page_ids, page_indptr, layer)
 
 
 @verb(fake=lambda *_, **_options: None, mutates=_GROWING)
@@ -338,7 +339,7 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
         How many of the S columns, counted from the right, belong to the sequence; the others are
         padding and not stored.
     """
-    _C.append(keys, values, *layer, num_new)
+    _C.append(keys, values, num_new, layer)
 
 
 def _schedule(lengths: Tensor) -> Tensor:
@@ -379,7 +380,7 @@ def plan(
     """
     schedule = _schedule(lengths)
     workers = _num_workers(lengths.device)
-    _C.plan(lengths, block_table, fresh_pages, new_tokens, num_new, page_size, workers, schedule)
+    _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
     return schedule
 
 
@@ -436,7 +437,8 @@ def attend(
     """
     out, lse = _attended(queries)
     _C.attend(
-        queries, *layer, schedule, keys, values, num_new, sink_logits, scale or 0.0, softcap or 0.0,
+        queries, layer, schedule, keys, values, num_new, sink_logits,
+        0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
         _num_workers(queries.device), prefetch, out, lse,
     )  # fmt: skip
     return out, lse

@@ -365,9 +365,10 @@ class History {
         model_[b].is_begun ? model_[b].rows[layer * num_heads() + h] : kNone;
     const int64_t row = b * num_heads() + h, length = entries.size();
     ADAKV_FUZZ_ASSERT(view.lengths.ptr<int32_t>()[row] == length);
-    const int32_t* table = view.block_table.ptr<int32_t>() + row * config_.max_row_pages;
+    const int32_t* table = view.block_table.ptr<int32_t>() + row * view.block_table.stride[1];
     const int64_t num_pages = (length + page_size() - 1) / page_size();
-    for (int64_t i = 0; i < config_.max_row_pages; ++i) {
+    ADAKV_FUZZ_ASSERT(num_pages <= view.block_table.shape[2]);
+    for (int64_t i = 0; i < view.block_table.shape[2]; ++i) {
       if (i >= num_pages) {
         ADAKV_FUZZ_ASSERT(table[i] == -1);
       } else {

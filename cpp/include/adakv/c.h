@@ -333,8 +333,8 @@ typedef struct AdakvPlanArgs {
   const AdakvTensor* num_new;     /* [B] int32, optional */
   int32_t new_tokens;             /* 1; S of the step */
   int32_t page_size;              /* 16 */
-  const AdakvTensor* schedule;    /* [L, adakv_schedule_size(B * Hkv, num_workers)] int32, out */
   int32_t num_workers;            /* adakv_default_num_workers() */
+  const AdakvTensor* schedule;    /* [L, adakv_schedule_size(B * Hkv, num_workers)] int32, out */
   void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvPlanArgs;
 

@@ -41,7 +41,7 @@ struct CacheConfig {
   int32_t head_dim = 0;            // a multiple of 8, at most 256
   int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
   int32_t num_pages = 0;           // pages of the pool, over all layers
-  int32_t max_row_pages = 0;       // most pages of one row: columns of the block table
+  int32_t max_row_pages = 0;       // most pages of one row
   DType dtype = DType::kBFloat16;  // of keys and values
   Device device = {};              // where the tensors live: that of the Memory
 };

@@ -179,8 +179,8 @@ struct PlanArgs {
   TensorView num_new;       // [B] int32; not given: all new_tokens
   int new_tokens = 1;       // S of this step; 0 if the step's tokens are in lengths already
   int page_size = 16;       // P
-  TensorView schedule;      // [L, schedule_size(B * Hkv, num_workers)] int32, out
   int num_workers = 0;      // 1 to 32767, as default_num_workers(device)
+  TensorView schedule;      // [L, schedule_size(B * Hkv, num_workers)] int32, out
   Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.schedule.
