@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from adakv.cli.results import ResultFile
 from adakv.hf.generate import BatchResult
 from small_model import save_model
 
-ADAKV = [sys.executable, "-c", "from adakv.cli import main; main()"]
 PROMPTS = ["It was the best of times.", "It was the worst of times.", "It was the age of wisdom."]
 
 
@@ -136,19 +133,18 @@ def test_report_keeps_the_text_that_stands_in_its_folder(tmp_path: Path, capsys)
 
 
 def test_results_go_into_a_pipe(model: str, prompts: Path):
-    words = [*ADAKV, *command(model, prompts, "/dev/stdout")]
-    run = subprocess.run(words, capture_output=True, check=False)
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    read, write = os.pipe()
+    assert run_command_line(command(model, prompts, f"/dev/fd/{write}")) == 0
+    os.close(write)
+    with open(read, encoding="utf-8") as pipe:
+        lines = [json.loads(line) for line in pipe]
     assert sorted(line["index"] for line in lines) == [0, 1, 2]
 
 
-def test_results_go_behind_what_standard_output_holds(model: str, prompts: Path, tmp_path: Path):
-    path = tmp_path / "all.txt"
-    path.write_text("before\n")
-    with path.open("ab") as file:
-        words = [*ADAKV, *command(model, prompts, "-")]
-        assert subprocess.run(words, stdout=file, check=False).returncode == 0
-    before, *lines = path.read_text().splitlines()
+@pytest.mark.parametrize("out", ["-", "/dev/stdout"])
+def test_results_go_behind_what_standard_output_holds(out: str, model: str, prompts: Path, capfd):
+    os.write(1, b"before\n")
+    assert run_command_line(command(model, prompts, out)) == 0
+    before, *lines = capfd.readouterr().out.splitlines()
     assert before == "before"
     assert sorted(json.loads(line)["index"] for line in lines) == [0, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,34 +146,36 @@ def generate_many(
     """Goes on writing after each of many prompts."""
     check_outputs([model, many.prompts], {"--out": many.out})
     lines = read_prompts(many.prompts)
-    results = ResultFile(many.out, overwrite=many.overwrite)
-    network, tokenizer = place.load(model)
-    counts = [line.max_new_tokens or max_new_tokens for line in lines]
-    ids = [line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)]
-    results.check([len(prompt) for prompt in ids], counts)
-    todo = [index for index in range(len(ids)) if index not in results.done]
-    start, written = time.perf_counter(), 0
-    with refusals():
-        stream = adakv.generate_stream(
-            network,
-            [ids[index] for index in todo],
-            policy=setting.policy or "full",
-            budget=setting.budget,
-            ratio=setting.ratio,
-            max_new_tokens=[counts[index] for index in todo],
-            tokenizer=tokenizer,
-            options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
-        )
-    results.begin()
-    with progress_bar(setting.title, sum(counts[index] for index in todo)) as advance:
-        for new in stream:
-            advance()
-            if new.result is not None:
-                index = todo[new.index]
-                results.write(replace(new.result, index=index))
-                advance(counts[index] - len(new.result.tokens))
-                written += len(new.result.tokens)
-    results.finish()
+    with closing(ResultFile(many.out, overwrite=many.overwrite)) as results:
+        network, tokenizer = place.load(model)
+        counts = [line.max_new_tokens or max_new_tokens for line in lines]
+        ids = [
+            line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)
+        ]
+        results.check([len(prompt) for prompt in ids], counts)
+        todo = [index for index in range(len(ids)) if index not in results.done]
+        start, written = time.perf_counter(), 0
+        with refusals():
+            stream = adakv.generate_stream(
+                network,
+                [ids[index] for index in todo],
+                policy=setting.policy or "full",
+                budget=setting.budget,
+                ratio=setting.ratio,
+                max_new_tokens=[counts[index] for index in todo],
+                tokenizer=tokenizer,
+                options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
+            )
+        results.begin()
+        with progress_bar(setting.title, sum(counts[index] for index in todo)) as advance:
+            for new in stream:
+                advance()
+                if new.result is not None:
+                    index = todo[new.index]
+                    results.write(replace(new.result, index=index))
+                    advance(counts[index] - len(new.result.tokens))
+                    written += len(new.result.tokens)
+        results.finish()
     seconds = time.perf_counter() - start
     read = sum(len(ids[index]) for index in todo)
     before = f"{len(results.done)} prompts were done before; " if results.done else ""

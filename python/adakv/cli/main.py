@@ -16,7 +16,7 @@ from adakv.cli.generate import generate
 from adakv.cli.info import info
 from adakv.cli.report import report
 
-_MOST_SHOWN = 2000  # characters of a message
+_MOST_SHOWN = 1000  # characters of the beginning and of the end of a message
 
 
 def run_command_line(arguments: list[str]) -> int:
@@ -42,6 +42,10 @@ def run_command_line(arguments: list[str]) -> int:
         _give_up_output()
         _say(f"{error.filename or 'standard output'} can't be written: {error.strerror}")
         return 2
+    except SystemExit:  # what click and rich make of a pipe whose reader has left
+        _give_up_output()
+        _say("standard output can't be written: Broken pipe")
+        return 2
     except MemoryError:
         _say("this takes more memory than there is")
         return 2
@@ -56,7 +60,8 @@ def run_command_line(arguments: list[str]) -> int:
 def _say(message: str) -> None:
     """One line on standard error."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message.strip())
-    line = line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}..."
+    if len(line) > 2 * _MOST_SHOWN:
+        line = f"{line[:_MOST_SHOWN]}...{line[-_MOST_SHOWN:]}"
     with contextlib.suppress(OSError):
         click.echo(f"adakv: {line}", err=True)
 

@@ -15,6 +15,8 @@ def read_text(path: str) -> str:
 
     Raises ``ValueError`` if it can't be read.
     """
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed")
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
             if path != "-" and _is_endless(file):
