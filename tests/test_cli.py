@@ -11,8 +11,7 @@ import torch
 import adakv
 from adakv.cli.inputs import InputError, load_model
 from adakv.cli.main import run_command_line
-from adakv.cli.prompts import read_prompts, result_file
-from adakv.hf.generate import BatchResult
+from adakv.cli.prompts import read_prompts
 from small_model import LIMIT, save_model
 
 
@@ -192,15 +191,6 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, model: str):
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InputError, match="1: messages don't fit the chat template: no users here"):
         line.encode(network, tokenizer, 4)
-
-
-def test_results_are_there_as_soon_as_they_are_written(tmp_path: Path):
-    path = tmp_path / "results.jsonl"
-    with result_file(str(path)) as write:
-        for index in (2, 0, 1):
-            write(BatchResult(index, 5, [7] * index, "é" * index, "eos"))
-            assert json.loads(path.read_text().splitlines()[-1])["index"] == index
-    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from rich.table import Table
 
 import adakv
 from adakv.cli import output
-from adakv.cli.inputs import InputError, refusals
-from adakv.cli.options import Place, place_options
+from adakv.cli.inputs import InputError, check_outputs, refusals
+from adakv.cli.options import Place, file_option, place_options
 from adakv.cli.progress import progress_bar
+from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
 from adakv.eval.records import RecordFile
@@ -89,33 +89,44 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
             sources = Sources(qa, text, needles, aware, size)
         command(sources=sources, **rest)
 
-    aware_help = "Whether the question is compressed with the prompt, or comes later."
+    numbers = (
+        ("--per-prompt", 2, "Ask so many questions about a prompt, or hide so many needles in it."),
+        ("--prompts", 12, "Read so many prompts for each task."),
+        ("--tokens", 2000, "Take so many tokens of text for each prompt."),
+    )
+    for name, default, text in numbers:
+        option = click.option(name, type=int, default=default, show_default=True, help=text)
+        with_sources = option(with_sources)
     for option in (
-        click.option("--per-prompt", default=2, show_default=True, help="Questions or needles."),
-        click.option("--prompts", default=12, show_default=True, help="Prompts of each task."),
-        click.option("--tokens", default=2000, show_default=True, help="Length of each prompt."),
         click.option(
             "--aware",
             type=click.Choice(["no", "yes", "both"]),
             default="no",
             show_default=True,
-            help=aware_help,
+            help="Compress the question with its prompt, or read it later.",
         ),
-        click.option("--needles", metavar="FILE", help="A text, to hide sentences in."),
-        click.option("--text", metavar="FILE", help="A text, to be continued."),
-        click.option("--qa", metavar="FILE", help="Questions in SQuAD's layout (JSON)."),
+        file_option("--needles", help="Hide sentences in this text and ask for them."),
+        file_option("--text", help="Continue stretches of this text."),
+        file_option("--qa", help="Ask the questions of this file in SQuAD's layout (JSON)."),
     ):
         with_sources = option(with_sources)
     return with_sources
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", type=FILE)
 @source_options
-@click.option("--policies", default=POLICIES, show_default=True, help="The first is the base.")
-@click.option("--shares", default=SHARES, show_default=True, help="Kept, of each prompt.")
-@click.option("--records", metavar="FILE", help="Keep results here; a stopped run goes on.")
-@click.option("--markdown", metavar="FILE", help="Write the tables.")
+@click.option(
+    "--policies",
+    default=POLICIES,
+    show_default=True,
+    help="Measure these policies; the others are compared with the first.",
+)
+@click.option(
+    "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
+)
+@file_option("--records", help="Keep what is measured here; a stopped run goes on.")
+@file_option("--markdown", help="Write the tables as Markdown.")
 @place_options
 def evaluate(
     model: str,
@@ -126,13 +137,15 @@ def evaluate(
     markdown: str | None,
     place: Place,
 ) -> None:
-    """How far compressed caches are from the full one, on given answers.
+    """Measure how far compressed caches are from the full one, on given answers.
 
     MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads each prompt once. Then
     every policy keeps every share of it, and the model reads what follows the prompt: a question
     and its answer, or the text that comes next. --plot draws quality against bytes.
     """
     names, kept = check_policies(policies), check_shares(shares)
+    outputs = {"--records": records, "--markdown": markdown, **place.outputs}
+    check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
     network, tokenizer = place.load(model)
     with refusals():
         tasks = sources.tasks(tokenizer)
@@ -148,7 +161,7 @@ def evaluate(
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
     tables += [summary.depth_table(wanted, name) for name in tasks if name.startswith("needles")]
-    print_tables(Console(), tables)
+    print_tables(output.plain_console(), tables)
     if markdown:
         output.write_text(markdown, "\n".join(table.markdown() for table in tables))
     if place.json_path:
@@ -181,7 +194,7 @@ def run_all(
 def print_tables(console: Console, tables: Sequence[summary.Table]) -> None:
     """The same tables as in the Markdown file."""
     for table in tables:
-        console.print(table.title, style="bold", highlight=False)
+        console.print(table.title, style="bold")
         shown = Table(box=box.SIMPLE_HEAD)
         for column in table.columns:
             shown.add_column(column)
@@ -207,13 +220,18 @@ def check_policies(names: str) -> list[str]:
 def check_shares(shares: str) -> list[float]:
     """Shares like 1/8 or 0.125, in a comma-separated list."""
     try:
-        found = list(dict.fromkeys(float(Fraction(share.strip())) for share in shares.split(",")))
+        found = list(dict.fromkeys(map(_share, shares.split(","))))
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"--shares must be numbers like 1/8 or 0.125, got {shares!r}") from error
     wrong = [share for share in found if not 0 < share <= 1]
     if wrong:
         raise InputError(f"--shares must be above 0 and at most 1, got {wrong[0]:g}")
     return found
+
+
+def _share(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
 
 
 def _fingerprint(path: str) -> str:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 import adakv
 from adakv.cli import output
-from adakv.cli.inputs import InputError, encode_prompt, read_text, refusals
+from adakv.cli.inputs import InputError, check_outputs, encode_prompt, read_text, refusals
 from adakv.cli.measure import FULL, Setting, run_all
-from adakv.cli.options import Place, place_options, setting_options
+from adakv.cli.options import (
+    Place,
+    file_option,
+    max_new_tokens_option,
+    place_options,
+    question_option,
+    setting_options,
+)
 from adakv.cli.progress import progress_bar
-from adakv.cli.prompts import open_results, read_prompts, result_file
+from adakv.cli.prompts import read_prompts
+from adakv.cli.results import ResultFile
+from adakv.cli.types import FILE
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,13 @@ class Many:
 
     prompts: str
     out: str
+    overwrite: bool
     max_batch: int
     compile: bool
 
 
 NOT_WITH_PROMPTS = ("text", "question", "compare_full", "json_path", "plot_path")
-ONLY_WITH_PROMPTS = ("out", "max_batch", "compile")
+ONLY_WITH_PROMPTS = ("out", "overwrite", "max_batch", "compile")
 
 
 def many_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +50,13 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def one_or_many(
-        *, prompts: str | None, out: str | None, max_batch: int, compile: bool, **rest: Any
+        *,
+        prompts: str | None,
+        out: str | None,
+        overwrite: bool,
+        max_batch: int,
+        compile: bool,
+        **rest: Any,
     ) -> None:
         if prompts is None:
             refuse_options(ONLY_WITH_PROMPTS, "goes only with --prompts")
@@ -52,14 +68,23 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
         if out is None or out == prompts:
             raise InputError("--prompts needs --out, another file for the results")
         wanted = ("model", "setting", "max_new_tokens", "place")
-        generate_many(Many(prompts, out, max_batch, compile), *(rest[name] for name in wanted))
+        many = Many(prompts, out, overwrite, max_batch, compile)
+        generate_many(many, *(rest[name] for name in wanted))
 
-    max_batch_help = "Most prompts at a time.  [default: 64]"
+    out_help = "Write their results here, as JSON lines; a stopped run goes on."
+    prompts_help = "Read many prompts from this file in the place of TEXT: see above."
     for option in (
         click.option("--compile", is_flag=True, help="Let torch.compile fuse the decode steps."),
-        click.option("--max-batch", type=click.IntRange(min=1), default=64, help=max_batch_help),
-        click.option("--out", metavar="FILE", help="Where their results go, as JSON lines."),
-        click.option("--prompts", metavar="FILE", help="Many prompts instead of TEXT, see above."),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(min=1),
+            default=64,
+            show_default=True,
+            help="Run at most so many prompts at a time.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Throw away what --out holds."),
+        file_option("--out", help=out_help),
+        file_option("--prompts", help=prompts_help),
     ):
         one_or_many = option(one_or_many)
     return one_or_many
@@ -75,11 +100,11 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
 
 
 @click.command()
-@click.argument("model")
-@click.argument("text", required=False)
-@click.option("--question", help="Asked after the text, in the model's chat template if any.")
+@click.argument("model", type=FILE)
+@click.argument("text", type=FILE, required=False)
+@question_option
 @setting_options
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@max_new_tokens_option(default=128, least=1)
 @click.option("--compare-full", is_flag=True, help="Also run with transformers' own cache.")
 @place_options
 @many_options
@@ -99,15 +124,18 @@ def generate(
     With --prompts many texts are read and decoded together. Each line of the file has either
     "prompt", "messages" (for the chat template) or "input_ids", and "max_new_tokens" if it isn't
     the common one. Results are written as they are done, and are in the order of prompts in the
-    end: "index", "prompt_tokens", "tokens", "text", "end".
+    end: "index", "prompt_tokens", "tokens", "text", "end". What --out holds of an earlier run is
+    not done again, whatever the options were; --overwrite does all anew. With --out - they go to
+    standard output.
     """
+    check_outputs([model, text], place.outputs)
     content = read_text(text)
     network, tokenizer = place.load(model)
     prompt = encode_prompt(tokenizer, content, question)
     full = [FULL] if compare_full else []
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
-    console = Console()
-    console.print(runs[-1].text, markup=False, highlight=False)
+    console = output.plain_console()
+    console.print(runs[-1].text, soft_wrap=True)
     output.print_runs(console, runs)
     place.save(runs, model)
 
@@ -116,32 +144,43 @@ def generate_many(
     many: Many, model: str, setting: Setting, max_new_tokens: int, place: Place
 ) -> None:
     """Goes on writing after each of many prompts."""
+    check_outputs([model, many.prompts], {"--out": many.out})
     lines = read_prompts(many.prompts)
-    open_results(many.out, "a").close()  # what is wrong shows before the long work
-    network, tokenizer = place.load(model)
-    counts = [line.max_new_tokens or max_new_tokens for line in lines]
-    ids = [line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)]
-    start, written = time.perf_counter(), 0
-    with refusals():
-        stream = adakv.generate_stream(
-            network,
-            ids,
-            policy=setting.policy or "full",
-            budget=setting.budget,
-            ratio=setting.ratio,
-            max_new_tokens=counts,
-            tokenizer=tokenizer,
-            options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
-        )
-    with progress_bar(setting.title, sum(counts)) as advance, result_file(many.out) as write:
-        for new in stream:
-            advance()
-            if new.result is not None:
-                write(new.result)
-                advance(counts[new.index] - len(new.result.tokens))
-                written += len(new.result.tokens)
+    with closing(ResultFile(many.out, overwrite=many.overwrite)) as results:
+        network, tokenizer = place.load(model)
+        counts = [line.max_new_tokens or max_new_tokens for line in lines]
+        ids = [
+            line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)
+        ]
+        results.check([len(prompt) for prompt in ids], counts)
+        todo = [index for index in range(len(ids)) if index not in results.done]
+        start, written = time.perf_counter(), 0
+        with refusals():
+            stream = adakv.generate_stream(
+                network,
+                [ids[index] for index in todo],
+                policy=setting.policy or "full",
+                budget=setting.budget,
+                ratio=setting.ratio,
+                max_new_tokens=[counts[index] for index in todo],
+                tokenizer=tokenizer,
+                options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
+            )
+        results.begin()
+        with progress_bar(setting.title, sum(counts[index] for index in todo)) as advance:
+            for new in stream:
+                advance()
+                if new.result is not None:
+                    index = todo[new.index]
+                    results.write(replace(new.result, index=index))
+                    advance(counts[index] - len(new.result.tokens))
+                    written += len(new.result.tokens)
+        results.finish()
     seconds = time.perf_counter() - start
-    read = sum(map(len, ids))
+    read = sum(len(ids[index]) for index in todo)
+    before = f"{len(results.done)} prompts were done before; " if results.done else ""
     click.echo(
-        f"{len(ids)} prompts with {read} tokens read, {written} tokens written in {seconds:.1f} s"
+        f"{before}{len(todo)} prompts with {read} tokens read, {written} tokens written in "
+        f"{seconds:.1f} s",
+        err=True,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ import torch
 from torch import Tensor
 
 import adakv
+from adakv.eval import files
 
+STANDARD_OUTPUT = ("-", "/dev/stdout")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,33 +58,84 @@ def choose_device(name: str | None) -> torch.device:
 
 def read_text(path: str) -> str:
     """The text of a UTF-8 file, or of standard input for ``-``."""
-    try:
-        with click.open_file(path, encoding="utf-8") as file:
-            text = str(file.read())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} can't be read") from error
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    with refusals():
+        text = files.read_text(path)
     if not text.strip():
         raise InputError(f"{path} holds no text")
     return text
 
 
-def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder, a GGUF file or a name on the Hugging Face hub."""
+def check_outputs(inputs: Iterable[str | None], outputs: Mapping[str, str | None]) -> None:
+    """Refuses, before the long work, files that can't be written or would overwrite an input.
+
+    ``outputs`` are paths by the names of their options. Links don't help: files are compared.
+    """
+    read = [path for path in inputs if path is not None]
+    written: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        path = "/dev/stdout" if path == "-" else path
+        for other in read:
+            folder = os.path.dirname(path) or "."
+            is_part = os.path.exists(path) and _is_same_file(folder, other)
+            if is_part or _is_same_file(path, other):
+                raise InputError(f"{option} {path} would overwrite {other}, which is read")
+        for other, other_path in written.items():
+            is_same = not os.path.exists(path) and os.path.abspath(path) == other_path
+            if is_same or _is_same_file(path, other_path):
+                raise InputError(f"{option} and {other} must be two files, got {path} twice")
+        written[option] = os.path.abspath(path)
+        _check_writable(path)
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    """Whether both are the same file or folder; a terminal, a pipe or a device may be shared."""
+    try:
+        found, others = os.stat(path), os.fstat(0) if other == "-" else os.stat(other)
+    except (OSError, ValueError):
+        return False
+    is_kept = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
+    return is_kept and os.path.samestat(found, others)
+
+
+def _check_writable(path: str) -> None:
+    reason = None
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    if reason is None and os.path.isdir(path):
+        reason = os.strerror(errno.EISDIR)
+    target = path if os.path.exists(path) else Path(path).parent
+    if reason is None and not os.access(target, os.W_OK):
+        reason = os.strerror(errno.EACCES)
+    if reason is not None:
+        raise InputError(f"{path} can't be written: {reason}")
+
+
+def load_model(
+    source: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, a GGUF file or a name on the Hugging Face hub.
+
+    Python code that a model brings along runs only with ``trust_remote_code``.
+    """
     if importlib.util.find_spec("transformers") is None:
         raise InputError("models need transformers; pip install 'adakv[hf]'")
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(source)
     if path.suffix == ".gguf":
         _check_gguf(path)
         options["gguf_file"] = path.name
         source = str(path.parent)
-    elif not path.is_dir() and (path.exists() or source.startswith((".", "/", "~"))):
+    elif not os.path.isdir(source) and (
+        os.path.exists(source) or source.startswith((".", "/", "~"))
+    ):
         raise InputError(f"{source} is no model: give a folder, a .gguf file or a name on the hub")
     try:
         # transformers draws bars of its own while it reads GGUF files.
@@ -93,6 +149,8 @@ def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> tupl
             )
     except Exception as error:  # a broken file makes the parsers raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code; read it, and allow it to run with --trust-remote-code"
         raise InputError(f"{path} can't be loaded: {reason}") from error
     return model.to(device).eval(), tokenizer
 

@@ -14,8 +14,15 @@ from adakv.cli import output
 from adakv.cli.inputs import DTYPES, InputError, choose_device, load_model
 from adakv.cli.measure import Run, Setting
 from adakv.cli.progress import progress_bar
+from adakv.cli.types import FILE, TEXT
 
 DEFAULT_RATIO = 0.1
+TRUST_HELP = "Let Python code that the model brings along run."
+
+
+def file_option(*names: str, **settings: Any) -> Callable[..., Any]:
+    """An option whose value is a path."""
+    return click.option(*names, type=FILE, metavar="FILE", **settings)
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,23 @@ class Place:
     device: str | None
     json_path: str | None
     plot_path: str | None
+    trust_remote_code: bool = False
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        """Paths by the names of their options."""
+        return {"--json": self.json_path, "--plot": self.plot_path}
 
     def load(self, source: str) -> tuple[Any, Any]:
         """Model and tokenizer."""
         device = choose_device(self.device)
         with progress_bar("loading the model") as advance:
-            loaded = load_model(source, dtype=DTYPES[self.dtype], device=device)
+            loaded = load_model(
+                source,
+                dtype=DTYPES[self.dtype],
+                device=device,
+                trust_remote_code=self.trust_remote_code,
+            )
             advance()
         return loaded
 
@@ -44,20 +62,52 @@ class Place:
             output.plot_kept(self.plot_path, runs)
 
 
+question_option = click.option(
+    "--question",
+    type=TEXT,
+    help="Ask this after the text, in the model's chat template if it has one.",
+)
+
+
+def max_new_tokens_option(*, default: int, least: int) -> Callable[..., Any]:
+    """How much is written."""
+    return click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=least),
+        default=default,
+        show_default=True,
+        help="Write at most so many tokens.",
+    )
+
+
 def place_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of :class:`Place`, as its argument ``place``."""
 
     @functools.wraps(command)
     def with_place(
-        *, dtype: str, device: str | None, json_path: str | None, plot_path: str | None, **rest: Any
+        *,
+        dtype: str,
+        device: str | None,
+        json_path: str | None,
+        plot_path: str | None,
+        trust_remote_code: bool,
+        **rest: Any,
     ) -> None:
-        command(place=Place(dtype, device, json_path, plot_path), **rest)
+        command(place=Place(dtype, device, json_path, plot_path, trust_remote_code), **rest)
 
+    types, device_help = list(DTYPES), "Where the model runs.  [default: cuda where it can be used]"
     for option in (
-        click.option("--plot", "plot_path", metavar="FILE", help="Write a picture (PNG)."),
-        click.option("--json", "json_path", metavar="FILE", help="Write the results."),
-        click.option("--device", metavar="cpu|cuda", help="Default: cuda where it can be used."),
-        click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16"),
+        click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP),
+        file_option("--plot", "plot_path", help="Draw the results as a picture (PNG)."),
+        file_option("--json", "json_path", help="Write the results as JSON."),
+        click.option("--device", metavar="cpu|cuda", help=device_help),
+        click.option(
+            "--dtype",
+            type=click.Choice(types),
+            default="bfloat16",
+            show_default=True,
+            help="The type of weights and cache.",
+        ),
     ):
         with_place = option(with_place)
     return with_place
@@ -70,13 +120,13 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_setting(*, policy: str, budget: int | None, ratio: float | None, **rest: Any) -> None:
         command(setting=check_setting(policy, budget, ratio), **rest)
 
-    ratio_help = f"The same, as a share of the prompt.  [default: {DEFAULT_RATIO}]"
+    ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
+    policy_help = "What chooses the entries that stay: `adakv info` lists names."
+    budget_help = "Keep so many entries of a prompt in each kv head on average."
     for option in (
         click.option("--ratio", type=float, help=ratio_help),
-        click.option("--budget", type=int, help="Entries that a kv head keeps on average."),
-        click.option(
-            "--policy", default=adakv.policy.DEFAULT, show_default=True, help="See `adakv info`."
-        ),
+        click.option("--budget", type=int, help=budget_help),
+        click.option("--policy", default=adakv.policy.DEFAULT, show_default=True, help=policy_help),
     ):
         with_setting = option(with_setting)
     return with_setting

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cli.inputs import InputError
+from adakv.cli.inputs import STANDARD_OUTPUT, InputError
 from adakv.cli.measure import Run
 from adakv.eval import plot
+
+
+def plain_console() -> Console:
+    """Standard output, to which rich gives form but takes no text for its own markup."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def print_runs(console: Console, runs: list[Run]) -> None:
@@ -55,15 +62,14 @@ def print_runs(console: Console, runs: list[Run]) -> None:
             "same choice: how often the full cache's next token comes first here too, given the "
             "same past; same start: tokens written before the first that differs",
             style="dim",
-            highlight=False,
         )
 
 
 def print_texts(console: Console, runs: list[Run]) -> None:
     """What each run wrote."""
     for run in runs:
-        console.print(f"\n[bold]{run.title}[/bold]")
-        console.print(run.text, markup=False, highlight=False)
+        console.print(f"\n{run.title}", style="bold")
+        console.print(run.text, soft_wrap=True)
 
 
 def brief(part: object) -> str:
@@ -112,18 +118,27 @@ def _version(package: str) -> str:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes one JSON object."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Writes one JSON object: a line for each of its values, and of lists of records for each."""
+    lines = (f" {json.dumps(name)}: {_json_lines(value)}" for name, value in content.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _json_lines(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
+        return "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
+    return json.dumps(value)
 
 
 def write_text(path: str, text: str) -> None:
     """Writes a text file."""
-    _write(path, lambda target: target.write_text(text, encoding="utf-8"))
+    _write(path, text.encode())
 
 
 def write_figure(path: str, figure: Any) -> None:
     """Writes a matplotlib figure as PNG."""
-    _write(path, lambda target: figure.savefig(target, format="png"))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    _write(path, picture.getvalue())
 
 
 @contextmanager
@@ -144,10 +159,15 @@ def plot_kept(path: str, runs: list[Run]) -> None:
         write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
 
 
-def _write(path: str, write: Any) -> None:
+def _write(path: str, data: bytes) -> None:
+    if path in STANDARD_OUTPUT:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target)
+        target.write_bytes(data)
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror}") from error

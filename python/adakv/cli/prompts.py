@@ -1,12 +1,10 @@
-"""Many prompts from a file of JSON lines, and what was written after them into another."""
+"""Many prompts from a file of JSON lines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +16,9 @@ from adakv.cli.inputs import (
     read_text,
     refusals,
 )
+from adakv.eval.files import parse_json
+
+BYTE_ORDER_MARK = "\ufeff"  # also where files were joined
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class Line:
 def read_prompts(path: str) -> list[Line]:
     """One prompt per line; empty lines are skipped."""
     lines = enumerate(read_text(path).split("\n"), start=1)
-    return [_parse(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    return [
+        _parse(f"{path}:{number}", line)
+        for number, line in lines
+        if line.strip(BYTE_ORDER_MARK).strip()
+    ]
 
 
 def _is_text(x: Any) -> bool:
@@ -79,9 +84,11 @@ FIELDS = {**KINDS, "max_new_tokens": (lambda x: _is_count(x) and x > 0, "an inte
 
 def _parse(place: str, line: str) -> Line:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line.removeprefix(BYTE_ORDER_MARK))
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not JSON at column {error.colno}: {error.msg}") from error
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{place}: must be an object, got {line.strip():.40}")
     for name, value in fields.items():
@@ -95,28 +102,3 @@ def _parse(place: str, line: str) -> Line:
         got = " and ".join(kinds) or "none"
         raise InputError(f"{place}: give one of {', '.join(KINDS)}, got {got}")
     return Line(place, kinds[0], fields[kinds[0]], fields.get("max_new_tokens"))
-
-
-@contextmanager
-def result_file(path: str) -> Iterator[Callable[[Any], None]]:
-    """Yields the function that writes a result; in the end they are in the order of prompts."""
-    lines: dict[int, str] = {}
-    with open_results(path, "w") as file:
-
-        def write(result: Any) -> None:
-            lines[result.index] = json.dumps(asdict(result), ensure_ascii=False) + "\n"
-            file.write(lines[result.index])
-            file.flush()
-
-        yield write
-        file.seek(0)
-        file.writelines(line for _, line in sorted(lines.items()))
-
-
-def open_results(path: str, mode: str) -> Any:
-    """Opens a file to write to, and makes its folder."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, mode, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror}") from error

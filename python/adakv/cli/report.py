@@ -7,24 +7,37 @@ import io
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from adakv.cli import output
-from adakv.cli.inputs import check_prompt_length, encode_prompt, read_text, refusals
+from adakv.cli.inputs import check_outputs, check_prompt_length, encode_prompt, read_text, refusals
 from adakv.cli.measure import Setting
-from adakv.cli.options import Place, place_options, setting_options
+from adakv.cli.options import (
+    Place,
+    max_new_tokens_option,
+    place_options,
+    question_option,
+    setting_options,
+)
 from adakv.cli.progress import progress_bar
+from adakv.cli.types import FILE
 from adakv.eval import plot
 
 
 @click.command()
-@click.argument("model")
-@click.argument("text")
-@click.option("--question", help="Asked after the text, in the model's chat template if any.")
+@click.argument("model", type=FILE)
+@click.argument("text", type=FILE)
+@question_option
 @setting_options
-@click.option("--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
-@click.option("--out", metavar="FOLDER", default="adakv-report", show_default=True)
+@max_new_tokens_option(default=64, least=2)
+@click.option(
+    "--out",
+    type=FILE,
+    metavar="FOLDER",
+    default="adakv-report",
+    show_default=True,
+    help="Write the page into this folder.",
+)
 @place_options
 def report(
     model: str,
@@ -35,11 +48,16 @@ def report(
     out: str,
     place: Place,
 ) -> None:
-    """What MODEL keeps of TEXT (a file, or - for standard input), on one page.
+    """Show on one page what MODEL keeps of TEXT (a file, or - for standard input).
 
-    Entries per layer and kv head, the text with what was kept marked in it, memory, and how far the
-    answer is from the full cache's: report.html, report.md and kept.png in --out.
+    The page has the entries of each layer and kv head, the text with what was kept marked in it,
+    the memory, and how far the answer is from the full cache's. It is written as report.html,
+    report.md and kept.png.
     """
+    folder = Path(out)
+    names = ("report.html", "report.md", "kept.png")
+    pages = {f"--out ({name})": str(folder / name) for name in names}
+    check_outputs([model, text], place.outputs | pages)
     content = read_text(text)
     network, tokenizer = place.load(model)
     prompt = encode_prompt(tokenizer, content, question)
@@ -63,7 +81,6 @@ def report(
     with output.drawing():
         figure = plot.kept_maps({title: page.lengths})
     figure.savefig(picture, format="png")
-    folder = Path(out)
     for path in filter(None, (str(folder / "kept.png"), place.plot_path)):
         output.write_figure(path, figure)
     output.write_text(str(folder / "report.html"), page.html(picture.getvalue()))
@@ -74,6 +91,6 @@ def report(
     table = Table(show_header=False)
     for row in page.facts():
         table.add_row(*row)
-    console = Console()
+    console = output.plain_console()
     console.print(table)
-    console.print(f"written to {folder / 'report.html'}", markup=False, highlight=False)
+    console.print(f"written to {folder / 'report.html'}", soft_wrap=True)

@@ -13,9 +13,9 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from adakv.eval.files import parse_json, read_text
 from adakv.eval.metrics import Item
 
 ADJECTIVES = ("amber", "brave", "clever", "frozen", "gentle", "hidden", "jolly", "mellow")
@@ -157,7 +157,7 @@ def needles(path: str, tokenizer: Any, size: Size, *, aware: bool) -> list[Item]
 def _paragraphs(path: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """What a file in SQuAD's layout holds: each context with its questions and first answers."""
     try:
-        content = json.loads(_read(path))
+        content = parse_json(read_text(path))
         return [
             (
                 paragraph["context"].strip(),
@@ -172,7 +172,7 @@ def _paragraphs(path: str) -> list[tuple[str, list[tuple[str, str]]]]:
         ]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in SQuAD's layout: {error!r}") from error
 
 
@@ -214,13 +214,4 @@ def _insert(text: str, sentences: list[str], depths: list[float]) -> str:
 
 
 def _tokens(path: str, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(tokenizer(_read(path), add_special_tokens=False)["input_ids"])
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} can't be read") from error
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    return tuple(tokenizer(read_text(path), add_special_tokens=False)["input_ids"])

@@ -229,9 +229,6 @@ def _pieces(tokenizer: Any, tokens: list[int], kept: list[list[Tensor]]) -> list
     return pieces
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
-
-
 def _quote(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.split("\n"))
+    """As it is, whatever HTML or Markdown is in it."""
+    return f"<pre>{html.escape(text)}</pre>"

@@ -78,12 +78,14 @@ class RecordFile:
         self._path = Path(path) if path else None
         if self._path is None:
             return
-        lines = _complete_lines(self._path)
+        header = json.dumps(about)
+        lines = _complete_lines(self._path, header)
         if lines:
-            self.records = _read(self._path, lines, json.loads(json.dumps(about)))
+            self.records = _read(self._path, lines, json.loads(header))
+        if self._path.is_file():
             os.truncate(self._path, sum(len(line.encode()) + 1 for line in lines))
-        else:
-            _append(self._path, json.dumps(about))
+        if not lines:
+            _append(self._path, header)
 
     def add(self, record: Record) -> None:
         """Appends a record."""
@@ -92,15 +94,16 @@ class RecordFile:
         self.records.append(record)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """All lines but what a killed run left behind the last newline."""
+def _complete_lines(path: Path, header: str) -> list[str]:
+    """All lines but what a killed run left behind the last newline; none of a pipe or device."""
     try:
-        text = path.read_bytes().decode() if path.exists() else ""
+        data = path.read_bytes() if path.is_file() else b""
+        text = data[: data.rfind(b"\n") + 1].decode()  # half a character may be left behind
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} holds no records of adakv eval") from error
-    if text and "\n" not in text:
+    if not text and not header.encode().startswith(data):
         raise ValueError(f"{path} holds no records of adakv eval")
     return text.split("\n")[:-1]
 
@@ -109,7 +112,7 @@ def _read(path: Path, lines: list[str], about: dict[str, Any]) -> list[Record]:
     try:
         begun = dict(json.loads(lines[0]))
         records = [Record.from_dict(json.loads(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no records of adakv eval") from error
     changed = sorted(n for n in {**begun, **about} if begun.get(n) != about.get(n))
     if changed:

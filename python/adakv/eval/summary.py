@@ -170,7 +170,7 @@ def depth_table(records: Sequence[Record], task: str, *, parts: int = 4) -> Tabl
 
 def share_name(share: float) -> str:
     """``1/8`` for 0.125, otherwise the number."""
-    inverse = 1 / share
+    inverse = 1 / share if share > 1e-300 else 0.5
     return f"1/{round(inverse)}" if abs(inverse - round(inverse)) < 1e-6 else f"{share:g}"
 
 

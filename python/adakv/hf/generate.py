@@ -359,7 +359,10 @@ def token_ids(
         if tokenizer is None:
             raise ValueError(f"{name} is a string, which needs a tokenizer")
         prompt = tokenizer(prompt)["input_ids"]
-    ids = torch.as_tensor(prompt, device="cpu")
+    try:
+        ids = torch.as_tensor(prompt, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be [T] integers of 64 bits: {error}") from error
     if ids.numel() == 0:
         raise ValueError(f"{name} is empty")
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
