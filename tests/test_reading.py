@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adakv.policy import Budget, LayerInputs, PromptAttention, get
+from adakv.policy import Budget, LayerInputs, get
 from adakv.reading import Part, Reader
 from cases import Prompt
+from engine_steps import watched
 from policy.helpers import kept_rows, layer_inputs
 
 LENGTH, BUDGET = 150, 48
@@ -53,28 +53,21 @@ def test_parts_are_not_needed_once_they_were_taken(
 
 @pytest.mark.parametrize("first_is_known", [True, False])
 def test_log_sum_exp_goes_to_what_folds_if_all_of_it_is_known(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, first_is_known: bool
+    device: torch.device, first_is_known: bool
 ):
-    given: list[Tensor | None] = []
-    fold = PromptAttention.fold
-
-    def watched(scorer: PromptAttention, folded: Any, part: LayerInputs) -> Tensor:
-        given.append(None if part.lse is None else part.lse.clone())
-        return fold(scorer, folded, part)
-
-    monkeypatch.setattr(PromptAttention, "fold", watched)
+    policy, parts = watched(get("h2o"))
     whole = whole_prompt(device)
     keys = whole.keys.repeat_interleave(3, 1)
     unseen = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=device).triu(1)
     logits = (whole.queries @ keys.mT / 4).masked_fill(unseen, -torch.inf)
     lse = logits.logsumexp(-1)
-    reader = Reader(Budget(get("h2o"), BUDGET), 1)
+    reader = Reader(Budget(policy, BUDGET), 1)
     take(reader, whole, 0, 20, lse if first_is_known else None)
     take(reader, whole, 20, 100, lse)
     take(reader, whole, 100, LENGTH, lse)
-    first, second = given
-    assert second is not None and torch.equal(second, lse[:, :, 100:])
-    assert first_is_known == (first is not None)
-    assert first is None or torch.equal(first, lse[:, :, :100])
+    first, second = parts
+    assert second.lse is not None and second.lse.shape == (2, 6, 50)
+    assert first_is_known == (first.lse is not None)
+    assert first.lse is None or torch.equal(first.lse, lse[:, :, :100])
     (chosen,) = reader.finish(0)[0]
     assert kept_rows(chosen.kept, 2) == kept_rows(get("h2o").choose(whole, BUDGET), 2)
