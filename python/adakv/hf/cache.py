@@ -133,6 +133,7 @@ class Cache(TransformersCache):
         self._repetition: Tensor | None = None  # [B, R], for after the prompt
         self._signature: tuple[Any, ...] | None = None
         self._num_forwards = 0
+        self._has_warned = False  # that there are no attention weights
         self._was_asked = False  # how long it is, since it was last given keys
         self._kv: KVCache | None = None
         self._first = 0  # slot of sequence 0
@@ -400,6 +401,15 @@ class Cache(TransformersCache):
                 "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
                 columns,
             )
+
+    def warn_of_attentions(self) -> None:
+        """Says once that steps give none."""
+        if not self._has_warned:
+            _logger.warning(
+                "output_attentions: only prompts have attention weights; tokens after them attend "
+                "to what each head kept, and give none"
+            )
+        self._has_warned = True
 
     def make_room(self, num_tokens: int) -> None:
         """Has the cache grow if there are too few pages for so many more tokens of every sequence.

@@ -90,6 +90,8 @@ class FullAttentionLayer(AttendingLayer):
             return result
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
+            if kwargs.get("output_attentions") or self._config.output_attentions:
+                cache.warn_of_attentions()
         assert cache.step is not None
         if query.dtype is not key.dtype:
             query = query.to(key.dtype)
