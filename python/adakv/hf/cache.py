@@ -26,7 +26,8 @@ from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import families, long_rope
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
+from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.wrappers import unwrapped
@@ -39,7 +40,7 @@ _logger = logging.getLogger("adakv")
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
-class Cache(TransformersCache):
+class Cache(OneWayCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``.
 
     Full-attention layers are compressed right after their prefill attention, which sees everything
@@ -161,29 +162,7 @@ class Cache(TransformersCache):
             full-attention layers ``bytes`` in pages, ``pages_used`` and ``full_bytes``, what a full
             cache would hold.
         """
-        seen = self.seen
-        counts = torch.tensor(seen, dtype=torch.int32)
-        kv = self._kv
-        heads = self._num_kv_heads
-        full = torch.zeros(len(self._full), len(seen), heads, dtype=torch.int32)
-        entry_bytes = page_bytes = pages_used = 0
-        if kv is not None:
-            full = kv.all_layers.lengths[:, self._slots].cpu()
-            entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
-            page_bytes, pages_used = kv.page_bytes, kv.pages_used
-        lengths = [
-            full[layer.index]
-            if isinstance(layer, FullAttentionLayer)
-            else counts.clamp(max=layer.sliding_window - 1)[:, None].expand(-1, heads)
-            for layer in self.layers
-        ]
-        return {
-            "lengths": torch.stack(lengths),
-            "bytes": pages_used * page_bytes,
-            "full_bytes": sum(seen) * len(self._full) * heads * entry_bytes,
-            "pages_used": pages_used,
-            "seen": seen,
-        }
+        return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
 
     def kept(self, layer: int) -> list[list[Tensor]]:
         """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
@@ -298,27 +277,6 @@ class Cache(TransformersCache):
         self._seen = [n + num_tokens for n in self._seen]
         for layer in self._full:
             layer.num_seen += num_tokens
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ValueError("adakv.Cache can't repeat its sequences")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("adakv.Cache can't select from its sequences")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
-        raise ValueError("adakv.Cache can't be copied: make another one and read the prompt there")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError("adakv.Cache can't be pickled or saved: its pages belong to this process")
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("assisted decoding is not supported: adakv.Cache can't take tokens back")
-
-    def activate_past_recording(self) -> None:
-        self.crop()
 
     def _check_recordable(self, reason: str) -> None:
         if len(self._full) < len(self.layers):
