@@ -346,3 +346,22 @@ def test_other_caches_know_nothing_of_it() -> None:
         cache = DynamicCache(config=model.config)
         logits(model, prompt, cache)
         assert not any("adakv_layer" in layer.keys.__dict__ for layer in cache.layers)
+
+
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_steps_have_no_attention_weights_and_say_so(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, prompt = LLAMA.model(), ids(50)
+    asks = {"output_attentions": True} if where == "argument" else {}
+    model.config.output_attentions = where == "config"
+    with torch.no_grad(), adakv.attach(model), caplog.at_level(logging.WARNING, "adakv"):
+        cache = adakv.Cache(model, budget=40)
+        assert len(model(prompt, past_key_values=cache, **asks).attentions) == 4
+        assert not caplog.records
+        for _ in range(2):
+            assert not any(model(prompt[:, :1], past_key_values=cache, **asks).attentions)
+    assert [r.getMessage() for r in caplog.records if "output_attentions" in r.getMessage()] == [
+        "output_attentions: only prompts have attention weights; tokens after them attend to what "
+        "each head kept, and give none"
+    ]

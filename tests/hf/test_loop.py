@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import set_seed
 
 import adakv
-from adakv.cache import KVCache
 from hf.families import LLAMA, V4, VOCAB, Family
 
 pytestmark = pytest.mark.model
@@ -114,23 +113,32 @@ def test_room_is_made_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert endless.pages.num_pages < 500
 
 
-def test_a_cache_takes_what_it_needs_if_more_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, prompt = LLAMA.model(), torch.randint(3, VOCAB, (1, 60))
-    reserve, refused = KVCache.reserve, []
+class Tight:
+    """A cache in C++ that has memory for a few pages more at a time."""
 
-    def tight(kv: KVCache, *, num_pages: int = 0, max_row_pages: int = 0) -> None:
-        if num_pages > kv.num_pages + 10:
-            refused.append(num_pages)
+    def __init__(self, cache: Any, num_pages: int) -> None:
+        self.cache, self.num_pages, self.refused = cache, num_pages, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def reserve(self, num_pages: int, max_row_pages: int) -> None:
+        if num_pages > self.num_pages + 10:
+            self.refused += 1
             raise adakv.Error("no memory")
-        reserve(kv, num_pages=num_pages, max_row_pages=max_row_pages)
+        self.cache.reserve(num_pages, max_row_pages)
+        self.num_pages = max(self.num_pages, num_pages)
 
-    monkeypatch.setattr(KVCache, "reserve", tight)
+
+def test_a_cache_takes_what_it_needs_if_more_cannot_be_had() -> None:
+    model, prompt = LLAMA.model(), torch.randint(3, VOCAB, (1, 60))
     with torch.no_grad(), adakv.attach(model):
         cache = adakv.Cache(model, budget=40, max_new_tokens=1)
         model(prompt, past_key_values=cache)
+        assert cache.pages is not None
+        tight = Tight(cache.pages._cache, cache.pages.num_pages)
+        cache.pages._cache = tight
         for _ in range(40):
             model(prompt[:, :1], past_key_values=cache)
-    assert refused
+    assert tight.refused
     assert cache.stats()["seen"] == [100]

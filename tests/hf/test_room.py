@@ -6,17 +6,15 @@ import pytest
 import torch
 
 import adakv
-from adakv.cache import KVCache
 from adakv.hf.sampling import Sampling
-from hf.test_batch import alone, llama, made, options, prompts, used_bytes
+from hf.test_batch import alone, caches_of_batches, llama, options, prompts, used_bytes
 
 pytestmark = pytest.mark.model
 
-__all__ = ["made"]  # a fixture
 
-
-def test_no_limit_takes_nothing_before_it_is_needed(made: list[KVCache]) -> None:
+def test_no_limit_takes_nothing_before_it_is_needed() -> None:
     model, ids = llama(), prompts()
+    made = caches_of_batches(model)
     texts = [alone(model, prompt, 12, budget=40) for prompt in ids]
     eos = {text[i] for i, text in enumerate(texts)}
     settings = {"budget": 40, "options": options(eos_token_id=sorted(eos), max_batch=3)}
@@ -30,7 +28,7 @@ def test_no_limit_takes_nothing_before_it_is_needed(made: list[KVCache]) -> None
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 @pytest.mark.parametrize("is_limited", [False, True])
 def test_longer_texts_have_the_cache_grow(
-    temperature: float, is_limited: bool, made: list[KVCache], monkeypatch: pytest.MonkeyPatch
+    temperature: float, is_limited: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = llama(), prompts()
     sampled = options(
@@ -39,16 +37,13 @@ def test_longer_texts_have_the_cache_grow(
     settings = {"budget": 40, "max_new_tokens": (45, 3, 60, 21, 1, 2), "options": sampled}
     expected = adakv.generate_batch(model, ids, **settings)
     monkeypatch.setattr("adakv.hf.pool_size.FIRST_TOKENS", 7)
-    first: list[int] = []
-    reserve = KVCache.reserve
-    monkeypatch.setattr(
-        KVCache, "reserve", lambda kv, **n: first.append(kv.num_pages) or reserve(kv, **n)
-    )
+    made, sizes = caches_of_batches(model), []
+    model.register_forward_pre_hook(lambda *_: sizes.extend(kv.num_pages for kv in made))
     assert adakv.generate_batch(model, ids, **settings) == expected
     if is_limited:  # up to the model's context everything is promised
-        assert not first
+        assert len(set(sizes)) == 1
     else:
-        assert first[0] < made[1].num_pages == made[1].num_free <= made[0].num_pages
+        assert sizes[0] < sizes[-1] <= made[0].num_pages == made[0].num_free
 
 
 def test_numbers_are_drawn_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:

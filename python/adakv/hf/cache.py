@@ -33,7 +33,8 @@ from adakv.hf.attachment import (
     own_layers,
 )
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
+from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.wrappers import unwrapped
@@ -47,7 +48,7 @@ _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_gr
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
-class Cache(TransformersCache):
+class Cache(OneWayCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
     (``cache=`` since transformers 5.24).
 
@@ -147,6 +148,7 @@ class Cache(TransformersCache):
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
+        self._has_warned = False  # that there are no attention weights
         self._was_asked = False  # how long it is, since it was last given keys
         self._states = States(self.layers)
         self._kv: KVCache | None = None
@@ -186,31 +188,7 @@ class Cache(TransformersCache):
             sequence; and of the full-attention layers ``bytes`` in pages, ``pages_used`` and
             ``full_bytes``, what a full cache would hold.
         """
-        seen = self.seen
-        counts = torch.tensor(seen, dtype=torch.int32)
-        kv = self._kv
-        heads = self._num_kv_heads
-        full = torch.zeros(len(self._full), len(seen), heads, dtype=torch.int32)
-        entry_bytes = page_bytes = pages_used = 0
-        if kv is not None:
-            full = kv.all_layers.lengths[:, self._slots].cpu()
-            entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
-            page_bytes, pages_used = kv.page_bytes, kv.pages_used
-        lengths = [
-            full[layer.index]
-            if isinstance(layer, FullAttentionLayer)
-            else counts.clamp(max=getattr(layer, "sliding_window", 1) - 1)[:, None].expand(
-                -1, heads
-            )
-            for layer in self.layers
-        ]
-        return {
-            "lengths": torch.stack(lengths),
-            "bytes": pages_used * page_bytes,
-            "full_bytes": sum(seen) * len(self._full) * heads * entry_bytes,
-            "pages_used": pages_used,
-            "seen": seen,
-        }
+        return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
 
     def kept(self, layer: int) -> list[list[Tensor]]:
         """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
@@ -332,27 +310,6 @@ class Cache(TransformersCache):
         for layer in self._full:
             layer.num_seen += num_tokens
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("beam search is not supported: adakv.Cache can't reorder its sequences")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ValueError("adakv.Cache can't repeat its sequences")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("adakv.Cache can't select from its sequences")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
-        raise ValueError("adakv.Cache can't be copied: make another one and read the prompt there")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError("adakv.Cache can't be pickled or saved: its pages belong to this process")
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("assisted decoding is not supported: adakv.Cache can't take tokens back")
-
-    def activate_past_recording(self) -> None:
-        self.crop()
-
     def _check_recordable(self, reason: str) -> None:
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
@@ -442,6 +399,15 @@ class Cache(TransformersCache):
                 "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
                 columns,
             )
+
+    def warn_of_attentions(self) -> None:
+        """Says once that steps give none."""
+        if not self._has_warned:
+            _logger.warning(
+                "output_attentions: only prompts have attention weights; tokens after them attend "
+                "to what each head kept, and give none"
+            )
+        self._has_warned = True
 
     def make_room(self, num_tokens: int) -> None:
         """Has the cache grow if there are too few pages for so many more tokens of every sequence.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
+from adakv.cache import KVCache
 from adakv.hf import families
 from adakv.hf.attachment import TAG, AttendingLayer, attention_of, eagerly, inner_attention
 from adakv.hf.log_sum_exp import with_log_sum_exp
@@ -90,6 +92,8 @@ class FullAttentionLayer(AttendingLayer):
             return result
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
+            if kwargs.get("output_attentions") or cache.model_config.output_attentions:
+                cache.warn_of_attentions()
         assert cache.step is not None
         if query.dtype is not key.dtype:
             query = query.to(key.dtype)
@@ -213,3 +217,32 @@ def _aligned(part: Part, order: Tensor) -> Part:
     """With the padding on the left."""
     keys, values = (align(x, order) for x in part.entries())
     return part._replace(queries=align(part.queries, order), entries=lambda: (keys, values))
+
+
+def contents(
+    layers: Sequence[Any], kv: KVCache | None, slots: slice, seen: Sequence[int], num_kv_heads: int
+) -> dict[str, Any]:
+    """:meth:`Cache.stats` of a cache's layers, with its sequences in some slots of ``kv``."""
+    counts = torch.tensor(seen, dtype=torch.int32)
+    num_full = sum(isinstance(layer, FullAttentionLayer) for layer in layers)
+    full = torch.zeros(num_full, len(seen), num_kv_heads, dtype=torch.int32)
+    entry_bytes = page_bytes = pages_used = 0
+    if kv is not None:
+        full = kv.all_layers.lengths[:, slots].cpu()
+        entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
+        page_bytes, pages_used = kv.page_bytes, kv.pages_used
+    lengths = [
+        full[layer.index]
+        if isinstance(layer, FullAttentionLayer)
+        else counts.clamp(max=getattr(layer, "sliding_window", 1) - 1)[:, None].expand(
+            -1, num_kv_heads
+        )
+        for layer in layers
+    ]
+    return {
+        "lengths": torch.stack(lengths),
+        "bytes": pages_used * page_bytes,
+        "full_bytes": sum(seen) * num_full * num_kv_heads * entry_bytes,
+        "pages_used": pages_used,
+        "seen": list(seen),
+    }
