@@ -1,4 +1,4 @@
-"""Prefix caching in the scheduler's half alone: what blocks hold, step by step, without an engine."""
+"""Prefix caching in the scheduler's half alone: what blocks hold, step by step, in no engine."""
 
 from __future__ import annotations
 
@@ -79,8 +79,11 @@ class Worker:
     num_copies: int = 0
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
-        read = [list(self.places[source]) for source, _ in pairs]
-        self.places.update(zip((target for _, target in pairs), read, strict=True))
+        """All at once: nothing may be read that is written."""
+        sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
+        assert not set(sources) & set(targets) and len(set(targets)) == len(targets)
+        read = [list(self.places[source]) for source in sources]
+        self.places.update(zip(targets, read, strict=True))
         self.num_copies += len(pairs)
 
     def holds(self, blocks: list[int], values: list[int]) -> bool:
@@ -173,7 +176,9 @@ class Simulation:
     def run(self) -> None:
         """Until all have finished."""
         for _ in range(10_000):
-            if not (self.waiting or self.running or self.in_flight):
+            if not self.waiting and not self.running:
+                while self.in_flight:
+                    self.execute(self.in_flight.pop(0))
                 return
             self.step()
         raise AssertionError("it goes on for ever")
@@ -220,10 +225,7 @@ class Simulation:
         request = row.request
         computed = request.num_computed_tokens
         is_chunk = computed < max(request.num_tokens - 1, request.num_prompt_tokens)
-        if is_chunk:
-            count = min(self.chunk, request.num_tokens - computed)
-        else:
-            count = 1 + self.num_drafts
+        count = min(self.chunk, request.num_tokens - computed) if is_chunk else 1 + self.num_drafts
         while self.manager.allocate_slots(request, count) is None:
             last = self.running[-1]
             self.preempt(last, items)
@@ -345,9 +347,9 @@ def test_blocks_hold_what_their_requests_read(
         if len(sim.waiting) < 3 and rng.random() < 0.3:
             begin = rng.choice(begins + said[-5:])
             begin = begin[: rng.randint(1, len(begin))] if rng.random() < 0.3 else begin
-            prompt = begin + random_text(rng, rng.choice([0, 0, 1, 20, 200]))
-            said.append(sim.add(prompt[:600], rng.choice([1, 5, 200])).all_token_ids)
-            said[-1] = list(said[-1])
+            prompt = (begin + random_text(rng, rng.choice([0, 0, 1, 20, 200])))[:600]
+            said.append(prompt)
+            sim.add(prompt, rng.choice([1, 5, 200]))
         if sim.running and rng.random() < 0.02:
             row = rng.choice(sim.running)
             said.append(list(row.request.all_token_ids))
@@ -357,4 +359,143 @@ def test_blocks_hold_what_their_requests_read(
     assert sim.num_hit > sim.num_read / 4
     for row in list(sim.running):
         sim.remove(row)
+    sim.check_all_is_free()
+
+
+def blocks_of(sim: Simulation, request: Request) -> list[int]:
+    return [block.block_id for block in sim.groups.req_to_blocks[request.request_id]]
+
+
+def test_second_turn_reads_what_the_first_one_wrote_and_the_window(ledger: str):
+    """The first prompt, compressed by then, is found but for a part of a block."""
+    sim = Simulation(ledger)
+    prompt = random_text(sim.rng, 300)
+    first = sim.add(prompt, 40)
+    sim.run()
+    assert (sim.num_read, sim.num_hit, sim.worker.num_copies) == (300, 0, KEPT)
+    sim.add([*first.all_token_ids, *random_text(sim.rng, 30)], 3)
+    sim.run()
+    assert sim.num_hit == 300 // BLOCK * BLOCK
+    # Nobody else used its blocks: they were taken over, and then the cache got copies again.
+    assert sim.worker.num_copies == 2 * KEPT
+    again = sim.num_hit
+    sim.add(prompt, 3)
+    sim.run()
+    assert sim.num_hit - again == (300 - WINDOW) // BLOCK * BLOCK
+    sim.check_all_is_free()
+
+
+def test_whole_request_offers_what_it_wrote(ledger: str):
+    """As in vLLM: nothing is lost of a text that is never compressed."""
+    sim = Simulation(ledger)
+    first = sim.add(random_text(sim.rng, 40), 61)
+    sim.run()
+    sim.add([*first.all_token_ids, *random_text(sim.rng, 30)], 3)
+    sim.run()
+    assert sim.num_hit == (40 + 60) // BLOCK * BLOCK
+
+
+def test_prompts_that_run_at_once_share_all_but_their_first_blocks(ledger: str):
+    """Two requests with a beginning that a third one has read, which is still running."""
+    sim = Simulation(ledger, chunk=400)
+    begin = random_text(sim.rng, 320)
+    sim.add(begin, 50)
+    sim.step()
+    requests = [sim.add(begin + random_text(sim.rng, 40), 50) for _ in range(2)]
+    sim.step()
+    first, second = (blocks_of(sim, request) for request in requests)
+    assert not set(first[:KEPT]) & set(second[:KEPT])
+    assert first[KEPT:20] == second[KEPT:20]
+    sim.run()
+    assert sim.num_hit == 2 * 320 and sim.num_read == 320 + 2 * 40
+    sim.check_all_is_free()
+
+
+def test_prompt_waits_for_the_step_that_reads_its_beginning(ledger: str):
+    """One step, instead of reading it too: what a step writes can't be copied before it."""
+    sim = Simulation(ledger, chunk=400)
+    begin = random_text(sim.rng, 320)
+    for _ in range(3):
+        sim.add(begin + random_text(sim.rng, 40), 5)
+    other = sim.add(random_text(sim.rng, 50), 5)
+    sim.step()
+    assert len(sim.running) == 1
+    sim.step()
+    assert len(sim.running) == 4 and sim.num_hit == 2 * 320
+    sim.run()
+    assert sim.num_read == 360 + 2 * 40 + other.num_prompt_tokens
+    sim.check_all_is_free()
+
+
+@pytest.mark.parametrize("wanted", [1, 30])
+def test_prompt_of_the_whole_pool_comes_again(ledger: str, wanted: int):
+    """Its cached blocks are the only ones: it takes them over, and has no room for copies."""
+    sim = Simulation(ledger, num_blocks=21, chunk=64)
+    prompt = random_text(sim.rng, 20 * BLOCK - 29)
+    for _ in range(3):
+        sim.add(prompt, wanted)
+        sim.run()
+    assert sim.num_hit >= (2 if wanted == 1 else 0) * 240
+    sim.check_all_is_free()
+
+
+def test_cache_loses_its_copies_before_a_request_loses_its_blocks(ledger: str):
+    """Two prompts take all of the pool when the first of them ends: nothing can be copied, nobody
+    is preempted, and the first blocks are read again later."""
+    sim = Simulation(ledger, num_blocks=41, chunk=64)
+    prompts = [random_text(sim.rng, n) for n in (300, 330)]
+    for prompt in prompts:
+        sim.add(prompt, 10)
+    while not sim.groups.boundary("1"):
+        sim.step()
+    assert sim.worker.num_copies < KEPT
+    sim.run()
+    assert sim.num_preempted == 0
+    sim.add(prompts[0], 3)
+    sim.run()
+    assert sim.num_hit < 300 - WINDOW - BLOCK
+    sim.check_all_is_free()
+
+
+def test_hit_on_a_copy_of_the_same_step_reads_its_source(ledger: str):
+    """A prompt ends, so that the cache gets copies, and a request comes that begins as it does."""
+    sim = Simulation(ledger, chunk=400)
+    prompt = random_text(sim.rng, 320)
+    first = sim.add(prompt, 50)
+    sim.step()
+    second = sim.add(prompt + random_text(sim.rng, 40), 50)
+    own = blocks_of(sim, first)[:KEPT]
+    sim.step()
+    copies = sim.in_flight[-1].copies
+    assert [source for source, _ in copies] == own + own
+    assert [target for _, target in copies][KEPT:] == blocks_of(sim, second)[:KEPT]
+    sim.run()
+    sim.check_all_is_free()
+
+
+@pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
+def test_preempted_request_finds_what_it_has_read(ledger: str, reads_outputs_again: bool):
+    """Not with the first model runner, for which its own words are no prompt."""
+    sim = Simulation(ledger, reads_outputs_again=reads_outputs_again)
+    sim.add(random_text(sim.rng, 300), 100)
+    while not sim.running or sim.running[0].request.num_output_tokens < 20:
+        sim.step()
+    sim.execute(sim.in_flight.pop())
+    sim.preempt(sim.running[0], [])
+    sim.run()
+    assert sim.num_hit == (288 if reads_outputs_again else 0)
+    sim.check_all_is_free()
+
+
+def test_policy_that_hears_all_queries_finds_nothing(ledger: str):
+    manager = block_manager(ledger, 50, window=None)
+    sim = Simulation(ledger, num_blocks=50)
+    sim.manager, sim.pool = manager, manager.block_pool
+    (sim.groups,) = manager.coordinator.single_type_managers
+    prompt = random_text(sim.rng, 300)
+    for _ in range(2):
+        sim.add(prompt, 5)
+        sim.run()
+    assert sim.num_hit == 0 and sim.num_read == 600 and sim.worker.num_copies == 0
+    assert len(sim.pool.cached_block_hash_to_block) == 0
     sim.check_all_is_free()
