@@ -107,7 +107,7 @@ def test_random_requests_with_common_beginnings(model: str, runs_ahead: bool):
         assert not any(prompts.heard for prompts in it.cache.prompts)
         again = it.run(prompts[-2:], 20)
         assert it.num_free == 29
-    assert run.preemptions > 0 and sum(run.cached) > 1000
+    assert run.preemptions > 0 and sum(run.cached) > 400
     assert sum(not tokens for tokens in run.tokens) <= len(leave)
     check_against_reference(model, settings, prompts, run)
     check_against_reference(model, settings, prompts[-2:], again)
