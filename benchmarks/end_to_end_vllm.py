@@ -5,10 +5,12 @@
 
 (`make vllm` makes the environment of the first command.) Without ``--model`` the weights are random
 and of Llama-3.1-8B's shape. The prompts are random tokens: what is measured does not depend on what
-they say. Every variant runs in a process of its own, and each load of it in the same engine, whose
-pool is made as small as the load asks. All requests of a load come at once, and the engine is
-stepped by hand, so that after each step one can see who runs and what the pool has left. One JSON
-line for each variant and load; ``--plot FILE`` draws both over time for the last load.
+they say. A load may be of conversations: then each prompt goes on with what was written and more
+random tokens, when all have been answered; see ``--prefix-caching``. Every variant runs in a
+process of its own, and each load of it in the same engine, whose pool is made as small as the load
+asks. All requests of a load come at once, and the engine is stepped by hand, so that after each
+step one can see who runs and what the pool has left. One JSON line for each variant and load;
+``--plot FILE`` draws both over time for the last load.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ ENVIRONMENT = {
 
 
 class Load(NamedTuple):
-    """Requests that come at once."""
+    """Requests that come at once; or conversations, whose next turns come when all have answers."""
 
     name: str
     requests: int
@@ -49,16 +51,28 @@ class Load(NamedTuple):
     new: int  # tokens that each writes
     fit: int  # whole requests that the pool holds
     rounds: int = 1  # how often it is repeated; the fastest counts
+    turns: int = 1  # how often prompts go on by as many tokens, behind what was written
+    shared: int = 0  # tokens in front of all prompts
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request at its end."""
+        return self.shared + self.turns * (self.prompt + self.new)
 
 
 #: Measured by default.
 LOADS = {
-    "cpu": [Load("short_pool", 16, 900, 160, 4)],
+    "cpu": [
+        Load("chats", 8, 60, 16, 8, turns=4, shared=1500),
+        Load("short_pool", 16, 900, 160, 4),
+    ],
     "cuda": [
         Load("first_token_8k", 1, 8192, 1, 1, 3),
         Load("first_token_32k", 1, 32768, 1, 1, 3),
         Load("decode_1_x_8k", 1, 8192, 128, 1, 2),
         Load("decode_6_x_8k", 6, 8192, 128, 6, 2),
+        Load("chats", 8, 60, 16, 8, turns=4, shared=1500),
+        Load("chats_32", 32, 500, 200, 32, turns=4, shared=4000),
         Load("ample_pool_8k", 16, 8192, 256, 16),
         Load("short_pool_8k", 48, 8192, 256, 6),
         Load("short_pool_2k", 48, 2048, 2048, 6),
@@ -110,6 +124,7 @@ def options() -> argparse.Namespace:
         ("fit", "whole requests that the pool holds"),
     ):
         parser.add_argument(f"--{field}", type=int, help=meaning)
+    parser.add_argument("--prefix-caching", action="store_true", help="switch it on")
     parser.add_argument("--budget", type=int, help="128 on a CPU, 1024 on a GPU by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int, default=32)
@@ -166,7 +181,7 @@ class Engine:
         from vllm import LLM
 
         self._block_size = args.block_size
-        longest = max(load.prompt + load.new for load in args.loads)
+        longest = max(load.longest for load in args.loads)
         on_cuda = args.device == "cuda"
         settings = compression(variant, args.budget)
         more: dict[str, Any] = {}
@@ -181,7 +196,7 @@ class Engine:
             load_format="auto" if args.named_model else "dummy",
             dtype=args.dtype,
             block_size=args.block_size,
-            enable_prefix_caching=False,
+            enable_prefix_caching=args.prefix_caching,
             skip_tokenizer_init=True,
             disable_log_stats=True,
             max_model_len=longest,
@@ -198,7 +213,7 @@ class Engine:
 
     def _blocks(self, load: Load) -> int:
         """That hold the whole requests of a load which shall fit."""
-        return load.fit * -(-(load.prompt + load.new) // self._block_size)
+        return load.fit * -(-load.longest // self._block_size)
 
     def run(self, load: Load, seed: int) -> Outcome:
         """Reads and writes a load in a pool of its size."""
@@ -206,46 +221,69 @@ class Engine:
 
         all_free = self._pool.get_num_free_blocks()
         held = self._pool.get_new_blocks(all_free - self._blocks(load))
-        total = self._pool.num_gpu_blocks - 1
         params = SamplingParams(
             max_tokens=load.new, temperature=0, ignore_eos=True, detokenize=False
         )
         rng = random.Random(seed)
-        requests = []
-        for number in range(load.requests):
-            prompt = [rng.randrange(self._vocabulary) for _ in range(load.prompt)]
-            name = f"{load.name}-{seed}-{number}"
-            name = self._engine.add_request(name, {"prompt_token_ids": prompt}, params) or name
-            requests.append(self._scheduler.requests.get(name))
-        written: dict[str, int] = {}
-        cached: dict[str, int] = {}
-        steps, is_reading = [], True
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                written[output.request_id] = len(output.outputs[0].token_ids)
-                cached[output.request_id] = output.num_cached_tokens or 0
-            running = self._scheduler.running
-            before, is_reading = (
-                is_reading,
-                any(r.num_computed_tokens < r.num_prompt_tokens for r in running),
-            )
-            steps.append(
-                Step(
-                    time.perf_counter() - begin,
-                    time.process_time() - begin_cpu,
-                    len(running),
-                    total - len(held) - self._pool.get_num_free_blocks(),
-                    sum(written.values()),
-                    before or is_reading,
-                )
-            )
+        shared = self._words(rng, load.shared)
+        texts = [[*shared, *self._words(rng, load.prompt)] for _ in range(load.requests)]
+        outcome = Outcome([], 0, 0)
+        began = time.perf_counter(), time.process_time()
+        for turn in range(load.turns):
+            written = self._turn(f"{load.name}-{seed}-{turn}", texts, params, outcome, began)
+            for text, words in zip(texts, written, strict=True):
+                text += [*words, *self._words(rng, load.prompt)]
+        for step in outcome.steps:
+            step.blocks -= len(held)
         self._pool.free_blocks(held)
         free = self._pool.get_num_free_blocks()
         assert free == all_free, f"{all_free - free} blocks were not given back"
-        preemptions = sum(r.num_preemptions for r in requests if r is not None)
-        read = load.requests * load.prompt - sum(cached.values())
-        return Outcome(steps, preemptions, read)
+        return outcome
+
+    def _words(self, rng: random.Random, count: int) -> list[int]:
+        return [rng.randrange(self._vocabulary) for _ in range(count)]
+
+    def _turn(
+        self,
+        name: str,
+        texts: list[list[int]],
+        params: Any,
+        outcome: Outcome,
+        began: tuple[float, float],
+    ) -> list[list[int]]:
+        """Has every text go on, and notes what happens; what was written."""
+        requests, places = [], {}
+        for number, text in enumerate(texts):
+            given = self._engine.add_request(f"{name}-{number}", {"prompt_token_ids": text}, params)
+            places[f"{name}-{number}"] = number
+            requests.append(self._scheduler.requests.get(given or f"{name}-{number}"))
+        written: list[list[int]] = [[] for _ in texts]
+        cached = [0] * len(texts)
+        before = outcome.steps[-1].tokens if outcome.steps else 0
+        total, is_reading = self._pool.num_gpu_blocks - 1, True
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                number = places[output.request_id]
+                written[number] = list(output.outputs[0].token_ids)
+                cached[number] = output.num_cached_tokens or 0
+            running = self._scheduler.running
+            was_reading, is_reading = (
+                is_reading,
+                any(r.num_computed_tokens < r.num_prompt_tokens for r in running),
+            )
+            outcome.steps.append(
+                Step(
+                    time.perf_counter() - began[0],
+                    time.process_time() - began[1],
+                    len(running),
+                    total - self._pool.get_num_free_blocks(),
+                    before + sum(map(len, written)),
+                    was_reading or is_reading,
+                )
+            )
+        outcome.preemptions += sum(r.num_preemptions for r in requests if r is not None)
+        outcome.prompt_tokens_read += sum(map(len, texts)) - sum(cached)
+        return written
 
 
 def measure(args: argparse.Namespace, variant: str) -> list[Outcome]:
@@ -341,6 +379,7 @@ def main() -> None:
                         **{k: v for k, v in load._asdict().items() if k != "name"},
                         "dtype": args.dtype,
                         "block_size": args.block_size,
+                        "prefix_caching": args.prefix_caching,
                         "budget": args.budget if variant != "plain" else None,
                         "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
                     },

@@ -117,6 +117,17 @@ class Steps:
         self.requests.append(request)
         return request
 
+    def find(self, request: Request, count: int) -> None:
+        """Its first tokens, whole blocks of them, are in a prefix cache."""
+        request.blocks = [self.free.pop() for _ in range(count // BLOCK)]
+        request.computed = count
+        self.told.running.add(request.blocks[0])
+        for layer, pages in enumerate(self.cache.pages):
+            blocks = pages.unflatten(0, (NUM_BLOCKS, HEADS))
+            for i, x in enumerate((request.keys, request.values)):
+                found = x[layer, :count].unflatten(0, (-1, BLOCK)).transpose(1, 2)
+                blocks[request.blocks, :, i] = found
+
     def remove(self, request: Request) -> None:
         """It has finished, and its blocks are anybody's."""
         self.requests.remove(request)

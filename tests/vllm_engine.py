@@ -90,6 +90,7 @@ class Run:
     preemptions: int = 0
     most_at_once: int = 0  # tokens that a request wrote in one step
     free_blocks: list[int] = field(default_factory=list)  # after each step
+    cached: list[int] = field(default_factory=list)  # prompt tokens that each did not read
 
 
 def is_compressed(manager: Any) -> bool:
@@ -162,25 +163,45 @@ class Engine:
         builders = [g.get_metadata_builder() for groups in runner.attn_groups for g in groups]
         return next((b.cache for b in builders if getattr(b, "cache", None)), None)
 
-    def run(self, prompts: list[list[int]], new_tokens: int | list[int]) -> Run:
-        """Runs requests to their ends, greedily."""
-        from vllm import SamplingParams
+    def run(
+        self,
+        prompts: list[list[int]],
+        new_tokens: int | list[int],
+        *,
+        come: list[int] | None = None,
+        leave: dict[int, int] | None = None,
+    ) -> Run:
+        """Runs requests to their ends, greedily.
 
+        ``come``: the steps before which each is added; ``leave``: steps before which some are
+        aborted, by their numbers.
+        """
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
-        for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            params = SamplingParams(
-                max_tokens=count, temperature=0, ignore_eos=True, detokenize=False
-            )
-            self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
-        run = Run([[] for _ in prompts], [[] for _ in prompts])
+        come, leave = come or [0] * len(prompts), leave or {}
+        run = Run([[] for _ in prompts], [[] for _ in prompts], cached=[0] * len(prompts))
         turns: dict[tuple[str, int], int] = {}
-        while self._engine.has_unfinished_requests():
+        names: dict[int, str] = {}
+        while len(names) < len(prompts) or self._engine.has_unfinished_requests():
+            for number, step in enumerate(come):
+                if number not in names and step <= run.steps:
+                    names[number] = self._add(str(number), prompts[number], counts[number])
+            gone = [name for number, name in names.items() if leave.get(number) == run.steps]
+            self._engine.abort_request(gone, internal=True)
             written = {key: r.num_output_tokens for key, r in self.scheduler.requests.items()}
             for output in self._engine.step():
+                number = int(output.request_id)
+                run.cached[number] = output.num_cached_tokens or 0
                 if output.finished:
-                    run.tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+                    run.tokens[number] = list(output.outputs[0].token_ids)
             self._note(run, written, turns)
         return run
+
+    def _add(self, name: str, prompt: list[int], count: int) -> str:
+        """Adds a request; the name that the engine gives it."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
+        return self._engine.add_request(name, {"prompt_token_ids": prompt}, params) or name
 
     def _note(self, run: Run, written: dict[str, int], turns: dict[tuple[str, int], int]) -> None:
         """Notes what a step did.

@@ -82,6 +82,24 @@ def test_engine_cache_knows_requests_by_their_places(device: torch.device, flash
     assert len(steps.cache.prompts) <= 4
 
 
+@pytest.mark.parametrize("has_places", [False, True])
+def test_engine_cache_begins_behind_what_is_cached(device: torch.device, has_places: bool):
+    """Also in the place of one that was reading its prompt."""
+    steps = Steps(policy("exact"), device, torch.float32, has_places=has_places)
+    steps.find(steps.add(200), 9 * BLOCK)
+    gone = steps.add(150)
+    run_step(steps, [20, 100])
+    steps.remove(gone)
+    again = steps.add(190)
+    steps.find(again, 7 * BLOCK)
+    again.place = gone.place
+    run_step(steps, [36, 40])
+    for counts in ([1, 38], [1, 1], [1, 1]):
+        run_step(steps, counts)
+    assert [boundary for _, boundary in steps.told.planned] == [200, 190]
+    assert len(steps.told.entries) == 2 and not steps.cache.prompts
+
+
 @pytest.mark.parametrize("name", FOLDING)
 def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, name: str):
     """Policies that look at all queries, which come in chunks."""

@@ -71,6 +71,11 @@ class Settings:
         """The policy of that name."""
         return get(self.policy)
 
+    @property
+    def window(self) -> int | None:
+        """Last tokens of a prompt whose queries the policy hears; None: it hears all."""
+        return None if "all_queries" in self.preset.needs else self.preset.window
+
     def policy_for(self, block_size: int) -> Policy:
         """The policy, with its budgets rounded up to pages of ``block_size`` in mode "fill"."""
         if self.mode == "exact":

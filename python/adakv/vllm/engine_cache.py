@@ -250,8 +250,10 @@ class EngineCache:
         begins = [
             row
             for row, (begin, end) in enumerate(pairwise(batch.query_start))
-            # Also a request that starts again after a preemption.
-            if batch.is_prefilling[row] and batch.computed[row] == 0 and begin != end
+            # Also a request that starts again after a preemption, or behind a cached prefix.
+            if batch.is_prefilling[row]
+            and begin != end
+            and not self._goes_on(requests[row], batch.computed[row])
         ]
         if begins:
             names = first_blocks[sent(begins, self.device)]
@@ -276,6 +278,11 @@ class EngineCache:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
                 self._end_prompt(request, blocks, computed)
+
+    def _goes_on(self, request: int, computed: int) -> bool:
+        """Whether a prompt is the one that was read so far as it."""
+        prompt = self.prompts.get(request)
+        return prompt is not None and prompt.reader.lengths == [computed]
 
     def _forget_gone(self) -> None:
         """Forgets prompts that no scheduler has."""

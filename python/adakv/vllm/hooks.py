@@ -75,8 +75,8 @@ def current_settings() -> Settings | None:
         _engine = None
         return None
     check_engine(config)
-    if config.cache_config.enable_prefix_caching:
-        _warn("prefix caching finds nothing: compressed blocks can't be shared")
+    if config.cache_config.enable_prefix_caching and settings.window is None:
+        _warn(f"prefix caching finds nothing: {settings.policy} hears all queries of a prompt")
     _engine = config, settings
     return settings
 
@@ -124,6 +124,7 @@ def customized(spec: Any) -> Any:
         budget=settings.budget,
         ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
         reads_outputs_again=config.use_v2_model_runner,
+        window=settings.window,
     )
 
 

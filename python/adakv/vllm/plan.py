@@ -22,12 +22,21 @@ class Plan(NamedTuple):
     tail: int
 
 
+def most_kept_blocks(*, budget: int, block_size: int, num_kv_heads: int) -> int:
+    """First blocks that a compressed request keeps, however long its prompt was.
+
+    A row of n entries takes ``ceil(n / block_size)`` pages. Over H rows of ``H * budget`` entries
+    these are at most ``floor(H * (budget + block_size - 1) / block_size)``.
+    """
+    pages = num_kv_heads * (budget + block_size - 1) // block_size
+    return -(-pages // num_kv_heads)
+
+
 def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> Plan | None:
     """The blocks of a request whose first ``boundary`` tokens are compressed.
 
-    A row of n entries takes ``ceil(n / block_size)`` pages. Over H rows of ``H * budget`` entries
-    these are at most ``floor(H * (budget + block_size - 1) / block_size)``. Later each row takes
-    its next pages from the blocks behind ``tail``, which come at least as often as it needs them.
+    Later each row takes its next pages from the blocks behind ``tail``, which come at least as
+    often as it needs them.
 
     Parameters
     ----------
@@ -47,6 +56,5 @@ def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> P
     if boundary <= budget:
         return None
     tail = boundary // block_size
-    pages = num_kv_heads * (budget + block_size - 1) // block_size
-    kept_blocks = -(-pages // num_kv_heads)
+    kept_blocks = most_kept_blocks(budget=budget, block_size=block_size, num_kv_heads=num_kv_heads)
     return Plan(kept_blocks, tail) if kept_blocks < tail else None

@@ -12,21 +12,20 @@ import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.core.single_type_kv_cache_manager import (
-    FullAttentionManager,
-    register_all_kvcache_specs,
-)
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.request import Request
 
 from adakv.vllm.ledger import Ledger, remove_at_exit, remove_unused
-from adakv.vllm.plan import Plan, plan
+from adakv.vllm.plan import Plan, most_kept_blocks, plan
+from adakv.vllm.prefix import PrefixManager
 
 # vLLM registers its own specs only while there are none: before ours.
 register_all_kvcache_specs(None)
 
 
-class CompressedManager(FullAttentionManager):
+class CompressedManager(PrefixManager):
     """Blocks of requests whose prompts are compressed by workers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,8 +35,12 @@ class CompressedManager(FullAttentionManager):
         self._admitted: dict[str, int] = {}  # tokens when it came, or came back
         self._boundaries: dict[str, int] = {}
         self._is_cut: set[str] = set()
+        spec = self.kv_cache_spec
+        self.own_blocks = most_kept_blocks(
+            budget=spec.budget, block_size=self.block_size, num_kv_heads=spec.num_kv_heads
+        )
         remove_unused()
-        name = self.kv_cache_spec.ledger
+        name = spec.ledger
         self._ledger = Ledger.open(name, self.block_pool.num_gpu_blocks)
         remove_at_exit(name)
 
@@ -112,29 +115,35 @@ class CompressedManager(FullAttentionManager):
             self._ledger.begin(blocks[0].block_id)
         return new
 
-    @classmethod
-    def find_longest_cache_hit(
-        cls, *args: Any, kv_cache_group_ids: list[int], **kwargs: Any
-    ) -> tuple[tuple[list[Any], ...], int]:
-        """Nothing: blocks of a prompt hold something else once it was compressed.
+    def num_whole_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those of its prompt, if it is compressed."""
+        boundary = self._boundaries.get(request.request_id)
+        if boundary is None or self.plan(boundary) is None:
+            return num_tokens
+        return min(num_tokens, boundary)
 
-        So the engine reads every prompt whole, even if layers of another kind have it in the prefix
-        cache. (Saying ``prefix_cacheable = False`` would have it skip what those have.)
-        """
-        return tuple([] for _ in kv_cache_group_ids), 0
-
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """No block is offered to other requests."""
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Also has the cache go on with copies of what workers are about to compress."""
+        super().cache_blocks(request, *args, **kwargs)
+        boundary = self._boundaries.get(request.request_id)
+        if boundary is None or request.request_id in self._is_cut:
+            return
+        if (planned := self.plan(boundary)) is not None:
+            self.change_first_blocks(request.request_id, planned.kept_blocks)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """The request has finished, or is preempted and will start again."""
+        request, blocks = self._requests.get(request_id), super().pop_blocks_for_free(request_id)
         for notes in (self._prompts, self._admitted, self._boundaries):
             notes.pop(request_id, None)
         self._is_cut.discard(request_id)
         if request_id in self._begun:
             self._begun.remove(request_id)
-            self._ledger.free(self.req_to_blocks[request_id][0].block_id)
-        return super().pop_blocks_for_free(request_id)
+            self._ledger.free(blocks[0].block_id)
+        if request is not None and not self.kv_cache_spec.reads_outputs_again:
+            # It may be cached up to a place from which on nothing counts as its prompt.
+            request.skip_reading_prefix_cache = True
+        return blocks
 
 
 @register_kv_cache_spec(manager_class=CompressedManager, uniform_type_base_spec=FullAttentionSpec)
@@ -151,19 +160,20 @@ class CompressedSpec(FullAttentionSpec):
     reads_outputs_again : bool
         Whether the engine's model runner counts what was generated before a preemption as a part of
         the prompt (its second version does).
+    window : int, optional
+        The last tokens of a prompt, whose queries the policy hears; None: it hears all queries.
     """
 
     budget: int
     ledger: str
     reads_outputs_again: bool
+    window: int | None = None
 
     @classmethod
-    def of(
-        cls, spec: FullAttentionSpec, *, budget: int, ledger: str, reads_outputs_again: bool
-    ) -> CompressedSpec:
-        """A layer's own spec, with the plan's numbers."""
+    def of(cls, spec: FullAttentionSpec, **numbers: Any) -> CompressedSpec:
+        """A layer's own spec, with the numbers of above."""
         same = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**same, budget=budget, ledger=ledger, reads_outputs_again=reads_outputs_again)
+        return cls(**same, **numbers)
 
     @classmethod
     def merge(cls, specs: list[CompressedSpec]) -> CompressedSpec:

@@ -1,0 +1,135 @@
+"""Whole engines on the CPU with prefix caching: what they read, write, and give back."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+from adakv.vllm.config import Settings
+from vllm_engine import BLOCK, SMALL, Engine, Run, engine, save_gemma2, save_llama
+from vllm_reference import Reference
+
+WINDOW = 32  # of ada_snapkv
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def random_text(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def check_against_reference(
+    model: str, settings: Settings, prompts: list[list[int]], run: Run
+) -> None:
+    reference = Reference(model, settings)
+    for number, (prompt, tokens) in enumerate(zip(prompts, run.tokens, strict=True)):
+        if tokens:
+            assert reference.choices(prompt, tokens, run.compressions[number]) == tokens, number
+
+
+def chats(it: Engine, seed: int, *, number: int, turns: int) -> tuple[list[list[int]], list[int]]:
+    """Texts of conversations behind one system prompt, and the tokens that each turn read of them;
+    the first of them is a step ahead of the others."""
+    rng = random.Random(seed)
+    system = random_text(rng, 200)
+    texts = [system + random_text(rng, rng.randint(25, 60)) for _ in range(number)]
+    read = []
+    for _ in range(turns):
+        run = it.run(texts, 20, come=[0, *[1] * (number - 1)])
+        read.append(sum(map(len, texts)) - sum(run.cached))
+        for text, tokens in zip(texts, run.tokens, strict=True):
+            text += tokens + random_text(rng, rng.randint(25, 60))
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    return texts, read
+
+
+@pytest.mark.parametrize(
+    ("policy", "runs_ahead", "pool"),
+    [
+        ("ada_snapkv", False, 300),
+        ("ada_snapkv", True, 44),
+        ("critical_ada_snapkv", False, 44),
+        ("streaming", True, 300),
+    ],
+)
+def test_chats_write_what_they_do_without_caching(
+    model: str, policy: str, runs_ahead: bool, pool: int
+):
+    settings = Settings(policy, 64)
+    options = {"num_gpu_blocks_override": pool, "runs_ahead": runs_ahead, "max_model_len": 1024}
+    with engine(model, settings, **options) as it:
+        expected, everything = chats(it, 1, number=4, turns=4)
+    with engine(model, settings, enable_prefix_caching=True, **options) as it:
+        texts, read = chats(it, 1, number=4, turns=4)
+    assert texts == expected
+    if pool == 300:  # in the first turn one for all, then what is new, and a part of a block
+        assert read[0] <= everything[0] - 3 * (200 // BLOCK * BLOCK)
+        most = 60 + 20 + BLOCK + WINDOW
+        assert all(count <= 4 * most for count in read[1:])
+
+
+def test_engine_without_compression_finds_what_plain_vllm_finds(model: str):
+    """Texts that fit into the budget: also what was written is found."""
+    options = {"enable_prefix_caching": True, "num_gpu_blocks_override": 300}
+    with engine(model, **options) as plain:
+        expected, least = chats(plain, 2, number=3, turns=3)
+    with engine(model, Settings(budget=600), **options) as it:
+        texts, read = chats(it, 2, number=3, turns=3)
+    assert texts == expected
+    # The window's tokens are read again where plain vLLM reads one token of a block.
+    assert all(a <= b + 3 * (WINDOW + BLOCK) for a, b in zip(read, least, strict=True))
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_random_requests_with_common_beginnings(model: str, runs_ahead: bool):
+    """Chunks of 100 tokens, a pool so small that requests are preempted, some are aborted."""
+    rng = random.Random(5)
+    begins = [random_text(rng, n) for n in (60, 150, 250)]
+    prompts = [
+        rng.choice(begins)[: rng.randint(100, 500)] + random_text(rng, rng.choice([0, 1, 40, 100]))
+        for _ in range(30)
+    ]
+    prompts[20], prompts[25] = prompts[10], prompts[11]
+    counts = [rng.choice([1, 5, 40, 60]) for _ in prompts]
+    come = sorted(rng.randrange(60) for _ in prompts)
+    leave = {number: come[number] + rng.randint(1, 12) for number in (3, 9, 17)}
+    settings, options = Settings(budget=64), SMALL | {"enable_prefix_caching": True}
+    with engine(model, settings, runs_ahead=runs_ahead, **options) as it:
+        run = it.run(prompts, counts, come=come, leave=leave)
+        assert it.num_free == 29
+        assert not it.cache.prompts
+        again = it.run(prompts[-2:], 20)
+        assert it.num_free == 29
+    assert run.preemptions > 0 and sum(run.cached) > 400
+    assert sum(not tokens for tokens in run.tokens) <= len(leave)
+    check_against_reference(model, settings, prompts, run)
+    check_against_reference(model, settings, prompts[-2:], again)
+
+
+def test_sliding_windows_share_with_compressed_layers(tmp_path: Path):
+    """Gemma2: a prefix is found where both kinds of layers have it."""
+    model = save_gemma2(tmp_path)
+    settings = Settings(budget=64)
+    with engine(model, settings, num_gpu_blocks_override=200) as it:
+        expected, everything = chats(it, 3, number=3, turns=3)
+    with engine(model, settings, num_gpu_blocks_override=200, enable_prefix_caching=True) as it:
+        texts, read = chats(it, 3, number=3, turns=3)
+    assert texts == expected
+    assert sum(read) < sum(everything) / 2
+
+
+def test_policy_that_hears_all_queries_finds_nothing(model: str):
+    settings = Settings("ada_column_max", 64)
+    with engine(model, settings) as it:
+        expected, everything = chats(it, 4, number=2, turns=2)
+    with engine(model, settings, enable_prefix_caching=True) as it:
+        texts, read = chats(it, 4, number=2, turns=2)
+    assert texts == expected
+    assert read == everything
