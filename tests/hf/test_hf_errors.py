@@ -321,6 +321,20 @@ def test_output_projections_are_found_under_other_names(name: str, settings: Any
     assert cache.stats()["bytes"] > 0
 
 
+@pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices", "sinks"])
+def test_arguments_of_attention_that_a_step_would_ignore_are_refused(name: str) -> None:
+    model = LLAMA.model()
+
+    def give(module: Any, args: Any, options: Any) -> Any:
+        return args, {**options, name: torch.zeros(1)}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(give, with_kwargs=True)
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        with pytest.raises(ValueError, match=f"attention takes {name}"):
+            logits(model, ids(60), cache)
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(ValueError, match="transformers model, got Linear"):
         adakv.Cache(torch.nn.Linear(2, 2), budget=40)

@@ -166,3 +166,15 @@ def test_what_needs_full_attention_everywhere_is_refused() -> None:
         cache = adakv.Cache(model, budget=40)
         with pytest.raises(ValueError, match="without full attention have steps that can't be"):
             generate(model, ids(50), cache, custom_generate=adakv.cuda_graph_sample)
+
+
+def test_a_cache_that_has_seen_tokens_is_initialized() -> None:
+    """PaliGemma, HRM and Molmo2 make their masks by it."""
+    model = HYBRIDS[0].model()
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        assert not cache.is_initialized
+        logits(model, ids(50), cache)
+        assert cache.is_initialized
+        cache.reset()
+        assert not cache.is_initialized

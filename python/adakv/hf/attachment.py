@@ -93,6 +93,9 @@ class AttendingLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in 4.57
 
 
+#: Arguments of attention functions that depend on keys which may be evicted.
+_UNHEEDED = ("position_bias", "indices", "block_indices", "sinks")
+
 #: How many hold each attached decoder, and the attention that a name of ours stands for.
 _holders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _inners: dict[str, str] = {}
@@ -239,7 +242,13 @@ def _attention(
 
 
 def attention_of(options: dict[str, Any]) -> Attention:
-    """How a layer attends, from the keyword arguments of its attention function."""
+    """How a layer attends, from the keyword arguments of its attention function.
+
+    Raises ``ValueError`` for arguments that say more than a step over kept entries can heed.
+    """
+    for name in _UNHEEDED:
+        if options.get(name) is not None:
+            raise ValueError(f"model: its attention takes {name}, which adakv.Cache can't heed")
     sink_logits = options.get("s_aux")
     return Attention(
         options.get("scaling"),

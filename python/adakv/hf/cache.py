@@ -144,7 +144,8 @@ class Cache(TransformersCache):
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
         self._repetition: Tensor | None = None  # [B, R], for after the prompt
-        self._signature: tuple[Any, ...] | None = None
+        self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
+        self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
         self._was_asked = False  # how long it is, since it was last given keys
         self._states = States(self.layers)
@@ -161,6 +162,8 @@ class Cache(TransformersCache):
             self._begin_forward(key_states, value_states.dtype)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
+        if self._heads is None and isinstance(self.layers[layer_idx], FullAttentionLayer):
+            self._heads = (key_states.shape[1], key_states.shape[3])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -222,11 +225,16 @@ class Cache(TransformersCache):
     @property
     def _num_kv_heads(self) -> int:
         """As its keys have them; before the first ones come, as the model's config says."""
-        if self._signature is not None:
-            return int(self._signature[1])
+        if self._heads is not None:
+            return self._heads[0]
         config = self.model_config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(heads)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it has seen tokens; some models make the masks of their prompts by this."""
+        return self.get_seq_length() > 0
 
     @property
     def pages(self) -> KVCache | None:
@@ -510,7 +518,9 @@ class Cache(TransformersCache):
     def _allocate(self, reader: Reader) -> KVCache:
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
         assert self._signature is not None
-        batch, heads, head_dim, dtype, device = self._signature
+        batch, _, _, dtype, device = self._signature
+        assert self._heads is not None
+        heads, head_dim = self._heads
         size, more = self._page_size, min(self._max_new_tokens, FIRST_TOKENS)
         pages = sum(
             KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)

@@ -48,7 +48,12 @@ UNLIKE_ITS_CACHE = {
     "diffllama": "halves the heads of its values between its cache and its attention",
     "doge": "hides keys by a mask that it makes of all values, which a compressed cache hasn't",
     "git": "computes its attention itself instead of looking it up in AttentionInterface",
+    "inkling_text": "adds a bias of positions to its attention, which evicted keys would shift",
+    "inkling2_text": "adds a bias of positions to its attention, which evicted keys would shift",
     "jetmoe": "repeats its keys and values between its cache and its attention",
+    "minimax": "takes no cache but one of its own",
+    "minimax_m3_vl_text": "chooses blocks of keys by an index of its own in every step",
+    "recurrent_gemma": "keeps its states in its modules instead of in a cache",
     "mllama": "has cross-attention, whose keys are of images and not of the text",
     "mllama_text_model": "has cross-attention, whose keys are of images and not of the text",
 }
