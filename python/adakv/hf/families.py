@@ -164,7 +164,8 @@ def output_projection(module: torch.nn.Module, width: int, like: Tensor) -> Tens
 def _is_plain(weight: Tensor) -> bool:
     """Whether it holds the very numbers that are multiplied by, without scales elsewhere."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in dtypes
+    is_there = not weight.is_meta  # offloaded weights come when the module is called
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in dtypes and is_there
 
 
 def rotation(decoder: torch.nn.Module) -> Rotate:
