@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import adakv
 from adakv.eval import data, metrics, runner
 from adakv.eval.prefill import Prefill
+from hf.families import HYBRIDS
 from small_model import save_model
 
 STORY = "The harbour was quiet. A bell rang twice, and nobody came! Who had rung it? "
@@ -206,6 +207,15 @@ def test_prefill_fills_the_full_cache(model: Any):
 
 
 # --- metrics ------------------------------------------------------------------------------------
+
+
+def test_prefill_refuses_states_that_it_cant_give_to_many_caches():
+    family = next(family for family in HYBRIDS if str(family) == "Lfm2")
+    if not family.is_available:
+        pytest.skip("attach refuses it in this version of transformers")
+    hybrid = family.model()
+    with adakv.attach(hybrid), pytest.raises(ValueError, match="layers with states"):
+        Prefill(hybrid, torch.ones(1, 8, dtype=torch.int64))
 
 
 def test_compare_by_hand():

@@ -50,10 +50,15 @@ class _Recorder(TransformersCache):
     """A cache that remembers one prompt, with the queries."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layers = [
-            _RecordingLayer() if type(layer) is DynamicLayer else layer
-            for layer in cache_layers(decoder_of(model))
-        ]
+        own = cache_layers(decoder_of(model))
+        if any(
+            not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states") for layer in own
+        ):
+            raise ValueError(
+                f"model: {type(model).__name__} has layers with states, which one reading of a "
+                "prompt can't give to many caches"
+            )
+        layers = [_RecordingLayer() if type(layer) is DynamicLayer else layer for layer in own]
         self.entries: list[tuple[Tensor, Tensor]] = []  # [1, Hkv, T, D] keys and values of a layer
         super().__init__(layers=layers)
 
