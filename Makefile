@@ -30,7 +30,7 @@ WERROR := $(if $(CI),ON,OFF)
 CUDA_BENCHES := $(wildcard benchmarks/bench_*_cuda.py)
 BENCHES := $(if $(filter cuda,$(DEVICE)),$(CUDA_BENCHES),\
 	$(filter-out $(CUDA_BENCHES),$(wildcard benchmarks/bench_*.py)))
-PYTHON_DIRS := python tests benchmarks examples
+PYTHON_DIRS := python tests benchmarks examples bindings
 CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
 INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
 	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)

@@ -78,7 +78,7 @@ class Call {
     view.rank = static_cast<int32_t>(shape.size());
     std::copy(shape.begin(), shape.end(), view.shape);
     const bool is_wrong = goes_wrong();
-    const int wrong = is_wrong ? input_.range(0, 9) : -1;
+    const int wrong = is_wrong ? input_.range(0, 10) : -1;
     int64_t* some_size = &view.shape[view.rank > 0 ? input_.byte() % view.rank : 0];
     if (wrong == 0) return {};
     if (wrong == 1) view.dtype = static_cast<DType>(input_.range(0, 3));
@@ -96,6 +96,7 @@ class Call {
     if (wrong == 7 && view.size() > 0) view.data = nullptr;  // empty ones may have any pointer
     if (wrong == 8) *some_size = static_cast<int64_t>(input_.word()) << 31 | int64_t{1} << 63;
     if (wrong == 9) view.rank = input_.range(5, 9);
+    if (wrong == 10) view.data = view.ptr<char>() + input_.range(1, 15);  // refused, or not read
     return view;
   }
 
