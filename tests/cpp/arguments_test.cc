@@ -150,10 +150,9 @@ TEST(Arguments, WhatIsReadInPiecesIsAligned) {
     EXPECT_NE(after(&Right::plan, &plan, [&](PlanArgs& args) { shift(args.schedule, bytes); })
                   .find("plan: schedule must be aligned to "),
               std::string::npos);
-    EXPECT_NE(
-        after(&Right::attend, &attend, [&](AttendArgs& args) { shift(args.schedule, bytes); })
-            .find("attend: schedule must be aligned to "),
-        std::string::npos);
+    EXPECT_NE(after(&Right::attend, &attend, [&](AttendArgs& args) { shift(args.schedule, bytes); })
+                  .find("attend: schedule must be aligned to "),
+              std::string::npos);
   }
 }
 
