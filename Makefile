@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD := build/dev
 WERROR := $(if $(CI),ON,OFF)
-PYTHON_DIRS := python tests benchmarks examples
+PYTHON_DIRS := python tests benchmarks examples bindings
 CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
 INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
 	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)

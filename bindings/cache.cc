@@ -73,7 +73,7 @@ Stream stream_of(const KVCache& cache) {
 py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
     KVCache& self, Int layer, Int first_sequence, LongInts num_kept, LongInts longest_row) {
   const PageList pages = self.begin(take("layer", layer), take("first_sequence", first_sequence),
-                                    take("num_kept", num_kept), take("longest_row", longest_row));
+                                    take("totals", num_kept), take("longest", longest_row));
   return py::make_tuple(pages.ids, pages.indptr);
 }
 
@@ -110,8 +110,8 @@ void bind_cache(py::module_& module) {
                          stream_of(self));
           },
           arg("num_pages"), arg("max_row_pages"))
-      .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("num_kept"),
-           arg("longest_row"))
+      .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"),
+           arg("longest"))
       .def(
           "grow",
           [](KVCache& self, Ints num_new, Int columns) {

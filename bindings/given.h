@@ -54,7 +54,8 @@ std::enable_if_t<std::is_enum_v<Enum>> take(const char* name, py::handle given, 
 /// The same for a sequence of integers.
 template <typename Integer>
 void take(const char* name, py::handle given, std::vector<Integer>& to) {
-  if (!PySequence_Check(given.ptr()) || PyUnicode_Check(given.ptr())) {
+  if (!PySequence_Check(given.ptr()) || PyUnicode_Check(given.ptr()) ||
+      PyBytes_Check(given.ptr())) {
     throw InvalidArgument(
         detail::concat(name, " must be a sequence of integers, got ", description(given)));
   }

@@ -52,15 +52,13 @@ def members(namespace: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: str"
 
 
-def main() -> int:
+def main() -> None:
     text = HEAD + "\n".join(members(vars(_C))) + "\n"
     if "--check" not in sys.argv:
         FILE.write_text(text)
     elif FILE.read_text() != text:
-        print(f"{FILE} is not what the bindings define: make stubs", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"{FILE} is not what the bindings define: make stubs")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

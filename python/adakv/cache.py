@@ -66,9 +66,9 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
-        device = torch.device(device)
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, got {device}")
+        device = _device(device)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.num_layers = num_layers
@@ -303,6 +303,16 @@ class KVCache:
     def num_free(self) -> int:
         """Pages that are free."""
         return int(self._cache.num_free)
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"device must be cpu or cuda, got {given!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    return device
 
 
 def sequences(layer: Layer, slots: slice) -> Layer:

@@ -19,6 +19,7 @@ Wrong arguments raise ``ValueError`` naming the argument, what was expected and 
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -75,15 +76,30 @@ class Layer(NamedTuple):
 _GROWING = ("pages", "page_positions", "block_table", "lengths", "seen")
 
 
+def _num_workers(tensor: Tensor) -> int:
+    try:
+        return _num_workers_of(tensor.device)
+    except (AttributeError, ValueError):
+        return 0  # the core says what is wrong with the tensor
+
+
 @functools.cache
-def _num_workers(device: torch.device) -> int:
+def _num_workers_of(device: torch.device) -> int:
     is_current = device.type == "cuda" and device.index is None
     index = torch.cuda.current_device() if is_current else device.index or 0
     return _C.default_num_workers(device.type, index)
 
 
+#: The output for inputs that are no tensors, or not of the dimensions they should be: what is wrong
+#: with them, the core says.
+_NOTHING = torch.empty(0)
+
+
 def _per_entry(keys: Tensor) -> Tensor:
-    return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    try:
+        return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    except AttributeError:
+        return _NOTHING
 
 
 @verb(fake=lambda queries, keys, **_: _per_entry(keys))
@@ -152,8 +168,8 @@ def score(
     _C.score(
         queries, keys, seq_lens, sink_logits, lse,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        window_reduce, group_reduce, order, pool, pool_width, -1 if window is None else window, stride, distance,
-        scores,
+        window_reduce, group_reduce, order, pool, pool_width,
+        -1 if window is None else window, stride, distance, scores,
     )  # fmt: skip
     return scores
 
@@ -187,7 +203,10 @@ def value_norm(
 
 
 def _per_row(scores: Tensor) -> Tensor:
-    return scores.new_empty(scores.shape[:2], dtype=torch.int32)
+    try:
+        return scores.new_empty(scores.shape[:2], dtype=torch.int32)
+    except AttributeError:
+        return _NOTHING
 
 
 @verb(fake=lambda scores, budget, **_: _per_row(scores))
@@ -243,6 +262,22 @@ def _kept(budgets: Tensor, total: int | torch.SymInt) -> Kept:
     return Kept(budgets.new_empty(total), budgets.new_empty(budgets.numel() + 1))
 
 
+def _checked_total(total: int) -> int:
+    try:
+        count = operator.index(total)
+    except TypeError:
+        count = -1
+    if not 0 <= count < 2**31:
+        raise ValueError(f"select: total must be a number of positions below 2^31, got {total!r}")
+    return count
+
+
+def _total(scores: Tensor, budgets: Tensor, window: int, seq_lens: Tensor | None) -> int:
+    """The sum of the budgets, clamped to what rows have."""
+    most = seq_lens if seq_lens is not None else torch.full_like(budgets[:, 0], scores.shape[-1])
+    return int(budgets.clamp(min=window).minimum(most[:, None]).sum())
+
+
 def _fake_select(
     scores: Tensor, budgets: Tensor, *, total: int | None = None, **_options: Any
 ) -> Kept:
@@ -288,13 +323,15 @@ def select(
     -------
     kept : :class:`Kept`
     """
-    if total is None:
-        most = (
-            seq_lens if seq_lens is not None else torch.full_like(budgets[:, 0], scores.shape[-1])
-        )
-        total = int(budgets.clamp(min=window).minimum(most[:, None]).sum())
-    kept = _kept(budgets, total)
-    _C.select(scores, budgets, norms, seq_lens, window, first, eps, *kept)
+    inputs = scores, budgets, norms, seq_lens, window, first, eps
+    if total is not None:
+        total = _checked_total(total)
+    try:
+        kept = _kept(budgets, _total(scores, budgets, window, seq_lens) if total is None else total)
+    except Exception:
+        _C.select(*inputs, None, None)  # says what is wrong with them
+        raise
+    _C.select(*inputs, *kept)
     return kept
 
 
@@ -343,9 +380,12 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
 
 
 def _schedule(lengths: Tensor) -> Tensor:
-    layers, batch, heads = lengths.shape
-    size = _C.schedule_size(batch * heads, _num_workers(lengths.device))
-    return lengths.new_empty((layers, size))
+    try:
+        layers, batch, heads = lengths.shape
+        size = _C.schedule_size(batch * heads, _num_workers(lengths))
+        return lengths.new_empty((layers, size))
+    except (AttributeError, ValueError):
+        return _NOTHING
 
 
 @verb(fake=lambda lengths, *_, **_options: _schedule(lengths))
@@ -379,15 +419,18 @@ def plan(
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
     schedule = _schedule(lengths)
-    workers = _num_workers(lengths.device)
+    workers = _num_workers(lengths)
     _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
     return schedule
 
 
 def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, dim = queries.shape
-    out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-    return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
+    try:
+        batch, heads, tokens, dim = queries.shape
+        out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+        return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
+    except (AttributeError, ValueError):
+        return _NOTHING, _NOTHING
 
 
 @verb(fake=lambda queries, *_, **_options: _attended(queries), mutates=(*_GROWING, "schedule"))
@@ -439,6 +482,6 @@ def attend(
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        _num_workers(queries.device), prefetch, out, lse,
+        _num_workers(queries), prefetch, out, lse,
     )  # fmt: skip
     return out, lse

@@ -135,6 +135,27 @@ TEST(Arguments, ScratchMemoryIsLargeEnough) {
             "score: workspace must be a contiguous int32 tensor of one dimension");
 }
 
+// Scratch memory and schedules are read in pieces of 16 bytes.
+TEST(Arguments, WhatIsReadInPiecesIsAligned) {
+  const auto shift = [](TensorView& view, int bytes) { view.data = view.ptr<char>() + bytes; };
+  alignas(16) static int32_t scratch[1 << 16];
+  for (int bytes : {1, 4, 8}) {
+    EXPECT_NE(after(&Right::score, &score,
+                    [&](ScoreArgs& args) {
+                      args.workspace = TensorView(scratch, {(1 << 16) - 4}, DType::kInt32);
+                      shift(args.workspace, bytes);
+                    })
+                  .find("score: workspace must be aligned to 16 bytes, got "),
+              std::string::npos);
+    EXPECT_NE(after(&Right::plan, &plan, [&](PlanArgs& args) { shift(args.schedule, bytes); })
+                  .find("plan: schedule must be aligned to "),
+              std::string::npos);
+    EXPECT_NE(after(&Right::attend, &attend, [&](AttendArgs& args) { shift(args.schedule, bytes); })
+                  .find("attend: schedule must be aligned to "),
+              std::string::npos);
+  }
+}
+
 TEST(Arguments, ScoreNamesWhatIsWrong) {
   EXPECT_EQ(score_after([](ScoreArgs& args) { args.queries.shape[1] = 3; }),
             "score: q heads must be 1 to 16 times the kv heads, got Hq = 3 and Hkv = 2");

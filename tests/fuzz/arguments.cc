@@ -320,9 +320,19 @@ class Call {
     args.new_tokens = number(S);
     args.page_size = number(P);
     args.num_workers = input_.range(1, 9);
-    args.schedule = ints({layers, schedule_size(B * Hkv, args.num_workers)}, 0, 0);
+    args.schedule = schedules({layers, schedule_size(B * Hkv, args.num_workers)});
     args.num_workers = number(args.num_workers);
     call([&] { plan(args); });
+  }
+
+  /// Memory for schedules, now and then not aligned to 16 bytes.
+  TensorView schedules(Shape shape) {
+    shape.back() += 4;
+    TensorView view = make(shape, DType::kInt32);
+    if (view.rank != static_cast<int>(shape.size()) || !view.data) return view;
+    view.shape[view.rank - 1] -= 4;
+    if (goes_wrong()) view.data = view.ptr<char>() + input_.range(1, 15);
+    return view;
   }
 
   /// A layer's tensor with a dimension of one layer in front.
@@ -360,7 +370,7 @@ class Call {
         args.layer.pages.rank == 4 ? static_cast<int>(args.layer.pages.shape[2]) : P;
     plan_args.num_workers = args.num_workers;
     const Shape shape = {schedule_size(B * Hkv, args.num_workers)};
-    args.schedule = make(shape, DType::kInt32);
+    args.schedule = schedules(shape);
     plan_args.schedule = one_layer(args.schedule);
     call([&] { plan(plan_args); });
 
