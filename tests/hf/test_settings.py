@@ -1,4 +1,4 @@
-"""Settings are checked where they are given, with the argument's name; integers may be numpy's."""
+"""Settings of caches and batches are checked where they are given, with the argument's name."""
 
 from __future__ import annotations
 
@@ -7,108 +7,124 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import adakv
+from adakv.cache import KVCache
 from hf.families import LLAMA
-from hf.test_batch import caches_of_batches, llama
+from hf.test_batch import llama
+from small_model import save_model
 
-pytestmark = pytest.mark.model
-
-NAN = float("nan")
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"budget": 48.0}, "budget must be an integer of 32 bits, got 48.0"),
-    ({"budget": NAN}, "budget must be an integer of 32 bits, got nan"),
-    ({"budget": "48"}, "budget must be an integer of 32 bits, got '48'"),
-    ({"budget": True}, "budget must be an integer of 32 bits, got True"),
-    ({"budget": 2**40}, "budget must be an integer of 32 bits, got 1099511627776"),
-    ({"budget": None, "ratio": "0.5"}, "ratio must be a number, got '0.5'"),
-    ({"budget": None, "ratio": NAN}, "ratio must be above 0 and at most 1, got nan"),
-    ({"page_size": 0}, "page_size must be a power of two from 8 to 256, got 0"),
-    ({"page_size": 24}, "page_size must be a power of two from 8 to 256, got 24"),
-    ({"page_size": 16.0}, "page_size must be an integer of 32 bits, got 16.0"),
-]
-OF_A_CACHE: list[tuple[dict[str, Any], str]] = [
-    ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer of 64 bits, got 1.5"),
-    ({"max_new_tokens": "64"}, "max_new_tokens must be an integer of 64 bits, got '64'"),
-    ({"chunked_prefill": 512}, "chunked_prefill must be True or False, got 512"),
-]
-OF_A_BATCH: list[tuple[dict[str, Any], str]] = [
-    ({"prompts": "hello"}, r"prompts must be a list of prompts, got str; give \[prompt\]"),
-    ({"prompts": {"input_ids": [[5, 6]]}}, "prompts must be a list of prompts, got dict"),
-    ({"prompts": [["5", "6"]]}, r"prompts\[0\] must be a string or \[T\] integers, got"),
-    ({"prompts": [[5, 6], None]}, r"prompts\[1\] must be a string or \[T\] integers, got None"),
-    ({"prompts": [[[5], [6, 7]]]}, r"prompts\[0\] must be a string or \[T\] integers, got"),
-    ({"prompts": [5, 6, 7]}, r"prompts\[0\] must be \[T\] integers, got torch.int64 \[\]"),
-    ({"max_new_tokens": "64"}, "max_new_tokens must be an integer of 64 bits, got '64'"),
-    ({"max_new_tokens": [6.0]}, r"max_new_tokens\[0\] must be an integer of 64 bits, got 6.0"),
-    ({"options": {"max_batch": 4}}, "options must be adakv.BatchOptions, got dict"),
-]
-OF_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
-    ({"temperature": NAN}, "temperature must be at least 0, got nan"),
-    ({"temperature": float("inf")}, "temperature must be at least 0, got inf"),
-    ({"top_k": 1.5, "temperature": 1.0}, "top_k must be an integer of 32 bits, got 1.5"),
-    ({"seed": 0.5}, "seed must be an integer of 64 bits, got 0.5"),
-    ({"cache_bytes": 1e9}, "cache_bytes must be an integer of 64 bits, got 1000000000.0"),
-    ({"max_batch": 2.0}, "max_batch must be an integer of 32 bits, got 2.0"),
-    ({"cuda_graph": "no"}, "cuda_graph must be True or False, got 'no'"),
-    ({"eos_token_id": "</s>"}, "eos_token_id must be an integer of 32 bits, got '</s>'"),
-    ({"eos_token_id": [2, "x"]}, "eos_token_id must be an integer of 32 bits, got 'x'"),
-    ({"stop_strings": [5]}, "stop_strings must be strings, got 5"),
-]
+NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(("wrong", "message"), [*WRONG, *OF_A_CACHE], ids=str)
-def test_settings_of_a_cache(wrong: dict[str, Any], message: str) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def generate(model: Any, **settings: Any) -> list[adakv.BatchResult]:
+    given = {"prompts": [[5] * 80], "budget": 40, "max_new_tokens": 2, **settings}
+    return adakv.generate_batch(model, given.pop("prompts"), **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 48.0}, "budget must be an integer, got 48.0"),
+        ({"budget": NAN}, "budget must be an integer, got nan"),
+        ({"budget": "48"}, "budget must be an integer, got '48'"),
+        ({"budget": True}, "budget must be an integer, got True"),
+        ({"budget": 2**40}, "budget must be at most 2147483647"),
+        ({"budget": torch.tensor([1, 2])}, "budget must be an integer"),
+        ({"budget": None, "ratio": "0.5"}, "ratio must be a finite number, got '0.5'"),
+        ({"budget": None, "ratio": True}, "ratio must be a finite number, got True"),
+        ({"budget": None, "ratio": NAN}, "ratio must be a finite number, got nan"),
+        ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
+        ({"max_new_tokens": "3"}, "max_new_tokens must be an integer, got '3'"),
+        ({"max_new_tokens": [NAN]}, r"max_new_tokens\[0\] must be an integer, got nan"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer, got True"),
+        ({"prompts": "hello"}, r"prompts must be a list of prompts, got str; give \[prompt\]"),
+        ({"prompts": [["5"]]}, r"prompts\[0\] must be a string or \[T\] integers"),
+        ({"prompts": [[10**30]]}, r"prompts\[0\] must be a string or \[T\] integers"),
+        ({"policy": 5}, "policy must be one of"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str, model: Any):
     with pytest.raises(ValueError, match=message):
-        adakv.Cache(LLAMA.model(), **{"budget": 40, **wrong})
+        generate(model, **settings)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [*WRONG, *OF_A_BATCH], ids=str)
-def test_settings_of_a_batch(wrong: dict[str, Any], message: str) -> None:
-    model, given = llama(), {"prompts": [[5, 6]], "budget": 40, **wrong}
-    made = caches_of_batches(model)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
+        ({"temperature": INF}, "temperature must be a finite number, got inf"),
+        ({"temperature": 1.0, "top_k": 0.5}, "top_k must be an integer, got 0.5"),
+        ({"temperature": 1.0, "top_p": NAN}, "top_p must be a finite number, got nan"),
+        ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"seed": 2**70}, "seed must be at most"),
+        ({"max_batch": 2.0}, "max_batch must be an integer, got 2.0"),
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"cache_bytes": 1e6}, "cache_bytes must be an integer, got 1000000.0"),
+        ({"page_size": 0}, "page_size must be a power of two from 8 to 256, got 0"),
+        ({"page_size": 12}, "page_size must be a power of two from 8 to 256, got 12"),
+        ({"page_size": 16.0}, "page_size must be an integer, got 16.0"),
+    ],
+)
+def test_wrong_options_are_refused_where_they_are_made(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        if "page_size" in given:
-            given["options"] = adakv.BatchOptions(page_size=given.pop("page_size"))
-        adakv.generate_stream(model, **given)
-    assert not made
+        adakv.BatchOptions(**settings)
 
 
-@pytest.mark.parametrize(("wrong", "message"), OF_OPTIONS, ids=str)
-def test_settings_of_options(wrong: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token_id": "5"}, "eos_token_id must be an integer, got '5'"),
+        ({"eos_token_id": 0.5}, "eos_token_id must be an integer, got 0.5"),
+        ({"eos_token_id": -1}, "eos_token_id must be at least 0, got -1"),
+        ({"stop_strings": [5]}, "stop_strings must be strings, got 5"),
+    ],
+)
+def test_wrong_ends_are_named(settings: dict[str, Any], message: str, model: Any):
     with pytest.raises(ValueError, match=message):
-        adakv.generate_stream(llama(), [[5, 6]], budget=40, options=adakv.BatchOptions(**wrong))
+        generate(model, options=adakv.BatchOptions(**settings))
 
 
-def test_numbers_of_any_kind_are_taken() -> None:
-    model, prompt = llama(), torch.randint(3, 90, (50,))
-    plain = adakv.BatchOptions(temperature=1.0, top_k=20, seed=3, eos_token_id=[95, 96])
-    others = adakv.BatchOptions(
-        temperature=1,
-        top_k=np.int64(20),
-        top_p=1,
-        seed=np.int32(3),
-        eos_token_id=torch.tensor([95, 96]),
-        max_batch=np.int64(4),
-        page_size=np.int64(16),
-    )
-    expected = adakv.generate_batch(
-        model, [prompt.tolist()], budget=40, max_new_tokens=6, options=plain
-    )
-    for count in (np.int64(6), torch.tensor(6), np.array([6]), torch.tensor([6]), [np.int32(6)]):
-        for ids in (prompt.numpy(), prompt.int(), prompt[None]):
-            prompts = ids if ids.ndim == 2 else [ids]
-            actual = adakv.generate_batch(
-                model, prompts, budget=np.int64(40), max_new_tokens=count, options=others
-            )
-            assert actual == expected
-    cache = adakv.Cache(
-        model, ratio=np.float32(1), max_new_tokens=np.int64(8), page_size=np.int32(8)
-    )
-    with torch.no_grad(), adakv.attach(model):
-        model(prompt[None], past_key_values=cache)
-    assert cache.pages is not None and cache.pages.page_size == 8
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 48.0}, "budget must be an integer, got 48.0"),
+        ({"budget": 48, "max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
+        ({"budget": 48, "page_size": 0}, "page_size must be a power of two"),
+        ({"budget": 48, "page_size": 16.0}, "page_size must be an integer, got 16.0"),
+    ],
+)
+def test_wrong_settings_of_a_cache_are_named(settings: dict[str, Any], message: str, model: Any):
+    with pytest.raises(ValueError, match=message):
+        adakv.Cache(model, **settings)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model: Any):
+    options = {"temperature": 1, "top_k": 3, "top_p": 1, "seed": 4, "max_batch": 2, "page_size": 16}
+    same = {name: np.int64(value) for name, value in options.items()}
+    usual = generate(model, options=adakv.BatchOptions(**options))
+    numbers = {"budget": torch.tensor(40), "max_new_tokens": np.int32(2)}
+    assert generate(model, **numbers, options=adakv.BatchOptions(**same)) == usual
+    share = generate(model, budget=None, ratio=0.5)
+    assert generate(model, budget=None, ratio=np.float32(0.5)) == share
+    ends = adakv.BatchOptions(eos_token_id=np.int64(share[0].tokens[0]))
+    assert len(generate(model, budget=None, ratio=0.5, options=ends)[0].tokens) == 1
+
+
+def test_sizes_of_pages_are_numbers():
+    sizes = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 2, "head_dim": 64}
+    sizes |= {"num_pages": 8, "max_row_pages": 4, "page_size": 16}
+    assert KVCache(**{name: np.int64(size) for name, size in sizes.items()}).num_pages == 8
+    for name, size in sizes.items():
+        with pytest.raises(ValueError, match=f"{name} must be an integer, got {float(size)}"):
+            KVCache(**{**sizes, name: float(size)})
 
 
 def test_one_eos_token_may_be_numpys() -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache
-from adakv.errors import Error
+from adakv.cache import KVCache, check_page_size
+from adakv.errors import Error, integer
 from adakv.hf import families, long_rope
 from adakv.hf.attachment import (
     CACHE,
@@ -36,10 +36,9 @@ from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
 from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
-from adakv.hf.pool_size import FIRST_TOKENS, check_page_size
+from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
-from adakv.policy.inputs import as_integer
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
 
@@ -113,9 +112,7 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         page_size = check_page_size(page_size)
-        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, bits=64)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
         self._max_new_tokens = max_new_tokens

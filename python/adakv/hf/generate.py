@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adakv.cache import check_page_size
+from adakv.errors import integer, short
 from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
-from adakv.hf.pool_size import Need, Shape, cache_for, check_page_size, first_tokens
+from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
 from adakv.hf.prompts import is_one, new_token_counts, token_ids
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
-from adakv.policy.inputs import as_integer, check_settings, short
 
 End = Literal["eos", "stop_string", "length"]
 
@@ -77,11 +78,14 @@ class BatchOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        for name in ("seed", "cache_bytes"):
-            if getattr(self, name) is not None:
-                number = as_integer(name, getattr(self, name), bits=64)
-                object.__setattr__(self, name, number)
+        """Refuses numbers that make no sense; those of numpy become Python's."""
+        Sampling(self.temperature, self.top_k, self.top_p)
+        object.__setattr__(self, "max_batch", integer("max_batch", self.max_batch, 1))
+        object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", integer("seed", self.seed, -(2**62), 2**62))
+        if self.cache_bytes is not None:
+            object.__setattr__(self, "cache_bytes", integer("cache_bytes", self.cache_bytes, 0))
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,6 @@ def generate_stream(
     options = BatchOptions() if options is None else options
     if not isinstance(options, BatchOptions):
         raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
-    page_size = check_page_size(options.page_size)
     if isinstance(prompts, (str, bytes, Mapping)):
         raise ValueError(
             f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
@@ -214,7 +217,7 @@ def generate_stream(
     config = decoder_of(model).config
     long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
+    need_of = partial(Need.of, budget=limit, shape=shape, page_size=options.page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
@@ -229,7 +232,7 @@ def generate_stream(
         limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
-        page_size=page_size,
+        page_size=options.page_size,
     )
     decoder = Decoder(model, kv, sampling)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
@@ -342,7 +345,7 @@ class Stop:
             eos = model.generation_config.eos_token_id
         eos = () if eos is None else eos
         tokens = list(eos) if isinstance(eos, Iterable) and not is_one(eos) else [eos]
-        self._eos = {as_integer("eos_token_id", token) for token in tokens}
+        self._eos = {integer("eos_token_id", token, 0) for token in tokens}
         self._strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self._strings:
             if not isinstance(string, str):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adakv.policy.inputs import as_integer, short
+from adakv.errors import integer, short
 
 
 def token_ids(
@@ -39,20 +39,15 @@ def token_ids(
 def new_token_counts(max_new_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
     """``max_new_tokens`` of each prompt."""
     if is_one(max_new_tokens):
-        count = as_integer("max_new_tokens", max_new_tokens, bits=64)
-        max_new_tokens = [count] * num_prompts
+        max_new_tokens = [integer("max_new_tokens", max_new_tokens, 1)] * num_prompts
     assert isinstance(max_new_tokens, Iterable)
-    max_new_tokens = [
-        as_integer(f"max_new_tokens[{i}]", count, bits=64) for i, count in enumerate(max_new_tokens)
-    ]
-    if len(max_new_tokens) != num_prompts:
+    counts = [integer(f"max_new_tokens[{i}]", count, 1) for i, count in enumerate(max_new_tokens)]
+    if len(counts) != num_prompts:
         raise ValueError(
             f"max_new_tokens must be one number or one for each of the {num_prompts} prompts, "
-            f"got {len(max_new_tokens)}"
+            f"got {len(counts)}"
         )
-    if any(count < 1 for count in max_new_tokens):
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(max_new_tokens)}")
-    return max_new_tokens
+    return counts
 
 
 def is_one(value: object) -> bool:

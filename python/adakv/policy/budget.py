@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from adakv.errors import integer, number
 from adakv.policy.allocators import Everything
 from adakv.policy.base import Policy
-from adakv.policy.inputs import LayerInputs, as_integer, as_number
+from adakv.policy.inputs import LayerInputs
 from adakv.policy.presets import get
 
 
@@ -30,9 +31,9 @@ class Budget:
                 f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
             )
         if self.entries is not None:
-            object.__setattr__(self, "entries", as_integer("budget", self.entries))
+            object.__setattr__(self, "entries", integer("budget", self.entries, -1, 2**31 - 1))
         if self.ratio is not None:
-            object.__setattr__(self, "ratio", as_number("ratio", self.ratio))
+            object.__setattr__(self, "ratio", number("ratio", self.ratio))
         if self.entries is not None and self.entries < self._least:
             raise ValueError(
                 f"budget must be at least {self._least}, the policy's window of "

@@ -6,10 +6,11 @@ Zefan-Cai/KVCache-Factory), to reproduce its numbers; docs/policies.md says wher
 
 from __future__ import annotations
 
+from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
-from adakv.policy.inputs import did_you_mean, short
+from adakv.policy.inputs import did_you_mean
 from adakv.policy.prompt_scorers import (
     ColumnMax,
     ExpectedAttention,
