@@ -214,7 +214,7 @@ class Cache(OneWayCache):
     @property
     def is_initialized(self) -> bool:
         """Whether it has seen tokens; some models make the masks of their prompts by this."""
-        return self.get_seq_length() > 0
+        return bool(self.layers[self._with_keys[0]].get_seq_length() > 0)
 
     @property
     def pages(self) -> KVCache | None:
