@@ -1,8 +1,8 @@
 """A program: an engine with vLLM's second model runner, which is the one for GPUs, on the CPU.
 
 Its kernels are Triton's, which has an interpreter for them, but no backend for the CPU: vLLM is
-told of one. Takes a folder with a model, and prompts, numbers of new tokens, whether the engine runs
-ahead and whether it caches prefixes as JSON; writes what came of them as JSON.
+told of one. Takes a folder with a model, and prompts, numbers of new tokens, whether the engine
+runs ahead and whether it caches prefixes as JSON; writes what came of them as JSON.
 """
 
 from __future__ import annotations
