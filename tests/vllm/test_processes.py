@@ -182,14 +182,18 @@ def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, s
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
+@pytest.mark.parametrize("caches", [False, True])
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_second_model_runner_writes_what_transformers_writes(
-    tmp_path: Path, environment: dict[str, str], runs_ahead: bool
+    tmp_path: Path, environment: dict[str, str], runs_ahead: bool, caches: bool
 ):
+    """Also with a prefix cache, in which half of the prompts have the same beginning."""
     model, rng = save_llama(tmp_path / "model"), random.Random(3)
     prompts = [[rng.randrange(256) for _ in range(rng.randint(60, 300))] for _ in range(6)]
+    if caches:
+        prompts[3:] = [prompts[0][:100] + prompt[:100] for prompt in prompts[3:]]
     counts = [rng.randint(40, 60) for _ in prompts]
-    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead))]
+    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches))]
     done = subprocess.run(
         [sys.executable, vllm_second_runner.__file__, *arguments],
         env=environment,
@@ -199,8 +203,8 @@ def test_second_model_runner_writes_what_transformers_writes(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = done.stdout.split(vllm_second_runner.MARK)[1]
-    all_tokens, compressions, preemptions = json.loads(result)
-    assert preemptions > 0
+    all_tokens, compressions, preemptions, cached = json.loads(result)
+    assert preemptions > 0 and any(cached) == caches
     reference = Reference(model, Settings(budget=64))
     for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
         compressed = [Compression(b, n, torch.tensor(lengths)) for b, n, lengths in found]
