@@ -42,7 +42,9 @@ def test_inputs_come_first_then_options_then_outputs(verb: str) -> None:
         if re.search(r"\b(workspace|stream)\b.*;", line.split("//")[0]):
             return 3
         if re.match(r" +(TensorView|LayerView)", line):
-            return 2 if re.search(r"// (of the same B sequences|\[.*\]\S*( \S+)?), out", line) else 0
+            return (
+                2 if re.search(r"// (of the same B sequences|\[.*\]\S*( \S+)?), out", line) else 0
+            )
         return 1
 
     parts = [part(line) for line in lines]

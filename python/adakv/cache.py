@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from adakv import _C
+from adakv.errors import integer
 from adakv.ops import Layer
 
 
@@ -66,6 +67,13 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
+        page_size = check_page_size(page_size)
+        num_layers = integer("num_layers", num_layers, 0)
+        num_sequences = integer("num_sequences", num_sequences, 0)
+        num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
+        head_dim = integer("head_dim", head_dim, 0)
+        num_pages = integer("num_pages", num_pages, 0)
+        max_row_pages = integer("max_row_pages", max_row_pages, 0)
         device = _device(device)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
@@ -313,6 +321,14 @@ def _device(given: torch.device | str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device}")
     return device
+
+
+def check_page_size(page_size: int) -> int:
+    """The same, as ``int``; raises ``ValueError`` unless it is a power of two from 8 to 256."""
+    size = integer("page_size", page_size, 0)
+    if not 8 <= size <= 256 or size & (size - 1):
+        raise ValueError(f"page_size must be a power of two from 8 to 256, got {size}")
+    return size
 
 
 def sequences(layer: Layer, slots: slice) -> Layer:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache
-from adakv.errors import Error
+from adakv.cache import KVCache, check_page_size
+from adakv.errors import Error, integer
 from adakv.hf import families, long_rope
 from adakv.hf.attachment import (
     CACHE,
@@ -109,8 +109,8 @@ class Cache(OneWayCache):
                 )
         if decoder.training:
             raise ValueError("model must be in eval mode: adakv.Cache is for inference")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        page_size = check_page_size(page_size)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
         self._max_new_tokens = max_new_tokens

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adakv.cache import check_page_size
+from adakv.errors import integer, short
 from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
@@ -73,6 +75,16 @@ class BatchOptions:
     page_size: int = 16
     cuda_graph: bool = True
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that make no sense; numpy's become Python's."""
+        Sampling(self.temperature, self.top_k, self.top_p)
+        object.__setattr__(self, "max_batch", integer("max_batch", self.max_batch, 1))
+        object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", integer("seed", self.seed, -(2**62), 2**62))
+        if self.cache_bytes is not None:
+            object.__setattr__(self, "cache_bytes", integer("cache_bytes", self.cache_bytes, 0))
 
 
 @dataclass(frozen=True)
@@ -190,8 +202,8 @@ def generate_stream(
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:
         raise ValueError("model must be in eval mode")
-    if options.max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {options.max_batch}")
+    if isinstance(prompts, str) or not hasattr(prompts, "__iter__"):
+        raise ValueError(f"prompts must be a list of prompts, got {short(prompts)}")
     shape = Shape.of(model)
     ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     counts = new_token_counts(max_new_tokens, len(ids))
@@ -324,8 +336,11 @@ class Stop:
     ) -> None:
         if eos is None and model.generation_config is not None:
             eos = model.generation_config.eos_token_id
-        self._eos = {eos} if isinstance(eos, int) else set(eos or ())
-        self._strings = [strings] if isinstance(strings, str) else list(strings)
+        ends = [] if eos is None else eos if hasattr(eos, "__iter__") else [eos]
+        self._eos = {integer("eos_token_id", end, 0) for end in ends}
+        self._strings = [strings] if isinstance(strings, str) else list(strings or ())
+        if not all(isinstance(string, str) for string in self._strings):
+            raise ValueError(f"stop_strings must be strings, got {short(strings)}")
         if "" in self._strings:
             raise ValueError("stop_strings must not be empty")
         if self._strings and tokenizer is None:
@@ -378,13 +393,11 @@ def token_ids(
 
 def new_token_counts(max_new_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
     """``max_new_tokens`` of each prompt."""
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * num_prompts
+    if isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, Sequence):
+        max_new_tokens = [integer("max_new_tokens", max_new_tokens, 1)] * num_prompts
     if len(max_new_tokens) != num_prompts:
         raise ValueError(
             f"max_new_tokens must be one number or one for each of the {num_prompts} prompts, "
             f"got {len(max_new_tokens)}"
         )
-    if any(count < 1 for count in max_new_tokens):
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(max_new_tokens)}")
-    return list(max_new_tokens)
+    return [integer("max_new_tokens", count, 1) for count in max_new_tokens]

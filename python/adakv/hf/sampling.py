@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from adakv.errors import integer, number
+
 
 class Chooser(Protocol):
     """What a decode step ends with. It must not wait for the device."""
@@ -30,10 +32,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", number("temperature", self.temperature))
+        object.__setattr__(self, "top_k", integer("top_k", self.top_k, 0))
+        object.__setattr__(self, "top_p", number("top_p", self.top_p))
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.is_greedy and (self.top_k or self.top_p < 1):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adakv.errors import integer, number
 from adakv.policy.allocators import Everything
 from adakv.policy.base import Policy
 from adakv.policy.inputs import LayerInputs
@@ -29,6 +30,10 @@ class Budget:
             raise ValueError(
                 f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
             )
+        if self.entries is not None:
+            object.__setattr__(self, "entries", integer("budget", self.entries, -1, 2**31 - 1))
+        if self.ratio is not None:
+            object.__setattr__(self, "ratio", number("ratio", self.ratio))
         if self.entries is not None and self.entries < self._least:
             raise ValueError(
                 f"budget must be at least {self._least}, the policy's window of "
