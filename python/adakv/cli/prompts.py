@@ -32,7 +32,7 @@ class Line:
 
     def encode(self, model: Any, tokenizer: Any, max_new_tokens: int) -> Tensor:
         """``[T]`` tokens, to which the model can add ``max_new_tokens``."""
-        from adakv.hf.generate import token_ids
+        from adakv.hf.prompts import token_ids
 
         name, prompt = f"{self.place}: {self.field}", self.prompt
         if self.field == "messages":

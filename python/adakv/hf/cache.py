@@ -36,9 +36,10 @@ from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
 from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
-from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.pool_size import FIRST_TOKENS, check_page_size
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy.inputs import as_integer
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
 
@@ -109,6 +110,10 @@ class Cache(OneWayCache):
                 )
         if decoder.training:
             raise ValueError("model must be in eval mode: adakv.Cache is for inference")
+        if not isinstance(chunked_prefill, bool):
+            raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
+        page_size = check_page_size(page_size)
+        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, bits=64)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._model = decoder
@@ -248,6 +253,8 @@ class Cache(OneWayCache):
         if self.reading is None or not self.reading.is_begun:
             raise Error("a prompt can be repeated once, right after it was read")
         columns = self.get_seq_length()
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be a tensor [B, R], got {type(input_ids).__name__}")
         if input_ids.shape[0] != len(self.seen) or {*self.seen} != {columns}:
             raise ValueError(
                 f"input_ids must repeat the {len(self.seen)} prompts, all of one length and "

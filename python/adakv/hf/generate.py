@@ -11,7 +11,7 @@ A prompt's pages are known before it is read, so that none runs out on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,11 +24,13 @@ from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
-from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
+from adakv.hf.pool_size import Need, Shape, cache_for, check_page_size, first_tokens
+from adakv.hf.prompts import is_one, new_token_counts, token_ids
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy.inputs import as_integer, check_settings, short
 
 End = Literal["eos", "stop_string", "length"]
 
@@ -73,6 +75,13 @@ class BatchOptions:
     page_size: int = 16
     cuda_graph: bool = True
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for name in ("seed", "cache_bytes"):
+            if getattr(self, name) is not None:
+                number = as_integer(name, getattr(self, name), bits=64)
+                object.__setattr__(self, name, number)
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,14 @@ def generate_stream(
     Arguments are checked and memory is taken by the call, the work is done while iterating.
     """
     model = unwrapped(model)
-    options = options or BatchOptions()
+    options = BatchOptions() if options is None else options
+    if not isinstance(options, BatchOptions):
+        raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
+    page_size = check_page_size(options.page_size)
+    if isinstance(prompts, (str, bytes, Mapping)):
+        raise ValueError(
+            f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
+        )
     limit = Budget.given(policy, budget, ratio)
     if "repeat" in limit.policy.needs:
         raise ValueError(
@@ -198,7 +214,7 @@ def generate_stream(
     config = decoder_of(model).config
     long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    need_of = partial(Need.of, budget=limit, shape=shape, page_size=options.page_size)
+    need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
@@ -213,7 +229,7 @@ def generate_stream(
         limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
-        page_size=options.page_size,
+        page_size=page_size,
     )
     decoder = Decoder(model, kv, sampling)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
@@ -324,8 +340,13 @@ class Stop:
     ) -> None:
         if eos is None and model.generation_config is not None:
             eos = model.generation_config.eos_token_id
-        self._eos = {eos} if isinstance(eos, int) else set(eos or ())
+        eos = () if eos is None else eos
+        tokens = list(eos) if isinstance(eos, Iterable) and not is_one(eos) else [eos]
+        self._eos = {as_integer("eos_token_id", token) for token in tokens}
         self._strings = [strings] if isinstance(strings, str) else list(strings)
+        for string in self._strings:
+            if not isinstance(string, str):
+                raise ValueError(f"stop_strings must be strings, got {short(string)}")
         if "" in self._strings:
             raise ValueError("stop_strings must not be empty")
         if self._strings and tokenizer is None:
@@ -349,42 +370,3 @@ class Stop:
         if self._tokenizer is None:
             return None
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def token_ids(
-    model: Any, tokenizer: Any, name: str, prompt: str | Sequence[int] | Tensor
-) -> Tensor:
-    """``[T]`` int64 on the CPU; ``name`` is what errors call the prompt."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"{name} is a string, which needs a tokenizer")
-        prompt = tokenizer(prompt)["input_ids"]
-    try:
-        ids = torch.as_tensor(prompt, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name} must be [T] integers of 64 bits: {error}") from error
-    if ids.numel() == 0:
-        raise ValueError(f"{name} is empty")
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be [T] integers, got {ids.dtype} {list(ids.shape)}")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(
-            f"{name} must hold tokens from 0 to {vocabulary - 1}, "
-            f"got {int(ids.min())} to {int(ids.max())}"
-        )
-    return ids.long()
-
-
-def new_token_counts(max_new_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
-    """``max_new_tokens`` of each prompt."""
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * num_prompts
-    if len(max_new_tokens) != num_prompts:
-        raise ValueError(
-            f"max_new_tokens must be one number or one for each of the {num_prompts} prompts, "
-            f"got {len(max_new_tokens)}"
-        )
-    if any(count < 1 for count in max_new_tokens):
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(max_new_tokens)}")
-    return list(max_new_tokens)

@@ -15,12 +15,21 @@ from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
+from adakv.policy.inputs import as_integer
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096
 
 _PROBE = 1024  # tokens whose prefill tells what a token takes
 _SHARE = 0.9  # of the memory that a prefill leaves free
+
+
+def check_page_size(page_size: object) -> int:
+    """Raises ``ValueError`` unless it is a power of two from 8 to 256."""
+    size = as_integer("page_size", page_size)
+    if size not in (8, 16, 32, 64, 128, 256):
+        raise ValueError(f"page_size must be a power of two from 8 to 256, got {size}")
+    return size
 
 
 @dataclass(frozen=True)

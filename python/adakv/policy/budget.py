@@ -9,7 +9,7 @@ import torch
 
 from adakv.policy.allocators import Everything
 from adakv.policy.base import Policy
-from adakv.policy.inputs import LayerInputs
+from adakv.policy.inputs import LayerInputs, as_integer, as_number
 from adakv.policy.presets import get
 
 
@@ -29,6 +29,10 @@ class Budget:
             raise ValueError(
                 f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
             )
+        if self.entries is not None:
+            object.__setattr__(self, "entries", as_integer("budget", self.entries))
+        if self.ratio is not None:
+            object.__setattr__(self, "ratio", as_number("ratio", self.ratio))
         if self.entries is not None and self.entries < self._least:
             raise ValueError(
                 f"budget must be at least {self._least}, the policy's window of "

@@ -155,6 +155,26 @@ def check_settings(part: Any) -> None:
             )
 
 
+def as_integer(name: str, value: Any, *, bits: int = 32) -> int:
+    """An integer of any kind as ``int``; raises ``ValueError`` with its name for other values."""
+    try:
+        number = operator.index(value)
+        if isinstance(value, bool) or not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+            raise ValueError
+    except (TypeError, ValueError, RuntimeError):
+        expected = f"an integer of {bits} bits"
+        raise ValueError(f"{name} must be {expected}, got {short(value)}") from None
+    return number
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number of any kind as ``float``; raises ``ValueError`` with its name for other values."""
+    try:
+        return _to_float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{name} must be a number, got {short(value)}") from None
+
+
 def _to_int(value: Any) -> int:
     number = operator.index(value)
     if isinstance(value, bool) or not -(2**31) <= number < 2**31:
