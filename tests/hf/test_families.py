@@ -1,6 +1,6 @@
 """Every family of the table runs with the cache; a budget for everything changes nothing.
 
-All of tests/hf was run with transformers 4.57.6, 5.23.0 and 5.24.0.
+All of tests/hf was run with transformers 4.57.6, 5.23.0 and 5.24.0, if not every time.
 """
 
 from __future__ import annotations
