@@ -3,7 +3,7 @@ with queries, keys and values by chance in the place of a model; and what has to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,8 @@ def watched(policy: Policy) -> tuple[Policy, list[LayerInputs]]:
             parts.append(part)
             return super().fold(folded, part)
 
-    return replace(policy, scorer=Watched(**vars(policy.scorer))), parts
+    settings = {f.name: getattr(policy.scorer, f.name) for f in fields(policy.scorer)}
+    return replace(policy, scorer=Watched(**settings)), parts
 
 
 @dataclass(eq=False)

@@ -76,15 +76,11 @@ class Layer(NamedTuple):
 _GROWING = ("pages", "page_positions", "block_table", "lengths", "seen")
 
 
-def _num_workers(tensor: Tensor) -> int:
-    try:
-        return _num_workers_of(tensor.device)
-    except (AttributeError, ValueError):
-        return 0  # the core says what is wrong with the tensor
-
-
 @functools.cache
-def _num_workers_of(device: torch.device) -> int:
+def _num_workers(device: Any) -> int:
+    """0 for what can't be worked on: the core says why."""
+    if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
+        return 0
     is_current = device.type == "cuda" and device.index is None
     index = torch.cuda.current_device() if is_current else device.index or 0
     return _C.default_num_workers(device.type, index)
@@ -324,10 +320,12 @@ def select(
     kept : :class:`Kept`
     """
     inputs = scores, budgets, norms, seq_lens, window, first, eps
-    if total is not None:
+    if total is not None and (type(total) is not int or not 0 <= total < 2**31):
         total = _checked_total(total)
     try:
         kept = _kept(budgets, _total(scores, budgets, window, seq_lens) if total is None else total)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         _C.select(*inputs, None, None)  # says what is wrong with them
         raise
@@ -382,7 +380,7 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
 def _schedule(lengths: Tensor) -> Tensor:
     try:
         layers, batch, heads = lengths.shape
-        size = _C.schedule_size(batch * heads, _num_workers(lengths))
+        size = _C.schedule_size(batch * heads, _num_workers(lengths.device))
         return lengths.new_empty((layers, size))
     except (AttributeError, ValueError):
         return _NOTHING
@@ -419,7 +417,7 @@ def plan(
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
     schedule = _schedule(lengths)
-    workers = _num_workers(lengths)
+    workers = _num_workers(getattr(lengths, "device", None))
     _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
     return schedule
 
@@ -482,6 +480,6 @@ def attend(
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        _num_workers(queries), prefetch, out, lse,
+        _num_workers(getattr(queries, "device", None)), prefetch, out, lse,
     )  # fmt: skip
     return out, lse

@@ -322,7 +322,7 @@ def kept(boundary: int) -> Any:
 
 
 def random_text(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(100) for _ in range(length)]
+    return rng.choices(range(100), k=length)
 
 
 @pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
@@ -488,14 +488,13 @@ def test_preempted_request_finds_what_it_has_read(ledger: str, reads_outputs_aga
 
 
 def test_policy_that_hears_all_queries_finds_nothing(ledger: str):
-    manager = block_manager(ledger, 50, window=None)
     sim = Simulation(ledger, num_blocks=50)
-    sim.manager, sim.pool = manager, manager.block_pool
-    (sim.groups,) = manager.coordinator.single_type_managers
+    sim.manager = block_manager(ledger, 50, window=None)
+    sim.pool = sim.manager.block_pool
+    (sim.groups,) = sim.manager.coordinator.single_type_managers
     prompt = random_text(sim.rng, 300)
     for _ in range(2):
         sim.add(prompt, 5)
         sim.run()
-    assert sim.num_hit == 0 and sim.num_read == 600 and sim.worker.num_copies == 0
-    assert len(sim.pool.cached_block_hash_to_block) == 0
+    assert (sim.num_hit, sim.num_read, sim.worker.num_copies) == (0, 600, 0)
     sim.check_all_is_free()

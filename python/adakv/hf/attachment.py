@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
 
 
-#: ``eagerly(function, ...)`` calls it outside of the graph that torch.compile makes of a model:
-#: caches count tokens and make room on the host.
-eagerly = torch.compiler.disable(
-    lambda function, *args, **kwargs: function(*args, **kwargs),
+@functools.partial(
+    torch.compiler.disable,
     reason="adakv.Cache runs between the graphs of a compiled model, so fullgraph must be False",
 )
+def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function`` outside of the graph that torch.compile makes of a model: caches count
+    tokens and make room on the host."""
+    return function(*args, **kwargs)
 
 
 class AttendingLayer(CacheLayerMixin):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from adakv.cache import KVCache, check_page_size
 from adakv.errors import Error, integer
-from adakv.hf import families, long_rope
+from adakv.hf import families, long_rope, pool_size
 from adakv.hf.attachment import (
     CACHE,
     cache_layers,
@@ -36,7 +36,7 @@ from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
 from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
-from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.pool_size import FIRST_TOKENS, Shape
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
@@ -418,18 +418,8 @@ class Cache(OneWayCache):
 
         Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
         """
-        kv = self._kv
-        assert kv is not None
-        num_new = [num_tokens] * len(self._seen)
-        pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
-        if pages <= 0 and rows <= kv.max_row_pages:
-            return
-        needed = kv.num_pages + max(pages, 0)
-        more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
-        try:  # a half more, so that all copies together stay in proportion to the text
-            kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
-        except Error:
-            kv.reserve(num_pages=needed, max_row_pages=rows)
+        assert self._kv is not None
+        pool_size.make_room(self._kv, [num_tokens] * len(self._seen))
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
@@ -491,22 +481,12 @@ class Cache(OneWayCache):
         batch, _, _, dtype, device = self._signature
         assert self._heads is not None
         heads, head_dim = self._heads
-        size, more = self._page_size, min(self._max_new_tokens, FIRST_TOKENS)
-        pages = sum(
-            KVCache.pages_for(total, more, num_kv_heads=heads, page_size=size)
-            for totals in reader.totals(heads)
-            for total in totals
-        )
-        return KVCache(
-            num_layers=reader.num_layers,
+        return pool_size.cache_of(
+            reader,
+            Shape(reader.num_layers, heads, head_dim, dtype, device),
             num_sequences=batch,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            num_pages=pages,
-            max_row_pages=(max(reader.lengths) + more) // size + 2,  # the pool decides what is full
-            page_size=size,
-            dtype=dtype,
-            device=device,
+            new=min(self._max_new_tokens, FIRST_TOKENS),
+            page_size=self._page_size,
         )
 
     @property

@@ -11,7 +11,7 @@ A prompt's pages are known before it is read, so that none runs out on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
-from adakv.hf.prompts import is_one, new_token_counts, token_ids
+from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
@@ -196,10 +196,6 @@ def generate_stream(
     options = BatchOptions() if options is None else options
     if not isinstance(options, BatchOptions):
         raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
-    if isinstance(prompts, (str, bytes, Mapping)):
-        raise ValueError(
-            f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
-        )
     limit = Budget.given(policy, budget, ratio)
     if "repeat" in limit.policy.needs:
         raise ValueError(
@@ -209,10 +205,8 @@ def generate_stream(
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:
         raise ValueError("model must be in eval mode")
-    if options.max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {options.max_batch}")
     shape = Shape.of(model)
-    ids = [token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+    ids = all_token_ids(model, tokenizer, prompts)
     counts = new_token_counts(max_new_tokens, len(ids))
     config = decoder_of(model).config
     long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)

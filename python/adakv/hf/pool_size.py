@@ -15,6 +15,7 @@ from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
+from adakv.reading import Reader
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096
@@ -137,6 +138,45 @@ def cache_for(
         dtype=shape.dtype,
         device=shape.device,
     )
+
+
+def cache_of(
+    reader: Reader, shape: Shape, *, num_sequences: int, new: int, page_size: int
+) -> KVCache:
+    """A cache for what is kept of a reader's prompts, and for ``new`` tokens behind each."""
+    heads = shape.num_kv_heads
+    pages = sum(
+        KVCache.pages_for(total, new, num_kv_heads=heads, page_size=page_size)
+        for totals in reader.totals(heads)
+        for total in totals
+    )
+    return KVCache(
+        num_layers=shape.num_layers,
+        num_sequences=num_sequences,
+        num_kv_heads=heads,
+        head_dim=shape.head_dim,
+        num_pages=pages,
+        max_row_pages=(max(reader.lengths) + new) // page_size + 2,  # the pool decides what is full
+        page_size=page_size,
+        dtype=shape.dtype,
+        device=shape.device,
+    )
+
+
+def make_room(kv: KVCache, num_new: Sequence[int]) -> None:
+    """Has a cache grow if there are too few pages for so many more tokens of each sequence.
+
+    Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
+    """
+    pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
+    if pages <= 0 and rows <= kv.max_row_pages:
+        return
+    needed = kv.num_pages + max(pages, 0)
+    more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
+    try:  # a half more, so that all copies together stay in proportion to the text
+        kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
+    except Error:
+        kv.reserve(num_pages=needed, max_row_pages=rows)
 
 
 def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adakv.errors import integer, short
+
+
+def all_token_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[str | Sequence[int] | Tensor]
+) -> list[Tensor]:
+    """:func:`token_ids` of each prompt."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
+        )
+    return [
+        token_ids(model, tokenizer, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)
+    ]
 
 
 def token_ids(

@@ -7,6 +7,7 @@ can take it part by part, as it is read, and then need no queries but the newest
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -192,7 +193,7 @@ class ColumnMax:
         check_range("window_weight", self.window_weight, 0)
         check_choice("weigh_by", self.weigh_by, get_args(WeighBy))
         check_choice("norm", self.norm, get_args(ops.Norm))
-        self._attention()  # which checks the others
+        self._attention  # noqa: B018 - which checks the others
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -200,18 +201,18 @@ class ColumnMax:
         return frozenset({"all_queries"} if self.weigh_by == "none" else {"all_queries", "w_o"})
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        columns = self._attention().score(inputs)
+        columns = self._attention.score(inputs)
         return self._joined(Columns(columns, _last_queries(inputs, self._num_asked)), inputs)
 
     def fold(self, folded: Columns | None, part: LayerInputs) -> Columns:
         """:meth:`PromptAttention.fold`, of maxima, and the window's queries."""
         last = part.queries if folded is None else torch.cat([folded.last, part.queries], 2)
-        columns = self._attention().fold(None if folded is None else folded.columns, part)
+        columns = self._attention.fold(None if folded is None else folded.columns, part)
         return Columns(columns, last[:, :, max(last.shape[2] - self._num_asked, 0) :].clone())
 
     def finish(self, folded: Columns, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        columns = self._attention().finish(folded.columns, inputs)
+        columns = self._attention.finish(folded.columns, inputs)
         return self._joined(Columns(columns, folded.last), inputs)
 
     @property
@@ -244,6 +245,7 @@ class ColumnMax:
             return pin_first(highest.maximum(floor) * norms, self.pinned)
         return pin_first(highest.maximum(floor * norms / _mean(norms, candidates)), self.pinned)
 
+    @cached_property
     def _attention(self) -> PromptAttention:
         return PromptAttention(
             window=self.window,
