@@ -23,8 +23,7 @@ from adakv.vllm.ledger import Ledger, path_of
 from adakv.vllm.plan import plan
 from adakv.vllm.spec import CompressedSpec
 
-BLOCK, HEADS, BUDGET, WINDOW = 16, 4, 64, 32
-KEPT = 5  # blocks of a compressed request
+BLOCK, HEADS, BUDGET, WINDOW, KEPT = 16, 4, 64, 32, 5  # blocks of a compressed request
 
 
 @pytest.fixture
@@ -497,4 +496,5 @@ def test_policy_that_hears_all_queries_finds_nothing(ledger: str):
         sim.add(prompt, 5)
         sim.run()
     assert (sim.num_hit, sim.num_read, sim.worker.num_copies) == (0, 600, 0)
+    assert len(sim.pool.cached_block_hash_to_block) == 0
     sim.check_all_is_free()
