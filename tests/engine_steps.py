@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import Budget, LayerInputs, Policy
+from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
 from adakv.vllm.engine_cache import Boundaries, EngineCache
-from adakv.vllm.plan import plan
+from adakv.vllm.pages import spans_layers
+from adakv.vllm.plan import Plan, plan
 from adakv.vllm.prompt_attention import FlashAttention
 from policy.helpers import rotate
 from tolerance import assert_close
@@ -92,8 +94,8 @@ class Steps:
     ) -> None:
         self.has_places = has_places
         self.policy, self.device, self.dtype = policy, device, dtype
-        shape = NUM_BLOCKS * HEADS, 2, BLOCK, DIM
-        pages = [torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in range(LAYERS)]
+        shape = LAYERS, NUM_BLOCKS * HEADS, 2, BLOCK, DIM  # of all layers, one memory
+        pages = list(torch.full(shape, float("nan"), device=device, dtype=dtype))
         self.told = Told()
         width = HEADS * GROUP * DIM
         self.asked: list[int] = []  # layers whose output projection was asked for
@@ -208,18 +210,19 @@ class Steps:
             if request.computed < request.prompt or request.boundary or request.is_warm_up:
                 continue
             request.boundary = request.computed
-            planned = plan(request.computed, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS)
-            if planned is None:
-                continue
-            request.kept = [self._kept(request, layer) for layer in range(LAYERS)]
+            if self.plan(request.computed) is not None:
+                request.kept = self._kept(request)
+
+    def plan(self, boundary: int) -> Plan | None:
+        """As the scheduler computes it."""
+        heads = None if spans_layers(self.policy) else HEADS
+        return plan(boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=heads)
 
     def give_back(self) -> None:
         """Frees blocks of compressed requests, after the step that compressed them."""
         for request in self.requests:
             if request.kept:
-                first, end = plan(
-                    request.boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS
-                )
+                first, end = self.plan(request.boundary)
                 self.free += [block for block in request.blocks[first:end] if block]
                 request.blocks[first:end] = [0] * (end - first)
 
@@ -247,26 +250,27 @@ class Steps:
         self.asked.append(layer)
         return self.w_o[layer]
 
-    def _kept(self, request: Request, layer: int) -> list[Tensor]:
+    def _kept(self, request: Request) -> list[list[Tensor]]:
+        """What a reader of the whole prompt at once keeps."""
         n = request.boundary
-        q, k, v = (
-            x[layer, :n].transpose(0, 1)[None]
-            for x in (request.queries, request.keys, request.values)
-        )
-        queries = q if "all_queries" in self.policy.needs else q[:, :, -self.policy.window :]
-        inputs = LayerInputs(
-            queries,
-            k,
-            v,
-            self.w_o[layer],
-            (n,),
-            layer,
-            LAYERS,
-            attention=Attention(SCALE, rotate=rotate),
-        )
-        kept = self.policy.choose(inputs, BUDGET)
-        borders = kept.indptr.tolist()
-        return [kept.positions[a:b].long() for a, b in pairwise(borders)]
+        reader = Reader(Budget(self.policy, BUDGET), LAYERS)
+        reader.begin([n], n)
+        chosen: dict[int, list[Chosen]] = {}
+        for layer in range(LAYERS):
+            q, k, v = (
+                x[layer, :n].transpose(0, 1)[None]
+                for x in (request.queries, request.keys, request.values)
+            )
+            entries, w_o = (k, v), self.w_o[layer]
+            attention = Attention(SCALE, rotate=rotate)
+            part = Part(q, lambda x=entries: x, attention, lambda x=w_o: x)
+            chosen |= reader.finish(layer, part)
+        kept = [chosen[layer][0].kept for layer in range(LAYERS)]
+        borders = [list(pairwise(x.indptr.tolist())) for x in kept]
+        return [
+            [x.positions[a:b].long() for a, b in rows]
+            for x, rows in zip(kept, borders, strict=True)
+        ]
 
     def _attention(self, request: Request, layer: int, position: int, dtype: torch.dtype) -> Tensor:
         out = []

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import plan
 from vllm_engine import BLOCK, SMALL, Run, engine, save_gemma2, save_llama
 from vllm_reference import Reference
@@ -56,6 +57,9 @@ def test_engine_with_a_large_budget_writes_what_plain_vllm_writes(model: str):
         ("h2o", "fill", True),
         ("ada_column_max", "exact", False),
         ("ada_expected", "fill", False),
+        ("model_column_max", "fill", False),
+        ("layer_defensive", "exact", True),
+        ("ada_pyramidkv", "exact", False),
     ],
 )
 def test_engine_writes_what_transformers_writes(
@@ -73,11 +77,15 @@ def test_engine_writes_what_transformers_writes(
         assert it.num_free == 29
     assert run.preemptions > 0
     check_against_reference(model, settings, prompts, run)
+    wide = spans_layers(settings.preset)
+    heads = None if wide else 2
     for compression in (c for cs in run.compressions for c in cs):
-        planned = plan(compression.boundary, budget=64, block_size=BLOCK, num_kv_heads=2)
+        planned = plan(compression.boundary, budget=64, block_size=BLOCK, num_kv_heads=heads)
         assert compression.lengths.any() == (planned is not None)
         if planned is not None and mode == "exact":
-            assert (compression.lengths.sum(1) == 2 * 64).all()
+            kept = compression.lengths.sum(1)  # of each layer
+            assert kept.sum() == 3 * 2 * 64 if wide else (kept == 2 * 64).all()
+            assert not wide or len(set(kept.tolist())) > 1
 
 
 def test_engine_weighs_values_by_the_output_projection(model: str):
@@ -102,7 +110,7 @@ def test_engine_runs_three_times_the_requests_in_the_same_memory(model: str):
     assert run.steps < whole.steps
 
 
-@pytest.mark.parametrize("policy", ["ada_snapkv", "ada_column_max"])
+@pytest.mark.parametrize("policy", ["ada_snapkv", "ada_column_max", "layer_defensive"])
 def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path, policy: str):
     """Gemma2: the other layers are compressed, with capped logits and a scale of their own."""
     model = save_gemma2(tmp_path)

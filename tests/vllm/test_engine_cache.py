@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 from adakv.policy import Policy, get
+from adakv.step import Attention
 from adakv.vllm.config import Settings
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
-from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, Steps, watched
+from engine_steps import BLOCK, BUDGET, DIM, HEADS, LAYERS, NUM_BLOCKS, SCALE, Steps, watched
 from flash_stand_in import FLASH
 
 FOLDING = [
@@ -20,6 +23,15 @@ FOLDING = [
     "ada_expected",
     "PromptAttention(reduce='mean', group_reduce='max', stride=3, distance=2)"
     " * Adaptive() * TopScore()",
+]
+#: Their layers keep unequally much.
+WIDE = [
+    "model_column_max",
+    "layer_defensive",
+    "ada_pyramidkv",
+    "critical_ada_pyramidkv",
+    "KeyDiff() * ModelWide(floor=0.3, safeguard='hard_floor') * TopScore()",
+    "WindowAttention() * ModelWide() * TwoStage()",
 ]
 
 
@@ -107,6 +119,59 @@ def test_engine_cache_keeps_what_the_whole_prompt_keeps(device: torch.device, na
     run_random_steps(steps, 25)
     assert len(steps.told.entries) > 2
     assert len(steps.cache.prompts) <= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*product(WIDE[:2], ["fill", "exact"]), *product(WIDE[2:], ["fill"])]
+)
+def test_engine_cache_deals_pages_across_layers(device: torch.device, name: str, mode: str):
+    """Layers that keep unequally much; their sum is what blocks were kept for."""
+    steps = Steps(Settings(name, BUDGET, mode).policy_for(BLOCK), device, torch.float32)
+    run_random_steps(steps, 25)
+    assert len(steps.told.entries) > 2
+    assert len(steps.cache.prompts) <= 4
+    for request in list(steps.requests):
+        steps.remove(request)
+    assert sorted(steps.free) == list(range(1, NUM_BLOCKS))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_engine_cache_holds_what_a_reader_of_the_whole_prompt_keeps(
+    device: torch.device, name: str
+):
+    """Bit for bit, in pages of which none is in two rows."""
+    steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
+    for prompt in (200, 150, 170):
+        steps.add(prompt)
+    run_step(steps, [200, 150, 170])
+    steps.end_prompts()
+    step = steps.cache.begin_step(batch_of(steps.describe([1, 1, 1])))
+    used: list[int] = []
+    sums = []
+    for layer, (pages, _, table, lengths, *_) in enumerate(step.groups[0].planned._layers):
+        for number, request in enumerate(steps.requests):
+            for head, positions in enumerate(request.kept[layer]):
+                length = int(lengths[number, head])
+                row = table[number, head, : -(-length // BLOCK)].long()
+                used += row.tolist()
+                for i, x in enumerate((request.keys, request.values)):
+                    held = pages[row, i].flatten(0, 1)[:length]
+                    assert torch.equal(held, x[layer, positions, head])
+        sums.append(lengths.sum(1))
+    assert len(set(used)) == len(used)
+    assert (sum(sums) == LAYERS * HEADS * BUDGET).all()
+    assert not torch.equal(sums[0], sums[1])
+
+
+def test_engine_cache_wants_one_memory_for_layers_that_keep_unequally_much():
+    chosen, pages = get("layer_defensive"), torch.zeros(2, 6, 2, BLOCK, DIM)
+    shared = {"num_kv_heads": HEADS, "attentions": [Attention(scale=SCALE)] * LAYERS}
+    EngineCache(chosen, BUDGET, list(pages), **shared)
+    EngineCache(chosen, BUDGET, [pages[1], pages[0]], **shared)
+    for apart in ([pages[0], pages[1].clone()], [pages[0], pages[:, :3].flatten(0, 1)[:, :1]]):
+        EngineCache(get("ada_snapkv"), BUDGET, apart, **shared)
+        with pytest.raises(ValueError, match="the caches of all layers in one memory"):
+            EngineCache(chosen, BUDGET, apart, **shared)
 
 
 def test_engine_cache_folds_no_queries_of_short_prompts(device: torch.device):

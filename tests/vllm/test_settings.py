@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from adakv.vllm.ledger import (
     remove_at_exit,
     remove_unused,
 )
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import plan
 from policy.helpers import rotate
 
@@ -68,8 +70,7 @@ def test_settings_are_none_without_an_entry():
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
         ({"budget": 64.5}, "budget must be an integer, got 64.5"),
         ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),
-        ({"policy": "layer_defensive"}, "isn't fixed"),
-        ({"policy": "ada_pyramidkv"}, "different budgets"),
+        ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
         ({"policy": "full"}, "keeps everything"),
@@ -120,27 +121,44 @@ def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
     rng, block, heads = random.Random(0), 16, 3
     for budget, length in ((66, 200), (64, 129), (100, 301)):
         settings = Settings(policy=name, budget=budget, mode=mode)
-        planned = plan(length, budget=budget, block_size=block, num_kv_heads=heads)
+        wide = spans_layers(settings.preset)
+        layers = 3 if wide else 1
+        planned = plan(
+            length, budget=budget, block_size=block, num_kv_heads=None if wide else heads
+        )
         everything = "all_queries" in settings.preset.needs
         queries = length if everything else settings.preset.window
-        inputs = LayerInputs(
-            queries=torch.randn(1, 2 * heads, queries, 16),
-            keys=torch.randn(1, heads, length, 16) * torch.tensor([0.1, 1, 4])[:, None, None],
-            values=torch.randn(1, heads, length, 16),
-            w_o=torch.randn(8, 2 * heads * 16),
-            prompt_lens=(length,),
-            layer=0,
-            num_layers=1,
-            attention=Attention(rotate=rotate),
-        )
-        kept = settings.policy_for(block).choose(inputs, budget).indptr.diff()
+        inputs = [
+            LayerInputs(
+                queries=torch.randn(1, 2 * heads, queries, 16),
+                keys=torch.randn(1, heads, length, 16) * torch.tensor([0.1, 1, 4])[:, None, None],
+                values=torch.randn(1, heads, length, 16),
+                w_o=torch.randn(8, 2 * heads * 16),
+                prompt_lens=(length,),
+                layer=layer,
+                num_layers=layers,
+                attention=Attention(rotate=rotate),
+            )
+            for layer in range(layers)
+        ]
+        chosen = settings.policy_for(block).choose_all(inputs, budget)
+        kept = torch.cat([x.indptr.diff() for x in chosen])
         if mode == "exact":
-            assert int(kept.sum()) == heads * budget
+            assert int(kept.sum()) == layers * heads * budget
         pages = -(-kept // block)
-        assert int(pages.sum()) <= heads * planned.kept_blocks
+        assert int(pages.sum()) <= layers * heads * planned.kept_blocks
         for new in [*range(1, 40), rng.randint(40, 500)]:
             behind = -(-(length + new) // block) - planned.tail  # blocks for new tokens
             assert int((-(-(kept + new) // block) - pages).max()) <= behind
+
+
+def test_plan_knows_no_number_of_layers():
+    """Where pages are dealt across layers, the plan has room for any number of rows."""
+    for budget, rows in product(range(32, 100), (2, 3, 8, 64, 1000)):
+        numbers = {"budget": budget, "block_size": 16}
+        some = plan(400, num_kv_heads=rows, **numbers)
+        most = plan(400, num_kv_heads=None, **numbers)
+        assert some.kept_blocks <= most.kept_blocks <= some.kept_blocks + 1
 
 
 def test_plan_gives_back_nothing_that_is_not_worth_it():

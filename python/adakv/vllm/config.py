@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from adakv.policy import Adaptive, Everything, Flat, FoldingScorer, Policy, WholePages, get
+from adakv.policy import Adaptive, Everything, FoldingScorer, Policy, Pyramid, WholePages, get
 
 Mode = Literal["fill", "exact"]
 
@@ -22,8 +22,8 @@ class Settings:
     Parameters
     ----------
     policy : str
-        One of :func:`adakv.policies` that chooses after one pass over the prompt, layer by layer,
-        the same number of entries in each layer.
+        One of :func:`adakv.policies` that chooses after one pass over the prompt, a number of
+        entries that is known beforehand.
     budget : int
         Mean entries to keep per kv head of each prompt, the policy's window included.
     mode : "fill" or "exact"
@@ -86,18 +86,17 @@ class Settings:
 def why_not(policy: Policy) -> str | None:
     """Why a policy can't be used in an engine; None if it can.
 
-    The scheduler gives blocks back without asking the workers. So what a layer keeps in sum must
-    follow from the prompt's length, and be the same in every layer, as a block spans all of them.
+    The scheduler gives blocks back without asking the workers. So what all layers keep in sum must
+    follow from the prompt's length.
     """
+    allocator = policy.allocator
+    layers = allocator.layers
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
-    if policy.is_model_wide:
-        return "it shares one budget out among all layers, so how much a layer keeps isn't fixed"
-    if isinstance(policy.allocator.layers, Everything):
+    if isinstance(layers, Everything):
         return "it keeps everything, which vLLM does without it"
-    if not isinstance(policy.allocator.layers, Flat):
-        return "its layers get different budgets, but a block of the engine spans all layers"
-    allocator = policy.allocator
+    if isinstance(layers, Pyramid) and layers.rounding == "official":
+        return "its rounding drifts, so that layers keep more than the budget in sum"
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
     if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):

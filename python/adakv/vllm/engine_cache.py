@@ -7,9 +7,10 @@ them the h-th pages of the blocks behind the prompt (see plan.py)::
 
     row h = ceil(n / P) pages of blocks 0 .. kept_blocks - 1, page h of blocks tail, tail + 1, ...
 
-so that new tokens follow the kept ones without a gap, and one ``attend`` reads both. What has to be
-remembered of a request is its boundary and the lengths ``n`` of its rows. Requests are known by
-their first block, which they keep to their end.
+so that new tokens follow the kept ones without a gap, and one ``attend`` reads both. (Where layers
+keep unequally much, these are pages of all layers: see pages.py.) What has to be remembered of a
+request is its boundary and the lengths ``n`` of its rows. Requests are known by their first block,
+which they keep to their end.
 
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
                    and makes tables and schedules of all layers
@@ -30,6 +31,7 @@ from adakv.policy import FoldingScorer, Policy
 from adakv.reading import Part, Reader
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
+from adakv.vllm.pages import OwnPages, SharedPages, kept_of_all, spans_layers
 from adakv.vllm.plan import Plan
 from adakv.vllm.prompt_attention import FlashAttention, whole
 from adakv.vllm.prompts import (
@@ -70,7 +72,8 @@ class EngineCache:
     budget : int
         Mean entries per kv head.
     pages : one ``[N, 2, P, D]`` for each layer
-        The engine's memory, ``N = num_blocks * num_kv_heads``.
+        The engine's memory, ``N = num_blocks * num_kv_heads``; one memory, if the policy's layers
+        keep unequally much (see pages.py).
     num_kv_heads : int
     attentions : one :class:`Attention` for each layer
     w_o : callable, optional
@@ -96,6 +99,8 @@ class EngineCache:
         num_pages, _, self.block_size, _ = pages[0].shape
         self.num_kv_heads = num_kv_heads
         self.pages, self.num_layers, self.device = list(pages), len(pages), pages[0].device
+        kind = SharedPages if spans_layers(policy) else OwnPages
+        self._pages = kind(self.pages, num_kv_heads)
         self._budget = BlockBudget(
             policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
         )
@@ -112,7 +117,7 @@ class EngineCache:
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
-        self._positions = self._integers(num_pages, self.block_size)
+        self._positions = self._integers(len(self._pages.of_layers[0]), self.block_size)
         self.prompts: dict[int, Prompt] = {}  # that are not decided on, by request
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
@@ -238,7 +243,9 @@ class EngineCache:
         """What ``attend`` takes of some rows, in each layer."""
         return [
             Layer(pages, self._positions, table, lengths, seen, fresh)
-            for pages, lengths, table, fresh, seen in zip(self.pages, *tables, strict=True)
+            for pages, lengths, table, fresh, seen in zip(
+                self._pages.of_layers, *tables, strict=True
+            )
         ]
 
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
@@ -316,6 +323,11 @@ class EngineCache:
     def _compress(self, reader: Reader, first_block: int, page_ids: Tensor, planned: Plan) -> None:
         """Moves what the layers keep of a prompt in pages ``[Hkv, blocks]`` into its first ones."""
         heads, device = self.num_kv_heads, self.device
+        if isinstance(self._pages, SharedPages):
+            most = sum(sum(layer) for layer in reader.totals(heads))
+            kept = kept_of_all(reader)
+            self.lengths[:, first_block] = self._pages.compact(kept, page_ids, most)
+            return
         # compact() also wants a page per row to go on in: the next block's, though rows go on in
         # the blocks from `tail` on.
         usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
@@ -348,7 +360,7 @@ class EngineCache:
         kept_pages = (kept + (self.block_size - 1)) // self.block_size
         lengths = kept + (seen - boundaries)[:, None]
         width = max(1, -(-batch.max_seq_len // self.block_size))
-        table = self._tables(blocks, boundaries // self.block_size, kept_pages, width)
+        table = self._pages.tables(blocks, boundaries // self.block_size, kept_pages, width)
         fresh = max(1, -(-new_tokens // self.block_size))
         used = (lengths + (self.block_size - 1)) // self.block_size
         columns = used[..., None] + torch.arange(fresh, device=self.device)
@@ -359,21 +371,3 @@ class EngineCache:
             return buffers.plan(tables, num_new)
         layers, inputs = self._layers(tables), tables.plan_inputs
         return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
-
-    def _tables(self, blocks: Tensor, tails: Tensor, kept_pages: Tensor, width: int) -> Tensor:
-        """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks behind the
-        prompt ``[B]`` and pages of kept entries ``[L, B, Hkv]``.
-
-        Behind a row's last page follow some that are not its own.
-        """
-        heads = self.num_kv_heads
-        head = torch.arange(heads, device=self.device)[:, None]
-        column = torch.arange(width, device=self.device)
-        dealt_before = (kept_pages.cumsum(-1) - kept_pages)[..., None] + column
-        behind = column - kept_pages[..., None]
-        is_kept = behind < 0
-        index = torch.where(is_kept, dealt_before // heads, tails[:, None, None] + behind)
-        index = index.clamp(max=blocks.shape[1] - 1)
-        of_request = torch.arange(len(blocks), device=self.device)[:, None, None]
-        block = blocks[of_request, index]
-        return (block * heads + torch.where(is_kept, dealt_before % heads, head)).int()

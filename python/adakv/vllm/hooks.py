@@ -31,6 +31,7 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import Boundaries, EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
@@ -125,6 +126,7 @@ def customized(spec: Any) -> Any:
         ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
         reads_outputs_again=config.use_v2_model_runner,
         window=settings.window,
+        spans_layers=spans_layers(settings.preset),
     )
 
 
@@ -151,6 +153,8 @@ def make_cache(
     settings = Settings.of(config.additional_config)
     if settings is None:
         raise ValueError('additional_config must have an entry "adakv"')
+    if spec.spans_layers:
+        _check_one_group(len(layers), config)
     block, heads = spec.block_size, spec.num_kv_heads
     pages = [
         layer.kv_cache.view(-1, heads, 2, block, spec.head_size).flatten(0, 1) for layer in layers
@@ -173,6 +177,18 @@ def make_cache(
         boundaries=_Told(ledger, counts=get_tensor_model_parallel_rank() == 0),
         flash=flash,
     )
+
+
+def _check_one_group(num_layers: int, config: VllmConfig) -> None:
+    """Raises ``ValueError`` if the engine has more layers to compress, in other groups."""
+    layers = get_layers_from_vllm_config(config, AttentionLayer).values()
+    impls = [layer.impl for layer in layers]
+    compressed = sum(isinstance(impl, Compressing) and impl.index >= 0 for impl in impls)
+    if compressed != num_layers:
+        raise ValueError(
+            "adakv: a policy whose layers keep unequally much needs all layers in one group of the "
+            f"engine's caches, got {num_layers} of {compressed}"
+        )
 
 
 def layers_of(config: VllmConfig, names: list[str]) -> list[AttentionLayer]:

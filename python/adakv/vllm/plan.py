@@ -22,17 +22,19 @@ class Plan(NamedTuple):
     tail: int
 
 
-def most_kept_blocks(*, budget: int, block_size: int, num_kv_heads: int) -> int:
+def most_kept_blocks(*, budget: int, block_size: int, num_kv_heads: int | None) -> int:
     """First blocks that a compressed request keeps, however long its prompt was.
 
     A row of n entries takes ``ceil(n / block_size)`` pages. Over H rows of ``H * budget`` entries
     these are at most ``floor(H * (budget + block_size - 1) / block_size)``.
     """
+    if num_kv_heads is None:
+        return -(-(budget + block_size - 1) // block_size)
     pages = num_kv_heads * (budget + block_size - 1) // block_size
     return -(-pages // num_kv_heads)
 
 
-def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> Plan | None:
+def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int | None) -> Plan | None:
     """The blocks of a request whose first ``boundary`` tokens are compressed.
 
     Later each row takes its next pages from the blocks behind ``tail``, which come at least as
@@ -45,8 +47,9 @@ def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int) -> P
     budget : int
         Mean entries per kv head.
     block_size : int
-    num_kv_heads : int
-        Of one rank.
+    num_kv_heads : int, or None
+        The rows of a layer, of one rank, among which its pages are dealt. None: the pages of all
+        layers are dealt among all of their rows, however many these are.
 
     Returns
     -------

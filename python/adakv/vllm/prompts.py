@@ -13,6 +13,7 @@ from adakv.policy import Budget
 from adakv.reading import Reader
 from adakv.step import Attention
 from adakv.vllm.later import Later
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Plan, plan
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
@@ -46,7 +47,7 @@ class BlockBudget(Budget):
             boundary,
             budget=self.entries,
             block_size=self.block_size,
-            num_kv_heads=self.num_kv_heads,
+            num_kv_heads=None if spans_layers(self.policy) else self.num_kv_heads,
         )
 
     def of(self, prompt_len: int) -> int:

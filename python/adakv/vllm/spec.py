@@ -37,7 +37,7 @@ class CompressedManager(PrefixManager):
         self._is_cut: set[str] = set()
         spec = self.kv_cache_spec
         self.own_blocks = most_kept_blocks(
-            budget=spec.budget, block_size=self.block_size, num_kv_heads=spec.num_kv_heads
+            budget=spec.budget, block_size=self.block_size, num_kv_heads=spec.rows_of_layer
         )
         remove_unused()
         name = spec.ledger
@@ -51,7 +51,7 @@ class CompressedManager(PrefixManager):
             boundary,
             budget=spec.budget,
             block_size=self.block_size,
-            num_kv_heads=spec.num_kv_heads,
+            num_kv_heads=spec.rows_of_layer,
         )
 
     def boundary(self, request_id: str) -> int | None:
@@ -162,12 +162,20 @@ class CompressedSpec(FullAttentionSpec):
         the prompt (its second version does).
     window : int, optional
         The last tokens of a prompt, whose queries the policy hears; None: it hears all queries.
+    spans_layers : bool
+        Whether layers keep unequally much: :func:`adakv.vllm.pages.spans_layers`.
     """
 
     budget: int
     ledger: str
     reads_outputs_again: bool
     window: int | None = None
+    spans_layers: bool = False
+
+    @property
+    def rows_of_layer(self) -> int | None:
+        """Among which the pages of a layer are dealt, as :func:`adakv.vllm.plan.plan` takes it."""
+        return None if self.spans_layers else self.num_kv_heads
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, **numbers: Any) -> CompressedSpec:

@@ -1,0 +1,175 @@
+"""Pages of an engine's requests: which ones a row has, and moving what is kept into them.
+
+A block of one layer is one page for each kv head. What a compressed request keeps is dealt to pages
+of its first blocks row by row. Where every layer keeps equally much, a layer's rows have pages of
+that layer. Where it doesn't, only the sum over the layers is known beforehand: then the pages of
+all layers, block by block, are one list, of which any row of any layer may have any. For that the
+layers' memory has to be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adakv.entries import Whole
+from adakv.ops import Kept
+from adakv.policy import Flat, Policy
+from adakv.policy.base import needs_of
+from adakv.reading import Reader
+from adakv.vllm.steps import sent
+
+
+def spans_layers(policy: Policy) -> bool:
+    """Whether layers keep unequally much, so that rows have pages of all layers."""
+    return policy.is_model_wide or not isinstance(policy.allocator.layers, Flat)
+
+
+class OwnPages:
+    """Rows of a layer have pages of that layer, ``block * Hkv + head``.
+
+    Parameters
+    ----------
+    layers : one ``[N, 2, P, D]`` for each layer
+    num_kv_heads : int
+    """
+
+    def __init__(self, layers: Sequence[Tensor], num_kv_heads: int) -> None:
+        self.of_layers = list(layers)
+        """What page numbers of each layer's tables count in."""
+        self._heads, self._device = num_kv_heads, layers[0].device
+        self._dealt_of_block = num_kv_heads
+        self._own = torch.arange(num_kv_heads, device=self._device)[:, None]
+
+    def tables(self, blocks: Tensor, tails: Tensor, kept_pages: Tensor, width: int) -> Tensor:
+        """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks behind the
+        prompt ``[B]`` and pages of kept entries ``[L, B, Hkv]``.
+
+        Behind a row's last page follow some that are not its own.
+        """
+        column = torch.arange(width, device=self._device)
+        dealt = self._dealt_before(kept_pages)[..., None] + column
+        behind = column - kept_pages[..., None]
+        is_kept = behind < 0
+        index = torch.where(is_kept, dealt // self._dealt_of_block, tails[:, None, None] + behind)
+        index = index.clamp(max=blocks.shape[1] - 1)
+        of_request = torch.arange(len(blocks), device=self._device)[:, None, None]
+        block = blocks[of_request, index]
+        in_block = torch.where(is_kept, dealt % self._dealt_of_block, self._own)
+        return (block * self._heads + self._place(in_block)).int()
+
+    def _dealt_before(self, kept_pages: Tensor) -> Tensor:
+        """How many pages the rows before each row have."""
+        return kept_pages.cumsum(-1) - kept_pages
+
+    def _place(self, in_block: Tensor) -> Tensor:
+        """Where the pages of a block lie, behind ``block * Hkv``."""
+        return in_block
+
+
+class SharedPages(OwnPages):
+    """Rows of any layer have pages of all layers: ``first[layer] + block * Hkv + head`` in one view
+    of the layers' common memory, where ``first`` is the layer's first page.
+
+    Raises
+    ------
+    ValueError
+        If the layers are not in one memory, whole pages apart.
+    """
+
+    def __init__(self, layers: Sequence[Tensor], num_kv_heads: int) -> None:
+        super().__init__(layers, num_kv_heads)
+        lowest = min(layers, key=Tensor.data_ptr)
+        memory, size = lowest.untyped_storage().data_ptr(), lowest[0].nbytes
+        apart = [layer.data_ptr() - lowest.data_ptr() for layer in layers]
+        if any(
+            layer.untyped_storage().data_ptr() != memory
+            or not layer.is_contiguous()
+            or distance % size
+            for layer, distance in zip(layers, apart, strict=True)
+        ):
+            raise ValueError(
+                "adakv: a policy whose layers keep unequally much needs the caches of all layers "
+                f"in one memory, whole pages of {size} bytes apart, got strides of "
+                f"{sorted({layer.stride() for layer in layers})} and distances of {apart} bytes"
+            )
+        firsts = [distance // size for distance in apart]
+        count = max(firsts) + len(lowest)
+        all_pages = lowest.as_strided((count, *lowest.shape[1:]), lowest.stride())
+        self.of_layers = [all_pages] * len(layers)
+        self._layers = len(layers)
+        self._dealt_of_block = len(layers) * num_kv_heads
+        self._firsts = torch.tensor(firsts, dtype=torch.int32, device=self._device)
+        heads = torch.arange(num_kv_heads, dtype=torch.int32, device=self._device)
+        self._places = (self._firsts[:, None] + heads).flatten()
+        self._own = torch.arange(self._dealt_of_block, device=self._device)
+        self._own = self._own.view(len(layers), 1, num_kv_heads, 1)
+
+    def _dealt_before(self, kept_pages: Tensor) -> Tensor:
+        by_request = kept_pages.transpose(0, 1)
+        dealt = by_request.flatten(1).cumsum(-1).view(by_request.shape)
+        return dealt.transpose(0, 1) - kept_pages
+
+    def _place(self, in_block: Tensor) -> Tensor:
+        return self._places[in_block]
+
+    def compact(self, kept: Sequence[Kept], page_ids: Tensor, most: int) -> Tensor:
+        """Moves what is kept of a whole request into its first blocks.
+
+        A layer's pages may be taken by what another one keeps: first all that is kept is copied.
+
+        Parameters
+        ----------
+        kept : one :class:`adakv.ops.Kept` for each layer
+        page_ids : ``[Hkv, blocks]``
+            The request's pages in a layer's own memory.
+        most : int
+            At least as many as are kept in all.
+
+        Returns
+        -------
+        lengths : ``[L, Hkv]`` int32
+        """
+        page_size = self.of_layers[0].shape[2]
+        starts = torch.stack([x.indptr for x in kept])
+        lengths = starts.diff()  # [L, Hkv]
+        rows = lengths.flatten()
+        ends = rows.cumsum(0)
+        number = torch.arange(most, device=self._device)
+        # Whoever is behind the last entry is the first one again, and is put where that is put.
+        number = number.where(number < ends[-1], 0)
+        row = torch.searchsorted(ends, number, right=True)
+        place = number - (ends - rows)[row]
+        layer, head = row // self._heads, row % self._heads
+        sizes = [0, *(len(x.positions) for x in kept[:-1])]
+        of_layer = sent(sizes, self._device).cumsum(0)[:, None]
+        begin = (of_layer + starts[:, :-1]).flatten()
+        position = torch.cat([x.positions for x in kept])[begin[row] + place].long()
+        pages = self.of_layers[0]
+        source = self._firsts[layer] + page_ids[head, position // page_size]
+        entries = pages[source, :, position % page_size]  # [most, 2, D]
+        dealt = self._dealt_before(-(-lengths // page_size)[:, None]).flatten()[row]
+        dealt = dealt + place // page_size
+        target = page_ids[0, dealt // self._dealt_of_block] + self._place(
+            dealt % self._dealt_of_block
+        )
+        pages[target, :, place % page_size] = entries
+        return lengths
+
+
+def kept_of_all(reader: Reader) -> list[Kept]:
+    """What each layer keeps of one prompt, whose entries stay where they are: of a layer that waits
+    for the others only the scores are held."""
+    kept: dict[int, Kept] = {}
+    selector = reader.policy.selector
+    for layer in range(reader.num_layers):
+        for finished, (chosen,) in reader.finish(layer).items():
+            kept[finished] = chosen.kept
+        if reader.waiting:
+            (held,) = reader.waiting[-1]
+            if isinstance(held, Whole) and "w_o" in needs_of(selector):
+                held.inputs.norms(getattr(selector, "norm", "l1"))  # while there are values
+            reader.waiting[-1] = [Whole(held.inputs.without_entries(), held.scores)]
+    return [kept[layer] for layer in range(reader.num_layers)]
