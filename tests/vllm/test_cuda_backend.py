@@ -62,7 +62,7 @@ def test_padded_decode_steps_equal_the_reference(device: torch.device):
 
 
 @pytest.mark.parametrize("has_places", [False, True])
-@pytest.mark.parametrize("name", ["ada_snapkv", "h2o"])
+@pytest.mark.parametrize("name", ["ada_snapkv", "h2o", "model_column_max"])
 def test_prompt_tokens_in_replayed_decode_steps_are_observed(name: str, has_places: bool):
     """A step of one token for each request may be replayed from a graph, where no layer is asked:
     also if that token is one of a prompt."""

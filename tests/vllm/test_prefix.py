@@ -61,6 +61,7 @@ def chats(it: Engine, seed: int, *, number: int, turns: int) -> tuple[list[list[
         ("ada_snapkv", True, 44),
         ("critical_ada_snapkv", False, 44),
         ("streaming", True, 300),
+        ("layer_defensive", True, 44),
     ],
 )
 def test_chats_write_what_they_do_without_caching(

@@ -57,8 +57,7 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
         self._is_compressed = isinstance(kv_cache_spec, CompressedSpec)
         self._layers = hooks.layers_of(self.vllm_config, layer_names)
         if self._is_compressed:
-            for index, layer in enumerate(self._layers):
-                layer.impl.index = index
+            hooks.begin_group(kv_cache_spec, self._layers, self.vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

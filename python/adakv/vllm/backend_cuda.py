@@ -113,8 +113,7 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
         self._buffers: Buffers | None = None
         self._max_seq_len = vllm_config.model_config.max_model_len
         self._layers = hooks.layers_of(vllm_config, layer_names)
-        for index, layer in enumerate(self._layers):
-            layer.impl.index = index
+        hooks.begin_group(kv_cache_spec, self._layers, vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

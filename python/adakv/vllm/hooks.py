@@ -153,8 +153,6 @@ def make_cache(
     settings = Settings.of(config.additional_config)
     if settings is None:
         raise ValueError('additional_config must have an entry "adakv"')
-    if spec.spans_layers:
-        _check_one_group(len(layers), config)
     block, heads = spec.block_size, spec.num_kv_heads
     pages = [
         layer.kv_cache.view(-1, heads, 2, block, spec.head_size).flatten(0, 1) for layer in layers
@@ -179,22 +177,30 @@ def make_cache(
     )
 
 
-def _check_one_group(num_layers: int, config: VllmConfig) -> None:
-    """Raises ``ValueError`` if the engine has more layers to compress, in other groups."""
-    layers = get_layers_from_vllm_config(config, AttentionLayer).values()
-    impls = [layer.impl for layer in layers]
-    compressed = sum(isinstance(impl, Compressing) and impl.index >= 0 for impl in impls)
-    if compressed != num_layers:
-        raise ValueError(
-            "adakv: a policy whose layers keep unequally much needs all layers in one group of the "
-            f"engine's caches, got {num_layers} of {compressed}"
-        )
-
-
 def layers_of(config: VllmConfig, names: list[str]) -> list[AttentionLayer]:
     """The attention layers of a group, in order."""
     found = get_layers_from_vllm_config(config, AttentionLayer, names)
     return [found[name] for name in names]
+
+
+def begin_group(spec: CompressedSpec, layers: Sequence[AttentionLayer], config: VllmConfig) -> None:
+    """Numbers the layers of a compressed group.
+
+    Raises
+    ------
+    ValueError
+        If there are others, and the policy chooses from all layers together.
+    """
+    for index, layer in enumerate(layers):
+        layer.impl.index = index
+    everywhere = get_layers_from_vllm_config(config, AttentionLayer).values()
+    impls = [layer.impl for layer in everywhere]
+    compressed = sum(isinstance(impl, Compressing) and impl.index >= 0 for impl in impls)
+    if spec.spans_layers and compressed != len(layers):
+        raise ValueError(
+            "adakv: a policy whose layers keep unequally much needs all of them in one group of "
+            f"the engine's caches, got one of {len(layers)} of {compressed} layers"
+        )
 
 
 class _Told(Boundaries):
