@@ -55,11 +55,13 @@ def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:
     return str(folder)
 
 
-def save_gemma2(folder: Path) -> str:
-    """Saves a random Gemma2: every other layer has a sliding window, and logits are capped."""
+def save_gemma2(folder: Path, layers: str = "sfsf") -> str:
+    """Saves a random Gemma2, whose logits are capped: by default every other layer has a sliding
+    window ("s"), and the others ("f") attend to all."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        num_hidden_layers=4,
+        num_hidden_layers=len(layers),
+        layer_types=["sliding_attention" if x == "s" else "full_attention" for x in layers],
         head_dim=32,
         sliding_window=64,
         attn_logit_softcapping=5.0,

@@ -124,6 +124,16 @@ def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path, policy: str):
     check_against_reference(model, settings, prompts, run)
 
 
+def test_engine_refuses_a_policy_of_all_layers_whose_layers_it_splits(tmp_path: Path):
+    """Into groups of two, as many as there are of the other kind."""
+    model = save_gemma2(tmp_path, "sffsff")
+    with (
+        pytest.raises(Exception, match="one group of the engine's caches, got one of 2 of 4"),
+        engine(model, Settings("layer_defensive", 64)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
