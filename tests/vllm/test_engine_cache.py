@@ -85,10 +85,15 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, d
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
 
 
-@pytest.mark.parametrize("flash", [None, FLASH], ids=["ours", "flash"])
-def test_engine_cache_knows_requests_by_their_places(device: torch.device, flash: Any):
+@pytest.mark.parametrize(
+    ("name", "flash"),
+    [("ada_snapkv", None), ("ada_snapkv", FLASH), ("model_column_max", FLASH)],
+    ids=["ours", "flash", "wide-flash"],
+)
+def test_engine_cache_knows_requests_by_their_places(device: torch.device, name: str, flash: Any):
     """As with vLLM's second model runner: the host reads no first block in its own step."""
-    steps = Steps(policy("fill"), device, torch.float32, flash=flash, has_places=True)
+    chosen = Settings(name, BUDGET).policy_for(BLOCK)
+    steps = Steps(chosen, device, torch.float32, flash=flash, has_places=True)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
     assert len(steps.cache.prompts) <= 4
@@ -161,6 +166,29 @@ def test_engine_cache_holds_what_a_reader_of_the_whole_prompt_keeps(
     assert len(set(used)) == len(used)
     assert (sum(sums) == LAYERS * HEADS * BUDGET).all()
     assert not torch.equal(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+def test_engine_cache_copies_no_prompts_of_layers_that_wait(
+    device: torch.device, mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Entries of one layer at a time; of the others the scores."""
+    held: list[list[int]] = []
+    choose_all = Policy.choose_all
+
+    def watched_choice(self: Policy, layers: Any, *args: Any, **options: Any) -> Any:
+        held.append([x.keys.numel() + x.values.numel() + x.queries.numel() for x in layers])
+        return choose_all(self, layers, *args, **options)
+
+    steps = Steps(
+        Settings("model_column_max", BUDGET, mode).policy_for(BLOCK), device, torch.float32
+    )
+    steps.add(200)
+    run_step(steps, [200])
+    monkeypatch.setattr(Policy, "choose_all", watched_choice)
+    steps.cache.begin_step(batch_of(steps.describe([1])))
+    (sizes,) = held
+    assert sizes[:-1] == [0] * (LAYERS - 1)
 
 
 def test_engine_cache_wants_one_memory_for_layers_that_keep_unequally_much():

@@ -147,15 +147,16 @@ class SharedPages(OwnPages):
         of_layer = sent(sizes, self._device).cumsum(0)[:, None]
         begin = (of_layer + starts[:, :-1]).flatten()
         position = torch.cat([x.positions for x in kept])[begin[row] + place].long()
-        pages = self.of_layers[0]
         source = self._firsts[layer] + page_ids[head, position // page_size]
-        entries = pages[source, :, position % page_size]  # [most, 2, D]
         dealt = self._dealt_before(-(-lengths // page_size)[:, None]).flatten()[row]
         dealt = dealt + place // page_size
-        target = page_ids[0, dealt // self._dealt_of_block] + self._place(
-            dealt % self._dealt_of_block
-        )
-        pages[target, :, place % page_size] = entries
+        target = page_ids[0, dealt // self._dealt_of_block]
+        target = target + self._place(dealt % self._dealt_of_block)
+        vectors = self.of_layers[0].view(-1, self.of_layers[0].shape[-1])
+        keys_from = source * (2 * page_size) + position % page_size
+        keys_to = target * (2 * page_size) + place % page_size
+        entries = vectors.index_select(0, torch.cat([keys_from, keys_from + page_size]))
+        vectors.index_copy_(0, torch.cat([keys_to, keys_to + page_size]), entries)
         return lengths
 
 
