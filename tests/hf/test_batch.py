@@ -333,8 +333,8 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     model = llama()
     made = caches_of_batches(model)
     arguments: dict[str, Any] = {"prompts": [[5, 6]], "budget": 40, **wrong}
-    arguments["options"] = options(**arguments.get("options", {}))
     with pytest.raises(ValueError, match=message):
+        arguments["options"] = options(**arguments.get("options", {}))
         adakv.generate_stream(model, **arguments)
     assert not made
 
