@@ -21,7 +21,7 @@ def bytes_of_tensors() -> int:
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for x in gc.get_objects()
-        if type(x) in (torch.Tensor, torch.nn.Parameter)
+        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided
     }
     return sum(storages.values())
 

@@ -47,8 +47,8 @@ def generate(model: Any, **settings: Any) -> list[adakv.BatchResult]:
         ({"max_new_tokens": True}, "max_new_tokens must be an integer, got True"),
         ({"prompts": "hello"}, r"prompts must be a list of prompts, got str; give \[prompt\]"),
         ({"prompts": None}, "prompts must be a list of prompts, got NoneType"),
-        ({"prompts": [["5"]]}, r"prompts\[0\] must be a string or \[T\] integers"),
-        ({"prompts": [[10**30]]}, r"prompts\[0\] must be a string or \[T\] integers"),
+        ({"prompts": [["5"]]}, r"prompts\[0\] must be \[T\] integers"),
+        ({"prompts": [[10**30]]}, r"prompts\[0\] must be \[T\] integers"),
         ({"policy": 5}, "policy must be one of"),
     ],
 )

@@ -169,23 +169,20 @@ def test_engine_cache_holds_what_a_reader_of_the_whole_prompt_keeps(
 
 
 @pytest.mark.parametrize("mode", ["fill", "exact"])
-def test_engine_cache_copies_no_prompts_of_layers_that_wait(
-    device: torch.device, mode: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_engine_cache_copies_no_prompts_of_layers_that_wait(device: torch.device, mode: str):
     """Entries of one layer at a time; of the others the scores."""
     held: list[list[int]] = []
-    choose_all = Policy.choose_all
 
-    def watched_choice(self: Policy, layers: Any, *args: Any, **options: Any) -> Any:
-        held.append([x.keys.numel() + x.values.numel() + x.queries.numel() for x in layers])
-        return choose_all(self, layers, *args, **options)
+    class Watched(Policy):
+        def choose_all(self, layers: Any, *args: Any, **options: Any) -> Any:
+            held.append([x.keys.numel() + x.values.numel() + x.queries.numel() for x in layers])
+            return super().choose_all(layers, *args, **options)
 
-    steps = Steps(
-        Settings("model_column_max", BUDGET, mode).policy_for(BLOCK), device, torch.float32
-    )
+    chosen = Settings("model_column_max", BUDGET, mode).policy_for(BLOCK)
+    chosen = Watched(chosen.scorer, chosen.allocator, chosen.selector)
+    steps = Steps(chosen, device, torch.float32)
     steps.add(200)
     run_step(steps, [200])
-    monkeypatch.setattr(Policy, "choose_all", watched_choice)
     steps.cache.begin_step(batch_of(steps.describe([1])))
     (sizes,) = held
     assert sizes[:-1] == [0] * (LAYERS - 1)

@@ -35,7 +35,7 @@ def token_ids(
     try:
         ids = torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name} must be a string or [T] integers, got {short(prompt)}") from None
+        raise ValueError(f"{name} must be [T] integers of 64 bits, got {short(prompt)}") from None
     if ids.numel() == 0:
         raise ValueError(f"{name} is empty")
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
