@@ -110,8 +110,7 @@ void bind_cache(py::module_& module) {
                          stream_of(self));
           },
           arg("num_pages"), arg("max_row_pages"))
-      .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"),
-           arg("longest"))
+      .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"), arg("longest"))
       .def(
           "grow",
           [](KVCache& self, Ints num_new, Int columns) {

@@ -150,7 +150,6 @@ TEST(KVCache, ReserveKeepsWhatItHolds) {
   EXPECT_TRUE(same_memory(cache.layer(1).block_table, before.block_table));
   EXPECT_THROW(cache.reserve(-1, 0), InvalidArgument);
   EXPECT_THROW(cache.reserve(0, -1), InvalidArgument);
-  EXPECT_THROW(cache.reserve(1000, std::numeric_limits<int32_t>::max()), Error);
   EXPECT_THROW(cache.reserve(std::numeric_limits<int32_t>::max(), 70), Error);
   EXPECT_EQ(cache.config().num_pages, 400);
   EXPECT_EQ(cache.pool().num_pages(), 400);
@@ -192,6 +191,18 @@ TEST(KVCache, ReserveKeepsWhatItHolds) {
   cache.remove(0);
   cache.remove(1);
   EXPECT_EQ(cache.pool().num_free(), 1000);
+}
+
+TEST(KVCache, RowsHaveNoMoreColumnsThanThePoolHasPages) {
+  KVCache cache(small_config(), device_memory({}));
+  const LayerView before = cache.layer(1);
+  const int32_t most = std::numeric_limits<int32_t>::max();
+  cache.reserve(0, most);
+  EXPECT_EQ(cache.config().max_row_pages, most);
+  EXPECT_EQ(cache.layer(1).block_table.shape_string(), "[3, 2, 400]");
+  EXPECT_EQ(cache.layer(1).pages.data, before.pages.data);
+  cache.reserve(500, 0);
+  EXPECT_EQ(cache.layer(1).block_table.shape_string(), "[3, 2, 500]");
 }
 
 TEST(KVCache, SaysWhatRowsGrowTo) {
