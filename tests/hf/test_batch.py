@@ -17,7 +17,7 @@ from torch import Tensor
 
 import adakv
 from adakv.cache import KVCache
-from adakv.hf.attachment import is_attached
+from adakv.hf.attachment import CACHE, is_attached
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from hf.families import FAMILIES, LLAMA, VOCAB, Family
@@ -62,7 +62,7 @@ def caches_of_batches(model: Any) -> list[KVCache]:
     caches: list[KVCache] = []
 
     def note(module: Any, args: Any, arguments: dict[str, Any]) -> None:
-        reader = arguments.get("past_key_values")
+        reader = arguments.get(CACHE)
         is_prompt = isinstance(reader, adakv.Cache) and reader.reading is not None
         kv = reader.pages if is_prompt else None  # other caches have none before their prompt
         if kv is not None and (not caches or caches[-1] is not kv):
