@@ -16,9 +16,11 @@ from adakv.policy import Budget, LayerInputs, Policy
 from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
 from adakv.vllm.engine_cache import Boundaries, EngineCache
+from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Plan, plan
 from adakv.vllm.prompt_attention import FlashAttention
+from adakv.vllm.steps import Step
 from policy.helpers import rotate
 from tolerance import assert_close
 
@@ -183,7 +185,7 @@ class Steps:
         )
 
     def _places(self) -> np.ndarray:
-        """Of the requests in their worker's table; a free one is taken again soon."""
+        """Places of the requests in their worker's table; a free one is taken again soon."""
         taken = [r.place for r in self.requests]
         for request in self.requests:
             if request.place < 0:
@@ -282,3 +284,21 @@ class Steps:
             k, v = (x[layer, seen, h].to(dtype) for x in (request.keys, request.values))
             out.append((q @ k.T * SCALE).softmax(-1) @ v)
         return torch.cat(out)[None]
+
+
+def run_step(steps: Steps, counts: list[int]) -> Step:
+    """One step of all requests, and whether it gave what it should; what it was for the layers.
+    The engine's memory of queries, keys and values is then used for something else."""
+    metadata = steps.describe(counts)
+    steps.end_prompts()
+    step = steps.cache.begin_step(batch_of(metadata))
+    for layer in range(LAYERS):
+        queries, keys, values = steps.inputs(layer, counts)
+        out = torch.full_like(queries, float("nan"))
+        steps.cache.attend(layer, step, queries, keys, values, out)
+        steps.check(out, layer, counts)
+        for used in (queries, keys, values):
+            used.fill_(float("nan"))
+    steps.advance(counts)
+    steps.give_back()
+    return step

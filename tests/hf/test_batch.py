@@ -155,7 +155,7 @@ def test_a_thousand_texts_leave_nothing_behind(device: torch.device) -> None:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Of torch's memory on a GPU, or of this process by Linux's /proc."""
+    """Bytes of torch's memory on a GPU, or of this process by Linux's /proc."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

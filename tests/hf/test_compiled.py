@@ -55,7 +55,7 @@ def llama() -> Any:
 
 @torch.no_grad()
 def logits(model: Any, cache: adakv.Cache, tokens: Tensor) -> list[Tensor]:
-    """Of a prompt and of two steps, the first sequence of which is padded."""
+    """Those of a prompt and of two steps, the first sequence of which is padded."""
     mask = torch.ones_like(tokens)
     mask[0, :9] = 0
     return [

@@ -14,7 +14,18 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
-from engine_steps import BLOCK, BUDGET, DIM, HEADS, LAYERS, NUM_BLOCKS, SCALE, Steps, watched
+from engine_steps import (
+    BLOCK,
+    BUDGET,
+    DIM,
+    HEADS,
+    LAYERS,
+    NUM_BLOCKS,
+    SCALE,
+    Steps,
+    run_step,
+    watched,
+)
 from flash_stand_in import FLASH
 
 FOLDING = [
@@ -33,23 +44,6 @@ WIDE = [
     "KeyDiff() * ModelWide(floor=0.3, safeguard='hard_floor') * TopScore()",
     "WindowAttention() * ModelWide() * TwoStage()",
 ]
-
-
-def run_step(steps: Steps, counts: list[int]) -> None:
-    """One step of all requests, and whether it gave what it should. The engine's memory of queries,
-    keys and values is then used for something else."""
-    metadata = steps.describe(counts)
-    steps.end_prompts()
-    step = steps.cache.begin_step(batch_of(metadata))
-    for layer in range(LAYERS):
-        queries, keys, values = steps.inputs(layer, counts)
-        out = torch.full_like(queries, float("nan"))
-        steps.cache.attend(layer, step, queries, keys, values, out)
-        steps.check(out, layer, counts)
-        for used in (queries, keys, values):
-            used.fill_(float("nan"))
-    steps.advance(counts)
-    steps.give_back()
 
 
 def policy(mode: str) -> Policy:

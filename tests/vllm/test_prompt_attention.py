@@ -12,7 +12,7 @@ from adakv.policy import Policy
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.prompt_attention import blocks_of, whole
-from engine_steps import BLOCK, BUDGET, DIM, HEADS, LAYERS, Steps, watched
+from engine_steps import BLOCK, BUDGET, DIM, HEADS, LAYERS, Steps, run_step, watched
 from flash_stand_in import FLASH, read
 
 CPU = torch.device("cpu")
@@ -20,22 +20,6 @@ CPU = torch.device("cpu")
 
 def policy(name: str = "ada_snapkv") -> Policy:
     return Settings(name, BUDGET).policy_for(BLOCK)
-
-
-def run_step(steps: Steps, counts: list[int]) -> Any:
-    """One step of all requests; what it was for the layers."""
-    metadata = steps.describe(counts)
-    steps.end_prompts()
-    step = steps.cache.begin_step(batch_of(metadata))
-    for layer in range(LAYERS):
-        queries, keys, values = steps.inputs(layer, counts)
-        out = torch.full_like(queries, float("nan"))
-        steps.cache.attend(layer, step, queries, keys, values, out)
-        steps.check(out, layer, counts)
-        queries.fill_(float("nan"))  # the engine's, and used for something else
-    steps.advance(counts)
-    steps.give_back()
-    return step
 
 
 def test_blocks_are_views_of_head_major_pages():
