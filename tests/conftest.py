@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,3 +49,19 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small model, for tests of the command line."""
+    from small_model import save_model  # needs transformers
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """The name of a text's file, for tests of the command line."""
+    path = tmp_path / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 10)
+    return str(path)

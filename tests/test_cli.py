@@ -12,19 +12,7 @@ import adakv
 from adakv.cli.inputs import InputError, load_model
 from adakv.cli.main import run_command_line
 from adakv.cli.prompts import read_prompts
-from small_model import LIMIT, save_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text("It was the best of times, it was the worst of times. " * 10)
-    return str(path)
+from small_model import LIMIT
 
 
 def test_info_names_backends_and_policies(capsys: pytest.CaptureFixture[str]):

@@ -15,22 +15,9 @@ from adakv.cli import output
 from adakv.cli.main import run_command_line
 from adakv.cli.prompts import read_prompts
 from adakv.eval.files import parse_json, read_text
-from small_model import save_model
 
 DIGITS = "1" * 5000
 HALF = "\udcff"  # what Python makes of a byte that is not UTF-8
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text("It was the best of times, it was the worst of times. " * 10)
-    return str(path)
 
 
 def assert_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

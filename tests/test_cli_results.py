@@ -12,14 +12,8 @@ from adakv.cli.inputs import InputError
 from adakv.cli.main import run_command_line
 from adakv.cli.results import ResultFile
 from adakv.hf.generate import BatchResult
-from small_model import save_model
 
 PROMPTS = ["It was the best of times.", "It was the worst of times.", "It was the age of wisdom."]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
