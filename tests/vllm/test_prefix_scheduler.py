@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 from adakv.vllm.ledger import Ledger, path_of
 from adakv.vllm.plan import plan
-from adakv.vllm.spec import CompressedSpec
+from vllm_blocks import BLOCK, BUDGET, HEADS, block_manager
 
-BLOCK, HEADS, BUDGET, WINDOW, KEPT = 16, 4, 64, 32, 5  # blocks of a compressed request
+WINDOW = 32
+KEPT = 5  # blocks of a compressed request
 
 
 @pytest.fixture
@@ -33,32 +32,16 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[str]:
     path_of(name).unlink(missing_ok=True)
 
 
-def block_manager(
+def caching_manager(
     ledger: str, num_blocks: int, *, reads_outputs_again: bool = True, window: int | None = WINDOW
 ) -> KVCacheManager:
     init_none_hash(str_hash)
-    base = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=64, dtype=torch.bfloat16
-    )
-    spec = CompressedSpec.of(
-        base,
-        budget=BUDGET,
-        ledger=ledger,
+    return block_manager(
+        ledger,
+        num_blocks,
+        enable_caching=True,
         reads_outputs_again=reads_outputs_again,
         window=window,
-    )
-    config = KVCacheConfig(
-        num_blocks=num_blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
-    return KVCacheManager(
-        config,
-        max_model_len=4096,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=True,
-        max_in_flight_tokens=8192,
     )
 
 
@@ -146,7 +129,7 @@ class Simulation:
         chunk: int = 100,
         seed: int = 0,
     ) -> None:
-        self.manager = block_manager(ledger, num_blocks, reads_outputs_again=reads_outputs_again)
+        self.manager = caching_manager(ledger, num_blocks, reads_outputs_again=reads_outputs_again)
         self.pool = self.manager.block_pool
         (self.groups,) = self.manager.coordinator.single_type_managers
         self.worker = Worker(Ledger.open(ledger, num_blocks))
@@ -488,7 +471,7 @@ def test_preempted_request_finds_what_it_has_read(ledger: str, reads_outputs_aga
 
 def test_policy_that_hears_all_queries_finds_nothing(ledger: str):
     sim = Simulation(ledger, num_blocks=50)
-    sim.manager = block_manager(ledger, 50, window=None)
+    sim.manager = caching_manager(ledger, 50, window=None)
     sim.pool = sim.manager.block_pool
     (sim.groups,) = sim.manager.coordinator.single_type_managers
     prompt = random_text(sim.rng, 300)

@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 import adakv
 from adakv.vllm.ledger import Ledger, path_of
 from adakv.vllm.plan import plan
-from adakv.vllm.spec import CompressedSpec
+from vllm_blocks import BLOCK, BUDGET, HEADS, block_manager
 
-BLOCK, HEADS, BUDGET, NUM_BLOCKS = 16, 4, 64, 120
+NUM_BLOCKS = 120
 
 
 @pytest.fixture
@@ -29,28 +27,6 @@ def ledger(request: pytest.FixtureRequest) -> Any:
     name = f"test-{request.node.name}".replace("/", "-")
     yield Ledger.open(name, NUM_BLOCKS)
     path_of(name).unlink(missing_ok=True)
-
-
-def block_manager(ledger_name: str, *, reads_outputs_again: bool = False) -> KVCacheManager:
-    base = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=64, dtype=torch.bfloat16
-    )
-    spec = CompressedSpec.of(
-        base, budget=BUDGET, ledger=ledger_name, reads_outputs_again=reads_outputs_again
-    )
-    config = KVCacheConfig(
-        num_blocks=NUM_BLOCKS,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
-    return KVCacheManager(
-        config,
-        max_model_len=4096,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=False,
-        max_in_flight_tokens=8192,
-    )
 
 
 @dataclass
@@ -219,7 +195,7 @@ def test_scheduler_frees_only_what_no_step_in_flight_reads(
 ):
     """10,000 steps at each depth; with both definitions of a prompt after a preemption."""
     name = f"test-{request.node.name}".replace("/", "-")
-    manager = block_manager(name, reads_outputs_again=reads_outputs_again)
+    manager = block_manager(name, NUM_BLOCKS, reads_outputs_again=reads_outputs_again)
     sim = Simulation(ledger, manager, depth, num_drafts, reads_outputs_again, random.Random(depth))
     for _ in range(2_500):
         sim.step()
@@ -232,7 +208,14 @@ def test_scheduler_frees_only_what_no_step_in_flight_reads(
 
 def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, request):
     name = f"test-{request.node.name}"
-    sim = Simulation(ledger, block_manager(name), 1, 0, False, random.Random(0))
+    sim = Simulation(
+        ledger,
+        block_manager(name, NUM_BLOCKS, reads_outputs_again=False),
+        1,
+        0,
+        False,
+        random.Random(0),
+    )
     long = Request(
         request_id="long",
         prompt_token_ids=[0] * 400,
