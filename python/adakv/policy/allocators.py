@@ -285,12 +285,16 @@ class ModelWide:
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
-        one_layer = Adaptive(floor=self.floor, safeguard=self.safeguard)
-        shares = one_layer.allocate(scores, inputs, budgets, window=window)
+        shares = self._of_one_layer.allocate(scores, inputs, budgets, window=window)
         if self.reserve is None:
             return shares
         held = inputs.candidates(0) & (~inputs.candidates(window) | (scores > -torch.inf))
         return shares.minimum(held.sum(-1, dtype=torch.int32))
+
+    @functools.cached_property
+    def _of_one_layer(self) -> Adaptive:
+        """What shares a budget out where all layers are taken for one."""
+        return Adaptive(floor=self.floor, safeguard=self.safeguard)
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)
