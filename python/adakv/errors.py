@@ -8,7 +8,7 @@ from typing import Any
 
 from adakv._C import Error
 
-__all__ = ["Error", "integer", "number", "short"]
+__all__ = ["NOT_A_NUMBER", "Error", "integer", "number", "short", "to_float", "to_int"]
 
 
 def integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
@@ -17,15 +17,13 @@ def integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     Raises ``ValueError`` with the argument's ``name`` if it is none, or not in ``[low, high]``.
     """
     try:
-        number = operator.index(value)
-        if isinstance(value, bool):
-            raise TypeError
-    except (TypeError, ValueError, RuntimeError):
+        converted = to_int(value)
+    except NOT_A_NUMBER:
         raise ValueError(f"{name} must be an integer, got {short(value)}") from None
-    if not low <= number <= high:
-        allowed = f"at least {low}" if number < low else f"at most {high}"
-        raise ValueError(f"{name} must be {allowed}, got {short(number)}")
-    return number
+    if not low <= converted <= high:
+        allowed = f"at least {low}" if converted < low else f"at most {high}"
+        raise ValueError(f"{name} must be {allowed}, got {short(converted)}")
+    return converted
 
 
 def number(name: str, value: Any) -> float:
@@ -34,12 +32,30 @@ def number(name: str, value: Any) -> float:
     Raises ``ValueError`` with the argument's ``name`` if it is none, or not finite.
     """
     try:
-        converted = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        converted = to_float(value)
+    except NOT_A_NUMBER:
         converted = math.nan
     if not math.isfinite(converted):
         raise ValueError(f"{name} must be a finite number, got {short(value)}")
     return converted
+
+
+#: What :func:`to_int` and :func:`to_float` raise.
+NOT_A_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)
+
+
+def to_int(value: Any) -> int:
+    """An integer of Python, numpy or torch; truth values are none."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def to_float(value: Any) -> float:
+    """A number of Python, numpy or torch; truth values and texts are none."""
+    if isinstance(value, (bool, str)):
+        raise TypeError
+    return float(value)
 
 
 def short(value: Any) -> str:

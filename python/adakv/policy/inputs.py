@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.errors import short
+from adakv.errors import NOT_A_NUMBER, short, to_float, to_int
 from adakv.step import Attention
 
 
@@ -146,7 +145,7 @@ def check_settings(part: Any) -> None:
             convert, expected = _CONVERSIONS[kind]
             try:
                 value = convert(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError):
+            except NOT_A_NUMBER:
                 raise ValueError(f"{setting.name} must be {expected}, got {short(value)}") from None
             object.__setattr__(part, setting.name, value)
         elif kind in _METHODS and not callable(getattr(value, _METHODS[kind], None)):
@@ -156,17 +155,11 @@ def check_settings(part: Any) -> None:
             )
 
 
-def _to_int(value: Any) -> int:
-    number = operator.index(value)
-    if isinstance(value, bool) or not -(2**31) <= number < 2**31:
+def _to_int32(value: Any) -> int:
+    converted = to_int(value)
+    if not -(2**31) <= converted < 2**31:
         raise ValueError
-    return number
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, (bool, str)):
-        raise ValueError
-    return float(value)
+    return converted
 
 
 def _to_bool(value: Any) -> bool:
@@ -176,9 +169,9 @@ def _to_bool(value: Any) -> bool:
 
 
 _CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "int": (_to_int, "an integer of 32 bits"),
-    "float": (_to_float, "a number"),
-    "float | None": (_to_float, "a number or None"),
+    "int": (_to_int32, "an integer of 32 bits"),
+    "float": (to_float, "a number"),
+    "float | None": (to_float, "a number or None"),
     "bool": (_to_bool, "True or False"),
 }
 _METHODS = {
