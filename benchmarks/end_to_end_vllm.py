@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness import Timing, device, report
+from harness import device, report, timing
 
 #: One engine in the process that measures, with all its threads.
 ENVIRONMENT = {
@@ -101,6 +101,12 @@ class Outcome:
     preemptions: int
     prompt_tokens_read: int
 
+    @property
+    def spans(self) -> list[float]:
+        """Seconds of each step."""
+        ends = [0.0, *(step.seconds for step in self.steps)]
+        return [b - a for a, b in pairwise(ends)]
+
 
 def options() -> argparse.Namespace:
     """The command line."""
@@ -149,20 +155,10 @@ def random_model(folder: str) -> str:
     """The configuration of a model of Llama-3.1-8B's shape."""
     from transformers import LlamaConfig
 
-    LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(folder)
+    from end_to_end_parts.bench import LLAMA_8B
+
+    config = LlamaConfig(**LLAMA_8B, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
     return folder
 
 
@@ -305,8 +301,7 @@ def derived(outcome: Outcome) -> dict[str, float]:
     """What is reported of a load."""
     steps, last = outcome.steps, outcome.steps[-1]
     most = max(step.running for step in steps)
-    ends = [0.0, *(step.seconds for step in steps)]
-    spans = [b - a for a, b in pairwise(ends)]
+    spans = outcome.spans
     first = next(step.seconds for step in steps if step.tokens)
     reading = sum(span for span, step in zip(spans, steps, strict=True) if step.is_reading)
     full = [
@@ -364,9 +359,6 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=spawn) as process:
                 outcomes = process.submit(measure, args, variant).result()
             for load, outcome in zip(args.loads, outcomes, strict=True):
-                ends = [0.0, *(step.seconds for step in outcome.steps)]
-                spent = sorted(1e6 * (b - a) for a, b in pairwise(ends))
-                quartiles = (spent[len(spent) * i // 4] for i in (2, 1, 3))
                 report(
                     "end_to_end_vllm",
                     {
@@ -383,7 +375,7 @@ def main() -> None:
                         "budget": args.budget if variant != "plain" else None,
                         "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
                     },
-                    {"step": Timing(*(round(q, 2) for q in quartiles), len(outcome.steps))},
+                    {"step": timing([1e6 * span for span in outcome.spans])},
                     derived(outcome),
                     args.save,
                 )
