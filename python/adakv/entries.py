@@ -11,6 +11,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerInputs, Policy
+from adakv.policy.base import needs_of
 
 
 class GrowingEntries:
@@ -60,6 +61,12 @@ class Whole(NamedTuple):
         if scores is None and self.inputs.length > budget:
             scores = policy.scorer.score(self.inputs)
         return Whole(self.inputs.without_queries(), scores)
+
+    def without_entries(self, policy: Policy) -> Whole:
+        """With the norms that the policy's selector will ask for."""
+        if "w_o" in needs_of(policy.selector):
+            self.inputs.norms(getattr(policy.selector, "norm", "l1"))  # while there are values
+        return Whole(self.inputs.without_entries(), self.scores)
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of the entries."""

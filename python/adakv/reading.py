@@ -80,16 +80,19 @@ class Reader:
         With the policy.
     num_layers : int
         How many layers are compressed.
+    holds_entries : bool
+        Whether the layers of a model-wide policy hold keys and values while they wait for the last
+        one: False where these stay where they are, so that of what is chosen ``kept`` is enough.
     """
 
-    def __init__(self, budget: Budget, num_layers: int) -> None:
+    def __init__(self, budget: Budget, num_layers: int, *, holds_entries: bool = True) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
         self.lengths: list[int] = []
         """Tokens of each prompt so far, without padding."""
         self.num_compacted = 0
         """Layers that are in pages."""
-        self._budget = budget
+        self._budget, self._holds_entries = budget, holds_entries
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -204,14 +207,7 @@ class Reader:
                 for whole, budget in zip(wholes, budgets, strict=True)
             ]
             return {layer: list(map(Chosen, self._groups, kept, wholes))}
-        self.waiting.append(
-            [
-                Reserve.take(self.policy, whole, budget)
-                if self.policy.reserves
-                else whole.scored(self.policy, budget)
-                for whole, budget in zip(wholes, budgets, strict=True)
-            ]
-        )
+        self.waiting.append(list(map(self._held, wholes, budgets)))
         return {} if self._num_finished < self.num_layers else self._choose_all(budgets)
 
     def compact(
@@ -287,6 +283,14 @@ class Reader:
             Whole(x, self._folding.finish(folded, x) if self._is_cut(x) else None)
             for x, folded in zip(inputs, observed.folded, strict=True)
         ]
+
+    def _held(self, whole: Whole, budget: int) -> Whole | Reserve:
+        """What a layer of a model-wide policy holds of some prompts until the last one is there."""
+        if self.policy.reserves:
+            reserve = Reserve.take(self.policy, whole, budget)
+            return reserve if self._holds_entries else Whole(reserve.inputs, reserve.scores)
+        scored = whole.scored(self.policy, budget)
+        return scored if self._holds_entries else scored.without_entries(self.policy)
 
     def _is_cut(self, inputs: LayerInputs) -> bool:
         return not self.policy.keeps_everything(inputs, self._budget.of(inputs.length))

@@ -51,7 +51,7 @@ def calls_of_layer(policy: str, num_layers: int) -> dict[str, list[tuple[str, st
     [
         ("ada_snapkv", "prefill", 60, 15),
         ("ada_snapkv", "step", 8, 6),
-        ("model_column_max", "prefill", 99, 17),
+        ("model_column_max", "prefill", 100, 17),
     ],
 )
 def test_a_layer_is_few_calls_in_few_files(

@@ -267,7 +267,7 @@ class EngineCache:
             self.boundaries[names.long()] = 0
             prompt_names = Later(names)
             for index, row in enumerate(begins):
-                reader = Reader(self._budget, self.num_layers)
+                reader = Reader(self._budget, self.num_layers, holds_entries=False)
                 self.prompts[requests[row]] = Prompt(reader, prompt_names, index)
             if batch.requests is None:
                 self._forget_gone()

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adakv.entries import Whole
 from adakv.ops import Kept
 from adakv.policy import Flat, Policy
-from adakv.policy.base import needs_of
 from adakv.reading import Reader
 from adakv.vllm.steps import sent
 
@@ -161,16 +159,9 @@ class SharedPages(OwnPages):
 
 
 def kept_of_all(reader: Reader) -> list[Kept]:
-    """What each layer keeps of one prompt, whose entries stay where they are: of a layer that waits
-    for the others only the scores are held."""
+    """What each layer keeps of one prompt, whose entries stay where they are."""
     kept: dict[int, Kept] = {}
-    selector = reader.policy.selector
     for layer in range(reader.num_layers):
         for finished, (chosen,) in reader.finish(layer).items():
             kept[finished] = chosen.kept
-        if reader.waiting:
-            (held,) = reader.waiting[-1]
-            if isinstance(held, Whole) and "w_o" in needs_of(selector):
-                held.inputs.norms(getattr(selector, "norm", "l1"))  # while there are values
-            reader.waiting[-1] = [Whole(held.inputs.without_entries(), held.scores)]
     return [kept[layer] for layer in range(reader.num_layers)]
