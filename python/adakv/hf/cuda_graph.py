@@ -134,8 +134,8 @@ def cuda_graph_sample(
     for name in ("scores", "logits", "attentions", "hidden_states"):
         if getattr(generation_config, f"output_{name}", False):
             raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
-    most = (generation_config.max_length or 2**31) - input_ids.shape[1]
     length = input_ids.shape[1]
+    most = (generation_config.max_length or 2**31) - length
     what = f"max_new_tokens: the prompt has {length} tokens, and its text of {most} more"
     long_rope.check_growth(cache.rope_limit, length, length + most - 1, what=what)
     logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
