@@ -136,8 +136,8 @@ def generate(
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
     console = output.plain_console()
     console.print(runs[-1].text, soft_wrap=True)
-    output.print_runs(console, runs)
-    place.save(runs, model)
+    output.print_runs(console, runs, network)
+    place.save(runs, model, network)
 
 
 def generate_many(
