@@ -280,12 +280,15 @@ class KVCache:
         rows, and for ``new_tokens`` tokens after it; a page holds ``page_size`` entries. Raises
         ``ValueError`` for numbers that make no sense.
         """
-        return _C.KVCache.pages_for(
-            integer("total", total, 0),
-            integer("new_tokens", new_tokens, 0, _MOST),
-            integer("num_kv_heads", num_kv_heads, 1, _MOST),
-            check_page_size(page_size),
-        )
+        try:
+            return _C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size)
+        except TypeError:  # which doesn't say what is wrong
+            return _C.KVCache.pages_for(
+                integer("total", total, 0),
+                integer("new_tokens", new_tokens, 0, _MOST),
+                integer("num_kv_heads", num_kv_heads, 1, _MOST),
+                check_page_size(page_size),
+            )
 
     def positions(self, layer: int, slots: slice = slice(None)) -> list[list[Tensor]]:
         """Positions that a layer holds: per sequence and kv head ``[length]`` int32 on the CPU, as
