@@ -115,8 +115,11 @@ struct CodePages : RowPages<Element> {
     Scale together[kBlockSlots * kMaxWidth] = {};
     const int group_numbers = kSlotGroup * width;
     for (int slot = begin; slot < end; slot += kSlotGroup) {
-      __builtin_memcpy(together + (slot - begin) * width, in_memory(which, slot),
-                       group_numbers * sizeof(Scale));
+      const Scale* from = in_memory(which, slot);
+      Scale* to = together + (slot - begin) * width;
+      for (int i = 0; i < group_numbers; i += kSlotGroup) {
+        __builtin_memcpy(to + i, from + i, kSlotGroup * sizeof(Scale));
+      }
       if (slot + kBlockSlots >= last) continue;
       const char* next = reinterpret_cast<const char*>(in_memory(which, slot + kBlockSlots));
       for (int i = 0; i < group_numbers * 2; i += 64) __builtin_prefetch(next + i);
@@ -145,7 +148,59 @@ struct CodePages : RowPages<Element> {
   }
 };
 
-/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row, of which `scales` has the numbers;
+/// Keys that dot_keys takes in one go: so many that their sums with kRows queries stay in registers,
+/// and at most a group of slots, which lies in one page.
+template <int kRows>
+constexpr int kKeysAtOnce = kRows == 1                            ? kSlotGroup
+                            : kRows == 2 && kSlotsAtOnce * 2 <= 8 ? kSlotsAtOnce * 2
+                                                                  : kSlotsAtOnce;
+
+/// The products of kRows queries with kSlotsAtOnce keys, of which `scales` has the numbers, lane by
+/// lane, kKeysAtOnce apart from query to query; fetches what lies `ahead` codes behind the keys. One
+/// loop without a function around its body, so that the sums stay in registers.
+template <int kRows, bool kFetch, typename Pages>
+inline void multiply_keys(const float* queries,
+                          int stride,
+                          const typename Pages::Code* keys,
+                          int head_dim,
+                          int ahead,
+                          const float* scales,
+                          int width,
+                          F32* lanes) {
+  F32 sums[kRows * kSlotsAtOnce];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows * kSlotsAtOnce; ++i) sums[i] = F32{};
+  for (int d = 0; d < head_dim; d += kPair) {
+    F32Pair k[kSlotsAtOnce];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      const auto* codes = keys + i * head_dim + d;
+      const F32Pair loaded =
+          head_dim - d >= kPair ? load_pair(codes) : load_pair(codes, head_dim - d);
+      k[i] = Pages::number(loaded, Pages::numbers(scales + i * width, d));
+      if (kFetch) __builtin_prefetch(codes + ahead);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F32Pair q = load_pair(queries + r * stride + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSlotsAtOnce; ++i) {
+        sums[r * kSlotsAtOnce + i] += q.first * k[i].first;
+        sums[r * kSlotsAtOnce + i] += q.second * k[i].second;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      store(reinterpret_cast<float*>(lanes + r * kKeysAtOnce<kRows> + i),
+            sums[r * kSlotsAtOnce + i]);
+    }
+  }
+}
+
+/// logits[r][i] = query r . key i, for kKeysAtOnce keys in a row, of which `scales` has the numbers;
 /// fetches their values.
 template <int kRows, bool kFetch, typename Pages>
 inline void dot_keys(const float* queries,
@@ -154,57 +209,20 @@ inline void dot_keys(const float* queries,
                      int slot,
                      const float* scales,
                      float* logits) {
-  using Code = typename Pages::Code;
-  constexpr int kSums = kRows * kSlotsAtOnce, kVectors = (kSums + kLanes - 1) / kLanes;
-  const Code* keys = row.key(slot);
-  const int head_dim = row.head_dim, ahead = row.ahead(), width = row.width;
-  F32 sums[kSums];  // every loop over them is unrolled, so that they stay in registers
-#pragma GCC unroll 16
-  for (int i = 0; i < kSums; ++i) sums[i] = F32{};
-  for (int begin = 0; begin < head_dim; begin += Pages::kStretch) {
-    const int end = begin + Pages::kStretch < head_dim ? begin + Pages::kStretch : head_dim;
-    typename Pages::Numbers numbers[kSlotsAtOnce];
-#pragma GCC unroll 4
-    for (int i = 0; i < kSlotsAtOnce; ++i) {
-      numbers[i] = Pages::numbers(scales + i * width, begin);
-      if (kFetch && Pages::kFetchesLines) __builtin_prefetch(keys + i * head_dim + begin + ahead);
-    }
-    const auto step = [&](int d, auto load_keys) {
-      F32Pair k[kSlotsAtOnce];
-#pragma GCC unroll 4
-      for (int i = 0; i < kSlotsAtOnce; ++i) {
-        k[i] = Pages::number(load_keys(keys + i * head_dim + d), numbers[i]);
-        if (kFetch && !Pages::kFetchesLines) __builtin_prefetch(keys + i * head_dim + d + ahead);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const F32Pair q = load_pair(queries + r * stride + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < kSlotsAtOnce; ++i) {
-          F32& sum = sums[r * kSlotsAtOnce + i];
-          sum += q.first * k[i].first;
-          sum += q.second * k[i].second;
-        }
-      }
-    };
-    int d = begin;
-    for (; d + kPair <= end; d += kPair) {
-      step(d, [](const Code* data) { return load_pair(data); });
-    }
-    if (d < end) {
-      step(d, [count = end - d](const Code* data) { return load_pair(data, count); });
-    }
+  constexpr int kKeys = kKeysAtOnce<kRows>;
+  constexpr int kVectors = (kRows * kKeys + kLanes - 1) / kLanes;
+  F32 lanes[kVectors * kLanes] = {};
+  const auto* keys = row.key(slot);
+  for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
+    multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.head_dim, row.head_dim,
+                                        row.ahead(), scales + i * row.width, row.width, lanes + i);
   }
-  F32 lanes[kVectors * kLanes];  // a copy: what sum_each is given has an address
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors * kLanes; ++i) lanes[i] = i < kSums ? sums[i] : F32{};
   float totals[kVectors * kLanes];
   for (int i = 0; i < kVectors; ++i) {
     store(totals + i * kLanes, sum_each(reinterpret_cast<F32(&)[kLanes]>(lanes[i * kLanes])));
   }
   for (int r = 0; r < kRows; ++r) {
-    __builtin_memcpy(logits + r * kBlockSlots, totals + r * kSlotsAtOnce,
-                     kSlotsAtOnce * sizeof(float));
+    __builtin_memcpy(logits + r * kBlockSlots, totals + r * kKeys, kKeys * sizeof(float));
   }
 }
 
@@ -243,7 +261,7 @@ inline void add_values(const Pages& row,
   const int head_dim = row.head_dim;
   alignas(64) float scaled[Pages::kHasScales ? kRows * kBlockSlots : 1];
   float zeros[kRows] = {};
-  const auto step = [&](int d, auto load_values) {
+  const auto step = [&](int d, auto load_values) __attribute__((always_inline)) {
     const bool fetches = kFetch && (!Pages::kFetchesLines || d % kScaleGroup == 0);
     F32Pair sums[kRows];  // of this block: long chains of additions would cost accuracy
 #pragma GCC unroll 4
@@ -328,7 +346,7 @@ inline void attend_block(const AttendSpan& span,
                          int stride) {
   alignas(64) float logits[kRows][kBlockSlots];
   float correction[kRows];
-  for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
+  for (int slot = begin; slot < end; slot += kKeysAtOnce<kRows>) {
     dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row, slot,
                             scales.keys + (slot - begin) * row.width, &logits[0][slot - begin]);
   }
