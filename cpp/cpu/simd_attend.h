@@ -167,9 +167,11 @@ inline void multiply_keys(const float* queries,
                           const float* scales,
                           int width,
                           F32* lanes) {
-  F32 sums[kRows * kSlotsAtOnce];
+  // Few sums wait for their own last addition: then both halves of a pair have one.
+  constexpr int kHalves = kRows * kSlotsAtOnce <= 4 ? 2 : 1;
+  F32 sums[kRows * kSlotsAtOnce * kHalves];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows * kSlotsAtOnce; ++i) sums[i] = F32{};
+  for (int i = 0; i < kRows * kSlotsAtOnce * kHalves; ++i) sums[i] = F32{};
   for (int d = 0; d < head_dim; d += kPair) {
     F32Pair k[kSlotsAtOnce];
 #pragma GCC unroll 4
@@ -185,8 +187,9 @@ inline void multiply_keys(const float* queries,
       const F32Pair q = load_pair(queries + r * stride + d);
 #pragma GCC unroll 4
       for (int i = 0; i < kSlotsAtOnce; ++i) {
-        sums[r * kSlotsAtOnce + i] += q.first * k[i].first;
-        sums[r * kSlotsAtOnce + i] += q.second * k[i].second;
+        F32* sum = sums + (r * kSlotsAtOnce + i) * kHalves;
+        sum[0] += q.first * k[i].first;
+        sum[kHalves - 1] += q.second * k[i].second;
       }
     }
   }
@@ -194,8 +197,8 @@ inline void multiply_keys(const float* queries,
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      store(reinterpret_cast<float*>(lanes + r * kKeysAtOnce<kRows> + i),
-            sums[r * kSlotsAtOnce + i]);
+      const F32* sum = sums + (r * kSlotsAtOnce + i) * kHalves;
+      lanes[r * kKeysAtOnce<kRows> + i] = kHalves == 2 ? sum[0] + sum[1] : sum[0];
     }
   }
 }
@@ -211,7 +214,8 @@ inline void dot_keys(const float* queries,
                      float* logits) {
   constexpr int kKeys = kKeysAtOnce<kRows>;
   constexpr int kVectors = (kRows * kKeys + kLanes - 1) / kLanes;
-  F32 lanes[kVectors * kLanes] = {};
+  F32 lanes[kVectors * kLanes];
+  for (int i = kRows * kKeys; i < kVectors * kLanes; ++i) lanes[i] = F32{};
   const auto* keys = row.key(slot);
   for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
     multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.head_dim, row.head_dim,

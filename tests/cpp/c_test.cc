@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -146,6 +147,38 @@ TEST(CFace, BeginCountsBeforeItReads) {
             ADAKV_INVALID_ARGUMENT);
   EXPECT_STREQ(adakv_last_error(), "first_sequence must be 0 .. 0, got 2147483647");
   adakv_cache_destroy(cache);
+}
+
+TEST(CFace, QuantisedPagesHaveScales) {
+  AdakvCacheConfig config = {};
+  config.num_layers = config.num_sequences = config.num_kv_heads = 1;
+  config.head_dim = 8;
+  config.num_pages = 4;
+  config.max_row_pages = 1;
+  config.page_size = 8;
+  config.dtype = {4, 16, 1};
+  config.device = {1, 0};
+  AdakvCache* cache = nullptr;
+  AdakvLayer layer = {};
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();
+  ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
+  EXPECT_EQ(layer.key_scales, nullptr);
+  EXPECT_EQ(layer.value_scales, nullptr);
+  adakv_cache_destroy(cache);
+  for (const AdakvPageFormat format : {ADAKV_INT8_PAGES, ADAKV_FP8_PAGES}) {
+    config.format = format;
+    ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);
+    ASSERT_EQ(adakv_cache_all_layers(cache, &layer), ADAKV_OK);
+    EXPECT_EQ(layer.pages->dtype.code, format == ADAKV_INT8_PAGES ? 1 : 10);
+    EXPECT_EQ(layer.pages->dtype.bits, 8);
+    EXPECT_EQ(layer.key_scales->dtype.code, 4);
+    EXPECT_EQ(layer.value_scales->shape[2], format == ADAKV_INT8_PAGES ? 2 : 1);
+    adakv_cache_destroy(cache);
+  }
+  const int wild = 7;
+  std::memcpy(&config.format, &wild, sizeof wild);
+  EXPECT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "config.format must be 0 to 2, got 7");
 }
 
 TEST(CFace, HasTheDefaultsOfCxx) {

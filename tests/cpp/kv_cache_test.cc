@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <string>
 
 #include "adakv/error.h"
 
@@ -120,6 +121,43 @@ TEST(KVCache, StartsEmpty) {
   for (int i = 0; i < 3 * 2; ++i) EXPECT_EQ(layer.lengths.ptr<int32_t>()[i], 0);
   EXPECT_EQ(cache.page_bytes(), 8u * (2 * 8 * 4 + 4));
   EXPECT_THROW(cache.layer(2), InvalidArgument);
+}
+
+TEST(KVCache, QuantisedPagesHoldScalesAndPositions) {
+  for (const PageFormat format : {PageFormat::kInt8, PageFormat::kFp8}) {
+    CacheConfig config = small_config();
+    config.format = format;
+    EXPECT_THROW(KVCache(config, device_memory({})), InvalidArgument);  // float32
+    config.dtype = DType::kFloat16;
+    config.head_dim = 80;
+    KVCache cache(config, device_memory({}));
+    const LayerView layer = cache.layer(1);
+    const int64_t numbers = format == PageFormat::kInt8 ? 4 : 2;  // of an entry, in two groups
+    const auto bytes = static_cast<int64_t>(cache.page_bytes());
+    EXPECT_EQ(bytes, 8 * (2 * 80 + 2 * numbers * 2 + 4));
+    EXPECT_EQ(layer.format(), format);
+    EXPECT_EQ(layer.pages.shape_string(), "[400, 2, 8, 80]");
+    EXPECT_EQ(layer.key_scales.shape_string(), "[400, 8, " + std::to_string(numbers) + "]");
+    EXPECT_EQ(layer.value_scales.shape_string(), layer.key_scales.shape_string());
+    // Each of the four lies behind the one before, and pages lie page_bytes() apart.
+    const char* end = layer.pages.ptr<char>();
+    for (const TensorView* part :
+         {&layer.pages, &layer.key_scales, &layer.value_scales, &layer.page_positions}) {
+      const auto size = static_cast<int64_t>(dtype_size(part->dtype));
+      EXPECT_EQ(part->ptr<char>(), end);
+      EXPECT_EQ(part->stride[0] * size, bytes);
+      end += part->size() / 400 * size;
+    }
+    EXPECT_EQ(end, layer.pages.ptr<char>() + bytes);
+
+    cache.begin(0, 0, {20}, {12});
+    const int64_t used = cache.pool().num_touched() * bytes;
+    for (int64_t i = 0; i < used; ++i) layer.pages.ptr<uint8_t>()[i] = static_cast<uint8_t>(i * 7);
+    cache.reserve(1000, 0);
+    for (int64_t i = 0; i < used; ++i) {
+      ASSERT_EQ(cache.layer(0).pages.ptr<uint8_t>()[i], static_cast<uint8_t>(i * 7));
+    }
+  }
 }
 
 TEST(KVCache, ReserveKeepsWhatItHolds) {
