@@ -56,6 +56,25 @@ def test_generate_with_everything_kept_agrees_with_the_full_cache(
     assert kept["same_start"] == 6
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_generate_in_half_of_the_bytes(model: str, text: str, tmp_path: Path, kv_dtype: str):
+    runs = []
+    for kind in ("auto", kv_dtype):
+        path = tmp_path / f"{kind}.json"
+        options = ["--ratio", "1", "--kv-dtype", kind, "--dtype", "bfloat16", "--json", str(path)]
+        assert run_command_line(["generate", model, text, "--max-new-tokens", "5", *options]) == 0
+        runs += json.loads(path.read_text())["runs"]
+    assert runs[1]["title"] == f"{runs[0]['title']}, {kv_dtype}"
+    plain, quantised = 2 * 16 * 2 + 4, 2 * (16 + (4 if kv_dtype == "int8" else 2)) + 4
+    assert runs[1]["cache_bytes"] * plain == runs[0]["cache_bytes"] * quantised
+    many, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
+    many.write_text(json.dumps({"prompt": "It was the best"}) + "\n")
+    options = ["--kv-dtype", kv_dtype, "--dtype", "bfloat16", "--ratio", "1"]
+    command = ["generate", model, "--prompts", str(many), "--out", str(out)]
+    assert run_command_line([*command, *options, "--max-new-tokens", "5"]) == 0
+    assert json.loads(out.read_text().splitlines()[0])
+
+
 def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "demo.json"
     options = ["--tokens", "600", "--max-new-tokens", "4", "--ratio", "0.2", "--json", str(path)]
@@ -82,6 +101,8 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
         (["--dtype", "int8"], "'int8' is not one of"),
+        (["--kv-dtype", "int3"], "'int3' is not one of"),
+        (["--kv-dtype", "fp8", "--dtype", "float32"], "take float16 and bfloat16, got"),
         (["--json", "/proc/no/run.json"], "/proc/no/run.json can't be written"),
     ],
 )
@@ -162,6 +183,7 @@ def test_generate_goes_on_after_many_prompts(model: str, tmp_path: Path):
         "policy": adakv.policy.DEFAULT,
         "budget": 40,
         "ratio": None,
+        "kv_dtype": "auto",
     }
     assert [result["index"] for result in results] == [0, 1, 2]
     assert [result["prompt_tokens"] for result in results] == [len(text), 90, 80]

@@ -173,6 +173,7 @@ def generate_many(
                 policy=setting.policy or "full",
                 budget=setting.budget,
                 ratio=setting.ratio,
+                kv_dtype=setting.kv_dtype,
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
                 options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),

@@ -146,12 +146,13 @@ def make_page(
     *,
     budget: int | None = None,
     ratio: float | None = None,
+    kv_dtype: str = "auto",
     max_new_tokens: int = 64,
 ) -> Page:
     """Reads a prompt ``[1, T]`` once and compares what follows from it.
 
-    The model must not be attached. ``policy``, ``budget`` and ``ratio`` are those of
-    :class:`adakv.Cache`; the answers have up to ``max_new_tokens``, at least 2.
+    The model must not be attached. ``policy``, ``budget``, ``ratio`` and ``kv_dtype`` are those
+    of :class:`adakv.Cache`; the answers have up to ``max_new_tokens``, at least 2.
     """
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
@@ -159,7 +160,9 @@ def make_page(
         prefill = Prefill(model, prompt)
 
         def compressed() -> Cache:
-            return prefill.cache(policy, budget, ratio, max_new_tokens=max_new_tokens)
+            return prefill.cache(
+                policy, budget, ratio, kv_dtype=kv_dtype, max_new_tokens=max_new_tokens
+            )
 
         cache = compressed()
         stats, kept = cache.stats(), _kept(cache)

@@ -117,6 +117,7 @@ class Prefill:
         budget: int | None = None,
         ratio: float | None = None,
         *,
+        kv_dtype: str = "auto",
         max_new_tokens: int = 4096,
     ) -> Cache:
         """A cache holding what the policy keeps of the prompt: as if the model had read it there.
@@ -124,7 +125,8 @@ class Prefill:
         Parameters and errors are those of :class:`adakv.Cache`. A policy that has the prompt
         repeated reads it once more, without an instruction to do so.
         """
-        cache = adakv.Cache(self._model, policy, budget, ratio, max_new_tokens=max_new_tokens)
+        settings: dict[str, Any] = {"kv_dtype": kv_dtype, "max_new_tokens": max_new_tokens}
+        cache = adakv.Cache(self._model, policy, budget, ratio, **settings)
         with torch.inference_mode():
             for index, (keys, values) in enumerate(self._recorder.entries):
                 cache.update(keys[:], values, index)
