@@ -116,13 +116,12 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         page_size = check_page_size(page_size)
-        kv_dtype = check_kv_dtype(kv_dtype)
+        self._kv_dtype = check_kv_dtype(kv_dtype)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
-        self._kv_dtype = kv_dtype
         needs = self._budget.policy.needs
         self._repeats = "repeat" in needs
         self._is_chunked = chunked_prefill
