@@ -248,7 +248,7 @@ def test_second_model_runner_writes_what_transformers_writes(
     prompts = [[rng.randrange(256) for _ in range(rng.randint(60, 300))] for _ in range(6)]
     if caches:
         prompts[3:] = [prompts[0][:100] + prompt[:100] for prompt in prompts[3:]]
-    counts = [rng.randint(40, 60) for _ in prompts]
+    counts = [rng.randint(60, 110) for _ in prompts]
     arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches, when))]
     done = subprocess.run(
         [sys.executable, vllm_second_runner.__file__, *arguments],
@@ -260,7 +260,7 @@ def test_second_model_runner_writes_what_transformers_writes(
     assert done.returncode == 0, done.stderr[-3000:]
     result = done.stdout.split(vllm_second_runner.MARK)[1]
     all_tokens, compressions, preemptions, cached = json.loads(result)
-    assert (preemptions > 0) == (when == "always") and any(cached) == caches
+    assert (preemptions > 0 or when == "pressure") and any(cached) == caches
     assert any(at for found in compressions for _, _, _, at in found) == (when == "pressure")
     reference = Reference(model, Settings(budget=64))
     for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
