@@ -248,7 +248,7 @@ def test_second_model_runner_writes_what_transformers_writes(
     prompts = [[rng.randrange(256) for _ in range(rng.randint(60, 300))] for _ in range(6)]
     if caches:
         prompts[3:] = [prompts[0][:100] + prompt[:100] for prompt in prompts[3:]]
-    counts = [rng.randint(60, 110) for _ in prompts]
+    counts = [rng.randint(100, 160) for _ in prompts]
     arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches, when))]
     done = subprocess.run(
         [sys.executable, vllm_second_runner.__file__, *arguments],
