@@ -6,10 +6,18 @@
 //
 // Slots are the 16 rows of a product and queries its 8 columns: with few queries the other way
 // round, most rows would be empty.
+//
+// Codes take part as they are (codes.cuh). What is missing to elements is a factor and a summand for
+// each slot and group, which logits and probabilities take:
+//   logits[slot, query] = sum over groups z: scale[slot, z] codes[slot, z] queries[z, query]
+//                                           + zero[slot, z] sum of queries[z, query]
+//   out[z, query]      += values[z, slot] (scale[slot, z] probability[slot, query])
+//                       + sum over slots of zero[slot, z] probability[slot, query]
 #pragma once
 
 #include <cmath>
 
+#include "attend/codes.cuh"
 #include "attend/tiles.cuh"
 #include "common/dtype.cuh"
 
@@ -34,27 +42,53 @@ __device__ inline RowContext row_context(const AttendParams& p, int32_t row, int
   return context;
 }
 
+/// Sum over the lanes that share columns of a product: over its rows, the slots.
+__device__ inline float sum_of_slots(float x) {
+#pragma unroll
+  for (int step = 4; step < kWarpSize; step *= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
 /// What one warp has found out about its queries: columns 2 t and 2 t + 1 of each tile of columns.
 template <typename Config>
 struct WarpState {
   static constexpr int kTiles = Config::kColumnTiles;
   using Element = typename Config::Element;
+  using Codes = CodeReader<typename Config::Format>;
+  static constexpr int kGroups = Config::kGroups;
+  static constexpr int kGroupSteps = kGroupSize / 16;
 
   const char* query_data[kTiles];               // of query g, from element 2 t on
   uint32_t queries[kTiles][Config::kSteps][2];  // B operands, if they are held
   int32_t visible[kTiles][2];                   // slots before this are seen
   float max[kTiles][2], sum[kTiles][2];         // of the exponents of 2; the sum is of this lane's
   float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
+  // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1.
+  float from_zeros[kTiles][kGroups][2];
+  uint2* operands;     // [kSteps, kTiles, 32]  of queries that registers don't hold
+  float2* query_sums;  // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
 
-  __device__ void begin_row(const AttendParams& p, const RowContext& row) {
+  __device__ WarpState(const AttendParams& p,
+                       const RowContext& row,
+                       AttendShared<Config>& shared)
+      : operands(shared.operands + threadIdx.x / kWarpSize * Config::kOperands),
+        query_sums(shared.query_sums + threadIdx.x / kWarpSize * Config::kSums) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    __syncwarp();  // nobody needs the sums of the row before
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      query_data[tile] = find_query(p, row, tile * 8 + g) + 4 * t;
+      query_data[tile] = find_query(p, row, tile * 8 + g) + (Config::kIsCoded ? 8 : 4) * t;
       if constexpr (Config::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
-          load_operand(p, tile, step, queries[tile][step]);
+          load_operand(tile, step, queries[tile][step]);
+        }
+      } else if constexpr (Config::kIsCoded) {
+#pragma unroll 4
+        for (int step = 0; step < Config::kSteps; ++step) {
+          uint32_t operand[2];
+          load_operand(tile, step, operand);
+          operands[(step * kTiles + tile) * kWarpSize + lane] = make_uint2(operand[0], operand[1]);
         }
       }
 #pragma unroll
@@ -68,6 +102,30 @@ struct WarpState {
       for (int step = 0; step < Config::kSteps; ++step) {
         for (int i = 0; i < 4; ++i) out[tile][step][i] = 0;
       }
+      if constexpr (Config::kIsCoded) {
+#pragma unroll
+        for (int z = 0; z < kGroups; ++z) from_zeros[tile][z][0] = from_zeros[tile][z][1] = 0;
+        sum_queries(tile);
+      }
+    }
+    __syncwarp();
+  }
+
+  /// Sums of queries over groups, to shared memory: products with keys of ones, whose rows are equal.
+  __device__ void sum_queries(int tile) {
+    const int lane = threadIdx.x % kWarpSize;
+    constexpr uint32_t kOnes = 0x3c003c00;
+    const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+    for (int z = 0; z < kGroups; ++z) {
+      float sums[4] = {};
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps); ++step) {
+        uint32_t operand[2];
+        operand_of(tile, step, operand);
+        mma_16x8x16<__half>(sums, ones, operand);
+      }
+      if (lane < 4) query_sums[(z * kTiles + tile) * 4 + lane] = make_float2(sums[0], sums[1]);
     }
   }
 
@@ -80,42 +138,73 @@ struct WarpState {
                         p.group.quotient(number));
   }
 
-  __device__ void load_operand(const AttendParams& p, int tile, int step, uint32_t (&b)[2]) const {
+  __device__ void load_operand(int tile, int step, uint32_t (&b)[2]) const {
+    if constexpr (Config::kIsCoded) {
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(query_data[tile] + step * 32));
+      Codes::order_query(to_half2<Element>(four.x), to_half2<Element>(four.y), b);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const char* pair = query_data[tile] + step * 32 + i * 16;
-      b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+      for (int i = 0; i < 2; ++i) {
+        const char* pair = query_data[tile] + step * 32 + i * 16;
+        b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+      }
+    }
+  }
+
+  /// The operand where it is kept, for codes: in registers or in shared memory.
+  __device__ void operand_of(int tile, int step, uint32_t (&b)[2]) const {
+    if constexpr (Config::kHoldsQueries) {
+      b[0] = queries[tile][step][0];
+      b[1] = queries[tile][step][1];
+    } else {
+      const uint2 operand = operands[(step * kTiles + tile) * kWarpSize + threadIdx.x % kWarpSize];
+      b[0] = operand.x;
+      b[1] = operand.y;
     }
   }
 
   /// Takes in the tile of slots `first_slot` on, of a row of `length` slots. What lies behind them
   /// may be NaN, which probability 0 doesn't cancel: values from there count as 0.
   __device__ void add_tile(const AttendParams& p,
-                           uint32_t tile_data,
+                           const TileData& data,
                            int32_t first_slot,
                            int32_t length) {
     float logits[kTiles][4];
-    multiply_keys(p, tile_data, logits);
+    if constexpr (Config::kIsCoded) {
+      multiply_key_codes(data, logits);
+    } else {
+      multiply_keys(data.entries, logits);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) soften(p, first_slot, tile, logits[tile]);
+    if constexpr (Config::kIsCoded) {
+      add_value_codes(data, length - first_slot, logits);
+    } else {
+      add_values(data.entries, length - first_slot, logits);
+    }
+  }
+
+  /// Adds the values of a tile of which `count` slots exist; `shares` are the probabilities.
+  __device__ void add_values(uint32_t entries, int32_t count, const float (&shares)[kTiles][4]) {
     uint32_t probabilities[kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      soften(p, first_slot, tile, logits[tile]);
-      probabilities[tile][0] = transpose_matrix(pack<Element>(logits[tile][0], logits[tile][1]));
-      probabilities[tile][1] = transpose_matrix(pack<Element>(logits[tile][2], logits[tile][3]));
+      probabilities[tile][0] = transpose_matrix(pack<Element>(shares[tile][0], shares[tile][1]));
+      probabilities[tile][1] = transpose_matrix(pack<Element>(shares[tile][2], shares[tile][3]));
     }
     const int lane = threadIdx.x % kWarpSize;
     const int slot = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
     uint32_t exist[2];  // a mask of slots 8 i + 2 t and + 1
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t left = length - first_slot - 8 * i - lane % 4 * 2;
+      const int32_t left = count - 8 * i - lane % 4 * 2;
       exist[i] = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0;
     }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       uint32_t values[4];
       load_matrices_transposed(
-          values, tile_data + Config::kHalfBytes + Config::chunk_offset(slot, 2 * step + chunk));
+          values, entries + Config::kHalfBytes + Config::chunk_offset(slot, 2 * step + chunk));
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] &= exist[i / 2];
 #pragma unroll
@@ -125,9 +214,101 @@ struct WarpState {
     }
   }
 
-  __device__ void multiply_keys(const AttendParams& p,
-                                uint32_t tile_data,
-                                float (&logits)[kTiles][4]) {
+  /// The same with codes. Slots that don't exist have any scale, so it counts as 0.
+  __device__ void add_value_codes(const TileData& data,
+                                  int32_t count,
+                                  const float (&shares)[kTiles][4]) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+#pragma unroll
+    for (int z = 0; z < kGroups; ++z) {
+      Scale scale[2];
+      uint32_t probabilities[kTiles][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = load_slot_scale(data.scales + Config::kHalfScaleBytes, g + 8 * i, z);
+        if (g + 8 * i >= count) scale[i] = {0, 0};
+        scale[i].scale *= Codes::kValueUnit;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float(&share)[4] = shares[tile];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          probabilities[tile][i] = transpose_matrix(pack<__nv_bfloat16>(
+              share[2 * i] * scale[i].scale, share[2 * i + 1] * scale[i].scale));
+        }
+        if constexpr (Config::Format::kScales == 2) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            from_zeros[tile][z][c] += share[c] * scale[0].zero + share[2 + c] * scale[1].zero;
+          }
+        }
+      }
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
+           step += 2) {
+        uint32_t codes[4];
+        load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
+                                            Config::chunk_offset(lane % 16, step + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Operands low = Codes::values(codes[2 * i]), high = Codes::values(codes[2 * i + 1]);
+          const uint32_t values[4] = {low.first, low.second, high.first, high.second};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            mma_16x8x16<__nv_bfloat16>(out[tile][step + i], values, probabilities[tile]);
+          }
+        }
+      }
+    }
+  }
+
+  static __device__ Scale load_slot_scale(uint32_t scales, int slot, int group) {
+    return load_scale<typename Config::Format, Element>(scales + slot * Config::kSlotScaleBytes +
+                                                        group * Config::Format::kScales * 2);
+  }
+
+  __device__ void multiply_key_codes(const TileData& data, float (&logits)[kTiles][4]) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+#pragma unroll(Config::kHoldsQueries ? kGroups : 1)
+    for (int z = 0; z < kGroups; ++z) {
+      float sums[kTiles][4] = {};
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
+           step += 2) {
+        uint32_t codes[4];
+        load_matrices(codes, data.entries + Config::chunk_offset(lane % 16, step + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
+          const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            uint32_t operand[2];
+            operand_of(tile, step + i, operand);
+            mma_16x8x16<__half>(sums[tile], keys, operand);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Scale scale = load_slot_scale(data.scales, g + 8 * i, z);
+        const float offset = scale.zero - Codes::kKeyOffset * scale.scale;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float2 query_sum = query_sums[(z * kTiles + tile) * 4 + lane % 4];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float logit = scale.scale * sums[tile][2 * i + c];
+            if constexpr (Config::Format::kScales == 2) logit += offset * (c == 0 ? query_sum.x : query_sum.y);
+            logits[tile][2 * i + c] = z == 0 ? logit : logits[tile][2 * i + c] + logit;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void multiply_keys(uint32_t tile_data, float (&logits)[kTiles][4]) {
     const int lane = threadIdx.x % kWarpSize, slot = lane % 16, chunk = lane / 16;
     float chains[2][kTiles][4] = {};  // two sums in turn: products needn't wait for each other
 #pragma unroll(Config::kHoldsQueries ? Config::kSteps : 2)
@@ -140,7 +321,7 @@ struct WarpState {
           mma_16x8x16<Element>(chains[step % 2][tile], keys, queries[tile][step]);
         } else {
           uint32_t operand[2];
-          load_operand(p, tile, step, operand);
+          load_operand(tile, step, operand);
           mma_16x8x16<Element>(chains[step % 2][tile], keys, operand);
         }
       }
@@ -180,6 +361,12 @@ struct WarpState {
     for (int step = 0; step < Config::kSteps; ++step) {
       for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor[i % 2];
     }
+    if constexpr (Config::kIsCoded) {
+#pragma unroll
+      for (int z = 0; z < kGroups; ++z) {
+        for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] *= factor[c];
+      }
+    }
   }
 
   /// Writes the warp's results into an image [kQueries, D].
@@ -190,18 +377,26 @@ struct WarpState {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float total = sum[tile][c];
+        const float total = sum_of_slots(sum[tile][c]);
+        float zeros[kGroups] = {};
+        if constexpr (Config::Format::kScales == 2) {
 #pragma unroll
-        for (int step = 4; step < kWarpSize; step *= 2) {
-          total += __shfl_xor_sync(kFullWarp, total, step);
+          for (int z = 0; z < kGroups; ++z) zeros[z] = sum_of_slots(from_zeros[tile][z][c]);
         }
         const int query = tile * 8 + 2 * t + c;
         if (query >= Config::kQueries) continue;
         if (g == 0) max_sum[query] = make_float2(max[tile][c], total);
 #pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
-          image[query][16 * step + g] = out[tile][step][c];
-          image[query][16 * step + 8 + g] = out[tile][step][2 + c];
+          const float first = out[tile][step][c], second = out[tile][step][2 + c];
+          if constexpr (Config::kIsCoded) {
+            const float from_zero = zeros[step / kGroupSteps];
+            image[query][16 * step + 2 * g] = first * Codes::kValueUnit + from_zero;
+            image[query][16 * step + 2 * g + 1] = second * Codes::kValueUnit + from_zero;
+          } else {
+            image[query][16 * step + g] = first;
+            image[query][16 * step + 8 + g] = second;
+          }
         }
       }
     }
@@ -215,15 +410,13 @@ class NewSlots {
   /// Starts reading the first of them, in the warp that will need it.
   __device__ NewSlots(const AttendParams& p, const RowContext& row, int32_t row_tile)
       : p_(p), row_(row) {
+    if constexpr (!kReadsAhead) return;
     const int32_t tile = row.settled / kTileSlots - row_tile;
     is_mine_ = row.settled < row.length && tile >= 0 &&
                tile % Config::kWarps == static_cast<int32_t>(threadIdx.x) / kWarpSize;
     if (!is_mine_) return;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int chunk = threadIdx.x % kWarpSize + i * kWarpSize;
-      if (chunk < kChunks) first_[i] = read(row.settled, chunk);
-    }
+    for (int piece = 0; piece < kPieces; ++piece) first_[piece] = read(row.settled, piece);
   }
 
   /// Whether the tile of slots `first_slot` on has some of them.
@@ -232,19 +425,19 @@ class NewSlots {
   }
 
   /// Puts them into a tile.
-  __device__ void patch(int32_t first_slot, uint32_t tile_data) const {
+  __device__ void patch(int32_t first_slot, const TileData& data) const {
     const int32_t begin = max(0, row_.settled - first_slot);
     const int32_t end = min(kTileSlots, row_.length - first_slot);
-    const bool has_first = is_mine_ && first_slot <= row_.settled;
+    const bool has_first = kReadsAhead && is_mine_ && first_slot <= row_.settled;
+    if (has_first) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int chunk = threadIdx.x % kWarpSize + i * kWarpSize;
-      if (has_first && chunk < kChunks) write(tile_data, begin, chunk, first_[i]);
+      for (int piece = 0; piece < kPieces; ++piece) write(data, begin, piece, first_[piece]);
     }
 #pragma unroll 1
     for (int32_t slot = begin + has_first; slot < end; ++slot) {
-      for (int chunk = threadIdx.x % kWarpSize; chunk < kChunks; chunk += kWarpSize) {
-        write(tile_data, slot, chunk, read(first_slot + slot, chunk));
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        write(data, slot, piece, read(first_slot + slot, piece));
       }
     }
     fence_before_boxes();
@@ -252,28 +445,50 @@ class NewSlots {
   }
 
  private:
-  static constexpr int kChunks = 2 * Config::kEntryChunks;  // of a key and a value
-  static constexpr int kPerLane = (kChunks + kWarpSize - 1) / kWarpSize;
+  static constexpr int kPadded =
+      Config::kIsCoded ? padded_head_dim(Config::kHeadDim) : Config::kHeadDim;
+  static constexpr int kPieces = EntryPart::pieces(kPadded);
+  static constexpr bool kReadsAhead = !Config::kIsCoded || kPieces == 1;  // if registers allow
 
-  __device__ uint4 read(int32_t slot, int chunk) const {
-    const bool is_value = chunk >= Config::kEntryChunks;
-    const EntryRows& source = is_value ? p_.append.values : p_.append.keys;
+  __device__ uint4 read(int32_t slot, int piece) const {
+    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, piece);
+    const EntryRows& source = part.is_value ? p_.append.values : p_.append.keys;
     const char* entry = source.at(row_.b, row_.h, p_.num_tokens - (row_.length - slot));
-    return __ldg(reinterpret_cast<const uint4*>(entry) + chunk % Config::kEntryChunks);
+    if (!part.is_there) return make_uint4(0, 0, 0, 0);
+    return __ldg(reinterpret_cast<const uint4*>(entry + part.element * 2));
   }
 
-  __device__ void write(uint32_t tile_data, int32_t slot, int chunk, const uint4& data) const {
-    const uint32_t to = tile_data + chunk / Config::kEntryChunks * Config::kHalfBytes +
-                        Config::chunk_offset(slot, chunk % Config::kEntryChunks);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(data.x), "r"(data.y),
-                 "r"(data.z), "r"(data.w)
-                 : "memory");
+  __device__ void write(const TileData& data, int32_t slot, int piece, const uint4& x) const {
+    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, piece);
+    const int byte = part.element * Config::Format::kCodeBytes;
+    const uint32_t to = data.entries + (part.is_value ? Config::kHalfBytes : 0) +
+                        Config::chunk_offset(slot, byte / 16) + byte % 16;
+    if constexpr (Config::kIsCoded) {
+      using Format = typename Config::Format;
+      const CodedChunk chunk = quantise<Format, typename Config::Element>(x, part.is_there);
+      if (!part.is_there) return;
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(chunk.codes.x),
+                   "r"(chunk.codes.y)
+                   : "memory");
+      if (part.element % kGroupSize > 0) return;
+      const uint32_t scale = data.scales + (part.is_value ? Config::kHalfScaleBytes : 0) +
+                             slot * Config::kSlotScaleBytes +
+                             part.element / kGroupSize * Format::kScales * 2;
+      asm volatile("st.shared.b16 [%0], %1;" ::"r"(scale), "h"(chunk.scale) : "memory");
+      if constexpr (Format::kScales == 2) {
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(scale + 2), "h"(chunk.zero) : "memory");
+      }
+    } else if (part.is_there) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y),
+                   "r"(x.z), "r"(x.w)
+                   : "memory");
+    }
   }
 
   const AttendParams& p_;
   const RowContext& row_;
   bool is_mine_;
-  uint4 first_[kPerLane];
+  uint4 first_[kReadsAhead ? kPieces : 1];
 };
 
 }  // namespace adakv
