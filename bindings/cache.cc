@@ -49,6 +49,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
                                     Int num_pages,
                                     Int max_row_pages,
                                     Given<const char*> dtype,
+                                    Given<PageFormat> kv_dtype,
                                     Given<const char*> device_type,
                                     Int device_index) {
   CacheConfig config;
@@ -60,6 +61,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
   config.num_pages = take("num_pages", num_pages);
   config.max_row_pages = take("max_row_pages", max_row_pages);
   config.dtype = dtype_of(take("dtype", dtype));
+  config.format = take("kv_dtype", kv_dtype);
   config.device =
       named_device(take("device_type", device_type), take("device_index", device_index));
   Memory& memory = device_memory(config.device);  // says first if there is no such device
@@ -82,7 +84,7 @@ py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
 
 template <>
 struct pybind11::detail::type_caster<adakv::Tensors> {
-  static constexpr auto name = const_name("tuple[torch.Tensor, ...]");
+  static constexpr auto name = const_name("tuple[torch.Tensor | None, ...]");
   static handle cast(adakv::Tensors given, return_value_policy, handle) {
     return given.tensors.release();
   }
@@ -95,7 +97,8 @@ void bind_cache(py::module_& module) {
   py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), arg("num_layers"), arg("num_sequences"),
            arg("num_kv_heads"), arg("head_dim"), arg("page_size"), arg("num_pages"),
-           arg("max_row_pages"), arg("dtype"), arg("device_type"), arg("device_index"))
+           arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("device_type"),
+           arg("device_index"))
       .def(
           "layer",
           [](const KVCache& self, Int layer) {

@@ -38,6 +38,10 @@ bool to_dtype(const dlpack::DataType& from, DType& to) {
     to = DType::kBFloat16;
   else if (from.code == dlpack::kInt && from.bits == 32)
     to = DType::kInt32;
+  else if (from.code == dlpack::kUInt && from.bits == 8)
+    to = DType::kUInt8;
+  else if (from.code == dlpack::kFloat8 && from.bits == 8)
+    to = DType::kFloat8;
   else
     return false;
   return true;
@@ -46,6 +50,8 @@ bool to_dtype(const dlpack::DataType& from, DType& to) {
 dlpack::DataType from_dtype(DType dtype) {
   const uint8_t bits = static_cast<uint8_t>(8 * dtype_size(dtype));
   const uint8_t code = dtype == DType::kInt32      ? dlpack::kInt
+                       : dtype == DType::kUInt8    ? dlpack::kUInt
+                       : dtype == DType::kFloat8   ? dlpack::kFloat8
                        : dtype == DType::kBFloat16 ? dlpack::kBFloat
                                                    : dlpack::kFloat;
   return {code, bits, 1};
@@ -103,6 +109,7 @@ TensorView view_of(const char* name, py::handle object) {
 }
 
 py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner) {
+  if (!view) return py::none();
   struct Holder {
     dlpack::ManagedTensor managed;
     int64_t shape[TensorView::kMaxRank], strides[TensorView::kMaxRank];

@@ -25,7 +25,7 @@ std::string description(py::handle object);
 /// A device by torch's name for its type, "cpu" or "cuda". Throws InvalidArgument for others.
 Device named_device(const char* type, int32_t index);
 
-/// A torch tensor over memory that `owner` keeps alive.
+/// A torch tensor over memory that `owner` keeps alive; None for no tensor.
 py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner);
 
 /// The framework's current stream on a device.

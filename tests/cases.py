@@ -6,6 +6,7 @@ and lengths ragged, unless a case says otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,7 +159,12 @@ def empty_layer(
 
 def copied(layer: Layer) -> Layer:
     """A layer of its own with the same contents, on the CPU."""
-    return Layer(*(torch.empty_like(x, device="cpu").copy_(x) for x in layer))
+    return mapped(layer, lambda x: torch.empty_like(x, device="cpu").copy_(x))
+
+
+def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
+    """The layer whose tensors were changed; those that it doesn't have stay None."""
+    return Layer(*(x if x is None else change(x) for x in layer))
 
 
 def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import adakv
 import cases
 from adakv import ops
-from adakv.cache import KVCache
+from adakv.cache import KVCache, sequences
 
 LAYERS, BATCH, HEADS, DIM, PAGE = 2, 3, 2, 8, 8
 MAX_ROW_PAGES = 16
@@ -64,7 +64,7 @@ class Model:
             ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
             pages = self.cache.begin(layer, [int(ends[-1])], [length], first_sequence=b)
             whole = self.cache.layer(layer)
-            part = ops.Layer(*whole[:2], *(x[b : b + 1] for x in whole[2:]))
+            part = sequences(whole, slice(b, b + 1))
             keys = self.entries(layer, range(b, b + 1), [range(length)])
             flat = [position for row in rows for position in row]
             kept = ops.Kept(cases.int32(flat, self.device), ends.int().to(self.device))
@@ -100,7 +100,7 @@ class Model:
 
     def check(self) -> None:
         assert self.cache.pages_used + self.cache.num_free == self.cache.num_pages
-        everything = ops.Layer(*(x.cpu() for x in self.cache.all_layers))
+        everything = cases.mapped(self.cache.all_layers, Tensor.cpu)
         assert everything.seen.tolist() == [self.seen] * LAYERS
         lengths = torch.tensor([len(row) for row in self.rows.values()])
         assert torch.equal(everything.lengths.flatten(), lengths.int())
@@ -175,7 +175,7 @@ def test_cache_with_room_for_everything_loses_nothing(device: torch.device) -> N
             full = [list(range(40))] * HEADS
             pages = model.cache.begin(layer, [80], [40], first_sequence=b)
             whole = model.cache.layer(layer)
-            part = ops.Layer(*whole[:2], *(x[b : b + 1] for x in whole[2:]))
+            part = sequences(whole, slice(b, b + 1))
             keys = model.entries(layer, range(b, b + 1), [range(40)])
             scores = torch.zeros(1, HEADS, 40, device=device)
             budgets = ops.allocate(scores, 64, window=4)

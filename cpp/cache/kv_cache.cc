@@ -45,7 +45,26 @@ void check_config(const CacheConfig& c) {
               kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
+  ADAKV_CHECK(c.format <= PageFormat::kFp8, "KVCache: format must be plain, int8 or fp8, got ",
+              static_cast<int>(c.format));
+  ADAKV_CHECK(c.format == PageFormat::kPlain || c.dtype != DType::kFloat32,
+              "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
 }
+
+// The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
+struct PageParts {
+  explicit PageParts(const CacheConfig& c)
+      : codes(int64_t{2} * c.page_size * c.head_dim *
+              (c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1)),
+        scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
+        positions(c.page_size * sizeof(int32_t)) {}
+
+  int64_t bytes() const { return codes + 2 * scales + positions; }
+
+  int64_t codes;   // of keys and values
+  int64_t scales;  // of keys, and again of values
+  int64_t positions;
+};
 
 // Lays tensors out one behind the other in one allocation: first without a base to learn the size,
 // then with it.
@@ -68,8 +87,25 @@ class Layout {
 };
 
 void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
-  view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
-  view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
+  if (c.format == PageFormat::kPlain) {
+    view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
+    view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
+    return;
+  }
+  const PageParts parts(c);
+  const TensorView whole = layout.add({c.num_pages, parts.bytes()}, DType::kUInt8);
+  const auto part = [&](int64_t begin, std::initializer_list<int64_t> shape, DType dtype) {
+    TensorView tensor(whole.data ? whole.ptr<char>() + begin : nullptr, shape, dtype, c.device);
+    tensor.stride[0] = parts.bytes() / static_cast<int64_t>(dtype_size(dtype));
+    return tensor;
+  };
+  const int64_t width = num_scales(c.format, c.head_dim);
+  view.pages = part(0, {c.num_pages, 2, c.page_size, c.head_dim},
+                    c.format == PageFormat::kInt8 ? DType::kUInt8 : DType::kFloat8);
+  view.key_scales = part(parts.codes, {c.num_pages, c.page_size, width}, c.dtype);
+  view.value_scales = part(parts.codes + parts.scales, {c.num_pages, c.page_size, width}, c.dtype);
+  view.page_positions =
+      part(parts.codes + 2 * parts.scales, {c.num_pages, c.page_size}, DType::kInt32);
 }
 
 // Of the block table: no row can have more pages than the pool, so that a large max_row_pages takes
@@ -166,7 +202,9 @@ void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
   if (config.num_pages > config_.num_pages) {
     pool_data = allocate(memory_, lay_out_pool, config, view);
     copy_first(memory_, view.pages, old.pages, pool_.num_touched(), stream);
-    copy_first(memory_, view.page_positions, old.page_positions, pool_.num_touched(), stream);
+    if (config.format == PageFormat::kPlain) {  // else they lie in the pages
+      copy_first(memory_, view.page_positions, old.page_positions, pool_.num_touched(), stream);
+    }
   }
   if (num_columns(config) > num_columns(config_)) {
     table_data = allocate(memory_, lay_out_table, config, view);
@@ -185,7 +223,7 @@ std::shared_ptr<const void> KVCache::holder() const {
 }
 
 size_t KVCache::page_bytes() const {
-  return config_.page_size * (2 * config_.head_dim * dtype_size(config_.dtype) + sizeof(int32_t));
+  return static_cast<size_t>(PageParts(config_).bytes());
 }
 
 LayerView KVCache::layer(int32_t layer) const {

@@ -14,6 +14,10 @@ const char* dtype_name(DType dtype) {
       return "bfloat16";
     case DType::kInt32:
       return "int32";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kFloat8:
+      return "float8_e4m3fn";
   }
   return "?";
 }

@@ -72,23 +72,33 @@ class CallbackMemory final : public Memory {
   Device device_;
 };
 
-// The six tensors of a LayerView, and their shapes.
+// The tensors of a LayerView, and their shapes.
 struct LayerTensors {
   explicit LayerTensors(const LayerView& view) { set(view); }
   LayerTensors(const LayerTensors&) = delete;
 
   void set(const LayerView& view) {
-    const TensorView* views[] = {&view.pages,   &view.page_positions, &view.block_table,
-                                 &view.lengths, &view.seen,           &view.fresh_pages};
-    for (int i = 0; i < 6; ++i) tensors[i] = tensor_of(*views[i], shapes[i], strides[i]);
+    int i = 0;
+    for_each_member<LayerView>([&](const auto& member) {
+      tensors[i] = tensor_of(view.*member.cpp, shapes[i], strides[i]);
+      ++i;
+    });
   }
 
   AdakvLayer layer() const {
-    return {&tensors[0], &tensors[1], &tensors[2], &tensors[3], &tensors[4], &tensors[5]};
+    AdakvLayer layer = {};
+    int i = 0;
+    for_each_member<LayerView>([&](const auto& member) {
+      const bool is_given = tensors[i].ndim >= 0;
+      layer.*member.c = is_given ? &tensors[i] : nullptr;
+      ++i;
+    });
+    return layer;
   }
 
-  AdakvTensor tensors[6];
-  int64_t shapes[6][TensorView::kMaxRank], strides[6][TensorView::kMaxRank];
+  static constexpr size_t kNum = std::tuple_size_v<decltype(MembersOf<LayerView>::kAll)>;
+  AdakvTensor tensors[kNum];
+  int64_t shapes[kNum][TensorView::kMaxRank], strides[kNum][TensorView::kMaxRank];
 };
 
 CacheConfig config_of(const AdakvCacheConfig& c) {
@@ -102,6 +112,7 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
   config.max_row_pages = c.max_row_pages;
   config.dtype = dtype_of("config.dtype", c.dtype);
   config.device = device_of("config.device", c.device);
+  config.format = enumerator<PageFormat>("config.format", c.format);
   return config;
 }
 

@@ -35,6 +35,8 @@ DType dtype_of(const char* name, AdakvDataType dtype) {
   if (is(kFloat, 32)) return DType::kFloat32;
   if (is(kFloat, 16)) return DType::kFloat16;
   if (is(kBFloat, 16)) return DType::kBFloat16;
+  if (is(kUInt, 8)) return DType::kUInt8;
+  if (is(kFloat8, 8)) return DType::kFloat8;
   ADAKV_CHECK(is(kInt, 32), name, " must be float32, float16, bfloat16 or int32, got code ",
               int{dtype.code}, ", ", int{dtype.bits}, " bits, ", int{dtype.lanes}, " lanes");
   return DType::kInt32;
@@ -63,6 +65,23 @@ TensorView view_of(const char* name, const AdakvTensor* tensor) {
   return view;
 }
 
+static TypeCode code_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kFloat16:
+      return kFloat;
+    case DType::kBFloat16:
+      return kBFloat;
+    case DType::kInt32:
+      return kInt;
+    case DType::kUInt8:
+      return kUInt;
+    case DType::kFloat8:
+      return kFloat8;
+  }
+  return kInt;
+}
+
 AdakvTensor tensor_of(const TensorView& view, int64_t* shape, int64_t* strides) {
   for (int i = 0; i < view.rank; ++i) {
     shape[i] = view.shape[i];
@@ -72,9 +91,7 @@ AdakvTensor tensor_of(const TensorView& view, int64_t* shape, int64_t* strides) 
   tensor.data = view.data;
   tensor.device = {view.device.type == DeviceType::kCpu ? kCpu : kCuda, view.device.index};
   tensor.ndim = view.rank;
-  tensor.dtype.code = view.dtype == DType::kInt32      ? kInt
-                      : view.dtype == DType::kBFloat16 ? kBFloat
-                                                       : kFloat;
+  tensor.dtype.code = code_of(view.dtype);
   tensor.dtype.bits = static_cast<uint8_t>(8 * dtype_size(view.dtype));
   tensor.dtype.lanes = 1;
   tensor.shape = shape;

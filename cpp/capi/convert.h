@@ -1,16 +1,18 @@
 // What both halves of the C face use: pointers become views, exceptions a status and a text.
 #pragma once
 
+#include <cstring>
 #include <exception>
 
 #include "adakv/adakv.h"
 #include "adakv/c.h"
+#include "ops/members.h"
 
 namespace adakv::capi {
 
 /// Device types and type codes of DLPack (dmlc/dlpack, version 1).
 enum DeviceCode : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBFloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kFloat8 = 10 };
 
 /// Keeps the text for adakv_last_error() and gives `status` back.
 AdakvStatus failed(AdakvStatus status, const char* message) noexcept;
@@ -35,6 +37,18 @@ template <typename T>
 T& given(const char* name, T* pointer) {
   ADAKV_CHECK(pointer != nullptr, name, " must not be NULL");
   return *pointer;
+}
+
+/// The enumerator of C++ for one of C, whose enumerations have the same values in the same order. C may
+/// pass any integer, which C++ must not read as an enumerator before it is checked.
+template <typename Enum, typename Given>
+Enum enumerator(const char* name, const Given& given) {
+  constexpr int kLast = static_cast<int>(kWords<Enum>.size()) - 1;
+  int value;
+  static_assert(sizeof(value) == sizeof(given));
+  std::memcpy(&value, &given, sizeof(value));
+  ADAKV_CHECK(value >= 0 && value <= kLast, name, " must be 0 to ", kLast, ", got ", value);
+  return static_cast<Enum>(value);
 }
 
 /// Devices, dtypes and tensors as the rest of the library has them. Throw InvalidArgument for what

@@ -1,5 +1,4 @@
 // The eight verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
-#include <cstring>
 #include <string>
 #include <type_traits>
 
@@ -14,6 +13,7 @@ static_assert(static_cast<int>(Order::kPoolFirst) == ADAKV_POOL_FIRST);
 static_assert(static_cast<int>(Pool::kNone) == ADAKV_POOL_NONE);
 static_assert(static_cast<int>(Safeguard::kNone) == ADAKV_NO_SAFEGUARD);
 static_assert(static_cast<int>(Norm::kL2Gram) == ADAKV_L2_GRAM);
+static_assert(static_cast<int>(PageFormat::kFp8) == ADAKV_FP8_PAGES);
 
 template <typename Args>
 using CArgsOf = typename MembersOf<Args>::C;
@@ -27,17 +27,10 @@ void take(const char*, const AdakvLayer& given, LayerView& member) {
   for_each_member<LayerView>([&](const auto& m) { take(m.name, given.*m.c, member.*m.cpp); });
 }
 
-// Enumerations of C have the values of those of C++ in the same order. C may pass any integer, which
-// C++ must not read as an enumerator before it is checked.
 template <typename Given, typename T>
 void take(const char* name, const Given& given, T& member) {
   if constexpr (std::is_enum_v<T>) {
-    constexpr int kLast = static_cast<int>(kWords<T>.size()) - 1;
-    int value;
-    static_assert(sizeof(value) == sizeof(given));
-    std::memcpy(&value, &given, sizeof(value));
-    ADAKV_CHECK(value >= 0 && value <= kLast, name, " must be 0 to ", kLast, ", got ", value);
-    member = static_cast<T>(value);
+    member = enumerator<T>(name, given);
   } else {
     member = given;
   }

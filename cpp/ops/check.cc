@@ -55,7 +55,7 @@ static std::string_view next_dim(std::string_view& dims) {
 }
 
 static bool is_number(std::string_view dim) {
-  return dim[0] >= '0' && dim[0] <= '9';
+  return dim.size() == 1 && dim[0] >= '0' && dim[0] <= '9';
 }
 
 void Checker::shape(const char* name, const TensorView& view, std::string_view dims) {

@@ -16,7 +16,7 @@ class Checker {
   explicit Checker(const char* verb) : verb_(verb) {}
 
   /// A tensor that must be there, of the given names of dimensions ("B Hkv T D") and dtype. A name
-  /// that was not met before is bound to the size, a digit is that number. Names are kept: pass
+  /// that was not met before is bound to the size, a lone digit is that number. Names are kept: pass
   /// string literals.
   void tensor(const char* name, const TensorView& view, std::string_view dims, DType dtype);
 
@@ -27,6 +27,9 @@ class Checker {
   void optional(const char* name, const TensorView& view, std::string_view dims, DType dtype) {
     if (view) tensor(name, view, dims, dtype);
   }
+
+  /// The dtype that floats() bound.
+  DType float_dtype() const { return float_dtype_; }
 
   /// Scratch memory of at least `bytes`.
   void workspace(const TensorView& view, size_t bytes);

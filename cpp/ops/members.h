@@ -26,6 +26,8 @@ inline constexpr std::array<const char*, 4> kWords<Safeguard> = {"blend", "hard_
                                                                  "official_round", "none"};
 template <>
 inline constexpr std::array<const char*, 2> kWords<Norm> = {"l1", "l2_gram"};
+template <>
+inline constexpr std::array<const char*, 3> kWords<PageFormat> = {"auto", "int8", "fp8"};
 
 /// A member's name and place, in the struct of C++ and in that of C.
 template <typename CppMember, typename CMember>
@@ -49,8 +51,9 @@ struct MembersOf<LayerView> {
   using Cpp = LayerView;
   using C = AdakvLayer;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(pages),   ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
-      ADAKV_MEMBER(lengths), ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
+      ADAKV_MEMBER(pages),      ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
+      ADAKV_MEMBER(lengths),    ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
+      ADAKV_MEMBER(key_scales), ADAKV_MEMBER(value_scales),
   };
 };
 

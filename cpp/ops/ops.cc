@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "adakv/error.h"
 #include "ops/backend.h"
@@ -55,8 +56,50 @@ void check_options(const Checker& check, float scale, float softcap) {
                 softcap);
 }
 
+// Pages of codes may lie apart, as they do in a KVCache; within a page nothing does, and it is read in
+// pieces of 16 bytes.
+void check_page_parts(const Checker& check, const char* name, const TensorView& view) {
+  if (view.size() == 0) return;
+  int64_t elements = 1;
+  for (int i = view.rank - 1; i > 0; --i) {
+    check.require(view.stride[i] == elements, name,
+                  " must be contiguous from the second dimension on");
+    elements *= view.shape[i];
+  }
+  check.aligned(name, view);
+  const int64_t bytes = view.stride[0] * static_cast<int64_t>(dtype_size(view.dtype));
+  check.require(view.shape[0] == 1 || (view.stride[0] >= elements && bytes % 16 == 0), name,
+                ": pages must lie at least ", elements,
+                " elements and a multiple of 16 bytes apart, got ", view.stride[0], " elements");
+}
+
+void check_quantised(Checker& check, const LayerView& layer) {
+  check.require(check.float_dtype() != DType::kFloat32, "pages of ", dtype_name(layer.pages.dtype),
+                " need keys, values and queries in float16 or bfloat16, got float32");
+  const PageFormat format = layer.format();
+  const int64_t width = num_scales(format, check.size("D"));
+  check_page_parts(check, "pages", layer.pages);
+  for (const auto& [name, view] : {std::pair("key_scales", &layer.key_scales),
+                                   std::pair("value_scales", &layer.value_scales)}) {
+    check.floats(name, *view, format == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
+    check.require(view->shape[2] == width, name, " must have ", width,
+                  " numbers for each entry, got ", view->shape_string());
+    check_page_parts(check, name, *view);
+  }
+  throw Error("quantised pages are not there yet: take kv_dtype=\"auto\"");
+}
+
+// Behind the checks of D and of the dtype of keys or queries.
 void check_layer(Checker& check, const LayerView& layer) {
-  check.floats("pages", layer.pages, "N 2 P D");
+  const PageFormat format = layer.format();
+  if (format == PageFormat::kPlain) {
+    check.floats("pages", layer.pages, "N 2 P D");
+    check.require(!layer.key_scales && !layer.value_scales,
+                  "key_scales and value_scales must be left out for pages of ",
+                  dtype_name(layer.pages.dtype));
+  } else {
+    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
+  }
   check.tensor("page_positions", layer.page_positions, "N P", DType::kInt32);
   check.tensor("block_table", layer.block_table, "B Hkv M", DType::kInt32);
   check.tensor("lengths", layer.lengths, "B Hkv", DType::kInt32);
@@ -67,6 +110,7 @@ void check_layer(Checker& check, const LayerView& layer) {
   const int64_t p = check.size("P"), d = check.size("D");
   check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
                 "page size P must be a power of two from 8 to 256, got ", p);
+  if (format != PageFormat::kPlain) return check_quantised(check, layer);
   const int64_t* stride = layer.pages.stride;
   check.require(
       check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),

@@ -12,6 +12,7 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_Optional: Any = torch.Tensor | None
 
 _library: Any = torch.library.Library("adakv", "DEF")  # type: ignore[no-untyped-call]
 
@@ -65,7 +66,8 @@ def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:
             yield parameter.replace(annotation=str)
         elif hasattr(annotation, "_fields"):
             for field in annotation._fields:
-                yield parameter.replace(name=field, annotation=torch.Tensor)
+                kind = torch.Tensor if field not in annotation._field_defaults else _Optional
+                yield parameter.replace(name=field, annotation=kind)
         else:
             yield parameter
 

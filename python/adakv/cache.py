@@ -25,6 +25,10 @@ from adakv import _C
 from adakv.errors import integer
 from adakv.ops import Layer
 
+#: Fields of a layer that all layers share, and those with a row for each sequence.
+_SHARED = ("pages", "page_positions", "key_scales", "value_scales")
+_ROWS = ("block_table", "lengths", "seen", "fresh_pages")
+
 
 class KVCache:
     """Pages for the entries that are kept, for a batch of sequences over all layers.
@@ -45,6 +49,9 @@ class KVCache:
         Entries of a page: a power of two from 8 to 256.
     dtype, device
         Of keys and values.
+    kv_dtype : "auto", "int8" or "fp8"
+        How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
+        float16 or bfloat16.
 
     Raises
     ------
@@ -66,6 +73,7 @@ class KVCache:
         page_size: int = 16,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        kv_dtype: str = "auto",
     ) -> None:
         page_size = check_page_size(page_size)
         num_layers = integer("num_layers", num_layers, 0)
@@ -87,6 +95,7 @@ class KVCache:
         self.max_row_pages = max_row_pages
         self.page_size = page_size
         self.dtype = dtype
+        self.kv_dtype = kv_dtype
         self.device = device
         self._cache = _C.KVCache(
             num_layers=num_layers,
@@ -97,21 +106,23 @@ class KVCache:
             num_pages=num_pages,
             max_row_pages=max_row_pages,
             dtype=str(dtype).removeprefix("torch."),
+            kv_dtype=kv_dtype,
             device_type=device.type,
             device_index=device.index or 0,
         )
         self._take_tensors()
 
     def _take_tensors(self) -> None:
-        self.all_layers = Layer(*self._cache.all_layers())
+        self.all_layers = Layer._make(self._cache.all_layers())
         # What all layers share is one tensor: compiled graphs take two for different memory.
-        shared = self.all_layers.pages, self.all_layers.page_positions
+        shared = {name: getattr(self.all_layers, name) for name in _SHARED}
         self._layers = tuple(
-            Layer(*shared, *self._cache.layer(layer)[2:]) for layer in range(self.num_layers)
+            Layer._make(self._cache.layer(layer))._replace(**shared)
+            for layer in range(self.num_layers)
         )
 
     all_layers: Layer
-    """The tensors of all layers, with a leading L on all but ``pages`` and ``page_positions``."""
+    """The tensors of all layers, with a leading L on all but those that are shared."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -133,7 +144,7 @@ class KVCache:
 
         What has to grow is copied to new memory: the pool takes twice its memory for a moment, so
         double rather than add a little. Tensors that the cache handed out before are stale
-        (``pages`` and ``page_positions`` if the pool grew, ``block_table`` if its rows did; they
+        (``pages``, their positions and scales if the pool grew, ``block_table`` if its rows did; they
         show the past, and what is written to them is lost): ask :meth:`layer` and
         :attr:`plan_inputs` again. CUDA graphs that were recorded with them must be recorded again.
 
@@ -299,7 +310,7 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: keys, values and positions."""
+        """Bytes of one page: keys, values and positions, scales if there are any."""
         return int(self._cache.page_bytes)
 
     @property
@@ -333,4 +344,4 @@ def check_page_size(page_size: int) -> int:
 
 def sequences(layer: Layer, slots: slice) -> Layer:
     """Some of the sequences of a layer."""
-    return Layer(*layer[:2], *(tensor[slots] for tensor in layer[2:]))
+    return layer._replace(**{name: getattr(layer, name)[slots] for name in _ROWS})

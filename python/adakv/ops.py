@@ -55,13 +55,16 @@ class Kept(NamedTuple):
 class Layer(NamedTuple):
     """The tensors of one layer of a :class:`adakv.cache.KVCache` (or of some of its sequences).
 
-    ``pages`` ``[N, 2, P, D]`` keys, then values, of one row each; shared by all layers.
+    ``pages`` ``[N, 2, P, D]`` keys, then values, of one row each; shared by all layers. They are
+    of the dtype of keys and values, or their codes in uint8 or float8_e4m3fn (docs/bits.md).
     ``page_positions`` ``[N, P]`` int32, where the entry of each slot stood in its sequence; shared.
     ``block_table`` ``[B, Hkv, M]`` int32, pages of each row in slot order, -1 behind the last.
     ``lengths`` ``[B, Hkv]`` int32, entries that each row holds.
     ``seen`` ``[B]`` int32, tokens that went by, kept or not.
     ``fresh_pages`` ``[B, Hkv, F]`` int32, the pages that rows take when they outgrow their last
     one.
+    ``key_scales``, ``value_scales`` ``[N, P, 2 Z]`` for int8 and ``[N, P, Z]`` for fp8, scales (and
+    zeros) of the Z = ceil(D / 64) groups of each entry; shared. None for plain pages.
     """
 
     pages: Tensor
@@ -70,10 +73,15 @@ class Layer(NamedTuple):
     lengths: Tensor
     seen: Tensor
     fresh_pages: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 #: Fields of a layer that change with a step.
-_GROWING = ("pages", "page_positions", "block_table", "lengths", "seen")
+_GROWING = (
+    *("pages", "page_positions", "block_table", "lengths", "seen"),
+    *("key_scales", "value_scales"),
+)
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def test_append_equals_the_definition(case: Case, device: torch.device) -> None:
 
 def test_append_one_by_one_equals_all_at_once(device: torch.device) -> None:
     together = cases.paged_layer([[3, 16], [40, 7]], new_tokens=40, device=device)
-    single = ops.Layer(*(x.clone() for x in together))
+    single = cases.mapped(together, torch.clone)
     keys, values = (torch.randn(2, 2, 40, 64, device=device) for _ in range(2))
     ops.append(keys, values, together)
     taken = torch.zeros(2, 2, dtype=torch.int32, device=device)

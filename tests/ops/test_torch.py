@@ -126,7 +126,7 @@ def test_torch_operator_takes_what_the_function_takes(verb: str) -> None:
 def on(device: torch.device, value: Any) -> Any:
     """A copy of an input on a device."""
     if isinstance(value, ops.Layer):
-        return ops.Layer(*(x.to(device, copy=True) for x in value))
+        return cases.mapped(value, lambda x: x.to(device, copy=True))
     return value.to(device, copy=True)
 
 
@@ -151,7 +151,7 @@ def test_torch_compiled_graph_gives_the_same(
     for a, e in zip(got, expected, strict=True):
         assert torch.equal(a, e)
     for a, e in zip(compiled["layer"], eager["layer"], strict=True):
-        assert torch.equal(a, e)
+        assert a is e is None or torch.equal(a, e)
     assert not torch.equal(compiled["layer"].pages.cpu(), host["layer"].pages)
 
 

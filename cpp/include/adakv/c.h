@@ -56,7 +56,7 @@ typedef struct AdakvDevice {
 
 /** What a tensor is made of, DLPack's DLDataType. */
 typedef struct AdakvDataType {
-  uint8_t code;   /* 0 signed integer, 2 floating point, 4 bfloat */
+  uint8_t code;   /* 0 integer, 1 unsigned, 2 floating point, 4 bfloat, 10 float8_e4m3fn */
   uint8_t bits;   /* of an element */
   uint16_t lanes; /* 1 */
 } AdakvDataType;
@@ -66,7 +66,7 @@ typedef struct AdakvTensor {
   void* data;           /* on `device` */
   AdakvDevice device;   /* where `data` lies */
   int32_t ndim;         /* at most 4 */
-  AdakvDataType dtype;  /* float32, float16, bfloat16 or int32 */
+  AdakvDataType dtype;  /* float32, float16, bfloat16, int32; of pages also uint8, float8_e4m3fn */
   int64_t* shape;       /* [ndim] */
   int64_t* strides;     /* [ndim] in elements, the last of them 1; NULL: contiguous */
   uint64_t byte_offset; /* of the first element, from `data` */
@@ -78,17 +78,25 @@ typedef struct AdakvTensor {
 /** The memory of a compressed cache: KVCache of kv_cache.h. */
 typedef struct AdakvCache AdakvCache;
 
+/** How pages hold keys and values: PageFormat of kv_cache.h. */
+typedef enum AdakvPageFormat {
+  ADAKV_PLAIN_PAGES, /* as they are */
+  ADAKV_INT8_PAGES,  /* 8 bits, with scale and zero of 64 dimensions */
+  ADAKV_FP8_PAGES    /* float8_e4m3fn, with the scale of 64 dimensions */
+} AdakvPageFormat;
+
 /** Sizes of a cache. adakv_cache_reserve() raises num_pages and max_row_pages. */
 typedef struct AdakvCacheConfig {
-  int32_t num_layers;    /* of the model */
-  int32_t num_sequences; /* most sequences at a time */
-  int32_t num_kv_heads;  /* of a layer */
-  int32_t head_dim;      /* a multiple of 8, at most 256 */
-  int32_t page_size;     /* entries of a page: a power of two, 8 to 256; 16 is good */
-  int32_t num_pages;     /* pages of the pool, over all layers */
-  int32_t max_row_pages; /* most pages of one row */
-  AdakvDataType dtype;   /* float32, float16 or bfloat16 */
-  AdakvDevice device;    /* of all tensors */
+  int32_t num_layers;     /* of the model */
+  int32_t num_sequences;  /* most sequences at a time */
+  int32_t num_kv_heads;   /* of a layer */
+  int32_t head_dim;       /* a multiple of 8, at most 256 */
+  int32_t page_size;      /* entries of a page: a power of two, 8 to 256; 16 is good */
+  int32_t num_pages;      /* pages of the pool, over all layers */
+  int32_t max_row_pages;  /* most pages of one row */
+  AdakvDataType dtype;    /* float16 or bfloat16; in plain pages also float32 */
+  AdakvDevice device;     /* of all tensors */
+  AdakvPageFormat format; /* 0: plain pages */
 } AdakvCacheConfig;
 
 /** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
@@ -131,12 +139,14 @@ typedef struct AdakvMemory {
 /** The tensors of one layer; they belong to the cache and live as long. adakv_cache_reserve() changes
  * where they point to. */
 typedef struct AdakvLayer {
-  const AdakvTensor* pages;          /* [N, 2, P, D] */
+  const AdakvTensor* pages;          /* [N, 2, P, D]; of quantised pages uint8 or float8_e4m3fn */
   const AdakvTensor* page_positions; /* [N, P] int32 */
   const AdakvTensor* block_table;    /* [B, Hkv, M] int32 */
   const AdakvTensor* lengths;        /* [B, Hkv] int32 */
   const AdakvTensor* seen;           /* [B] int32 */
   const AdakvTensor* fresh_pages;    /* [B, Hkv, F] int32 */
+  const AdakvTensor* key_scales;     /* [N, P, 2 Z] int8, [N, P, Z] fp8, NULL for plain pages */
+  const AdakvTensor* value_scales;   /* the same for values */
 } AdakvLayer;
 
 /** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to

@@ -32,6 +32,23 @@
 #pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
+/// How pages hold keys and values.
+///   kPlain  as they are
+///   kInt8   x = scale * code + zero, code 0 .. 255
+///   kFp8    x = scale * code, code float8_e4m3fn
+/// Quantised entries have their own scale (and zero) for each group of 64 dimensions of the key, and
+/// of the value: ops/quantise.h says which codes and scales they get.
+enum class PageFormat : uint8_t { kPlain, kInt8, kFp8 };
+
+/// Dimensions of a head that share a scale.
+constexpr int32_t kScaleGroup = 64;
+
+/// 16-bit numbers that a key, or a value, has beside its codes.
+constexpr int64_t num_scales(PageFormat format, int64_t head_dim) {
+  const int64_t groups = (head_dim + kScaleGroup - 1) / kScaleGroup;
+  return format == PageFormat::kPlain ? 0 : format == PageFormat::kInt8 ? 2 * groups : groups;
+}
+
 /// Sizes of a cache; all memory follows from them. KVCache::reserve() raises num_pages and
 /// max_row_pages.
 struct CacheConfig {
@@ -42,16 +59,19 @@ struct CacheConfig {
   int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
   int32_t num_pages = 0;           // pages of the pool, over all layers
   int32_t max_row_pages = 0;       // most pages of one row
-  DType dtype = DType::kBFloat16;  // of keys and values
-  Device device = {};              // where the tensors live: that of the Memory
+  DType dtype = DType::kBFloat16;  // of keys and values; kFloat32 only in plain pages
+  PageFormat format = PageFormat::kPlain;  // of the pages
+  Device device = {};                      // where the tensors live: that of the Memory
 };
 
 /// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most
-/// pages of a row, P page size.
+/// pages of a row, P page size, Z = ceil(D / 64) scale groups. What is [N, ...] is shared by all
+/// layers.
 struct LayerView {
-  /// [N, 2, P, D]  keys, then values, of one row each; shared by all layers
+  /// [N, 2, P, D]  keys, then values, of one row each: of the dtype of keys and values, or their
+  /// codes, uint8 (int8) or float8 (fp8)
   TensorView pages;
-  /// [N, P] int32  where the entry of each slot stood in its sequence; shared by all layers
+  /// [N, P] int32  where the entry of each slot stood in its sequence
   TensorView page_positions;
   /// [B, Hkv, M] int32  pages of each row in slot order; -1 behind the last
   TensorView block_table;
@@ -62,6 +82,18 @@ struct LayerView {
   /// [B, Hkv, F] int32  pages for rows that outgrow their last one: the k-th new page of a row
   /// within one append is fresh_pages[b, h, k]
   TensorView fresh_pages;
+  /// [N, P, 2 Z] (int8: scale and zero of group 0, of group 1, ...) or [N, P, Z] (fp8: scales), of the
+  /// dtype of keys and values; not given for plain pages
+  TensorView key_scales;
+  /// The same for values.
+  TensorView value_scales;
+
+  /// What the pages hold, which their dtype says.
+  PageFormat format() const {
+    return pages.dtype == DType::kUInt8    ? PageFormat::kInt8
+           : pages.dtype == DType::kFloat8 ? PageFormat::kFp8
+                                           : PageFormat::kPlain;
+  }
 };
 
 /// Pages of several sequences: those of sequence i are ids[indptr[i] .. indptr[i + 1]).
@@ -92,7 +124,7 @@ class KVCache {
   /// How many pages are free and used.
   const PagePool& pool() const { return pool_; }
 
-  /// Bytes of one page: keys, values and positions.
+  /// Bytes of one page: keys, values and positions, scales if there are any.
   size_t page_bytes() const;
 
   /// The tensors of layer `layer`, all sequences.

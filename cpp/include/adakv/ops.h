@@ -13,7 +13,7 @@
 // Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads,
 // Hkv kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page
 // size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
-// whole batch, L layers. A row is one (sequence, kv head) pair. The last dimension of every tensor
+// whole batch, L layers, Z = ceil(D / 64) scale groups of an entry in quantised pages. A row is one (sequence, kv head) pair. The last dimension of every tensor
 // is contiguous; other strides are free.
 //
 // Threads and streams: verbs may run at the same time as long as none writes a tensor that another
@@ -140,6 +140,8 @@ void select(const SelectArgs& args);
 /// KVCache::begin gave them) are dealt to its rows: first ceil(length / P) to each row in turn,
 /// then one fresh page to each.
 ///   row (b, h), slot i  <-  keys, values of position positions[indptr[b * Hkv + h] + i]
+/// Pages of int8 and fp8 get the codes and scales of ops/quantise.h. An entry that isn't finite makes
+/// its own scale NaN and no other. Quantised pages take float16 and bfloat16, no float32.
 struct CompactArgs {
   TensorView keys;         // [B, Hkv, T, D]
   TensorView values;       // [B, Hkv, T, D]
@@ -157,7 +159,7 @@ void compact(const CompactArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
-/// padding is never stored).
+/// padding is never stored). Quantised pages as in compact.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
   TensorView values;        // [B, Hkv, S, D]
@@ -199,7 +201,8 @@ int default_num_workers(Device device);
 ///   query s of sequence b sees slots 0 .. lengths[b,h] - S + s
 ///   z = softcap * tanh(q . k * scale / softcap)
 ///   out = sum of softmax(z, with the head's sink logit) * v
-/// With keys and values given, they are appended first, in the same launch (see append).
+/// With keys and values given, they are appended first, in the same launch (see append). Of quantised
+/// pages, k and v are what codes and scales say, also for the newest entries.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 struct AttendArgs {
   TensorView queries;       // [B, Hq, S, D]

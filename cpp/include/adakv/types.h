@@ -13,14 +13,23 @@
 namespace adakv {
 
 /// Element type of a tensor.
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+enum class DType : uint8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kInt32,
+  kUInt8,
+  kFloat8,  // e4m3fn: no infinities, up to 448
+};
 
 /// Size of one element in bytes.
 constexpr size_t dtype_size(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
+  return dtype == DType::kFloat32 || dtype == DType::kInt32  ? 4
+         : dtype == DType::kUInt8 || dtype == DType::kFloat8 ? 1
+                                                             : 2;
 }
 
-/// "float32", "float16", "bfloat16" or "int32".
+/// "float32", "float16", "bfloat16", "int32", "uint8" or "float8_e4m3fn".
 const char* dtype_name(DType dtype);
 
 /// What a device is: each has a backend of its own.
