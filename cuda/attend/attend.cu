@@ -29,7 +29,8 @@ bool pages_are_aligned(const TensorView& scales) {
 }
 
 bool has_fast_kernel(const AttendArgs& args) {
-  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 &&
+  const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
+  const bool fits_tiles = page_size % (is_coded(args) && head_dim <= 128 ? 32 : 16) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
   const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
                           rows_are_aligned(args.queries, is_coded(args) ? 8 : 4) &&

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   }
 
   Range range = {};
-  range.page_shift = p.layer.page_shift - kTileShift;
+  range.page_shift = p.layer.page_shift - Config::kTileShift;
   schedule::RowFacts facts;
   if (cuts_rows) {
     const schedule::Worker* worker = p.workers + blockIdx.x;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
 #pragma unroll 1
     for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
       const TileData data = pipeline.wait(tile);
-      const int32_t first_slot = (row_tile + t) * kTileSlots;
+      const int32_t first_slot = (row_tile + t) * Config::kTileSlots;
       if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
       state.add_tile(p, data, first_slot, row.length);
       pipeline.release(tile);
@@ -185,7 +185,7 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
         "attend", p.layer.pages,
         {{kColumns, uint64_t(p.layer.page_size), kBoxes, 2, uint64_t(num_pages)},
          {Config::kEntryBytes, kColumns * 2, half_bytes, uint64_t(p.layer.page_stride)},
-         {kColumns, kTileSlots, kBoxes, 2, 1}});
+         {kColumns, Config::kTileSlots, kBoxes, 2, 1}});
   } else {
     if (!device_copies_boxes()) {
       return launch_for_queries<Element, Format, kHeadDim, false>(params, stream);
@@ -195,7 +195,7 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
         "attend", p.layer.pages,
         {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
          {Config::kEntryBytes, kColumns * 2, half_bytes},
-         {kColumns, kTileSlots, kBoxes, 2}});
+         {kColumns, Config::kTileSlots, kBoxes, 2}});
   }
   launch_for_queries<Element, Format, kHeadDim, true>(p, stream);
 }

@@ -13,7 +13,6 @@
 namespace adakv {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kTileShift = 4, kTileSlots = 1 << kTileShift;
 
 /// Sizes of one instance. Boxes: tiles come by the bulk copy engine into most of the shared memory
 /// of sm_90; else by 16-byte copies into as much as every device has. Codes only come by boxes.
@@ -29,9 +28,10 @@ struct AttendConfig {
   static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
   static constexpr int kColumnTiles = (kQueries + 7) / 8;  // of 8 queries
   // The appending warp makes it 8 at most where registers are short.
-  static constexpr int kWarps = kCopiesBoxes ? (kHeadDim > 128                    ? 4
-                                                : kQueries > (kIsCoded ? 4 : 8) ? 7
-                                                                                  : 8)
+  static constexpr int kWarps = kCopiesBoxes ? (kIsCoded ? (kHeadDim > 128 && kQueries > 8 ? 4 : 7)
+                                                : kHeadDim > 128 ? 4
+                                                : kColumnTiles > 1 ? 7
+                                                                   : 8)
                                              : (kHeadDim > 128 ? 2 : 4);
   static constexpr int kThreads = kWarps * kWarpSize;                 // one more warp appends
   static constexpr bool kHoldsQueries =  // in registers
@@ -39,8 +39,11 @@ struct AttendConfig {
   static constexpr bool kSharesQueries = kIsCoded && !kHoldsQueries;  // in shared memory
   static constexpr int kOperands = kSteps * kColumnTiles * kWarpSize;
   static constexpr int kSums = kGroups * kColumnTiles * 4;
-  static constexpr int kImages = kQueries <= 4 ? 2 : 1;
+  static constexpr int kImages = kQueries <= 4 && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
 
+  // With codes two products' rows, where registers allow, so that one needn't wait for the other.
+  static constexpr int kBlocks = kIsCoded && kHeadDim <= 128 ? 2 : 1;  // of 16 slots
+  static constexpr int kTileSlots = 16 * kBlocks, kTileShift = kBlocks == 2 ? 5 : 4;
   static constexpr int kEntryBytes = kHeadDim * Format::kCodeBytes;
   static constexpr int kEntryChunks = kEntryBytes / 16;
   static constexpr int kHalfBytes = kTileSlots * kEntryBytes;
@@ -80,7 +83,7 @@ struct alignas(1024) AttendShared {
   // What WarpState keeps of its row's queries, with codes.
   uint2 operands[Config::kSharesQueries ? Config::kWarps * Config::kOperands : 1];
   float2 query_sums[Config::kIsCoded ? Config::kWarps * Config::kSums : 1];
-  float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
+  alignas(16) float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
   float2 max_sum[Config::kImages][Config::kWarps][Config::kQueries];
   uint64_t barriers[Config::kWarps][Config::kStages];
   int32_t is_last;
@@ -236,15 +239,15 @@ class TilePipeline {
       const int stage = i % Config::kStages;
       const uint32_t to = tiles_ + stage * Config::kTileBytes;
       if constexpr (Config::kIsCoded) {
-        if (threadIdx.x % kWarpSize == 0) copy_codes(to, page, tile * kTileSlots, stage);
+        if (threadIdx.x % kWarpSize == 0) copy_codes(to, page, tile * Config::kTileSlots, stage);
       } else if constexpr (Config::kCopiesBoxes) {
-        const int32_t row = ((page * 2 << page_shift_) + tile) * kTileSlots;
+        const int32_t row = ((page * 2 << page_shift_) + tile) * Config::kTileSlots;
         if (threadIdx.x % kWarpSize == 0) {
           copy_box(to, &p_.page_map, {0, row, 0, 0}, Config::kTileBytes, barriers_ + stage * 8,
                    policy_);
         }
       } else {
-        copy_chunks(to, p_.layer.key(page, tile * kTileSlots));
+        copy_chunks(to, p_.layer.key(page, tile * Config::kTileSlots));
       }
     }
     if constexpr (!Config::kCopiesBoxes) commit_copies();
@@ -260,7 +263,7 @@ class TilePipeline {
   }
 
   __device__ void copy_chunks(uint32_t to, const char* keys) const {
-    constexpr int kHalfChunks = kTileSlots * Config::kEntryChunks;
+    constexpr int kHalfChunks = Config::kTileSlots * Config::kEntryChunks;
 #pragma unroll
     for (int first = 0; first < 2 * kHalfChunks; first += kWarpSize) {
       const int i = first + threadIdx.x % kWarpSize, in_half = i % kHalfChunks;

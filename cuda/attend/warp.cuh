@@ -55,7 +55,7 @@ struct WarpState {
   static constexpr int kTiles = Config::kColumnTiles;
   using Element = typename Config::Element;
   using Codes = CodeReader<typename Config::Format>;
-  static constexpr int kGroups = Config::kGroups;
+  static constexpr int kGroups = Config::kGroups, kBlocks = Config::kBlocks;
   static constexpr int kGroupSteps = kGroupSize / 16;
 
   const char* query_data[kTiles];               // of query g, from element 2 t on
@@ -169,7 +169,7 @@ struct WarpState {
                            const TileData& data,
                            int32_t first_slot,
                            int32_t length) {
-    float logits[kTiles][4];
+    float logits[kTiles][kBlocks][4];
     if constexpr (Config::kIsCoded) {
       multiply_key_codes(data, logits);
     } else {
@@ -185,12 +185,15 @@ struct WarpState {
   }
 
   /// Adds the values of a tile of which `count` slots exist; `shares` are the probabilities.
-  __device__ void add_values(uint32_t entries, int32_t count, const float (&shares)[kTiles][4]) {
+  __device__ void add_values(uint32_t entries,
+                             int32_t count,
+                             const float (&shares)[kTiles][kBlocks][4]) {
     uint32_t probabilities[kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      probabilities[tile][0] = transpose_matrix(pack<Element>(shares[tile][0], shares[tile][1]));
-      probabilities[tile][1] = transpose_matrix(pack<Element>(shares[tile][2], shares[tile][3]));
+      const float(&share)[4] = shares[tile][0];
+      probabilities[tile][0] = transpose_matrix(pack<Element>(share[0], share[1]));
+      probabilities[tile][1] = transpose_matrix(pack<Element>(share[2], share[3]));
     }
     const int lane = threadIdx.x % kWarpSize;
     const int slot = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
@@ -217,50 +220,54 @@ struct WarpState {
   /// The same with codes. Slots that don't exist have any scale, so it counts as 0.
   __device__ void add_value_codes(const TileData& data,
                                   int32_t count,
-                                  const float (&shares)[kTiles][4]) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+                                  const float (&shares)[kTiles][kBlocks][4]) {
+    const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int z = 0; z < kGroups; ++z) {
-      Scale scale[2];
-      uint32_t probabilities[kTiles][2];
+      uint32_t probabilities[kTiles][kBlocks][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scale[i] = load_slot_scale(data.scales + Config::kHalfScaleBytes, g + 8 * i, z);
-        if (g + 8 * i >= count) scale[i] = {0, 0};
-        scale[i].scale *= Codes::kValueUnit;
-      }
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const int slot = lane / 4 + 8 * i;
+        Scale scale = load_slot_scale(data.scales + Config::kHalfScaleBytes, slot, z);
+        if (slot >= count) scale = {0, 0};
+        scale.scale *= Codes::kValueUnit;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const float(&share)[4] = shares[tile];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          probabilities[tile][i] = transpose_matrix(pack<__nv_bfloat16>(
-              share[2 * i] * scale[i].scale, share[2 * i + 1] * scale[i].scale));
-        }
-        if constexpr (Config::Format::kScales == 2) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            from_zeros[tile][z][c] += share[c] * scale[0].zero + share[2 + c] * scale[1].zero;
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float* share = &shares[tile][i / 2][i % 2 * 2];
+          probabilities[tile][i / 2][i % 2] = transpose_matrix(
+              pack<__nv_bfloat16>(share[0] * scale.scale, share[1] * scale.scale));
+          if constexpr (Config::Format::kScales == 2) {
+            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * scale.zero;
           }
         }
       }
 #pragma unroll
       for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
            step += 2) {
-        uint32_t codes[4];
-        load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
-                                            Config::chunk_offset(lane % 16, step + lane / 16));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Operands low = Codes::values(codes[2 * i]), high = Codes::values(codes[2 * i + 1]);
-          const uint32_t values[4] = {low.first, low.second, high.first, high.second};
+        for (int block = 0; block < kBlocks; ++block) {
+          uint32_t codes[4];
+          load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
+                                              code_offset(block, step));
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            mma_16x8x16<__nv_bfloat16>(out[tile][step + i], values, probabilities[tile]);
+          for (int i = 0; i < 2; ++i) {
+            const Operands low = Codes::values(codes[2 * i]);
+            const Operands high = Codes::values(codes[2 * i + 1]);
+            const uint32_t values[4] = {low.first, low.second, high.first, high.second};
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              mma_16x8x16<__nv_bfloat16>(out[tile][step + i], values, probabilities[tile][block]);
+            }
           }
         }
       }
     }
+  }
+
+  /// Where this lane's row of the matrices of codes lies: 16 slots, steps `step` and `step` + 1.
+  static __device__ uint32_t code_offset(int block, int step) {
+    const int lane = threadIdx.x % kWarpSize;
+    return Config::chunk_offset(16 * block + lane % 16, step + lane / 16);
   }
 
   static __device__ Scale load_slot_scale(uint32_t scales, int slot, int group) {
@@ -268,47 +275,53 @@ struct WarpState {
                                                         group * Config::Format::kScales * 2);
   }
 
-  __device__ void multiply_key_codes(const TileData& data, float (&logits)[kTiles][4]) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+  __device__ void multiply_key_codes(const TileData& data, float (&logits)[kTiles][kBlocks][4]) {
+    const int lane = threadIdx.x % kWarpSize;
 #pragma unroll(Config::kHoldsQueries ? kGroups : 1)
     for (int z = 0; z < kGroups; ++z) {
-      float sums[kTiles][4] = {};
+      float sums[kTiles][kBlocks][4] = {};
 #pragma unroll
       for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
            step += 2) {
-        uint32_t codes[4];
-        load_matrices(codes, data.entries + Config::chunk_offset(lane % 16, step + lane / 16));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
-          const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
+        for (int block = 0; block < kBlocks; ++block) {
+          uint32_t codes[4];
+          load_matrices(codes, data.entries + code_offset(block, step));
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            uint32_t operand[2];
-            operand_of(tile, step + i, operand);
-            mma_16x8x16<__half>(sums[tile], keys, operand);
+          for (int i = 0; i < 2; ++i) {
+            const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
+            const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              uint32_t operand[2];
+              operand_of(tile, step + i, operand);
+              mma_16x8x16<__half>(sums[tile][block], keys, operand);
+            }
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Scale scale = load_slot_scale(data.scales, g + 8 * i, z);
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const Scale scale = load_slot_scale(data.scales, lane / 4 + 8 * i, z);
         const float offset = scale.zero - Codes::kKeyOffset * scale.scale;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const float2 query_sum = query_sums[(z * kTiles + tile) * 4 + lane % 4];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            float logit = scale.scale * sums[tile][2 * i + c];
-            if constexpr (Config::Format::kScales == 2) logit += offset * (c == 0 ? query_sum.x : query_sum.y);
-            logits[tile][2 * i + c] = z == 0 ? logit : logits[tile][2 * i + c] + logit;
+            const int at = i % 2 * 2 + c;
+            float logit = scale.scale * sums[tile][i / 2][at];
+            if constexpr (Config::Format::kScales == 2) {
+              logit += offset * (c == 0 ? query_sum.x : query_sum.y);
+            }
+            logits[tile][i / 2][at] = z == 0 ? logit : logits[tile][i / 2][at] + logit;
           }
         }
       }
     }
   }
 
-  __device__ void multiply_keys(uint32_t tile_data, float (&logits)[kTiles][4]) {
+  __device__ void multiply_keys(uint32_t tile_data, float (&logits)[kTiles][kBlocks][4]) {
     const int lane = threadIdx.x % kWarpSize, slot = lane % 16, chunk = lane / 16;
     float chains[2][kTiles][4] = {};  // two sums in turn: products needn't wait for each other
 #pragma unroll(Config::kHoldsQueries ? Config::kSteps : 2)
@@ -328,23 +341,33 @@ struct WarpState {
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      for (int i = 0; i < 4; ++i) logits[tile][i] = chains[0][tile][i] + chains[1][tile][i];
+      for (int i = 0; i < 4; ++i) logits[tile][0][i] = chains[0][tile][i] + chains[1][tile][i];
     }
   }
 
   /// Logits to powers of 2 relative to the maximum so far; what is there already is rescaled.
-  __device__ void soften(const AttendParams& p, int32_t first_slot, int tile, float (&logits)[4]) {
+  __device__ void soften(const AttendParams& p,
+                         int32_t first_slot,
+                         int tile,
+                         float (&logits)[kBlocks][4]) {
     const int32_t slot = first_slot + threadIdx.x % kWarpSize / 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scaled = logits[i] * p.scale;
-      const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
-      logits[i] = slot + i / 2 * 8 < visible[tile][i % 2] ? z : -INFINITY;
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scaled = logits[block][i] * p.scale;
+        const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
+        const bool is_seen = slot + 16 * block + i / 2 * 8 < visible[tile][i % 2];
+        logits[block][i] = is_seen ? z : -INFINITY;
+      }
     }
     float factor[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      float most = fmaxf(logits[c], logits[2 + c]);
+      float most = fmaxf(logits[0][c], logits[0][2 + c]);
+      for (int block = 1; block < kBlocks; ++block) {
+        most = fmaxf(most, fmaxf(logits[block][c], logits[block][2 + c]));
+      }
 #pragma unroll
       for (int step = 4; step < kWarpSize; step *= 2) {
         most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
@@ -353,9 +376,15 @@ struct WarpState {
       const float base = most == -INFINITY ? 0.f : most;
       factor[c] = fast_exp2(max[tile][c] - base);
       max[tile][c] = most;
-      logits[c] = fast_exp2(logits[c] - base);
-      logits[2 + c] = fast_exp2(logits[2 + c] - base);
-      sum[tile][c] = sum[tile][c] * factor[c] + (logits[c] + logits[2 + c]);
+      float total = 0;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        float(&logit)[4] = logits[block];
+        logit[c] = fast_exp2(logit[c] - base);
+        logit[2 + c] = fast_exp2(logit[2 + c] - base);
+        total += logit[c] + logit[2 + c];
+      }
+      sum[tile][c] = sum[tile][c] * factor[c] + total;
     }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
@@ -411,7 +440,7 @@ class NewSlots {
   __device__ NewSlots(const AttendParams& p, const RowContext& row, int32_t row_tile)
       : p_(p), row_(row) {
     if constexpr (!kReadsAhead) return;
-    const int32_t tile = row.settled / kTileSlots - row_tile;
+    const int32_t tile = row.settled / Config::kTileSlots - row_tile;
     is_mine_ = row.settled < row.length && tile >= 0 &&
                tile % Config::kWarps == static_cast<int32_t>(threadIdx.x) / kWarpSize;
     if (!is_mine_) return;
@@ -421,13 +450,13 @@ class NewSlots {
 
   /// Whether the tile of slots `first_slot` on has some of them.
   __device__ bool are_in(int32_t first_slot) const {
-    return row_.settled < min(row_.length, first_slot + kTileSlots);
+    return row_.settled < min(row_.length, first_slot + Config::kTileSlots);
   }
 
   /// Puts them into a tile.
   __device__ void patch(int32_t first_slot, const TileData& data) const {
     const int32_t begin = max(0, row_.settled - first_slot);
-    const int32_t end = min(kTileSlots, row_.length - first_slot);
+    const int32_t end = min(Config::kTileSlots, row_.length - first_slot);
     const bool has_first = kReadsAhead && is_mine_ && first_slot <= row_.settled;
     if (has_first) {
 #pragma unroll
