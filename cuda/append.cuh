@@ -114,12 +114,12 @@ class CodeBatch {
   }
 
   __device__ void write(const AppendParams& p, const Slot& slot, int32_t first_row) const {
+    CodedChunk chunks[kRows];
+    quantise<Format, Element>(data_, part_.is_there, chunks);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (i >= count_) break;
-      const CodedChunk chunk = quantise<Format, Element>(data_[i], part_.is_there);
       const Slot to = slot.of_lane((first_row + i) % kWarpSize);
-      store_chunk<Format>(p.layer, to.page, to.slot, part_, chunk);
+      if (i < count_) store_chunk<Format>(p.layer, to.page, to.slot, part_, chunks[i]);
     }
   }
 

@@ -130,7 +130,7 @@ __device__ void CopyEntries<Chunk>::run(const CompactParams& p, const Part& part
 /// Quantises them: eight elements a lane, as many entries at a time as a warp has lanes for.
 template <typename Element, typename Format>
 struct QuantiseEntries {
-  static constexpr int kAtOnce = 4;  // chunks that a lane has under way
+  static constexpr int kAtOnce = 3;  // chunks that a lane has under way
 
   static __device__ void run(const CompactParams& p, const Part& part) {
     const int32_t head_dim = p.layer.head_dim;
@@ -153,12 +153,13 @@ struct QuantiseEntries {
                                         mine.element * sizeof(Element));
         }
       }
+      CodedChunk chunks[kAtOnce];
+      quantise<Format, Element>(data, mine.element < p.layer.head_dim, chunks);
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int32_t i = first + k * at_once + entry;
         mine.is_there = is_there(p, part, mine, entry, at_once, i);
-        const CodedChunk chunk = quantise<Format, Element>(data[k], mine.is_there);
-        store_chunk<Format>(p.layer, part.page, part.slot + i, mine, chunk);
+        store_chunk<Format>(p.layer, part.page, part.slot + i, mine, chunks[k]);
       }
     }
   }

@@ -58,7 +58,7 @@ __device__ inline void fetch_params(const AttendParams& p) {
 /// What the appending warp copies at a time.
 template <typename Config>
 using AppendBatch = std::conditional_t<Config::kIsCoded,
-                                       CodeBatch<typename Config::Element, typename Config::Format, 8>,
+                                       CodeBatch<typename Config::Element, typename Config::Format, 4>,
                                        EntryBatch<uint4, 8>>;
 
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of

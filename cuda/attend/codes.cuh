@@ -1,12 +1,10 @@
 // Codes as operands of matrix products, in attend's fast kernel.
 //
-// A register of ldmatrix has four codes. They become two operands of two elements each: `first` and
-// `second`. Along the head dim any order will do, as long as queries have it, too.
+// A register of ldmatrix has four codes. They become two operands of two f16 elements each: `first`
+// and `second`. Along the head dim any order will do, as long as queries have it, too.
 //
-//   keys     f16 operands. int8: 1024 + code, so that a byte only gets an exponent; the product is
-//            put right behind the sum. fp8: the code itself
-//   values   bf16 operands, because a probability times a scale may be out of the range of f16.
-//            int8: the code. fp8: code * 2^-120, so that bits only move; kValueUnit puts it right
+// In int8 a byte only gets an exponent, which makes it 1024 + code: with keys that is put right
+// behind the sum. Values lose 1152 at once and are code - 128, so that their products are small.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +23,7 @@ struct CodeReader;
 
 template <>
 struct CodeReader<Int8> {
-  static constexpr float kKeyOffset = 1024;  // of a key's operand
-  static constexpr float kValueUnit = 1;     // probabilities take it along
+  static constexpr float kKeyOffset = 1024, kValueOffset = -128;  // operands less codes
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands keys(uint32_t codes) {
@@ -41,27 +38,24 @@ struct CodeReader<Int8> {
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands values(uint32_t codes) {
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 2^23 + code, less 2^23
-      x[i] = __uint_as_float(__byte_perm(codes, 0x4b000000, 0x7440 | i)) - 8388608.f;
-    }
-    return {pack<__nv_bfloat16>(x[0], x[2]), pack<__nv_bfloat16>(x[1], x[3])};
+    const Operands pairs = keys(codes);
+    return {less_1152(pairs.first), less_1152(pairs.second)};
+  }
+
+ private:
+  static __device__ uint32_t less_1152(uint32_t pair) {
+    uint32_t result;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x64806480));
+    return result;
   }
 };
 
 template <>
 struct CodeReader<Fp8> {
-  static constexpr float kKeyOffset = 0;
-  static constexpr float kValueUnit = 1.152921504606846976e18f;  // 2^60, twice
+  static constexpr float kKeyOffset = 0, kValueOffset = 0;
 
   /// Codes 0 and 1, then codes 2 and 3.
-  static __device__ Operands keys(uint32_t codes) {
-    const uint16_t low = codes, high = codes >> 16;
-    const __half2_raw first = __nv_cvt_fp8x2_to_halfraw2(low, __NV_E4M3);
-    const __half2_raw second = __nv_cvt_fp8x2_to_halfraw2(high, __NV_E4M3);
-    return {reinterpret_cast<const uint32_t&>(first), reinterpret_cast<const uint32_t&>(second)};
-  }
+  static __device__ Operands keys(uint32_t codes) { return {pair(codes), pair(codes >> 16)}; }
 
   static __device__ void order_query(uint32_t low, uint32_t high, uint32_t (&operand)[2]) {
     operand[0] = low;
@@ -70,8 +64,14 @@ struct CodeReader<Fp8> {
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands values(uint32_t codes) {
-    return {(codes << 8 & 0x80008000) | (codes << 4 & 0x07f007f0),
-            (codes & 0x80008000) | (codes >> 4 & 0x07f007f0)};
+    return keys(__byte_perm(codes, 0, 0x3120));
+  }
+
+ private:
+  static __device__ uint32_t pair(uint32_t codes) {
+    const __half2_raw pair =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+    return reinterpret_cast<const uint32_t&>(pair);
   }
 };
 

@@ -28,15 +28,14 @@ struct AttendConfig {
   static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
   static constexpr int kColumnTiles = (kQueries + 7) / 8;  // of 8 queries
   // The appending warp makes it 8 at most where registers are short.
-  static constexpr int kWarps = kCopiesBoxes ? (kIsCoded ? (kHeadDim > 128 && kQueries > 8 ? 4 : 7)
+  static constexpr int kWarps = kCopiesBoxes ? (kIsCoded ? (kHeadDim > 128 && kQueries > 8 ? 4 : kHeadDim > 128 || kQueries > 4 ? 7 : 8)
                                                 : kHeadDim > 128 ? 4
                                                 : kColumnTiles > 1 ? 7
                                                                    : 8)
                                              : (kHeadDim > 128 ? 2 : 4);
   static constexpr int kThreads = kWarps * kWarpSize;                 // one more warp appends
-  static constexpr bool kHoldsQueries =  // in registers
-      kSteps * kColumnTiles <= 16 && !(kIsCoded && kHeadDim > 128);
-  static constexpr bool kSharesQueries = kIsCoded && !kHoldsQueries;  // in shared memory
+  // In registers; with codes they are held in shared memory.
+  static constexpr bool kHoldsQueries = !kIsCoded && kSteps * kColumnTiles <= 16;
   static constexpr int kOperands = kSteps * kColumnTiles * kWarpSize;
   static constexpr int kSums = kGroups * kColumnTiles * 4;
   static constexpr int kImages = kQueries <= 4 && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
@@ -55,7 +54,7 @@ struct AttendConfig {
   static constexpr int kMostBytes = kCopiesBoxes ? 227 << 10 : 99 << 10;
   static constexpr int kOtherBytes =
       kImages * kWarps * kQueries * (kImageStride + 2) * 4 + 1024 +  // and barriers
-      (kIsCoded ? kWarps * kSums * 8 : 0) + (kSharesQueries ? kWarps * kOperands * 8 : 0);
+      (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
   static constexpr int kStages = std::min(4, (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + 2 * kHalfScaleBytes)));
   static_assert(kStages >= 2, "loads would not overlap");
 
@@ -81,7 +80,7 @@ struct alignas(1024) AttendShared {
   uint8_t scales[Config::kIsCoded ? Config::kWarps : 1][Config::kStages]
                 [std::max(16, 2 * Config::kHalfScaleBytes)];
   // What WarpState keeps of its row's queries, with codes.
-  uint2 operands[Config::kSharesQueries ? Config::kWarps * Config::kOperands : 1];
+  uint2 operands[Config::kIsCoded ? Config::kWarps * Config::kOperands : 1];
   float2 query_sums[Config::kIsCoded ? Config::kWarps * Config::kSums : 1];
   alignas(16) float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
   float2 max_sum[Config::kImages][Config::kWarps][Config::kQueries];

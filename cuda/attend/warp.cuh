@@ -11,10 +11,13 @@
 // each slot and group, which logits and probabilities take:
 //   logits[slot, query] = sum over groups z: scale[slot, z] codes[slot, z] queries[z, query]
 //                                           + zero[slot, z] sum of queries[z, query]
-//   out[z, query]      += values[z, slot] (scale[slot, z] probability[slot, query])
+//   out[z, query]      += bound codes[z, slot] (scale[slot, z] / bound probability[slot, query])
 //                       + sum over slots of zero[slot, z] probability[slot, query]
+// The bound is a power of 2 that no scale so far exceeds: f16 has too few exponents for their
+// products with probabilities.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "attend/codes.cuh"
@@ -65,6 +68,7 @@ struct WarpState {
   float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
   // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1.
   float from_zeros[kTiles][kGroups][2];
+  float bound = FLT_MIN;  // out is relative to it
   uint2* operands;     // [kSteps, kTiles, 32]  of queries that registers don't hold
   float2* query_sums;  // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
 
@@ -122,7 +126,7 @@ struct WarpState {
 #pragma unroll
       for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps); ++step) {
         uint32_t operand[2];
-        operand_of(tile, step, operand);
+        shared_operand(tile, step, operand);
         mma_16x8x16<__half>(sums, ones, operand);
       }
       if (lane < 4) query_sums[(z * kTiles + tile) * 4 + lane] = make_float2(sums[0], sums[1]);
@@ -151,16 +155,11 @@ struct WarpState {
     }
   }
 
-  /// The operand where it is kept, for codes: in registers or in shared memory.
-  __device__ void operand_of(int tile, int step, uint32_t (&b)[2]) const {
-    if constexpr (Config::kHoldsQueries) {
-      b[0] = queries[tile][step][0];
-      b[1] = queries[tile][step][1];
-    } else {
-      const uint2 operand = operands[(step * kTiles + tile) * kWarpSize + threadIdx.x % kWarpSize];
-      b[0] = operand.x;
-      b[1] = operand.y;
-    }
+  /// The operand from shared memory.
+  __device__ void shared_operand(int tile, int step, uint32_t (&b)[2]) const {
+    const uint2 operand = operands[(step * kTiles + tile) * kWarpSize + threadIdx.x % kWarpSize];
+    b[0] = operand.x;
+    b[1] = operand.y;
   }
 
   /// Takes in the tile of slots `first_slot` on, of a row of `length` slots. What lies behind them
@@ -222,22 +221,32 @@ struct WarpState {
                                   int32_t count,
                                   const float (&shares)[kTiles][kBlocks][4]) {
     const int lane = threadIdx.x % kWarpSize;
+    Scale scales[kGroups][2 * kBlocks];
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
+      const int slot = lane / 4 + 8 * (i % (2 * kBlocks)), z = i / (2 * kBlocks);
+      Scale scale = load_slot_scale(data.scales + Config::kHalfScaleBytes, slot, z);
+      if (slot >= count) scale = {0, 0};
+      scale.zero -= Codes::kValueOffset * scale.scale;
+      most = fmaxf(most, scale.scale);
+      scales[z][i % (2 * kBlocks)] = scale;
+    }
+    if (__any_sync(kFullWarp, most > bound)) raise_bound(most);
+    const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
 #pragma unroll
     for (int z = 0; z < kGroups; ++z) {
       uint32_t probabilities[kTiles][kBlocks][2];
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i) {
-        const int slot = lane / 4 + 8 * i;
-        Scale scale = load_slot_scale(data.scales + Config::kHalfScaleBytes, slot, z);
-        if (slot >= count) scale = {0, 0};
-        scale.scale *= Codes::kValueUnit;
+        const float scale = scales[z][i].scale * inverse;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const float* share = &shares[tile][i / 2][i % 2 * 2];
-          probabilities[tile][i / 2][i % 2] = transpose_matrix(
-              pack<__nv_bfloat16>(share[0] * scale.scale, share[1] * scale.scale));
+          probabilities[tile][i / 2][i % 2] =
+              transpose_matrix(pack<__half>(share[0] * scale, share[1] * scale));
           if constexpr (Config::Format::kScales == 2) {
-            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * scale.zero;
+            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * scales[z][i].zero;
           }
         }
       }
@@ -256,10 +265,25 @@ struct WarpState {
             const uint32_t values[4] = {low.first, low.second, high.first, high.second};
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-              mma_16x8x16<__nv_bfloat16>(out[tile][step + i], values, probabilities[tile][block]);
+              mma_16x8x16<__half>(out[tile][step + i], values, probabilities[tile][block]);
             }
           }
         }
+      }
+    }
+  }
+
+  /// Makes the bound a power of 2 that is at least `most` of every lane.
+  __device__ void raise_bound(float most) {
+    const uint32_t top = __float_as_uint(fmaxf(warp_max(most), 4 * FLT_MIN));
+    const float raised = __uint_as_float((top + 0x7fffff) & 0x7f800000);
+    const float factor = bound / raised;
+    bound = raised;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int step = 0; step < Config::kSteps; ++step) {
+        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor;
       }
     }
   }
@@ -277,12 +301,17 @@ struct WarpState {
 
   __device__ void multiply_key_codes(const TileData& data, float (&logits)[kTiles][kBlocks][4]) {
     const int lane = threadIdx.x % kWarpSize;
-#pragma unroll(Config::kHoldsQueries ? kGroups : 1)
+#pragma unroll(Config::kHeadDim <= 128 ? kGroups : 1)
     for (int z = 0; z < kGroups; ++z) {
       float sums[kTiles][kBlocks][4] = {};
 #pragma unroll
       for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
            step += 2) {
+        uint32_t operands_of_steps[2][kTiles][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          shared_operand(i % kTiles, step + i / kTiles, operands_of_steps[i / kTiles][i % kTiles]);
+        }
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           uint32_t codes[4];
@@ -293,9 +322,7 @@ struct WarpState {
             const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-              uint32_t operand[2];
-              operand_of(tile, step + i, operand);
-              mma_16x8x16<__half>(sums[tile][block], keys, operand);
+              mma_16x8x16<__half>(sums[tile][block], keys, operands_of_steps[i][tile]);
             }
           }
         }
@@ -420,8 +447,8 @@ struct WarpState {
           const float first = out[tile][step][c], second = out[tile][step][2 + c];
           if constexpr (Config::kIsCoded) {
             const float from_zero = zeros[step / kGroupSteps];
-            image[query][16 * step + 2 * g] = first * Codes::kValueUnit + from_zero;
-            image[query][16 * step + 2 * g + 1] = second * Codes::kValueUnit + from_zero;
+            image[query][16 * step + 2 * g] = first * bound + from_zero;
+            image[query][16 * step + 2 * g + 1] = second * bound + from_zero;
           } else {
             image[query][16 * step + g] = first;
             image[query][16 * step + 8 + g] = second;
@@ -494,7 +521,9 @@ class NewSlots {
                         Config::chunk_offset(slot, byte / 16) + byte % 16;
     if constexpr (Config::kIsCoded) {
       using Format = typename Config::Format;
-      const CodedChunk chunk = quantise<Format, typename Config::Element>(x, part.is_there);
+      CodedChunk chunks[1];
+      quantise<Format, typename Config::Element>({x}, part.is_there, chunks);
+      const CodedChunk& chunk = chunks[0];
       if (!part.is_there) return;
       asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(chunk.codes.x),
                    "r"(chunk.codes.y)

@@ -68,61 +68,81 @@ __device__ inline float divide(float a, float b, float reciprocal) {
   return __fmaf_rn(__fmaf_rn(-quotient, b, a), reciprocal, quotient);
 }
 
-/// Extremes over the lanes of a group.
-__device__ inline float group_max(float x) {
+/// Extremes over the lanes of a group, of several groups at once: shuffles of one needn't wait for
+/// those of another.
+template <int kCount>
+__device__ inline void group_max(float (&x)[kCount]) {
 #pragma unroll
   for (int step = 1; step < kGroupLanes; step *= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(kFullWarp, x[i], step));
   }
-  return x;
 }
 
-/// Quantises a group: each of kGroupLanes adjacent lanes has eight of its elements, or none. By
-/// whole warps.
-template <typename Format, typename Element>
-__device__ inline CodedChunk quantise(const uint4& data, bool has_elements) {
-  const uint32_t words[4] = {data.x, data.y, data.z, data.w};
-  float x[kChunkElements];
-  float most = -INFINITY, least = INFINITY, excess = 0;
-#pragma unroll
-  for (int i = 0; i < kChunkElements; ++i) {
-    const uint16_t bits = words[i / 2] >> 16 * (i % 2);
-    x[i] = to_float(reinterpret_cast<const Element&>(bits));
-    if (!has_elements) continue;
-    most = fmaxf(most, x[i]);
-    least = fminf(least, x[i]);
-    excess += x[i] - x[i];  // NaN unless all are finite
-  }
-  most = group_max(most);
-  least = -group_max(-least);
-  constexpr bool kHasZero = std::is_same_v<Format, Int8>;
-  const float base = kHasZero ? least : 0.f;
-  const float range = kHasZero ? most - least : fmaxf(most, -least);
-  const float is_bad = group_max(excess == 0 ? 0.f : 1.f);
-  const bool is_finite = is_bad == 0 && range - range == 0;
+__device__ inline float element(const uint4& chunk, int i, __half) {
+  const uint32_t word = i / 2 == 0 ? chunk.x : i / 2 == 1 ? chunk.y : i / 2 == 2 ? chunk.z : chunk.w;
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * (i % 2))));
+}
+__device__ inline float element(const uint4& chunk, int i, __nv_bfloat16) {
+  const uint32_t word = i / 2 == 0 ? chunk.x : i / 2 == 1 ? chunk.y : i / 2 == 2 ? chunk.z : chunk.w;
+  return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000);
+}
 
+/// Quantises groups: each of kGroupLanes adjacent lanes has eight elements of a group, or none. By
+/// whole warps.
+template <typename Format, typename Element, int kCount>
+__device__ inline void quantise(const uint4 (&data)[kCount],
+                                bool has_elements,
+                                CodedChunk (&chunks)[kCount]) {
+  constexpr bool kHasZero = std::is_same_v<Format, Int8>;
   constexpr float kMostCode = kHasZero ? 255 : 448;
-  const Element scale = round_up<Element>(divide(range, kMostCode, 1 / kMostCode));
-  const float divisor = to_float(scale), reciprocal = __frcp_rn(divisor);
-  const bool has_codes = is_finite && divisor >= FLT_MIN;
-  uint8_t codes[kChunkElements];
+  float most[kCount], least[kCount];  // the least with the other sign
+  uint32_t bad_lanes[kCount];
 #pragma unroll
-  for (int i = 0; i < kChunkElements; ++i) {
-    const float ratio = has_codes ? divide(x[i] - base, divisor, reciprocal) : 0.f;
-    if constexpr (kHasZero) {
-      codes[i] = static_cast<uint8_t>(__float2int_rn(fminf(fmaxf(ratio, 0.f), 255.f)));
-    } else {
-      codes[i] = __nv_cvt_float_to_fp8(ratio, __NV_SATFINITE, __NV_E4M3);
+  for (int k = 0; k < kCount; ++k) {
+    most[k] = least[k] = -INFINITY;
+    float excess = 0;  // NaN unless all are finite
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const float x = element(data[k], i, Element{});
+      excess += x - x;
+      most[k] = fmaxf(most[k], x);
+      least[k] = fmaxf(least[k], -x);
     }
+    if (!has_elements) most[k] = least[k] = -INFINITY;
+    bad_lanes[k] = __ballot_sync(kFullWarp, has_elements && excess != 0);
   }
-  CodedChunk chunk;
-  chunk.codes.x = codes[0] | codes[1] << 8 | codes[2] << 16 | uint32_t{codes[3]} << 24;
-  chunk.codes.y = codes[4] | codes[5] << 8 | codes[6] << 16 | uint32_t{codes[7]} << 24;
-  const Element zero = from_float<Element>(is_finite ? base : 0.f);
-  const Element stored = is_finite ? scale : from_float<Element>(NAN);
-  chunk.scale = reinterpret_cast<const uint16_t&>(stored);
-  chunk.zero = reinterpret_cast<const uint16_t&>(zero);
-  return chunk;
+  group_max(most);
+  group_max(least);
+  const int first_lane = threadIdx.x % kWarpSize / kGroupLanes * kGroupLanes;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float base = kHasZero ? -least[k] : 0.f;
+    const float range = kHasZero ? most[k] - base : fmaxf(most[k], least[k]);
+    const bool is_bad = bad_lanes[k] >> first_lane & ((1u << kGroupLanes) - 1);
+    const bool is_finite = !is_bad && range - range == 0;
+    const Element scale = round_up<Element>(divide(range, kMostCode, 1 / kMostCode));
+    const float divisor = to_float(scale), reciprocal = __frcp_rn(divisor);
+    const bool has_codes = is_finite && divisor >= FLT_MIN;
+    uint32_t words[2] = {};
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const float x = element(data[k], i, Element{});
+      const float ratio = has_codes ? divide(x - base, divisor, reciprocal) : 0.f;
+      uint32_t code;
+      if constexpr (kHasZero) {
+        code = __float2int_rn(fminf(fmaxf(ratio, 0.f), 255.f));
+      } else {
+        code = __nv_cvt_float_to_fp8(ratio, __NV_SATFINITE, __NV_E4M3);
+      }
+      words[i / 4] |= code << 8 * (i % 4);
+    }
+    const Element zero = from_float<Element>(is_finite ? base : 0.f);
+    const Element stored = is_finite ? scale : from_float<Element>(NAN);
+    chunks[k].codes = make_uint2(words[0], words[1]);
+    chunks[k].scale = reinterpret_cast<const uint16_t&>(stored);
+    chunks[k].zero = reinterpret_cast<const uint16_t&>(zero);
+  }
 }
 
 /// What a code stands for, before its scale.
