@@ -43,6 +43,7 @@ using F32 = float __attribute__((vector_size(kLanes * 4)));
 using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
 using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
 using U16 = uint16_t __attribute__((vector_size(kLanes * 2)));
+using U8 = uint8_t __attribute__((vector_size(kLanes)));
 using LaneNumbers = std::make_integer_sequence<int, kLanes>;
 
 struct F32Pair {
@@ -113,6 +114,24 @@ inline F32Pair load_pair(const Float16* data) {
 #endif
 }
 
+inline F32Pair load_pair(const Int8Code* data) {
+  const auto widen = [](const Int8Code* codes) {
+    return __builtin_convertvector(__builtin_convertvector(load_as<U8>(codes), I32), F32);
+  };
+  return {widen(data), widen(data + kLanes)};
+}
+
+/// The numbers divided by 2^8: as the bits of a float16, their exponents are 8 too small.
+inline F32Pair load_pair(const Float8* data) {
+  Float16 halves[kPair];
+  for (int i = 0; i < kPair; i += kLanes) {
+    const U16 codes = __builtin_convertvector(load_as<U8>(data + i), U16);
+    const U16 bits = (codes & 0x80) << 8 | (codes & 0x7f) << 7;
+    __builtin_memcpy(halves + i, &bits, sizeof bits);
+  }
+  return load_pair(halves);
+}
+
 /// The first `count` elements of a pair, zeros behind them. Reads nothing beyond.
 template <typename Element>
 inline F32Pair load_pair(const Element* data, int count) {
@@ -128,6 +147,17 @@ inline F32Pair load_pair(const BFloat16* data, int count) {
   return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)};
 }
 #endif
+
+/// The same with the elements in order in both vectors.
+inline F32Pair load_in_order(const Float16* data) {
+  return load_pair(data);
+}
+inline F32Pair load_in_order(const BFloat16* data) {
+  const auto widen = [](const BFloat16* narrow) {
+    return (F32)(__builtin_convertvector(load_as<U16>(narrow), U32) << 16);
+  };
+  return {widen(data), widen(data + kLanes)};
+}
 
 inline void store_in_order(float* out, F32Pair pair, const BFloat16*) {
   for (int i = 0; i < kLanes; ++i) {
