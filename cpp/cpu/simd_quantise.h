@@ -95,9 +95,9 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
     }
     for (int d = 0; d < count; d += kLanes) {
       const F32 x = (load(group + d) - zero) / scale;
-      const U8 narrow = __builtin_convertvector(code_of(x, static_cast<const Code*>(nullptr)), U8);
-      const int used = count - d < kLanes ? count - d : kLanes;
-      __builtin_memcpy(codes + begin + d, &narrow, used);
+      uint8_t bytes[kLanes];
+      store_bytes(bytes, code_of(x, static_cast<const Code*>(nullptr)));
+      __builtin_memcpy(codes + begin + d, bytes, count - d < kLanes ? count - d : kLanes);
     }
   }
 }
