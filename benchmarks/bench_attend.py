@@ -20,6 +20,7 @@ from torch import Tensor
 
 import harness
 from adakv import ops
+from adakv.cache import KVCache
 from cuda_timing import graph_times, launch_times
 from peers.ragged_decode import FlashInfer, peers_of
 from ragged_layers import GpuCase, Layers
@@ -46,25 +47,44 @@ def ragged_lengths(case: Case) -> Tensor:
 
 
 class Paged:
-    """The layers' pages in one shuffled pool, and their schedule."""
+    """The layers' pages in one shuffled pool, as a cache lays them out, and their schedule."""
 
-    def __init__(self, case: Case, lengths: Tensor) -> None:
+    def __init__(self, case: Case, lengths: Tensor, kv_dtype: str = "auto") -> None:
         dtype = getattr(torch, case.dtype)
         pages = -(-lengths // case.page_size)
         num_pages = int(pages.sum())
-        pool = torch.randn(num_pages, 2, case.page_size, case.head_dim, dtype=dtype)
+        cache = KVCache(
+            num_layers=1,
+            num_sequences=1,
+            num_kv_heads=1,
+            head_dim=case.head_dim,
+            num_pages=num_pages,
+            max_row_pages=1,
+            page_size=case.page_size,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+        )
+        pool = cache.layer(0)
+        if kv_dtype == "auto":
+            pool.pages.normal_()
+        else:
+            pool.pages.copy_(torch.randn(pool.pages.shape, dtype=dtype).abs() * 50)
+            for scales in (pool.key_scales, pool.value_scales):
+                assert scales is not None
+                scales.fill_(1 / 64)
+        pool.page_positions.zero_()
         table = torch.full((*lengths.shape, int(pages.max())), -1, dtype=torch.int32)
         used = torch.arange(table.shape[-1]) < pages[..., None]
         table[used] = torch.randperm(num_pages).int()
         fresh = torch.full((*lengths.shape, 1), -1, dtype=torch.int32)
-        positions = torch.zeros(num_pages, case.page_size, dtype=torch.int32)
         seen = lengths[0].amax(-1)
         self.layers = [
-            ops.Layer(pool, positions, table[i], lengths[i], seen, fresh[i])
+            pool._replace(block_table=table[i], lengths=lengths[i], seen=seen, fresh_pages=fresh[i])
             for i in range(case.layers)
         ]
         self.schedule = ops.plan(lengths, table, fresh, new_tokens=0, page_size=case.page_size)
-        self.num_bytes = int(lengths.sum()) * 2 * case.head_dim * pool.element_size() / case.layers
+        entry_bytes = cache.page_bytes / case.page_size - 4  # without its position
+        self.num_bytes = int(lengths.sum()) * entry_bytes / case.layers
 
 
 class Padded:
@@ -90,7 +110,7 @@ def run(case: Case, options: argparse.Namespace) -> None:
     queries = torch.randn(case.batch, heads, case.new_tokens, case.head_dim)
     queries = queries.to(getattr(torch, case.dtype))
 
-    def adakv_attend(i: int) -> None:
+    def attend(paged: Paged, i: int) -> None:
         i %= case.layers
         ops.attend(queries, paged.layers[i], paged.schedule[i])
 
@@ -101,7 +121,10 @@ def run(case: Case, options: argparse.Namespace) -> None:
         )
 
     reader = harness.Reader()
-    variants = {"adakv": adakv_attend, "sdpa": sdpa, "read": reader}
+    variants: dict[str, Callable[[int], object]] = {"adakv": functools.partial(attend, paged)}
+    for kv_dtype in ("int8", "fp8") if case.dtype != "float32" else ():
+        variants[kv_dtype] = functools.partial(attend, Paged(case, lengths, kv_dtype))
+    variants |= {"sdpa": sdpa, "read": reader}
     timings = harness.measure(variants, rounds=options.rounds)
     rate = reader.num_bytes / timings["read"].median_us * 1e6
     reached = paged.num_bytes / timings["adakv"].median_us * 1e6
@@ -112,6 +135,8 @@ def run(case: Case, options: argparse.Namespace) -> None:
         "share_of_read_rate": reached / rate,
         "longest_over_mean": float(lengths.max()) / case.mean_length,
     }
+    for kv_dtype in variants.keys() & {"int8", "fp8"}:
+        derived[f"{kv_dtype}_speedup"] = timings["adakv"].median_us / timings[kv_dtype].median_us
     harness.report("attend", vars(case), timings, derived, options.save)
 
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+
+import reference
 
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Dtypes of keys and values with the ``kv_dtype`` of pages that may hold them.
+FORMATS = (
+    *((dtype, "auto") for dtype in DTYPES),
+    *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
+)
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -93,11 +101,13 @@ def paged_layer(
     new_tokens: int = 0,
     seen: list[int] | None = None,
     device: torch.device | str = "cpu",
+    kv_dtype: str = "auto",
 ) -> Layer:
     """A layer whose rows hold random entries, with fresh pages for ``new_tokens`` more.
 
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
     """
+    skip_unless_there(kv_dtype, device)
     held = int32(lengths)  # [B, Hkv]
     used = -(-held // page_size)
     fresh = -(-(held + new_tokens) // page_size) - used
@@ -123,7 +133,7 @@ def paged_layer(
         for k in range(num_fresh):
             fresh_pages[b, h, k] = next(free)
     return Layer(
-        pages=pages.to(device, dtype),
+        **held_as(pages.to(dtype), kv_dtype, device),
         page_positions=page_positions.to(device),
         block_table=noncontiguous(table.to(device)),
         lengths=noncontiguous(held.to(device)),
@@ -142,8 +152,10 @@ def empty_layer(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    kv_dtype: str = "auto",
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
+    skip_unless_there(kv_dtype, device)
     pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
     shapes = [
         (num_pages, page_size),
@@ -152,9 +164,32 @@ def empty_layer(
         (batch,),
         (batch, heads, 4),
     ]
+    names = ("page_positions", "block_table", "lengths", "seen", "fresh_pages")
     return Layer(
-        pages.to(device), *(torch.full(x, -7, dtype=torch.int32, device=device) for x in shapes)
+        **held_as(pages, kv_dtype, device),
+        **{
+            name: torch.full(shape, -7, dtype=torch.int32, device=device)
+            for name, shape in zip(names, shapes, strict=True)
+        },
     )
+
+
+def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[str, Tensor]:
+    """The fields of a layer that hold ``pages`` ``[N, 2, P, D]``. Those of quantised pages lie apart,
+    as they do in a cache."""
+    if kv_dtype == "auto":
+        return {"pages": pages.to(device)}
+    codes, scales = reference.quantise(pages, kv_dtype)
+    halves = {"key_scales": scales[:, 0], "value_scales": scales[:, 1]}
+    return {name: apart(x.to(device)) for name, x in ({"pages": codes} | halves).items()}
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same in a view with 16 bytes between one element of the first dimension and the next."""
+    size, gap = x[:1].numel(), 16 // x.element_size()
+    host = torch.full((len(x), size + gap), 77, dtype=x.dtype, device=x.device)
+    host[:, :size] = x.flatten(1)
+    return host[:, :size].unflatten(1, x.shape[1:]) if len(x) else x
 
 
 def copied(layer: Layer) -> Layer:
@@ -167,12 +202,14 @@ def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
     return Layer(*(x if x is None else change(x) for x in layer))
 
 
-def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[2, length, D]`` of a row in slot order, and their positions."""
+def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
+    """Keys and values ``[2, length, D]`` of a row in slot order, and their positions; of quantised
+    pages the codes, and the scales of both behind them."""
     length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
-    pages = layer.block_table[b, h, : -(-length // page_size)].long()
-    both = layer.pages[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-    return both.cpu(), layer.page_positions[pages].flatten()[:length].cpu()
+    pages = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
+    both = layer.pages.cpu()[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+    slots = (layer.page_positions, layer.key_scales, layer.value_scales)
+    return both, *(x.cpu()[pages].flatten(0, 1)[:length] for x in slots if x is not None)
 
 
 def assert_same_layer(actual: Layer, expected: Layer) -> None:
@@ -182,7 +219,12 @@ def assert_same_layer(actual: Layer, expected: Layer) -> None:
         assert torch.equal(a, b), (name, a, b)
     for b, h in torch.cartesian_prod(*(torch.arange(n) for n in expected.lengths.shape)).tolist():
         for a, e in zip(row_entries(actual, b, h), row_entries(expected, b, h), strict=True):
-            assert torch.equal(a, e), (b, h)
+            assert torch.equal(numbers(a), numbers(e)), (b, h)
+
+
+def numbers(x: Tensor) -> Tensor:
+    """What a tensor holds, so that equal numbers are equal: NaN, too."""
+    return x if x.dtype == torch.int32 else x.float().nan_to_num(nan=-77.0)
 
 
 #: Shapes that together reach every branch; quick.

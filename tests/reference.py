@@ -223,6 +223,64 @@ def select(
     return torch.tensor(positions, dtype=torch.int32), torch.tensor(indptr, dtype=torch.int32)
 
 
+def _up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least numbers of a 16-bit dtype that are not below ``x``, float32 and 0 or more."""
+    nearest = x.to(dtype)
+    above = (nearest.view(torch.int16) + 1).view(dtype)
+    return torch.where(nearest.float() < x, above, nearest)
+
+
+def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
+    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, with zeros) or ``[..., Z]`` (fp8) of 16-bit
+    entries ``[..., D]``; each group of 64 dimensions by itself, in float32."""
+    codes, scales = [], []
+    for group in x.float().split(64, -1):
+        if kv_dtype == "int8":
+            zero = group.amin(-1, keepdim=True)
+            spread, steps = group.amax(-1, keepdim=True) - zero, 255
+        else:
+            zero = torch.zeros_like(group[..., :1])
+            spread, steps = group.abs().amax(-1, keepdim=True), 448
+        is_finite = spread.isfinite()
+        scale = torch.where(is_finite, _up(spread / steps, x.dtype), torch.nan)
+        zero = torch.where(is_finite, zero, 0).to(x.dtype)
+        code = torch.where(scale > 0, (group - zero.float()) / scale.float(), 0)
+        codes.append(
+            code.round().clamp(0, 255).to(torch.uint8)
+            if kv_dtype == "int8"
+            else code.clamp(-448, 448).to(torch.float8_e4m3fn)
+        )
+        scales += [scale.to(x.dtype), zero] if kv_dtype == "int8" else [scale.to(x.dtype)]
+    return torch.cat(codes, -1), torch.cat(scales, -1)
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``scale * code + zero`` (int8) or ``scale * code`` (fp8), ``[..., D]``."""
+    has_zero = codes.dtype == torch.uint8
+    groups = codes.to(dtype).split(64, -1)
+    columns = scales.to(dtype).split(2 if has_zero else 1, -1)
+    return torch.cat(
+        [
+            code * column[..., :1] + (column[..., 1:] if has_zero else 0)
+            for code, column in zip(groups, columns, strict=True)
+        ],
+        -1,
+    )
+
+
+def kv_dtype_of(layer: Any) -> str:
+    return {torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}.get(layer.pages.dtype, "auto")
+
+
+def entries_of(layer: Any, pages: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Keys and values ``[2, n, D]`` in the slots of some pages, as attend reads them."""
+    held = layer.pages.cpu()[pages.cpu()].transpose(0, 1)  # [2, pages, P, D]
+    if layer.key_scales is not None:
+        scales = (layer.key_scales, layer.value_scales)
+        held = dequantise(held, torch.stack([x.cpu()[pages.cpu()] for x in scales]), dtype)
+    return held.flatten(1, 2).to(dtype)
+
+
 def compact(
     keys: Tensor,
     values: Tensor,
@@ -258,8 +316,11 @@ def _store(
 ) -> None:
     page_size = layer.pages.shape[2]
     page = int(layer.block_table[b, h, slot // page_size])
-    layer.pages[page, 0, slot % page_size] = key
-    layer.pages[page, 1, slot % page_size] = value
+    kv_dtype = kv_dtype_of(layer)
+    for half, (x, scales) in enumerate([(key, layer.key_scales), (value, layer.value_scales)]):
+        if scales is not None:
+            x, scales[page, slot % page_size] = quantise(x, kv_dtype)
+        layer.pages[page, half, slot % page_size] = x
     layer.page_positions[page, slot % page_size] = position
 
 
@@ -371,8 +432,7 @@ def attend(
             h = q // (num_heads // num_kv_heads)
             length = int(layer.lengths[b, h])
             pages = layer.block_table[b, h, : -(-length // page_size)].long()
-            held = layer.pages[pages].transpose(0, 1).reshape(2, -1, head_dim)  # keys, values
-            keys, values = held[:, :length].cpu().to(dtype)
+            keys, values = entries_of(layer, pages, dtype)[:, :length]
             for s in range(num_columns - count, num_columns):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)

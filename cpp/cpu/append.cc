@@ -1,10 +1,10 @@
 // Writes new entries behind the last one of every row. A row that fills its page goes on in its
 // next fresh one.
-#include <cstring>
 #include <limits>
 
 #include "adakv/error.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/page_writer.h"
 #include "cpu/parallel.h"
 #include "ops/schedule.h"
 
@@ -50,7 +50,7 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count) {
   const LayerView& layer = args.layer;
   const int64_t element = static_cast<int64_t>(dtype_size(args.keys.dtype));
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
-  const int64_t entry_bytes = args.keys.shape[3] * element, half_page = page_size * entry_bytes;
+  const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
   int32_t* table = row_of(layer.block_table, b, h);
   const int32_t* fresh = row_of(layer.fresh_pages, b, h);
   int32_t* length = row_of(layer.lengths, b, h);
@@ -62,9 +62,8 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count) {
     const int32_t slot = *length % page_size, column = *length / page_size;
     if (slot == 0) table[column] = *fresh++;
     const int64_t page = table[column];
-    char* key = layer.pages.ptr<char>() + 2 * half_page * page + slot * entry_bytes;
-    std::memcpy(key, source(args.keys, args.keys.shape[2] - count + i), entry_bytes);
-    std::memcpy(key + half_page, source(args.values, args.keys.shape[2] - count + i), entry_bytes);
+    writer.write_key(page, slot, source(args.keys, args.keys.shape[2] - count + i));
+    writer.write_value(page, slot, source(args.values, args.keys.shape[2] - count + i));
     layer.page_positions.ptr<int32_t>()[page * layer.page_positions.stride[0] + slot] = seen + i;
     ++*length;
   }

@@ -49,7 +49,8 @@ class Attention {
         head_dim_(args.queries.shape[3]),
         workers_(args.schedule.ptr<const schedule::Worker>()),
         rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
-        attend_span_(kernels().attend_span[static_cast<int>(args.queries.dtype)]) {}
+        attend_span_(kernels().attend_span[static_cast<int>(args.layer.format())]
+                                          [static_cast<int>(args.queries.dtype)]) {}
 
   static bool is_split(const AttendArgs& args) {
     return args.layer.lengths.shape[1] > 0 &&
@@ -121,6 +122,11 @@ class Attention {
     AttendSpan span;
     span.pages = args_.layer.pages.data;
     span.page_stride = args_.layer.pages.stride[0];
+    for (int i = 0; i < 2; ++i) {
+      const TensorView& scales = i == 0 ? args_.layer.key_scales : args_.layer.value_scales;
+      span.scales[i] = scales.data;
+      span.scale_stride[i] = scales.stride[0];
+    }
     span.page_ids = table.ptr<const int32_t>() + b * table.stride[0] + h * table.stride[1];
     span.page_size = static_cast<int>(args_.layer.pages.shape[2]);
     span.head_dim = static_cast<int>(head_dim_);

@@ -1,11 +1,11 @@
 // Copies the kept entries of a prompt into pages, a row at a time. The first pass over the (small)
 // integers deals the pages and finds everything that could go wrong, before anything is written.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "adakv/error.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/page_writer.h"
 #include "cpu/parallel.h"
 #include "ops/schedule.h"
 
@@ -59,21 +59,17 @@ std::vector<int64_t> deal_pages(const CompactArgs& args) {
   return first_page;
 }
 
-// Copies entries [begin, end) of a row, given by their positions, into the slots of one page.
-void fill_page(const TensorView& source,  // keys or values
-               int64_t b,
-               int64_t h,
-               const int32_t* begin,
-               const int32_t* end,
-               char* slots) {
-  const int64_t element = static_cast<int64_t>(dtype_size(source.dtype));
-  const size_t entry_bytes = source.shape[3] * element;
-  const char* row = source.ptr<char>() + (b * source.stride[0] + h * source.stride[1]) * element;
-  const int64_t pitch = source.stride[2] * element;
-  for (const int32_t* position = begin; position != end; ++position, slots += entry_bytes) {
-    std::memcpy(slots, row + *position * pitch, entry_bytes);
-  }
-}
+// Where the entries of a row lie in keys or values.
+struct Row {
+  Row(const TensorView& x, int64_t b, int64_t h)
+      : pitch(x.stride[2] * static_cast<int64_t>(dtype_size(x.dtype))),
+        data(x.ptr<char>() + (b * x.stride[0] + h * x.stride[1]) * dtype_size(x.dtype)) {}
+
+  const char* entry(int32_t position) const { return data + position * pitch; }
+
+  int64_t pitch;
+  const char* data;
+};
 
 }  // namespace
 
@@ -81,7 +77,7 @@ void CpuBackend::compact(const CompactArgs& args) {
   const LayerView& layer = args.layer;
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
-  const int64_t half_page = page_size * layer.pages.shape[3] * dtype_size(layer.pages.dtype);
+  const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
   const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
   const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();  // [Q]
@@ -96,12 +92,16 @@ void CpuBackend::compact(const CompactArgs& args) {
     const int32_t* positions = args.positions.ptr<int32_t>() + indptr[r];  // [kept]
     const int32_t* pages = page_ids + first_page[b * (heads + 1) + h];
     const int32_t num_pages = schedule::ceil_div(kept, page_size);
+    const Row keys(args.keys, b, h), values(args.values, b, h);
     for (int32_t i = 0; i < num_pages; ++i) {
       const int32_t* begin = positions + i * page_size;
       const int32_t* end = positions + std::min((i + 1) * page_size, kept);
-      char* page = layer.pages.ptr<char>() + 2 * half_page * pages[i];
-      fill_page(args.keys, b, h, begin, end, page);
-      fill_page(args.values, b, h, begin, end, page + half_page);
+      for (const int32_t* p = begin; p != end; ++p) {
+        writer.write_key(pages[i], p - begin, keys.entry(*p));
+      }
+      for (const int32_t* p = begin; p != end; ++p) {
+        writer.write_value(pages[i], p - begin, values.entry(*p));
+      }
       std::copy(begin, end,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
     }

@@ -1,4 +1,4 @@
-// The two 16-bit formats, one number at a time. Kernels widen whole vectors (simd.h); this is for
+// The two 16-bit formats, one number at a time, and what quantised pages hold. Kernels widen whole vectors (simd.h); this is for
 // storing results.
 #pragma once
 
@@ -15,6 +15,16 @@ struct BFloat16 {
 /// IEEE binary16.
 struct Float16 {
   uint16_t bits;
+};
+
+/// A code of int8 pages, 0 .. 255.
+struct Int8Code {
+  uint8_t bits;
+};
+
+/// float8_e4m3fn.
+struct Float8 {
+  uint8_t bits;
 };
 
 namespace detail {

@@ -17,6 +17,8 @@ constexpr int kMaxHeadDim = 256;
 struct AttendSpan {
   const void* pages;        // [N, 2, P, D]
   int64_t page_stride;      // in elements
+  const void* scales[2];    // [N, P, num_scales] of keys and of values, for quantised pages
+  int64_t scale_stride[2];  // in elements, from page to page
   const int32_t* page_ids;  // pages of the row, from its slot 0
   int page_size;
   int head_dim;
@@ -96,13 +98,17 @@ struct GramNormSpan {
   float* norms;       // [num_values] out: sqrt(v G v^T)
 };
 
+/// Makes codes [D] and scales of an entry [D] as ops/quantise.h says.
+using QuantiseEntry = void (*)(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales);
+
 /// By DType: float32, float16, bfloat16.
 template <typename Span>
 using PerDType = void (*[3])(const Span&);
 
 struct Kernels {
   const char* isa;
-  PerDType<AttendSpan> attend_span;
+  PerDType<AttendSpan> attend_span[3];  // by PageFormat; quantised pages have no float32
+  QuantiseEntry quantise[3][3];         // by PageFormat and DType, where there are quantised pages
   PerDType<ScoreSpan> score_sums;
   PerDType<ScoreSpan> score_window;
   PerDType<ValueNormSpan> value_norm_span;

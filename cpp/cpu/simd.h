@@ -43,6 +43,7 @@ using F32 = float __attribute__((vector_size(kLanes * 4)));
 using I32 = int32_t __attribute__((vector_size(kLanes * 4)));
 using U32 = uint32_t __attribute__((vector_size(kLanes * 4)));
 using U16 = uint16_t __attribute__((vector_size(kLanes * 2)));
+using U8 = uint8_t __attribute__((vector_size(kLanes)));
 using LaneNumbers = std::make_integer_sequence<int, kLanes>;
 
 struct F32Pair {
@@ -113,6 +114,85 @@ inline F32Pair load_pair(const Float16* data) {
 #endif
 }
 
+// The widening of integers is written out: GCC 12 takes vectors narrower than a register apart.
+
+/// kLanes unsigned numbers of 8 or 16 bits.
+inline U32 widen_bytes(const void* data) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu8_epi32(load_as<__m128i>(data));
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(data)));
+#else
+  return __builtin_convertvector(load_as<U8>(data), U32);
+#endif
+}
+inline U32 widen_halves(const void* data) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32(load_as<__m256i>(data));
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32(load_as<__m128i>(data));
+#else
+  return __builtin_convertvector(load_as<U16>(data), U32);
+#endif
+}
+
+/// Numbers that are positive as int32.
+inline F32 to_float(U32 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtepi32_ps((__m512i)x);
+#elif defined(__AVX2__)
+  return (F32)_mm256_cvtepi32_ps((__m256i)x);
+#else
+  return __builtin_convertvector((I32)x, F32);
+#endif
+}
+
+/// Stores the low bytes of all lanes.
+inline void store_bytes(uint8_t* out, U32 x) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)x);
+  __builtin_memcpy(out, &bytes, kLanes);
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // of 0 .. 255
+  const __m128i both =
+      _mm_unpacklo_epi64(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  const __m128i bytes = _mm_packus_epi16(both, both);
+  __builtin_memcpy(out, &bytes, kLanes);
+#else
+  const U8 bytes = __builtin_convertvector(x, U8);
+  __builtin_memcpy(out, &bytes, kLanes);
+#endif
+}
+
+inline F32Pair load_pair(const Int8Code* data) {
+  return {to_float(widen_bytes(data)), to_float(widen_bytes(data + kLanes))};
+}
+
+/// The numbers divided by 2^8: as the bits of a float16, their exponents are 8 too small.
+inline F32Pair load_pair(const Float8* data) {
+#if defined(__AVX512F__)
+  const auto widen = [](const Float8* codes) {
+    const __m256i x = _mm256_cvtepu8_epi16(load_as<__m128i>(codes));
+    const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(0x80));
+    const __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(x, sign), 7);
+    return (F32)_mm512_maskz_cvtph_ps(0xffff, bits);
+  };
+  return {widen(data), widen(data + kLanes)};
+#elif defined(__AVX2__)
+  const __m256i x = _mm256_cvtepu8_epi16(load_as<__m128i>(data));
+  const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(0x80));
+  const __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(x, sign), 7);
+  return {(F32)_mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
+          (F32)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+#else
+  Float16 halves[kPair];
+  for (int i = 0; i < kPair; ++i) {
+    halves[i].bits = static_cast<uint16_t>((data[i].bits & 0x80) << 8 | (data[i].bits & 0x7f) << 7);
+  }
+  return load_pair(halves);
+#endif
+}
+
 /// The first `count` elements of a pair, zeros behind them. Reads nothing beyond.
 template <typename Element>
 inline F32Pair load_pair(const Element* data, int count) {
@@ -128,6 +208,14 @@ inline F32Pair load_pair(const BFloat16* data, int count) {
   return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)};
 }
 #endif
+
+/// The same with the elements in order in both vectors.
+inline F32Pair load_in_order(const Float16* data) {
+  return load_pair(data);
+}
+inline F32Pair load_in_order(const BFloat16* data) {
+  return {(F32)(widen_halves(data) << 16), (F32)(widen_halves(data + kLanes) << 16)};
+}
 
 inline void store_in_order(float* out, F32Pair pair, const BFloat16*) {
   for (int i = 0; i < kLanes; ++i) {

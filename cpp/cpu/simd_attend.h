@@ -9,6 +9,8 @@
 // to spread the requests evenly.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -20,7 +22,11 @@ constexpr int kSlotsAtOnce =
     kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
 constexpr int kSlotGroup = 8;     // page sizes are multiples of it
 
-/// The pages of a row as if they were one array.
+/// The pages of a row as if they were one array. What attend_span has to know of a format:
+///   Query           a query is kept in the order in which load_pair(const Query*) has it
+///   key, value      an entry's codes in memory; a value lies `ahead` codes behind its key
+///   kNumbers        numbers that a scale group has in the Scales of a block, [slot, width]
+///   load            a pair of an entry, given its codes and its group's numbers
 template <typename Element>
 struct RowPages {
   const Element* pages;
@@ -36,23 +42,112 @@ struct RowPages {
         log_page_size(__builtin_ctz(span.page_size)),
         head_dim(span.head_dim) {}
 
+  int in_page(int slot) const { return slot & ((1 << log_page_size) - 1); }
   const Element* key(int slot) const {
-    const int in_page = slot & ((1 << log_page_size) - 1);
-    return pages + page_ids[slot >> log_page_size] * page_stride + in_page * head_dim;
+    return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * head_dim;
   }
-  const Element* value(int slot) const { return key(slot) + (head_dim << log_page_size); }
+  const Element* value(int slot) const { return key(slot) + ahead(); }
+  int ahead() const { return head_dim << log_page_size; }
 };
 
-/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row; fetches what lies `ahead`
-/// elements behind each.
-template <int kRows, bool kFetch, typename Element>
-inline void dot_keys(
-    const float* queries, int stride, const Element* keys, int head_dim, int ahead, float* logits) {
+template <typename Element>
+struct PlainPages : RowPages<Element> {
+  using Code = Element;
+  using Input = Element;
+  using Query = Element;
+  static constexpr int kNumbers = 0, width = 0;
+  struct Scales {
+    const float* keys = nullptr;
+    const float* values = nullptr;
+  };
+
+  using RowPages<Element>::RowPages;
+
+  void fill(Scales&, int, int, int) const {}
+  static F32Pair load(F32Pair pair, const float*) { return pair; }
+};
+
+/// Pages of codes: x = scale * code + zero, or scale * code.
+template <typename Element, typename Scale>
+struct CodePages : RowPages<Element> {
+  using Code = Element;
+  using Input = Scale;
+  using Query = float;
+  static constexpr int kNumbers = std::is_same_v<Code, Int8Code> ? 2 : 1;
+  static constexpr float kUnit = kNumbers == 2 ? 1.f : 0x1p8f;  // of load_pair(const Code*)
+  static constexpr int kMaxWidth = kNumbers * kMaxHeadDim / kScaleGroup;
+  struct Scales {
+    alignas(64) float keys[kBlockSlots * kMaxWidth];
+    alignas(64) float values[kBlockSlots * kMaxWidth];
+  };
+
+  const AttendSpan& span;
+  int width;  // numbers of a key or value
+
+  explicit CodePages(const AttendSpan& span)
+      : RowPages<Element>(span),
+        span(span),
+        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
+
+  /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots; fetches
+  /// the numbers of the block behind, up to `last`.
+  void fill(Scales& scales, int begin, int end, int last) const {
+    fill(scales.keys, 0, begin, end, last);
+    fill(scales.values, 1, begin, end, last);
+  }
+
+  void fill(float* out, int which, int begin, int end, int last) const {
+    Scale together[kBlockSlots * kMaxWidth] = {};
+    const int group_numbers = kSlotGroup * width;
+    for (int slot = begin; slot < end; slot += kSlotGroup) {
+      __builtin_memcpy(together + (slot - begin) * width, in_memory(which, slot),
+                       group_numbers * sizeof(Scale));
+      if (slot + kBlockSlots >= last) continue;
+      const char* next = reinterpret_cast<const char*>(in_memory(which, slot + kBlockSlots));
+      for (int i = 0; i < group_numbers * 2; i += 64) __builtin_prefetch(next + i);
+    }
+    for (int i = 0; i < (end - begin + kSlotGroup - 1) / kSlotGroup * group_numbers; i += kPair) {
+      const F32Pair pair = load_in_order(together + i);
+      store(out + i, pair.first * kUnit);
+      store(out + i + kLanes, pair.second * kUnit);
+    }
+  }
+
+  const Scale* in_memory(int which, int slot) const {
+    const int32_t page = this->page_ids[slot >> this->log_page_size];
+    return static_cast<const Scale*>(span.scales[which]) + page * span.scale_stride[which] +
+           this->in_page(slot) * width;
+  }
+
+  static F32Pair load(F32Pair codes, const float* numbers) {
+    const F32 scale = broadcast(numbers[0]);
+    if constexpr (kNumbers == 2) {
+      const F32 zero = broadcast(numbers[1]);
+      return {codes.first * scale + zero, codes.second * scale + zero};
+    } else {
+      return {codes.first * scale, codes.second * scale};
+    }
+  }
+};
+
+/// logits[r][i] = query r . key i, for kSlotsAtOnce keys in a row, of which `scales` has the numbers;
+/// fetches their values.
+template <int kRows, bool kFetch, typename Pages>
+inline void dot_keys(const float* queries,
+                     int stride,
+                     const Pages& row,
+                     int slot,
+                     const float* scales,
+                     float* logits) {
+  using Code = typename Pages::Code;
+  const Code* keys = row.key(slot);
+  const int head_dim = row.head_dim, ahead = row.ahead();
   F32 sums[(kRows * kSlotsAtOnce + kLanes - 1) / kLanes * kLanes] = {};
   const auto step = [&](int d, auto load_keys) {
     F32Pair k[kSlotsAtOnce];
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      k[i] = load_keys(keys + i * head_dim + d);
+      k[i] = Pages::load(load_keys(keys + i * head_dim + d),
+                         scales + i * row.width + d / kScaleGroup * Pages::kNumbers);
       if (kFetch) __builtin_prefetch(keys + i * head_dim + d + ahead);
     }
 #pragma GCC unroll 4
@@ -68,10 +163,10 @@ inline void dot_keys(
   };
   int d = 0;
   for (; d + kPair <= head_dim; d += kPair) {
-    step(d, [](const Element* data) { return load_pair(data); });
+    step(d, [](const Code* data) { return load_pair(data); });
   }
   if (d < head_dim) {
-    step(d, [count = head_dim - d](const Element* data) { return load_pair(data, count); });
+    step(d, [count = head_dim - d](const Code* data) { return load_pair(data, count); });
   }
   constexpr int kVectors = sizeof(sums) / sizeof(F32) / kLanes;
   float totals[kVectors * kLanes];
@@ -86,24 +181,29 @@ inline void dot_keys(
 
 /// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value; fetches the keys of
 /// the block behind, up to `last`.
-template <int kRows, bool kFetch, typename Element>
-inline void add_values(const RowPages<Element>& row,
+template <int kRows, bool kFetch, typename Pages>
+inline void add_values(const Pages& row,
                        int begin,
                        int end,
                        int last,
+                       const float* scales,
                        const float* weights,
                        const float* correction,
                        float* acc,
                        int stride) {
+  using Code = typename Pages::Code;
   const auto step = [&](int d, auto load_values) {
     F32Pair sums[kRows] = {};  // of this block: long chains of additions would cost accuracy
     for (int group = begin; group < end; group += kSlotGroup) {
-      const Element* values = row.value(group) + d;
-      const Element* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
+      const Code* values = row.value(group) + d;
+      const Code* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
+      const float* numbers =
+          scales + (group - begin) * row.width + d / kScaleGroup * Pages::kNumbers;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = weights + (group - begin);
       for (int i = 0; i < count; ++i) {
-        const F32Pair v = load_values(values + i * row.head_dim);
+        const F32Pair v =
+            Pages::load(load_values(values + i * row.head_dim), numbers + i * row.width);
         if (kFetch) __builtin_prefetch(next + i * row.head_dim);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
@@ -120,10 +220,10 @@ inline void add_values(const RowPages<Element>& row,
   };
   int d = 0;
   for (; d + kPair <= row.head_dim; d += kPair) {
-    step(d, [](const Element* data) { return load_pair(data); });
+    step(d, [](const Code* data) { return load_pair(data); });
   }
   if (d < row.head_dim) {
-    step(d, [count = row.head_dim - d](const Element* data) { return load_pair(data, count); });
+    step(d, [count = row.head_dim - d](const Code* data) { return load_pair(data, count); });
   }
 }
 
@@ -157,9 +257,10 @@ inline float softmax_block(
 }
 
 /// One block of slots for kRows queries; see attend_span.
-template <int kRows, bool kFetch, typename Element>
+template <int kRows, bool kFetch, typename Pages>
 inline void attend_block(const AttendSpan& span,
-                         const RowPages<Element>& row,
+                         const Pages& row,
+                         const typename Pages::Scales& scales,
                          int begin,
                          int end,
                          int first_row,
@@ -168,10 +269,9 @@ inline void attend_block(const AttendSpan& span,
                          int stride) {
   alignas(64) float logits[kRows][kBlockSlots];
   float correction[kRows];
-  const int ahead = row.head_dim << row.log_page_size;  // from a key to its value
   for (int slot = begin; slot < end; slot += kSlotsAtOnce) {
-    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row.key(slot), row.head_dim,
-                            ahead, &logits[0][slot - begin]);
+    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row, slot,
+                            scales.keys + (slot - begin) * row.width, &logits[0][slot - begin]);
   }
   for (int r = 0; r < kRows; ++r) {
     const int s = (span.first_query + first_row + r) / span.group;
@@ -179,19 +279,21 @@ inline void attend_block(const AttendSpan& span,
     correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap,
                                   span.max[first_row + r], span.sum[first_row + r]);
   }
-  add_values<kRows, kFetch>(row, begin, end, span.end_slot, &logits[0][0], correction,
-                            acc + first_row * stride, stride);
+  add_values<kRows, kFetch>(row, begin, end, span.end_slot, scales.values, &logits[0][0],
+                            correction, acc + first_row * stride, stride);
 }
 
-template <typename Element>
+template <typename Pages>
 void attend_span(const AttendSpan& span) {
-  const RowPages<Element> row(span);
+  using Element = typename Pages::Input;
+  using Query = typename Pages::Query;
+  const Pages row(span);
+  typename Pages::Scales scales;
   const int head_dim = span.head_dim;
   const int stride = (head_dim + kPair - 1) / kPair * kPair;
-  alignas(64) float
-      queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
   alignas(
-      64) float acc[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in load_pair's order
+      64) float queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in Query's order
+  alignas(64) float acc[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in Query's order
   for (int r = 0; r < span.num_queries; ++r) {
     const int query = span.first_query + r;
     const Element* data = static_cast<const Element*>(span.queries) +
@@ -200,8 +302,12 @@ void attend_span(const AttendSpan& span) {
     for (int d = 0; d < stride; d += kPair) {
       const F32Pair q =
           head_dim - d >= kPair ? load_pair(data + d) : load_pair(data + d, head_dim - d);
-      store(queries + r * stride + d, q.first);
-      store(queries + r * stride + d + kLanes, q.second);
+      if constexpr (std::is_same_v<Query, Element>) {
+        store(queries + r * stride + d, q.first);
+        store(queries + r * stride + d + kLanes, q.second);
+      } else {
+        store_pair<Element>(queries + r * stride + d, q);
+      }
       store(acc + r * stride + d, F32{});
       store(acc + r * stride + d + kLanes, F32{});
     }
@@ -210,20 +316,21 @@ void attend_span(const AttendSpan& span) {
   }
 
   for (int begin = span.begin_slot; begin < span.end_slot; begin += kBlockSlots) {
+    const int block_end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
+    row.fill(scales, begin, block_end, span.end_slot);
     for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
       const int rows =
           span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
       const int last_visible =
           span.first_visible + (span.first_query + first + rows - 1) / span.group;
-      int end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
-      if (end > last_visible) end = last_visible;
+      const int end = block_end < last_visible ? block_end : last_visible;
       if (end <= begin) continue;
       const auto run = [&](auto num_rows) {
         constexpr int kRows = decltype(num_rows)::value;
         if (first == 0) {
-          attend_block<kRows, true>(span, row, begin, end, first, queries, acc, stride);
+          attend_block<kRows, true>(span, row, scales, begin, end, first, queries, acc, stride);
         } else {
-          attend_block<kRows, false>(span, row, begin, end, first, queries, acc, stride);
+          attend_block<kRows, false>(span, row, scales, begin, end, first, queries, acc, stride);
         }
       };
       if (rows == 4) run(std::integral_constant<int, 4>{});
@@ -236,7 +343,7 @@ void attend_span(const AttendSpan& span) {
   for (int r = 0; r < span.num_queries; ++r) {
     for (int d = 0; d < head_dim; d += kPair) {
       float pair[kPair];
-      store_pair<Element>(pair, load_pair(acc + r * stride + d));
+      store_pair<Query>(pair, load_pair(acc + r * stride + d));
       const int count = head_dim - d < kPair ? head_dim - d : kPair;
       __builtin_memcpy(span.acc + r * head_dim + d, pair, count * sizeof(float));
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd_attend.h"
+#include "cpu/simd_quantise.h"
 #include "cpu/simd_score.h"
 #include "cpu/simd_value_norm.h"
 
@@ -11,7 +12,14 @@ namespace adakv::ADAKV_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     ADAKV_ISA_NAME,
-    {attend_span<float>, attend_span<Float16>, attend_span<BFloat16>},
+    {{attend_span<PlainPages<float>>, attend_span<PlainPages<Float16>>,
+      attend_span<PlainPages<BFloat16>>},
+     {nullptr, attend_span<CodePages<Int8Code, Float16>>,
+      attend_span<CodePages<Int8Code, BFloat16>>},
+     {nullptr, attend_span<CodePages<Float8, Float16>>, attend_span<CodePages<Float8, BFloat16>>}},
+    {{nullptr, nullptr, nullptr},
+     {nullptr, quantise<Int8Code, Float16>, quantise<Int8Code, BFloat16>},
+     {nullptr, quantise<Float8, Float16>, quantise<Float8, BFloat16>}},
     {score_sums<float>, score_sums<Float16>, score_sums<BFloat16>},
     {score_window<float>, score_window<Float16>, score_window<BFloat16>},
     {value_norm_span<float>, value_norm_span<Float16>, value_norm_span<BFloat16>},

@@ -9,6 +9,8 @@
 // With scale 0 (a group of equal numbers, or of zeros) all codes are 0. A group that holds NaN or
 // infinities, or whose range is more than float32 has, gets scale NaN and codes 0, and int8 zero 0: it
 // reads as NaN, and only it.
+//
+// The functions are static: what one instruction set was compiled for must not serve another (cpu/simd.h).
 #pragma once
 
 #include <cmath>
@@ -25,7 +27,7 @@ constexpr float kLargestFp8 = 448;   // number of float8_e4m3fn
 
 namespace detail {
 
-ADAKV_HOST_DEVICE inline uint32_t bits_of(float x) {
+ADAKV_HOST_DEVICE static inline uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
   return bits;
@@ -34,25 +36,25 @@ ADAKV_HOST_DEVICE inline uint32_t bits_of(float x) {
 }  // namespace detail
 
 /// The least bfloat16 that is not below x, as bits; 0 <= x, far below the largest.
-ADAKV_HOST_DEVICE inline uint16_t round_up_bfloat16(float x) {
-  return static_cast<uint16_t>((detail::bits_of(x) + 0xffff) >> 16);
+ADAKV_HOST_DEVICE static inline uint16_t round_up_bfloat16(float x) {
+  return static_cast<uint16_t>((detail::bits_of(fabsf(x)) + 0xffff) >> 16);
 }
 
 /// The least float16 that is not below x, as bits; 0 <= x, far below the largest.
-ADAKV_HOST_DEVICE inline uint16_t round_up_float16(float x) {
-  const uint32_t bits = detail::bits_of(x);
+ADAKV_HOST_DEVICE static inline uint16_t round_up_float16(float x) {
+  const uint32_t bits = detail::bits_of(fabsf(x));  // x may be -0
   if (bits < 0x38800000) return static_cast<uint16_t>(ceilf(x * 0x1p24f));  // subnormal
   return static_cast<uint16_t>((bits - 0x38000000 + 0x1fff) >> 13);
 }
 
 /// The code of x; not for scale 0 or NaN.
-ADAKV_HOST_DEVICE inline uint8_t int8_code(float x, float scale, float zero) {
+ADAKV_HOST_DEVICE static inline uint8_t int8_code(float x, float scale, float zero) {
   const float code = rintf((x - zero) / scale);
   return static_cast<uint8_t>(code < 0 ? 0 : code > kLargestInt8 ? kLargestInt8 : code);
 }
 
 /// x to the nearest float8_e4m3fn, halves to the even one; |x| beyond 448 to 448.
-ADAKV_HOST_DEVICE inline uint8_t float8_of(float x) {
+ADAKV_HOST_DEVICE static inline uint8_t float8_of(float x) {
   const uint32_t bits = detail::bits_of(x), sign = bits >> 24 & 0x80;
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude >= 0x43e00000) return static_cast<uint8_t>(sign | 0x7e);

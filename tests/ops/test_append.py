@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,10 +20,12 @@ class Case:
     page_size: int = 16
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
+    kv_dtype: str = "auto"
 
     def __str__(self) -> str:
         text = f"S{self.columns}-P{self.page_size}-D{self.head_dim}-{str(self.dtype)[6:]}"
-        return f"{text}-{self.lengths}" + (f"-new{self.num_new}" if self.num_new else "")
+        text += f"-{self.kv_dtype}-{self.lengths}"
+        return text + (f"-new{self.num_new}" if self.num_new else "")
 
 
 CASES = [
@@ -37,6 +39,16 @@ CASES = [
     Case(columns=0),
     Case(lengths=((), ()), columns=2),
     Case(lengths=((3,),) * 3, columns=512, page_size=32, head_dim=256),
+    *(
+        replace(case, dtype=dtype, kv_dtype=kv_dtype)
+        for dtype, kv_dtype in cases.FORMATS[3:]
+        for case in (
+            Case(columns=3, page_size=8, head_dim=80),
+            Case(columns=40, num_new=(40, 0), head_dim=128),
+            Case(lengths=((), ()), columns=2),
+        )
+    ),
+    Case(lengths=((3,),) * 3, columns=512, head_dim=256, dtype=torch.bfloat16, kv_dtype="int8"),
 ]
 
 
@@ -47,6 +59,7 @@ def test_append_equals_the_definition(case: Case, device: torch.device) -> None:
         page_size=case.page_size,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        kv_dtype=case.kv_dtype,
         new_tokens=case.columns,
         device=device,
     )

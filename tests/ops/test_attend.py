@@ -11,7 +11,7 @@ from torch import Tensor
 
 import reference
 from adakv import ops
-from cases import DTYPES, copied, int32, noncontiguous, paged_layer
+from cases import DTYPES, FORMATS, copied, int32, noncontiguous, paged_layer
 from tolerance import assert_close
 
 
@@ -83,14 +83,17 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attend_equals_definition(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def test_attend_equals_definition(
+    case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
+) -> None:
     layer = paged_layer(
         [list(row) for row in case.lengths],
         page_size=case.page_size,
         head_dim=case.head_dim,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
     )
     queries, options = random_queries(case, dtype, device), options_of(case, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,10 +22,11 @@ class Case:
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     seq_lens: tuple[int, ...] | None = None
+    kv_dtype: str = "auto"
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.heads}-T{self.length}-b{self.most}-P{self.page_size}"
-        text += f"-D{self.head_dim}-{str(self.dtype)[6:]}"
+        text += f"-D{self.head_dim}-{str(self.dtype)[6:]}-{self.kv_dtype}"
         return text + ("-ragged" if self.seq_lens else "")
 
 
@@ -35,6 +36,12 @@ CASES = [
     Case(dtype=torch.bfloat16, head_dim=128, page_size=32),
     Case(batch=3, seq_lens=(100, 17, 64)),
     Case(heads=8, length=1000, most=500),
+    *(
+        replace(case, dtype=dtype, kv_dtype=kv_dtype)
+        for dtype, kv_dtype in cases.FORMATS[3:]
+        for case in (Case(), Case(head_dim=96, page_size=8, seq_lens=(100, 17)))
+    ),
+    Case(length=32, most=32, head_dim=256, dtype=torch.float16, kv_dtype="int8"),
 ]
 CORNERS = [
     Case(batch=0),
@@ -91,6 +98,7 @@ def test_compact_equals_the_definition(case: Case, full_pages: bool, device: tor
         page_size=case.page_size,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        kv_dtype=case.kv_dtype,
         device=device,
     )
     expected = cases.copied(layer)
