@@ -107,7 +107,6 @@ def paged_layer(
 
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
     """
-    skip_unless_there(kv_dtype, device)
     held = int32(lengths)  # [B, Hkv]
     used = -(-held // page_size)
     fresh = -(-(held + new_tokens) // page_size) - used
@@ -155,7 +154,6 @@ def empty_layer(
     kv_dtype: str = "auto",
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
-    skip_unless_there(kv_dtype, device)
     pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
     shapes = [
         (num_pages, page_size),

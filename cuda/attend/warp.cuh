@@ -88,7 +88,7 @@ struct WarpState {
           load_operand(tile, step, queries[tile][step]);
         }
       } else if constexpr (Config::kIsCoded) {
-#pragma unroll 4
+#pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
           uint32_t operand[2];
           load_operand(tile, step, operand);
