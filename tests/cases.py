@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import reference
-
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -173,8 +172,8 @@ def empty_layer(
 
 
 def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[str, Tensor]:
-    """The fields of a layer that hold ``pages`` ``[N, 2, P, D]``. Those of quantised pages lie apart,
-    as they do in a cache."""
+    """The fields of a layer that hold ``pages`` ``[N, 2, P, D]``; quantised ones lie apart, as they
+    do in a cache."""
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
     codes, scales = reference.quantise(pages, kv_dtype)

@@ -231,8 +231,8 @@ def _up(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
-    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, with zeros) or ``[..., Z]`` (fp8) of 16-bit
-    entries ``[..., D]``; each group of 64 dimensions by itself, in float32."""
+    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, with zeros) or ``[..., Z]`` (fp8) of
+    16-bit entries ``[..., D]``; each group of 64 dimensions by itself, in float32."""
     codes, scales = [], []
     for group in x.float().split(64, -1):
         if kv_dtype == "int8":

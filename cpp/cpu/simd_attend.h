@@ -23,10 +23,11 @@ constexpr int kSlotsAtOnce =
 constexpr int kSlotGroup = 8;     // page sizes are multiples of it
 
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
-///   Query           a query is kept in the order in which load_pair(const Query*) has it
-///   key, value      an entry's codes in memory; a value lies `ahead` codes behind its key
-///   kNumbers        numbers that a scale group has in the Scales of a block, [slot, width]
-///   load            a pair of an entry, given its codes and its group's numbers
+///   Query            a query is kept in the order in which load_pair(const Query*) has it
+///   key, value       an entry's codes in memory; a value lies `ahead` codes behind its key
+///   fill             what scales a block has, [slot, width]
+///   kStretch         dimensions that have the same numbers
+///   numbers, number  scale and zero from dimension d on, and what codes stand for
 template <typename Element>
 struct RowPages {
   const Element* pages;
@@ -55,16 +56,19 @@ struct PlainPages : RowPages<Element> {
   using Code = Element;
   using Input = Element;
   using Query = Element;
-  static constexpr int kNumbers = 0, width = 0;
+  static constexpr int width = 0, kStretch = kMaxHeadDim;
+  static constexpr bool kFetchesLines = false;
   struct Scales {
     const float* keys = nullptr;
     const float* values = nullptr;
   };
+  struct Numbers {};
 
   using RowPages<Element>::RowPages;
 
   void fill(Scales&, int, int, int) const {}
-  static F32Pair load(F32Pair pair, const float*) { return pair; }
+  static Numbers numbers(const float*, int) { return {}; }
+  static F32Pair number(F32Pair pair, Numbers) { return pair; }
 };
 
 /// Pages of codes: x = scale * code + zero, or scale * code.
@@ -79,6 +83,12 @@ struct CodePages : RowPages<Element> {
   struct Scales {
     alignas(64) float keys[kBlockSlots * kMaxWidth];
     alignas(64) float values[kBlockSlots * kMaxWidth];
+  };
+
+  static constexpr int kStretch = kScaleGroup;
+  static constexpr bool kFetchesLines = true;  // a stretch is a line of codes
+  struct Numbers {
+    F32 scale, zero;
   };
 
   const AttendSpan& span;
@@ -119,14 +129,14 @@ struct CodePages : RowPages<Element> {
            this->in_page(slot) * width;
   }
 
-  static F32Pair load(F32Pair codes, const float* numbers) {
-    const F32 scale = broadcast(numbers[0]);
-    if constexpr (kNumbers == 2) {
-      const F32 zero = broadcast(numbers[1]);
-      return {codes.first * scale + zero, codes.second * scale + zero};
-    } else {
-      return {codes.first * scale, codes.second * scale};
-    }
+  static Numbers numbers(const float* scales, int d) {
+    const float* group = scales + d / kScaleGroup * kNumbers;
+    return {broadcast(group[0]), broadcast(group[kNumbers - 1])};
+  }
+
+  static F32Pair number(F32Pair codes, Numbers of) {
+    if constexpr (kNumbers == 1) return {codes.first * of.scale, codes.second * of.scale};
+    return {codes.first * of.scale + of.zero, codes.second * of.scale + of.zero};
   }
 };
 
@@ -140,38 +150,52 @@ inline void dot_keys(const float* queries,
                      const float* scales,
                      float* logits) {
   using Code = typename Pages::Code;
+  constexpr int kSums = kRows * kSlotsAtOnce, kVectors = (kSums + kLanes - 1) / kLanes;
   const Code* keys = row.key(slot);
-  const int head_dim = row.head_dim, ahead = row.ahead();
-  F32 sums[(kRows * kSlotsAtOnce + kLanes - 1) / kLanes * kLanes] = {};
-  const auto step = [&](int d, auto load_keys) {
-    F32Pair k[kSlotsAtOnce];
-    for (int i = 0; i < kSlotsAtOnce; ++i) {
-      k[i] = Pages::load(load_keys(keys + i * head_dim + d),
-                         scales + i * row.width + d / kScaleGroup * Pages::kNumbers);
-      if (kFetch) __builtin_prefetch(keys + i * head_dim + d + ahead);
-    }
+  const int head_dim = row.head_dim, ahead = row.ahead(), width = row.width;
+  F32 sums[kSums];  // every loop over them is unrolled, so that they stay in registers
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) sums[i] = F32{};
+  for (int begin = 0; begin < head_dim; begin += Pages::kStretch) {
+    const int end = begin + Pages::kStretch < head_dim ? begin + Pages::kStretch : head_dim;
+    typename Pages::Numbers numbers[kSlotsAtOnce];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32Pair q = load_pair(queries + r * stride + d);
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      numbers[i] = Pages::numbers(scales + i * width, begin);
+      if (kFetch && Pages::kFetchesLines) __builtin_prefetch(keys + i * head_dim + begin + ahead);
+    }
+    const auto step = [&](int d, auto load_keys) {
+      F32Pair k[kSlotsAtOnce];
 #pragma GCC unroll 4
       for (int i = 0; i < kSlotsAtOnce; ++i) {
-        F32& sum = sums[r * kSlotsAtOnce + i];
-        sum += q.first * k[i].first;
-        sum += q.second * k[i].second;
+        k[i] = Pages::number(load_keys(keys + i * head_dim + d), numbers[i]);
+        if (kFetch && !Pages::kFetchesLines) __builtin_prefetch(keys + i * head_dim + d + ahead);
       }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const F32Pair q = load_pair(queries + r * stride + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kSlotsAtOnce; ++i) {
+          F32& sum = sums[r * kSlotsAtOnce + i];
+          sum += q.first * k[i].first;
+          sum += q.second * k[i].second;
+        }
+      }
+    };
+    int d = begin;
+    for (; d + kPair <= end; d += kPair) {
+      step(d, [](const Code* data) { return load_pair(data); });
     }
-  };
-  int d = 0;
-  for (; d + kPair <= head_dim; d += kPair) {
-    step(d, [](const Code* data) { return load_pair(data); });
+    if (d < end) {
+      step(d, [count = end - d](const Code* data) { return load_pair(data, count); });
+    }
   }
-  if (d < head_dim) {
-    step(d, [count = head_dim - d](const Code* data) { return load_pair(data, count); });
-  }
-  constexpr int kVectors = sizeof(sums) / sizeof(F32) / kLanes;
+  F32 lanes[kVectors * kLanes];  // a copy: what sum_each is given has an address
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors * kLanes; ++i) lanes[i] = i < kSums ? sums[i] : F32{};
   float totals[kVectors * kLanes];
   for (int i = 0; i < kVectors; ++i) {
-    store(totals + i * kLanes, sum_each(reinterpret_cast<F32(&)[kLanes]>(sums[i * kLanes])));
+    store(totals + i * kLanes, sum_each(reinterpret_cast<F32(&)[kLanes]>(lanes[i * kLanes])));
   }
   for (int r = 0; r < kRows; ++r) {
     __builtin_memcpy(logits + r * kBlockSlots, totals + r * kSlotsAtOnce,
@@ -192,19 +216,22 @@ inline void add_values(const Pages& row,
                        float* acc,
                        int stride) {
   using Code = typename Pages::Code;
+  const int head_dim = row.head_dim, width = row.width;
   const auto step = [&](int d, auto load_values) {
+    const bool fetches = kFetch && (!Pages::kFetchesLines || d % kScaleGroup == 0);
     F32Pair sums[kRows] = {};  // of this block: long chains of additions would cost accuracy
     for (int group = begin; group < end; group += kSlotGroup) {
       const Code* values = row.value(group) + d;
       const Code* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
-      const float* numbers =
-          scales + (group - begin) * row.width + d / kScaleGroup * Pages::kNumbers;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = weights + (group - begin);
+      const float* group_scales = scales + (group - begin) * width;
+      if (fetches) {
+        for (int i = 0; i < count; ++i) __builtin_prefetch(next + i * head_dim);
+      }
       for (int i = 0; i < count; ++i) {
-        const F32Pair v =
-            Pages::load(load_values(values + i * row.head_dim), numbers + i * row.width);
-        if (kFetch) __builtin_prefetch(next + i * row.head_dim);
+        const F32Pair v = Pages::number(load_values(values + i * head_dim),
+                                        Pages::numbers(group_scales + i * width, d));
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r].first += p[r * kBlockSlots + i] * v.first;
@@ -219,11 +246,11 @@ inline void add_values(const Pages& row,
     }
   };
   int d = 0;
-  for (; d + kPair <= row.head_dim; d += kPair) {
+  for (; d + kPair <= head_dim; d += kPair) {
     step(d, [](const Code* data) { return load_pair(data); });
   }
-  if (d < row.head_dim) {
-    step(d, [count = row.head_dim - d](const Code* data) { return load_pair(data, count); });
+  if (d < head_dim) {
+    step(d, [count = head_dim - d](const Code* data) { return load_pair(data, count); });
   }
 }
 

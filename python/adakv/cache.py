@@ -25,6 +25,9 @@ from adakv import _C
 from adakv.errors import integer
 from adakv.ops import Layer
 
+#: How pages hold entries: as they are, or quantised (docs/bits.md).
+KV_DTYPES = ("auto", "int8", "fp8")
+
 #: Fields of a layer that all layers share, and those with a row for each sequence.
 _SHARED = ("pages", "page_positions", "key_scales", "value_scales")
 _ROWS = ("block_table", "lengths", "seen", "fresh_pages")
@@ -76,6 +79,7 @@ class KVCache:
         kv_dtype: str = "auto",
     ) -> None:
         page_size = check_page_size(page_size)
+        kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
         num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
@@ -143,9 +147,9 @@ class KVCache:
         """Makes room for more pages, and keeps what the cache holds.
 
         What has to grow is copied to new memory: the pool takes twice its memory for a moment, so
-        double rather than add a little. Tensors that the cache handed out before are stale
-        (``pages``, their positions and scales if the pool grew, ``block_table`` if its rows did; they
-        show the past, and what is written to them is lost): ask :meth:`layer` and
+        double rather than add a little. Tensors that the cache handed out before are stale (what
+        all layers share if the pool grew, ``block_table`` if its rows did; they show the past, and
+        what is written to them is lost): ask :meth:`layer` and
         :attr:`plan_inputs` again. CUDA graphs that were recorded with them must be recorded again.
 
         Parameters
@@ -340,6 +344,19 @@ def check_page_size(page_size: int) -> int:
     if not 8 <= size <= 256 or size & (size - 1):
         raise ValueError(f"page_size must be a power of two from 8 to 256, got {size}")
     return size
+
+
+def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
+    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype``."""
+    if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
+        names = ", ".join(map(repr, KV_DTYPES))
+        raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
+    if kv_dtype != "auto" and dtype is torch.float32:
+        raise ValueError(
+            f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
+            "float32; load the model in one of them, or take kv_dtype='auto'"
+        )
+    return kv_dtype
 
 
 def sequences(layer: Layer, slots: slice) -> Layer:

@@ -1,5 +1,5 @@
-"""Quantised pages: how far what is read may be from what was written, and what happens to entries that
-no code can hold."""
+"""Quantised pages: how far what is read may be from what was written, and what becomes of entries
+that no code can hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIMS = [8, 64, 80, 96, 120, 256]
 
 
 def hostile(head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Entries ``[n, D]``: of every size, constant, tiny, with one value far out, with halves between
+    """Entries ``[n, D]``: of every size, constant, with one value far out, with halves between
     codes."""
     most = torch.finfo(dtype).max
     plain = torch.randn(40, head_dim)
@@ -30,7 +30,7 @@ def hostile(head_dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def spoilt(head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Entries ``[n, D]`` with NaN, an infinity or a range beyond float32 in one group of each other."""
+    """Entries ``[n, D]``, of which each other one has a NaN or an infinity."""
     x = torch.randn(12, head_dim).to(dtype)
     bad = [float("nan"), float("inf"), float("-inf")]
     for i in range(0, 12, 2):
@@ -66,8 +66,8 @@ def read(layer: ops.Layer) -> Tensor:
 def test_what_is_read_is_near_what_was_written(
     head_dim: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
-    """int8: within half a step, which is the range of 64 dimensions / 255, rounded up to 16 bits. fp8:
-    within 2^-4 of the number, or half of the smallest step, 2^-9 of the scale."""
+    """int8: within half a step, which is the range of 64 dimensions / 255, rounded up to 16 bits.
+    fp8: within 2^-4 of the number, or half of the smallest step, 2^-9 of the scale."""
     x = hostile(head_dim, dtype)
     keys, values = read(written(x, kv_dtype, device))
     round_up = 1 + torch.finfo(dtype).eps

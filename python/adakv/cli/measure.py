@@ -65,16 +65,19 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy, and what it may keep: ``budget`` entries a kv head, or ``ratio`` of the prompt."""
+    """A policy, what it may keep (``budget`` entries a kv head, or ``ratio`` of the prompt) and how
+    pages hold it."""
 
     policy: str | None  #: None: transformers' own cache and attention
     budget: int | None = None
     ratio: float | None = None
+    kv_dtype: str = "auto"
 
     @property
     def title(self) -> str:
         """For people."""
-        return self.policy or "full cache"
+        bits = "" if self.kv_dtype == "auto" else f", {self.kv_dtype}"
+        return f"{self.policy or 'full cache'}{bits}"
 
     def cache(self, model: Any) -> Any:
         """An empty cache; raises ``ValueError`` for settings out of range."""
@@ -82,7 +85,7 @@ class Setting:
             from transformers import DynamicCache
 
             return DynamicCache(config=model.config)
-        return adakv.Cache(model, self.policy, self.budget, self.ratio)
+        return adakv.Cache(model, self.policy, self.budget, self.ratio, kv_dtype=self.kv_dtype)
 
 
 FULL = Setting(policy=None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 
 import adakv
+from adakv.cache import KV_DTYPES
 from adakv.cli import output
 from adakv.cli.inputs import DTYPES, InputError, choose_device, load_model
 from adakv.cli.measure import Run, Setting
@@ -117,13 +118,24 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of a :class:`Setting`, as its argument ``setting``."""
 
     @functools.wraps(command)
-    def with_setting(*, policy: str, budget: int | None, ratio: float | None, **rest: Any) -> None:
-        command(setting=check_setting(policy, budget, ratio), **rest)
+    def with_setting(
+        *, policy: str, budget: int | None, ratio: float | None, kv_dtype: str, **rest: Any
+    ) -> None:
+        setting = replace(check_setting(policy, budget, ratio), kv_dtype=kv_dtype)
+        command(setting=setting, **rest)
 
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
     policy_help = "What chooses the entries that stay: `adakv info` lists names."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
+    bits_help = "How pages hold entries: as the model has them, or in half of the bytes."
     for option in (
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(KV_DTYPES),
+            default="auto",
+            show_default=True,
+            help=bits_help,
+        ),
         click.option("--ratio", type=float, help=ratio_help),
         click.option("--budget", type=int, help=budget_help),
         click.option("--policy", default=adakv.policy.DEFAULT, show_default=True, help=policy_help),

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache, check_page_size
+from adakv.cache import KVCache, check_kv_dtype, check_page_size
 from adakv.errors import Error, integer
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.attachment import (
@@ -79,6 +79,9 @@ class Cache(OneWayCache):
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int
         Entries of a page: a power of two from 8 to 256.
+    kv_dtype : "auto", "int8" or "fp8"
+        How pages hold keys and values: as the model has them, or in about half of their bytes
+        (docs/bits.md), for models in float16 or bfloat16.
     """
 
     reading: Reader | None
@@ -94,6 +97,7 @@ class Cache(OneWayCache):
         max_new_tokens: int = 4096,
         chunked_prefill: bool = False,
         page_size: int = 16,
+        kv_dtype: str = "auto",
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -112,11 +116,13 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         page_size = check_page_size(page_size)
+        kv_dtype = check_kv_dtype(kv_dtype)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
+        self._kv_dtype = kv_dtype
         needs = self._budget.policy.needs
         self._repeats = "repeat" in needs
         self._is_chunked = chunked_prefill
@@ -332,6 +338,7 @@ class Cache(OneWayCache):
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
+        check_kv_dtype(self._kv_dtype, dtype)
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
@@ -483,7 +490,7 @@ class Cache(OneWayCache):
         heads, head_dim = self._heads
         return pool_size.cache_of(
             reader,
-            Shape(reader.num_layers, heads, head_dim, dtype, device),
+            Shape(reader.num_layers, heads, head_dim, dtype, device, self._kv_dtype),
             num_sequences=batch,
             new=min(self._max_new_tokens, FIRST_TOKENS),
             page_size=self._page_size,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import check_page_size
+from adakv.cache import check_kv_dtype, check_page_size
 from adakv.errors import integer, short
 from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
@@ -127,6 +127,7 @@ def generate_batch(
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
+    kv_dtype: str = "auto",
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -143,7 +144,7 @@ def generate_batch(
         isn't yet.
     prompts : strings, lists of token ids or ``[T]`` integer tensors
         Strings need a tokenizer.
-    policy, budget, ratio
+    policy, budget, ratio, kv_dtype
         As in :class:`adakv.Cache`.
     max_new_tokens : int or ints
         Most tokens to write, for all prompts or for each.
@@ -169,6 +170,7 @@ def generate_batch(
         policy=policy,
         budget=budget,
         ratio=ratio,
+        kv_dtype=kv_dtype,
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
         options=options,
@@ -184,6 +186,7 @@ def generate_stream(
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
+    kv_dtype: str = "auto",
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -205,7 +208,7 @@ def generate_stream(
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:
         raise ValueError("model must be in eval mode")
-    shape = Shape.of(model)
+    shape = Shape.of(model, check_kv_dtype(kv_dtype))
     ids = all_token_ids(model, tokenizer, prompts)
     counts = new_token_counts(max_new_tokens, len(ids))
     config = decoder_of(model).config

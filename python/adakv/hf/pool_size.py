@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from adakv.cache import KVCache
+from adakv.cache import KVCache, check_kv_dtype
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
@@ -33,9 +33,10 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: str = "auto"
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Shape:
+    def of(cls, model: PreTrainedModel, kv_dtype: str = "auto") -> Shape:
         """Found by reading one token. Raises ``ValueError`` for layers that can't share pages."""
         layers = cache_layers(decoder_of(model))
         if any(type(layer) is not DynamicLayer for layer in layers):
@@ -49,7 +50,30 @@ class Shape:
         shapes = set(look.shapes)
         if len(shapes) > 1:
             raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-        return cls(len(look.shapes), *shapes.pop())
+        shape = cls(len(look.shapes), *shapes.pop(), kv_dtype)
+        check_kv_dtype(kv_dtype, shape.dtype)
+        return shape
+
+    def cache(
+        self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
+    ) -> KVCache:
+        """An empty cache for it."""
+        return KVCache(
+            num_layers=self.num_layers,
+            num_sequences=num_sequences,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            num_pages=num_pages,
+            max_row_pages=max_row_pages,
+            page_size=page_size,
+            dtype=self.dtype,
+            device=self.device,
+            kv_dtype=self.kv_dtype,
+        )
+
+    def page_bytes(self, page_size: int) -> int:
+        """What a page of such a cache takes."""
+        return replace(self, device=torch.device("cpu")).cache(1, 1, 1, page_size).page_bytes
 
 
 class _Look(DynamicCache):
@@ -114,7 +138,7 @@ def cache_for(
     """
     slots = min(max_batch, len(needs))
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots])
-    page_bytes = page_size * (2 * shape.head_dim * shape.dtype.itemsize + 4)
+    page_bytes = shape.page_bytes(page_size)
     if cache_bytes is None and shape.device.type == "cuda":
         longest = max(prompts, key=len)
         waiting = waiting_bytes(budget, len(longest), shape)
@@ -127,17 +151,7 @@ def cache_for(
                 f"prompts[{index}] can never fit: it needs {need.pages} pages of {page_bytes} "
                 f"bytes, and the cache has {pages}"
             )
-    return KVCache(
-        num_layers=shape.num_layers,
-        num_sequences=slots,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        num_pages=pages,
-        max_row_pages=max(need.row_pages for need in needs),
-        page_size=page_size,
-        dtype=shape.dtype,
-        device=shape.device,
-    )
+    return shape.cache(slots, pages, max(need.row_pages for need in needs), page_size)
 
 
 def cache_of(
@@ -150,17 +164,8 @@ def cache_of(
         for totals in reader.totals(heads)
         for total in totals
     )
-    return KVCache(
-        num_layers=shape.num_layers,
-        num_sequences=num_sequences,
-        num_kv_heads=heads,
-        head_dim=shape.head_dim,
-        num_pages=pages,
-        max_row_pages=(max(reader.lengths) + new) // page_size + 2,  # the pool decides what is full
-        page_size=page_size,
-        dtype=shape.dtype,
-        device=shape.device,
-    )
+    row_pages = (max(reader.lengths) + new) // page_size + 2  # the pool decides what is full
+    return shape.cache(num_sequences, pages, row_pages, page_size)
 
 
 def make_room(kv: KVCache, num_new: Sequence[int]) -> None:
