@@ -72,7 +72,8 @@ void CudaBackend::append(const AppendArgs& args) {
   };
   if (args.layer.key_scales) {
     dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
-      using Batch = CodeBatch<typename decltype(element)::type, typename decltype(format)::type, kRows>;
+      using Batch =
+          CodeBatch<typename decltype(element)::type, typename decltype(format)::type, kRows>;
       run(TypeTag<Batch>{});
     });
   } else {

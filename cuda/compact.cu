@@ -196,8 +196,8 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
       layer.page_positions[id * layer.positions_stride + slot + lane] = position;
     }
     const EntryRows& entries = is_value ? p.values : p.keys;
-    Fill::run(p, {entries.at(b, row.head, 0), entries.stride[2], position, count, id, slot,
-                  is_value});
+    Fill::run(p,
+              {entries.at(b, row.head, 0), entries.stride[2], position, count, id, slot, is_value});
     job += step;
   }
 }
@@ -284,8 +284,8 @@ void CudaBackend::compact(const CompactArgs& args) {
   };
   if (args.layer.key_scales) {
     dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
-      run(TypeTag<QuantiseEntries<typename decltype(element)::type,
-                                  typename decltype(format)::type>>{});
+      run(TypeTag<
+          QuantiseEntries<typename decltype(element)::type, typename decltype(format)::type>>{});
     });
   } else {
     dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {

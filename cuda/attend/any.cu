@@ -53,8 +53,8 @@ struct Entry {
 
   __device__ Entry of_lane(int32_t lane) const {
     Entry entry;
-    entry.at = reinterpret_cast<const char*>(
-        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(at), lane));
+    entry.at =
+        reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(at), lane));
     return entry;
   }
 

@@ -57,9 +57,10 @@ __device__ inline void fetch_params(const AttendParams& p) {
 
 /// What the appending warp copies at a time.
 template <typename Config>
-using AppendBatch = std::conditional_t<Config::kIsCoded,
-                                       CodeBatch<typename Config::Element, typename Config::Format, 4>,
-                                       EntryBatch<uint4, 8>>;
+using AppendBatch =
+    std::conditional_t<Config::kIsCoded,
+                       CodeBatch<typename Config::Element, typename Config::Format, 4>,
+                       EntryBatch<uint4, 8>>;
 
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
 // a worker, or of a row. The warp behind kWarps, if there is one, appends.
@@ -191,11 +192,11 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
       return launch_for_queries<Element, Format, kHeadDim, false>(params, stream);
     }
     // Columns of a box, slots of all pages, boxes side by side, keys and values.
-    p.page_map = encode_tensor_map<4>(
-        "attend", p.layer.pages,
-        {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
-         {Config::kEntryBytes, kColumns * 2, half_bytes},
-         {kColumns, Config::kTileSlots, kBoxes, 2}});
+    p.page_map =
+        encode_tensor_map<4>("attend", p.layer.pages,
+                             {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
+                              {Config::kEntryBytes, kColumns * 2, half_bytes},
+                              {kColumns, Config::kTileSlots, kBoxes, 2}});
   }
   launch_for_queries<Element, Format, kHeadDim, true>(p, stream);
 }

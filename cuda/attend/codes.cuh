@@ -63,9 +63,7 @@ struct CodeReader<Fp8> {
   }
 
   /// Codes 0 and 2, then codes 1 and 3.
-  static __device__ Operands values(uint32_t codes) {
-    return keys(__byte_perm(codes, 0, 0x3120));
-  }
+  static __device__ Operands values(uint32_t codes) { return keys(__byte_perm(codes, 0, 0x3120)); }
 
  private:
   static __device__ uint32_t pair(uint32_t codes) {

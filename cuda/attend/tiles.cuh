@@ -24,9 +24,9 @@ struct AttendConfig {
   static_assert(!kIsCoded || kCopiesBoxes_);
   static constexpr int kHeadDim = kHeadDim_, kQueries = kQueries_;
   static constexpr bool kCopiesBoxes = kCopiesBoxes_;
-  static constexpr int kSteps = kHeadDim / 16;             // of the products along the head dim
+  static constexpr int kSteps = kHeadDim / 16;  // of the products along the head dim
   static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
-  static constexpr int kColumnTiles = (kQueries + 7) / 8;  // of 8 queries
+  static constexpr int kColumnTiles = (kQueries + 7) / 8;                   // of 8 queries
   // Warps for codes, whose tiles are small.
   static constexpr int code_warps() {
     if (kHeadDim > 128) return kQueries > 8 ? 4 : 7;
@@ -34,11 +34,11 @@ struct AttendConfig {
   }
   // The appending warp makes it 8 at most where registers are short.
   static constexpr int kWarps = !kCopiesBoxes      ? (kHeadDim > 128 ? 2 : 4)
-                                : kIsCoded          ? code_warps()
-                                : kHeadDim > 128    ? 4
-                                : kColumnTiles > 1  ? 7
-                                                    : 8;
-  static constexpr int kThreads = kWarps * kWarpSize;                 // one more warp appends
+                                : kIsCoded         ? code_warps()
+                                : kHeadDim > 128   ? 4
+                                : kColumnTiles > 1 ? 7
+                                                   : 8;
+  static constexpr int kThreads = kWarps * kWarpSize;  // one more warp appends
   // In registers; with codes they are held in shared memory.
   static constexpr bool kHoldsQueries = !kIsCoded && kSteps * kColumnTiles <= 16;
   static constexpr int kOperands = kSteps * kColumnTiles * kWarpSize;
@@ -57,10 +57,12 @@ struct AttendConfig {
   static constexpr int kImageStride = kHeadDim + 4;  // floats; keeps the warps' stores apart
 
   static constexpr int kMostBytes = kCopiesBoxes ? 227 << 10 : 99 << 10;
-  static constexpr int kOtherBytes =
-      kImages * kWarps * kQueries * (kImageStride + 2) * 4 + 1024 +  // and barriers
-      (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
-  static constexpr int kStages = std::min(kWarps > 8 ? 2 : 4, (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + 2 * kHalfScaleBytes)));
+  static constexpr int kOtherBytes = kImages * kWarps * kQueries * (kImageStride + 2) * 4 +
+                                     1024 +  // and barriers
+                                     (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
+  static constexpr int kStages =
+      std::min(kWarps > 8 ? 2 : 4,
+               (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + 2 * kHalfScaleBytes)));
   static_assert(kStages >= 2, "loads would not overlap");
 
   // The layout of a half tile: boxes of kBoxColumns columns, one after the other, in which the

@@ -69,12 +69,10 @@ struct WarpState {
   // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1.
   float from_zeros[kTiles][kGroups][2];
   float bound = FLT_MIN;  // out is relative to it
-  uint2* operands;     // [kSteps, kTiles, 32]  of queries that registers don't hold
-  float2* query_sums;  // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
+  uint2* operands;        // [kSteps, kTiles, 32]  of queries that registers don't hold
+  float2* query_sums;     // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
 
-  __device__ WarpState(const AttendParams& p,
-                       const RowContext& row,
-                       AttendShared<Config>& shared)
+  __device__ WarpState(const AttendParams& p, const RowContext& row, AttendShared<Config>& shared)
       : operands(shared.operands + threadIdx.x / kWarpSize * Config::kOperands),
         query_sums(shared.query_sums + threadIdx.x / kWarpSize * Config::kSums) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -256,8 +254,8 @@ struct WarpState {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           uint32_t codes[4];
-          load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
-                                              code_offset(block, step));
+          load_matrices_transposed(codes,
+                                   data.entries + Config::kHalfBytes + code_offset(block, step));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const Operands low = Codes::values(codes[2 * i]);

@@ -105,11 +105,8 @@ __device__ inline void start_box(uint32_t to,
 }
 
 /// The same for a multiple of 16 bytes.
-__device__ inline void start_bytes(uint32_t to,
-                                   const void* from,
-                                   uint32_t num_bytes,
-                                   uint32_t barrier,
-                                   uint64_t policy) {
+__device__ inline void start_bytes(
+    uint32_t to, const void* from, uint32_t num_bytes, uint32_t barrier, uint64_t policy) {
   if constexpr (kArch >= 900) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"

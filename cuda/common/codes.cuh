@@ -9,19 +9,18 @@
 
 #include <cuda_fp8.h>
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.cuh"
 #include "common/dispatch.cuh"
+#include "common/dtype.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
 
 namespace adakv {
 
-constexpr int kGroupSize = 64;      // elements that share a scale
-constexpr int kChunkElements = 8;   // that a lane quantises
+constexpr int kGroupSize = 64;     // elements that share a scale
+constexpr int kChunkElements = 8;  // that a lane quantises
 constexpr int kGroupLanes = kGroupSize / kChunkElements;
 
 /// Pages of elements as they come.
@@ -68,6 +67,11 @@ __device__ inline float divide(float a, float b, float reciprocal) {
   return __fmaf_rn(__fmaf_rn(-quotient, b, a), reciprocal, quotient);
 }
 
+/// What to multiply numbers by that are too small for that, or 1.
+__device__ inline float unit_of(float x) {
+  return x < 0x1p-100f ? 0x1p100f : 1.f;
+}
+
 /// Extremes over the lanes of a group, of several groups at once: shuffles of one needn't wait for
 /// those of another.
 template <int kCount>
@@ -80,11 +84,17 @@ __device__ inline void group_max(float (&x)[kCount]) {
 }
 
 __device__ inline float element(const uint4& chunk, int i, __half) {
-  const uint32_t word = i / 2 == 0 ? chunk.x : i / 2 == 1 ? chunk.y : i / 2 == 2 ? chunk.z : chunk.w;
+  const uint32_t word = i / 2 == 0   ? chunk.x
+                        : i / 2 == 1 ? chunk.y
+                        : i / 2 == 2 ? chunk.z
+                                     : chunk.w;
   return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * (i % 2))));
 }
 __device__ inline float element(const uint4& chunk, int i, __nv_bfloat16) {
-  const uint32_t word = i / 2 == 0 ? chunk.x : i / 2 == 1 ? chunk.y : i / 2 == 2 ? chunk.z : chunk.w;
+  const uint32_t word = i / 2 == 0   ? chunk.x
+                        : i / 2 == 1 ? chunk.y
+                        : i / 2 == 2 ? chunk.z
+                                     : chunk.w;
   return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000);
 }
 
@@ -121,14 +131,17 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
     const float range = kHasZero ? most[k] - base : fmaxf(most[k], least[k]);
     const bool is_bad = bad_lanes[k] >> first_lane & ((1u << kGroupLanes) - 1);
     const bool is_finite = !is_bad && range - range == 0;
-    const Element scale = round_up<Element>(divide(range, kMostCode, 1 / kMostCode));
-    const float divisor = to_float(scale), reciprocal = __frcp_rn(divisor);
-    const bool has_codes = is_finite && divisor >= FLT_MIN;
+    const float range_unit = unit_of(range);
+    const Element scale =
+        round_up<Element>(divide(range * range_unit, kMostCode, 1 / kMostCode) * (1 / range_unit));
+    const float unit = unit_of(to_float(scale));
+    const float divisor = to_float(scale) * unit, reciprocal = __frcp_rn(divisor);
+    const bool has_codes = is_finite && divisor > 0;
     uint32_t words[2] = {};
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
       const float x = element(data[k], i, Element{});
-      const float ratio = has_codes ? divide(x - base, divisor, reciprocal) : 0.f;
+      const float ratio = has_codes ? divide((x - base) * unit, divisor, reciprocal) : 0.f;
       uint32_t code;
       if constexpr (kHasZero) {
         code = __float2int_rn(fminf(fmaxf(ratio, 0.f), 255.f));
