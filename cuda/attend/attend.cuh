@@ -9,6 +9,7 @@
 // small: a kernel of some 10 us feels every instruction that it has to fetch (bench_attend).
 #pragma once
 
+#include "attend/new_slots.cuh"
 #include "attend/row_end.cuh"
 #include "attend/tiles.cuh"
 #include "attend/warp.cuh"
