@@ -108,6 +108,16 @@ TensorView view_of(const char* name, py::handle object) {
   return view;
 }
 
+void check_signs(const char* name, py::handle tensor) {
+  static PyObject* const is_neg =
+      py::object(py::module_::import("torch").attr("Tensor").attr("is_neg")).release().ptr();
+  const auto is_negated =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, tensor.ptr()));
+  if (!is_negated) throw py::error_already_set();
+  ADAKV_CHECK(is_negated.ptr() == Py_False, name,
+              " must not have torch's negative bit, give its resolve_neg()");
+}
+
 py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner) {
   if (!view) return py::none();
   struct Holder {

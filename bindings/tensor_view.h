@@ -19,6 +19,11 @@ namespace py = pybind11;
 /// adakv doesn't know.
 TensorView view_of(const char* name, py::handle tensor);
 
+/// Throws InvalidArgument (with `name`) for a tensor that torch negates whenever it reads it (its
+/// negative bit, as x.imag of a conjugated x has it): the memory holds the other signs, and DLPack
+/// doesn't say so. It is a Python call, 0.1 us.
+void check_signs(const char* name, py::handle tensor);
+
 /// What messages say about an object: its type.
 std::string description(py::handle object);
 

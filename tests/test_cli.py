@@ -153,9 +153,16 @@ def test_generate_goes_on_after_many_prompts(model: str, tmp_path: Path):
     command = ["generate", model, "--prompts", str(prompts), "--out", str(out), *options]
     assert run_command_line(command) == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all(
-        list(result) == ["index", "prompt_tokens", "tokens", "text", "end"] for result in results
-    )
+    fields = ["index", "prompt_tokens", "tokens", "text", "end", "prompt_sha256", "settings"]
+    assert all(list(result) == fields for result in results)
+    assert results[0]["settings"] == {
+        "adakv": adakv.__version__,
+        "model": Path(model).name,
+        "dtype": "float32",
+        "policy": adakv.policy.DEFAULT,
+        "budget": 40,
+        "ratio": None,
+    }
     assert [result["index"] for result in results] == [0, 1, 2]
     assert [result["prompt_tokens"] for result in results] == [len(text), 90, 80]
     assert [result["end"] for result in results] == ["length"] * 3

@@ -32,6 +32,7 @@ def command(model: str, prompts: Path, out: str | Path, *more: str) -> list[str]
 def test_results_are_there_as_soon_as_they_are_written(tmp_path: Path):
     path = tmp_path / "results.jsonl"
     results = ResultFile(str(path), overwrite=False)
+    results.check([[1]] * 3, [2] * 3, {})
     results.begin()
     for index in (2, 0, 1):
         results.write(BatchResult(index, 5, [7] * index, "é" * index, "eos"))
@@ -68,6 +69,52 @@ def test_a_refused_run_empties_nothing(model: str, prompts: Path, tmp_path: Path
     capsys.readouterr()
     assert run_command_line(command(model, prompts, out)) == 2
     assert "holds the results of other prompts" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (
+            ["--policy", "random", "--budget", "40"],
+            "policy streaming, now random, budget 8, now 40",
+        ),
+        (["--policy", "streaming", "--budget", "9"], "budget 8, now 9"),
+        (
+            ["--policy", "streaming", "--ratio", "0.9"],
+            "budget 8, now None, ratio None, now 0.9",
+        ),
+        (
+            ["--policy", "streaming", "--budget", "8", "--dtype", "bfloat16"],
+            "dtype float32, now bfloat16",
+        ),
+    ],
+)
+def test_results_of_other_settings_are_refused_and_kept(
+    now: list[str], message: str, model: str, prompts: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    assert run_command_line(command(model, prompts, out, "--dtype", "float32")) == 0
+    before = out.read_bytes()
+    files = ["--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "3"]
+    changed = ["generate", model, *files, "--dtype", "float32", *now]
+    assert run_command_line(changed) == 2
+    error = capsys.readouterr().err
+    assert f"holds results of other settings ({message}, at index 0)" in error
+    assert out.read_bytes() == before
+    assert run_command_line([*changed, "--overwrite"]) == 0
+    assert out.read_bytes() != before
+
+
+def test_results_of_another_text_of_the_same_length_are_refused(
+    model: str, prompts: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    assert run_command_line(command(model, prompts, out)) == 0
+    before = out.read_bytes()
+    prompts.write_text(prompts.read_text().replace("best", "last"))
+    assert run_command_line(command(model, prompts, out)) == 2
+    assert "the one at index 0 was another text" in capsys.readouterr().err
     assert out.read_bytes() == before
 
 

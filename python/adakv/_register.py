@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
@@ -20,9 +19,9 @@ _library: Any = torch.library.Library("adakv", "DEF")  # type: ignore[no-untyped
 def verb(
     *, fake: Callable[..., Any], mutates: Iterable[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers a function as ``torch.ops.adakv.<name>``, which is called while torch compiles.
+    """Registers a function as ``torch.ops.adakv.<name>``, which stands for it in compiled graphs.
 
-    Otherwise the function is called directly, which saves the dispatcher's share of a call
+    The function itself stays as it is, so that a call costs nothing more
     (benchmarks/bench_overhead.py). The operator takes what the function takes, but that schemas
     know no NamedTuple of tensors: it takes the fields in the tuple's place.
 
@@ -46,15 +45,13 @@ def verb(
         result: Any = signature.return_annotation
         is_named = hasattr(result, "_fields")
 
-        @functools.wraps(body)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.compiler.is_compiling():
-                return body(*args, **kwargs)
+        def in_graph(*args: P.args, **kwargs: P.kwargs) -> R:
             fields = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
             given = operator(*fields, **kwargs)
             return result(*given) if is_named else given  # type: ignore[no-any-return]
 
-        return call
+        torch.compiler.substitute_in_graph(body, skip_signature_check=True)(in_graph)
+        return body
 
     return register
 

@@ -25,6 +25,8 @@ from adakv import _C
 from adakv.errors import integer
 from adakv.ops import Layer
 
+_MOST = 2**31 - 1  # of what is counted in int32
+
 #: How pages hold entries: as they are, or quantised (docs/bits.md).
 KV_DTYPES = ("auto", "int8", "fp8")
 
@@ -165,8 +167,8 @@ class KVCache:
             If the memory can't be had. Nothing changes.
         """
         self._cache.reserve(num_pages, max_row_pages)
-        self.num_pages = max(self.num_pages, num_pages)
-        self.max_row_pages = max(self.max_row_pages, max_row_pages)
+        self.num_pages = max(self.num_pages, int(num_pages))
+        self.max_row_pages = max(self.max_row_pages, int(max_row_pages))
         self._take_tensors()
 
     def begin(
@@ -290,9 +292,18 @@ class KVCache:
         """Pages that one sequence takes in one layer.
 
         For ``total`` entries of its prompt, however they are spread over the ``num_kv_heads``
-        rows, and for ``new_tokens`` tokens after it; a page holds ``page_size`` entries.
+        rows, and for ``new_tokens`` tokens after it; a page holds ``page_size`` entries. Raises
+        ``ValueError`` for numbers that make no sense.
         """
-        return int(_C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size))
+        try:
+            return _C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size)
+        except TypeError:  # which doesn't say what is wrong
+            return _C.KVCache.pages_for(
+                integer("total", total, 0),
+                integer("new_tokens", new_tokens, 0, _MOST),
+                integer("num_kv_heads", num_kv_heads, 1, _MOST),
+                check_page_size(page_size),
+            )
 
     def positions(self, layer: int, slots: slice = slice(None)) -> list[list[Tensor]]:
         """Positions that a layer holds: per sequence and kv head ``[length]`` int32 on the CPU, as

@@ -2,6 +2,8 @@
 // (`make test-tsan`).
 #include <adakv/adakv.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <thread>
 
@@ -155,6 +157,25 @@ TEST(Threads, EachMayHaveALayer) {
   }
   set_num_threads(1);
   for (const LayerWork& layer : work) EXPECT_EQ(layer.outs, alone);
+}
+
+// The threads stay behind in the parent: a child that waited for them would wait for ever.
+TEST(Threads, AChildAfterForkHasThreadsOfItsOwn) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "ThreadSanitizer starts no threads after fork()";
+#endif
+  set_num_threads(3);
+  const std::vector<float> before = life_of_a_cache();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    _exit(life_of_a_cache() == before ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(life_of_a_cache(), before);
+  set_num_threads(1);
 }
 
 TEST(Threads, ErrorsReachTheirCaller) {

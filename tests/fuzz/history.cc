@@ -9,11 +9,13 @@
 //   * a row's pages belong to its sequence, and the block table holds -1 behind them
 //   * what fails with an error changes nothing
 #include <adakv/adakv.h>
+#include <adakv/c.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <set>
 #include <vector>
@@ -309,7 +311,7 @@ class History {
     const auto wild = static_cast<int32_t>(input_.word());
     const int64_t huge = static_cast<int64_t>(input_.word()) << input_.range(0, 31);
     const int32_t count = config_.num_sequences;
-    switch (input_.range(0, 7)) {
+    switch (input_.range(0, 9)) {
       case 0:
         expect_failure([&] { cache_.begin(wild < 0 ? wild : config_.num_layers, 0, {1}, {1}); });
         break;
@@ -331,9 +333,61 @@ class History {
       case 6:
         expect_failure([&] { cache_.remove(wild < 0 ? wild : count); });
         break;
+      case 7:
+        count_anything();
+        break;
+      case 8:
+        begin_in_c();
+        break;
       default:
         expect_failure([&] { cache_.grow(std::vector<int32_t>(count, -1), 1); });
     }
+  }
+
+  int64_t wild_count() { return static_cast<int64_t>(input_.word()) << 32 | input_.word(); }
+
+  /// Pages for counts that may be any: a number, or an error in both languages.
+  void count_anything() {
+    const int64_t num_kept = input_.one_in(2) ? wild_count() : input_.range(0, 999);
+    const int64_t num_new = input_.one_in(2) ? wild_count() >> input_.range(0, 40) : 3;
+    const auto heads = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 2);
+    const auto page_size = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 8);
+    int64_t pages = -1;
+    try {
+      pages = KVCache::pages_for(num_kept, num_new, heads, page_size);
+      ADAKV_FUZZ_ASSERT(pages >= 0);
+    } catch (const InvalidArgument&) {
+    }
+    ADAKV_FUZZ_ASSERT(adakv_pages_for(num_kept, num_new, heads, page_size) == pages);
+  }
+
+  /// The C face's cache: with none, and with arrays that end where their number says, or nowhere.
+  void begin_in_c() {
+    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(nullptr) == -1 && adakv_cache_page_bytes(nullptr) == 0);
+    AdakvCacheConfig config = {};
+    config.num_layers = config.num_kv_heads = config.max_row_pages = 1;
+    config.num_sequences = input_.range(1, 3);
+    config.head_dim = config.page_size = 8;
+    config.num_pages = 6;
+    config.dtype = {2, 32, 1};
+    config.device = {1, 0};
+    AdakvCache* made = nullptr;
+    ADAKV_FUZZ_ASSERT(adakv_cache_create(&config, nullptr, nullptr, &made) == ADAKV_OK);
+    const std::unique_ptr<AdakvCache, void (*)(AdakvCache*)> cache(made, &adakv_cache_destroy);
+    const int32_t size = input_.range(0, 3);
+    const auto any = [&](int32_t usual) {
+      return input_.one_in(4) ? static_cast<int32_t>(input_.word()) : usual;
+    };
+    const int32_t first = any(input_.range(0, 3)), count = any(size);
+    const bool fits = first >= 0 && count >= 1 && first < config.num_sequences &&
+                      count <= config.num_sequences - first;
+    if (fits && count != size) return;  // reads as many as it says, as it must
+    const std::vector<int64_t> counts(size, input_.range(0, 8));
+    AdakvPageList pages = {};
+    const AdakvStatus status =
+        adakv_cache_begin(made, 0, first, count, counts.data(), counts.data(), &pages);
+    ADAKV_FUZZ_ASSERT(fits || status == ADAKV_INVALID_ARGUMENT);
+    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(made) == 6 - (status == ADAKV_OK ? pages.num_ids : 0));
   }
 
   void check() const {

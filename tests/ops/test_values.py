@@ -94,6 +94,30 @@ def test_none_is_no_integer(name: str) -> None:
         INTEGERS[name](None)
 
 
+@pytest.mark.parametrize("name", ["total", "new_tokens"])
+def test_counts_of_64_bits_are_refused_by_name(name: str) -> None:
+    counts: dict[str, Any] = {"total": 40, "new_tokens": 3, "num_kv_heads": 2}
+    for wrong in ["3", b"3", 2.5, 3.0, None, [3], 2**63, -(2**70), np.float32(3), torch.ones(2)]:
+        with pytest.raises(
+            ValueError, match=rf"\b{name} must be (an integer|at (least|most) \d+),"
+        ):
+            KVCache.pages_for(**(counts | {name: wrong}))
+    with pytest.raises(ValueError, match=rf"^{name} must be at least 0, got -1"):
+        KVCache.pages_for(**(counts | {name: -1}))
+    with pytest.raises(ValueError, match=r"^new_tokens must be at most 2147483647, got"):
+        KVCache.pages_for(40, 2**62, num_kv_heads=2)
+    with pytest.raises(ValueError, match=r"^num_kv_heads must be at least 1, got 0"):
+        KVCache.pages_for(40, 3, num_kv_heads=0)
+    assert KVCache.pages_for(np.int64(40), np.uint8(3), num_kv_heads=np.int32(2)) == 6
+
+
+def test_what_is_reserved_is_told_in_pythons_integers() -> None:
+    cache = KVCache(**SIZES)
+    cache.reserve(num_pages=np.int64(20), max_row_pages=np.uint8(6))
+    assert (cache.num_pages, cache.max_row_pages) == (20, 6)
+    assert type(cache.num_pages) is type(cache.max_row_pages) is int
+
+
 def test_integers_of_numpy_are_integers() -> None:
     for kind in (np.int64, np.int32, np.uint8):
         assert ops.allocate(SCORES, kind(5), window=kind(2)).sum() == 10
@@ -173,6 +197,55 @@ def test_what_is_no_tensor_for_us_is_refused_by_name(name: str) -> None:
             continue
         with pytest.raises(ValueError, match=rf"\b{argument} must"):
             TENSORS[name](wrong)
+
+
+def negated(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a view of their negatives (torch's negative bit)."""
+    return (-x)._neg_view()
+
+
+def compact(keys: torch.Tensor, values: torch.Tensor) -> None:
+    cache = KVCache(**SIZES, dtype=torch.float32)
+    kept = ops.Kept(torch.arange(3).repeat(2).int(), torch.tensor([0, 3, 6]).int())
+    ops.compact(keys, values, kept, cache.layer(0), *cache.begin(0, [6], [3]))
+
+
+NEGATED: dict[str, Callable[[Any], Any]] = {
+    **{name: TENSORS[name] for name in ("queries", "keys", "values", "allocate.scores")},
+    **{name: TENSORS[name] for name in ("select.scores", "norms", "budgets")},
+    "w_o": lambda x: ops.value_norm(ENTRIES, x[0]),
+    "sink_logits": lambda x: ops.score(ENTRIES, ENTRIES, sink_logits=x),
+    "lse": lambda x: ops.score(ENTRIES[:, :, :1], ENTRIES, lse=x),
+    "compact.keys": lambda x: compact(x, ENTRIES),
+    "compact.values": lambda x: compact(ENTRIES, x),
+}
+GIVEN = {"budgets": BUDGETS, "sink_logits": torch.ones(2), "lse": torch.ones(1, 2, 1)}
+GIVEN |= dict.fromkeys(("allocate.scores", "select.scores", "norms"), torch.rand(1, 2, 8))
+GIVEN["w_o"] = torch.randn(1, 8, 16)
+
+
+@pytest.mark.parametrize("name", NEGATED)
+def test_views_with_torchs_negative_bit_are_refused(name: str) -> None:
+    """The memory that DLPack hands over holds the other signs."""
+    given, argument = GIVEN.get(name, torch.randn(1, 2, 8, 8)), name.rpartition(".")[2]
+    NEGATED[name](given)
+    message = rf"\b{argument} must not have torch's negative bit, give its resolve_neg\(\)"
+    with pytest.raises(ValueError, match=message):
+        NEGATED[name](negated(given))
+    NEGATED[name](negated(given).resolve_neg())
+
+
+def test_imaginary_parts_of_what_is_conjugated_are_refused_in_a_step() -> None:
+    """A step asks no tensor for its negative bit: their strides give them away."""
+    entries = torch.complex(ENTRIES, torch.ones_like(ENTRIES)).conj().imag
+    assert entries.is_neg()
+    for call in (
+        lambda: with_layer(lambda layer, s: ops.attend(entries, layer, s)),
+        lambda: with_layer(lambda layer, s: ops.append(entries, ENTRIES, layer)),
+        lambda: with_layer(lambda layer, s: ops.append(ENTRIES, entries, layer)),
+    ):
+        with pytest.raises(ValueError, match="must be contiguous in its last dimension"):
+            call()
 
 
 def test_a_layer_is_a_tuple_of_its_tensors() -> None:

@@ -59,5 +59,5 @@ def demo(
     console.print(f"question (after {tokens} tokens of Python's manual): {question}")
     output.print_texts(console, runs)
     console.print()
-    output.print_runs(console, runs)
-    place.save(runs, model)
+    output.print_runs(console, runs, network)
+    place.save(runs, model, network)

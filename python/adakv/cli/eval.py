@@ -17,7 +17,7 @@ from rich.table import Table
 
 import adakv
 from adakv.cli import output
-from adakv.cli.inputs import InputError, check_outputs, refusals
+from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
 from adakv.cli.options import Place, file_option, place_options
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE
@@ -152,7 +152,7 @@ def evaluate(
         about = {
             "adakv": adakv.__version__,
             "model": Path(model).name,
-            "dtype": place.dtype,
+            "dtype": dtype_name(network),
             **sources.as_dict(),
         }
         file = RecordFile(records, about)
@@ -161,7 +161,9 @@ def evaluate(
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
     tables += [summary.depth_table(wanted, name) for name in tasks if name.startswith("needles")]
-    print_tables(output.plain_console(), tables)
+    console = output.plain_console()
+    console.print(f"{Path(model).name} in {dtype_name(network)}", soft_wrap=True)
+    print_tables(console, tables)
     if markdown:
         output.write_text(markdown, "\n".join(table.markdown() for table in tables))
     if place.json_path:

@@ -6,7 +6,8 @@ import functools
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +15,14 @@ from click.core import ParameterSource
 
 import adakv
 from adakv.cli import output
-from adakv.cli.inputs import InputError, check_outputs, encode_prompt, read_text, refusals
+from adakv.cli.inputs import (
+    InputError,
+    check_outputs,
+    dtype_name,
+    encode_prompt,
+    read_text,
+    refusals,
+)
 from adakv.cli.measure import FULL, Setting, run_all
 from adakv.cli.options import (
     Place,
@@ -124,9 +132,10 @@ def generate(
     With --prompts many texts are read and decoded together. Each line of the file has either
     "prompt", "messages" (for the chat template) or "input_ids", and "max_new_tokens" if it isn't
     the common one. Results are written as they are done, and are in the order of prompts in the
-    end: "index", "prompt_tokens", "tokens", "text", "end". What --out holds of an earlier run is
-    not done again, whatever the options were; --overwrite does all anew. With --out - they go to
-    standard output.
+    end: "index", "prompt_tokens", "tokens", "text", "end", and what they were made of,
+    "prompt_sha256" and "settings". What --out holds of an earlier run is not done again; if its
+    prompts or settings were others, it is refused. --overwrite does all anew. With --out - results
+    go to standard output.
     """
     check_outputs([model, text], place.outputs)
     content = read_text(text)
@@ -136,8 +145,8 @@ def generate(
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
     console = output.plain_console()
     console.print(runs[-1].text, soft_wrap=True)
-    output.print_runs(console, runs)
-    place.save(runs, model)
+    output.print_runs(console, runs, network)
+    place.save(runs, model, network)
 
 
 def generate_many(
@@ -152,7 +161,9 @@ def generate_many(
         ids = [
             line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)
         ]
-        results.check([len(prompt) for prompt in ids], counts)
+        results.check(
+            [prompt.tolist() for prompt in ids], counts, settings_of(setting, model, network)
+        )
         todo = [index for index in range(len(ids)) if index not in results.done]
         start, written = time.perf_counter(), 0
         with refusals():
@@ -181,6 +192,12 @@ def generate_many(
     before = f"{len(results.done)} prompts were done before; " if results.done else ""
     click.echo(
         f"{before}{len(todo)} prompts with {read} tokens read, {written} tokens written in "
-        f"{seconds:.1f} s",
+        f"{seconds:.1f} s, in {dtype_name(network)}",
         err=True,
     )
+
+
+def settings_of(setting: Setting, source: str, model: Any) -> dict[str, Any]:
+    """What a text depends on besides its prompt, for JSON."""
+    about = {"adakv": adakv.__version__, "model": Path(source).name, "dtype": dtype_name(model)}
+    return about | asdict(setting)

@@ -21,6 +21,7 @@ from adakv.eval import files
 
 STANDARD_OUTPUT = ("-", "/dev/stdout")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch names them
 
 
 class InputError(click.ClickException):
@@ -114,12 +115,32 @@ def _check_writable(path: str) -> None:
         raise InputError(f"{path} can't be written: {reason}")
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for it: CPUs without them take longer than in float32."""
+    if device.type == "cuda":
+        return True
+    # Not every torch from 2.10 on tells.
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name, False) for name in BFLOAT16_INSTRUCTIONS)
+
+
+def dtype_name(model: Any) -> str:
+    """The type of a model's weights and cache, for people."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def load_model(
-    source: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Model and tokenizer from a folder, a GGUF file or a name on the Hugging Face hub.
 
-    Python code that a model brings along runs only with ``trust_remote_code``.
+    Without a ``dtype`` it is the one that the model was saved in (bfloat16 for GGUF files) where
+    that is fast, and float32 elsewhere: on CPUs for float16, and for bfloat16 unless they have
+    instructions for it. Python code that a model brings along runs only with ``trust_remote_code``.
     """
     if importlib.util.find_spec("transformers") is None:
         raise InputError("models need transformers; pip install 'adakv[hf]'")
@@ -129,7 +150,11 @@ def load_model(
     transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(source)
+    wanted: torch.dtype | str = dtype or "auto"
+    if dtype is None and not multiplies_bfloat16(device):
+        wanted = torch.float32
     if path.suffix == ".gguf":
+        wanted = torch.bfloat16 if wanted == "auto" else wanted
         _check_gguf(path)
         options["gguf_file"] = path.name
         source = str(path.parent)
@@ -145,13 +170,15 @@ def load_model(
                 # Plain weights: packed ones compute in float32, and policies read the projections.
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options
+                source, dtype=wanted, **options
             )
     except Exception as error:  # a broken file makes the parsers raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings Python code; read it, and allow it to run with --trust-remote-code"
         raise InputError(f"{path} can't be loaded: {reason}") from error
+    if wanted == "auto" and model.dtype == torch.float16 and device.type == "cpu":
+        model = model.float()
     return model.to(device).eval(), tokenizer
 
 

@@ -12,7 +12,7 @@ import click
 import adakv
 from adakv.cache import KV_DTYPES
 from adakv.cli import output
-from adakv.cli.inputs import DTYPES, InputError, choose_device, load_model
+from adakv.cli.inputs import DTYPES, InputError, choose_device, dtype_name, load_model
 from adakv.cli.measure import Run, Setting
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE, TEXT
@@ -30,7 +30,7 @@ def file_option(*names: str, **settings: Any) -> Callable[..., Any]:
 class Place:
     """How the model runs, and where the results go."""
 
-    dtype: str
+    dtype: str  #: auto or one of DTYPES
     device: str | None
     json_path: str | None
     plot_path: str | None
@@ -47,17 +47,17 @@ class Place:
         with progress_bar("loading the model") as advance:
             loaded = load_model(
                 source,
-                dtype=DTYPES[self.dtype],
+                dtype=DTYPES.get(self.dtype),
                 device=device,
                 trust_remote_code=self.trust_remote_code,
             )
             advance()
         return loaded
 
-    def save(self, runs: list[Run], model: str) -> None:
+    def save(self, runs: list[Run], source: str, model: Any) -> None:
         """Writes the files that were asked for."""
         if self.json_path:
-            content = {"model": model, "dtype": self.dtype, "machine": output.machine()}
+            content = {"model": source, "dtype": dtype_name(model), "machine": output.machine()}
             output.write_json(self.json_path, content | {"runs": [run.as_dict() for run in runs]})
         if self.plot_path:
             output.plot_kept(self.plot_path, runs)
@@ -96,7 +96,10 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         command(place=Place(dtype, device, json_path, plot_path, trust_remote_code), **rest)
 
-    types, device_help = list(DTYPES), "Where the model runs.  [default: cuda where it can be used]"
+    types, device_help = (
+        ["auto", *DTYPES],
+        "Where the model runs.  [default: cuda where it can be used]",
+    )
     for option in (
         click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP),
         file_option("--plot", "plot_path", help="Draw the results as a picture (PNG)."),
@@ -105,9 +108,10 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--dtype",
             type=click.Choice(types),
-            default="bfloat16",
+            default="auto",
             show_default=True,
-            help="The type of weights and cache.",
+            help="The type of weights and cache; auto: the model's own, but float32 on CPUs that "
+            "have no instructions for it.",
         ),
     ):
         with_place = option(with_place)

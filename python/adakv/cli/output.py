@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cli.inputs import STANDARD_OUTPUT, InputError
+from adakv.cli.inputs import STANDARD_OUTPUT, InputError, dtype_name
 from adakv.cli.measure import Run
 from adakv.eval import plot
 
@@ -30,10 +30,11 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def print_runs(console: Console, runs: list[Run]) -> None:
+def print_runs(console: Console, runs: list[Run], model: Any) -> None:
     """One line per run, in the order of ``runs``; the first is what speed is compared with."""
     compared = any(run.same_choice is not None for run in runs)
     title = f"{runs[0].prompt_tokens} tokens read, {len(runs[0].tokens)} written"
+    title += f", in {dtype_name(model)}"
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("cache", no_wrap=True)
     names = ["KV\nMiB", "of\nfull", "prefill\nseconds", "decode\ntokens/s"]

@@ -10,7 +10,14 @@ import click
 from rich.table import Table
 
 from adakv.cli import output
-from adakv.cli.inputs import check_outputs, check_prompt_length, encode_prompt, read_text, refusals
+from adakv.cli.inputs import (
+    check_outputs,
+    check_prompt_length,
+    dtype_name,
+    encode_prompt,
+    read_text,
+    refusals,
+)
 from adakv.cli.measure import Setting
 from adakv.cli.options import (
     Place,
@@ -86,11 +93,12 @@ def report(
     output.write_text(str(folder / "report.html"), page.html(picture.getvalue()))
     output.write_text(str(folder / "report.md"), page.markdown("kept.png"))
     if place.json_path:
-        about = {"model": model, "dtype": place.dtype, "machine": output.machine()}
+        about = {"model": model, "dtype": dtype_name(network), "machine": output.machine()}
         output.write_json(place.json_path, about | dataclasses.asdict(page))
     table = Table(show_header=False)
     for row in page.facts():
         table.add_row(*row)
+    table.add_row("weights and cache", dtype_name(network))
     console = output.plain_console()
     console.print(table)
     console.print(f"written to {folder / 'report.html'}", soft_wrap=True)

@@ -1,14 +1,18 @@
-"""Results as JSON lines: those of a stopped run stay, new ones are added as they are done."""
+"""Results as JSON lines: those of a stopped run stay, new ones are added as they are done.
+
+Each says what it was made of, so that a run goes on only with results that it would have had.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from typing import Any
 from adakv.cli.inputs import STANDARD_OUTPUT, InputError
 from adakv.eval.files import parse_json
 
-FIELDS = ("index", "prompt_tokens", "tokens", "text", "end")
+FIELDS = ("index", "prompt_tokens", "tokens", "text", "end", "prompt_sha256", "settings")
 _FIRST = b'{"index": '  # what every line begins with
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})")
 
@@ -43,6 +47,8 @@ class ResultFile:
     def __init__(self, path: str, *, overwrite: bool) -> None:
         self.path = path
         self.done: dict[int, dict[str, Any]] = {}
+        self._prompts: list[str] = []
+        self._settings: Mapping[str, Any] = {}
         self._lines: dict[int, bytes] = {}
         self._size = 0  # of the lines that stay
         try:
@@ -69,12 +75,31 @@ class ResultFile:
                 f"{self.path} holds something else than results: give another file or --overwrite"
             )
 
-    def check(self, prompt_tokens: Sequence[int], max_new_tokens: Sequence[int]) -> None:
-        """Refuses results that can't be those of these prompts."""
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Refuses results that aren't those of these prompts and settings.
+
+        Parameters
+        ----------
+        prompts : token ids of each
+        max_new_tokens : int of each
+        settings : dict for JSON
+            What else the texts depend on.
+        """
+        self._prompts, self._settings = [_digest(prompt) for prompt in prompts], settings
         for index, result in self.done.items():
-            read, most, written = 0, 0, len(result["tokens"])
-            if index < len(prompt_tokens):
-                read, most = prompt_tokens[index], max_new_tokens[index]
+            self._check_settings(index, result["settings"])
+            read, most, digest, written = 0, 0, "", len(result["tokens"])
+            if index < len(prompts):
+                read, most, digest = (
+                    len(prompts[index]),
+                    max_new_tokens[index],
+                    self._prompts[index],
+                )
             is_whole = written == most or (written < most and result["end"] != "length")
             if read != result["prompt_tokens"] or not is_whole:
                 raise InputError(
@@ -82,6 +107,21 @@ class ResultFile:
                     f"with {result['prompt_tokens']} at index {index}, where there are {read} and "
                     f"{most} may be written: give another file or --overwrite"
                 )
+            if digest != result["prompt_sha256"]:
+                raise InputError(
+                    f"{self.path} holds the results of other prompts: the one at index {index} was "
+                    "another text: give another file or --overwrite"
+                )
+
+    def _check_settings(self, index: int, before: Mapping[str, Any]) -> None:
+        now = self._settings
+        changed = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+        if changed:
+            changes = ", ".join(f"{n} {before.get(n)}, now {now.get(n)}" for n in changed)
+            raise InputError(
+                f"{self.path} holds results of other settings ({changes}, at index {index}): give "
+                "another file or --overwrite"
+            )
 
     def begin(self) -> None:
         """Cuts off what doesn't stay."""
@@ -89,8 +129,9 @@ class ResultFile:
             os.truncate(self._file, self._size)
 
     def write(self, result: Any) -> None:
-        """Adds a result."""
-        line = json.dumps(asdict(result), ensure_ascii=False).encode() + b"\n"
+        """Adds a result of the prompts and settings of :meth:`check`."""
+        made_of = {"prompt_sha256": self._prompts[result.index], "settings": self._settings}
+        line = json.dumps(asdict(result) | made_of, ensure_ascii=False).encode() + b"\n"
         self._lines[result.index] = line
         rest = memoryview(line)
         try:
@@ -149,4 +190,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     counts = (result["index"], result["prompt_tokens"])
     if any(type(x) is not int or x < 0 for x in counts) or not isinstance(result["tokens"], list):
         return None
-    return result
+    return result if isinstance(result["settings"], dict) else None
+
+
+def _digest(prompt: Sequence[int]) -> str:
+    """The first digits of the SHA-256 of its token ids, written in JSON."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:12]
