@@ -297,7 +297,7 @@ class KVCache:
         """
         try:
             return _C.KVCache.pages_for(total, new_tokens, num_kv_heads, page_size)
-        except TypeError:  # which doesn't say what is wrong
+        except ValueError:  # which has the names of the C++ side
             return _C.KVCache.pages_for(
                 integer("total", total, 0),
                 integer("new_tokens", new_tokens, 0, _MOST),
