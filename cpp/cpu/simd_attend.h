@@ -25,7 +25,7 @@ constexpr int kSlotGroup = 8;     // page sizes are multiples of it
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
 ///   Query            a query is kept in the order in which load_pair(const Query*) has it
 ///   key, value       an entry's codes in memory; a value lies `ahead` codes behind its key
-///   fill             what scales a block has, [slot, width]
+///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
 ///   kStretch         dimensions that have the same numbers
 ///   numbers, number  scale and zero from dimension d on, and what codes stand for
 template <typename Element>
@@ -57,7 +57,7 @@ struct PlainPages : RowPages<Element> {
   using Input = Element;
   using Query = Element;
   static constexpr int width = 0, kStretch = kMaxHeadDim;
-  static constexpr bool kFetchesLines = false;
+  static constexpr bool kFetchesLines = false, kHasScales = false, kHasZero = false;
   struct Scales {
     const float* keys = nullptr;
     const float* values = nullptr;
@@ -87,6 +87,7 @@ struct CodePages : RowPages<Element> {
 
   static constexpr int kStretch = kScaleGroup;
   static constexpr bool kFetchesLines = true;  // a stretch is a line of codes
+  static constexpr bool kHasScales = true, kHasZero = kNumbers == 2;
   struct Numbers {
     F32 scale, zero;
   };
@@ -99,11 +100,15 @@ struct CodePages : RowPages<Element> {
         span(span),
         width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
 
-  /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots; fetches
-  /// the numbers of the block behind, up to `last`.
+  /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
+  /// fetches the numbers of the block behind, up to `last`.
   void fill(Scales& scales, int begin, int end, int last) const {
+    alignas(64) float values[kBlockSlots * kMaxWidth];
     fill(scales.keys, 0, begin, end, last);
-    fill(scales.values, 1, begin, end, last);
+    fill(values, 1, begin, end, last);
+    for (int i = 0; i < end - begin; ++i) {
+      for (int j = 0; j < width; ++j) scales.values[j * kBlockSlots + i] = values[i * width + j];
+    }
   }
 
   void fill(float* out, int which, int begin, int end, int last) const {
@@ -203,8 +208,27 @@ inline void dot_keys(const float* queries,
   }
 }
 
-/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value; fetches the keys of
-/// the block behind, up to `last`.
+/// What a block's weights become for codes of a group whose slots have these numbers: weights *
+/// scale in `scaled`, and in `zeros` what all of its dimensions get, the sum of weights * zero.
+template <int kRows, typename Pages>
+inline void scale_weights(
+    const float* numbers, int count, const float* weights, float* scaled, float* zeros) {
+  for (int r = 0; r < kRows; ++r) {
+    F32 sums = {};
+    for (int i = 0; i < kBlockSlots; i += kLanes) {
+      const I32 is_there = lane_numbers() + i < count;
+      const F32 p = load(weights + r * kBlockSlots + i);
+      store(scaled + r * kBlockSlots + i, p * choose(is_there, load(numbers + i), F32{}));
+      if constexpr (Pages::kHasZero) {
+        sums += p * choose(is_there, load(numbers + kBlockSlots + i), F32{});
+      }
+    }
+    zeros[r] = Pages::kHasZero ? sum(sums) : 0.f;
+  }
+}
+
+/// acc[r] = acc[r] * correction[r] + sum over the slots of weights[r] * value, whose numbers are
+/// `scales` [width, slot]; fetches the keys of the block behind, up to `last`.
 template <int kRows, bool kFetch, typename Pages>
 inline void add_values(const Pages& row,
                        int begin,
@@ -216,22 +240,22 @@ inline void add_values(const Pages& row,
                        float* acc,
                        int stride) {
   using Code = typename Pages::Code;
-  const int head_dim = row.head_dim, width = row.width;
+  const int head_dim = row.head_dim;
+  alignas(64) float scaled[Pages::kHasScales ? kRows * kBlockSlots : 1];
+  float zeros[kRows] = {};
   const auto step = [&](int d, auto load_values) {
     const bool fetches = kFetch && (!Pages::kFetchesLines || d % kScaleGroup == 0);
-    F32Pair sums[kRows] = {};  // of this block: long chains of additions would cost accuracy
+    F32Pair sums[kRows];  // of this block: long chains of additions would cost accuracy
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[r] = {broadcast(zeros[r]), broadcast(zeros[r])};
     for (int group = begin; group < end; group += kSlotGroup) {
       const Code* values = row.value(group) + d;
       const Code* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
-      const float* p = weights + (group - begin);
-      const float* group_scales = scales + (group - begin) * width;
-      if (fetches) {
-        for (int i = 0; i < count; ++i) __builtin_prefetch(next + i * head_dim);
-      }
+      const float* p = (Pages::kHasScales ? scaled : weights) + (group - begin);
       for (int i = 0; i < count; ++i) {
-        const F32Pair v = Pages::number(load_values(values + i * head_dim),
-                                        Pages::numbers(group_scales + i * width, d));
+        const F32Pair v = load_values(values + i * head_dim);
+        if (fetches) __builtin_prefetch(next + i * head_dim);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r].first += p[r * kBlockSlots + i] * v.first;
@@ -239,18 +263,26 @@ inline void add_values(const Pages& row,
         }
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const F32Pair before = load_pair(acc + r * stride + d);
       store(acc + r * stride + d, before.first * correction[r] + sums[r].first);
       store(acc + r * stride + d + kLanes, before.second * correction[r] + sums[r].second);
     }
   };
-  int d = 0;
-  for (; d + kPair <= head_dim; d += kPair) {
-    step(d, [](const Code* data) { return load_pair(data); });
-  }
-  if (d < head_dim) {
-    step(d, [count = head_dim - d](const Code* data) { return load_pair(data, count); });
+  for (int first = 0; first < head_dim; first += Pages::kStretch) {
+    const int next = first + Pages::kStretch < head_dim ? first + Pages::kStretch : head_dim;
+    if constexpr (Pages::kHasScales) {
+      const float* numbers = scales + first / kScaleGroup * Pages::kNumbers * kBlockSlots;
+      scale_weights<kRows, Pages>(numbers, end - begin, weights, scaled, zeros);
+    }
+    int d = first;
+    for (; d + kPair <= next; d += kPair) {
+      step(d, [](const Code* data) { return load_pair(data); });
+    }
+    if (d < next) {
+      step(d, [count = next - d](const Code* data) { return load_pair(data, count); });
+    }
   }
 }
 

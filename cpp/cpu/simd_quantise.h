@@ -43,6 +43,27 @@ inline U32 code_of(F32 x, const Float8*) {
   return sign | (is_small & steps) | (~is_small & normal);
 }
 
+template <int kStep, int... kLane>
+inline F32 swapped(F32 v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
+
+/// The largest lane, without a way through memory.
+template <int kStep = kLanes / 2>
+inline float largest(F32 v) {
+  v = max(v, swapped<kStep>(v, LaneNumbers{}));
+  if constexpr (kStep > 1) return largest<kStep / 2>(v);
+  return v[0];
+}
+
+/// The sum of all lanes.
+template <int kStep = kLanes / 2>
+inline float total(F32 v) {
+  v += swapped<kStep>(v, LaneNumbers{});
+  if constexpr (kStep > 1) return total<kStep / 2>(v);
+  return v[0];
+}
+
 /// The smallest and largest of a group, or a NaN in `check`.
 struct Extremes {
   F32 lowest, highest, check;
@@ -75,10 +96,10 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
       of.add(pair.first);
       of.add(pair.second);
     }
-    const float lowest = -max_lane(-of.lowest), highest = max_lane(of.highest);
+    const float lowest = -largest(-of.lowest), highest = largest(of.highest);
     const float zero = kHasZero ? lowest : 0.f;
     const float spread = kHasZero ? highest - lowest : highest > -lowest ? highest : -lowest;
-    const float check = sum(of.check) + spread * 0.f;
+    const float check = total(of.check) + spread * 0.f;
     const bool is_finite = check == check;
     const uint16_t scale_bits =
         is_finite ? round_up(spread / (kHasZero ? kLargestInt8 : kLargestFp8), kType) : kNaN16;
@@ -95,9 +116,14 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
     }
     for (int d = 0; d < count; d += kLanes) {
       const F32 x = (load(group + d) - zero) / scale;
-      uint8_t bytes[kLanes];
-      store_bytes(bytes, code_of(x, static_cast<const Code*>(nullptr)));
-      __builtin_memcpy(codes + begin + d, bytes, count - d < kLanes ? count - d : kLanes);
+      const U32 lanes = code_of(x, static_cast<const Code*>(nullptr));
+      if (count - d >= kLanes) {
+        store_bytes(codes + begin + d, lanes);
+      } else {  // dimensions are a multiple of 8
+        uint8_t bytes[kLanes];
+        store_bytes(bytes, lanes);
+        __builtin_memcpy(codes + begin + d, bytes, 8);
+      }
     }
   }
 }
