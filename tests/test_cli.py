@@ -162,6 +162,7 @@ def test_generate_goes_on_after_many_prompts(model: str, tmp_path: Path):
         "policy": adakv.policy.DEFAULT,
         "budget": 40,
         "ratio": None,
+        "kv_dtype": "auto",
     }
     assert [result["index"] for result in results] == [0, 1, 2]
     assert [result["prompt_tokens"] for result in results] == [len(text), 90, 80]

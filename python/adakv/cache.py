@@ -80,7 +80,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         kv_dtype: str = "auto",
     ) -> None:
-        page_size = check_page_size(page_size, kv_dtype)
+        page_size = page_size_for(kv_dtype, page_size)
         kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
@@ -349,13 +349,15 @@ def _device(given: torch.device | str) -> torch.device:
     return device
 
 
-def check_page_size(page_size: int | None, kv_dtype: str = "auto") -> int:
-    """The same, as ``int``, or what is good for a format of pages.
-
-    Raises ``ValueError`` unless it is a power of two from 8 to 256.
-    """
+def page_size_for(kv_dtype: str, page_size: int | None) -> int:
+    """``page_size``, or if there is none what is good for a format of pages."""
     if page_size is None:
         return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
+    return check_page_size(page_size)
+
+
+def check_page_size(page_size: int) -> int:
+    """The same, as ``int``; raises ``ValueError`` unless it is a power of two from 8 to 256."""
     size = integer("page_size", page_size, 0)
     if not 8 <= size <= 256 or size & (size - 1):
         raise ValueError(f"page_size must be a power of two from 8 to 256, got {size}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache, check_kv_dtype, check_page_size
+from adakv.cache import KVCache, check_kv_dtype, page_size_for
 from adakv.errors import Error, integer
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.attachment import (
@@ -116,7 +116,7 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         kv_dtype = check_kv_dtype(kv_dtype)
-        page_size = check_page_size(page_size, kv_dtype)
+        page_size = page_size_for(kv_dtype, page_size)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import check_kv_dtype, check_page_size
+from adakv.cache import check_kv_dtype, check_page_size, page_size_for
 from adakv.errors import integer, short
 from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
@@ -215,7 +215,7 @@ def generate_stream(
     config = decoder_of(model).config
     long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    page_size = check_page_size(options.page_size, shape.kv_dtype)
+    page_size = page_size_for(shape.kv_dtype, options.page_size)
     need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
