@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,7 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         adakv.vllm.register()  # as vLLM does, where adakv is installed
-        given = settings and {
-            "policy": settings.policy,
-            "budget": settings.budget,
-            "mode": settings.mode,
-        }
+        given = settings and asdict(settings)
         options = {
             "enforce_eager": True,
             "max_model_len": 2048,

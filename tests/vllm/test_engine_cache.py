@@ -50,20 +50,21 @@ def policy(mode: str) -> Policy:
     return Settings(budget=BUDGET, mode=mode).policy_for(BLOCK)
 
 
-def run_random_steps(steps: Steps, number_of_steps: int) -> None:
+def run_random_steps(steps: Steps, number_of_steps: int, *, waits: bool = False) -> None:
     """Chunks, drafts that are taken back, requests that come and go or have to start again, blocks
-    that are used again."""
+    that are used again. ``waits``: requests are compressed when they have written something."""
     rng = random.Random(0)
     for number in range(number_of_steps):
         while len(steps.requests) < 4:
-            steps.add(rng.choice([5, BUDGET, 100, 140, 161, 250]))
+            request = steps.add(rng.choice([5, BUDGET, 100, 140, 161, 250]))
+            request.wait = rng.choice([0, 1, 3, 6]) if waits else 0
         counts = []
         for request in steps.requests:
             left = request.prompt - request.computed
             counts.append(min(left, rng.randint(1, 90)) if left > 0 else rng.choice([1, 1, 3]))
         run_step(steps, counts)
         for request, count in zip(steps.requests, counts, strict=True):
-            if count == 3 and request.boundary and request.computed - 2 > request.boundary:
+            if count == 3 and request.order and request.computed - 2 > request.order.at:
                 request.computed -= 2
         if number % 7 == 6:
             steps.remove(rng.choice(steps.requests))
@@ -77,6 +78,19 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, d
     steps = Steps(policy(mode), device, dtype)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
+
+
+@pytest.mark.parametrize("has_places", [False, True])
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+@pytest.mark.parametrize("name", ["ada_snapkv", "ada_column_max", "model_column_max"])
+def test_engine_cache_compresses_requests_that_have_written(
+    device: torch.device, name: str, mode: str, has_places: bool
+):
+    """What they wrote moves behind what is kept, bit for bit."""
+    chosen = Settings(name, BUDGET, mode).policy_for(BLOCK)
+    steps = Steps(chosen, device, torch.float32, has_places=has_places)
+    run_random_steps(steps, 45, waits=True)
+    assert len(steps.told.entries) > 2 and steps.told.num_late > 2
 
 
 @pytest.mark.parametrize(

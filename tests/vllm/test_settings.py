@@ -17,6 +17,7 @@ from adakv.policy import LayerInputs, get
 from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
 from adakv.vllm.ledger import (
+    MAX_SPANS,
     Counts,
     Ledger,
     path_of,
@@ -25,7 +26,7 @@ from adakv.vllm.ledger import (
     remove_unused,
 )
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import plan
+from adakv.vllm.plan import Order, plan
 from policy.helpers import rotate
 
 RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
@@ -64,12 +65,15 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, reserve, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
         ({"budget": 64.5}, "budget must be an integer, got 64.5"),
         ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),
+        ({"when": "never"}, r"when must be one of \('always', 'pressure'\), got 'never'"),
+        ({"reserve": -1}, "reserve must be at least 0, got -1"),
+        ({"reserve": "all"}, "reserve must be an integer, got 'all'"),
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
@@ -182,14 +186,19 @@ def ledger() -> Any:
 def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
     name, scheduler = ledger
     worker = Ledger(name, 10)
-    scheduler.plan(3, 400)
-    worker.check_planned(3, 400)
+    spans = ((0, 5), (90, 120))
+    scheduler.give_order(3, Order(407, 400, 64, spans))
+    assert worker.order(3, 400, 405) == Order(407, 400, 64, spans)
+    assert worker.order(2, 400, 405) is None and worker.has_orders
     with pytest.raises(adakv.Error, match=r"compress 399 tokens .* block 3, .* planned 400"):
-        worker.check_planned(3, 399)
+        worker.order(3, 399, 407)
     with pytest.raises(adakv.Error, match=r"free blocks .* block 3, .* at 400 .* at -1"):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+    assert not worker.has_orders
+    scheduler.begin(3)
+    assert worker.order(3, 400, 405) is None
 
 
 def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger]):
@@ -206,12 +215,12 @@ def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger
 def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple[str, Ledger]):
     """Engines that measure what CUDA graphs take have a small pool before they have theirs."""
     name, scheduler = ledger
-    scheduler.plan(9, 400)
+    scheduler.give_order(9, Order(400, 400, 64))
     assert Ledger.open(name, 4).num_blocks == 4
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
-    worker.check_planned(9, 400)
-    assert path_of(name).stat().st_size == 8 * (4 + 4 * 10)
+    assert worker.order(9, 400, 400) == Order(400, 400, 64)
+    assert path_of(name).stat().st_size == 8 * (8 + (7 + 2 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):
@@ -252,4 +261,4 @@ def test_ledger_counts_for_everybody(ledger: tuple[str, Ledger]):
     assert read_counts("nobody") == Counts()
     Ledger(name, 10).add(entries_read=5, entries_kept=2)
     scheduler.add(requests_compressed=1, blocks_given_back=7)
-    assert read_counts(name) == scheduler.counts == Counts(1, 7, 5, 2)
+    assert read_counts(name) == scheduler.counts == Counts(1, 7, 5, 2, 0, 0, 0)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from adakv.policy import Adaptive, Everything, FoldingScorer, Policy, Pyramid, WholePages, get
 
 Mode = Literal["fill", "exact"]
+When = Literal["always", "pressure"]
 
 #: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))
@@ -28,6 +29,12 @@ class Settings:
         Mean entries to keep per kv head of each prompt, the policy's window included.
     mode : "fill" or "exact"
         Whether each head also keeps what its last page has room for, or exactly its budget.
+    when : "always" or "pressure"
+        Whether each prompt is compressed when it has been read, or requests only when blocks run
+        short.
+    reserve : int
+        Tokens that every running request is left room for when another one is admitted, or as many
+        as it may still write.
 
     Raises
     ------
@@ -38,12 +45,20 @@ class Settings:
     policy: str = "ada_snapkv"
     budget: int = 1024
     mode: Mode = "fill"
+    when: When = "always"
+    reserve: int = 256
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"adakv: mode must be one of {get_args(Mode)}, got {self.mode!r}")
-        if not isinstance(self.budget, int) or isinstance(self.budget, bool):
-            raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
+        for name, choices in (("mode", get_args(Mode)), ("when", get_args(When))):
+            if getattr(self, name) not in choices:
+                given = getattr(self, name)
+                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}")
+        for name in ("budget", "reserve"):
+            given = getattr(self, name)
+            if not isinstance(given, int) or isinstance(given, bool):
+                raise ValueError(f"adakv: {name} must be an integer, got {given!r}")
+        if self.reserve < 0:
+            raise ValueError(f"adakv: reserve must be at least 0, got {self.reserve}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
         least = self.preset.window + self.preset.scorer.pinned

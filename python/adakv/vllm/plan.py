@@ -15,6 +15,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Order(NamedTuple):
+    """What the scheduler wants workers to do with a request.
+
+    Its first ``boundary`` tokens, its prompt, are cut down to ``budget`` entries per kv head at the
+    beginning of the step before which it has ``at`` tokens. Those behind its prompt stay.
+    """
+
+    at: int
+    boundary: int
+    budget: int | None = None  #: None: the engine's; 0: not now, but maybe later
+    protected: tuple[tuple[int, int], ...] = ()  #: spans of tokens that every head keeps
+
+
 class Plan(NamedTuple):
     """See the module."""
 
