@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Compression:
     boundary: int
     num_outputs: int  # tokens it had written when it began, or began again after a preemption
     lengths: torch.Tensor  # [L, Hkv], what its rows kept; 0: it stays whole
+    at: int | None = None  # tokens before the step that compressed it, if that isn't the boundary
 
 
 @dataclass
@@ -219,15 +220,21 @@ class Engine:
         for request in running:
             key, turn = request.request_id, (request.request_id, request.num_preemptions)
             num_outputs = turns.setdefault(turn, written[key])
-            boundary = self.manager.boundary(key)
-            if boundary is None or num_outputs < 0:
+            boundary, of_request = (
+                self.manager.boundary(key),
+                run.compressions[int(key.split("-")[0])],
+            )
+            if boundary is None:
                 continue
-            turns[turn] = -1
             first_block = self.manager.req_to_blocks[key][0].block_id
             is_cut = bool(self.cache.boundaries[first_block])
             lengths = self.cache.lengths[:, first_block] * is_cut
-            number = int(key.split("-")[0])
-            run.compressions[number].append(Compression(boundary, num_outputs, lengths))
+            if num_outputs >= 0:
+                turns[turn] = -1
+                of_request.append(Compression(boundary, num_outputs, lengths))
+            elif is_cut and not of_request[-1].lengths.any():
+                at = self.manager.compressed_at(key)
+                of_request[-1] = replace(of_request[-1], lengths=lengths, at=at)
 
 
 @contextlib.contextmanager

@@ -54,8 +54,10 @@ class Scheduler:
     This one has each prompt compressed as soon as it has ended.
     """
 
-    has_orders = True
-    """Whether there may be orders for requests whose prompt ended before the last step."""
+    @property
+    def has_orders(self) -> bool:
+        """Whether there may be any for requests whose prompt ended before the last step."""
+        return True
 
     def is_running(self, first_block: int) -> bool:
         """Whether the scheduler has a request with that first block; otherwise it is gone, or one

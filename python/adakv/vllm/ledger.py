@@ -95,7 +95,7 @@ class Ledger:
         """The scheduler wants something of the request with that first block."""
         spans = [place for span in order.protected for place in span]
         self._done[first_block] = -1
-        numbers = order.boundary, order.budget, len(spans), *spans
+        numbers = [order.boundary, order.budget or 0, len(spans), *spans]
         self._orders[first_block, 1 : 1 + len(numbers)] = numbers
         self._orders[first_block, 0] = order.at  # the last one: now it may be read
         if order.budget:

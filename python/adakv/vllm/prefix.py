@@ -52,7 +52,8 @@ class PrefixManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._requests: dict[str, Request] = {}  # that run
         # vLLM shows requests to managers that cache only.
-        self._caches, self.enable_caching = self.enable_caching, True
+        self._caches: bool = self.enable_caching
+        self.enable_caching = True
         self._to_copy: dict[str, list[int]] = {}  # places of a hit's blocks that others use
         self._step = _writing.setdefault(self.block_pool, _Writing())
 
