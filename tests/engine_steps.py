@@ -20,6 +20,7 @@ from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, Plan, plan
 from adakv.vllm.prompt_attention import FlashAttention
+from adakv.vllm.protect import Protected
 from adakv.vllm.steps import Step
 from policy.helpers import rotate
 from tolerance import assert_close
@@ -55,6 +56,8 @@ class Request:
     kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
     blocks: list[int] = field(default_factory=list)
     wait: int = 0  # tokens behind the prompt, before it is compressed
+    budget: int = BUDGET
+    protected: tuple[tuple[int, int], ...] = ()
     order: Order | None = None
     is_warm_up: bool = False  # no scheduler knows of it
     place: int = -1
@@ -225,21 +228,23 @@ class Steps:
                 hold = Order(request.boundary, request.boundary, 0)
                 self.told.orders[request.blocks[0]] = hold
             if request.order is None and request.computed >= request.boundary + request.wait:
-                request.order = Order(request.computed, request.boundary)
+                request.order = Order(
+                    request.computed, request.boundary, request.budget, request.protected
+                )
                 self.told.orders[request.blocks[0]] = request.order
-                if self.plan(request.boundary) is not None:
+                if self.plan(request.boundary, request.budget) is not None:
                     request.kept = self._kept(request)
 
-    def plan(self, boundary: int) -> Plan | None:
+    def plan(self, boundary: int, budget: int) -> Plan | None:
         """As the scheduler computes it."""
         heads = None if spans_layers(self.policy) else HEADS
-        return plan(boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=heads)
+        return plan(boundary, budget=budget, block_size=BLOCK, num_kv_heads=heads)
 
     def give_back(self) -> None:
         """Frees blocks of compressed requests, after the step that compressed them."""
         for request in self.requests:
             if request.kept:
-                first, end = self.plan(request.boundary)
+                first, end = self.plan(request.boundary, request.budget)
                 self.free += [block for block in request.blocks[first:end] if block]
                 request.blocks[first:end] = [0] * (end - first)
 
@@ -270,7 +275,10 @@ class Steps:
     def _kept(self, request: Request) -> list[list[Tensor]]:
         """What a reader of the whole prompt at once keeps."""
         n = request.boundary
-        reader = Reader(Budget(self.policy, BUDGET), LAYERS)
+        policy = self.policy
+        if request.protected:
+            policy = replace(policy, scorer=Protected(policy.scorer, request.protected))
+        reader = Reader(Budget(policy, request.budget), LAYERS)
         reader.begin([n], n)
         chosen: dict[int, list[Chosen]] = {}
         for layer in range(LAYERS):

@@ -169,11 +169,12 @@ class Engine:
         *,
         come: list[int] | None = None,
         leave: dict[int, int] | None = None,
+        wishes: dict[int, Any] | None = None,
     ) -> Run:
         """Runs requests to their ends, greedily.
 
         ``come``: the steps before which each is added; ``leave``: steps before which some are
-        aborted, by their numbers.
+        aborted, ``wishes``: what some ask of adakv, by their numbers.
         """
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         come, leave = come or [0] * len(prompts), leave or {}
@@ -183,7 +184,8 @@ class Engine:
         while len(names) < len(prompts) or self._engine.has_unfinished_requests():
             for number, step in enumerate(come):
                 if number not in names and step <= run.steps:
-                    names[number] = self._add(str(number), prompts[number], counts[number])
+                    wish = (wishes or {}).get(number)
+                    names[number] = self._add(str(number), prompts[number], counts[number], wish)
             gone = [name for number, name in names.items() if leave.get(number) == run.steps]
             self._engine.abort_request(gone, internal=True)
             written = {key: r.num_output_tokens for key, r in self.scheduler.requests.items()}
@@ -195,11 +197,17 @@ class Engine:
             self._note(run, written, turns)
         return run
 
-    def _add(self, name: str, prompt: list[int], count: int) -> str:
+    def _add(self, name: str, prompt: list[int], count: int, wish: Any) -> str:
         """Adds a request; the name that the engine gives it."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            max_tokens=count,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if wish is None else {"adakv": wish},
+        )
         return self._engine.add_request(name, {"prompt_token_ids": prompt}, params) or name
 
     def _note(self, run: Run, written: dict[str, int], turns: dict[tuple[str, int], int]) -> None:

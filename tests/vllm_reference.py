@@ -13,19 +13,31 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import adakv
+from adakv.policy import Policy
 from adakv.vllm.config import Settings
 from vllm_engine import BLOCK, Compression
 
 
-class Reference:
-    """A model under adakv's adapter."""
+def comparable(prompt: list[int], tokens: list[int], compressions: list[Compression]) -> list[int]:
+    """The tokens of which it is known with what they were written.
 
-    def __init__(self, folder: str, settings: Settings) -> None:
+    A request whose last step compressed it is gone when it is looked at.
+    """
+    last = compressions[-1]
+    may_be_cut = not last.lengths.any() and last.boundary < len(prompt) + len(tokens) - 1
+    return tokens[:-1] if may_be_cut else tokens
+
+
+class Reference:
+    """A model under adakv's adapter, with an engine's policy, or another one."""
+
+    def __init__(self, folder: str, settings: Settings, policy: Policy | None = None) -> None:
         # "eager", as transformers' faster attention functions leave capped logits uncapped.
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self._settings = settings
+        self._policy = policy or settings.policy_for(BLOCK)
+        self._budget = settings.budget
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
@@ -55,13 +67,9 @@ class Reference:
         first, rest = text.split([compression.boundary, text.shape[1] - compression.boundary], 1)
         if compression.at is not None:
             return self._read_late(text, compression)
-        policy = (
-            self._settings.policy_for(BLOCK)
-            if compression.lengths.any()
-            else adakv.policy.get("full")
-        )
+        policy = self._policy if compression.lengths.any() else adakv.policy.get("full")
         with adakv.attach(self._model):
-            cache = adakv.Cache(self._model, policy, budget=self._settings.budget)
+            cache = adakv.Cache(self._model, policy, budget=self._budget)
             logits = [self._model(first, past_key_values=cache).logits[0]]
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
@@ -75,8 +83,7 @@ class Reference:
         """Of a text whose first part is compressed when more of it has been read."""
         boundary, at = compression.boundary, compression.at
         with adakv.attach(self._model):
-            policy = self._settings.policy_for(BLOCK)
-            cache = adakv.Cache(self._model, policy, budget=self._settings.budget)
+            cache = adakv.Cache(self._model, self._policy, budget=self._budget)
             self._model(text[:, :boundary], past_key_values=cache)
             kept = [cache.kept(layer)[0] for layer in range(len(compression.lengths))]
         assert [[len(x) for x in rows] for rows in kept] == compression.lengths.tolist()

@@ -2,7 +2,8 @@
 
 Its kernels are Triton's, which has an interpreter for them, but no backend for the CPU: vLLM is
 told of one. Takes a folder with a model, and prompts, numbers of new tokens, whether the engine
-runs ahead, whether it caches prefixes, and when it compresses as JSON; writes what came of them as JSON.
+runs ahead, whether it caches prefixes, and when it compresses, as JSON; writes what came of them
+as JSON.
 """
 
 from __future__ import annotations

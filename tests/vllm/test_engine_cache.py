@@ -94,6 +94,36 @@ def test_engine_cache_compresses_requests_that_have_written(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "ada_snapkv",
+        "critical_ada_snapkv",
+        "h2o",
+        "streaming",
+        "layer_defensive",
+        "model_column_max",
+        "KeyDiff() * ModelWide(floor=0.3, safeguard='hard_floor') * TopScore()",
+    ],
+)
+def test_engine_cache_protects_spans(device: torch.device, name: str):
+    """In every head of every layer, within a budget of the request's own."""
+    budget, spans = 76, ((3, 20), (60, 75))
+    steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
+    for wait in (0, 2):
+        request = steps.add(200)
+        request.wait, request.budget, request.protected = wait, budget, spans
+    steps.add(150).budget = 40
+    for counts in ([120, 100, 150], [80, 100, 1], [1] * 3, [1] * 3, [1] * 3, [1] * 3):
+        run_step(steps, counts)
+    assert steps.told.num_late == 1 and len(steps.told.planned) == 3
+    protected = {place for begin, end in spans for place in range(begin, end)}
+    for request, entries in zip(steps.requests, (budget, budget, 40), strict=True):
+        rows = [row.tolist() for layer in request.kept for row in layer]
+        assert sum(map(len, rows)) == LAYERS * HEADS * entries
+        assert all(protected <= set(row) for row in rows) == (entries == budget)
+
+
+@pytest.mark.parametrize(
     ("name", "flash"),
     [("ada_snapkv", None), ("ada_snapkv", FLASH), ("model_column_max", FLASH)],
     ids=["ours", "flash", "wide-flash"],

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from adakv.vllm.config import Settings
 from adakv.vllm.ledger import path_of, remove_unused
 from adakv.vllm.plan import plan
 from vllm_engine import ENVIRONMENT, Compression, save_llama
-from vllm_reference import Reference
+from vllm_reference import Reference, comparable
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def counts_of(address: str) -> dict[str, int]:
 
 def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
     """A spawned engine behind HTTP, read by the OpenAI client."""
-    from openai import OpenAI
+    from openai import BadRequestError, OpenAI
 
     model = save_llama(tmp_path / "model")
     prompt = [i * 7 % 256 for i in range(400)]
@@ -102,6 +103,15 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
         )
         tokens = [t for part in stream for t in getattr(part.choices[0], "token_ids", None) or []]
         counts = counts_of(address)
+        answer = {"model": "llama", "prompt": prompt, "max_tokens": 5}
+        for wish, is_refused in (('{"budget": 65}', True), ('{"policy": "off"}', False)):
+            body = {"ignore_eos": True, "detokenize": False, "vllm_xargs": {"adakv": wish}}
+            if is_refused:
+                with pytest.raises(BadRequestError, match="at most the engine's 64, got 65"):
+                    client.completions.create(**answer, extra_body=body)
+            else:
+                client.completions.create(**answer, extra_body=body)
+        assert counts_of(address) == counts
     planned = plan(400, budget=64, block_size=32, num_kv_heads=2)
     assert len(tokens) == 20
     assert counts["requests_compressed"] == 1
@@ -182,10 +192,16 @@ def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, s
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
-@pytest.mark.parametrize("caches", [False, True])
-@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("runs_ahead", "caches", "when"),
+    [
+        *product([False, True], [False, True], ["always"]),
+        (True, False, "pressure"),
+        (True, True, "pressure"),
+    ],
+)
 def test_second_model_runner_writes_what_transformers_writes(
-    tmp_path: Path, environment: dict[str, str], runs_ahead: bool, caches: bool
+    tmp_path: Path, environment: dict[str, str], runs_ahead: bool, caches: bool, when: str
 ):
     """Also with a prefix cache, in which half of the prompts have the same beginning."""
     model, rng = save_llama(tmp_path / "model"), random.Random(3)
@@ -193,7 +209,7 @@ def test_second_model_runner_writes_what_transformers_writes(
     if caches:
         prompts[3:] = [prompts[0][:100] + prompt[:100] for prompt in prompts[3:]]
     counts = [rng.randint(40, 60) for _ in prompts]
-    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches))]
+    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches, when))]
     done = subprocess.run(
         [sys.executable, vllm_second_runner.__file__, *arguments],
         env=environment,
@@ -207,5 +223,6 @@ def test_second_model_runner_writes_what_transformers_writes(
     assert preemptions > 0 and any(cached) == caches
     reference = Reference(model, Settings(budget=64))
     for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
-        compressed = [Compression(b, n, torch.tensor(lengths)) for b, n, lengths in found]
-        assert reference.choices(prompt, tokens, compressed) == tokens
+        compressed = [Compression(b, n, torch.tensor(lengths), at) for b, n, lengths, at in found]
+        known = comparable(prompt, tokens, compressed)
+        assert reference.choices(prompt, known, compressed) == known

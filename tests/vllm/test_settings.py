@@ -17,7 +17,6 @@ from adakv.policy import LayerInputs, get
 from adakv.step import Attention
 from adakv.vllm.config import Settings, check_engine, check_version, why_not
 from adakv.vllm.ledger import (
-    MAX_SPANS,
     Counts,
     Ledger,
     path_of,
@@ -27,6 +26,7 @@ from adakv.vllm.ledger import (
 )
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, plan
+from adakv.vllm.requests import MAX_SPANS, Wishes
 from policy.helpers import rotate
 
 RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
@@ -176,6 +176,46 @@ def test_plan_gives_back_nothing_that_is_not_worth_it():
     assert plan(400, budget=64, block_size=16, num_kv_heads=2) == (5, 25)
 
 
+def test_requests_say_what_they_wish():
+    assert Wishes.of(None) == Wishes.of({"other": 1}) == Wishes()
+    wishes = Wishes.of({"adakv": {"budget": 512, "protect": [[7, 90], [80, 100]]}})
+    assert wishes.budget == 512 and wishes.spans == ((7, 100),)
+    sent = '{"protect_prefix": 20, "protect": [[50, 60], [20, 30]]}'
+    assert Wishes.of({"adakv": sent}).spans == ((0, 30), (50, 60))
+    assert Wishes.of({"adakv": {"policy": "off"}}).policy == "off"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "must be a dict of budget, policy, protect, protect_prefix, or one in JSON, got 5"),
+        ("{", r"or one in JSON, got '\{'"),
+        ({"ratio": 0.1}, "must be a dict of budget"),
+        ({"budget": "64"}, "budget must be an integer, got '64'"),
+        ({"policy": "h2o"}, "policy must be \"off\", got 'h2o'"),
+        ({"protect_prefix": -1}, "protect_prefix must be a number of tokens, got -1"),
+        ({"protect": [[5, 5]]}, r"protect must be a list of up to 16 pairs .* got \[\[5, 5\]\]"),
+        ({"protect": 7}, "protect must be a list .* got 7"),
+        ({"protect": [[2 * i, 2 * i + 1] for i in range(17)]}, "protect must be a list of up to"),
+        ({"budget": 129}, "budget must be at most the engine's 128, got 129"),
+        ({"budget": 31}, "budget must be at least 32 entries, for the policy's window, got 31"),
+        ({"budget": 64, "protect_prefix": 33}, "at least 65 entries, .* and the 33 protected"),
+        ({"protect": [[0, 97]]}, "at least 129 entries, .* and the 97 protected tokens, got 128"),
+    ],
+)
+def test_requests_say_what_is_wrong(given: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        Wishes.of({"adakv": given}).check(Settings(budget=128).limits)
+
+
+def test_requests_protect_nothing_in_layers_of_unequal_budgets():
+    limits = Settings("ada_pyramidkv", 128).limits
+    Wishes.of({"adakv": {"budget": 64}}).check(limits)
+    with pytest.raises(ValueError, match="protect must be empty: layers"):
+        Wishes.of({"adakv": {"protect_prefix": 5}}).check(limits)
+    Wishes.of({"adakv": {"protect_prefix": 5}}).check(Settings("model_column_max", 128).limits)
+
+
 @pytest.fixture
 def ledger() -> Any:
     name = f"test-{random.getrandbits(60)}"
@@ -220,7 +260,7 @@ def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
     assert worker.order(9, 400, 400) == Order(400, 400, 64)
-    assert path_of(name).stat().st_size == 8 * (8 + (7 + 2 * MAX_SPANS) * 10)
+    assert path_of(name).stat().st_size == 8 * (8 + (9 + 2 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):

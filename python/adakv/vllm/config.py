@@ -7,7 +7,17 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from adakv.policy import Adaptive, Everything, FoldingScorer, Policy, Pyramid, WholePages, get
+from adakv.policy import (
+    Adaptive,
+    Everything,
+    Flat,
+    FoldingScorer,
+    Policy,
+    Pyramid,
+    WholePages,
+    get,
+)
+from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
 When = Literal["always", "pressure"]
@@ -61,10 +71,9 @@ class Settings:
             raise ValueError(f"adakv: reserve must be at least 0, got {self.reserve}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
-        least = self.preset.window + self.preset.scorer.pinned
-        if self.budget < least:
+        if self.budget < self.limits.least:
             raise ValueError(
-                f"adakv: budget must be at least {least} entries per kv head (window "
+                f"adakv: budget must be at least {self.limits.least} entries per kv head (window "
                 f"{self.preset.window}, pinned {self.preset.scorer.pinned}), got {self.budget}"
             )
 
@@ -85,6 +94,13 @@ class Settings:
     def preset(self) -> Policy:
         """The policy of that name."""
         return get(self.policy)
+
+    @property
+    def limits(self) -> Limits:
+        """What single requests may ask for."""
+        scorer = self.preset.scorer
+        protects = self.preset.is_model_wide or isinstance(self.preset.allocator.layers, Flat)
+        return Limits(self.budget, scorer.window + scorer.pinned, protects)
 
     @property
     def window(self) -> int | None:

@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from adakv.step import Attention
+from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import EngineCache, Scheduler
 from adakv.vllm.ledger import Ledger, ledger_name
@@ -74,6 +75,7 @@ def current_settings() -> Settings | None:
     settings = None if config is None else Settings.of(config.additional_config)
     if config is None or settings is None:
         _engine = None
+        set_limits(None)
         return None
     check_engine(config)
     if settings.when == "pressure" and config.speculative_config is not None:
@@ -81,6 +83,7 @@ def current_settings() -> Settings | None:
     if config.cache_config.enable_prefix_caching and settings.window is None:
         _warn(f"prefix caching finds nothing: {settings.policy} hears all queries of a prompt")
     _engine = config, settings
+    set_limits(settings.limits)
     return settings
 
 
@@ -129,6 +132,8 @@ def customized(spec: Any) -> Any:
         reads_outputs_again=config.use_v2_model_runner,
         under_pressure=settings.when == "pressure",
         reserve=settings.reserve,
+        least=settings.limits.least,
+        protects=settings.limits.protects,
         window=settings.window,
         spans_layers=spans_layers(settings.preset),
     )

@@ -29,6 +29,7 @@ import numpy as np
 
 from adakv.errors import Error
 from adakv.vllm.plan import Order
+from adakv.vllm.requests import MAX_SPANS
 
 
 class Counts(NamedTuple):
@@ -43,11 +44,8 @@ class Counts(NamedTuple):
     prefix_tokens_found: int = 0
 
 
-#: Spans of tokens that a request may protect.
-MAX_SPANS = 16
-
 _PREFIX = "adakv-ledger-"
-_COLUMNS = len(Order._fields) + 2 * MAX_SPANS  # of an order, with the number of its spans
+_COLUMNS = len(Order._fields) + 2 * (MAX_SPANS + 1)  # of an order, with the number of its spans
 _ledgers: dict[str, Ledger] = {}
 
 

@@ -45,6 +45,7 @@ class PrefixManager(FullAttentionManager):
     the policy hears their queries; None: it hears all, and so nothing is found.
     """
 
+    enable_caching: bool
     #: First blocks of a request that are no other's.
     own_blocks: int
 
@@ -52,7 +53,7 @@ class PrefixManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._requests: dict[str, Request] = {}  # that run
         # vLLM shows requests to managers that cache only.
-        self._caches: bool = self.enable_caching
+        self._caches = self.enable_caching
         self.enable_caching = True
         self._to_copy: dict[str, list[int]] = {}  # places of a hit's blocks that others use
         self._step = _writing.setdefault(self.block_pool, _Writing())

@@ -11,10 +11,10 @@ the step that compresses has been processed: until then workers read the blocks.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -26,6 +26,9 @@ from vllm.v1.request import Request
 from adakv.vllm.ledger import Ledger, remove_at_exit, remove_unused
 from adakv.vllm.plan import Order, Plan, most_kept_blocks, plan
 from adakv.vllm.prefix import PrefixManager
+from adakv.vllm.requests import Limits, Wishes
+
+_logger = logging.getLogger("adakv")
 
 # vLLM registers its own specs only while there are none: before ours.
 register_all_kvcache_specs(None)
@@ -38,6 +41,7 @@ class Notes:
     prompt: int = 0
     admitted: int = 0  # tokens when it came, or came back
     boundary: int | None = None  # tokens when its prompt ended
+    wishes: Wishes = field(default_factory=Wishes)
     planned: Plan | None = None  # what then becomes of its blocks; None: it stays whole
     gain: float = 0.0  # blocks that are on their way back to the pool
     at: int | None = None  # tokens before the step that compresses it
@@ -61,12 +65,12 @@ class CompressedManager(PrefixManager):
         self._ledger = Ledger.open(name, self.block_pool.num_gpu_blocks)
         remove_at_exit(name)
 
-    def plan(self, boundary: int) -> Plan | None:
+    def plan(self, boundary: int, budget: int | None = None) -> Plan | None:
         """What a request with that boundary keeps; as the workers compute it."""
         spec = self.kv_cache_spec
         return plan(
             boundary,
-            budget=spec.budget,
+            budget=spec.budget if budget is None else budget,
             block_size=self.block_size,
             num_kv_heads=spec.rows_of_layer,
         )
@@ -142,7 +146,9 @@ class CompressedManager(PrefixManager):
             prompt = max(prompt, notes.admitted)
         is_new = notes.boundary is None and computed >= prompt
         if is_new:
-            notes.boundary, notes.planned = computed, self.plan(computed)
+            notes.boundary, notes.wishes = computed, self._wishes(request_id)
+            if notes.wishes.policy is None:
+                notes.planned = self.plan(computed, notes.wishes.budget)
             if not self.kv_cache_spec.under_pressure and notes.planned is not None:
                 self._ask_for(request_id, notes)
         if notes.planned is None or not (is_new or notes.is_asked) or notes.at is not None:
@@ -150,9 +156,22 @@ class CompressedManager(PrefixManager):
         assert notes.boundary is not None
         if notes.is_asked:
             notes.at = computed
-        budget = self.kv_cache_spec.budget if notes.is_asked else 0
-        first_block = self.req_to_blocks[request_id][0].block_id
-        self._ledger.give_order(first_block, Order(computed, notes.boundary, budget))
+        budget = (notes.wishes.budget or self.kv_cache_spec.budget) if notes.is_asked else 0
+        order = Order(computed, notes.boundary, budget, notes.wishes.spans)
+        self._ledger.give_order(self.req_to_blocks[request_id][0].block_id, order)
+
+    def _wishes(self, request_id: str) -> Wishes:
+        """What the request asks for. It stays whole if that can't be done, which the process that
+        took it should have said."""
+        params = self._requests[request_id].sampling_params
+        spec = self.kv_cache_spec
+        try:
+            wishes = Wishes.of(params and params.extra_args)
+            wishes.check(Limits(spec.budget, spec.least, spec.protects))
+        except ValueError as error:
+            _logger.warning("request %s is not compressed: %s", request_id, error)
+            return Wishes(policy="off")
+        return wishes
 
     def _ask_for(self, request_id: str, notes: Notes) -> None:
         """Has a request compressed in its next step."""
@@ -190,34 +209,27 @@ class CompressedManager(PrefixManager):
         Running requests need some before anything is given back, and later all of them some for
         what they write, when prompts have been compressed. Nothing, if nobody runs.
         """
+        free = self.block_pool.get_num_free_blocks()
         if not self._begun or needed >= self.block_pool.num_gpu_blocks:
             return 0
-        soon = self._to_come(self.block_size)
         reserve = self.kv_cache_spec.reserve
-        later = (
-            self._to_come(reserve)
-            + -(-reserve // self.block_size)
-            - self._given_back_at(num_tokens)
-        )
-        for request_id in self._begun:
-            notes = self._notes[request_id]
-            if notes.is_cut or (notes.boundary is not None and notes.planned is None):
-                continue
-            later -= (
-                notes.gain
-                if notes.is_asked
-                else self._given_back_at(notes.boundary or notes.prompt)
-            )
-        if (
-            self.kv_cache_spec.under_pressure
-            and needed + later <= self.block_pool.get_num_free_blocks()
-        ):
+        soon, later = self._to_come(self.block_size), self._to_come(reserve)
+        later += -(-reserve // self.block_size) - self._given_back(self.plan(num_tokens))
+        later -= sum(self._can_give_back(self._notes[request_id]) for request_id in self._begun)
+        if self.kv_cache_spec.under_pressure and needed + later <= free:
             self._ask(needed + soon - self._free_soon())
-        return max(soon, math.ceil(later))
+        return max(soon, later)
 
-    def _given_back_at(self, boundary: int) -> int:
-        """Blocks that a request gives back if it is compressed there."""
-        planned = self.plan(boundary)
+    def _can_give_back(self, notes: Notes) -> int:
+        """Blocks that a running request gives back, if it is still to be compressed."""
+        if notes.is_cut:
+            return 0
+        return self._given_back(
+            self.plan(notes.prompt) if notes.boundary is None else notes.planned
+        )
+
+    @staticmethod
+    def _given_back(planned: Plan | None) -> int:
         return 0 if planned is None else planned.tail - planned.kept_blocks
 
     def _to_come(self, num_tokens: int) -> int:
@@ -292,6 +304,8 @@ class CompressedSpec(FullAttentionSpec):
         Whether requests are compressed only when blocks run short.
     reserve : int
         Tokens that running requests are left room for when another one comes in.
+    least, protects
+        See :class:`adakv.vllm.requests.Limits`.
     """
 
     budget: int
@@ -301,6 +315,8 @@ class CompressedSpec(FullAttentionSpec):
     spans_layers: bool = False
     under_pressure: bool = False
     reserve: int = 0
+    least: int = 1
+    protects: bool = True
 
     @property
     def rows_of_layer(self) -> int | None:
