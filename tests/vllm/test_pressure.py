@@ -105,7 +105,7 @@ def test_random_requests_under_pressure(model: str, runs_ahead: bool):
     counts = [rng.choice([3, 5, 40, 240]) for _ in prompts]
     come = sorted(rng.randrange(60) for _ in prompts)
     leave = {number: come[number] + rng.randint(1, 12) for number in (3, 9, 17)}
-    settings = Settings(budget=64, when="pressure", reserve=0)
+    settings = Settings(budget=64, when="pressure")
     options = SMALL | {"enable_prefix_caching": True, "num_gpu_blocks_override": 27}
     with engine(model, settings, runs_ahead=runs_ahead, **options) as it:
         run = it.run(prompts, counts, come=come, leave=leave)

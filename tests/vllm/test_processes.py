@@ -111,7 +111,8 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
                     client.completions.create(**answer, extra_body=body)
             else:
                 client.completions.create(**answer, extra_body=body)
-        assert counts_of(address) == counts
+        found = 11 * 32  # of the same prompt, up to the policy's window
+        assert counts_of(address) == counts | {"prefix_tokens_found": found}
     planned = plan(400, budget=64, block_size=32, num_kv_heads=2)
     assert len(tokens) == 20
     assert counts["requests_compressed"] == 1
@@ -220,7 +221,8 @@ def test_second_model_runner_writes_what_transformers_writes(
     assert done.returncode == 0, done.stderr[-3000:]
     result = done.stdout.split(vllm_second_runner.MARK)[1]
     all_tokens, compressions, preemptions, cached = json.loads(result)
-    assert preemptions > 0 and any(cached) == caches
+    assert (preemptions > 0) == (when == "always") and any(cached) == caches
+    assert any(at for found in compressions for _, _, _, at in found) == (when == "pressure")
     reference = Reference(model, Settings(budget=64))
     for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
         compressed = [Compression(b, n, torch.tensor(lengths), at) for b, n, lengths, at in found]

@@ -65,15 +65,13 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, when, reserve, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
         ({"budget": 64.5}, "budget must be an integer, got 64.5"),
         ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),
         ({"when": "never"}, r"when must be one of \('always', 'pressure'\), got 'never'"),
-        ({"reserve": -1}, "reserve must be at least 0, got -1"),
-        ({"reserve": "all"}, "reserve must be an integer, got 'all'"),
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),

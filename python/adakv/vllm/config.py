@@ -42,9 +42,6 @@ class Settings:
     when : "always" or "pressure"
         Whether each prompt is compressed when it has been read, or requests only when blocks run
         short.
-    reserve : int
-        Tokens that every running request is left room for when another one is admitted, or as many
-        as it may still write.
 
     Raises
     ------
@@ -56,19 +53,14 @@ class Settings:
     budget: int = 1024
     mode: Mode = "fill"
     when: When = "always"
-    reserve: int = 256
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", get_args(Mode)), ("when", get_args(When))):
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
                 raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}")
-        for name in ("budget", "reserve"):
-            given = getattr(self, name)
-            if not isinstance(given, int) or isinstance(given, bool):
-                raise ValueError(f"adakv: {name} must be an integer, got {given!r}")
-        if self.reserve < 0:
-            raise ValueError(f"adakv: reserve must be at least 0, got {self.reserve}")
+        if not isinstance(self.budget, int) or isinstance(self.budget, bool):
+            raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
         if self.budget < self.limits.least:

@@ -131,7 +131,6 @@ def customized(spec: Any) -> Any:
         ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
         reads_outputs_again=config.use_v2_model_runner,
         under_pressure=settings.when == "pressure",
-        reserve=settings.reserve,
         least=settings.limits.least,
         protects=settings.limits.protects,
         window=settings.window,

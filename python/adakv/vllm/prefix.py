@@ -160,8 +160,7 @@ class PrefixManager(FullAttentionManager):
         cached = [b for b in self.req_to_blocks[request_id][:count] if b.block_hash is not None]
         find = pool.cached_block_hash_to_block.get_one_block
         only = [block for block in cached if find(block.block_hash) is block]
-        running = self._requests.values()
-        needed = sum(self.blocks_to_come(request, self.block_size) for request in running)
+        needed = sum(map(self.blocks_to_come, self._requests.values()))
         only = only[: max(0, pool.get_num_free_blocks() - needed)]
         copies = pool.get_new_blocks(len(only))
         for block, copied in zip(only, copies, strict=True):
@@ -188,12 +187,13 @@ class PrefixManager(FullAttentionManager):
     def _used_by_others(self, hit: Sequence[KVCacheBlock]) -> list[int]:
         return [place for place, block in enumerate(hit[: self.own_blocks]) if block.ref_cnt > 0]
 
-    def blocks_to_come(self, request: Request, num_tokens: int) -> int:
-        """That a running request needs for what is known of its text, and for so many tokens more,
-        or for as many as it may write."""
+    def blocks_to_come(self, request: Request) -> int:
+        """That a running request needs for what is known of its text, and a block to go on in, if
+        it may write so much."""
         held = len(self.req_to_blocks[request.request_id])
         most = max(request.num_tokens, request.num_prompt_tokens + request.max_tokens)
-        return max(0, -(-min(request.num_tokens + num_tokens, most) // self.block_size) - held)
+        num_tokens = min(request.num_tokens + self.block_size, most)
+        return max(0, -(-num_tokens // self.block_size) - held)
 
     def _copy(self, sources: Iterable[KVCacheBlock], copies: Sequence[KVCacheBlock]) -> None:
         """At the beginning of the step that is being scheduled; holds both ends until then.

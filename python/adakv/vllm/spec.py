@@ -55,6 +55,7 @@ class CompressedManager(PrefixManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._begun: set[str] = set()
+        self._is_queue = False  # a request could not come in
         self._notes: defaultdict[str, Notes] = defaultdict(Notes)
         spec = self.kv_cache_spec
         self.own_blocks = most_kept_blocks(
@@ -88,7 +89,7 @@ class CompressedManager(PrefixManager):
         super().new_step_starts()
         if not self.kv_cache_spec.under_pressure:
             return
-        if asked := self._ask(self._to_come(self.block_size) - self._free_soon()):
+        if asked := self._ask(self._to_come() - self._free_soon()):
             self._ledger.add(preemptions_avoided=asked)
 
     def remove_skipped_blocks(
@@ -137,7 +138,7 @@ class CompressedManager(PrefixManager):
         needed: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
-        return needed + self._reserved(num_tokens, needed) if is_coming else needed
+        return needed + self._reserved(needed) if is_coming else needed
 
     def _give_order(self, request_id: str, notes: Notes, computed: int) -> None:
         """What workers have to know of a request in its next step."""
@@ -181,15 +182,13 @@ class CompressedManager(PrefixManager):
 
     def _ask(self, short: float) -> int:
         """Has the longest prompts compressed, until so many blocks come back; how many."""
-        whole = (
-            [
-                (notes.planned.tail, request_id)
-                for request_id, notes in self._notes.items()
-                if notes.planned is not None and not notes.is_asked
-            ]
-            if short > 0
-            else []
-        )
+        if short <= 0:
+            return 0
+        whole = [
+            (notes.planned.tail, request_id)
+            for request_id, notes in self._notes.items()
+            if notes.planned is not None and not notes.is_asked
+        ]
         for count, (_, request_id) in enumerate(sorted(whole, reverse=True)):
             if short <= 0:
                 return count
@@ -203,38 +202,26 @@ class CompressedManager(PrefixManager):
         coming = sum(notes.gain for notes in self._notes.values())
         return self.block_pool.get_num_free_blocks() + coming
 
-    def _reserved(self, num_tokens: int, needed: int) -> int:
-        """How many blocks have to stay free if a request of so many tokens comes in now.
+    def _reserved(self, needed: int) -> int:
+        """How many blocks have to stay free if a request that needs some comes in now: those that
+        running ones need before anything can be given back, if there are any.
 
-        Running requests need some before anything is given back, and later all of them some for
-        what they write, when prompts have been compressed. Nothing, if nobody runs.
+        Under pressure, has others compressed for it, and, as requests seem to queue, for one more.
         """
-        free = self.block_pool.get_num_free_blocks()
         if not self._begun or needed >= self.block_pool.num_gpu_blocks:
             return 0
-        reserve = self.kv_cache_spec.reserve
-        soon, later = self._to_come(self.block_size), self._to_come(reserve)
-        later += -(-reserve // self.block_size) - self._given_back(self.plan(num_tokens))
-        later -= sum(self._can_give_back(self._notes[request_id]) for request_id in self._begun)
-        if self.kv_cache_spec.under_pressure and needed + later <= free:
-            self._ask(needed + soon - self._free_soon())
-        return max(soon, later)
+        reserved = self._to_come()
+        if self.kv_cache_spec.under_pressure:
+            fits = needed + reserved <= self.block_pool.get_num_free_blocks()
+            if not fits or self._is_queue:
+                self._ask((1 + fits) * needed + reserved - self._free_soon())
+            self._is_queue = not fits
+        return reserved
 
-    def _can_give_back(self, notes: Notes) -> int:
-        """Blocks that a running request gives back, if it is still to be compressed."""
-        if notes.is_cut:
-            return 0
-        return self._given_back(
-            self.plan(notes.prompt) if notes.boundary is None else notes.planned
-        )
-
-    @staticmethod
-    def _given_back(planned: Plan | None) -> int:
-        return 0 if planned is None else planned.tail - planned.kept_blocks
-
-    def _to_come(self, num_tokens: int) -> int:
-        """Blocks that running requests need to write so many tokens more each, or to their ends."""
-        return sum(self.blocks_to_come(r, num_tokens) for r in self._requests.values())
+    def _to_come(self) -> int:
+        """Blocks that running requests need for what is known of their text, and one each to go on
+        in, which is as much as they write until something is given back."""
+        return sum(map(self.blocks_to_come, self._requests.values()))
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
@@ -302,8 +289,6 @@ class CompressedSpec(FullAttentionSpec):
         Whether layers keep unequally much: :func:`adakv.vllm.pages.spans_layers`.
     under_pressure : bool
         Whether requests are compressed only when blocks run short.
-    reserve : int
-        Tokens that running requests are left room for when another one comes in.
     least, protects
         See :class:`adakv.vllm.requests.Limits`.
     """
@@ -314,7 +299,6 @@ class CompressedSpec(FullAttentionSpec):
     window: int | None = None
     spans_layers: bool = False
     under_pressure: bool = False
-    reserve: int = 0
     least: int = 1
     protects: bool = True
 
