@@ -19,7 +19,7 @@ from adakv.vllm.engine_cache import EngineCache
 
 BLOCK = 32
 #: A pool in which requests of up to 640 tokens are preempted.
-SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
+SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 22}
 
 #: For one engine in a process, beside others on the machine.
 ENVIRONMENT = {

@@ -266,3 +266,78 @@ def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, 
     with pytest.raises(adakv.Error, match="compressed at 400 tokens, but a worker did so at 399"):
         sim.manager.allocate_slots(long, 1)
     assert sim.manager.block_pool.get_num_free_blocks() == before
+
+
+def new_request(name: str, length: int, **wishes: Any) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=[0] * length,
+        sampling_params=SamplingParams(max_tokens=100, extra_args={"adakv": wishes}),
+        pooling_params=None,
+    )
+
+
+def run_step(sim: Simulation, requests: list[Request]) -> list[str]:
+    """All of these read their prompts or write a token; which of them workers compressed."""
+    sim.manager.new_step_starts()
+    counts = [max(1, r.num_tokens - r.num_computed_tokens) for r in requests]
+    for request, count in zip(requests, counts, strict=True):
+        assert sim.manager.allocate_slots(request, count, full_sequence_must_fit=count > 1)
+    compressed = []
+    for request, count in zip(requests, counts, strict=True):
+        first_block = sim.blocks_of[request.request_id][0].block_id
+        boundary, computed = request.num_prompt_tokens, request.num_computed_tokens
+        order = sim.ledger.order(first_block, boundary, computed)
+        if order is not None and order.budget and order.at == computed:
+            sim.ledger.done(first_block, boundary)
+            compressed.append(request.request_id)
+        request.num_computed_tokens += count
+        request.append_output_token_ids([0])
+    return compressed
+
+
+def simulation(ledger: Ledger, name: str, **numbers: Any) -> Simulation:
+    manager = block_manager(f"test-{name}", NUM_BLOCKS, reads_outputs_again=True, **numbers)
+    return Simulation(ledger, manager, 1, 0, True, random.Random(0))
+
+
+def test_scheduler_has_the_longest_compressed_when_a_request_waits(ledger: Ledger, request):
+    sim = simulation(ledger, request.node.name, under_pressure=True)
+    requests = [new_request(f"{n}", n) for n in (400, 600, 300)]
+    assert run_step(sim, requests) == run_step(sim, requests) == []
+    late = new_request("late", 560)
+    assert sim.manager.allocate_slots(late, 560, full_sequence_must_fit=True) is None
+    assert run_step(sim, requests) == ["600"]
+    assert sim.manager.allocate_slots(late, 560, full_sequence_must_fit=True) is None
+    assert run_step(sim, requests) == []
+    free = sim.manager.block_pool.get_num_free_blocks()
+    assert run_step(sim, [*requests, late]) == []
+    assert sim.manager.block_pool.get_num_free_blocks() == free - 35
+    assert ledger.counts.compressed_under_pressure == 1
+    assert ledger.counts.preemptions_avoided == 0
+
+
+def test_scheduler_has_requests_compressed_before_running_ones_are_short(ledger: Ledger, request):
+    sim = simulation(ledger, request.node.name, under_pressure=True)
+    requests = [new_request("off", 640, policy="off"), new_request("on", 600, budget=32)]
+    requests.append(new_request("wrong", 500, budget=BUDGET + 1))
+    while not ledger.counts.compressed_under_pressure:
+        run_step(sim, requests)
+    assert sim.manager.block_pool.get_num_free_blocks() > 1
+    assert ledger.counts.preemptions_avoided == 1
+    given_back = plan(600, budget=32, block_size=BLOCK, num_kv_heads=HEADS)
+    assert ledger.counts.blocks_given_back == given_back.tail - given_back.kept_blocks
+
+
+@pytest.mark.parametrize("under_pressure", [False, True])
+def test_request_comes_in_only_beside_what_running_ones_still_read(
+    ledger: Ledger, request: pytest.FixtureRequest, under_pressure: bool
+):
+    name = request.node.name.replace("/", "-")
+    sim = simulation(ledger, name, under_pressure=under_pressure)
+    first, second = new_request("first", 1600), new_request("second", 320)
+    assert sim.manager.allocate_slots(first, 100, full_sequence_must_fit=True)
+    first.num_computed_tokens = 100
+    assert sim.manager.allocate_slots(second, 100, full_sequence_must_fit=True) is None
+    short = new_request("short", 200)
+    assert sim.manager.allocate_slots(short, 100, full_sequence_must_fit=True)
