@@ -14,6 +14,7 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
+from adakv.vllm.plan import Order
 from engine_steps import (
     BLOCK,
     BUDGET,
@@ -91,6 +92,21 @@ def test_engine_cache_compresses_requests_that_have_written(
     steps = Steps(chosen, device, torch.float32, has_places=has_places)
     run_random_steps(steps, 45, waits=True)
     assert len(steps.told.entries) > 2 and steps.told.num_late > 2
+
+
+def test_engine_cache_waits_for_the_step_that_an_order_names(device: torch.device):
+    """Where the scheduler is a step ahead: the order is there, and the step is not."""
+    steps = Steps(policy("fill"), device, torch.float32)
+    request = steps.add(150)
+    run_step(steps, [150])
+    request.wait = 1
+    steps.end_prompts()
+    steps.told.orders[request.blocks[0]] = Order(151, 150)
+    run_step(steps, [1])
+    assert not steps.told.planned and len(steps.cache.prompts) == 1
+    run_step(steps, [1])
+    assert steps.told.planned == [(request.blocks[0], 150)] and not steps.cache.prompts
+    run_step(steps, [1])
 
 
 @pytest.mark.parametrize(

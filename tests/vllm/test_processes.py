@@ -15,6 +15,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -28,7 +30,7 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 import vllm_second_runner
 from adakv.vllm.config import Settings
-from adakv.vllm.ledger import path_of, remove_unused
+from adakv.vllm.ledger import Counts, path_of, remove_unused
 from adakv.vllm.plan import plan
 from vllm_engine import ENVIRONMENT, Compression, save_llama
 from vllm_reference import Reference, comparable
@@ -48,7 +50,13 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(model: str, environment: dict[str, str], log: Path) -> Iterator[Server]:
+def server(
+    model: str,
+    environment: dict[str, str],
+    log: Path,
+    *options: str,
+    settings: Settings = Settings(budget=64),  # noqa: B008
+) -> Iterator[Server]:
     """A server with compression, until then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +65,8 @@ def server(model: str, environment: dict[str, str], log: Path) -> Iterator[Serve
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "llama"]
     command += ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32"]
     command += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "8"]
-    command += ["--additional-config", json.dumps({"adakv": {"budget": 64}})]
+    command += ["--additional-config", json.dumps({"adakv": asdict(settings)})]
+    command += options
     environment = environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -115,10 +124,40 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
         assert counts_of(address) == counts | {"prefix_tokens_found": found}
     planned = plan(400, budget=64, block_size=32, num_kv_heads=2)
     assert len(tokens) == 20
+    assert set(counts) == set(Counts._fields)
     assert counts["requests_compressed"] == 1
     assert counts["blocks_given_back"] == planned.tail - planned.kept_blocks
     assert counts["entries_read"] == 3 * 2 * 400
     assert 3 * 2 * 64 <= counts["entries_kept"] <= 3 * 2 * (64 + 31)
+
+
+def test_server_compresses_under_pressure(tmp_path: Path, environment: dict[str, str]):
+    """Eight clients at once in a pool for three whole requests, before that one alone."""
+    from openai import OpenAI
+
+    model, rng = save_llama(tmp_path / "model"), random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(400)] for _ in range(8)]
+    pool, settings = ("--num-gpu-blocks-override", "46"), Settings(budget=64, when="pressure")
+    with server(model, environment, tmp_path / "log", *pool, settings=settings) as (address, _):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+
+        def ask(prompt: list[int]) -> int:
+            body = {"ignore_eos": True, "detokenize": False}
+            answer = client.completions.create(
+                model="llama", prompt=prompt, max_tokens=60, extra_body=body
+            )
+            return answer.usage.completion_tokens
+
+        assert ask(prompts[0]) == 60
+        assert counts_of(address)["requests_compressed"] == 0
+        with ThreadPoolExecutor(8) as clients:
+            assert list(clients.map(ask, prompts)) == [60] * 8
+        counts = counts_of(address)
+        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    (preemptions,) = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", metrics, re.MULTILINE)
+    assert float(preemptions) == 0
+    assert counts["compressed_under_pressure"] == counts["requests_compressed"] >= 3
+    assert counts["preemptions_avoided"] <= counts["requests_compressed"]
 
 
 def engine_of(process: subprocess.Popen[bytes]) -> psutil.Process:
