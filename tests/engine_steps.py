@@ -15,10 +15,10 @@ from torch import Tensor
 from adakv.policy import Budget, LayerInputs, Policy
 from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
-from adakv.vllm.engine_cache import EngineCache, Scheduler
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Order, Plan, plan
+from adakv.vllm.plan import Order, Plan, Scheduler, plan
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.protect import Protected
 from adakv.vllm.steps import Step

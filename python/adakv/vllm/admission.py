@@ -13,9 +13,16 @@ from typing import Any
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunners
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SecondRunners
 
 from adakv.vllm.requests import Limits, Wishes
+
+SecondRunners: Any
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+    SecondRunners = LogitsProcessor
+except ImportError:  # a version without that runner, whose engines load this, too
+    SecondRunners = object
 
 #: Of this process's engine, as far as it is known here.
 _limits: Limits | None = None

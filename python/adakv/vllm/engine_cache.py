@@ -35,7 +35,7 @@ from adakv.reading import Part, Reader
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import OwnPages, SharedPages, kept_of_all, spans_layers
-from adakv.vllm.plan import Order
+from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
@@ -46,35 +46,6 @@ from adakv.vllm.prompts import (
     read_by_torch,
 )
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
-
-
-class Scheduler:
-    """What the engine's scheduler wants, and is told; see :class:`adakv.vllm.ledger.Ledger`.
-
-    This one has each prompt compressed as soon as it has ended.
-    """
-
-    @property
-    def has_orders(self) -> bool:
-        """Whether there may be any for requests whose prompt ended before the last step."""
-        return True
-
-    def is_running(self, first_block: int) -> bool:
-        """Whether the scheduler has a request with that first block; otherwise it is gone, or one
-        that only warms the engine up."""
-        return True
-
-    def order(self, first_block: int, boundary: int, computed: int) -> Order | None:
-        """What to do with the request whose prompt of ``boundary`` tokens has ended, which has
-        ``computed`` tokens before this step; None: it stays whole. Raises if the scheduler knows of
-        another boundary."""
-        return Order(computed, boundary)
-
-    def done(self, first_block: int, boundary: int) -> None:
-        """All layers have been dealt with."""
-
-    def compressed(self, entries_read: int, entries_kept: int) -> None:
-        """Entries of all layers and heads, before and after."""
 
 
 class EngineCache:

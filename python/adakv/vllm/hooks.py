@@ -30,9 +30,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from adakv.step import Attention
 from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
-from adakv.vllm.engine_cache import EngineCache, Scheduler
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
 from adakv.vllm.pages import spans_layers
+from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
