@@ -15,11 +15,12 @@ from torch import Tensor
 from adakv.policy import Budget, LayerInputs, Policy
 from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
-from adakv.vllm.engine_cache import Boundaries, EngineCache
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Plan, plan
+from adakv.vllm.plan import Order, Plan, Scheduler, plan
 from adakv.vllm.prompt_attention import FlashAttention
+from adakv.vllm.protect import Protected
 from adakv.vllm.steps import Step
 from policy.helpers import rotate
 from tolerance import assert_close
@@ -54,26 +55,36 @@ class Request:
     boundary: int = 0
     kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
     blocks: list[int] = field(default_factory=list)
+    wait: int = 0  # tokens behind the prompt, before it is compressed
+    budget: int = BUDGET
+    protected: tuple[tuple[int, int], ...] = ()
+    order: Order | None = None
     is_warm_up: bool = False  # no scheduler knows of it
     place: int = -1
 
 
-class Told(Boundaries):
+class Told(Scheduler):
     """What a cache tells."""
 
     def __init__(self) -> None:
         self.planned: list[tuple[int, int]] = []
         self.entries: list[tuple[int, int]] = []
         self.running: set[int] = set()
+        self.orders: dict[int, Order] = {}
+        self.num_late = 0  # requests that had written something when they were compressed
         self.refuses = False  # what the cache plans
 
     def is_running(self, first_block: int) -> bool:
         return first_block in self.running
 
-    def check_planned(self, first_block: int, boundary: int) -> None:
+    def order(self, first_block: int, boundary: int, computed: int) -> Order | None:
         if self.refuses:
             raise RuntimeError("planned otherwise")
-        self.planned.append((first_block, boundary))
+        order = self.orders.get(first_block, Order(computed, boundary))
+        if order.at == computed and order.budget != 0:
+            self.planned.append((first_block, boundary))
+            self.num_late += computed > boundary
+        return order
 
     def compressed(self, entries_read: int, entries_kept: int) -> None:
         self.entries.append((entries_read, entries_kept))
@@ -109,7 +120,7 @@ class Steps:
             num_kv_heads=HEADS,
             attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
             w_o=self._output_weight,
-            boundaries=self.told,
+            scheduler=self.told,
             flash=flash,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
@@ -142,6 +153,7 @@ class Steps:
         """It has to start again."""
         self._free(request)
         request.blocks, request.computed, request.boundary, request.kept = [], 0, 0, []
+        request.order = None
         request.place = -1
 
     def _free(self, request: Request) -> None:
@@ -207,24 +219,32 @@ class Steps:
         ]
 
     def end_prompts(self) -> None:
-        """Chooses what requests keep whose prompt ended before this step."""
+        """Chooses what requests keep whose prompt ended before this step, or some tokens ago."""
         for request in self.requests:
-            if request.computed < request.prompt or request.boundary or request.is_warm_up:
+            if request.computed < request.prompt or request.is_warm_up:
                 continue
-            request.boundary = request.computed
-            if self.plan(request.computed) is not None:
-                request.kept = self._kept(request)
+            if not request.boundary:
+                request.boundary = request.computed
+                hold = Order(request.boundary, request.boundary, 0)
+                self.told.orders[request.blocks[0]] = hold
+            if request.order is None and request.computed >= request.boundary + request.wait:
+                request.order = Order(
+                    request.computed, request.boundary, request.budget, request.protected
+                )
+                self.told.orders[request.blocks[0]] = request.order
+                if self.plan(request.boundary, request.budget) is not None:
+                    request.kept = self._kept(request)
 
-    def plan(self, boundary: int) -> Plan | None:
+    def plan(self, boundary: int, budget: int) -> Plan | None:
         """As the scheduler computes it."""
         heads = None if spans_layers(self.policy) else HEADS
-        return plan(boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=heads)
+        return plan(boundary, budget=budget, block_size=BLOCK, num_kv_heads=heads)
 
     def give_back(self) -> None:
         """Frees blocks of compressed requests, after the step that compressed them."""
         for request in self.requests:
             if request.kept:
-                first, end = self.plan(request.boundary)
+                first, end = self.plan(request.boundary, request.budget)
                 self.free += [block for block in request.blocks[first:end] if block]
                 request.blocks[first:end] = [0] * (end - first)
 
@@ -255,7 +275,10 @@ class Steps:
     def _kept(self, request: Request) -> list[list[Tensor]]:
         """What a reader of the whole prompt at once keeps."""
         n = request.boundary
-        reader = Reader(Budget(self.policy, BUDGET), LAYERS)
+        policy = self.policy
+        if request.protected:
+            policy = replace(policy, scorer=Protected(policy.scorer, request.protected))
+        reader = Reader(Budget(policy, request.budget), LAYERS)
         reader.begin([n], n)
         chosen: dict[int, list[Chosen]] = {}
         for layer in range(LAYERS):

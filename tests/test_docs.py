@@ -69,7 +69,8 @@ def test_docs_name_every_verb():
 NEEDS = {
     "lm_eval": ("eval.lm",),
     "vllm.v1": tuple(
-        f"vllm.{x}" for x in ("spec", "prefix", "hooks", "metrics", "backend_cpu", "backend_cuda")
+        f"vllm.{x}"
+        for x in ("spec", "prefix", "hooks", "admission", "metrics", "backend_cpu", "backend_cuda")
     ),
 }
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from adakv.vllm.engine_cache import EngineCache
 
 BLOCK = 32
 #: A pool in which requests of up to 640 tokens are preempted.
-SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 30}
+SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 22}
 
 #: For one engine in a process, beside others on the machine.
 ENVIRONMENT = {
@@ -79,6 +79,7 @@ class Compression:
     boundary: int
     num_outputs: int  # tokens it had written when it began, or began again after a preemption
     lengths: torch.Tensor  # [L, Hkv], what its rows kept; 0: it stays whole
+    at: int | None = None  # tokens before the step that compressed it, if that isn't the boundary
 
 
 @dataclass
@@ -120,11 +121,7 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         adakv.vllm.register()  # as vLLM does, where adakv is installed
-        given = settings and {
-            "policy": settings.policy,
-            "budget": settings.budget,
-            "mode": settings.mode,
-        }
+        given = settings and asdict(settings)
         options = {
             "enforce_eager": True,
             "max_model_len": 2048,
@@ -172,11 +169,12 @@ class Engine:
         *,
         come: list[int] | None = None,
         leave: dict[int, int] | None = None,
+        wishes: dict[int, Any] | None = None,
     ) -> Run:
         """Runs requests to their ends, greedily.
 
         ``come``: the steps before which each is added; ``leave``: steps before which some are
-        aborted, by their numbers.
+        aborted, ``wishes``: what some ask of adakv, by their numbers.
         """
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         come, leave = come or [0] * len(prompts), leave or {}
@@ -186,7 +184,8 @@ class Engine:
         while len(names) < len(prompts) or self._engine.has_unfinished_requests():
             for number, step in enumerate(come):
                 if number not in names and step <= run.steps:
-                    names[number] = self._add(str(number), prompts[number], counts[number])
+                    wish = (wishes or {}).get(number)
+                    names[number] = self._add(str(number), prompts[number], counts[number], wish)
             gone = [name for number, name in names.items() if leave.get(number) == run.steps]
             self._engine.abort_request(gone, internal=True)
             written = {key: r.num_output_tokens for key, r in self.scheduler.requests.items()}
@@ -198,11 +197,17 @@ class Engine:
             self._note(run, written, turns)
         return run
 
-    def _add(self, name: str, prompt: list[int], count: int) -> str:
+    def _add(self, name: str, prompt: list[int], count: int, wish: Any) -> str:
         """Adds a request; the name that the engine gives it."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            max_tokens=count,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if wish is None else {"adakv": wish},
+        )
         return self._engine.add_request(name, {"prompt_token_ids": prompt}, params) or name
 
     def _note(self, run: Run, written: dict[str, int], turns: dict[tuple[str, int], int]) -> None:
@@ -223,15 +228,21 @@ class Engine:
         for request in running:
             key, turn = request.request_id, (request.request_id, request.num_preemptions)
             num_outputs = turns.setdefault(turn, written[key])
-            boundary = self.manager.boundary(key)
-            if boundary is None or num_outputs < 0:
+            boundary, of_request = (
+                self.manager.boundary(key),
+                run.compressions[int(key.split("-")[0])],
+            )
+            if boundary is None:
                 continue
-            turns[turn] = -1
             first_block = self.manager.req_to_blocks[key][0].block_id
             is_cut = bool(self.cache.boundaries[first_block])
             lengths = self.cache.lengths[:, first_block] * is_cut
-            number = int(key.split("-")[0])
-            run.compressions[number].append(Compression(boundary, num_outputs, lengths))
+            if num_outputs >= 0:
+                turns[turn] = -1
+                of_request.append(Compression(boundary, num_outputs, lengths))
+            elif is_cut and not of_request[-1].lengths.any():
+                at = self.manager.compressed_at(key)
+                of_request[-1] = replace(of_request[-1], lengths=lengths, at=at)
 
 
 @contextlib.contextmanager

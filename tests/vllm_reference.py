@@ -6,23 +6,38 @@ is compared with what the engine wrote there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import adakv
+from adakv.policy import Policy
 from adakv.vllm.config import Settings
 from vllm_engine import BLOCK, Compression
 
 
-class Reference:
-    """A model under adakv's adapter."""
+def comparable(prompt: list[int], tokens: list[int], compressions: list[Compression]) -> list[int]:
+    """The tokens of which it is known with what they were written.
 
-    def __init__(self, folder: str, settings: Settings) -> None:
+    A request whose last step compressed it is gone when it is looked at.
+    """
+    last = compressions[-1]
+    may_be_cut = not last.lengths.any() and last.boundary < len(prompt) + len(tokens) - 1
+    return tokens[:-1] if may_be_cut else tokens
+
+
+class Reference:
+    """A model under adakv's adapter, with an engine's policy, or another one."""
+
+    def __init__(self, folder: str, settings: Settings, policy: Policy | None = None) -> None:
         # "eager", as transformers' faster attention functions leave capped logits uncapped.
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self._settings = settings
+        self._policy = policy or settings.policy_for(BLOCK)
+        self._budget = settings.budget
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
@@ -50,13 +65,11 @@ class Reference:
     def _read(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
         """Logits at all positions of a text that is compressed after its first part."""
         first, rest = text.split([compression.boundary, text.shape[1] - compression.boundary], 1)
-        policy = (
-            self._settings.policy_for(BLOCK)
-            if compression.lengths.any()
-            else adakv.policy.get("full")
-        )
+        if compression.at is not None:
+            return self._read_late(text, compression)
+        policy = self._policy if compression.lengths.any() else adakv.policy.get("full")
         with adakv.attach(self._model):
-            cache = adakv.Cache(self._model, policy, budget=self._settings.budget)
+            cache = adakv.Cache(self._model, policy, budget=self._budget)
             logits = [self._model(first, past_key_values=cache).logits[0]]
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
@@ -65,3 +78,32 @@ class Reference:
             if rest.shape[1]:
                 logits.append(self._model(rest, past_key_values=cache).logits[0])
         return torch.cat(logits)
+
+    def _read_late(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
+        """Of a text whose first part is compressed when more of it has been read."""
+        boundary, at = compression.boundary, compression.at
+        with adakv.attach(self._model):
+            cache = adakv.Cache(self._model, self._policy, budget=self._budget)
+            self._model(text[:, :boundary], past_key_values=cache)
+            kept = [cache.kept(layer)[0] for layer in range(len(compression.lengths))]
+        assert [[len(x) for x in rows] for rows in kept] == compression.lengths.tolist()
+
+        def attend(
+            module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+        ):
+            length, groups = q.shape[2], q.shape[1] // k.shape[1]
+            seen = torch.ones(k.shape[1], length, length, dtype=torch.bool).tril()
+            for row, positions in zip(seen, kept[module.layer_idx], strict=True):
+                is_kept = torch.zeros(boundary, dtype=torch.bool)
+                is_kept[positions.long()] = True
+                row[at:, :boundary] &= is_kept
+            mask = seen.repeat_interleave(groups, 0)
+            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            return out.transpose(1, 2), None
+
+        AttentionInterface.register("late", attend)
+        self._model.set_attn_implementation("late")
+        try:
+            return self._model(text, use_cache=False).logits[0]
+        finally:
+            self._model.set_attn_implementation("eager")

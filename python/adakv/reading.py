@@ -103,6 +103,13 @@ class Reader:
         self._num_finished = 0
         self._totals: list[list[int]] = []
 
+    def change(self, budget: Budget) -> None:
+        """Has another budget from now on. Its policy's scorer must remember of parts what that of
+        the first one does."""
+        self.policy, self._budget = budget.policy, budget
+        if self._folding is not None and isinstance(budget.policy.scorer, FoldingScorer):
+            self._folding = budget.policy.scorer
+
     @property
     def is_begun(self) -> bool:
         """Whether a part has come."""

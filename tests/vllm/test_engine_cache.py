@@ -14,6 +14,7 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
+from adakv.vllm.plan import Order
 from engine_steps import (
     BLOCK,
     BUDGET,
@@ -50,20 +51,21 @@ def policy(mode: str) -> Policy:
     return Settings(budget=BUDGET, mode=mode).policy_for(BLOCK)
 
 
-def run_random_steps(steps: Steps, number_of_steps: int) -> None:
+def run_random_steps(steps: Steps, number_of_steps: int, *, waits: bool = False) -> None:
     """Chunks, drafts that are taken back, requests that come and go or have to start again, blocks
-    that are used again."""
+    that are used again. ``waits``: requests are compressed when they have written something."""
     rng = random.Random(0)
     for number in range(number_of_steps):
         while len(steps.requests) < 4:
-            steps.add(rng.choice([5, BUDGET, 100, 140, 161, 250]))
+            request = steps.add(rng.choice([5, BUDGET, 100, 140, 161, 250]))
+            request.wait = rng.choice([0, 1, 3, 6]) if waits else 0
         counts = []
         for request in steps.requests:
             left = request.prompt - request.computed
             counts.append(min(left, rng.randint(1, 90)) if left > 0 else rng.choice([1, 1, 3]))
         run_step(steps, counts)
         for request, count in zip(steps.requests, counts, strict=True):
-            if count == 3 and request.boundary and request.computed - 2 > request.boundary:
+            if count == 3 and request.order and request.computed - 2 > request.order.at:
                 request.computed -= 2
         if number % 7 == 6:
             steps.remove(rng.choice(steps.requests))
@@ -77,6 +79,64 @@ def test_engine_cache_attends_to_what_it_kept(device: torch.device, mode: str, d
     steps = Steps(policy(mode), device, dtype)
     run_random_steps(steps, 45)
     assert len(steps.told.planned) > 8 and len(steps.told.entries) > 4
+
+
+@pytest.mark.parametrize("has_places", [False, True])
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+@pytest.mark.parametrize("name", ["ada_snapkv", "ada_column_max", "model_column_max"])
+def test_engine_cache_compresses_requests_that_have_written(
+    device: torch.device, name: str, mode: str, has_places: bool
+):
+    """What they wrote moves behind what is kept, bit for bit."""
+    chosen = Settings(name, BUDGET, mode).policy_for(BLOCK)
+    steps = Steps(chosen, device, torch.float32, has_places=has_places)
+    run_random_steps(steps, 45, waits=True)
+    assert len(steps.told.entries) > 2 and steps.told.num_late > 2
+
+
+def test_engine_cache_waits_for_the_step_that_an_order_names(device: torch.device):
+    """Where the scheduler is a step ahead: the order is there, and the step is not."""
+    steps = Steps(policy("fill"), device, torch.float32)
+    request = steps.add(150)
+    run_step(steps, [150])
+    request.wait = 1
+    steps.end_prompts()
+    steps.told.orders[request.blocks[0]] = Order(151, 150)
+    run_step(steps, [1])
+    assert not steps.told.planned and len(steps.cache.prompts) == 1
+    run_step(steps, [1])
+    assert steps.told.planned == [(request.blocks[0], 150)] and not steps.cache.prompts
+    run_step(steps, [1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ada_snapkv",
+        "critical_ada_snapkv",
+        "h2o",
+        "streaming",
+        "layer_defensive",
+        "model_column_max",
+        "KeyDiff() * ModelWide(floor=0.3, safeguard='hard_floor') * TopScore()",
+    ],
+)
+def test_engine_cache_protects_spans(device: torch.device, name: str):
+    """In every head of every layer, within a budget of the request's own."""
+    budget, spans = 76, ((3, 20), (60, 75))
+    steps = Steps(Settings(name, BUDGET, "exact").policy_for(BLOCK), device, torch.float32)
+    for wait in (0, 2):
+        request = steps.add(200)
+        request.wait, request.budget, request.protected = wait, budget, spans
+    steps.add(150).budget = 40
+    for counts in ([120, 100, 150], [80, 100, 1], [1] * 3, [1] * 3, [1] * 3, [1] * 3):
+        run_step(steps, counts)
+    assert steps.told.num_late == 1 and len(steps.told.planned) == 3
+    protected = {place for begin, end in spans for place in range(begin, end)}
+    for request, entries in zip(steps.requests, (budget, budget, 40), strict=True):
+        rows = [row.tolist() for layer in request.kept for row in layer]
+        assert sum(map(len, rows)) == LAYERS * HEADS * entries
+        assert all(protected <= set(row) for row in rows) == (entries == budget)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def caching_manager(
-    ledger: str, num_blocks: int, *, reads_outputs_again: bool = True, window: int | None = WINDOW
+    ledger: str,
+    num_blocks: int,
+    *,
+    reads_outputs_again: bool = True,
+    window: int | None = WINDOW,
+    under_pressure: bool = False,
 ) -> KVCacheManager:
     init_none_hash(str_hash)
     return block_manager(
@@ -42,6 +47,7 @@ def caching_manager(
         enable_caching=True,
         reads_outputs_again=reads_outputs_again,
         window=window,
+        under_pressure=under_pressure,
     )
 
 
@@ -128,8 +134,14 @@ class Simulation:
         reads_outputs_again: bool = True,
         chunk: int = 100,
         seed: int = 0,
+        under_pressure: bool = False,
     ) -> None:
-        self.manager = caching_manager(ledger, num_blocks, reads_outputs_again=reads_outputs_again)
+        self.manager = caching_manager(
+            ledger,
+            num_blocks,
+            reads_outputs_again=reads_outputs_again,
+            under_pressure=under_pressure,
+        )
         self.pool = self.manager.block_pool
         (self.groups,) = self.manager.coordinator.single_type_managers
         self.worker = Worker(Ledger.open(ledger, num_blocks))
@@ -245,19 +257,24 @@ class Simulation:
 
     def compress(self, item: Item) -> None:
         row, request = item.row, item.row.request
-        if row.computed < row.prefill_end or row.boundary is not None:
+        if row.computed < row.prefill_end:
             return
-        boundary = row.boundary = row.computed
-        if row in self.running:
-            self.worker.ledger.check_planned(item.blocks[0], boundary)
-        self.worker.ledger.done(item.blocks[0], boundary)
-        assert boundary - row.first >= min(WINDOW, boundary)
-        row.values = extended(row.values, request.all_token_ids)
-        assert self.worker.holds(item.blocks, row.values[:boundary])
-        row.is_cut = kept(boundary) is not None
-        if row.is_cut:
-            for block in item.blocks[:KEPT]:
-                self.worker.places[block] = [None] * BLOCK
+        if row.boundary is None:
+            row.boundary = row.computed
+            assert row.boundary - row.first >= min(WINDOW, row.boundary)
+            row.values = extended(row.values, request.all_token_ids)
+            assert self.worker.holds(item.blocks, row.values[: row.boundary])
+        if row not in self.running:
+            return
+        order = self.worker.ledger.order(item.blocks[0], row.boundary, row.computed)
+        assert (order is None) == (kept(row.boundary) is None)
+        if order is None or not order.budget or order.at != row.computed:
+            return
+        assert not row.is_cut
+        row.is_cut = True
+        self.worker.ledger.done(item.blocks[0], row.boundary)
+        for block in [*item.blocks[:KEPT], *item.blocks[row.boundary // BLOCK :]]:
+            self.worker.places[block] = [None] * BLOCK
 
     def write(self, item: Item) -> list[int]:
         """Reads and writes entries; the tokens that come of it."""
@@ -308,10 +325,14 @@ def random_text(rng: random.Random, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
-@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize(
+    ("num_drafts", "under_pressure"),
+    [(0, False), (3, False), (0, True)],
+    ids=["always", "drafts", "pressure"],
+)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_blocks_hold_what_their_requests_read(
-    ledger: str, depth: int, num_drafts: int, reads_outputs_again: bool
+    ledger: str, depth: int, num_drafts: int, under_pressure: bool, reads_outputs_again: bool
 ):
     """Thousands of steps of requests with common beginnings: each finds its own text in its blocks
     in every step, and compressed blocks are nobody else's."""
@@ -321,6 +342,7 @@ def test_blocks_hold_what_their_requests_read(
         num_drafts=num_drafts,
         reads_outputs_again=reads_outputs_again,
         seed=depth,
+        under_pressure=under_pressure,
     )
     rng = sim.rng
     begins = [random_text(rng, n) for n in (50, 200, 350)]
@@ -336,6 +358,8 @@ def test_blocks_hold_what_their_requests_read(
             row = rng.choice(sim.running)
             said.append(list(row.request.all_token_ids))
             sim.remove(row)  # aborted by its client
+        if sim.running and rng.random() < 0.02:
+            sim.preempt(rng.choice(sim.running), [])
         sim.step()
     assert sim.num_preempted > 0 and sim.worker.num_copies > 100
     assert sim.num_hit > sim.num_read / 4

@@ -15,7 +15,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +30,10 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 
 import vllm_second_runner
 from adakv.vllm.config import Settings
-from adakv.vllm.ledger import path_of, remove_unused
+from adakv.vllm.ledger import Counts, path_of, remove_unused
 from adakv.vllm.plan import plan
 from vllm_engine import ENVIRONMENT, Compression, save_llama
-from vllm_reference import Reference
+from vllm_reference import Reference, comparable
 
 
 @pytest.fixture
@@ -47,7 +50,13 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(model: str, environment: dict[str, str], log: Path) -> Iterator[Server]:
+def server(
+    model: str,
+    environment: dict[str, str],
+    log: Path,
+    *options: str,
+    settings: Settings = Settings(budget=64),  # noqa: B008
+) -> Iterator[Server]:
     """A server with compression, until then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +65,8 @@ def server(model: str, environment: dict[str, str], log: Path) -> Iterator[Serve
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "llama"]
     command += ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32"]
     command += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "8"]
-    command += ["--additional-config", json.dumps({"adakv": {"budget": 64}})]
+    command += ["--additional-config", json.dumps({"adakv": asdict(settings)})]
+    command += options
     environment = environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -85,7 +95,7 @@ def counts_of(address: str) -> dict[str, int]:
 
 def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
     """A spawned engine behind HTTP, read by the OpenAI client."""
-    from openai import OpenAI
+    from openai import BadRequestError, OpenAI
 
     model = save_llama(tmp_path / "model")
     prompt = [i * 7 % 256 for i in range(400)]
@@ -102,12 +112,52 @@ def test_server_streams_and_counts(tmp_path: Path, environment: dict[str, str]):
         )
         tokens = [t for part in stream for t in getattr(part.choices[0], "token_ids", None) or []]
         counts = counts_of(address)
+        answer = {"model": "llama", "prompt": prompt, "max_tokens": 5}
+        for wish, is_refused in (('{"budget": 65}', True), ('{"policy": "off"}', False)):
+            body = {"ignore_eos": True, "detokenize": False, "vllm_xargs": {"adakv": wish}}
+            if is_refused:
+                with pytest.raises(BadRequestError, match="at most the engine's 64, got 65"):
+                    client.completions.create(**answer, extra_body=body)
+            else:
+                client.completions.create(**answer, extra_body=body)
+        found = 11 * 32  # of the same prompt, up to the policy's window
+        assert counts_of(address) == counts | {"prefix_tokens_found": found}
     planned = plan(400, budget=64, block_size=32, num_kv_heads=2)
     assert len(tokens) == 20
+    assert set(counts) == set(Counts._fields)
     assert counts["requests_compressed"] == 1
     assert counts["blocks_given_back"] == planned.tail - planned.kept_blocks
     assert counts["entries_read"] == 3 * 2 * 400
     assert 3 * 2 * 64 <= counts["entries_kept"] <= 3 * 2 * (64 + 31)
+
+
+def test_server_compresses_under_pressure(tmp_path: Path, environment: dict[str, str]):
+    """Eight clients at once in a pool for three whole requests, before that one alone."""
+    from openai import OpenAI
+
+    model, rng = save_llama(tmp_path / "model"), random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(400)] for _ in range(8)]
+    pool, settings = ("--num-gpu-blocks-override", "46"), Settings(budget=64, when="pressure")
+    with server(model, environment, tmp_path / "log", *pool, settings=settings) as (address, _):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+
+        def ask(prompt: list[int]) -> int:
+            body = {"ignore_eos": True, "detokenize": False}
+            answer = client.completions.create(
+                model="llama", prompt=prompt, max_tokens=60, extra_body=body
+            )
+            return answer.usage.completion_tokens
+
+        assert ask(prompts[0]) == 60
+        assert counts_of(address)["requests_compressed"] == 0
+        with ThreadPoolExecutor(8) as clients:
+            assert list(clients.map(ask, prompts)) == [60] * 8
+        counts = counts_of(address)
+        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    (preemptions,) = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", metrics, re.MULTILINE)
+    assert float(preemptions) == 0
+    assert counts["compressed_under_pressure"] == counts["requests_compressed"] >= 3
+    assert counts["preemptions_avoided"] <= counts["requests_compressed"]
 
 
 def engine_of(process: subprocess.Popen[bytes]) -> psutil.Process:
@@ -182,10 +232,16 @@ def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, s
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
-@pytest.mark.parametrize("caches", [False, True])
-@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("runs_ahead", "caches", "when"),
+    [
+        *product([False, True], [False, True], ["always"]),
+        (True, False, "pressure"),
+        (True, True, "pressure"),
+    ],
+)
 def test_second_model_runner_writes_what_transformers_writes(
-    tmp_path: Path, environment: dict[str, str], runs_ahead: bool, caches: bool
+    tmp_path: Path, environment: dict[str, str], runs_ahead: bool, caches: bool, when: str
 ):
     """Also with a prefix cache, in which half of the prompts have the same beginning."""
     model, rng = save_llama(tmp_path / "model"), random.Random(3)
@@ -193,7 +249,7 @@ def test_second_model_runner_writes_what_transformers_writes(
     if caches:
         prompts[3:] = [prompts[0][:100] + prompt[:100] for prompt in prompts[3:]]
     counts = [rng.randint(40, 60) for _ in prompts]
-    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches))]
+    arguments = [model, *map(json.dumps, (prompts, counts, runs_ahead, caches, when))]
     done = subprocess.run(
         [sys.executable, vllm_second_runner.__file__, *arguments],
         env=environment,
@@ -204,8 +260,10 @@ def test_second_model_runner_writes_what_transformers_writes(
     assert done.returncode == 0, done.stderr[-3000:]
     result = done.stdout.split(vllm_second_runner.MARK)[1]
     all_tokens, compressions, preemptions, cached = json.loads(result)
-    assert preemptions > 0 and any(cached) == caches
+    assert (preemptions > 0) == (when == "always") and any(cached) == caches
+    assert any(at for found in compressions for _, _, _, at in found) == (when == "pressure")
     reference = Reference(model, Settings(budget=64))
     for prompt, tokens, found in zip(prompts, all_tokens, compressions, strict=True):
-        compressed = [Compression(b, n, torch.tensor(lengths)) for b, n, lengths in found]
-        assert reference.choices(prompt, tokens, compressed) == tokens
+        compressed = [Compression(b, n, torch.tensor(lengths), at) for b, n, lengths, at in found]
+        known = comparable(prompt, tokens, compressed)
+        assert reference.choices(prompt, known, compressed) == known

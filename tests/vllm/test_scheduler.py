@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 import adakv
 from adakv.vllm.ledger import Ledger, path_of
-from adakv.vllm.plan import plan
+from adakv.vllm.plan import Plan, plan
 from vllm_blocks import BLOCK, BUDGET, HEADS, block_manager
 
 NUM_BLOCKS = 120
@@ -38,6 +38,7 @@ class Sequence:
     prefill_end: int  # tokens that its worker reads as a prompt
     turn: int = 0  # how often it started again
     boundary: int | None = None  # as its worker found it
+    cut_at: int | None = None  # tokens before the step that compressed it
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Simulation:
     in_flight: list[list[Item]] = field(default_factory=list)
     num_requests: int = 0
     num_preempted: int = 0
+    most_running: int = 0
 
     @property
     def blocks_of(self) -> dict[str, list[Any]]:
@@ -76,8 +78,11 @@ class Simulation:
     def step(self) -> None:
         if len(self.in_flight) == self.depth:
             self.process(self.in_flight.pop(0))
+        self.manager.new_step_starts()
         if self.running and self.rng.random() < 0.01:
             self.remove(self.rng.choice(self.running))  # aborted by its client
+        if self.running and self.rng.random() < 0.01:
+            self.preempt(self.rng.choice(self.running))
         self.admit_some()
         items: list[Item] = []
         left = 300
@@ -104,6 +109,7 @@ class Simulation:
             count = min(self.chunk, sequence.request.num_tokens)
             if self.manager.allocate_slots(sequence.request, count, full_sequence_must_fit=True):
                 self.running.append(self.waiting.pop(0))
+                self.most_running = max(self.most_running, len(self.running))
 
     def schedule(self, sequence: Sequence, items: list[Item], left: int) -> int:
         request = sequence.request
@@ -131,11 +137,8 @@ class Simulation:
             if not self.is_alive(item):
                 continue
             is_prefilling = item.computed < sequence.prefill_end
-            if not is_prefilling and sequence.boundary is None:
-                first_block = self.blocks_of[request.request_id][0].block_id
-                self.ledger.check_planned(first_block, item.computed)
-                self.ledger.done(first_block, item.computed)
-                sequence.boundary = item.computed
+            if not is_prefilling:
+                self.obey(sequence, item.computed)
             request.num_in_flight_tokens -= item.count
             if is_prefilling and item.computed + item.count < request.num_tokens:
                 continue
@@ -145,6 +148,18 @@ class Simulation:
             request.append_output_token_ids([0] * accepted)
             if request.num_output_tokens >= sequence.wanted:
                 self.remove(sequence)
+
+    def obey(self, sequence: Sequence, computed: int) -> None:
+        """What its worker does with a request behind its prompt."""
+        if sequence.boundary is None:
+            sequence.boundary = computed
+        first_block = self.blocks_of[sequence.request.request_id][0].block_id
+        order = self.ledger.order(first_block, sequence.boundary, computed)
+        assert (order is None) == (kept(sequence.boundary) is None)
+        if order is not None and order.budget and order.at == computed:
+            assert sequence.cut_at is None and order.budget == BUDGET
+            self.ledger.done(first_block, sequence.boundary)
+            sequence.cut_at = computed
 
     def is_alive(self, item: Item) -> bool:
         return item.sequence in self.running and item.sequence.turn == item.turn
@@ -158,7 +173,7 @@ class Simulation:
         self.remove(sequence)
         request = sequence.request
         request.num_computed_tokens = request.num_in_flight_tokens = 0
-        sequence.turn, sequence.boundary = sequence.turn + 1, None
+        sequence.turn, sequence.boundary, sequence.cut_at = sequence.turn + 1, None, None
         if self.reads_outputs_again:
             sequence.prefill_end = request.num_tokens
         self.waiting.insert(0, sequence)
@@ -174,32 +189,47 @@ class Simulation:
                 sequence = item.sequence
                 blocks = self.blocks_of[sequence.request.request_id]
                 unread = range(0)
-                if sequence.boundary is not None and item.computed > sequence.boundary:
-                    planned = plan(
-                        sequence.boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS
-                    )
-                    unread = range(planned.kept_blocks, planned.tail) if planned else unread
+                if sequence.cut_at is not None and item.computed > sequence.cut_at:
+                    planned = kept(sequence.boundary)
+                    unread = range(planned.kept_blocks, planned.tail)
                 for index, block in enumerate(item.blocks):
                     assert index in unread or blocks[index].block_id == block
 
 
+def kept(boundary: int) -> Plan | None:
+    return plan(boundary, budget=BUDGET, block_size=BLOCK, num_kv_heads=HEADS)
+
+
 @pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
-@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize(
+    ("num_drafts", "under_pressure"),
+    [(0, False), (3, False), (0, True)],
+    ids=["always", "drafts", "pressure"],
+)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_scheduler_frees_only_what_no_step_in_flight_reads(
     ledger: Ledger,
     request: pytest.FixtureRequest,
     depth: int,
     num_drafts: int,
+    under_pressure: bool,
     reads_outputs_again: bool,
 ):
     """10,000 steps at each depth; with both definitions of a prompt after a preemption."""
     name = f"test-{request.node.name}".replace("/", "-")
-    manager = block_manager(name, NUM_BLOCKS, reads_outputs_again=reads_outputs_again)
+    manager = block_manager(
+        name,
+        NUM_BLOCKS,
+        reads_outputs_again=reads_outputs_again,
+        under_pressure=under_pressure,
+    )
     sim = Simulation(ledger, manager, depth, num_drafts, reads_outputs_again, random.Random(depth))
     for _ in range(2_500):
         sim.step()
     assert ledger.counts.requests_compressed > 20 and sim.num_preempted > 0
+    assert ledger.counts.compressed_under_pressure == under_pressure * (
+        ledger.counts.requests_compressed
+    )
     for sequence in list(sim.running):
         sim.remove(sequence)
     assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
@@ -228,7 +258,7 @@ def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, 
     sim.manager.allocate_slots(long, 1)
     first_block = sim.blocks_of["long"][0].block_id
     with pytest.raises(adakv.Error, match=r"about to compress 399 tokens .* planned 400"):
-        ledger.check_planned(first_block, 399)
+        ledger.order(first_block, 399, 400)
     ledger.done(first_block, 399)
     long.num_computed_tokens = 401
     long.append_output_token_ids([0])
@@ -236,3 +266,78 @@ def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, 
     with pytest.raises(adakv.Error, match="compressed at 400 tokens, but a worker did so at 399"):
         sim.manager.allocate_slots(long, 1)
     assert sim.manager.block_pool.get_num_free_blocks() == before
+
+
+def new_request(name: str, length: int, **wishes: Any) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=[0] * length,
+        sampling_params=SamplingParams(max_tokens=100, extra_args={"adakv": wishes}),
+        pooling_params=None,
+    )
+
+
+def run_step(sim: Simulation, requests: list[Request]) -> list[str]:
+    """All of these read their prompts or write a token; which of them workers compressed."""
+    sim.manager.new_step_starts()
+    counts = [max(1, r.num_tokens - r.num_computed_tokens) for r in requests]
+    for request, count in zip(requests, counts, strict=True):
+        assert sim.manager.allocate_slots(request, count, full_sequence_must_fit=count > 1)
+    compressed = []
+    for request, count in zip(requests, counts, strict=True):
+        first_block = sim.blocks_of[request.request_id][0].block_id
+        boundary, computed = request.num_prompt_tokens, request.num_computed_tokens
+        order = sim.ledger.order(first_block, boundary, computed)
+        if order is not None and order.budget and order.at == computed:
+            sim.ledger.done(first_block, boundary)
+            compressed.append(request.request_id)
+        request.num_computed_tokens += count
+        request.append_output_token_ids([0])
+    return compressed
+
+
+def simulation(ledger: Ledger, name: str, **numbers: Any) -> Simulation:
+    manager = block_manager(f"test-{name}", NUM_BLOCKS, reads_outputs_again=True, **numbers)
+    return Simulation(ledger, manager, 1, 0, True, random.Random(0))
+
+
+def test_scheduler_has_the_longest_compressed_when_a_request_waits(ledger: Ledger, request):
+    sim = simulation(ledger, request.node.name, under_pressure=True)
+    requests = [new_request(f"{n}", n) for n in (400, 600, 300)]
+    assert run_step(sim, requests) == run_step(sim, requests) == []
+    late = new_request("late", 560)
+    assert sim.manager.allocate_slots(late, 560, full_sequence_must_fit=True) is None
+    assert run_step(sim, requests) == ["600"]
+    assert sim.manager.allocate_slots(late, 560, full_sequence_must_fit=True) is None
+    assert run_step(sim, requests) == []
+    free = sim.manager.block_pool.get_num_free_blocks()
+    assert run_step(sim, [*requests, late]) == []
+    assert sim.manager.block_pool.get_num_free_blocks() == free - 35
+    assert ledger.counts.compressed_under_pressure == 1
+    assert ledger.counts.preemptions_avoided == 0
+
+
+def test_scheduler_has_requests_compressed_before_running_ones_are_short(ledger: Ledger, request):
+    sim = simulation(ledger, request.node.name, under_pressure=True)
+    requests = [new_request("off", 640, policy="off"), new_request("on", 600, budget=32)]
+    requests.append(new_request("wrong", 500, budget=BUDGET + 1))
+    while not ledger.counts.compressed_under_pressure:
+        run_step(sim, requests)
+    assert sim.manager.block_pool.get_num_free_blocks() > 1
+    assert ledger.counts.preemptions_avoided == 1
+    given_back = plan(600, budget=32, block_size=BLOCK, num_kv_heads=HEADS)
+    assert ledger.counts.blocks_given_back == given_back.tail - given_back.kept_blocks
+
+
+@pytest.mark.parametrize("under_pressure", [False, True])
+def test_request_comes_in_only_beside_what_running_ones_still_read(
+    ledger: Ledger, request: pytest.FixtureRequest, under_pressure: bool
+):
+    name = request.node.name.replace("/", "-")
+    sim = simulation(ledger, name, under_pressure=under_pressure)
+    first, second = new_request("first", 1600), new_request("second", 320)
+    assert sim.manager.allocate_slots(first, 100, full_sequence_must_fit=True)
+    first.num_computed_tokens = 100
+    assert sim.manager.allocate_slots(second, 100, full_sequence_must_fit=True) is None
+    short = new_request("short", 200)
+    assert sim.manager.allocate_slots(short, 100, full_sequence_must_fit=True)

@@ -25,7 +25,8 @@ from adakv.vllm.ledger import (
     remove_unused,
 )
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import plan
+from adakv.vllm.plan import Order, plan
+from adakv.vllm.requests import MAX_SPANS, Wishes
 from policy.helpers import rotate
 
 RUN = [name for name in adakv.policies() if why_not(get(name)) is None]
@@ -64,12 +65,13 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
         ({"budget": 64.5}, "budget must be an integer, got 64.5"),
         ({"mode": "loose"}, r"mode must be one of \('fill', 'exact'\), got 'loose'"),
+        ({"when": "never"}, r"when must be one of \('always', 'pressure'\), got 'never'"),
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
@@ -172,6 +174,46 @@ def test_plan_gives_back_nothing_that_is_not_worth_it():
     assert plan(400, budget=64, block_size=16, num_kv_heads=2) == (5, 25)
 
 
+def test_requests_say_what_they_wish():
+    assert Wishes.of(None) == Wishes.of({"other": 1}) == Wishes()
+    wishes = Wishes.of({"adakv": {"budget": 512, "protect": [[7, 90], [80, 100]]}})
+    assert wishes.budget == 512 and wishes.spans == ((7, 100),)
+    sent = '{"protect_prefix": 20, "protect": [[50, 60], [20, 30]]}'
+    assert Wishes.of({"adakv": sent}).spans == ((0, 30), (50, 60))
+    assert Wishes.of({"adakv": {"policy": "off"}}).policy == "off"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "must be a dict of budget, policy, protect, protect_prefix, or one in JSON, got 5"),
+        ("{", r"or one in JSON, got '\{'"),
+        ({"ratio": 0.1}, "must be a dict of budget"),
+        ({"budget": "64"}, "budget must be an integer, got '64'"),
+        ({"policy": "h2o"}, "policy must be \"off\", got 'h2o'"),
+        ({"protect_prefix": -1}, "protect_prefix must be a number of tokens, got -1"),
+        ({"protect": [[5, 5]]}, r"protect must be a list of up to 16 pairs .* got \[\[5, 5\]\]"),
+        ({"protect": 7}, "protect must be a list .* got 7"),
+        ({"protect": [[2 * i, 2 * i + 1] for i in range(17)]}, "protect must be a list of up to"),
+        ({"budget": 129}, "budget must be at most the engine's 128, got 129"),
+        ({"budget": 31}, "budget must be at least 32 entries, for the policy's window, got 31"),
+        ({"budget": 64, "protect_prefix": 33}, "at least 65 entries, .* and the 33 protected"),
+        ({"protect": [[0, 97]]}, "at least 129 entries, .* and the 97 protected tokens, got 128"),
+    ],
+)
+def test_requests_say_what_is_wrong(given: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        Wishes.of({"adakv": given}).check(Settings(budget=128).limits)
+
+
+def test_requests_protect_nothing_in_layers_of_unequal_budgets():
+    limits = Settings("ada_pyramidkv", 128).limits
+    Wishes.of({"adakv": {"budget": 64}}).check(limits)
+    with pytest.raises(ValueError, match="protect must be empty: layers"):
+        Wishes.of({"adakv": {"protect_prefix": 5}}).check(limits)
+    Wishes.of({"adakv": {"protect_prefix": 5}}).check(Settings("model_column_max", 128).limits)
+
+
 @pytest.fixture
 def ledger() -> Any:
     name = f"test-{random.getrandbits(60)}"
@@ -182,14 +224,19 @@ def ledger() -> Any:
 def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
     name, scheduler = ledger
     worker = Ledger(name, 10)
-    scheduler.plan(3, 400)
-    worker.check_planned(3, 400)
+    spans = ((0, 5), (90, 120))
+    scheduler.give_order(3, Order(407, 400, 64, spans))
+    assert worker.order(3, 400, 405) == Order(407, 400, 64, spans)
+    assert worker.order(2, 400, 405) is None and worker.has_orders
     with pytest.raises(adakv.Error, match=r"compress 399 tokens .* block 3, .* planned 400"):
-        worker.check_planned(3, 399)
+        worker.order(3, 399, 407)
     with pytest.raises(adakv.Error, match=r"free blocks .* block 3, .* at 400 .* at -1"):
         scheduler.check_done(3, 400)
     worker.done(3, 400)
     scheduler.check_done(3, 400)
+    assert not worker.has_orders
+    scheduler.begin(3)
+    assert worker.order(3, 400, 405) is None
 
 
 def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger]):
@@ -206,12 +253,12 @@ def test_ledger_knows_which_requests_a_scheduler_began(ledger: tuple[str, Ledger
 def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple[str, Ledger]):
     """Engines that measure what CUDA graphs take have a small pool before they have theirs."""
     name, scheduler = ledger
-    scheduler.plan(9, 400)
+    scheduler.give_order(9, Order(400, 400, 64))
     assert Ledger.open(name, 4).num_blocks == 4
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
-    worker.check_planned(9, 400)
-    assert path_of(name).stat().st_size == 8 * (4 + 4 * 10)
+    assert worker.order(9, 400, 400) == Order(400, 400, 64)
+    assert path_of(name).stat().st_size == 8 * (8 + (9 + 2 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):
@@ -252,4 +299,4 @@ def test_ledger_counts_for_everybody(ledger: tuple[str, Ledger]):
     assert read_counts("nobody") == Counts()
     Ledger(name, 10).add(entries_read=5, entries_kept=2)
     scheduler.add(requests_compressed=1, blocks_given_back=7)
-    assert read_counts(name) == scheduler.counts == Counts(1, 7, 5, 2)
+    assert read_counts(name) == scheduler.counts == Counts(1, 7, 5, 2, 0, 0, 0)

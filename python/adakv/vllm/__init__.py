@@ -10,7 +10,8 @@ Without that entry vLLM runs as it is. docs/vllm.md says how it works and what i
     workers               plan.py -> engine_cache.py  what is kept: the verbs on the engine's pages
                           prompts.py                  prompts while they are read
                           backend_cpu.py, backend_cuda.py: vLLM's names for it
-    between them          ledger.py                   both halves agree, or it is an error
+    between them          ledger.py                   orders to compress, and that both halves agree
+    where requests come   admission.py, requests.py   what single requests ask for
 """
 
 from __future__ import annotations

@@ -7,9 +7,20 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from adakv.policy import Adaptive, Everything, FoldingScorer, Policy, Pyramid, WholePages, get
+from adakv.policy import (
+    Adaptive,
+    Everything,
+    Flat,
+    FoldingScorer,
+    Policy,
+    Pyramid,
+    WholePages,
+    get,
+)
+from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
+When = Literal["always", "pressure"]
 
 #: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))
@@ -28,6 +39,9 @@ class Settings:
         Mean entries to keep per kv head of each prompt, the policy's window included.
     mode : "fill" or "exact"
         Whether each head also keeps what its last page has room for, or exactly its budget.
+    when : "always" or "pressure"
+        Whether each prompt is compressed when it has been read, or requests only when blocks run
+        short.
 
     Raises
     ------
@@ -38,18 +52,20 @@ class Settings:
     policy: str = "ada_snapkv"
     budget: int = 1024
     mode: Mode = "fill"
+    when: When = "always"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"adakv: mode must be one of {get_args(Mode)}, got {self.mode!r}")
+        for name, choices in (("mode", get_args(Mode)), ("when", get_args(When))):
+            if getattr(self, name) not in choices:
+                given = getattr(self, name)
+                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}")
         if not isinstance(self.budget, int) or isinstance(self.budget, bool):
             raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
-        least = self.preset.window + self.preset.scorer.pinned
-        if self.budget < least:
+        if self.budget < self.limits.least:
             raise ValueError(
-                f"adakv: budget must be at least {least} entries per kv head (window "
+                f"adakv: budget must be at least {self.limits.least} entries per kv head (window "
                 f"{self.preset.window}, pinned {self.preset.scorer.pinned}), got {self.budget}"
             )
 
@@ -70,6 +86,13 @@ class Settings:
     def preset(self) -> Policy:
         """The policy of that name."""
         return get(self.policy)
+
+    @property
+    def limits(self) -> Limits:
+        """What single requests may ask for."""
+        scorer = self.preset.scorer
+        protects = self.preset.is_model_wide or isinstance(self.preset.allocator.layers, Flat)
+        return Limits(self.budget, scorer.window + scorer.pinned, protects)
 
     @property
     def window(self) -> int | None:

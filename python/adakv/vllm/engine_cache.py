@@ -12,6 +12,9 @@ keep unequally much, these are pages of all layers: see pages.py.) What has to b
 request is its boundary and the lengths ``n`` of its rows. Requests are known by their first block,
 which they keep to their end.
 
+Which prompts are compressed, and when, the scheduler says: in the step behind a prompt or later,
+when blocks run short. Until then what the policy has to know of a prompt's queries is remembered.
+
     begin_step()   once a step, outside of the model: compresses requests whose prompt has ended,
                    and makes tables and schedules of all layers
     attend()       in each layer: append, attend; prompts that are being read see prompts.py
@@ -32,7 +35,7 @@ from adakv.reading import Part, Reader
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import OwnPages, SharedPages, kept_of_all, spans_layers
-from adakv.vllm.plan import Plan
+from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
@@ -43,24 +46,6 @@ from adakv.vllm.prompts import (
     read_by_torch,
 )
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
-
-
-class Boundaries:
-    """What is told about a prompt's end; see :class:`adakv.vllm.ledger.Ledger`."""
-
-    def is_running(self, first_block: int) -> bool:
-        """Whether the scheduler has a request with that first block; otherwise it is gone, or one
-        that only warms the engine up."""
-        return True
-
-    def check_planned(self, first_block: int, boundary: int) -> None:
-        """Raises if the scheduler planned something else."""
-
-    def done(self, first_block: int, boundary: int) -> None:
-        """All layers have been dealt with."""
-
-    def compressed(self, entries_read: int, entries_kept: int) -> None:
-        """Entries of all layers and heads, before and after."""
 
 
 class EngineCache:
@@ -79,7 +64,7 @@ class EngineCache:
     w_o : callable, optional
         ``w_o(layer)`` is the ``[E, Hq * D]`` weight of a layer's output projection, for policies
         with "w_o" in their :attr:`Policy.needs`.
-    boundaries : :class:`Boundaries`, optional
+    scheduler : :class:`Scheduler`, optional
     flash : :class:`FlashAttention`, optional
         Reads prompts; without it ``attend`` does.
     """
@@ -93,7 +78,7 @@ class EngineCache:
         num_kv_heads: int,
         attentions: Sequence[Attention],
         w_o: Callable[[int], Tensor] | None = None,
-        boundaries: Boundaries | None = None,
+        scheduler: Scheduler | None = None,
         flash: FlashAttention | None = None,
     ) -> None:
         num_pages, _, self.block_size, _ = pages[0].shape
@@ -112,13 +97,13 @@ class EngineCache:
             and all(map(is_plain, attentions))
         )
         num_blocks = num_pages // num_kv_heads
-        self._told, self._flash = boundaries or Boundaries(), flash
+        self._scheduler, self._flash = scheduler or Scheduler(), flash
         # By first block. A boundary of 0: the request is whole.
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(len(self._pages.of_layers[0]), self.block_size)
-        self.prompts: dict[int, Prompt] = {}  # that are not decided on, by request
+        self.prompts: dict[int, Prompt] = {}  # that may be compressed, by request
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
         self._kept: list[tuple[int, Later]] = []  # entries of a prompt, and how many are kept
@@ -136,11 +121,11 @@ class EngineCache:
         Raises
         ------
         adakv.Error
-            If the scheduler expects another boundary than the one found here.
+            If the scheduler knows of another boundary than the one found here.
         """
         self._observe_late()
         step = Step(queries=None if buffers is None else buffers.queries)
-        if self.prompts or any(batch.is_prefilling):
+        if any(batch.is_prefilling) or self._may_be_compressed():
             self._follow_prompts(batch, step)
         without = set(step.read_by_torch)
         spans = enumerate(pairwise(batch.query_start))
@@ -248,6 +233,12 @@ class EngineCache:
             )
         ]
 
+    def _may_be_compressed(self) -> bool:
+        """Whether a prompt may be compressed in this step."""
+        if self._scheduler.has_orders and self.prompts:
+            return True
+        return not all(prompt.has_ended for prompt in self.prompts.values())
+
     def _follow_prompts(self, batch: Batch, step: Step) -> None:
         """Finds prompts that begin, go on, or have ended before this step."""
         self._forget_gone()
@@ -284,67 +275,85 @@ class EngineCache:
                 if self._torch_is_faster and end - begin >= READ_BY_TORCH:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
-                self._end_prompt(request, blocks, computed)
+                self._obey(request, blocks, computed)
 
     def _goes_on(self, request: int, computed: int) -> bool:
         """Whether a prompt is the one that was read so far as it."""
         prompt = self.prompts.get(request)
-        return prompt is not None and prompt.reader.lengths == [computed]
+        return prompt is not None and not prompt.has_ended and prompt.reader.lengths == [computed]
 
     def _forget_gone(self) -> None:
         """Forgets prompts that no scheduler has."""
         for request, prompt in list(self.prompts.items()):
-            if not self._told.is_running(prompt.first_block):
+            if not self._scheduler.is_running(prompt.first_block):
                 del self.prompts[request]
 
     def _tell_kept(self) -> None:
         """Tells of compressions that are over, as far as nobody has to wait."""
         while self._kept and self._kept[0][1].is_here:
             entries, kept = self._kept.pop(0)
-            self._told.compressed(entries, *kept.tolist())
+            self._scheduler.compressed(entries, *kept.tolist())
 
     def _page_ids(self, blocks: Tensor, length: int) -> Tensor:
         """``[Hkv, blocks]``: pages of a whole request's first ``length`` tokens."""
         head = torch.arange(self.num_kv_heads, device=self.device)[:, None]
         return blocks[: -(-length // self.block_size)].long() * self.num_kv_heads + head
 
-    def _end_prompt(self, request: int, blocks: Tensor, boundary: int) -> None:
-        reader, first_block = self.prompts[request].reader, self.prompts[request].first_block
-        self._told.check_planned(first_block, boundary)
-        planned = self._budget.plan(boundary)
-        if planned is not None:
-            self._compress(reader, first_block, self._page_ids(blocks, boundary), planned)
-            self.boundaries[first_block] = boundary
-            entries = self.num_layers * self.num_kv_heads * boundary
-            self._kept.append((entries, Later(self.lengths[:, first_block].sum()[None])))
-        del self.prompts[request]
-        self._told.done(first_block, boundary)
-
-    def _compress(self, reader: Reader, first_block: int, page_ids: Tensor, planned: Plan) -> None:
-        """Moves what the layers keep of a prompt in pages ``[Hkv, blocks]`` into its first ones."""
-        heads, device = self.num_kv_heads, self.device
-        if isinstance(self._pages, SharedPages):
-            most = sum(sum(layer) for layer in reader.totals(heads))
-            kept = kept_of_all(reader)
-            self.lengths[:, first_block] = self._pages.compact(kept, page_ids, most)
+    def _obey(self, request: int, blocks: Tensor, computed: int) -> None:
+        """Does what the scheduler wants of a request whose prompt has ended."""
+        prompt = self.prompts[request]
+        prompt.has_ended = True
+        (boundary,) = prompt.reader.lengths
+        order = self._scheduler.order(prompt.first_block, boundary, computed)
+        if order is not None and (order.at != computed or order.budget == 0):
             return
-        # compact() also wants a page per row to go on in: the next block's, though rows go on in
+        del self.prompts[request]
+        if order is not None:
+            self._compress(prompt, blocks, computed, self._budget.changed(order))
+            self._scheduler.done(prompt.first_block, boundary)
+
+    def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, budget: BlockBudget) -> None:
+        """Moves what is kept of a prompt into the request's first blocks, and what the request has
+        written since then behind that."""
+        reader, first_block = prompt.reader, prompt.first_block
+        (boundary,) = reader.lengths
+        planned = budget.plan(boundary)
+        if planned is None:
+            return
+        reader.change(budget)
+        page_ids = self._page_ids(blocks, boundary)
+        if isinstance(self._pages, SharedPages):
+            most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
+            lengths = self._pages.compact(kept_of_all(reader), page_ids, most)
+        else:
+            lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
+        if computed > boundary:
+            self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
+        self.lengths[:, first_block] = lengths
+        self.boundaries[first_block] = boundary
+        entries = self.num_layers * self.num_kv_heads * boundary
+        self._kept.append((entries, Later(lengths.sum()[None])))
+
+    def _compact(self, reader: Reader, page_ids: Tensor) -> Tensor:
+        """Moves what each layer keeps into its pages ``[Hkv, blocks]``; ``[L, Hkv]`` lengths."""
+        heads = self.num_kv_heads
+        # compact() also wants a page per row to go on in: the last block's, though rows go on in
         # the blocks from `tail` on.
-        usable = page_ids[:, : planned.kept_blocks + 1].T.flatten().int()
-        starts = sent([0, usable.numel()], device).int()
+        usable = page_ids.T.flatten().int()
+        starts = sent([0, usable.numel()], self.device).int()
+        lengths = self._integers(self.num_layers, heads)
         for layer in range(self.num_layers):
             (chosen,) = reader.finish(layer)[layer]
-            lengths = self._integers(1, heads)
             rows = Layer(
                 self.pages[layer],
                 self._positions,
-                self._integers(1, heads, planned.kept_blocks * heads),
-                lengths,
+                self._integers(1, heads, usable.numel() - heads),
+                lengths[layer, None],
                 self._integers(1),
                 self._integers(1, heads, 1),
             )
             chosen.entries.compact(chosen.kept, rows, usable, starts)
-            self.lengths[layer, first_block] = lengths[0]
+        return lengths
 
     def _planned(
         self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None

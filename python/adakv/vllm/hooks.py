@@ -28,10 +28,12 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from adakv.step import Attention
+from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
-from adakv.vllm.engine_cache import Boundaries, EngineCache
+from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
 from adakv.vllm.pages import spans_layers
+from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
@@ -74,11 +76,15 @@ def current_settings() -> Settings | None:
     settings = None if config is None else Settings.of(config.additional_config)
     if config is None or settings is None:
         _engine = None
+        set_limits(None)
         return None
     check_engine(config)
+    if settings.when == "pressure" and config.speculative_config is not None:
+        raise ValueError('adakv: drafts need "when": "always", got "pressure"')
     if config.cache_config.enable_prefix_caching and settings.window is None:
         _warn(f"prefix caching finds nothing: {settings.policy} hears all queries of a prompt")
     _engine = config, settings
+    set_limits(settings.limits)
     return settings
 
 
@@ -125,6 +131,9 @@ def customized(spec: Any) -> Any:
         budget=settings.budget,
         ledger=ledger_name(config, config.parallel_config.data_parallel_rank),
         reads_outputs_again=config.use_v2_model_runner,
+        under_pressure=settings.when == "pressure",
+        least=settings.limits.least,
+        protects=settings.limits.protects,
         window=settings.window,
         spans_layers=spans_layers(settings.preset),
     )
@@ -172,7 +181,7 @@ def make_cache(
         num_kv_heads=heads,
         attentions=attentions,
         w_o=lambda index: _output_weight(layers[index]),
-        boundaries=_Told(ledger, counts=get_tensor_model_parallel_rank() == 0),
+        scheduler=_Scheduler(ledger, counts=get_tensor_model_parallel_rank() == 0),
         flash=flash,
     )
 
@@ -203,14 +212,18 @@ def begin_group(spec: CompressedSpec, layers: Sequence[AttentionLayer], config: 
         )
 
 
-class _Told(Boundaries):
-    """Tells the ledger."""
+class _Scheduler(Scheduler):
+    """By way of the ledger."""
 
     def __init__(self, ledger: Ledger, *, counts: bool) -> None:
         self._ledger, self._counts = ledger, counts
-        self.check_planned = ledger.check_planned  # type: ignore[method-assign]
+        self.order = ledger.order  # type: ignore[method-assign]
         self.done = ledger.done  # type: ignore[method-assign]
         self.is_running = ledger.is_running  # type: ignore[method-assign]
+
+    @property
+    def has_orders(self) -> bool:
+        return self._ledger.has_orders
 
     def compressed(self, entries_read: int, entries_kept: int) -> None:
         if self._counts:

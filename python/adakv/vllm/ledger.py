@@ -1,11 +1,14 @@
-"""What the scheduler and the workers tell each other: where prompts ended, and counts.
+"""What the scheduler and the workers tell each other: which requests are compressed, and counts.
 
-vLLM has no way from one to the other, and each finds the boundary by itself: the scheduler when it
-plans the first step behind a prompt, a worker when it runs it. A wrong pair would corrupt caches
-silently, so both sides write it down, and compare. It is a file in shared memory, as they may be in
-different processes: counters, then for each block that is a request's first one the boundary that
-the scheduler planned, the one that a worker compressed at, and how many such requests have begun,
-and are gone. A request that no scheduler began is the engine's own: it warms up.
+vLLM has no way from one to the other. So the scheduler writes orders down, before it sends the step
+in which they are to be carried out, and workers write down what they have done. It is a file in
+shared memory, as they may be in different processes: counters, then for each block that is a
+request's first one the order, the boundary that a worker compressed at, and how many such requests
+have begun, and are gone. A request that no scheduler began is the engine's own: it warms up.
+
+An order names the step by the tokens that the request has before it, so that a worker that is a
+step behind the scheduler knows when its time has come. Both sides know where the prompt ended, each
+by itself, and compare: a wrong pair would corrupt caches silently.
 
 Each process that uses a ledger has a lock on its file, which ends with the process, however that
 ends. So a file without a lock is of an engine that is gone, and whoever finds it removes it.
@@ -25,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adakv.errors import Error
+from adakv.vllm.plan import Order
+from adakv.vllm.requests import MAX_SPANS
 
 
 class Counts(NamedTuple):
@@ -34,9 +39,13 @@ class Counts(NamedTuple):
     blocks_given_back: int = 0
     entries_read: int = 0
     entries_kept: int = 0
+    compressed_under_pressure: int = 0
+    preemptions_avoided: int = 0
+    prefix_tokens_found: int = 0
 
 
 _PREFIX = "adakv-ledger-"
+_COLUMNS = len(Order._fields) + 2 * (MAX_SPANS + 1)  # of an order, with the number of its spans
 _ledgers: dict[str, Ledger] = {}
 
 
@@ -53,13 +62,16 @@ class Ledger:
 
     def __init__(self, name: str, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        size = 8 * (len(Counts._fields) + 4 * num_blocks)
+        size = 8 * (len(Counts._fields) + 1 + (3 + _COLUMNS) * num_blocks)
         file = _locked(path_of(name))  # stays open: the lock is the file's, not the memory's
         if os.fstat(file).st_size < size:
             os.ftruncate(file, size)
         numbers = np.frombuffer(mmap.mmap(file, size), dtype=np.int64)
-        self._counts, of_blocks = np.split(numbers, [len(Counts._fields)])
-        self._planned, self._done, self._begun, self._freed = of_blocks.reshape(4, num_blocks)
+        counts = len(Counts._fields)
+        self._counts, self._num_open, of_blocks = np.split(numbers, [counts, counts + 1])
+        self._done, self._begun, self._freed = of_blocks[: 3 * num_blocks].reshape(3, num_blocks)
+        self._orders = of_blocks[3 * num_blocks :].reshape(num_blocks, _COLUMNS)
+        self._open: set[int] = set()  # the scheduler's orders that it doesn't know to be done
         Finalize(self, os.close, (file,))
 
     @classmethod
@@ -74,21 +86,43 @@ class Ledger:
 
     def begin(self, first_block: int) -> None:
         """The scheduler has given a request its first block."""
+        self._orders[first_block] = 0
         self._begun[first_block] += 1
 
-    def plan(self, first_block: int, boundary: int) -> None:
-        """The scheduler will have the request with that first block compressed at ``boundary``."""
-        self._planned[first_block] = boundary
+    def give_order(self, first_block: int, order: Order) -> None:
+        """The scheduler wants something of the request with that first block."""
+        spans = [place for span in order.protected for place in span]
         self._done[first_block] = -1
+        numbers = [order.boundary, order.budget or 0, len(spans), *spans]
+        self._orders[first_block, 1 : 1 + len(numbers)] = numbers
+        self._orders[first_block, 0] = order.at  # the last one: now it may be read
+        if order.budget:
+            self._open.add(first_block)
+            self._num_open[0] = len(self._open)
 
-    def check_planned(self, first_block: int, boundary: int) -> None:
-        """Raises ``adakv.Error`` unless the scheduler planned that boundary, too."""
-        planned = int(self._planned[first_block])
+    @property
+    def has_orders(self) -> bool:
+        """Whether there are any that the scheduler doesn't know to be done."""
+        return bool(self._num_open[0])
+
+    def order(self, first_block: int, boundary: int, computed: int) -> Order | None:
+        """The newest order for a request, if there is one.
+
+        Raises
+        ------
+        adakv.Error
+            If the scheduler thinks that its prompt has another number of tokens.
+        """
+        at, planned, budget, count, *places = self._orders[first_block].tolist()
+        if at == 0:
+            return None
         if planned != boundary:
             raise Error(
                 f"a worker is about to compress {boundary} tokens of the request with first block "
                 f"{first_block}, but the scheduler planned {planned}"
             )
+        spans = zip(places[:count:2], places[1:count:2], strict=True)
+        return Order(at, planned, budget, tuple(spans))
 
     def done(self, first_block: int, boundary: int) -> None:
         """A worker has dealt with the request."""
@@ -102,10 +136,16 @@ class Ledger:
                 f"the scheduler is about to free blocks of the request with first block "
                 f"{first_block}, compressed at {boundary} tokens, but a worker did so at {done}"
             )
+        self._close(first_block)
 
     def free(self, first_block: int) -> None:
         """The scheduler has done with a request: whatever a worker remembers of it may go."""
         self._freed[first_block] += 1
+        self._close(first_block)
+
+    def _close(self, first_block: int) -> None:
+        self._open.discard(first_block)
+        self._num_open[0] = len(self._open)
 
     def is_running(self, first_block: int) -> bool:
         """Whether the scheduler has a request with that first block."""

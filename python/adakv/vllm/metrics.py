@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings
 from adakv.vllm.ledger import Counts, ledger_name, read_counts, remove_at_exit
 
@@ -25,6 +26,10 @@ _HELP = {
     "blocks_given_back": "Blocks that compressed requests gave back before their end.",
     "entries_read": "Entries of compressed prompts, over the layers and kv heads of one rank.",
     "entries_kept": "Entries that were kept of them.",
+    "compressed_under_pressure": "Requests compressed because blocks ran short.",
+    "preemptions_avoided": "Those of them that ran short beside running requests: vLLM would have "
+    "preempted one.",
+    "prefix_tokens_found": "Tokens of prompts that were found in the prefix cache.",
 }
 
 
@@ -34,8 +39,10 @@ class CompressionLogger(StatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._index = str(engine_index)
         self._name = ledger_name(vllm_config, engine_index)
-        self._is_used = Settings.of(vllm_config.additional_config) is not None
-        if self._is_used:
+        settings = Settings.of(vllm_config.additional_config)
+        self._is_used = settings is not None
+        if settings is not None:
+            set_limits(settings.limits)
             prometheus_client.REGISTRY.register(self)
             remove_at_exit(self._name)  # this process outlives the engine
 

@@ -58,6 +58,34 @@ class OwnPages:
         in_block = torch.where(is_kept, dealt % self._dealt_of_block, self._own)
         return (block * self._heads + self._place(in_block)).int()
 
+    def close_up(self, blocks: Tensor, tail: int, lengths: Tensor, begin: int, end: int) -> None:
+        """Moves the entries of tokens ``begin`` to ``end - 1``, which lie where a whole request has
+        them, behind what is kept of the tokens before.
+
+        Parameters
+        ----------
+        blocks : ``[M]``
+            The request's.
+        tail : int
+            The first block behind those that are given back.
+        lengths : ``[L, Hkv]``
+            Entries that its rows keep.
+        begin, end : int
+        """
+        size = self.of_layers[0].shape[2]
+        kept_pages = ((lengths + (size - 1)) // size)[:, None]
+        tails = sent([0, tail], self._device)[:, None]
+        width = -(-end // size)
+        before, after = (
+            self.tables(blocks[None], first, pages, width)[:, 0].long()
+            for first, pages in zip(tails, (torch.zeros_like(kept_pages), kept_pages), strict=True)
+        )
+        source = torch.arange(begin, end, device=self._device)
+        target = lengths.long()[..., None] + (source - begin)  # [L, Hkv, end - begin]
+        into = after.gather(-1, target // size)
+        for pages, old, new, place in zip(self.of_layers, before, into, target, strict=True):
+            pages[new, :, place % size] = pages[old[:, source // size], :, source % size]
+
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         """How many pages the rows before each row have."""
         return kept_pages.cumsum(-1) - kept_pages

@@ -15,6 +15,48 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Order(NamedTuple):
+    """What the scheduler wants workers to do with a request.
+
+    Its first ``boundary`` tokens, its prompt, are cut down to ``budget`` entries per kv head at the
+    beginning of the step before which it has ``at`` tokens. Those behind its prompt stay.
+    """
+
+    at: int
+    boundary: int
+    budget: int | None = None  #: None: the engine's; 0: not now, but maybe later
+    protected: tuple[tuple[int, int], ...] = ()  #: spans of tokens that every head keeps
+
+
+class Scheduler:
+    """What the engine's scheduler wants, and is told; see :class:`adakv.vllm.ledger.Ledger`.
+
+    This one has each prompt compressed as soon as it has ended.
+    """
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether there may be any for requests whose prompt ended before the last step."""
+        return True
+
+    def is_running(self, first_block: int) -> bool:
+        """Whether the scheduler has a request with that first block; otherwise it is gone, or one
+        that only warms the engine up."""
+        return True
+
+    def order(self, first_block: int, boundary: int, computed: int) -> Order | None:
+        """What to do with the request whose prompt of ``boundary`` tokens has ended, which has
+        ``computed`` tokens before this step; None: it stays whole. Raises if the scheduler knows of
+        another boundary."""
+        return Order(computed, boundary)
+
+    def done(self, first_block: int, boundary: int) -> None:
+        """All layers have been dealt with."""
+
+    def compressed(self, entries_read: int, entries_kept: int) -> None:
+        """Entries of all layers and heads, before and after."""
+
+
 class Plan(NamedTuple):
     """See the module."""
 

@@ -45,12 +45,16 @@ class PrefixManager(FullAttentionManager):
     the policy hears their queries; None: it hears all, and so nothing is found.
     """
 
+    enable_caching: bool
     #: First blocks of a request that are no other's.
     own_blocks: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, Request] = {}  # that run
+        # vLLM shows requests to managers that cache only.
+        self._caches = self.enable_caching
+        self.enable_caching = True
         self._to_copy: dict[str, list[int]] = {}  # places of a hit's blocks that others use
         self._step = _writing.setdefault(self.block_pool, _Writing())
 
@@ -137,7 +141,7 @@ class PrefixManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offers what steps before this one have written of a request's first ``num_tokens``."""
         self._requests[request.request_id] = request
-        if self.kv_cache_spec.window is None:
+        if not self._caches or self.kv_cache_spec.window is None:
             return
         self._offer(request)
         hashes = resolve_block_hashes(
@@ -150,11 +154,13 @@ class PrefixManager(FullAttentionManager):
     def change_first_blocks(self, request_id: str, count: int) -> None:
         """The step that is being scheduled changes a request's first ``count`` blocks: the cache
         gets copies, as far as the pool has blocks that no running request is about to need."""
+        if not self._caches:
+            return
         pool = self.block_pool
         cached = [b for b in self.req_to_blocks[request_id][:count] if b.block_hash is not None]
         find = pool.cached_block_hash_to_block.get_one_block
         only = [block for block in cached if find(block.block_hash) is block]
-        needed = sum(map(self._blocks_to_come, self._requests.values()))
+        needed = sum(map(self.blocks_to_come, self._requests.values()))
         only = only[: max(0, pool.get_num_free_blocks() - needed)]
         copies = pool.get_new_blocks(len(only))
         for block, copied in zip(only, copies, strict=True):
@@ -167,7 +173,7 @@ class PrefixManager(FullAttentionManager):
         """Also offers what the request's last step has written."""
         self._to_copy.pop(request_id, None)
         request = self._requests.pop(request_id, None)
-        if request is not None and self.enable_caching and self.kv_cache_spec.window is not None:
+        if request is not None and self._caches and self.kv_cache_spec.window is not None:
             self._offer(request)
         return super().pop_blocks_for_free(request_id)
 
@@ -181,10 +187,13 @@ class PrefixManager(FullAttentionManager):
     def _used_by_others(self, hit: Sequence[KVCacheBlock]) -> list[int]:
         return [place for place, block in enumerate(hit[: self.own_blocks]) if block.ref_cnt > 0]
 
-    def _blocks_to_come(self, request: Request) -> int:
-        """That a running request needs for what is known of its text, and a block to go on in."""
+    def blocks_to_come(self, request: Request) -> int:
+        """That a running request needs for what is known of its text, and a block to go on in, if
+        it may write so much."""
         held = len(self.req_to_blocks[request.request_id])
-        return max(0, -(-request.num_tokens // self.block_size) + 1 - held)
+        most = max(request.num_tokens, request.num_prompt_tokens + request.max_tokens)
+        num_tokens = min(request.num_tokens + self.block_size, most)
+        return max(0, -(-num_tokens // self.block_size) - held)
 
     def _copy(self, sources: Iterable[KVCacheBlock], copies: Sequence[KVCacheBlock]) -> None:
         """At the beginning of the step that is being scheduled; holds both ends until then.

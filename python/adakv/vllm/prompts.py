@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +13,21 @@ from adakv.reading import Reader
 from adakv.step import Attention
 from adakv.vllm.later import Later
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Plan, plan
+from adakv.vllm.plan import Order, Plan, plan
+from adakv.vllm.protect import Protected
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
 READ_BY_TORCH = 32
 
 
-class Prompt(NamedTuple):
-    """A request that may still read its prompt."""
+@dataclass
+class Prompt:
+    """A request that reads its prompt, or may still be compressed."""
 
     reader: Reader
     first_blocks: Later  # of all that began in its first step
     place: int  # among them
+    has_ended: bool = False  # its prompt: it writes
 
     @property
     def first_block(self) -> int:
@@ -39,6 +41,13 @@ class BlockBudget(Budget):
 
     block_size: int = 0
     num_kv_heads: int = 0
+
+    def changed(self, order: Order) -> BlockBudget:
+        """That of one request."""
+        policy, entries = self.policy, order.budget or self.entries
+        if order.protected:
+            policy = replace(policy, scorer=Protected(policy.scorer, order.protected))
+        return replace(self, policy=policy, entries=entries)
 
     def plan(self, boundary: int) -> Plan | None:
         """The blocks of a request whose prompt has so many tokens."""

@@ -3,26 +3,50 @@ blocks back by it.
 
 A request's boundary is its number of tokens when it is first scheduled behind its prompt. The
 manager learns it from the one call that names the tokens of the step about to run, in-flight steps
-included, and frees only when that step has been processed: until then workers read the blocks.
+included. There it also gives the order to compress the request: in that step, or, under pressure,
+in a later one, when running requests or one that waits will be short of blocks. It frees only when
+the step that compresses has been processed: until then workers read the blocks.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
 from adakv.vllm.ledger import Ledger, remove_at_exit, remove_unused
-from adakv.vllm.plan import Plan, most_kept_blocks, plan
+from adakv.vllm.plan import Order, Plan, most_kept_blocks, plan
 from adakv.vllm.prefix import PrefixManager
+from adakv.vllm.requests import Limits, Wishes
+
+_logger = logging.getLogger("adakv")
 
 # vLLM registers its own specs only while there are none: before ours.
 register_all_kvcache_specs(None)
+
+
+@dataclass
+class Notes:
+    """What the scheduler knows of a request that has blocks, or wants some."""
+
+    prompt: int = 0
+    admitted: int = 0  # tokens when it came, or came back
+    boundary: int | None = None  # tokens when its prompt ended
+    wishes: Wishes = field(default_factory=Wishes)
+    planned: Plan | None = None  # what then becomes of its blocks; None: it stays whole
+    gain: float = 0.0  # blocks that are on their way back to the pool
+    at: int | None = None  # tokens before the step that compresses it
+    is_asked: bool = False  # to be compressed in its next step
+    is_cut: bool = False  # the blocks are back
 
 
 class CompressedManager(PrefixManager):
@@ -31,10 +55,8 @@ class CompressedManager(PrefixManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._begun: set[str] = set()
-        self._prompts: dict[str, int] = {}
-        self._admitted: dict[str, int] = {}  # tokens when it came, or came back
-        self._boundaries: dict[str, int] = {}
-        self._is_cut: set[str] = set()
+        self._is_queue = False  # a request could not come in
+        self._notes: defaultdict[str, Notes] = defaultdict(Notes)
         spec = self.kv_cache_spec
         self.own_blocks = most_kept_blocks(
             budget=spec.budget, block_size=self.block_size, num_kv_heads=spec.rows_of_layer
@@ -44,19 +66,31 @@ class CompressedManager(PrefixManager):
         self._ledger = Ledger.open(name, self.block_pool.num_gpu_blocks)
         remove_at_exit(name)
 
-    def plan(self, boundary: int) -> Plan | None:
+    def plan(self, boundary: int, budget: int | None = None) -> Plan | None:
         """What a request with that boundary keeps; as the workers compute it."""
         spec = self.kv_cache_spec
         return plan(
             boundary,
-            budget=spec.budget,
+            budget=spec.budget if budget is None else budget,
             block_size=self.block_size,
             num_kv_heads=spec.rows_of_layer,
         )
 
     def boundary(self, request_id: str) -> int | None:
         """Where the prompt of a running request ended, once a step behind it was planned."""
-        return self._boundaries.get(request_id)
+        return self._notes[request_id].boundary if request_id in self._notes else None
+
+    def compressed_at(self, request_id: str) -> int | None:
+        """Tokens of a running request before the step that compressed it, once it is planned."""
+        return self._notes[request_id].at if request_id in self._notes else None
+
+    def new_step_starts(self) -> None:
+        """Under pressure, has requests compressed before the running ones are short of blocks."""
+        super().new_step_starts()
+        if not self.kv_cache_spec.under_pressure:
+            return
+        if asked := self._ask(self._to_come() - self._free_soon()):
+            self._ledger.add(preemptions_avoided=asked)
 
     def remove_skipped_blocks(
         self,
@@ -67,19 +101,20 @@ class CompressedManager(PrefixManager):
         """Frees what a compressed request gave up, once the step that did it has been processed."""
         if num_prompt_tokens is None:
             return
-        self._prompts[request_id] = num_prompt_tokens
-        boundary = self._boundaries.get(request_id)
-        if boundary is None or processed_computed_tokens <= boundary or request_id in self._is_cut:
+        notes = self._notes[request_id]
+        notes.prompt = num_prompt_tokens
+        if notes.at is None or processed_computed_tokens <= notes.at or notes.is_cut:
             return
-        self._is_cut.add(request_id)
-        blocks = self.req_to_blocks[request_id]
-        self._ledger.check_done(blocks[0].block_id, boundary)
-        planned = self.plan(boundary)
-        if planned is not None:
-            free = self.block_pool.get_num_free_blocks()
-            self._remove_blocks_in_range(request_id, planned.kept_blocks, planned.tail)
-            given_back = self.block_pool.get_num_free_blocks() - free
-            self._ledger.add(requests_compressed=1, blocks_given_back=given_back)
+        assert notes.boundary is not None and notes.planned is not None
+        self._ledger.check_done(self.req_to_blocks[request_id][0].block_id, notes.boundary)
+        notes.is_cut, notes.gain = True, 0.0
+        free = self.block_pool.get_num_free_blocks()
+        self._remove_blocks_in_range(request_id, *notes.planned)
+        self._ledger.add(
+            requests_compressed=1,
+            blocks_given_back=self.block_pool.get_num_free_blocks() - free,
+            compressed_under_pressure=int(self.kv_cache_spec.under_pressure),
+        )
 
     def get_num_blocks_to_allocate(
         self,
@@ -90,21 +125,109 @@ class CompressedManager(PrefixManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Also notes the boundary: ``total_computed_tokens`` are those before the next step."""
-        if kwargs.get("apply_admission_cap"):
-            self._admitted[request_id] = num_tokens
-        elif request_id in self._prompts and request_id not in self._boundaries:
-            prompt = self._prompts[request_id]
-            if self.kv_cache_spec.reads_outputs_again:
-                prompt = max(prompt, self._admitted.get(request_id, 0))
-            if total_computed_tokens >= prompt:
-                self._boundaries[request_id] = total_computed_tokens
-                first_block = self.req_to_blocks[request_id][0].block_id
-                self._ledger.plan(first_block, total_computed_tokens)
+        """Also gives orders: ``total_computed_tokens`` are those before the next step.
+
+        For a request that wants to come in, with the blocks that running ones will need.
+        """
+        is_coming = bool(kwargs.get("apply_admission_cap"))
+        notes = self._notes[request_id]
+        if is_coming:
+            notes.admitted = num_tokens
+        elif request_id in self._begun:
+            self._give_order(request_id, notes, total_computed_tokens)
         needed: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
-        return needed
+        return needed + self._reserved(needed) if is_coming else needed
+
+    def _give_order(self, request_id: str, notes: Notes, computed: int) -> None:
+        """What workers have to know of a request in its next step."""
+        prompt = notes.prompt
+        if self.kv_cache_spec.reads_outputs_again:
+            prompt = max(prompt, notes.admitted)
+        is_new = notes.boundary is None and computed >= prompt
+        if is_new:
+            notes.boundary, notes.wishes = computed, self._wishes(request_id)
+            if notes.wishes.policy is None:
+                notes.planned = self.plan(computed, notes.wishes.budget)
+            if not self.kv_cache_spec.under_pressure and notes.planned is not None:
+                self._ask_for(request_id, notes)
+        if notes.planned is None or not (is_new or notes.is_asked) or notes.at is not None:
+            return
+        assert notes.boundary is not None
+        if notes.is_asked:
+            notes.at = computed
+        budget = (notes.wishes.budget or self.kv_cache_spec.budget) if notes.is_asked else 0
+        order = Order(computed, notes.boundary, budget, notes.wishes.spans)
+        self._ledger.give_order(self.req_to_blocks[request_id][0].block_id, order)
+
+    def _wishes(self, request_id: str) -> Wishes:
+        """What the request asks for. It stays whole if that can't be done, which the process that
+        took it should have said."""
+        params = self._requests[request_id].sampling_params
+        spec = self.kv_cache_spec
+        try:
+            wishes = Wishes.of(params and params.extra_args)
+            wishes.check(Limits(spec.budget, spec.least, spec.protects))
+        except ValueError as error:
+            _logger.warning("request %s is not compressed: %s", request_id, error)
+            return Wishes(policy="off")
+        return wishes
+
+    def _ask_for(self, request_id: str, notes: Notes) -> None:
+        """Has a request compressed in its next step."""
+        assert notes.planned is not None
+        blocks = self.req_to_blocks[request_id][slice(*notes.planned)]
+        notes.is_asked, notes.gain = True, sum(1 / block.ref_cnt for block in blocks)
+
+    def _ask(self, short: float) -> int:
+        """Has the longest prompts compressed, until so many blocks come back; how many."""
+        if short <= 0:
+            return 0
+        whole = [
+            (notes.planned.tail, request_id)
+            for request_id, notes in self._notes.items()
+            if notes.planned is not None and not notes.is_asked
+        ]
+        for count, (_, request_id) in enumerate(sorted(whole, reverse=True)):
+            if short <= 0:
+                return count
+            notes = self._notes[request_id]
+            self._ask_for(request_id, notes)
+            short -= notes.gain
+        return len(whole)
+
+    def _free_soon(self) -> float:
+        """Free blocks, with those that compressions will have given back in some steps."""
+        coming = sum(notes.gain for notes in self._notes.values())
+        return self.block_pool.get_num_free_blocks() + coming
+
+    def _reserved(self, needed: int) -> int:
+        """How many blocks have to stay free if a request that needs some comes in now: those that
+        running ones need before anything can be given back, if there are any.
+
+        Under pressure, has others compressed for it, and, as requests seem to queue, for one more.
+        """
+        if not self._begun or needed >= self.block_pool.num_gpu_blocks:
+            return 0
+        reserved = self._to_come()
+        if self.kv_cache_spec.under_pressure:
+            fits = needed + reserved <= self.block_pool.get_num_free_blocks()
+            if not fits or self._is_queue:
+                self._ask((1 + fits) * needed + reserved - self._free_soon())
+            self._is_queue = not fits
+        return reserved
+
+    def _to_come(self) -> int:
+        """Blocks that running requests need for what is known of their text, and one each to go on
+        in, which is as much as they write until something is given back."""
+        return sum(map(self.blocks_to_come, self._requests.values()))
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
+    ) -> None:
+        self._ledger.add(prefix_tokens_found=len(new_computed_blocks) * self.block_size)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
 
     def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """Also tells workers of a request before its first step: what they know of no scheduler
@@ -116,27 +239,27 @@ class CompressedManager(PrefixManager):
         return new
 
     def num_whole_tokens(self, request: Request, num_tokens: int) -> int:
-        """Those of its prompt, if it is compressed."""
-        boundary = self._boundaries.get(request.request_id)
-        if boundary is None or self.plan(boundary) is None:
+        """Those of its prompt, if it is compressed, or may be: what is behind it will move."""
+        notes = self._notes[request.request_id]
+        if notes.boundary is None or notes.planned is None:
             return num_tokens
-        return min(num_tokens, boundary)
+        return min(num_tokens, notes.boundary)
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Also has the cache go on with copies of what workers are about to compress."""
         super().cache_blocks(request, *args, **kwargs)
-        boundary = self._boundaries.get(request.request_id)
-        if boundary is None or request.request_id in self._is_cut:
-            return
-        if (planned := self.plan(boundary)) is not None:
-            self.change_first_blocks(request.request_id, planned.kept_blocks)
+        notes = self._notes[request.request_id]
+        if notes.at is not None and not notes.is_cut:
+            assert notes.planned is not None
+            self.change_first_blocks(request.request_id, notes.planned.kept_blocks)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """The request has finished, or is preempted and will start again."""
+        notes = self._notes[request_id]
+        if notes.at is None:
+            notes.planned = None  # all of it is whole
         request, blocks = self._requests.get(request_id), super().pop_blocks_for_free(request_id)
-        for notes in (self._prompts, self._admitted, self._boundaries):
-            notes.pop(request_id, None)
-        self._is_cut.discard(request_id)
+        del self._notes[request_id]
         if request_id in self._begun:
             self._begun.remove(request_id)
             self._ledger.free(blocks[0].block_id)
@@ -164,6 +287,10 @@ class CompressedSpec(FullAttentionSpec):
         The last tokens of a prompt, whose queries the policy hears; None: it hears all queries.
     spans_layers : bool
         Whether layers keep unequally much: :func:`adakv.vllm.pages.spans_layers`.
+    under_pressure : bool
+        Whether requests are compressed only when blocks run short.
+    least, protects
+        See :class:`adakv.vllm.requests.Limits`.
     """
 
     budget: int
@@ -171,6 +298,9 @@ class CompressedSpec(FullAttentionSpec):
     reads_outputs_again: bool
     window: int | None = None
     spans_layers: bool = False
+    under_pressure: bool = False
+    least: int = 1
+    protects: bool = True
 
     @property
     def rows_of_layer(self) -> int | None:
