@@ -144,7 +144,7 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
     layers = Layers(case, options.device)
     count = len(layers.layers)
     error = layers.error(layers.attend(0), 0)
-    peers = peers_of(layers) if options.peers else {}
+    peers = peers_of(layers) if options.peers and case.kv_dtype == "auto" else {}
     calls: dict[str, Callable[[int], object]] = {
         "adakv": layers.attend,
         "adakv_no_append": functools.partial(layers.attend, appends=False),
@@ -185,8 +185,18 @@ GPU_SHAPES = [
     GpuCase(batch=1, mean_length=4096, skew=0.05),
 ]
 
+# The same entries in 8 bits.
+GPU_FORMATS = [
+    GpuCase(batch=batch, mean_length=mean, head_dim=d, group=g, page_size=p, kv_dtype=kv_dtype)
+    for batch, mean, d, g in (
+        (8, 1024, 128, 4), (8, 8192, 128, 4), (32, 1024, 128, 4), (32, 4096, 128, 4),
+        (32, 4096, 64, 4), (32, 4096, 256, 4), (8, 8192, 128, 1), (8, 8192, 128, 16),
+    )
+    for kv_dtype, p in (("auto", 16), ("int8", 32), ("fp8", 32))
+]  # fmt: skip
+
 if __name__ == "__main__":
     parser = harness.parser(__doc__)
     parser.add_argument("--peers", action="store_true", help="on a GPU FlashInfer and torch, too")
-    gpu_cases = [*GPU_BARS, *GPU_SHAPES]
+    gpu_cases = [*GPU_BARS, *GPU_SHAPES, *GPU_FORMATS]
     harness.run_cases(parser, cpu=[(CASES, run)], cuda=[(gpu_cases, run_on_gpu)])

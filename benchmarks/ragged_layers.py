@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.cache import KVCache
 
 ENOUGH_BYTES = 2.2e9  # of all layers, far more than the L2 cache
 
@@ -24,15 +25,24 @@ class GpuCase:
     page_size: int = 16
     dtype: str = "bfloat16"
     skew: float = 0.7  # of the Dirichlet draw; less is more unequal
+    kv_dtype: str = "auto"
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.mean_length}-G{self.group}-D{self.head_dim}"
-        return shape + f"-{self.dtype}-skew{self.skew}"
+        return shape + f"-{self.dtype}-skew{self.skew}-{self.kv_dtype}"
+
+    @property
+    def entry_bytes(self) -> int:
+        """A key and its value, with their scales."""
+        groups = -(-self.head_dim // 64)
+        codes = 2 * self.head_dim
+        scales = {"auto": codes, "int8": 8 * groups, "fp8": 4 * groups}  # 16 bits: twice the codes
+        return codes + scales[self.kv_dtype]
 
     @property
     def num_bytes(self) -> int:
         """Keys and values of a layer."""
-        return self.batch * self.mean_length * self.kv_heads * self.head_dim * 4
+        return self.batch * self.mean_length * self.kv_heads * self.entry_bytes
 
     def lengths(self, layers: int) -> Tensor:
         """``[L, B, Hkv]`` int32."""
@@ -57,24 +67,36 @@ class Layers:
         used = -(-self.lengths // case.page_size)
         num_used, rows = int(used.sum()), self.lengths.numel()
         ids = torch.randperm(num_used + rows, device=device).int()
-        self.pool = torch.empty(
-            num_used + rows, 2, case.page_size, case.head_dim, dtype=dtype, device=device
-        )
-        for part in self.pool.split(1 << 14):
-            part.normal_()
+        memory = KVCache(
+            num_layers=1, num_sequences=1, num_kv_heads=1, head_dim=case.head_dim,
+            num_pages=num_used + rows, max_row_pages=1, page_size=case.page_size, dtype=dtype,
+            device=device, kv_dtype=case.kv_dtype,
+        ).layer(0)  # fmt: skip
+        self.pool, self.scales = memory.pages, (memory.key_scales, memory.value_scales)
+        if case.kv_dtype == "auto":
+            for part in self.pool.split(1 << 14):
+                part.normal_()
+        else:
+            for codes in self.pool.view(torch.uint8).split(1 << 14):
+                codes.random_(0, 0x78)  # of fp8 0 to 240
+            for scales in self.scales:
+                assert scales is not None
+                scales.uniform_(-0.02, 0.02)
+                scales[..., ::2].abs_()
         # Timed calls append to the same layers many times: spare columns for that.
         table = torch.full(
             (*used.shape, int(used.max()) + 64), -1, dtype=torch.int32, device=device
         )
         table[torch.arange(table.shape[-1], device=device) < used[..., None]] = ids[:num_used]
         fresh = ids[num_used:].view(*used.shape, 1)
-        positions = torch.zeros(len(self.pool), case.page_size, dtype=torch.int32, device=device)
         self.table, self.fresh = table, fresh
         seen = torch.zeros(layers, case.batch, dtype=torch.int32, device=device)
         self.schedule = ops.plan(self.lengths, table, fresh, page_size=case.page_size)
         held = self.lengths.clone()
         self.layers = [
-            ops.Layer(self.pool, positions, table[i], held[i], seen[i], fresh[i])
+            ops.Layer(
+                self.pool, memory.page_positions, table[i], held[i], seen[i], fresh[i], *self.scales
+            )
             for i in range(layers)
         ]
         shape = (layers, case.batch, case.kv_heads, 1, case.head_dim)
@@ -96,11 +118,18 @@ class Layers:
         b, h = divmod(row, case.kv_heads)
         length = int(self.lengths[layer, b, h])
         ids = self.table[layer, b, h, : -(-length // case.page_size)].long()
-        held = self.pool[ids].transpose(0, 1).reshape(2, -1, case.head_dim)[:, :length]
+        held = self.pool[ids].transpose(0, 1).double()  # [2, pages, P, D]
+        if case.kv_dtype != "auto":
+            scales = torch.stack([x[ids].double() for x in self.scales if x is not None])
+            width = 2 if case.kv_dtype == "int8" else 1
+            scales = scales.unflatten(-1, (-1, width)).repeat_interleave(64, -2)
+            scales = scales[..., : case.head_dim, :]
+            held = held * scales[..., 0] + (scales[..., 1] if width == 2 else 0)
+        held = held.reshape(2, -1, case.head_dim)[:, :length]
         if appended:
-            new = torch.stack([x[layer, b, h] for x in (self.keys, self.values)])
+            new = torch.stack([x[layer, b, h].double() for x in (self.keys, self.values)])
             held = torch.cat([held, new], 1)
-        return held[0].double(), held[1].double()
+        return held[0], held[1]
 
     def error(self, out: Tensor, layer: int, appended: bool = True) -> float:
         """Largest relative error of a row, against float64."""

@@ -9,6 +9,7 @@
 
 #include "common/check.cuh"
 #include "common/device_guard.h"
+#include "common/dispatch.cuh"
 #include "common/divisor.cuh"
 #include "cuda_backend.h"
 
@@ -27,14 +28,14 @@ struct Steps {
 };
 
 // grid: [blocks of a sequence, B]; one warp: some rows of the sequence, some of its tokens.
-template <typename Chunk>
+template <typename Batch>
 __global__ void __launch_bounds__(kThreads, 2)
     append_kernel(const __grid_constant__ AppendParams p, Steps steps) {
   const int32_t b = blockIdx.y;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   const int32_t first_token = steps.heads.quotient(warp);
   if (first_token < steps.tokens) {
-    append_entries<Chunk, kRows>(
+    append_entries<Batch>(
         p, b, {steps.heads.remainder(warp), steps.heads.value, first_token, steps.tokens});
   }
   if (gridDim.x > 1) return;
@@ -66,9 +67,20 @@ void CudaBackend::append(const AppendArgs& args) {
   const int32_t num_warps = static_cast<int32_t>(grid.x) * kWarps;
   Steps steps = {Divisor::of(std::clamp(p.layer.num_heads, 1, num_warps)), 0};
   steps.tokens = num_warps / steps.heads.value;
-  dispatch_chunk(is_aligned, args.keys.dtype, [&](auto tag) {
-    append_kernel<typename decltype(tag)::type><<<grid, kThreads, 0, stream>>>(p, steps);
-  });
+  const auto run = [&](auto batch) {
+    append_kernel<typename decltype(batch)::type><<<grid, kThreads, 0, stream>>>(p, steps);
+  };
+  if (args.layer.key_scales) {
+    dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
+      using Batch =
+          CodeBatch<typename decltype(element)::type, typename decltype(format)::type, kRows>;
+      run(TypeTag<Batch>{});
+    });
+  } else {
+    dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
+      run(TypeTag<EntryBatch<typename decltype(chunk)::type, kRows>>{});
+    });
+  }
   ADAKV_CUDA_CHECK("append", cudaGetLastError());
   if (grid.x > 1) {
     append_count_kernel<<<p.batch, kThreads, 0, stream>>>(p);

@@ -1,6 +1,7 @@
 // How warps append tokens: for append.cu, and for attend, which does it in the same launch.
 #pragma once
 
+#include "common/codes.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
 #include "ops/schedule.h"
@@ -21,10 +22,27 @@ struct AppendShare {
   int32_t first_head, head_step, first_token, token_step;
 };
 
-/// What a warp copies at a time: 32 chunks of the key and value of a token, for up to kRows rows.
-template <typename Chunk, int kRows>
+/// A slot of a page, as lanes tell each other.
+struct Slot {
+  int32_t page, slot;
+
+  __device__ Slot of_lane(int32_t lane) const {
+    return {__shfl_sync(kFullWarp, page, lane), __shfl_sync(kFullWarp, slot, lane)};
+  }
+};
+
+/// What a warp copies at a time: 32 chunks of the key and value of a token, for up to kMostRows
+/// rows.
+template <typename Chunk, int kMostRows>
 class EntryBatch {
  public:
+  static constexpr int kRows = kMostRows;
+
+  /// Chunks of an entry.
+  static __device__ int32_t num_chunks(const AppendParams& p) {
+    return 2 * p.layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
+  }
+
   /// Starts reading chunks from `first` on, of heads `head`, `head` + step, ...
   __device__ void read(const AppendParams& p,
                        int32_t b,
@@ -49,11 +67,11 @@ class EntryBatch {
   }
 
   /// Writes them; lane i has the slot of the i-th row, from `first_row` on.
-  __device__ void write(char* slot, int32_t first_row) const {
+  __device__ void write(const AppendParams& p, const Slot& slot, int32_t first_row) const {
+    const uint64_t mine = reinterpret_cast<uint64_t>(p.layer.key(slot.page, slot.slot));
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const uint64_t key =
-          __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slot), (first_row + i) % kWarpSize);
+      const uint64_t key = __shfl_sync(kFullWarp, mine, (first_row + i) % kWarpSize);
       if (i < count_) *reinterpret_cast<Chunk*>(key + to_) = data_[i];
     }
   }
@@ -64,13 +82,60 @@ class EntryBatch {
   int32_t count_;
 };
 
+/// The same for pages of codes. A chunk is what a lane quantises.
+template <typename Element, typename Format, int kMostRows>
+class CodeBatch {
+ public:
+  static constexpr int kRows = kMostRows;
+
+  static __device__ int32_t num_chunks(const AppendParams& p) {
+    return kWarpSize * EntryPart::pieces(padded_head_dim(p.layer.head_dim));
+  }
+
+  __device__ void read(const AppendParams& p,
+                       int32_t b,
+                       int32_t token,
+                       int32_t head,
+                       int32_t step,
+                       int32_t num_rows,
+                       int32_t first) {
+    const int32_t head_dim = p.layer.head_dim;
+    part_ = EntryPart::of(head_dim, padded_head_dim(head_dim), first / kWarpSize);
+    count_ = min(num_rows, kRows);
+    const EntryRows& source = part_.is_value ? p.values : p.keys;
+    const char* from = source.at(b, head, token) + part_.element * sizeof(Element);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      data_[i] = make_uint4(0, 0, 0, 0);
+      if (i < count_ && part_.is_there) {
+        data_[i] = load_chunk<Element>(from + i * step * source.stride[1]);
+      }
+    }
+  }
+
+  __device__ void write(const AppendParams& p, const Slot& slot, int32_t first_row) const {
+    CodedChunk chunks[kRows];
+    quantise<Format, Element>(data_, part_.is_there, chunks);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Slot to = slot.of_lane((first_row + i) % kWarpSize);
+      if (i < count_) store_chunk<Format>(p.layer, to.page, to.slot, part_, chunks[i]);
+    }
+  }
+
+ private:
+  uint4 data_[kRows];
+  EntryPart part_;
+  int32_t count_;
+};
+
 /// One warp appends its share of the tokens of sequence b: entries, positions and new pages, but
-/// not the lengths. Chunk is what entries are copied by; kRows rows are under way at a time.
-template <typename Chunk, int kRows>
+/// not the lengths. Batch is what entries are copied by.
+template <typename Batch>
 __device__ inline void append_entries(const AppendParams& p, int32_t b, const AppendShare& share) {
   const LayerRows& layer = p.layer;
   const int32_t lane = threadIdx.x % kWarpSize, count = p.count(b), seen = layer.seen[b];
-  const int32_t num_chunks = 2 * layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
+  const int32_t num_chunks = Batch::num_chunks(p);
 #pragma unroll 1
   for (int32_t base = share.first_head; base < layer.num_heads;
        base += kWarpSize * share.head_step) {
@@ -83,7 +148,7 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
 #pragma unroll 1
     for (int32_t i = share.first_token; i < count; i += share.token_step) {
       const int32_t token = p.num_tokens - count + i;
-      EntryBatch<Chunk, kRows> batch;  // on its way while each lane finds the slot of one row
+      Batch batch;  // on its way while each lane finds the slot of one row
       batch.read(p, b, token, base, share.head_step, num_rows, 0);
       const int32_t slot = (length + i) & (layer.page_size - 1);
       const int32_t column = (length + i) >> layer.page_shift;
@@ -94,15 +159,14 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
         if (slot == 0) layer.block_table.at(b, h)[column] = page;
         layer.page_positions[page * layer.positions_stride + slot] = seen + i;
       }
-      char* key = layer.key(page, slot);
       int32_t row = 0, chunk = 0;
 #pragma unroll 1
       while (true) {
-        batch.write(key, row);
+        batch.write(p, {page, slot}, row);
         chunk += kWarpSize;
         if (chunk >= num_chunks) {
           chunk = 0;
-          row += kRows;
+          row += Batch::kRows;
         }
         if (row >= num_rows) break;
         batch.read(p, b, token, base + row * share.head_step, share.head_step, num_rows - row,

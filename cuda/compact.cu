@@ -5,6 +5,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/check.cuh"
+#include "common/codes.cuh"
 #include "common/device_guard.h"
 #include "common/divisor.cuh"
 #include "common/reduce.cuh"
@@ -84,14 +85,26 @@ __device__ Chunk read_once(const Chunk* from, uint64_t) {
   return __ldg(from);
 }
 
-/// One warp copies the keys or the values of kept entries [begin, begin + count) to `to`.
+/// The keys or the values that one warp puts into slots of a page.
+struct Part {
+  const char* from;  // [T, D], entry_stride bytes from one to the next
+  int64_t entry_stride;
+  int32_t position;  // in lane i, of entry i
+  int32_t count;     // of entries
+  int32_t page, slot;
+  bool is_value;
+};
+
+/// Copies them as they are, by chunks.
 template <typename Chunk>
-__device__ void copy_entries(const CompactParams& p,
-                             const char* from,  // [T, D], entry_stride bytes from one to the next
-                             int64_t entry_stride,
-                             int32_t position,  // lane i has that of entry i
-                             int32_t count,
-                             char* to) {
+struct CopyEntries {
+  static __device__ void run(const CompactParams& p, const Part& part);
+};
+
+template <typename Chunk>
+__device__ void CopyEntries<Chunk>::run(const CompactParams& p, const Part& part) {
+  char* to = p.layer.key(part.page, part.slot) + (part.is_value ? p.layer.half_page_bytes() : 0);
+  const int32_t count = part.count;
   const int32_t num_chunks = count * p.entry_chunks.value;
   const uint64_t policy = read_once_policy();
 #pragma unroll 1
@@ -103,8 +116,8 @@ __device__ void copy_entries(const CompactParams& p,
       const int32_t chunk = min(first + k * kWarpSize, num_chunks - 1);
       const int32_t slot = p.entry_chunks.quotient(chunk);
       const int32_t in_entry = chunk - slot * p.entry_chunks.value;
-      const int64_t entry = __shfl_sync(kFullWarp, position, slot) * entry_stride;
-      data[k] = read_once(reinterpret_cast<const Chunk*>(from + entry) + in_entry, policy);
+      const int64_t entry = __shfl_sync(kFullWarp, part.position, slot) * part.entry_stride;
+      data[k] = read_once(reinterpret_cast<const Chunk*>(part.from + entry) + in_entry, policy);
     }
 #pragma unroll
     for (int k = 0; k < kChunksAtOnce; ++k) {
@@ -114,8 +127,56 @@ __device__ void copy_entries(const CompactParams& p,
   }
 }
 
+/// Quantises them: eight elements a lane, as many entries at a time as a warp has lanes for.
+template <typename Element, typename Format>
+struct QuantiseEntries {
+  static constexpr int kAtOnce = 3;  // chunks that a lane has under way
+
+  static __device__ void run(const CompactParams& p, const Part& part) {
+    const int32_t head_dim = p.layer.head_dim;
+    const int32_t entry_lanes = padded_head_dim(head_dim) / kChunkElements;  // 8, 16, 24 or 32
+    const int32_t at_once = kWarpSize / entry_lanes;
+    const int32_t lane = threadIdx.x % kWarpSize, entry = lane / entry_lanes;
+    EntryPart mine;
+    mine.element = (lane - entry * entry_lanes) * kChunkElements;
+    mine.is_value = part.is_value;
+#pragma unroll 1
+    for (int32_t first = 0; first < part.count; first += kAtOnce * at_once) {
+      uint4 data[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int32_t i = first + k * at_once + entry;
+        const int64_t position = __shfl_sync(kFullWarp, part.position, i % kWarpSize);
+        data[k] = make_uint4(0, 0, 0, 0);
+        if (is_there(p, part, mine, entry, at_once, i)) {
+          data[k] = load_chunk<Element>(part.from + position * part.entry_stride +
+                                        mine.element * sizeof(Element));
+        }
+      }
+      CodedChunk chunks[kAtOnce];
+      quantise<Format, Element>(data, mine.element < p.layer.head_dim, chunks);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int32_t i = first + k * at_once + entry;
+        mine.is_there = is_there(p, part, mine, entry, at_once, i);
+        store_chunk<Format>(p.layer, part.page, part.slot + i, mine, chunks[k]);
+      }
+    }
+  }
+
+ private:
+  static __device__ bool is_there(const CompactParams& p,
+                                  const Part& part,
+                                  const EntryPart& mine,
+                                  int32_t entry,
+                                  int32_t at_once,
+                                  int32_t i) {
+    return entry < at_once && i < part.count && mine.element < p.layer.head_dim;
+  }
+};
+
 /// One warp fills parts of pages of sequence b: part `job`, job + step, ...
-template <typename Chunk>
+template <typename Fill>
 __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32_t step) {
   const LayerRows& layer = p.layer;
   const int32_t lane = threadIdx.x % kWarpSize;
@@ -135,8 +196,8 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
       layer.page_positions[id * layer.positions_stride + slot + lane] = position;
     }
     const EntryRows& entries = is_value ? p.values : p.keys;
-    char* to = layer.key(id, slot) + (is_value ? layer.half_page_bytes() : 0);
-    copy_entries<Chunk>(p, entries.at(b, row.head, 0), entries.stride[2], position, count, to);
+    Fill::run(p,
+              {entries.at(b, row.head, 0), entries.stride[2], position, count, id, slot, is_value});
     job += step;
   }
 }
@@ -172,7 +233,7 @@ __device__ void write_row(const CompactParams& p, int32_t b, int32_t head, int32
 
 // grid: [blocks of a sequence, B]; the first warps of a sequence write its rows' integers, each of
 // the others fills parts of pages.
-template <typename Chunk>
+template <typename Fill>
 __global__ void __launch_bounds__(kThreads, 4)
     compact_kernel(const __grid_constant__ CompactParams p) {
   const int32_t b = blockIdx.y, num_writers = p.layer.num_heads * p.num_spans;
@@ -180,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (warp < num_writers) {
     write_row(p, b, warp / p.num_spans, warp % p.num_spans);
   } else {
-    fill_pages<Chunk>(p, b, warp - num_writers, gridDim.x * kWarps - num_writers);
+    fill_pages<Fill>(p, b, warp - num_writers, gridDim.x * kWarps - num_writers);
   }
 }
 
@@ -217,11 +278,22 @@ void CudaBackend::compact(const CompactArgs& args) {
   const int64_t warps = num_heads * p.num_spans + (pages << p.part_shift);
   const dim3 grid(static_cast<uint32_t>((warps + kWarps - 1) / kWarps),
                   static_cast<uint32_t>(batch));
-  dispatch_chunk(is_aligned, args.keys.dtype, [&](auto tag) {
-    using Chunk = typename decltype(tag)::type;
-    p.entry_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
-    compact_kernel<Chunk><<<grid, kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(p);
-  });
+  const auto run = [&](auto fill) {
+    compact_kernel<typename decltype(fill)::type>
+        <<<grid, kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(p);
+  };
+  if (args.layer.key_scales) {
+    dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
+      run(TypeTag<
+          QuantiseEntries<typename decltype(element)::type, typename decltype(format)::type>>{});
+    });
+  } else {
+    dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
+      using Chunk = typename decltype(chunk)::type;
+      p.entry_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
+      run(TypeTag<CopyEntries<Chunk>>{});
+    });
+  }
   ADAKV_CUDA_CHECK("compact", cudaGetLastError());
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,12 +21,6 @@ FORMATS = (
     *((dtype, "auto") for dtype in DTYPES),
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
-
-
-def skip_unless_there(kv_dtype: str, device: torch.device | str) -> None:
-    """The one place that knows which formats of pages a device doesn't have yet."""
-    if kv_dtype != "auto" and torch.device(device).type == "cuda":
-        pytest.skip(f"no pages of {kv_dtype} on CUDA yet")
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -112,7 +105,6 @@ def paged_layer(
 
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
     """
-    skip_unless_there(kv_dtype, device)
     held = int32(lengths)  # [B, Hkv]
     used = -(-held // page_size)
     fresh = -(-(held + new_tokens) // page_size) - used
@@ -160,7 +152,6 @@ def empty_layer(
     kv_dtype: str = "auto",
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
-    skip_unless_there(kv_dtype, device)
     pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
     shapes = [
         (num_pages, page_size),

@@ -86,9 +86,6 @@ void check_quantised(Checker& check, const LayerView& layer) {
                   " numbers for each entry, got ", view->shape_string());
     check_page_parts(check, name, *view);
   }
-  if (layer.pages.device.type == DeviceType::kCuda) {
-    throw Error("quantised pages are not there yet on CUDA: take kv_dtype=\"auto\"");
-  }
 }
 
 // Behind the checks of D and of the dtype of keys or queries.

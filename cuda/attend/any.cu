@@ -18,8 +18,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kLoads = 16;  // of a lane on their way at a time
-
 /// The query of a CTA.
 struct Query {
   int32_t b, h, head, token;
@@ -42,6 +40,67 @@ __device__ Query find_query(const AttendParams& p) {
   return query;
 }
 
+/// Where a key and its value lie, as they are.
+template <typename Element>
+struct Entry {
+  static constexpr int kLoads = 16;  // of a lane on their way at a time
+
+  const char* at = nullptr;
+
+  Entry() = default;
+  __device__ Entry(const LayerRows& layer, int32_t page, int32_t slot)
+      : at(layer.key(page, slot)) {}
+
+  __device__ Entry of_lane(int32_t lane) const {
+    Entry entry;
+    entry.at =
+        reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(at), lane));
+    return entry;
+  }
+
+  __device__ float key(const LayerRows&, int32_t d) const {
+    return to_float(reinterpret_cast<const Element*>(at)[d]);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    return to_float(reinterpret_cast<const Element*>(at + layer.half_page_bytes())[d]);
+  }
+};
+
+/// The same of codes, with scales of the dtype Element.
+template <typename Element, typename Format>
+struct CodedEntry {
+  static constexpr int kLoads = 8;
+
+  int32_t page = 0, slot = 0;
+
+  CodedEntry() = default;
+  __device__ CodedEntry(const LayerRows&, int32_t page, int32_t slot) : page(page), slot(slot) {}
+
+  __device__ CodedEntry of_lane(int32_t lane) const {
+    CodedEntry entry;
+    entry.page = __shfl_sync(kFullWarp, page, lane);
+    entry.slot = __shfl_sync(kFullWarp, slot, lane);
+    return entry;
+  }
+
+  __device__ float key(const LayerRows& layer, int32_t d) const {
+    return element(layer.key(page, slot) + d, layer.key_scales, d);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    return element(layer.key(page, slot) + layer.half_page_bytes() + d, layer.value_scales, d);
+  }
+
+ private:
+  __device__ float element(const char* code, const ScaleRows& scales, int32_t d) const {
+    const Element* scale =
+        reinterpret_cast<const Element*>(scales.at(page, slot)) + d / kGroupSize * Format::kScales;
+    const float x = decode<Format>(*reinterpret_cast<const uint8_t*>(code));
+    return to_float(scale[0]) * x + (Format::kScales == 2 ? to_float(scale[1]) : 0.f);
+  }
+};
+
 /// What a warp has found out; out[j] is column lane + 32 j.
 template <int kColumns>
 struct WarpResult {
@@ -53,7 +112,7 @@ struct WarpResult {
 // all lanes read one entry at a time, because that is what lies together, however it is aligned;
 // for the softmax each lane has a slot. A branch around a load would wait for it, so lanes behind
 // the head dim read its last element.
-template <typename Element, int kColumns>
+template <typename Entry, int kColumns>
 __device__ void add_slots(const AttendParams& p,
                           const Query& query,
                           const float* q,  // [32 kColumns], 0 from head_dim on
@@ -66,26 +125,22 @@ __device__ void add_slots(const AttendParams& p,
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) columns[j] = min(lane + j * kWarpSize, head_dim - 1);
 
-  // Where the key of this lane's slot lies: the block table has its page.
-  const char* key = nullptr;
+  // Where the entry of this lane's slot lies: the block table has its page.
+  Entry mine;
   if (lane < count) {
     const int32_t* table = p.layer.block_table.at(query.b, query.h);
-    key = p.layer.key(table[slot / p.layer.page_size], slot % p.layer.page_size);
+    mine = Entry(p.layer, table[slot / p.layer.page_size], slot % p.layer.page_size);
   }
-  const auto key_of = [&](int32_t i) {
-    return reinterpret_cast<const char*>(
-        __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(key), i));
-  };
 
   // z of this lane's slot; -inf if it isn't seen.
   float z = -INFINITY;
-#pragma unroll(kLoads / kColumns)
+#pragma unroll(Entry::kLoads / kColumns)
   for (int32_t i = 0; i < count; ++i) {
-    const Element* elements = reinterpret_cast<const Element*>(key_of(i));
+    const Entry entry = mine.of_lane(i);
     float dot = 0;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      dot += q[lane + j * kWarpSize] * to_float(elements[columns[j]]);
+      dot += q[lane + j * kWarpSize] * entry.key(p.layer, columns[j]);
     }
     dot = warp_sum(dot);
     if (lane == i) z = dot * p.scale;
@@ -98,20 +153,20 @@ __device__ void add_slots(const AttendParams& p,
   result.max = most;
   result.sum = result.sum * factor + warp_sum(probability);
 
-  // The values, each times its slot's probability. They lie half a page behind the keys.
+  // The values, each times its slot's probability.
   float out[kColumns] = {};
-#pragma unroll(kLoads / kColumns)
+#pragma unroll(Entry::kLoads / kColumns)
   for (int32_t i = 0; i < count; ++i) {
     const float share = __shfl_sync(kFullWarp, probability, i);
-    const Element* value = reinterpret_cast<const Element*>(key_of(i) + p.layer.half_page_bytes());
+    const Entry entry = mine.of_lane(i);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) out[j] += share * to_float(value[columns[j]]);
+    for (int j = 0; j < kColumns; ++j) out[j] += share * entry.value(p.layer, columns[j]);
   }
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) result.out[j] = result.out[j] * factor + out[j];
 }
 
-template <typename Element, int kColumns>
+template <typename Element, typename Entry, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_any_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
   __shared__ float q[kColumns * kWarpSize];
@@ -129,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 2. Each warp takes every kWarps-th run of 32 slots, and leaves its result in shared memory.
   WarpResult<kColumns> result;
   for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
-    add_slots<Element, kColumns>(p, query, q, head_dim, first, result);
+    add_slots<Entry, kColumns>(p, query, q, head_dim, first, result);
   }
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) image[warp][lane + j * kWarpSize] = result.out[j];
@@ -179,14 +234,23 @@ void dispatch_columns(int64_t head_dim, const Body& body) {
 void any_attend(const AttendArgs& args, const AttendParams& params) {
   const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
   const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
-  dispatch_dtype(args.queries.dtype, [&](auto tag) {
-    using Element = typename decltype(tag)::type;
+  const auto run = [&](auto element, auto entry) {
     dispatch_columns(head_dim, [&](auto columns) {
-      attend_any_kernel<Element, columns>
+      attend_any_kernel<typename decltype(element)::type, typename decltype(entry)::type, columns>
           <<<static_cast<uint32_t>(grid), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
               params, head_dim);
     });
-  });
+  };
+  if (args.layer.key_scales) {
+    dispatch_codes(args.queries.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
+      using Element = typename decltype(element)::type;
+      run(element, TypeTag<CodedEntry<Element, typename decltype(format)::type>>{});
+    });
+  } else {
+    dispatch_dtype(args.queries.dtype, [&](auto element) {
+      run(element, TypeTag<Entry<typename decltype(element)::type>>{});
+    });
+  }
   ADAKV_CUDA_CHECK("attend", cudaGetLastError());
 }
 

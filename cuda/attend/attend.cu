@@ -11,12 +11,33 @@
 namespace adakv {
 namespace {
 
+bool is_coded(const AttendArgs& args) {
+  return bool(args.layer.key_scales);
+}
+
+/// Calls the body with the head dim if there is a fast kernel for it; returns whether there is.
+template <typename Body>
+bool dispatch_fast(const AttendArgs& args, const Body& body) {
+  const int64_t head_dim = args.queries.shape[3];
+  if (is_coded(args) && head_dim != 64 && head_dim != 128 && head_dim != 256) return false;
+  return dispatch_head_dim(head_dim, body);
+}
+
+/// Whether a tile's scales begin at multiples of 16 bytes.
+bool pages_are_aligned(const TensorView& scales) {
+  return reinterpret_cast<uintptr_t>(scales.data) % 16 == 0 && scales.stride[0] * 2 % 16 == 0;
+}
+
 bool has_fast_kernel(const AttendArgs& args) {
-  const bool fits_tiles = args.layer.pages.shape[2] % 16 == 0 &&
-                          args.queries.dtype != DType::kFloat32 &&
-                          dispatch_head_dim(args.queries.shape[3], [](auto) {});
-  return fits_tiles && rows_are_aligned(args.layer.pages, 16) &&
-         rows_are_aligned(args.queries, 4) && rows_are_aligned(args.out, 8);
+  const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
+  const bool fits_tiles = page_size % (is_coded(args) && head_dim <= 128 ? 32 : 16) == 0 &&
+                          args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
+  const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
+                          rows_are_aligned(args.queries, is_coded(args) ? 8 : 4) &&
+                          rows_are_aligned(args.out, 8);
+  if (!is_coded(args)) return fits_tiles && is_aligned;
+  return fits_tiles && is_aligned && pages_are_aligned(args.layer.key_scales) &&
+         pages_are_aligned(args.layer.value_scales) && device_copies_boxes();
 }
 
 int64_t num_queries(const AttendArgs& args) {
@@ -73,9 +94,16 @@ void CudaBackend::attend(const AttendArgs& args) {
   if (!has_fast_kernel(args)) return any_attend(args, p);
   dispatch_dtype(args.queries.dtype, [&](auto tag) {
     using Element = typename decltype(tag)::type;
+    const int64_t num_pages = args.layer.pages.shape[0];
     if constexpr (!std::is_same_v<Element, float>) {
-      dispatch_head_dim(args.queries.shape[3], [&](auto head_dim) {
-        launch_attend<Element, head_dim>(p, args.layer.pages.shape[0], stream);
+      dispatch_fast(args, [&](auto head_dim) {
+        if (!is_coded(args)) return launch_attend<Element, Plain, head_dim>(p, num_pages, stream);
+        if constexpr (head_dim == 64 || head_dim == 128 || head_dim == 256) {
+          if (args.layer.pages.dtype == DType::kFloat8) {
+            return launch_attend<Element, Fp8, head_dim>(p, num_pages, stream);
+          }
+          launch_attend<Element, Int8, head_dim>(p, num_pages, stream);
+        }
       });
     }
   });

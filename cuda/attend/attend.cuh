@@ -9,6 +9,7 @@
 // small: a kernel of some 10 us feels every instruction that it has to fetch (bench_attend).
 #pragma once
 
+#include "attend/new_slots.cuh"
 #include "attend/row_end.cuh"
 #include "attend/tiles.cuh"
 #include "attend/warp.cuh"
@@ -55,6 +56,13 @@ __device__ inline void fetch_params(const AttendParams& p) {
                "r"(p.num_tokens), "r"(p.num_heads.value), "f"(p.softcap));
 }
 
+/// What the appending warp copies at a time.
+template <typename Config>
+using AppendBatch =
+    std::conditional_t<Config::kIsCoded,
+                       CodeBatch<typename Config::Element, typename Config::Format, 4>,
+                       EntryBatch<uint4, 8>>;
+
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
 // a worker, or of a row. The warp behind kWarps, if there is one, appends.
 template <typename Config>
@@ -76,7 +84,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   if (warp == Config::kWarps) {
 #pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
-      append_entries<uint4, 8>(p.append, b, {0, 1, 0, 1});
+      append_entries<AppendBatch<Config>>(p.append, b, {0, 1, 0, 1});
       __syncwarp();
       count_appended(p.append, b, lane, kWarpSize);
     }
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   }
 
   Range range = {};
-  range.page_shift = p.layer.page_shift - kTileShift;
+  range.page_shift = p.layer.page_shift - Config::kTileShift;
   schedule::RowFacts facts;
   if (cuts_rows) {
     const schedule::Worker* worker = p.workers + blockIdx.x;
@@ -118,15 +126,14 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     schedule::RowFacts next = facts;
     if (has_more) next = load_facts(p.rows + row_index + 1);
     const RowContext row = row_context<Config>(p, row_index, facts.length);
-    WarpState<Config> state;
-    state.begin_row(p, row);
+    WarpState<Config> state(p, row, shared);
     const int32_t end_tile = (end - range.begin) << range.page_shift;
     const int32_t row_tile = (range.begin - facts.begin) * (1 << range.page_shift);
     const NewSlots<Config> new_slots(p, row, row_tile);
 #pragma unroll 1
     for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
-      const uint32_t data = pipeline.wait(tile);
-      const int32_t first_slot = (row_tile + t) * kTileSlots;
+      const TileData data = pipeline.wait(tile);
+      const int32_t first_slot = (row_tile + t) * Config::kTileSlots;
       if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
       state.add_tile(p, data, first_slot, row.length);
       pipeline.release(tile);
@@ -156,40 +163,43 @@ void launch_instance(const AttendParams& p, cudaStream_t stream) {
   launch("attend", attend_kernel<Config>, shape, stream, p);
 }
 
-template <typename Element, int kHeadDim, bool kCopiesBoxes>
+template <typename Element, typename Format, int kHeadDim, bool kCopiesBoxes>
 void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
   switch (padded_queries(int64_t{p.group.value} * p.num_tokens)) {
     case 4:
-      return launch_instance<AttendConfig<Element, kHeadDim, 4, kCopiesBoxes>>(p, stream);
+      return launch_instance<AttendConfig<Element, Format, kHeadDim, 4, kCopiesBoxes>>(p, stream);
     case 8:
-      return launch_instance<AttendConfig<Element, kHeadDim, 8, kCopiesBoxes>>(p, stream);
+      return launch_instance<AttendConfig<Element, Format, kHeadDim, 8, kCopiesBoxes>>(p, stream);
     default:
-      return launch_instance<AttendConfig<Element, kHeadDim, 16, kCopiesBoxes>>(p, stream);
+      return launch_instance<AttendConfig<Element, Format, kHeadDim, 16, kCopiesBoxes>>(p, stream);
   }
 }
 
-/// Whether the current device has the bulk copy engine and the shared memory that goes with it.
-inline bool device_copies_boxes() {
-  int device = 0;
-  ADAKV_CUDA_CHECK("attend", cudaGetDevice(&device));
-  return has_sm90("attend", device) &&
-         device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
-}
-
-template <typename Element, int kHeadDim>
+template <typename Element, typename Format, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream) {
-  if (!device_copies_boxes()) return launch_for_queries<Element, kHeadDim, false>(params, stream);
-  constexpr uint32_t kColumns = AttendConfig<Element, kHeadDim, 4, true>::kBoxColumns;
-  constexpr uint32_t kBoxes = kHeadDim / kColumns;
-  const uint64_t half_bytes = uint64_t(params.layer.page_size) * kHeadDim * 2;
+  using Config = AttendConfig<Element, Format, kHeadDim, 4, true>;
+  constexpr uint32_t kColumns = Config::kBoxColumns, kBoxes = Config::kRowColumns / kColumns;
+  const uint64_t half_bytes = uint64_t(params.layer.page_size) * Config::kEntryBytes;
   AttendParams p = params;
-  // Columns of a box, slots of all pages, boxes side by side, keys and values.
-  p.page_map =
-      encode_tensor_map("attend", p.layer.pages,
-                        {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
-                         {kHeadDim * 2, kColumns * 2, half_bytes},
-                         {kColumns, kTileSlots, kBoxes, 2}});
-  launch_for_queries<Element, kHeadDim, true>(p, stream);
+  if constexpr (Config::kIsCoded) {
+    // Columns of a box, slots of a page, boxes side by side, keys and values, pages.
+    p.page_map = encode_tensor_map<5>(
+        "attend", p.layer.pages,
+        {{kColumns, uint64_t(p.layer.page_size), kBoxes, 2, uint64_t(num_pages)},
+         {Config::kEntryBytes, kColumns * 2, half_bytes, uint64_t(p.layer.page_stride)},
+         {kColumns, Config::kTileSlots, kBoxes, 2, 1}});
+  } else {
+    if (!device_copies_boxes()) {
+      return launch_for_queries<Element, Format, kHeadDim, false>(params, stream);
+    }
+    // Columns of a box, slots of all pages, boxes side by side, keys and values.
+    p.page_map =
+        encode_tensor_map<4>("attend", p.layer.pages,
+                             {{kColumns, uint64_t(num_pages) * 2 * p.layer.page_size, kBoxes, 2},
+                              {Config::kEntryBytes, kColumns * 2, half_bytes},
+                              {kColumns, Config::kTileSlots, kBoxes, 2}});
+  }
+  launch_for_queries<Element, Format, kHeadDim, true>(p, stream);
 }
 
 }  // namespace adakv

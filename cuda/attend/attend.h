@@ -8,7 +8,9 @@
 
 #include "adakv/ops.h"
 #include "append.cuh"
+#include "common/codes.cuh"
 #include "common/divisor.cuh"
+#include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "ops/schedule.h"
 
@@ -43,9 +45,17 @@ inline int padded_queries(int64_t num_queries) {
   return num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : kMostQueries;
 }
 
+/// Whether the current device has the bulk copy engine and the shared memory that goes with it.
+inline bool device_copies_boxes() {
+  int device = 0;
+  ADAKV_CUDA_CHECK("attend", cudaGetDevice(&device));
+  return has_sm90("attend", device) &&
+         device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
+}
+
 /// The fast kernels, for pages of 16 slots or a multiple. Rows with more than kMostQueries queries
 /// are not cut: a block does 16 queries of a row; then nothing can be appended in the launch.
-template <typename Element, int kHeadDim>
+template <typename Element, typename Format, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
 
 /// The kernel for everything else (any.cu). It does each row in one piece and appends nothing.

@@ -6,47 +6,71 @@
 
 #include "attend/attend.h"
 #include "common/async_copy.cuh"
+#include "common/codes.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 
 namespace adakv {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kTileShift = 4, kTileSlots = 1 << kTileShift;
 
 /// Sizes of one instance. Boxes: tiles come by the bulk copy engine into most of the shared memory
-/// of sm_90; else by 16-byte copies into as much as every device has.
-template <typename Element_, int kHeadDim_, int kQueries_, bool kCopiesBoxes_>
+/// of sm_90; else by 16-byte copies into as much as every device has. Codes only come by boxes.
+template <typename Element_, typename Format_, int kHeadDim_, int kQueries_, bool kCopiesBoxes_>
 struct AttendConfig {
   using Element = Element_;
+  using Format = Format_;
+  static constexpr bool kIsCoded = Format::kScales > 0;
+  static_assert(!kIsCoded || kCopiesBoxes_);
   static constexpr int kHeadDim = kHeadDim_, kQueries = kQueries_;
   static constexpr bool kCopiesBoxes = kCopiesBoxes_;
-  static constexpr int kSteps = kHeadDim / 16;             // of the products along the head dim
-  static constexpr int kColumnTiles = (kQueries + 7) / 8;  // of 8 queries
+  static constexpr int kSteps = kHeadDim / 16;  // of the products along the head dim
+  static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
+  static constexpr int kColumnTiles = (kQueries + 7) / 8;                   // of 8 queries
+  // Warps for codes, whose tiles are small.
+  static constexpr int code_warps() {
+    if (kHeadDim > 128) return kQueries > 8 ? 4 : 7;
+    return kQueries > 4 ? 7 : kHeadDim <= 64 ? 11 : 8;
+  }
   // The appending warp makes it 8 at most where registers are short.
-  static constexpr int kWarps = kCopiesBoxes ? (kHeadDim > 128     ? 4
-                                                : kColumnTiles > 1 ? 7
-                                                                   : 8)
-                                             : (kHeadDim > 128 ? 2 : 4);
-  static constexpr int kThreads = kWarps * kWarpSize;                 // one more warp appends
-  static constexpr bool kHoldsQueries = kSteps * kColumnTiles <= 16;  // in registers
-  static constexpr int kImages = kQueries <= 4 ? 2 : 1;
+  static constexpr int kWarps = !kCopiesBoxes      ? (kHeadDim > 128 ? 2 : 4)
+                                : kIsCoded         ? code_warps()
+                                : kHeadDim > 128   ? 4
+                                : kColumnTiles > 1 ? 7
+                                                   : 8;
+  static constexpr int kThreads = kWarps * kWarpSize;  // one more warp appends
+  // In registers; with codes they are held in shared memory.
+  static constexpr bool kHoldsQueries = !kIsCoded && kSteps * kColumnTiles <= 16;
+  static constexpr int kOperands = kSteps * kColumnTiles * kWarpSize;
+  static constexpr int kSums = kGroups * kColumnTiles * 4;
+  static constexpr int kImages = kQueries <= 4 && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
 
-  static constexpr int kEntryChunks = kHeadDim / 8;  // of 16 bytes
-  static constexpr int kHalfBytes = kTileSlots * kHeadDim * 2;
+  // With codes two products' rows, where registers allow, so that one needn't wait for the other.
+  static constexpr int kBlocks = kIsCoded && kHeadDim <= 128 ? 2 : 1;  // of 16 slots
+  static constexpr int kTileSlots = 16 * kBlocks, kTileShift = kBlocks == 2 ? 5 : 4;
+  static constexpr int kEntryBytes = kHeadDim * Format::kCodeBytes;
+  static constexpr int kEntryChunks = kEntryBytes / 16;
+  static constexpr int kHalfBytes = kTileSlots * kEntryBytes;
   static constexpr int kTileBytes = 2 * kHalfBytes;
+  static constexpr int kSlotScaleBytes = kGroups * Format::kScales * 2;
+  static constexpr int kHalfScaleBytes = kTileSlots * kSlotScaleBytes;
   static constexpr int kImageStride = kHeadDim + 4;  // floats; keeps the warps' stores apart
 
   static constexpr int kMostBytes = kCopiesBoxes ? 227 << 10 : 99 << 10;
-  static constexpr int kOtherBytes =
-      kImages * kWarps * kQueries * (kImageStride + 2) * 4 + 1024;  // and barriers
-  static constexpr int kStages = std::min(4, (kMostBytes - kOtherBytes) / (kWarps * kTileBytes));
+  static constexpr int kOtherBytes = kImages * kWarps * kQueries * (kImageStride + 2) * 4 +
+                                     1024 +  // and barriers
+                                     (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
+  static constexpr int kStages =
+      std::min(kWarps > 8 ? 2 : 4,
+               (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + 2 * kHalfScaleBytes)));
   static_assert(kStages >= 2, "loads would not overlap");
 
   // The layout of a half tile: boxes of kBoxColumns columns, one after the other, in which the
   // 16-byte chunks of a row are swapped as the copy engine does it, so that eight rows of one chunk
   // lie in different banks.
-  static constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : kHeadDim % 32 == 0 ? 32 : 16;
+  static constexpr int kRowColumns = kEntryBytes / 2;  // of 16 bits
+  static constexpr int kBoxColumns = kRowColumns % 64 == 0 ? 64 : kRowColumns % 32 == 0 ? 32 : 16;
+  static_assert(kRowColumns % kBoxColumns == 0);
   static constexpr int kBoxChunks = kBoxColumns / 8;
 
   static __device__ uint32_t chunk_offset(int slot, int chunk) {
@@ -59,10 +83,21 @@ struct AttendConfig {
 template <typename Config>
 struct alignas(1024) AttendShared {
   uint8_t tiles[Config::kWarps][Config::kStages][Config::kTileBytes];
-  float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
+  // Scales of keys, then of values.
+  uint8_t scales[Config::kIsCoded ? Config::kWarps : 1][Config::kStages]
+                [std::max(16, 2 * Config::kHalfScaleBytes)];
+  // What WarpState keeps of its row's queries, with codes.
+  uint2 operands[Config::kIsCoded ? Config::kWarps * Config::kOperands : 1];
+  float2 query_sums[Config::kIsCoded ? Config::kWarps * Config::kSums : 1];
+  alignas(16) float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
   float2 max_sum[Config::kImages][Config::kWarps][Config::kQueries];
   uint64_t barriers[Config::kWarps][Config::kStages];
   int32_t is_last;
+};
+
+/// Addresses of a tile in shared memory: elements or codes, and scales.
+struct TileData {
+  uint32_t entries, scales;
 };
 
 /// Units [begin, end) of a worker, as one warp walks over them: tile i of the warp is tile
@@ -174,6 +209,7 @@ class TilePipeline {
                    Config::kWarps),
         page_shift_(range.page_shift),
         tiles_(shared_address(shared.tiles[warp_])),
+        scales_(shared_address(shared.scales[Config::kIsCoded ? warp_ : 0])),
         barriers_(shared_address(shared.barriers[warp_])),
         policy_(read_once_policy()),
         ids_(p, range, num_tiles_) {
@@ -182,7 +218,7 @@ class TilePipeline {
   }
 
   /// Shared memory of tile i, once it is there.
-  __device__ uint32_t wait(int32_t i) {
+  __device__ TileData wait(int32_t i) {
     const int stage = i % Config::kStages;
     if constexpr (Config::kCopiesBoxes) {
       wait_barrier(barriers_ + stage * 8, i / Config::kStages % 2);
@@ -190,7 +226,7 @@ class TilePipeline {
       wait_copies<Config::kStages - 1>();
       __syncwarp();
     }
-    return tiles_ + stage * Config::kTileBytes;
+    return {tiles_ + stage * Config::kTileBytes, scales_ + stage * 2 * Config::kHalfScaleBytes};
   }
 
   /// Tile i is done with; starts the one that takes its place.
@@ -208,21 +244,32 @@ class TilePipeline {
       const int32_t tile = (warp_ + i * Config::kWarps) & ((1 << page_shift_) - 1);
       const int stage = i % Config::kStages;
       const uint32_t to = tiles_ + stage * Config::kTileBytes;
-      if constexpr (Config::kCopiesBoxes) {
-        const int32_t row = ((page * 2 << page_shift_) + tile) * kTileSlots;
+      if constexpr (Config::kIsCoded) {
+        if (threadIdx.x % kWarpSize == 0) copy_codes(to, page, tile * Config::kTileSlots, stage);
+      } else if constexpr (Config::kCopiesBoxes) {
+        const int32_t row = ((page * 2 << page_shift_) + tile) * Config::kTileSlots;
         if (threadIdx.x % kWarpSize == 0) {
           copy_box(to, &p_.page_map, {0, row, 0, 0}, Config::kTileBytes, barriers_ + stage * 8,
                    policy_);
         }
       } else {
-        copy_chunks(to, p_.layer.key(page, tile * kTileSlots));
+        copy_chunks(to, p_.layer.key(page, tile * Config::kTileSlots));
       }
     }
     if constexpr (!Config::kCopiesBoxes) commit_copies();
   }
 
+  __device__ void copy_codes(uint32_t to, int32_t page, int32_t slot, int stage) const {
+    constexpr int kBytes = Config::kHalfScaleBytes;
+    const uint32_t barrier = barriers_ + stage * 8, scales = scales_ + stage * 2 * kBytes;
+    arrive_with_bytes(barrier, Config::kTileBytes + 2 * kBytes);
+    start_box(to, &p_.page_map, {0, slot, 0, 0, page}, barrier, policy_);
+    start_bytes(scales, p_.layer.key_scales.at(page, slot), kBytes, barrier, policy_);
+    start_bytes(scales + kBytes, p_.layer.value_scales.at(page, slot), kBytes, barrier, policy_);
+  }
+
   __device__ void copy_chunks(uint32_t to, const char* keys) const {
-    constexpr int kHalfChunks = kTileSlots * Config::kEntryChunks;
+    constexpr int kHalfChunks = Config::kTileSlots * Config::kEntryChunks;
 #pragma unroll
     for (int first = 0; first < 2 * kHalfChunks; first += kWarpSize) {
       const int i = first + threadIdx.x % kWarpSize, in_half = i % kHalfChunks;
@@ -236,7 +283,7 @@ class TilePipeline {
   const AttendParams& p_;
   int warp_;
   int32_t num_tiles_, page_shift_;
-  uint32_t tiles_, barriers_;
+  uint32_t tiles_, scales_, barriers_;
   uint64_t policy_;
   PageIds<Config> ids_;
 };

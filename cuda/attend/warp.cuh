@@ -1,15 +1,26 @@
-// What a warp of attend's fast kernel does with a tile: the products with keys and values, the
-// softmax so far, and the slots that aren't in the pages yet.
+// What a warp of attend's fast kernel does with a tile: the products with keys and values, and the
+// softmax so far.
 //
 //   logits[slot, query] = keys[slot, :] queries[:, query]         keys are A, queries stay in B
 //   out[:, query]      += values[:, slot] probability[slot, query] values are A, read transposed
 //
 // Slots are the 16 rows of a product and queries its 8 columns: with few queries the other way
 // round, most rows would be empty.
+//
+// Codes take part as they are (codes.cuh). What is missing to elements is a factor and a summand for
+// each slot and group, which logits and probabilities take:
+//   logits[slot, query] = sum over groups z: scale[slot, z] codes[slot, z] queries[z, query]
+//                                           + zero[slot, z] sum of queries[z, query]
+//   out[z, query]      += bound codes[z, slot] (scale[slot, z] / bound probability[slot, query])
+//                       + sum over slots of zero[slot, z] probability[slot, query]
+// The bound is a power of 2 that no scale so far exceeds: f16 has too few exponents for their
+// products with probabilities.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
+#include "attend/codes.cuh"
 #include "attend/tiles.cuh"
 #include "common/dtype.cuh"
 
@@ -34,27 +45,52 @@ __device__ inline RowContext row_context(const AttendParams& p, int32_t row, int
   return context;
 }
 
+/// Sum over the lanes that share columns of a product: over its rows, the slots.
+__device__ inline float sum_of_slots(float x) {
+#pragma unroll
+  for (int step = 4; step < kWarpSize; step *= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
 /// What one warp has found out about its queries: columns 2 t and 2 t + 1 of each tile of columns.
 template <typename Config>
 struct WarpState {
   static constexpr int kTiles = Config::kColumnTiles;
   using Element = typename Config::Element;
+  using Codes = CodeReader<typename Config::Format>;
+  static constexpr int kGroups = Config::kGroups, kBlocks = Config::kBlocks;
+  static constexpr int kGroupSteps = kGroupSize / 16;
 
   const char* query_data[kTiles];               // of query g, from element 2 t on
   uint32_t queries[kTiles][Config::kSteps][2];  // B operands, if they are held
   int32_t visible[kTiles][2];                   // slots before this are seen
   float max[kTiles][2], sum[kTiles][2];         // of the exponents of 2; the sum is of this lane's
   float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
+  // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1.
+  float from_zeros[kTiles][kGroups][2];
+  float bound = FLT_MIN;  // out is relative to it
+  uint2* operands;        // [kSteps, kTiles, 32]  of queries that registers don't hold
+  float2* query_sums;     // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
 
-  __device__ void begin_row(const AttendParams& p, const RowContext& row) {
+  __device__ WarpState(const AttendParams& p, const RowContext& row, AttendShared<Config>& shared)
+      : operands(shared.operands + threadIdx.x / kWarpSize * Config::kOperands),
+        query_sums(shared.query_sums + threadIdx.x / kWarpSize * Config::kSums) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    __syncwarp();  // nobody needs the sums of the row before
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      query_data[tile] = find_query(p, row, tile * 8 + g) + 4 * t;
+      query_data[tile] = find_query(p, row, tile * 8 + g) + (Config::kIsCoded ? 8 : 4) * t;
       if constexpr (Config::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
-          load_operand(p, tile, step, queries[tile][step]);
+          load_operand(tile, step, queries[tile][step]);
+        }
+      } else if constexpr (Config::kIsCoded) {
+#pragma unroll
+        for (int step = 0; step < Config::kSteps; ++step) {
+          uint32_t operand[2];
+          load_operand(tile, step, operand);
+          operands[(step * kTiles + tile) * kWarpSize + lane] = make_uint2(operand[0], operand[1]);
         }
       }
 #pragma unroll
@@ -68,6 +104,30 @@ struct WarpState {
       for (int step = 0; step < Config::kSteps; ++step) {
         for (int i = 0; i < 4; ++i) out[tile][step][i] = 0;
       }
+      if constexpr (Config::kIsCoded) {
+#pragma unroll
+        for (int z = 0; z < kGroups; ++z) from_zeros[tile][z][0] = from_zeros[tile][z][1] = 0;
+        sum_queries(tile);
+      }
+    }
+    __syncwarp();
+  }
+
+  /// Sums of queries over groups, to shared memory: products with keys of ones, whose rows are equal.
+  __device__ void sum_queries(int tile) {
+    const int lane = threadIdx.x % kWarpSize;
+    constexpr uint32_t kOnes = 0x3c003c00;
+    const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+    for (int z = 0; z < kGroups; ++z) {
+      float sums[4] = {};
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps); ++step) {
+        uint32_t operand[2];
+        shared_operand(tile, step, operand);
+        mma_16x8x16<__half>(sums, ones, operand);
+      }
+      if (lane < 4) query_sums[(z * kTiles + tile) * 4 + lane] = make_float2(sums[0], sums[1]);
     }
   }
 
@@ -80,42 +140,71 @@ struct WarpState {
                         p.group.quotient(number));
   }
 
-  __device__ void load_operand(const AttendParams& p, int tile, int step, uint32_t (&b)[2]) const {
+  __device__ void load_operand(int tile, int step, uint32_t (&b)[2]) const {
+    if constexpr (Config::kIsCoded) {
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(query_data[tile] + step * 32));
+      Codes::order_query(to_half2<Element>(four.x), to_half2<Element>(four.y), b);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const char* pair = query_data[tile] + step * 32 + i * 16;
-      b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+      for (int i = 0; i < 2; ++i) {
+        const char* pair = query_data[tile] + step * 32 + i * 16;
+        b[i] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+      }
     }
+  }
+
+  /// The operand from shared memory.
+  __device__ void shared_operand(int tile, int step, uint32_t (&b)[2]) const {
+    const uint2 operand = operands[(step * kTiles + tile) * kWarpSize + threadIdx.x % kWarpSize];
+    b[0] = operand.x;
+    b[1] = operand.y;
   }
 
   /// Takes in the tile of slots `first_slot` on, of a row of `length` slots. What lies behind them
   /// may be NaN, which probability 0 doesn't cancel: values from there count as 0.
   __device__ void add_tile(const AttendParams& p,
-                           uint32_t tile_data,
+                           const TileData& data,
                            int32_t first_slot,
                            int32_t length) {
-    float logits[kTiles][4];
-    multiply_keys(p, tile_data, logits);
+    float logits[kTiles][kBlocks][4];
+    if constexpr (Config::kIsCoded) {
+      multiply_key_codes(data, logits);
+    } else {
+      multiply_keys(data.entries, logits);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) soften(p, first_slot, tile, logits[tile]);
+    if constexpr (Config::kIsCoded) {
+      add_value_codes(data, length - first_slot, logits);
+    } else {
+      add_values(data.entries, length - first_slot, logits);
+    }
+  }
+
+  /// Adds the values of a tile of which `count` slots exist; `shares` are the probabilities.
+  __device__ void add_values(uint32_t entries,
+                             int32_t count,
+                             const float (&shares)[kTiles][kBlocks][4]) {
     uint32_t probabilities[kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      soften(p, first_slot, tile, logits[tile]);
-      probabilities[tile][0] = transpose_matrix(pack<Element>(logits[tile][0], logits[tile][1]));
-      probabilities[tile][1] = transpose_matrix(pack<Element>(logits[tile][2], logits[tile][3]));
+      const float(&share)[4] = shares[tile][0];
+      probabilities[tile][0] = transpose_matrix(pack<Element>(share[0], share[1]));
+      probabilities[tile][1] = transpose_matrix(pack<Element>(share[2], share[3]));
     }
     const int lane = threadIdx.x % kWarpSize;
     const int slot = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
     uint32_t exist[2];  // a mask of slots 8 i + 2 t and + 1
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t left = length - first_slot - 8 * i - lane % 4 * 2;
+      const int32_t left = count - 8 * i - lane % 4 * 2;
       exist[i] = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0;
     }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       uint32_t values[4];
       load_matrices_transposed(
-          values, tile_data + Config::kHalfBytes + Config::chunk_offset(slot, 2 * step + chunk));
+          values, entries + Config::kHalfBytes + Config::chunk_offset(slot, 2 * step + chunk));
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] &= exist[i / 2];
 #pragma unroll
@@ -125,9 +214,139 @@ struct WarpState {
     }
   }
 
-  __device__ void multiply_keys(const AttendParams& p,
-                                uint32_t tile_data,
-                                float (&logits)[kTiles][4]) {
+  /// The same with codes. Slots that don't exist have any scale, so it counts as 0.
+  __device__ void add_value_codes(const TileData& data,
+                                  int32_t count,
+                                  const float (&shares)[kTiles][kBlocks][4]) {
+    const int lane = threadIdx.x % kWarpSize;
+    Scale scales[kGroups][2 * kBlocks];
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
+      const int slot = lane / 4 + 8 * (i % (2 * kBlocks)), z = i / (2 * kBlocks);
+      Scale scale = load_slot_scale(data.scales + Config::kHalfScaleBytes, slot, z);
+      if (slot >= count) scale = {0, 0};
+      scale.zero -= Codes::kValueOffset * scale.scale;
+      most = fmaxf(most, scale.scale);
+      scales[z][i % (2 * kBlocks)] = scale;
+    }
+    if (__any_sync(kFullWarp, most > bound)) raise_bound(most);
+    const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
+#pragma unroll
+    for (int z = 0; z < kGroups; ++z) {
+      uint32_t probabilities[kTiles][kBlocks][2];
+#pragma unroll
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const float scale = scales[z][i].scale * inverse;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float* share = &shares[tile][i / 2][i % 2 * 2];
+          probabilities[tile][i / 2][i % 2] =
+              transpose_matrix(pack<__half>(share[0] * scale, share[1] * scale));
+          if constexpr (Config::Format::kScales == 2) {
+            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * scales[z][i].zero;
+          }
+        }
+      }
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
+           step += 2) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          uint32_t codes[4];
+          load_matrices_transposed(codes,
+                                   data.entries + Config::kHalfBytes + code_offset(block, step));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const Operands low = Codes::values(codes[2 * i]);
+            const Operands high = Codes::values(codes[2 * i + 1]);
+            const uint32_t values[4] = {low.first, low.second, high.first, high.second};
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              mma_16x8x16<__half>(out[tile][step + i], values, probabilities[tile][block]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  /// Makes the bound a power of 2 that is at least `most` of every lane.
+  __device__ void raise_bound(float most) {
+    const uint32_t top = __float_as_uint(fmaxf(warp_max(most), 4 * FLT_MIN));
+    const float raised = __uint_as_float((top + 0x7fffff) & 0x7f800000);
+    const float factor = bound / raised;
+    bound = raised;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int step = 0; step < Config::kSteps; ++step) {
+        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor;
+      }
+    }
+  }
+
+  /// Where this lane's row of the matrices of codes lies: 16 slots, steps `step` and `step` + 1.
+  static __device__ uint32_t code_offset(int block, int step) {
+    const int lane = threadIdx.x % kWarpSize;
+    return Config::chunk_offset(16 * block + lane % 16, step + lane / 16);
+  }
+
+  static __device__ Scale load_slot_scale(uint32_t scales, int slot, int group) {
+    return load_scale<typename Config::Format, Element>(scales + slot * Config::kSlotScaleBytes +
+                                                        group * Config::Format::kScales * 2);
+  }
+
+  __device__ void multiply_key_codes(const TileData& data, float (&logits)[kTiles][kBlocks][4]) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll(Config::kHeadDim <= 128 ? kGroups : 1)
+    for (int z = 0; z < kGroups; ++z) {
+      float sums[kTiles][kBlocks][4] = {};
+#pragma unroll
+      for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
+           step += 2) {
+        uint32_t operands_of_steps[2][kTiles][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          shared_operand(i % kTiles, step + i / kTiles, operands_of_steps[i / kTiles][i % kTiles]);
+        }
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          uint32_t codes[4];
+          load_matrices(codes, data.entries + code_offset(block, step));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
+            const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              mma_16x8x16<__half>(sums[tile][block], keys, operands_of_steps[i][tile]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const Scale scale = load_slot_scale(data.scales, lane / 4 + 8 * i, z);
+        const float offset = scale.zero - Codes::kKeyOffset * scale.scale;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float2 query_sum = query_sums[(z * kTiles + tile) * 4 + lane % 4];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int at = i % 2 * 2 + c;
+            float logit = scale.scale * sums[tile][i / 2][at];
+            if constexpr (Config::Format::kScales == 2) {
+              logit += offset * (c == 0 ? query_sum.x : query_sum.y);
+            }
+            logits[tile][i / 2][at] = z == 0 ? logit : logits[tile][i / 2][at] + logit;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void multiply_keys(uint32_t tile_data, float (&logits)[kTiles][kBlocks][4]) {
     const int lane = threadIdx.x % kWarpSize, slot = lane % 16, chunk = lane / 16;
     float chains[2][kTiles][4] = {};  // two sums in turn: products needn't wait for each other
 #pragma unroll(Config::kHoldsQueries ? Config::kSteps : 2)
@@ -140,30 +359,40 @@ struct WarpState {
           mma_16x8x16<Element>(chains[step % 2][tile], keys, queries[tile][step]);
         } else {
           uint32_t operand[2];
-          load_operand(p, tile, step, operand);
+          load_operand(tile, step, operand);
           mma_16x8x16<Element>(chains[step % 2][tile], keys, operand);
         }
       }
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      for (int i = 0; i < 4; ++i) logits[tile][i] = chains[0][tile][i] + chains[1][tile][i];
+      for (int i = 0; i < 4; ++i) logits[tile][0][i] = chains[0][tile][i] + chains[1][tile][i];
     }
   }
 
   /// Logits to powers of 2 relative to the maximum so far; what is there already is rescaled.
-  __device__ void soften(const AttendParams& p, int32_t first_slot, int tile, float (&logits)[4]) {
+  __device__ void soften(const AttendParams& p,
+                         int32_t first_slot,
+                         int tile,
+                         float (&logits)[kBlocks][4]) {
     const int32_t slot = first_slot + threadIdx.x % kWarpSize / 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scaled = logits[i] * p.scale;
-      const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
-      logits[i] = slot + i / 2 * 8 < visible[tile][i % 2] ? z : -INFINITY;
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scaled = logits[block][i] * p.scale;
+        const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
+        const bool is_seen = slot + 16 * block + i / 2 * 8 < visible[tile][i % 2];
+        logits[block][i] = is_seen ? z : -INFINITY;
+      }
     }
     float factor[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      float most = fmaxf(logits[c], logits[2 + c]);
+      float most = fmaxf(logits[0][c], logits[0][2 + c]);
+      for (int block = 1; block < kBlocks; ++block) {
+        most = fmaxf(most, fmaxf(logits[block][c], logits[block][2 + c]));
+      }
 #pragma unroll
       for (int step = 4; step < kWarpSize; step *= 2) {
         most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
@@ -172,13 +401,25 @@ struct WarpState {
       const float base = most == -INFINITY ? 0.f : most;
       factor[c] = fast_exp2(max[tile][c] - base);
       max[tile][c] = most;
-      logits[c] = fast_exp2(logits[c] - base);
-      logits[2 + c] = fast_exp2(logits[2 + c] - base);
-      sum[tile][c] = sum[tile][c] * factor[c] + (logits[c] + logits[2 + c]);
+      float total = 0;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        float(&logit)[4] = logits[block];
+        logit[c] = fast_exp2(logit[c] - base);
+        logit[2 + c] = fast_exp2(logit[2 + c] - base);
+        total += logit[c] + logit[2 + c];
+      }
+      sum[tile][c] = sum[tile][c] * factor[c] + total;
     }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
       for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor[i % 2];
+    }
+    if constexpr (Config::kIsCoded) {
+#pragma unroll
+      for (int z = 0; z < kGroups; ++z) {
+        for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] *= factor[c];
+      }
     }
   }
 
@@ -190,90 +431,30 @@ struct WarpState {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float total = sum[tile][c];
+        const float total = sum_of_slots(sum[tile][c]);
+        float zeros[kGroups] = {};
+        if constexpr (Config::Format::kScales == 2) {
 #pragma unroll
-        for (int step = 4; step < kWarpSize; step *= 2) {
-          total += __shfl_xor_sync(kFullWarp, total, step);
+          for (int z = 0; z < kGroups; ++z) zeros[z] = sum_of_slots(from_zeros[tile][z][c]);
         }
         const int query = tile * 8 + 2 * t + c;
         if (query >= Config::kQueries) continue;
         if (g == 0) max_sum[query] = make_float2(max[tile][c], total);
 #pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
-          image[query][16 * step + g] = out[tile][step][c];
-          image[query][16 * step + 8 + g] = out[tile][step][2 + c];
+          const float first = out[tile][step][c], second = out[tile][step][2 + c];
+          if constexpr (Config::kIsCoded) {
+            const float from_zero = zeros[step / kGroupSteps];
+            image[query][16 * step + 2 * g] = first * bound + from_zero;
+            image[query][16 * step + 2 * g + 1] = second * bound + from_zero;
+          } else {
+            image[query][16 * step + g] = first;
+            image[query][16 * step + 8 + g] = second;
+          }
         }
       }
     }
   }
-};
-
-/// Slots of a row that aren't in its pages yet: the new tokens, which come from the arguments.
-template <typename Config>
-class NewSlots {
- public:
-  /// Starts reading the first of them, in the warp that will need it.
-  __device__ NewSlots(const AttendParams& p, const RowContext& row, int32_t row_tile)
-      : p_(p), row_(row) {
-    const int32_t tile = row.settled / kTileSlots - row_tile;
-    is_mine_ = row.settled < row.length && tile >= 0 &&
-               tile % Config::kWarps == static_cast<int32_t>(threadIdx.x) / kWarpSize;
-    if (!is_mine_) return;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int chunk = threadIdx.x % kWarpSize + i * kWarpSize;
-      if (chunk < kChunks) first_[i] = read(row.settled, chunk);
-    }
-  }
-
-  /// Whether the tile of slots `first_slot` on has some of them.
-  __device__ bool are_in(int32_t first_slot) const {
-    return row_.settled < min(row_.length, first_slot + kTileSlots);
-  }
-
-  /// Puts them into a tile.
-  __device__ void patch(int32_t first_slot, uint32_t tile_data) const {
-    const int32_t begin = max(0, row_.settled - first_slot);
-    const int32_t end = min(kTileSlots, row_.length - first_slot);
-    const bool has_first = is_mine_ && first_slot <= row_.settled;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int chunk = threadIdx.x % kWarpSize + i * kWarpSize;
-      if (has_first && chunk < kChunks) write(tile_data, begin, chunk, first_[i]);
-    }
-#pragma unroll 1
-    for (int32_t slot = begin + has_first; slot < end; ++slot) {
-      for (int chunk = threadIdx.x % kWarpSize; chunk < kChunks; chunk += kWarpSize) {
-        write(tile_data, slot, chunk, read(first_slot + slot, chunk));
-      }
-    }
-    fence_before_boxes();
-    __syncwarp();
-  }
-
- private:
-  static constexpr int kChunks = 2 * Config::kEntryChunks;  // of a key and a value
-  static constexpr int kPerLane = (kChunks + kWarpSize - 1) / kWarpSize;
-
-  __device__ uint4 read(int32_t slot, int chunk) const {
-    const bool is_value = chunk >= Config::kEntryChunks;
-    const EntryRows& source = is_value ? p_.append.values : p_.append.keys;
-    const char* entry = source.at(row_.b, row_.h, p_.num_tokens - (row_.length - slot));
-    return __ldg(reinterpret_cast<const uint4*>(entry) + chunk % Config::kEntryChunks);
-  }
-
-  __device__ void write(uint32_t tile_data, int32_t slot, int chunk, const uint4& data) const {
-    const uint32_t to = tile_data + chunk / Config::kEntryChunks * Config::kHalfBytes +
-                        Config::chunk_offset(slot, chunk % Config::kEntryChunks);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(data.x), "r"(data.y),
-                 "r"(data.z), "r"(data.w)
-                 : "memory");
-  }
-
-  const AttendParams& p_;
-  const RowContext& row_;
-  bool is_mine_;
-  uint4 first_[kPerLane];
 };
 
 }  // namespace adakv

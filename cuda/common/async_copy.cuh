@@ -72,6 +72,50 @@ __device__ inline void arrive_with_bytes(uint32_t barrier, uint32_t num_bytes) {
   }
 }
 
+/// Starts the copy of the box at `coordinates` of a tensor map, by one thread. It completes on the
+/// barrier, which waits for its bytes already.
+__device__ inline void start_box(uint32_t to,
+                                 const CUtensorMap* map,
+                                 const int32_t (&coordinates)[4],
+                                 uint32_t barrier,
+                                 uint64_t policy) {
+  if constexpr (kArch >= 900) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+        "l"(map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]),
+        "r"(coordinates[3]), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+}
+
+__device__ inline void start_box(uint32_t to,
+                                 const CUtensorMap* map,
+                                 const int32_t (&coordinates)[5],
+                                 uint32_t barrier,
+                                 uint64_t policy) {
+  if constexpr (kArch >= 900) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+        "l"(map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]),
+        "r"(coordinates[3]), "r"(coordinates[4]), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+}
+
+/// The same for a multiple of 16 bytes.
+__device__ inline void start_bytes(
+    uint32_t to, const void* from, uint32_t num_bytes, uint32_t barrier, uint64_t policy) {
+  if constexpr (kArch >= 900) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(num_bytes), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+}
+
 /// Starts the copy of the box at `coordinates` of a 4-dimensional tensor map, by one thread. It
 /// completes on the barrier.
 __device__ inline void copy_box(uint32_t to,
@@ -82,12 +126,7 @@ __device__ inline void copy_box(uint32_t to,
                                 uint64_t policy) {
   if constexpr (kArch >= 900) {
     arrive_with_bytes(barrier, num_bytes);
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-        "l"(map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]),
-        "r"(coordinates[3]), "r"(barrier), "l"(policy)
-        : "memory");
+    start_box(to, map, coordinates, barrier, policy);
   }
 }
 

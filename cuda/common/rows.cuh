@@ -42,21 +42,41 @@ inline IntRows int_rows(const TensorView& x) {
   return {x.ptr<int32_t>(), {x.stride[0], x.stride[1]}};
 }
 
+/// The scales of keys or values [N, P, Z * scales of a group]; nothing for plain pages.
+struct ScaleRows {
+  char* data;
+  int64_t page_stride;  // in bytes
+  int32_t slot_bytes;
+
+  __device__ char* at(int32_t page, int32_t slot) const {
+    return data + page * page_stride + slot * slot_bytes;
+  }
+};
+
+inline ScaleRows scale_rows(const TensorView& x) {
+  if (!x) return {};
+  const int64_t bytes = static_cast<int64_t>(dtype_size(x.dtype));
+  return {x.ptr<char>(), x.stride[0] * bytes, static_cast<int32_t>(x.shape[2] * bytes)};
+}
+
 /// A LayerView as kernels take it.
 struct LayerRows {
-  char* pages;               // [N, 2, P, D]
-  int32_t* page_positions;   // [N, P]
-  int64_t positions_stride;  // of a page
-  IntRows block_table;       // [B, Hkv, M]
-  IntRows lengths;           // [B, Hkv]
-  IntRows fresh_pages;       // [B, Hkv, F]
-  int32_t* seen;             // [B]
-  int32_t num_heads, page_size, entry_bytes;
-  int32_t page_shift;  // page_size is 1 << page_shift
+  char* pages;                         // [N, 2, P, D], elements or codes
+  int64_t page_stride;                 // in bytes
+  ScaleRows key_scales, value_scales;  // of codes
+  int32_t* page_positions;             // [N, P]
+  int64_t positions_stride;            // of a page
+  IntRows block_table;                 // [B, Hkv, M]
+  IntRows lengths;                     // [B, Hkv]
+  IntRows fresh_pages;                 // [B, Hkv, F]
+  int32_t* seen;                       // [B]
+  int32_t num_heads, head_dim, page_size;
+  int32_t entry_bytes;  // of a key or a value in a page
+  int32_t page_shift;   // page_size is 1 << page_shift
 
   /// The key in a slot of a page; its value is half_page_bytes() further.
   __device__ char* key(int32_t page, int32_t slot) const {
-    return pages + 2 * half_page_bytes() * page + slot * entry_bytes;
+    return pages + page_stride * page + slot * entry_bytes;
   }
 
   /// Pages that `length` entries fill.
@@ -70,6 +90,9 @@ struct LayerRows {
 inline LayerRows layer_rows(const LayerView& layer) {
   LayerRows rows = {};
   rows.pages = layer.pages.ptr<char>();
+  rows.page_stride = layer.pages.stride[0] * static_cast<int64_t>(dtype_size(layer.pages.dtype));
+  rows.key_scales = scale_rows(layer.key_scales);
+  rows.value_scales = scale_rows(layer.value_scales);
   rows.page_positions = layer.page_positions.ptr<int32_t>();
   rows.positions_stride = layer.page_positions.stride[0];
   rows.block_table = int_rows(layer.block_table);
@@ -77,9 +100,10 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.fresh_pages = int_rows(layer.fresh_pages);
   rows.seen = layer.seen.ptr<int32_t>();
   rows.num_heads = static_cast<int32_t>(layer.lengths.shape[1]);
-  rows.page_size = static_cast<int32_t>(layer.pages.shape[2]);
+  rows.page_size = static_cast<int32_t>(layer.page_positions.shape[1]);
   while (1 << rows.page_shift < rows.page_size) ++rows.page_shift;
-  rows.entry_bytes = static_cast<int32_t>(layer.pages.shape[3] * dtype_size(layer.pages.dtype));
+  rows.head_dim = static_cast<int32_t>(layer.pages.shape[3]);
+  rows.entry_bytes = rows.head_dim * static_cast<int32_t>(dtype_size(layer.pages.dtype));
   return rows;
 }
 

@@ -10,17 +10,19 @@
 
 namespace adakv {
 
-/// A tensor of 16-bit elements in four dimensions, the first of them contiguous, and the box of it
+/// A tensor of 16-bit elements in kRank dimensions, the first of them contiguous, and the box of it
 /// that is copied at a time. Strides are in bytes and may overlap.
+template <int kRank>
 struct TensorMapShape {
-  uint64_t size[4], stride[3];
-  uint32_t box[4];
+  uint64_t size[kRank], stride[kRank - 1];
+  uint32_t box[kRank];
 };
 
 /// The swizzle follows from the box: its first dimension is 32, 64 or 128 bytes.
-inline CUtensorMap encode_tensor_map(const char* verb,
-                                     const void* data,
-                                     const TensorMapShape& shape) {
+template <int kRank>
+CUtensorMap encode_tensor_map(const char* verb,
+                              const void* data,
+                              const TensorMapShape<kRank>& shape) {
   // Found at run time: nothing of ours links libcuda.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [&] {
@@ -33,10 +35,10 @@ inline CUtensorMap encode_tensor_map(const char* verb,
   const CUtensorMapSwizzle swizzle = shape.box[0] == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : shape.box[0] == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data),
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, const_cast<void*>(data),
              reinterpret_cast<const cuuint64_t*>(shape.size),
              reinterpret_cast<const cuuint64_t*>(shape.stride), shape.box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -50,8 +50,8 @@ class KVCache:
     max_row_pages : int
         Most pages of one row: ``ceil(longest / page_size)`` for rows of up to ``longest`` entries.
         A block table has no more columns than the pool has pages, so a large number costs nothing.
-    page_size : int
-        Entries of a page: a power of two from 8 to 256.
+    page_size : int, optional
+        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
     dtype, device
         Of keys and values.
     kv_dtype : "auto", "int8" or "fp8"
@@ -75,12 +75,12 @@ class KVCache:
         head_dim: int,
         num_pages: int,
         max_row_pages: int,
-        page_size: int = 16,
+        page_size: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         kv_dtype: str = "auto",
     ) -> None:
-        page_size = check_page_size(page_size)
+        page_size = page_size_for(kv_dtype, page_size)
         kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
@@ -347,6 +347,13 @@ def _device(given: torch.device | str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device}")
     return device
+
+
+def page_size_for(kv_dtype: str, page_size: int | None) -> int:
+    """``page_size``, or if there is none what is good for a format of pages."""
+    if page_size is None:
+        return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
+    return check_page_size(page_size)
 
 
 def check_page_size(page_size: int) -> int:

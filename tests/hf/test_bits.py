@@ -92,8 +92,9 @@ def test_bytes_are_those_of_the_pages(kv_dtype: str, numbers: int) -> None:
     assert kv is not None
     groups = -(-kv.head_dim // 64)
     entry = 2 * (kv.head_dim * (2 if kv_dtype == "auto" else 1) + groups * numbers * 2) + 4
-    assert kv.page_bytes == 16 * entry
-    assert stats["bytes"] == stats["pages_used"] * 16 * entry
+    page_size = 16 if kv_dtype == "auto" else 32
+    assert kv.page_bytes == page_size * entry
+    assert stats["bytes"] == stats["pages_used"] * page_size * entry
     layer = kv.layer(0)
     parts = (layer.pages, layer.page_positions, layer.key_scales, layer.value_scales)
     assert kv.num_pages * kv.page_bytes == sum(x.nbytes for x in parts if x is not None)

@@ -1,5 +1,5 @@
 #include "attend/attend.cuh"
 
 namespace adakv {
-template void launch_attend<__nv_bfloat16, 64>(const AttendParams&, int64_t, cudaStream_t);
+template void launch_attend<__nv_bfloat16, Plain, 64>(const AttendParams&, int64_t, cudaStream_t);
 }

@@ -1,5 +1,5 @@
 #include "attend/attend.cuh"
 
 namespace adakv {
-template void launch_attend<__half, 128>(const AttendParams&, int64_t, cudaStream_t);
+template void launch_attend<__half, Plain, 128>(const AttendParams&, int64_t, cudaStream_t);
 }

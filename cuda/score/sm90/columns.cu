@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 
 // Boxes of kTileRows rows of queries [B, Hq, W, D] or keys.
 CUtensorMap tile_map(const TensorView& x) {
-  TensorMapShape shape = {{}, {}, {kPanelColumns, kTileRows, 1, 1}};
+  TensorMapShape<4> shape = {{}, {}, {kPanelColumns, kTileRows, 1, 1}};
   for (int i = 0; i < 4; ++i) shape.size[i] = static_cast<uint64_t>(x.shape[3 - i]);
   for (int i = 0; i < 3; ++i) {  // strides of dimensions of one element mean nothing
     const bool matters = x.shape[2 - i] > 1;

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 template <typename Element, int kDim>
 void launch_score(const ScoreArgs& args, const ScoreParams& params) {
   using Tile = ScoreTile<Element, kDim>;
-  TensorMapShape shape = {
+  TensorMapShape<4> shape = {
       {kDim, static_cast<uint64_t>(params.length), static_cast<uint64_t>(args.keys.shape[1]),
        static_cast<uint64_t>(args.keys.shape[0])},
       {},

@@ -85,7 +85,7 @@ template <typename Element, int kDim>
 void launch_value_norm(const ValueNormArgs& args, const ValueNormParams& params) {
   using Tile = NormTile<Element, kDim>;
   const uint64_t row_bytes = args.w_o.shape[0] > 1 ? params.w_o_stride * sizeof(Element) : 16;
-  const TensorMapShape shape = {
+  const TensorMapShape<4> shape = {
       {static_cast<uint64_t>(args.w_o.shape[1]), static_cast<uint64_t>(params.width), 1, 1},
       {row_bytes, 16, 16},
       {kPanelColumns, kTileRows, 1, 1}};

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache, check_kv_dtype, check_page_size
+from adakv.cache import KVCache, check_kv_dtype, page_size_for
 from adakv.errors import Error, integer
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.attachment import (
@@ -77,8 +77,8 @@ class Cache(OneWayCache):
         values are kept until the first forward of one token, and compressed then; a last chunk of
         one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
         forward of several tokens is a second turn, from which nothing is evicted.
-    page_size : int
-        Entries of a page: a power of two from 8 to 256.
+    page_size : int, optional
+        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
     kv_dtype : "auto", "int8" or "fp8"
         How pages hold keys and values: as the model has them, or in about half of their bytes
         (docs/bits.md), for models in float16 or bfloat16.
@@ -96,7 +96,7 @@ class Cache(OneWayCache):
         *,
         max_new_tokens: int = 4096,
         chunked_prefill: bool = False,
-        page_size: int = 16,
+        page_size: int | None = None,
         kv_dtype: str = "auto",
     ) -> None:
         model = unwrapped(model)
@@ -115,8 +115,8 @@ class Cache(OneWayCache):
             raise ValueError("model must be in eval mode: adakv.Cache is for inference")
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
-        page_size = check_page_size(page_size)
         self._kv_dtype = check_kv_dtype(kv_dtype)
+        page_size = page_size_for(kv_dtype, page_size)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
@@ -483,9 +483,8 @@ class Cache(OneWayCache):
 
     def _allocate(self, reader: Reader) -> KVCache:
         """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
-        assert self._signature is not None
+        assert self._signature is not None and self._heads is not None
         batch, _, _, dtype, device = self._signature
-        assert self._heads is not None
         heads, head_dim = self._heads
         return pool_size.cache_of(
             reader,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import check_kv_dtype, check_page_size
+from adakv.cache import check_kv_dtype, check_page_size, page_size_for
 from adakv.errors import integer, short
 from adakv.hf import long_rope
 from adakv.hf.attachment import CACHE, attach, decoder_of
@@ -57,8 +57,8 @@ class BatchOptions:
     cache_bytes : int, optional
         Most bytes of pages. Default: what ``max_batch`` sequences need; on CUDA at most what is
         free beside the prefill of the longest prompt.
-    page_size : int
-        Entries of a page: a power of two from 8 to 256.
+    page_size : int, optional
+        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
     cuda_graph : bool
         On CUDA, record a step once and replay it, which spares the host nearly all of its work.
     compile : bool
@@ -73,7 +73,7 @@ class BatchOptions:
     stop_strings: str | Sequence[str] = ()
     max_batch: int = 64
     cache_bytes: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     cuda_graph: bool = True
     compile: bool = False
 
@@ -81,7 +81,8 @@ class BatchOptions:
         """Refuses numbers that make no sense; those of numpy become Python's."""
         Sampling(self.temperature, self.top_k, self.top_p)
         object.__setattr__(self, "max_batch", integer("max_batch", self.max_batch, 1))
-        object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        if self.page_size is not None:
+            object.__setattr__(self, "page_size", check_page_size(self.page_size))
         if self.seed is not None:
             object.__setattr__(self, "seed", integer("seed", self.seed, -(2**62), 2**62))
         if self.cache_bytes is not None:
@@ -214,7 +215,8 @@ def generate_stream(
     config = decoder_of(model).config
     long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    need_of = partial(Need.of, budget=limit, shape=shape, page_size=options.page_size)
+    page_size = page_size_for(shape.kv_dtype, options.page_size)
+    need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
@@ -229,7 +231,7 @@ def generate_stream(
         limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
-        page_size=options.page_size,
+        page_size=page_size,
     )
     decoder = Decoder(model, kv, sampling)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed

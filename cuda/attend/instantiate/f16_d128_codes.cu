@@ -1,0 +1,6 @@
+#include "attend/attend.cuh"
+
+namespace adakv {
+template void launch_attend<__half, Int8, 128>(const AttendParams&, int64_t, cudaStream_t);
+template void launch_attend<__half, Fp8, 128>(const AttendParams&, int64_t, cudaStream_t);
+}  // namespace adakv

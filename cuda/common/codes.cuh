@@ -1,0 +1,235 @@
+// How pages hold entries: as they come, or as codes of 8 bits. A group is 64 elements of a key or
+// value along the head dim (the last one may be shorter); it has a scale, and a zero in int8.
+//
+//   int8:  x = scale * code + zero   zero: the least element; scale: the range / 255, rounded up
+//   fp8:   x = scale * code          code: e4m3; scale: the largest magnitude / 448, rounded up
+//
+// Scales and zeros have the dtype of keys. A group that is not finite has scale NaN and codes 0.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
+#include "common/reduce.cuh"
+#include "common/rows.cuh"
+
+namespace adakv {
+
+constexpr int kGroupSize = 64;     // elements that share a scale
+constexpr int kChunkElements = 8;  // that a lane quantises
+constexpr int kGroupLanes = kGroupSize / kChunkElements;
+
+/// Pages of elements as they come.
+struct Plain {
+  static constexpr int kCodeBytes = 2, kScales = 0;
+};
+
+/// Pages of codes 0 .. 255.
+struct Int8 {
+  static constexpr int kCodeBytes = 1, kScales = 2;  // of a group: scale and zero
+};
+
+/// Pages of float8 e4m3.
+struct Fp8 {
+  static constexpr int kCodeBytes = 1, kScales = 1;
+};
+
+/// The head dim as groups fill it.
+constexpr __host__ __device__ int padded_head_dim(int head_dim) {
+  return (head_dim + kGroupSize - 1) / kGroupSize * kGroupSize;
+}
+
+template <typename Element>
+__device__ inline Element round_up(float x);
+template <>
+__device__ inline __half round_up<__half>(float x) {
+  return __float2half_ru(x);
+}
+template <>
+__device__ inline __nv_bfloat16 round_up<__nv_bfloat16>(float x) {
+  return __float2bfloat16_ru(x);
+}
+
+/// Eight elements of a group as codes.
+struct CodedChunk {
+  uint2 codes;
+  uint16_t scale, zero;  // of the group, as bits of its dtype
+};
+
+/// a / b as IEEE rounds it, by the reciprocal of b as IEEE rounds it (Markstein); for results that
+/// are normal, and b not all ones.
+__device__ inline float divide(float a, float b, float reciprocal) {
+  const float quotient = a * reciprocal;
+  return __fmaf_rn(__fmaf_rn(-quotient, b, a), reciprocal, quotient);
+}
+
+/// What to multiply numbers by that are too small for that, or 1.
+__device__ inline float unit_of(float x) {
+  return x < 0x1p-100f ? 0x1p100f : 1.f;
+}
+
+/// Extremes over the lanes of a group, of several groups at once: shuffles of one needn't wait for
+/// those of another.
+template <int kCount>
+__device__ inline void group_max(float (&x)[kCount]) {
+#pragma unroll
+  for (int step = 1; step < kGroupLanes; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(kFullWarp, x[i], step));
+  }
+}
+
+__device__ inline float element(const uint4& chunk, int i, __half) {
+  const uint32_t word = i / 2 == 0   ? chunk.x
+                        : i / 2 == 1 ? chunk.y
+                        : i / 2 == 2 ? chunk.z
+                                     : chunk.w;
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * (i % 2))));
+}
+__device__ inline float element(const uint4& chunk, int i, __nv_bfloat16) {
+  const uint32_t word = i / 2 == 0   ? chunk.x
+                        : i / 2 == 1 ? chunk.y
+                        : i / 2 == 2 ? chunk.z
+                                     : chunk.w;
+  return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000);
+}
+
+/// Quantises groups: each of kGroupLanes adjacent lanes has eight elements of a group, or none. By
+/// whole warps.
+template <typename Format, typename Element, int kCount>
+__device__ inline void quantise(const uint4 (&data)[kCount],
+                                bool has_elements,
+                                CodedChunk (&chunks)[kCount]) {
+  constexpr bool kHasZero = std::is_same_v<Format, Int8>;
+  constexpr float kMostCode = kHasZero ? 255 : 448;
+  float most[kCount], least[kCount];  // the least with the other sign
+  uint32_t bad_lanes[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    most[k] = least[k] = -INFINITY;
+    float excess = 0;  // NaN unless all are finite
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const float x = element(data[k], i, Element{});
+      excess += x - x;
+      most[k] = fmaxf(most[k], x);
+      least[k] = fmaxf(least[k], -x);
+    }
+    if (!has_elements) most[k] = least[k] = -INFINITY;
+    bad_lanes[k] = __ballot_sync(kFullWarp, has_elements && excess != 0);
+  }
+  group_max(most);
+  group_max(least);
+  const int first_lane = threadIdx.x % kWarpSize / kGroupLanes * kGroupLanes;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float base = kHasZero ? -least[k] : 0.f;
+    const float range = kHasZero ? most[k] - base : fmaxf(most[k], least[k]);
+    const bool is_bad = bad_lanes[k] >> first_lane & ((1u << kGroupLanes) - 1);
+    const bool is_finite = !is_bad && range - range == 0;
+    const float range_unit = unit_of(range);
+    const Element scale =
+        round_up<Element>(divide(range * range_unit, kMostCode, 1 / kMostCode) * (1 / range_unit));
+    const float unit = unit_of(to_float(scale));
+    const float divisor = to_float(scale) * unit, reciprocal = __frcp_rn(divisor);
+    const bool has_codes = is_finite && divisor > 0;
+    uint32_t words[2] = {};
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const float x = element(data[k], i, Element{});
+      const float ratio = has_codes ? divide((x - base) * unit, divisor, reciprocal) : 0.f;
+      uint32_t code;
+      if constexpr (kHasZero) {
+        code = __float2int_rn(fminf(fmaxf(ratio, 0.f), 255.f));
+      } else {
+        code = __nv_cvt_float_to_fp8(ratio, __NV_SATFINITE, __NV_E4M3);
+      }
+      words[i / 4] |= code << 8 * (i % 4);
+    }
+    const Element zero = from_float<Element>(is_finite ? base : 0.f);
+    const Element stored = is_finite ? scale : from_float<Element>(NAN);
+    chunks[k].codes = make_uint2(words[0], words[1]);
+    chunks[k].scale = reinterpret_cast<const uint16_t&>(stored);
+    chunks[k].zero = reinterpret_cast<const uint16_t&>(zero);
+  }
+}
+
+/// What a code stands for, before its scale.
+template <typename Format>
+__device__ inline float decode(uint8_t code) {
+  if constexpr (std::is_same_v<Format, Int8>) {
+    return code;
+  } else {
+    return __half2float(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3));
+  }
+}
+
+/// Which eight elements of an entry a lane has. An entry is its key and then its value, each padded
+/// to `padded` elements, in pieces of 32 lanes.
+struct EntryPart {
+  int32_t element;  // the first of them, of the key or value
+  bool is_value, is_there;
+
+  static constexpr __host__ __device__ int pieces(int padded) {
+    return (2 * padded + kWarpSize * kChunkElements - 1) / (kWarpSize * kChunkElements);
+  }
+
+  static __device__ EntryPart of(int head_dim, int padded, int piece) {
+    const int32_t index = (piece * kWarpSize + threadIdx.x % kWarpSize) * kChunkElements;
+    EntryPart part;
+    part.is_value = index >= padded;
+    part.element = index - (part.is_value ? padded : 0);
+    part.is_there = part.element < head_dim;
+    return part;
+  }
+};
+
+/// Eight elements from memory that may begin at any of them.
+template <typename Element>
+__device__ inline uint4 load_chunk(const char* from) {
+  if (reinterpret_cast<uint64_t>(from) % sizeof(uint4) == 0) {
+    return __ldg(reinterpret_cast<const uint4*>(from));
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* pair = reinterpret_cast<const uint16_t*>(from) + 2 * i;
+    words[i] = __ldg(pair) | uint32_t{__ldg(pair + 1)} << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/// Writes what a lane has quantised to a slot of a page.
+template <typename Format>
+__device__ inline void store_chunk(const LayerRows& layer,
+                                   int32_t page,
+                                   int32_t slot,
+                                   const EntryPart& part,
+                                   const CodedChunk& chunk) {
+  if (!part.is_there) return;
+  char* codes = layer.key(page, slot) + (part.is_value ? layer.half_page_bytes() : 0);
+  *reinterpret_cast<uint2*>(codes + part.element) = chunk.codes;
+  if (part.element % kGroupSize > 0) return;
+  const ScaleRows& rows = part.is_value ? layer.value_scales : layer.key_scales;
+  uint16_t* scales = reinterpret_cast<uint16_t*>(rows.at(page, slot)) +
+                     part.element / kGroupSize * Format::kScales;
+  scales[0] = chunk.scale;
+  if constexpr (Format::kScales == 2) scales[1] = chunk.zero;
+}
+
+/// Calls the body with the types of elements and codes.
+template <typename Body>
+void dispatch_codes(DType elements, DType codes, const Body& body) {
+  dispatch_dtype(elements, [&](auto element) {
+    if constexpr (!std::is_same_v<typename decltype(element)::type, float>) {
+      if (codes == DType::kFloat8) return body(element, TypeTag<Fp8>{});
+      return body(element, TypeTag<Int8>{});
+    }
+  });
+}
+
+}  // namespace adakv
