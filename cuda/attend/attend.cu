@@ -1,5 +1,6 @@
 // attend: the launcher. Decode over pages of 16 slots or a multiple, 16-bit elements and head dims
-// 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), all else to any.cu.
+// 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), and pages of codes where there is the
+// bulk copy engine, for some head dims and whole tiles; all else to any.cu.
 #include <cmath>
 
 #include "attend/attend.h"
@@ -19,7 +20,7 @@ bool is_coded(const AttendArgs& args) {
 template <typename Body>
 bool dispatch_fast(const AttendArgs& args, const Body& body) {
   const int64_t head_dim = args.queries.shape[3];
-  if (is_coded(args) && head_dim != 64 && head_dim != 128 && head_dim != 256) return false;
+  if (is_coded(args) && !has_code_kernel(head_dim)) return false;
   return dispatch_head_dim(head_dim, body);
 }
 
@@ -30,7 +31,7 @@ bool pages_are_aligned(const TensorView& scales) {
 
 bool has_fast_kernel(const AttendArgs& args) {
   const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
-  const bool fits_tiles = page_size % (is_coded(args) && head_dim <= 128 ? 32 : 16) == 0 &&
+  const bool fits_tiles = page_size % tile_slots(is_coded(args), head_dim) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
   const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
                           rows_are_aligned(args.queries, is_coded(args) ? 8 : 4) &&
@@ -98,7 +99,7 @@ void CudaBackend::attend(const AttendArgs& args) {
     if constexpr (!std::is_same_v<Element, float>) {
       dispatch_fast(args, [&](auto head_dim) {
         if (!is_coded(args)) return launch_attend<Element, Plain, head_dim>(p, num_pages, stream);
-        if constexpr (head_dim == 64 || head_dim == 128 || head_dim == 256) {
+        if constexpr (has_code_kernel(head_dim)) {
           if (args.layer.pages.dtype == DType::kFloat8) {
             return launch_attend<Element, Fp8, head_dim>(p, num_pages, stream);
           }

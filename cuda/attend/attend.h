@@ -37,6 +37,17 @@ struct AttendParams {
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
 };
 
+/// Whether there are fast kernels for codes of this head dim: for 80 and 96 there are not.
+constexpr bool has_code_kernel(int64_t head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
+
+/// Slots that a warp takes at a time: with codes two products' rows, where registers allow, so that
+/// one needn't wait for the other.
+constexpr int tile_slots(bool is_coded, int64_t head_dim) {
+  return is_coded && head_dim <= 128 ? 32 : 16;
+}
+
 /// Queries of a row that the fast kernels take at a time, at most.
 constexpr int kMostQueries = 16;
 

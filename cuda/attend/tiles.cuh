@@ -45,9 +45,8 @@ struct AttendConfig {
   static constexpr int kSums = kGroups * kColumnTiles * 4;
   static constexpr int kImages = kQueries <= 4 && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
 
-  // With codes two products' rows, where registers allow, so that one needn't wait for the other.
-  static constexpr int kBlocks = kIsCoded && kHeadDim <= 128 ? 2 : 1;  // of 16 slots
-  static constexpr int kTileSlots = 16 * kBlocks, kTileShift = kBlocks == 2 ? 5 : 4;
+  static constexpr int kTileSlots = tile_slots(kIsCoded, kHeadDim);
+  static constexpr int kBlocks = kTileSlots / 16, kTileShift = kBlocks == 2 ? 5 : 4;
   static constexpr int kEntryBytes = kHeadDim * Format::kCodeBytes;
   static constexpr int kEntryChunks = kEntryBytes / 16;
   static constexpr int kHalfBytes = kTileSlots * kEntryBytes;
