@@ -57,7 +57,8 @@ struct PlainPages : RowPages<Element> {
   using Input = Element;
   using Query = Element;
   static constexpr int width = 0, kStretch = kMaxHeadDim;
-  static constexpr bool kFetchesLines = false, kHasScales = false, kHasZero = false;
+  static constexpr int kLine = kPair;  // codes that are fetched at once
+  static constexpr bool kHasScales = false, kHasZero = false;
   struct Scales {
     const float* keys = nullptr;
     const float* values = nullptr;
@@ -86,7 +87,7 @@ struct CodePages : RowPages<Element> {
   };
 
   static constexpr int kStretch = kScaleGroup;
-  static constexpr bool kFetchesLines = true;  // a stretch is a line of codes
+  static constexpr int kLine = 64;
   static constexpr bool kHasScales = true, kHasZero = kNumbers == 2;
   struct Numbers {
     F32 scale, zero;
@@ -180,7 +181,7 @@ inline void multiply_keys(const float* queries,
       const F32Pair loaded =
           head_dim - d >= kPair ? load_pair(codes) : load_pair(codes, head_dim - d);
       k[i] = Pages::number(loaded, Pages::numbers(scales + i * width, d));
-      if (kFetch) __builtin_prefetch(codes + ahead);
+      if (kFetch && d % Pages::kLine == 0) __builtin_prefetch(codes + ahead);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -266,7 +267,9 @@ inline void add_values(const Pages& row,
   alignas(64) float scaled[Pages::kHasScales ? kRows * kBlockSlots : 1];
   float zeros[kRows] = {};
   const auto step = [&](int d, auto load_values) __attribute__((always_inline)) {
-    const bool fetches = kFetch && (!Pages::kFetchesLines || d % kScaleGroup == 0);
+    // Of a line of codes each step asks for those of other slots.
+    constexpr int kSteps = Pages::kLine / kPair > 1 ? Pages::kLine / kPair : 1;
+    const int in_line = d % Pages::kLine, first_slot = in_line / kPair;
     F32Pair sums[kRows];  // of this block: long chains of additions would cost accuracy
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sums[r] = {broadcast(zeros[r]), broadcast(zeros[r])};
@@ -277,7 +280,7 @@ inline void add_values(const Pages& row,
       const float* p = (Pages::kHasScales ? scaled : weights) + (group - begin);
       for (int i = 0; i < count; ++i) {
         const F32Pair v = load_values(values + i * head_dim);
-        if (fetches) __builtin_prefetch(next + i * head_dim);
+        if (kFetch && i % kSteps == first_slot) __builtin_prefetch(next + i * head_dim - in_line);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r].first += p[r * kBlockSlots + i] * v.first;
