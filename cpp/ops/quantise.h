@@ -42,7 +42,7 @@ ADAKV_HOST_DEVICE static inline uint16_t round_up_bfloat16(float x) {
 
 /// The least float16 that is not below x, as bits; 0 <= x, far below the largest.
 ADAKV_HOST_DEVICE static inline uint16_t round_up_float16(float x) {
-  const uint32_t bits = detail::bits_of(fabsf(x));  // x may be -0
+  const uint32_t bits = detail::bits_of(fabsf(x));                          // x may be -0
   if (bits < 0x38800000) return static_cast<uint16_t>(ceilf(x * 0x1p24f));  // subnormal
   return static_cast<uint16_t>((bits - 0x38000000 + 0x1fff) >> 13);
 }
