@@ -78,6 +78,7 @@ def test_a_model_loads_in_its_own_type_where_that_is_fast(
     ("instructions", "options", "expected"),
     [
         (["amx_bf16"], [], "bfloat16"),
+        ([], ["--kv-dtype", "int8"], "bfloat16"),
         ([], [], "float32"),
         ([], ["--dtype", "auto"], "float32"),
         ([], ["--dtype", "bfloat16"], "bfloat16"),

@@ -139,7 +139,7 @@ def generate(
     """
     check_outputs([model, text], place.outputs)
     content = read_text(text)
-    network, tokenizer = place.load(model)
+    network, tokenizer = place.load(model, setting.kv_dtype)
     prompt = encode_prompt(tokenizer, content, question)
     full = [FULL] if compare_full else []
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
@@ -156,7 +156,7 @@ def generate_many(
     check_outputs([model, many.prompts], {"--out": many.out})
     lines = read_prompts(many.prompts)
     with closing(ResultFile(many.out, overwrite=many.overwrite)) as results:
-        network, tokenizer = place.load(model)
+        network, tokenizer = place.load(model, setting.kv_dtype)
         counts = [line.max_new_tokens or max_new_tokens for line in lines]
         ids = [
             line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)

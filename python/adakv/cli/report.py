@@ -66,7 +66,7 @@ def report(
     pages = {f"--out ({name})": str(folder / name) for name in names}
     check_outputs([model, text], place.outputs | pages)
     content = read_text(text)
-    network, tokenizer = place.load(model)
+    network, tokenizer = place.load(model, setting.kv_dtype)
     prompt = encode_prompt(tokenizer, content, question)
     check_prompt_length(network, prompt.shape[1], max_new_tokens)
     from adakv.eval.page import make_page  # needs transformers
