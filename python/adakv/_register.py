@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Literal, ParamSpec, TypeVar, get_origin
 
@@ -12,6 +14,9 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 _Optional: Any = torch.Tensor | None
+
+#: What stands for verbs in graphs.
+_in_graph: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 _library: Any = torch.library.Library("adakv", "DEF")  # type: ignore[no-untyped-call]
 
@@ -51,9 +56,23 @@ def verb(
             return result(*given) if is_named else given  # type: ignore[no-any-return]
 
         torch.compiler.substitute_in_graph(body, skip_signature_check=True)(in_graph)
+        _in_graph[body] = in_graph
         return body
 
     return register
+
+
+@contextmanager
+def operators() -> Iterator[None]:
+    """Has ``adakv.ops.<verb>`` be the operators, for what traces calls without torch's compiler:
+    fake tensors, ``make_fx``, ``torch.export.export(strict=False)``. For one thread at a time."""
+    for body, in_graph in _in_graph.items():
+        setattr(sys.modules[body.__module__], body.__name__, in_graph)
+    try:
+        yield
+    finally:
+        for body in _in_graph:
+            setattr(sys.modules[body.__module__], body.__name__, body)
 
 
 def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:

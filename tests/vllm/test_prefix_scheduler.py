@@ -32,23 +32,10 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[str]:
     path_of(name).unlink(missing_ok=True)
 
 
-def caching_manager(
-    ledger: str,
-    num_blocks: int,
-    *,
-    reads_outputs_again: bool = True,
-    window: int | None = WINDOW,
-    under_pressure: bool = False,
-) -> KVCacheManager:
+def caching_manager(ledger: str, num_blocks: int, **numbers: Any) -> KVCacheManager:
     init_none_hash(str_hash)
-    return block_manager(
-        ledger,
-        num_blocks,
-        enable_caching=True,
-        reads_outputs_again=reads_outputs_again,
-        window=window,
-        under_pressure=under_pressure,
-    )
+    usual = {"reads_outputs_again": True, "window": WINDOW}
+    return block_manager(ledger, num_blocks, enable_caching=True, **usual | numbers)
 
 
 def str_hash(value: Any) -> bytes:

@@ -46,7 +46,9 @@ class Place:
         device = choose_device(self.device)
         dtype = DTYPES.get(self.dtype)
         if dtype is None and kv_dtype != "auto" and device.type == "cpu":
-            dtype = DTYPES["bfloat16"]  # codes stand for 16-bit numbers, also where float32 is faster
+            dtype = DTYPES[
+                "bfloat16"
+            ]  # codes stand for 16-bit numbers, also where float32 is faster
         with progress_bar("loading the model") as advance:
             loaded = load_model(
                 source,

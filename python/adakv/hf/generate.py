@@ -212,8 +212,7 @@ def generate_stream(
     shape = Shape.of(model, check_kv_dtype(kv_dtype))
     ids = all_token_ids(model, tokenizer, prompts)
     counts = new_token_counts(max_new_tokens, len(ids))
-    config = decoder_of(model).config
-    long_rope.check_batch(config, [len(prompt) for prompt in ids], counts)
+    long_rope.check_batch(decoder_of(model).config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
     page_size = page_size_for(shape.kv_dtype, options.page_size)
     need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
