@@ -202,6 +202,20 @@ def test_page_of_everything_kept_agrees(folder: str):
         page.make_page(model, tokenizer, prompt, "ada_snapkv", ratio=1.0, max_new_tokens=1)
 
 
+def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
+    """Half of the bytes, and hardly another answer."""
+    path = tmp_path / "eval.json"
+    command = ["eval", folder, "--text", text, "--tokens", "300", "--prompts", "2"]
+    options = ["--policies", "ada_snapkv", "--kv-dtypes", "auto,int8", "--shares", "1"]
+    assert run_command_line([*command, *options, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    plain, quantised = results["cells"]
+    assert (plain["policy"], quantised["policy"]) == ("ada_snapkv", "ada_snapkv in int8")
+    assert results["dtype"] == "bfloat16"
+    assert quantised["bytes_share"] < 0.8 * plain["bytes_share"]
+    assert quantised["metrics"]["kl"]["mean"] < plain["metrics"]["kl"]["mean"] + 0.05
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

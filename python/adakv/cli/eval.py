@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
+from adakv.cache import KV_DTYPES
 from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
 from adakv.cli.options import Place, file_option, place_options
@@ -123,6 +124,12 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Measure these policies; the others are compared with the first.",
 )
 @click.option(
+    "--kv-dtypes",
+    default="auto",
+    show_default=True,
+    help=f"Measure every policy in these formats of pages, of {', '.join(KV_DTYPES)}.",
+)
+@click.option(
     "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
 )
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")
@@ -131,7 +138,9 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 def evaluate(
     model: str,
     sources: Sources,
+    *,
     policies: str,
+    kv_dtypes: str,
     shares: str,
     records: str | None,
     markdown: str | None,
@@ -143,10 +152,12 @@ def evaluate(
     every policy keeps every share of it, and the model reads what follows the prompt: a question
     and its answer, or the text that comes next. --plot draws quality against bytes.
     """
-    names, kept = check_policies(policies), check_shares(shares)
+    formats = labelled(check_policies(policies), check_formats(kv_dtypes))
+    names, kept = list(formats), check_shares(shares)
     outputs = {"--records": records, "--markdown": markdown, **place.outputs}
     check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
-    network, tokenizer = place.load(model)
+    quantised = [kv_dtype for _, kv_dtype in formats.values() if kv_dtype != "auto"]
+    network, tokenizer = place.load(model, *quantised[:1])
     with refusals():
         tasks = sources.tasks(tokenizer)
         about = {
@@ -156,7 +167,7 @@ def evaluate(
             **sources.as_dict(),
         }
         file = RecordFile(records, about)
-    run_all(network, file, tasks, names, kept)
+    run_all(network, file, tasks, formats, kept)
     wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
@@ -178,17 +189,18 @@ def run_all(
     model: Any,
     file: RecordFile,
     tasks: dict[str, list[Item]],
-    policies: Sequence[str],
+    formats: dict[str, tuple[str, str]],
     shares: Sequence[float],
 ) -> None:
-    """Measures what the file lacks, with a progress bar."""
+    """Measures what the file lacks, with a progress bar; ``formats`` are :func:`labelled`."""
     from adakv.eval import runner  # needs transformers
 
     done = {record.key for record in file.records}
-    total = len(runner.missing(tasks, policies, shares, done))
-    chosen = {name: adakv.policy.get(name) for name in policies}
+    total = len(runner.missing(tasks, formats, shares, done))
+    chosen = {label: adakv.policy.get(name) for label, (name, _) in formats.items()}
+    kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in formats.items()}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, tasks, chosen, shares, done):
+        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes):
             file.add(record)
             advance()
 
@@ -217,6 +229,24 @@ def check_policies(names: str) -> list[str]:
         except ValueError as error:
             raise InputError(f"--policies: {error}") from error
     return found
+
+
+def check_formats(kv_dtypes: str) -> list[str]:
+    """Formats of pages in a comma-separated list."""
+    found = list(dict.fromkeys(name.strip() for name in kv_dtypes.split(",")))
+    wrong = [name for name in found if name not in KV_DTYPES]
+    if wrong:
+        raise InputError(f"--kv-dtypes must be of {', '.join(KV_DTYPES)}, got {wrong[0]!r}")
+    return found
+
+
+def labelled(policies: Sequence[str], kv_dtypes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What tables and records call a policy in a format of pages, and the two."""
+    return {
+        name if kv_dtype == "auto" else f"{name} in {kv_dtype}": (name, kv_dtype)
+        for kv_dtype in kv_dtypes
+        for name in policies
+    }
 
 
 def check_shares(shares: str) -> list[float]:

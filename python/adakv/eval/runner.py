@@ -39,6 +39,7 @@ def run(
     policies: Mapping[str, Policy],
     shares: Sequence[float],
     done: Collection[Key] = (),
+    kv_dtypes: Mapping[str, str] | None = None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -51,6 +52,8 @@ def run(
     shares : sequence of float in (0, 1]
         Of each prompt's entries.
     done : collection of :class:`Key`, optional
+    kv_dtypes : formats of pages by names of ``policies``, optional
+        Default: "auto".
 
     Raises
     ------
@@ -82,7 +85,8 @@ def run(
                     full = answer_logits(model, prefill.full_cache(), item)
                     for _, key in pairs:
                         policy = policies[key.policy]
-                        yield _record(model, prefill, item, key, policy, full)
+                        kv_dtype = (kv_dtypes or {}).get(key.policy, "auto")
+                        yield _record(model, prefill, item, key, policy, kv_dtype, full)
 
 
 def _record(
@@ -91,11 +95,11 @@ def _record(
     item: Item,
     key: Key,
     policy: Policy,
+    kv_dtype: str,
     full: torch.Tensor,
 ) -> Record:
-    cache = prefill.cache(
-        policy, ratio=key.share, max_new_tokens=len(item.query) + len(item.answer)
-    )
+    new = len(item.query) + len(item.answer)
+    cache = prefill.cache(policy, ratio=key.share, kv_dtype=kv_dtype, max_new_tokens=new)
     stats = cache.stats()
     compressed = answer_logits(model, cache, item)
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
