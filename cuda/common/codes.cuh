@@ -19,8 +19,8 @@
 
 namespace adakv {
 
-constexpr int kGroupSize = 64;     // elements that share a scale
-constexpr int kChunkElements = 8;  // that a lane quantises
+constexpr int kGroupSize = kScaleGroup;  // elements that share a scale
+constexpr int kChunkElements = 8;        // that a lane quantises
 constexpr int kGroupLanes = kGroupSize / kChunkElements;
 
 /// Pages of elements as they come.
