@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <cstring>
 
-
 namespace adakv {
 
 constexpr uint16_t kNaN16 = 0x7fff;  // NaN as float16 and as bfloat16

@@ -128,7 +128,7 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     const float base = kHasZero ? -least[k] : 0.f;
-    const float range = kHasZero ? most[k] - base : fmaxf(most[k], least[k]);
+    const float range = kHasZero ? most[k] - base : fabsf(fmaxf(most[k], least[k]));
     const bool is_bad = bad_lanes[k] >> first_lane & ((1u << kGroupLanes) - 1);
     const bool is_finite = !is_bad && range - range == 0;
     const float range_unit = unit_of(range);
