@@ -60,8 +60,14 @@ struct Layer {
   }
 
   LayerView view() const {
-    return {pages.view,   page_positions.view, block_table.view,
-            lengths.view, seen.view,           fresh_pages.view};
+    return {pages.view,
+            page_positions.view,
+            block_table.view,
+            lengths.view,
+            seen.view,
+            fresh_pages.view,
+            {},
+            {}};
   }
 
   std::vector<Entry> entries(int64_t b, int64_t h) const { return entries_of(view(), b, h); }
