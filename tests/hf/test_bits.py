@@ -59,9 +59,11 @@ class RoundTrip(DynamicCache):
         super().__init__(config=model.config)
         self.kv_dtype = kv_dtype
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
+    ) -> Any:
         new = map(self._read_back, (key_states, value_states))
-        held = super().update(*new, layer_idx, *args)
+        held = super().update(*new, layer_idx, *args, **more)
         return held if key_states.shape[2] == 1 else (key_states, value_states)
 
     def _read_back(self, x: Tensor) -> Tensor:
