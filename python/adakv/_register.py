@@ -64,8 +64,11 @@ def verb(
 
 @contextmanager
 def operators() -> Iterator[None]:
-    """Has ``adakv.ops.<verb>`` be the operators, for what traces calls without torch's compiler:
-    fake tensors, ``make_fx``, ``torch.export.export(strict=False)``. For one thread at a time."""
+    """Has ``adakv.ops.<verb>`` be the operators, for what traces calls without torch's compiler.
+
+    That is with fake tensors, ``make_fx`` and ``torch.export.export(strict=False)``. It holds for
+    all threads.
+    """
     for body, in_graph in _in_graph.items():
         setattr(sys.modules[body.__module__], body.__name__, in_graph)
     try:

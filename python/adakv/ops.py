@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adakv import _C
+from adakv._register import operators as operators
 from adakv._register import verb
 
 Reduce = Literal["mean", "max", "sum"]

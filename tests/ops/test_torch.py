@@ -106,6 +106,21 @@ def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -
     torch.library.opcheck(getattr(torch.ops.adakv, verb).default, args, options)
 
 
+def test_torch_operators_are_seen_by_tracers_without_the_compiler() -> None:
+    class Scores(torch.nn.Module):
+        def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+            return ops.score(queries, keys)
+
+    tensors = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 40, 16)
+    score = ops.score
+    with ops.operators():
+        exported = torch.export.export(Scores(), tensors, strict=False)
+    assert ops.score is score
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.adakv.score.default]
+    assert torch.equal(exported.module()(*tensors), ops.score(*tensors))
+
+
 def test_torch_operator_says_that_attend_counts_in_the_schedule() -> None:
     arguments = {a.name: a for a in torch.ops.adakv.attend.default._schema.arguments}
     assert arguments["schedule"].is_write

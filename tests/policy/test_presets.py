@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 import adakv
 from adakv import ops, policy
-from adakv._register import operators
 from adakv.policy import (
     Adaptive,
     Defensive,
@@ -153,7 +152,7 @@ def test_default_policy_adapts(device, safeguard):
 def test_choose_waits_for_no_device(name):
     """Under fake tensors, which hold no numbers, reading one fails."""
     preset = policy.get(name)
-    with FakeTensorMode(), operators():
+    with FakeTensorMode(), ops.operators():
         x = torch.empty(2, 2, 300, 16)
         lengths = torch.empty(2, dtype=torch.int32)
         queries = torch.empty(2, 4, 300 if "all_queries" in preset.needs else preset.window, 16)
