@@ -1,5 +1,5 @@
-// The two 16-bit formats, one number at a time, and what quantised pages hold. Kernels widen whole vectors (simd.h); this is for
-// storing results.
+// The two 16-bit formats, one number at a time, for storing results; kernels widen whole vectors
+// (simd.h). And what quantised pages hold.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// quantise: codes and scales of one entry, group by group, as ops/quantise.h says; the functions there
-// are the same for one number.
+// quantise: codes and scales of one entry, group by group, as ops/quantise.h says.
 #pragma once
 
 #include <type_traits>

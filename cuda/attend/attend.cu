@@ -98,13 +98,12 @@ void CudaBackend::attend(const AttendArgs& args) {
     const int64_t num_pages = args.layer.pages.shape[0];
     if constexpr (!std::is_same_v<Element, float>) {
       dispatch_fast(args, [&](auto head_dim) {
-        if (!is_coded(args)) return launch_attend<Element, Plain, head_dim>(p, num_pages, stream);
-        if constexpr (has_code_kernel(head_dim)) {
-          if (args.layer.pages.dtype == DType::kFloat8) {
-            return launch_attend<Element, Fp8, head_dim>(p, num_pages, stream);
+        dispatch_format(args.layer.pages.dtype, [&](auto format) {
+          using Format = typename decltype(format)::type;
+          if constexpr (Format::kScales == 0 || has_code_kernel(head_dim)) {
+            launch_attend<Element, Format, head_dim>(p, num_pages, stream);
           }
-          launch_attend<Element, Int8, head_dim>(p, num_pages, stream);
-        }
+        });
       });
     }
   });

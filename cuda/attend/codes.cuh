@@ -92,17 +92,14 @@ struct Scale {
 
 template <typename Format, typename Element>
 __device__ inline Scale load_scale(uint32_t address) {
-  const auto as_float = [](uint16_t bits) {
-    return to_float(reinterpret_cast<const Element&>(bits));
-  };
   if constexpr (Format::kScales == 2) {
     uint32_t pair;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
-    return {as_float(pair), as_float(pair >> 16)};
+    return {bits_to_float<Element>(pair), bits_to_float<Element>(pair >> 16)};
   } else {
     uint16_t scale;
     asm volatile("ld.shared.b16 %0, [%1];" : "=h"(scale) : "r"(address) : "memory");
-    return {as_float(scale), 0.f};
+    return {bits_to_float<Element>(scale), 0.f};
   }
 }
 

@@ -83,19 +83,11 @@ __device__ inline void group_max(float (&x)[kCount]) {
   }
 }
 
-__device__ inline float element(const uint4& chunk, int i, __half) {
-  const uint32_t word = i / 2 == 0   ? chunk.x
-                        : i / 2 == 1 ? chunk.y
-                        : i / 2 == 2 ? chunk.z
-                                     : chunk.w;
-  return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * (i % 2))));
-}
-__device__ inline float element(const uint4& chunk, int i, __nv_bfloat16) {
-  const uint32_t word = i / 2 == 0   ? chunk.x
-                        : i / 2 == 1 ? chunk.y
-                        : i / 2 == 2 ? chunk.z
-                                     : chunk.w;
-  return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000);
+/// Element i of eight.
+template <typename Element>
+__device__ inline float element(const uint4& chunk, int i) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  return bits_to_float<Element>(words[i / 2] >> 16 * (i % 2));
 }
 
 /// Quantises groups: each of kGroupLanes adjacent lanes has eight elements of a group, or none. By
@@ -114,7 +106,7 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
     float excess = 0;  // NaN unless all are finite
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
-      const float x = element(data[k], i, Element{});
+      const float x = element<Element>(data[k], i);
       excess += x - x;
       most[k] = fmaxf(most[k], x);
       least[k] = fmaxf(least[k], -x);
@@ -140,7 +132,7 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
     uint32_t words[2] = {};
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
-      const float x = element(data[k], i, Element{});
+      const float x = element<Element>(data[k], i);
       const float ratio = has_codes ? divide((x - base) * unit, divisor, reciprocal) : 0.f;
       uint32_t code;
       if constexpr (kHasZero) {
@@ -221,14 +213,23 @@ __device__ inline void store_chunk(const LayerRows& layer,
   if constexpr (Format::kScales == 2) scales[1] = chunk.zero;
 }
 
+/// Calls the body with the format of pages of a dtype.
+template <typename Body>
+void dispatch_format(DType pages, const Body& body) {
+  if (pages == DType::kFloat8) return body(TypeTag<Fp8>{});
+  if (pages == DType::kUInt8) return body(TypeTag<Int8>{});
+  body(TypeTag<Plain>{});
+}
+
 /// Calls the body with the types of elements and codes.
 template <typename Body>
 void dispatch_codes(DType elements, DType codes, const Body& body) {
   dispatch_dtype(elements, [&](auto element) {
-    if constexpr (!std::is_same_v<typename decltype(element)::type, float>) {
-      if (codes == DType::kFloat8) return body(element, TypeTag<Fp8>{});
-      return body(element, TypeTag<Int8>{});
-    }
+    dispatch_format(codes, [&](auto format) {
+      using Element = typename decltype(element)::type;
+      using Format = typename decltype(format)::type;
+      if constexpr (!std::is_same_v<Element, float> && Format::kScales > 0) body(element, format);
+    });
   });
 }
 

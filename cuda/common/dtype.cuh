@@ -18,6 +18,12 @@ __device__ inline float to_float(__nv_bfloat16 x) {
   return __bfloat162float(x);
 }
 
+/// The number that 16 bits are.
+template <typename Element>
+__device__ inline float bits_to_float(uint16_t bits) {
+  return to_float(reinterpret_cast<const Element&>(bits));
+}
+
 template <typename Element>
 __device__ inline Element from_float(float x);
 template <>

@@ -13,8 +13,9 @@
 // Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads,
 // Hkv kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page
 // size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
-// whole batch, L layers, Z = ceil(D / 64) scale groups of an entry in quantised pages. A row is one (sequence, kv head) pair. The last dimension of every tensor
-// is contiguous; other strides are free.
+// whole batch, L layers, Z = ceil(D / 64) scale groups of an entry in quantised pages. A row is one
+// (sequence, kv head) pair. The last dimension of every tensor is contiguous; other strides are
+// free.
 //
 // Threads and streams: verbs may run at the same time as long as none writes a tensor that another
 // one uses. attend writes its schedule (and leaves it as it was): two launches that may overlap need
