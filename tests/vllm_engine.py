@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "bos_token_id": None,
 }
+
+
+def random_text(rng: random.Random, length: int) -> list[int]:
+    """Tokens."""
+    return [rng.randrange(256) for _ in range(length)]
 
 
 def save_llama(folder: Path, *, num_kv_heads: int = 2) -> str:

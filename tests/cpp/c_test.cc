@@ -125,16 +125,22 @@ TEST(CFace, CountsNothingOfWhatMakesNoSense) {
   EXPECT_EQ(adakv_set_num_threads(1 << 20), ADAKV_INVALID_ARGUMENT);
 }
 
-// Arrays of the caller are read after what says how long they are: here they are too short.
-TEST(CFace, BeginCountsBeforeItReads) {
+// A few small pages on the CPU.
+static AdakvCacheConfig small_config(AdakvDataType dtype) {
   AdakvCacheConfig config = {};
   config.num_layers = config.num_sequences = config.num_kv_heads = 1;
   config.head_dim = 8;
   config.num_pages = 4;
   config.max_row_pages = 1;
   config.page_size = 8;
-  config.dtype = {2, 32, 1};
+  config.dtype = dtype;
   config.device = {1, 0};
+  return config;
+}
+
+// Arrays of the caller are read after what says how long they are: here they are too short.
+TEST(CFace, BeginCountsBeforeItReads) {
+  AdakvCacheConfig config = small_config({2, 32, 1});
   AdakvCache* cache = nullptr;
   ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();
   const std::unique_ptr<int64_t[]> one(new int64_t[1]{1});
@@ -150,14 +156,7 @@ TEST(CFace, BeginCountsBeforeItReads) {
 }
 
 TEST(CFace, QuantisedPagesHaveScales) {
-  AdakvCacheConfig config = {};
-  config.num_layers = config.num_sequences = config.num_kv_heads = 1;
-  config.head_dim = 8;
-  config.num_pages = 4;
-  config.max_row_pages = 1;
-  config.page_size = 8;
-  config.dtype = {4, 16, 1};
-  config.device = {1, 0};
+  AdakvCacheConfig config = small_config({4, 16, 1});
   AdakvCache* cache = nullptr;
   AdakvLayer layer = {};
   ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();

@@ -31,7 +31,7 @@ def llama(dtype: torch.dtype) -> Any:
 
 
 def logits(model: Any, cache: Any, steps: int = 20) -> Tensor:
-    """Of each of a few tokens after the prompts, ``[steps, B, V]`` float32."""
+    """Logits of each of a few tokens after the prompts, ``[steps, B, V]`` float32."""
     torch.manual_seed(1)
     batch, out = prompts(150, PADDING), []
     mask = batch["attention_mask"]

@@ -54,7 +54,7 @@ def test_full_budget_gives_the_eager_models_tokens(family: Family) -> None:
 
 @torch.no_grad()
 def forced_logits(model: Any, cache: Any, tokens: Tensor) -> Tensor:
-    """Of the tokens after the prompt of 40, given one by one and then five at once."""
+    """Logits of the tokens after the prompt of 40, given one by one and then five at once."""
     logits = []
     for begin, end in [(0, 40), *((i, i + 1) for i in range(40, 48)), (48, 53)]:
         logits.append(model(tokens[:, begin:end], past_key_values=cache).logits)

@@ -11,7 +11,17 @@ import torch
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
-from vllm_engine import BLOCK, SMALL, Compression, Engine, Run, engine, save_gemma2, save_llama
+from vllm_engine import (
+    BLOCK,
+    SMALL,
+    Compression,
+    Engine,
+    Run,
+    engine,
+    random_text,
+    save_gemma2,
+    save_llama,
+)
 from vllm_reference import Reference
 
 WINDOW = 32  # of ada_snapkv
@@ -20,10 +30,6 @@ WINDOW = 32  # of ada_snapkv
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-def random_text(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(256) for _ in range(length)]
 
 
 def check_against_reference(

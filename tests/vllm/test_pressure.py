@@ -10,17 +10,13 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
-from vllm_engine import SMALL, Engine, Run, engine, save_gemma2, save_llama
+from vllm_engine import SMALL, Engine, Run, engine, random_text, save_gemma2, save_llama
 from vllm_reference import Reference, comparable
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-def random_text(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(256) for _ in range(length)]
 
 
 def check_against_reference(

@@ -152,12 +152,12 @@ def evaluate(
     every policy keeps every share of it, and the model reads what follows the prompt: a question
     and its answer, or the text that comes next. --plot draws quality against bytes.
     """
-    formats = labelled(check_policies(policies), check_formats(kv_dtypes))
+    pages = check_formats(kv_dtypes)
+    formats = labelled(check_policies(policies), pages)
     names, kept = list(formats), check_shares(shares)
     outputs = {"--records": records, "--markdown": markdown, **place.outputs}
     check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
-    quantised = [kv_dtype for _, kv_dtype in formats.values() if kv_dtype != "auto"]
-    network, tokenizer = place.load(model, *quantised[:1])
+    network, tokenizer = place.load(model, *pages)
     with refusals():
         tasks = sources.tasks(tokenizer)
         about = {

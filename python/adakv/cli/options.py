@@ -41,14 +41,13 @@ class Place:
         """Paths by the names of their options."""
         return {"--json": self.json_path, "--plot": self.plot_path}
 
-    def load(self, source: str, kv_dtype: str = "auto") -> tuple[Any, Any]:
-        """Model and tokenizer."""
+    def load(self, source: str, *kv_dtypes: str) -> tuple[Any, Any]:
+        """Model and tokenizer, for caches with pages of some formats: codes stand for 16-bit
+        numbers, also on CPUs where float32 is faster."""
         device = choose_device(self.device)
         dtype = DTYPES.get(self.dtype)
-        if dtype is None and kv_dtype != "auto" and device.type == "cpu":
-            dtype = DTYPES[
-                "bfloat16"
-            ]  # codes stand for 16-bit numbers, also where float32 is faster
+        if dtype is None and set(kv_dtypes) - {"auto"} and device.type == "cpu":
+            dtype = DTYPES["bfloat16"]
         with progress_bar("loading the model") as advance:
             loaded = load_model(
                 source,

@@ -337,7 +337,8 @@ class Cache(OneWayCache):
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
-        check_kv_dtype(self._kv_dtype, dtype)
+        if self._signature is None:
+            check_kv_dtype(self._kv_dtype, dtype)
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False

@@ -19,7 +19,7 @@ _FORM = "a list of up to 16 pairs [begin, end] with 0 <= begin < end"
 
 
 class Limits(NamedTuple):
-    """Of what requests may ask an engine for."""
+    """The bounds of what requests may ask an engine for."""
 
     budget: int  #: the engine's
     least: int = 1  #: entries that its policy keeps in any case
