@@ -116,13 +116,15 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
     for (int d = 0; d < count; d += kLanes) {
       const F32 x = (load(group + d) - zero) / scale;
       const U32 lanes = code_of(x, static_cast<const Code*>(nullptr));
-      if (count - d >= kLanes) {
-        store_bytes(codes + begin + d, lanes);
-      } else {  // dimensions are a multiple of 8
-        uint8_t bytes[kLanes];
-        store_bytes(bytes, lanes);
-        __builtin_memcpy(codes + begin + d, bytes, 8);
+      if constexpr (kLanes > 8) {  // dimensions are a multiple of 8
+        if (count - d < kLanes) {
+          uint8_t bytes[kLanes];
+          store_bytes(bytes, lanes);
+          __builtin_memcpy(codes + begin + d, bytes, 8);
+          break;
+        }
       }
+      store_bytes(codes + begin + d, lanes);
     }
   }
 }
