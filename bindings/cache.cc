@@ -40,6 +40,7 @@ Tensors tensors_of(const KVCache& cache, const LayerView& view) {
 using Int = Given<int32_t>;
 using Ints = Given<std::vector<int32_t>>;
 using LongInts = Given<std::vector<int64_t>>;
+using LongIntLists = Given<std::vector<std::vector<int64_t>>>;
 
 std::shared_ptr<KVCache> make_cache(Int num_layers,
                                     Int num_sequences,
@@ -79,6 +80,18 @@ py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
   return py::make_tuple(pages.ids, pages.indptr);
 }
 
+// For each layer, as begin.
+py::typing::List<py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>>>
+begin_again(KVCache& self, Int first_sequence, LongIntLists num_kept, LongInts longest_row) {
+  py::list lists;
+  for (const PageList& pages :
+       self.begin_again(take("first_sequence", first_sequence), take("totals", num_kept),
+                        take("longest", longest_row))) {
+    lists.append(py::make_tuple(pages.ids, pages.indptr));
+  }
+  return lists;
+}
+
 }  // namespace
 }  // namespace adakv
 
@@ -114,6 +127,7 @@ void bind_cache(py::module_& module) {
           },
           arg("num_pages"), arg("max_row_pages"))
       .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"), arg("longest"))
+      .def("begin_again", &begin_again, arg("first_sequence"), arg("totals"), arg("longest"))
       .def(
           "grow",
           [](KVCache& self, Ints num_new, Int columns) {

@@ -89,6 +89,8 @@ constexpr auto python_name() {
     return const_name("float");
   } else if constexpr (std::is_enum_v<T> || std::is_same_v<T, const char*>) {
     return const_name("str");
+  } else if constexpr (std::is_same_v<T, std::vector<std::vector<int64_t>>>) {
+    return const_name("collections.abc.Sequence[collections.abc.Sequence[int]]");
   } else {
     return const_name("collections.abc.Sequence[int]");
   }

@@ -272,40 +272,93 @@ void KVCache::check_sequence(int32_t sequence) const {
               config_.num_sequences - 1, ", got ", sequence);
 }
 
+// Throws unless sequences may keep so many entries; the pages that they need in a layer.
+int64_t KVCache::check_kept(int32_t first_sequence,
+                            const std::vector<int64_t>& num_kept,
+                            const std::vector<int64_t>& longest_row) const {
+  ADAKV_CHECK(num_kept.size() == longest_row.size(),
+              "num_kept and longest_row must have the same size, got ", num_kept.size(), " and ",
+              longest_row.size());
+  int64_t needed = 0;
+  for (size_t i = 0; i < num_kept.size(); ++i) {
+    check_sequence(first_sequence + static_cast<int32_t>(i));
+    ADAKV_CHECK(num_kept[i] >= 0 && num_kept[i] <= kMostTokens, "num_kept must lie in 0 .. ",
+                kMostTokens, ", got ", num_kept[i]);
+    ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
+    check_row(longest_row[i]);
+    needed += pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size);
+  }
+  return needed;
+}
+
+// Takes pages for entries that were checked; they are those of the sequences from now on.
+PageList KVCache::take(int32_t layer,
+                       int32_t first_sequence,
+                       const std::vector<int64_t>& num_kept) {
+  PageList list;
+  list.indptr.push_back(0);
+  for (size_t i = 0; i < num_kept.size(); ++i) {
+    std::vector<int32_t>& pages = sequences_[first_sequence + i].pages[layer];
+    pages.clear();
+    pool_.take(pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size), pages);
+    list.ids.insert(list.ids.end(), pages.begin(), pages.end());
+    list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
+  }
+  return list;
+}
+
 PageList KVCache::begin(int32_t layer,
                         int32_t first_sequence,
                         const std::vector<int64_t>& num_kept,
                         const std::vector<int64_t>& longest_row) {
   check_layer(layer);
-  ADAKV_CHECK(num_kept.size() == longest_row.size(),
-              "num_kept and longest_row must have the same size, got ", num_kept.size(), " and ",
-              longest_row.size());
-  const int32_t count = static_cast<int32_t>(num_kept.size());
-  int64_t needed = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    check_sequence(first_sequence + i);
-    ADAKV_CHECK(num_kept[i] >= 0 && num_kept[i] <= kMostTokens, "num_kept must lie in 0 .. ",
-                kMostTokens, ", got ", num_kept[i]);
-    ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
+  const int64_t needed = check_kept(first_sequence, num_kept, longest_row);
+  for (size_t i = 0; i < num_kept.size(); ++i) {
     ADAKV_CHECK(sequences_[first_sequence + i].num_pages(layer) == 0, "sequence ",
                 first_sequence + i, " holds entries in layer ", layer,
                 " already: remove() it first");
-    check_row(longest_row[i]);
-    needed += pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size);
   }
   pool_.check_free(needed);
-  PageList list;
-  list.indptr.push_back(0);
-  for (int32_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < num_kept.size(); ++i) {
     Sequence& sequence = sequences_[first_sequence + i];
     sequence.pages.resize(config_.num_layers);
-    pool_.take(pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size),
-               sequence.pages[layer]);
     sequence.longest_row = std::max(sequence.longest_row, longest_row[i]);
-    list.ids.insert(list.ids.end(), sequence.pages[layer].begin(), sequence.pages[layer].end());
-    list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
   }
-  return list;
+  return take(layer, first_sequence, num_kept);
+}
+
+std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
+                                           const std::vector<std::vector<int64_t>>& num_kept,
+                                           const std::vector<int64_t>& longest_row) {
+  ADAKV_CHECK(static_cast<int32_t>(num_kept.size()) == config_.num_layers,
+              "num_kept must have ", config_.num_layers, " elements, one for each layer, got ",
+              num_kept.size());
+  int64_t needed = 0;
+  for (const std::vector<int64_t>& of_layer : num_kept) {
+    needed += check_kept(first_sequence, of_layer, longest_row);
+  }
+  for (size_t i = 0; i < longest_row.size(); ++i) {
+    for (int32_t l = 0; l < config_.num_layers; ++l) {
+      ADAKV_CHECK(sequences_[first_sequence + i].num_pages(l) > 0, "sequence ", first_sequence + i,
+                  " holds nothing in layer ", l, ": begin() it first");
+    }
+  }
+  pool_.check_free(needed);
+  std::vector<int32_t> before;
+  for (size_t i = 0; i < longest_row.size(); ++i) {
+    Sequence& sequence = sequences_[first_sequence + i];
+    for (const std::vector<int32_t>& pages : sequence.pages) {
+      before.insert(before.end(), pages.begin(), pages.end());
+    }
+    sequence.longest_row = longest_row[i];
+    sequence.appended = 0;
+  }
+  std::vector<PageList> lists;
+  for (int32_t l = 0; l < config_.num_layers; ++l) {
+    lists.push_back(take(l, first_sequence, num_kept[l]));
+  }
+  pool_.give_back(before);
+  return lists;
 }
 
 int32_t KVCache::num_pages(int32_t layer, int32_t sequence) const {

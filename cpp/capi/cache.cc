@@ -135,7 +135,23 @@ struct AdakvCache {
   adakv::KVCache cache;
   adakv::capi::LayerTensors all_layers;
   std::vector<std::unique_ptr<adakv::capi::LayerTensors>> layers;
-  adakv::PageList pages;  // of the last begin
+  std::vector<adakv::PageList> pages;  // of the last begin, of each layer or of one
+
+  /// Throws unless there are so many sequences from the first one on.
+  void check_sequences(int32_t first, int32_t count) const {
+    const int32_t most = cache.config().num_sequences;
+    ADAKV_CHECK(first >= 0 && first < most, "first_sequence must be 0 .. ", most - 1, ", got ",
+                first);
+    ADAKV_CHECK(count >= 1 && count <= most - first, "num_sequences must be 1 .. ", most - first,
+                " from first_sequence = ", first, " on, got ", count);
+  }
+
+  /// Writes the page lists that the cache holds.
+  void give(AdakvPageList* lists) const {
+    for (const adakv::PageList& list : pages) {
+      *lists++ = {list.ids.data(), list.indptr.data(), static_cast<int64_t>(list.ids.size())};
+    }
+  }
 };
 
 using adakv::capi::given;
@@ -192,19 +208,33 @@ AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               AdakvPageList* pages) {
   return guarded([&] {
     given("cache", cache), given("pages", pages);
-    const int32_t most = cache->cache.config().num_sequences;
-    ADAKV_CHECK(first_sequence >= 0 && first_sequence < most, "first_sequence must be 0 .. ",
-                most - 1, ", got ", first_sequence);
-    ADAKV_CHECK(num_sequences >= 1 && num_sequences <= most - first_sequence,
-                "num_sequences must be 1 .. ", most - first_sequence,
-                " from first_sequence = ", first_sequence, " on, got ", num_sequences);
+    cache->check_sequences(first_sequence, num_sequences);
     const auto list = [&](const char* name, const int64_t* values) {
       return std::vector<int64_t>(&given(name, values), values + num_sequences);
     };
-    cache->pages = cache->cache.begin(layer, first_sequence, list("num_kept", num_kept),
-                                      list("longest_row", longest_row));
-    *pages = {cache->pages.ids.data(), cache->pages.indptr.data(),
-              static_cast<int64_t>(cache->pages.ids.size())};
+    cache->pages = {cache->cache.begin(layer, first_sequence, list("num_kept", num_kept),
+                                       list("longest_row", longest_row))};
+    cache->give(pages);
+  });
+}
+
+AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
+                                    int32_t first_sequence,
+                                    int32_t num_sequences,
+                                    const int64_t* num_kept,
+                                    const int64_t* longest_row,
+                                    AdakvPageList* pages) {
+  return guarded([&] {
+    given("cache", cache), given("pages", pages);
+    given("num_kept", num_kept), given("longest_row", longest_row);
+    cache->check_sequences(first_sequence, num_sequences);
+    std::vector<std::vector<int64_t>> kept;
+    for (int32_t l = 0; l < cache->cache.config().num_layers; ++l, num_kept += num_sequences) {
+      kept.emplace_back(num_kept, num_kept + num_sequences);
+    }
+    cache->pages = cache->cache.begin_again(first_sequence, kept,
+                                            {longest_row, longest_row + num_sequences});
+    cache->give(pages);
   });
 }
 

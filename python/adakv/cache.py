@@ -247,6 +247,42 @@ class KVCache:
         ends = torch.tensor([0, *map(len, pages)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return torch.cat(pages), ends.to(self.device, non_blocking=True)
 
+    def begin_again(
+        self, totals: Sequence[Sequence[int]], longest: Sequence[int], *, first_sequence: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the pages for what some sequences keep of all that they hold, in every layer.
+
+        The pages are free ones. Those of before hold their entries until the next call that takes
+        pages, although they count as free at once: read what is kept, then compact it.
+
+        Parameters
+        ----------
+        totals : ints ``[L][B]``
+            Most entries that sequence ``first_sequence + i`` keeps in each layer, over all its
+            rows.
+        longest : ints ``[B]``
+            Most entries that one of its rows keeps.
+
+        Returns
+        -------
+        page_ids, page_indptr : ``[Q]`` and ``[L, B + 1]`` int32, on the cache's device
+            For each layer as :func:`adakv.ops.compact` takes them.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages. Nothing changes.
+        ValueError
+            If a sequence holds nothing. Nothing changes.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        for of_layer, indptr in self._cache.begin_again(first_sequence, totals, longest):
+            starts += (len(ids) + start for start in indptr)
+            ids += of_layer
+        both = torch.tensor(starts + ids, dtype=torch.int32).to(self.device, non_blocking=True)
+        return both[len(starts) :], both[: len(starts)].view(self.num_layers, -1)
+
     def advance_pages(self, next_page: Tensor, lengths: Tensor) -> None:
         """Moves ``next_page`` of :meth:`begin_layers` past the pages of a layer that was compacted
         to ``lengths`` ``[B, Hkv]``."""

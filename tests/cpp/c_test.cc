@@ -155,6 +155,29 @@ TEST(CFace, BeginCountsBeforeItReads) {
   adakv_cache_destroy(cache);
 }
 
+TEST(CFace, BeginsAgainInAllLayers) {
+  AdakvCacheConfig config = small_config({2, 32, 1});
+  config.num_layers = 2;
+  config.num_pages = 40;
+  config.max_row_pages = 4;
+  AdakvCache* cache = nullptr;
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();
+  const int64_t held[2] = {30, 17}, longest = 20;
+  AdakvPageList pages[2] = {};
+  EXPECT_EQ(adakv_cache_begin_again(cache, 0, 1, held, &longest, pages), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "sequence 0 holds nothing in layer 0: begin() it first");
+  for (int32_t layer : {0, 1}) {
+    ASSERT_EQ(adakv_cache_begin(cache, layer, 0, 1, held, &longest, pages), ADAKV_OK);
+  }
+  const int64_t kept[2] = {16, 8};
+  EXPECT_EQ(adakv_cache_begin_again(cache, 0, 2, kept, &longest, pages), ADAKV_INVALID_ARGUMENT);
+  ASSERT_EQ(adakv_cache_begin_again(cache, 0, 1, kept, &longest, pages), ADAKV_OK);
+  EXPECT_EQ(pages[0].num_ids, 2 + 2 * config.num_kv_heads);
+  EXPECT_EQ(pages[1].num_ids, 1 + 2 * config.num_kv_heads);
+  EXPECT_EQ(pages[1].indptr[1], pages[1].num_ids);
+  adakv_cache_destroy(cache);
+}
+
 TEST(CFace, QuantisedPagesHaveScales) {
   AdakvCacheConfig config = small_config({4, 16, 1});
   AdakvCache* cache = nullptr;

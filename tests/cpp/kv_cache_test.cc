@@ -284,6 +284,38 @@ TEST(KVCache, BeginTakesAllOrNothing) {
   EXPECT_EQ(cache.pool().num_used(), 0);
 }
 
+TEST(KVCache, BeginsAgainWithFreePages) {
+  KVCache cache(small_config(), device_memory({}));
+  for (int32_t layer : {0, 1}) cache.begin(layer, 0, {100, 100}, {50, 50});
+  cache.grow({20, 20, 0}, 20);
+  const int32_t others = 2 * cache.num_pages(0, 1);
+  const auto keep = [&](int64_t a, int64_t b) { return cache.begin_again(0, {{a}, {b}}, {70}); };
+  EXPECT_THROW(keep(20, 100000), Error);
+  EXPECT_THROW(keep(20, -1), InvalidArgument);
+  EXPECT_THROW(cache.begin_again(0, {{20}}, {70}), InvalidArgument);
+  EXPECT_THROW(cache.begin_again(0, {{20}, {20}}, {321}), Error);  // of 41 pages
+  EXPECT_THROW(cache.begin_again(1, {{20, 20}, {20, 20}}, {70, 70}), InvalidArgument);
+  EXPECT_EQ(cache.pool().num_used(), 2 * others);
+  EXPECT_EQ(cache.row_pages_to_grow({1, 0, 0}), 9);  // 50 + 20 + 1
+
+  const int32_t touched = cache.pool().num_touched();
+  const std::vector<PageList> pages = keep(20, 30);
+  ASSERT_EQ(pages.size(), 2u);
+  EXPECT_EQ(pages[0].indptr, (std::vector<int32_t>{0, 6}));
+  EXPECT_EQ(pages[1].indptr, (std::vector<int32_t>{0, 7}));
+  for (const PageList& list : pages) {
+    for (int32_t id : list.ids) EXPECT_GE(id, touched);  // no page that holds something
+  }
+  EXPECT_EQ(cache.pool().num_used(), others + 13);
+  EXPECT_EQ(cache.num_pages(1, 0), 7);
+  // Its rows have a fresh page each, for the next 8 tokens.
+  EXPECT_EQ(cache.pages_to_grow({8, 0, 0}), 0);
+  EXPECT_EQ(cache.pages_to_grow({9, 0, 0}), 4);
+  cache.remove(0);
+  cache.remove(1);
+  EXPECT_EQ(cache.pool().num_used(), 0);
+}
+
 TEST(KVCache, GrowNeedsABeginInEveryLayer) {
   KVCache cache(small_config(), device_memory({}));
   cache.begin(0, 0, {10}, {10});

@@ -150,7 +150,8 @@ typedef struct AdakvLayer {
 } AdakvLayer;
 
 /** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
- * ids[indptr[i + 1]]. Belongs to the cache; valid until the next adakv_cache_begin(). */
+ * ids[indptr[i + 1]]. Belongs to the cache; valid until the next adakv_cache_begin() or
+ * adakv_cache_begin_again(). */
 typedef struct AdakvPageList {
   const int32_t* ids;    /* [num_ids] */
   const int32_t* indptr; /* [num_sequences + 1] */
@@ -191,6 +192,17 @@ AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               const int64_t* num_kept,
                               const int64_t* longest_row,
                               AdakvPageList* pages);
+
+/** Takes the pages for what the sequences first_sequence + i keep of all that they hold: of layer l
+ * num_kept[l * num_sequences + i] entries over all rows, at most longest_row[i] in one. `pages` has
+ * an element for each layer. The pages of before hold their entries until the next call that takes
+ * pages. */
+AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
+                                    int32_t first_sequence,
+                                    int32_t num_sequences,
+                                    const int64_t* num_kept,
+                                    const int64_t* longest_row,
+                                    AdakvPageList* pages);
 
 /** Makes room for new tokens in all layers; `columns` of them, from the left, may be appended now.
  * num_new: [num_sequences of the config]. */

@@ -7,6 +7,8 @@
 //                    compact(..., cache.layer(layer), pages)     device: deals and fills them
 //   for each step:   cache.grow({1, 1, ...})                     host: fresh pages, all layers
 //                    for each layer: append(...), attend(...)    device
+//   now and then:    pages = cache.begin_again(...)              host: pages for what still is kept
+//                    for each layer: compact(...)                device: from what was held before
 //   at the end:      cache.remove(sequence)                      host: every page goes back
 //
 // The host never asks the device how long a row is, because two facts suffice.
@@ -164,6 +166,16 @@ class KVCache {
                  const std::vector<int64_t>& num_kept,
                  const std::vector<int64_t>& longest_row);
 
+  /// Takes the pages for what the sequences first_sequence + i keep of all that they hold, in every
+  /// layer, to be passed to compact(): at most num_kept[l][i] entries over all rows of layer l, and
+  /// at most longest_row[i] in one of them. The pages are free ones: those of before hold their
+  /// entries until the first begin, begin_again or grow after this one, although they count as free.
+  /// Throws Error if too few pages are free or a row might outgrow max_row_pages, and InvalidArgument
+  /// for a sequence that no begin() was called for in every layer. Then nothing changes.
+  std::vector<PageList> begin_again(int32_t first_sequence,
+                                    const std::vector<std::vector<int64_t>>& num_kept,
+                                    const std::vector<int64_t>& longest_row);
+
   /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of
   /// which the last num_new[b] are tokens of sequence b (right-aligned). Returns how many columns,
   /// from the left, may be appended now: append those in every layer, then call again for the rest.
@@ -195,6 +207,10 @@ class KVCache {
   };
 
   void check_sequence(int32_t sequence) const;
+  int64_t check_kept(int32_t first_sequence,
+                     const std::vector<int64_t>& num_kept,
+                     const std::vector<int64_t>& longest_row) const;
+  PageList take(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept);
   void check_layer(int32_t layer) const;
   int64_t row_pages(int64_t entries) const;
   void check_row(int64_t entries) const;
