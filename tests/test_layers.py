@@ -2,7 +2,7 @@
 
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
-4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries}.py
+4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries,reselection}.py
 3  torch ops, cache, step  python/adakv/{errors,_register,ops,cache,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
@@ -49,11 +49,17 @@ FLOORS = {
     "policy": 4,
     "entries": 4,
     "reading": 4,
+    "reselection": 4,
     "hf": 5,
     "vllm": 5,
 }
 TOP_FLOOR = 6
-SIDEWAYS = {("entries", "policy"), ("reading", "policy"), ("reading", "entries")}
+SIDEWAYS = {
+    ("entries", "policy"),
+    ("reading", "policy"),
+    ("reading", "entries"),
+    *(("reselection", x) for x in ("policy", "entries")),
+}
 TRANSFORMERS = ("hf/", "cli/", "eval/")
 
 

@@ -30,6 +30,9 @@ _MOST = 2**31 - 1  # of what is counted in int32
 #: How pages hold entries: as they are, or quantised (docs/bits.md).
 KV_DTYPES = ("auto", "int8", "fp8")
 
+#: Dimensions of a head that share a scale in quantised pages.
+SCALE_GROUP = 64
+
 #: Fields of a layer that all layers share, and those with a row for each sequence.
 _SHARED = ("pages", "page_positions", "key_scales", "value_scales")
 _ROWS = ("block_table", "lengths", "seen", "fresh_pages")

@@ -3,12 +3,14 @@ stay are compacted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.cache import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerInputs, Policy
 from adakv.policy.base import needs_of
@@ -105,20 +107,69 @@ class Reserve(NamedTuple):
         keys, values = (x.expand(shape) for x in (self.keys, self.values))
         ops.compact(keys, values, Kept(places, kept.indptr), view, page_ids, page_indptr)
         view.seen.fill_(length)
-        self._restore_positions(view)
+        _renumber(view, lambda places: self.kept.positions[places])
 
-    def _restore_positions(self, view: Layer) -> None:
-        """From places in the reserve to positions in the prompts, in all pages of the rows.
 
-        Where a row has no more pages its first one is written again, with the same numbers.
-        """
+class Held(NamedTuple):
+    """What the rows of some sequences hold in a layer, read out of their pages."""
+
+    keys: Tensor  #: [B, Hkv, T, D], of which each row has its length; what is behind is of no use
+    values: Tensor  #: [B, Hkv, T, D]
+    positions: Tensor  #: [B, Hkv, T] int32
+    lengths: Tensor  #: [B, Hkv] int32
+    seen: Tensor  #: [B] int32
+
+    @classmethod
+    def read(cls, view: Layer, longest: int, dtype: torch.dtype) -> Held:
+        """A copy of all entries, as ``dtype`` if pages hold codes; ``longest`` is the length of the
+        longest row, or more."""
         page_size = view.page_positions.shape[1]
-        first_slot = torch.arange(view.block_table.shape[2], device=view.lengths.device) * page_size
-        is_used = first_slot < view.lengths[..., None]  # [B, Hkv, M]
-        pages = view.block_table.where(is_used, view.block_table[..., :1]).long()
-        slots = first_slot * is_used
-        slots = slots[..., None] + torch.arange(page_size, device=slots.device)
-        places = view.page_positions[pages]  # [B, Hkv, M, P]
-        is_held = slots < view.lengths[..., None, None]
-        positions = self.kept.positions[places.where(is_held, 0).long()]
-        view.page_positions[pages] = positions.where(is_held, places)
+        table = view.block_table[:, :, : max(-(-longest // page_size), 1)]
+        pages = table.clamp(min=0).long()  # [B, Hkv, m]
+
+        def side_by_side(half: int, scales: Tensor | None) -> Tensor:
+            entries = view.pages[pages, half]  # [B, Hkv, m, P, D]
+            if scales is not None:
+                entries = _dequantised(entries, scales[pages], dtype)
+            return entries.flatten(2, 3)
+
+        keys, values = side_by_side(0, view.key_scales), side_by_side(1, view.value_scales)
+        positions = view.page_positions[pages].flatten(2)
+        return cls(keys, values, positions, view.lengths.clone(), view.seen.clone())
+
+    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
+        """:func:`adakv.ops.compact` of some of the entries, into other pages."""
+        ops.compact(self.keys, self.values, kept, view, page_ids, page_indptr)
+        view.seen.copy_(self.seen)
+        _renumber(view, lambda places: self.positions.gather(2, places.flatten(2)).view_as(places))
+
+
+def _dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., P, D]`` of codes and their scales (docs/bits.md)."""
+    head_dim = codes.shape[-1]
+    if codes.dtype is torch.uint8:
+        scale, zero = (
+            part.repeat_interleave(SCALE_GROUP, -1)[..., :head_dim].float()
+            for part in (scales[..., ::2], scales[..., 1::2])
+        )
+        return (codes.float() * scale + zero).to(dtype)
+    scale = scales.repeat_interleave(SCALE_GROUP, -1)[..., :head_dim].float()
+    return (codes.float() * scale).to(dtype)
+
+
+def _renumber(view: Layer, position_of: Callable[[Tensor], Tensor]) -> None:
+    """Makes positions of the places that compact wrote, in all pages of the rows.
+
+    ``position_of`` gives those of places ``[B, Hkv, M, P]`` int64. Where a row has no more pages
+    its first one is written again, with the same numbers.
+    """
+    page_size = view.page_positions.shape[1]
+    first_slot = torch.arange(view.block_table.shape[2], device=view.lengths.device) * page_size
+    is_used = first_slot < view.lengths[..., None]  # [B, Hkv, M]
+    pages = view.block_table.where(is_used, view.block_table[..., :1]).long()
+    slots = first_slot * is_used
+    slots = slots[..., None] + torch.arange(page_size, device=slots.device)
+    places = view.page_positions[pages]  # [B, Hkv, M, P]
+    is_held = slots < view.lengths[..., None, None]
+    positions = position_of(places.where(is_held, 0).long())
+    view.page_positions[pages] = positions.where(is_held, places)

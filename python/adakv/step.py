@@ -9,7 +9,7 @@ Every adapter decodes through it: nothing else calls ``plan`` or ``attend``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ class Attention(NamedTuple):
     float32, which join each softmax and attend to nothing (gpt-oss), are those of
     :func:`adakv.ops.attend`. ``rotate(x, positions)`` turns ``x`` ``[B, H, n, D]`` by the model's
     RoPE at ``positions`` ``[n]`` or ``[B, n]``, which may be negative; it is there for policies
-    that need it.
+    that need it, and so is ``w_o()``, the output projection's weight ``[E, Hq * D]``.
     """
 
     scale: float | None = None
     softcap: float | None = None
     sink_logits: Tensor | None = None
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    w_o: Callable[[], Tensor] | None = None
 
     @property
     def logits(self) -> dict[str, Any]:
@@ -52,6 +53,14 @@ class _Piece(NamedTuple):
     num_new: Tensor | None  # [B] int32
 
 
+class Watcher(Protocol):
+    """What hears of the queries of steps, such as :class:`adakv.reselection.RecentQueries`."""
+
+    def put(self, layer: int, queries: Tensor, attention: Attention) -> None:
+        """Those of a layer ``[B, Hq, S, D]``, and how it attends."""
+        ...
+
+
 class PlannedStep:
     """A step whose work has been shared out, to be attended to layer by layer.
 
@@ -65,6 +74,7 @@ class PlannedStep:
         As :func:`adakv.ops.plan` gives them.
     num_new : ``[B]`` int32, optional
         How many of the step's S columns, counted from the right, are tokens of each sequence.
+    watcher : :class:`Watcher`, optional
     """
 
     def __init__(
@@ -73,11 +83,13 @@ class PlannedStep:
         schedules: Sequence[Tensor],
         num_new: Tensor | None = None,
         *,
+        watcher: Watcher | None = None,
         _pieces: Sequence[_Piece] = (),
     ) -> None:
         self._layers = layers
         self.schedules = schedules
         self._num_new = num_new
+        self._watcher = watcher
         self._pieces = _pieces
 
     @classmethod
@@ -89,6 +101,7 @@ class PlannedStep:
         new_tokens: int = 1,
         num_new: Tensor | None = None,
         out: Tensor | None = None,
+        watcher: Watcher | None = None,
     ) -> PlannedStep:
         """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
 
@@ -100,10 +113,17 @@ class PlannedStep:
         schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
         if out is not None:
             schedules = out[:, : schedules.shape[1]].copy_(schedules)
-        return cls(layers, schedules.unbind(), num_new)
+        return cls(layers, schedules.unbind(), num_new, watcher=watcher)
 
     @classmethod
-    def grow(cls, kv: KVCache, num_new: Sequence[int], columns: int) -> PlannedStep:
+    def grow(
+        cls,
+        kv: KVCache,
+        num_new: Sequence[int],
+        columns: int,
+        *,
+        watcher: Watcher | None = None,
+    ) -> PlannedStep:
         """Makes room for a step in all layers of a cache, and plans it.
 
         Parameters
@@ -134,8 +154,10 @@ class PlannedStep:
             left -= now
         of_step = _on_device(num_new, columns, kv)
         if pieces:
-            return cls(kv.layers, (), of_step, _pieces=pieces)
-        return cls.plan(kv.layers, kv.plan_inputs, new_tokens=columns, num_new=of_step)
+            return cls(kv.layers, (), of_step, watcher=watcher, _pieces=pieces)
+        return cls.plan(
+            kv.layers, kv.plan_inputs, new_tokens=columns, num_new=of_step, watcher=watcher
+        )
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
@@ -144,6 +166,8 @@ class PlannedStep:
 
         ``queries`` are ``[B, Hq, S, D]``, the result is ``[B, S, Hq, D]``.
         """
+        if self._watcher is not None:
+            self._watcher.put(layer, queries, attention)
         new: tuple[Tensor | None, Tensor | None] = keys, values
         if self._pieces:
             schedule, new = self._append_pieces(layer, keys, values), (None, None)

@@ -32,24 +32,26 @@ def attention(inputs: LayerInputs, rows: slice, length: int | None = None) -> Te
     z = (grouped @ keys.mT).view(shape) * (inputs.attention.scale or head_dim**-0.5)
     if softcap := inputs.attention.softcap:
         z = softcap * torch.tanh(z / softcap)
-    positions = query_positions(inputs)[:, None, None, rows, None]  # [B or 1, 1, 1, R, 1]
+    # [B or 1, Hkv or 1, 1, R, 1]
+    positions = query_positions(inputs)[:, :, None, rows, None]
     seen = torch.arange(length, device=keys.device) <= positions
     z = z.masked_fill(~seen, -torch.inf)
     if inputs.attention.sink_logits is not None:
         sinks = inputs.attention.sink_logits.view(1, *shape[1:3], 1, 1).expand(*shape[:4], 1)
         z = torch.cat([z, sinks], -1)
-    is_token = positions < inputs.ends[:, None, None, None, None]
+    is_token = positions < inputs.ends[:, :, None, None, None]
     p = z.softmax(-1)[..., :length]
     return p.masked_fill(~(seen & is_token), 0)
 
 
 def query_positions(inputs: LayerInputs) -> Tensor:
-    """``[B or 1, R]``: where the queries stand, those of the window or all of them."""
+    """``[B or 1, Hkv or 1, R]``: behind which entries the queries stand, those of the window or all
+    of them."""
     count = inputs.queries.shape[2]
     row = torch.arange(count, device=inputs.keys.device)
     if count == inputs.length:
-        return row[None]
-    return inputs.ends[:, None] - count + row
+        return row[None, None]
+    return inputs.ends[:, :, None] - count + row
 
 
 def check_all_queries(inputs: LayerInputs) -> None:

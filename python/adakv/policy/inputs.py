@@ -34,7 +34,8 @@ class LayerInputs:
         True length of each sequence, known to the host.
     layer, num_layers : int
     seq_lens : ``[B]`` int32, optional
-        ``prompt_lens`` on the device; may be left out if all are T.
+        ``prompt_lens`` on the device; may be left out if all are T. ``[B, Hkv]`` where a text is
+        chosen from again: what each kv head holds, of which ``prompt_lens`` are the most.
     attention : :class:`adakv.step.Attention`, optional
         Scale, softcap and sink logits of the model's attention; with ``rotate``, its RoPE, for
         policies that need it.
@@ -44,6 +45,12 @@ class LayerInputs:
     repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
         Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; if
         "repeat" is in :attr:`Policy.needs`.
+    positions : ``[B, Hkv, T]`` int32, optional
+        Where the entries stand in their sequences, for a text that is chosen from again. Of a
+        prompt entry t stands at t.
+    carried : ``[B, Hkv, T]`` float32, optional
+        The scores that the entries had when the text was last chosen from, 0 of newer ones; if
+        "new_queries" is in :attr:`Policy.needs`.
     """
 
     queries: Tensor
@@ -57,6 +64,8 @@ class LayerInputs:
     attention: Attention = field(default_factory=Attention)
     lse: Tensor | None = None
     repeat: tuple[Tensor, Tensor] | None = None
+    positions: Tensor | None = None
+    carried: Tensor | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,10 +105,60 @@ class LayerInputs:
         if norm not in self._norms:
             if self.w_o is None:
                 raise ValueError("w_o must be given to a policy that weighs values, got None")
-            self._norms[norm] = ops.value_norm(
-                self.values, self.w_o, seq_lens=self.seq_lens, norm=norm
-            )
+            seq_lens = None if self._is_ragged else self.seq_lens
+            norms = ops.value_norm(self.values, self.w_o, seq_lens=seq_lens, norm=norm)
+            if self._is_ragged:
+                norms = norms.masked_fill(~self.candidates(0), -torch.inf)
+            self._norms[norm] = norms
         return self._norms[norm]
+
+    def attended(self, window: int, **how: Any) -> Tensor:
+        """``[B, Hkv, T]`` float32: :func:`adakv.ops.score` of the ``window`` last queries, over
+        what each kv head holds.
+
+        ``how`` is reduced and pooled as that says. Raises ``ValueError`` unless the queries are the
+        window's.
+        """
+        if self.queries.shape[2] != window:
+            self.check_window(window)
+        if not self._is_ragged:
+            return ops.score(
+                self.queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
+            )
+        heads, sinks = self.num_kv_heads, self.attention.sink_logits
+        queries = self.queries.view(len(self.queries), heads, -1, *self.queries.shape[2:])
+        lens, logits = self.seq_lens, self.attention.logits
+        assert lens is not None
+        if sinks is None:  # a row is as good as a sequence
+            keys = self.keys.flatten(0, 1)[:, None]
+            scores = ops.score(
+                queries.flatten(0, 1), keys, seq_lens=lens.flatten(), **logits, **how
+            )
+            return scores.view(self.keys.shape[:3])
+        of_heads = [
+            ops.score(
+                queries[:, h],
+                self.keys[:, h : h + 1],
+                seq_lens=lens[:, h].contiguous(),
+                **{**logits, "sink_logits": sinks.view(heads, -1)[h]},
+                **how,
+            )
+            for h in range(heads)
+        ]
+        return torch.cat(of_heads, 1)
+
+    def check_window(self, window: int) -> None:
+        """Raises ``ValueError`` unless the queries are the window's."""
+        if self.queries.shape[2] != window:
+            raise ValueError(
+                f"queries must be those of the last {window} positions (the policy's window), "
+                f"got {self.queries.shape[2]}"
+            )
+
+    @property
+    def _is_ragged(self) -> bool:
+        """Whether kv heads of a sequence differ in length."""
+        return self.seq_lens is not None and self.seq_lens.dim() == 2
 
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
@@ -110,6 +169,10 @@ class LayerInputs:
         hollow = self.keys[..., :0].clone()
         return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None, lse=None)
 
+    def without_lengths(self) -> LayerInputs:
+        """The same, as if every kv head had T entries."""
+        return self._with(seq_lens=None)
+
     def _with(self, **changes: Tensor | None) -> LayerInputs:
         changed = replace(self, **changes)  # type: ignore[arg-type]
         changed._norms.update(self._norms)
@@ -117,15 +180,16 @@ class LayerInputs:
 
     @property
     def ends(self) -> Tensor:
-        """``[B]``, or ``[1]`` if all are T: ``seq_lens`` on the keys' device."""
+        """``[B or 1, Hkv or 1]``: how many entries there are, on the keys' device."""
         if self.seq_lens is not None:
-            return self.seq_lens
-        return torch.full((1,), self.length, dtype=torch.int32, device=self.keys.device)
+            return self.seq_lens.view(len(self.seq_lens), -1)
+        return torch.full((1, 1), self.length, dtype=torch.int32, device=self.keys.device)
 
     def candidates(self, window: int) -> Tensor:
-        """``[B or 1, 1, T]`` bool: the entries that compete, not those of window and padding."""
+        """``[B or 1, Hkv or 1, T]`` bool: the entries that compete, not those of window and
+        padding."""
         positions = torch.arange(self.length, device=self.keys.device)
-        return positions < self.ends[:, None, None] - window
+        return positions < self.ends[:, :, None] - window
 
     def pin_window(self, scores: Tensor, window: int) -> Tensor:
         """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""

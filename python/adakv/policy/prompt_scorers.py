@@ -260,7 +260,7 @@ def _last_queries(inputs: LayerInputs, count: int) -> Tensor:
     """``[B, Hq, count, D]`` of the queries of all positions."""
     batch, heads, _, head_dim = inputs.queries.shape
     behind = torch.arange(-count, 0, device=inputs.keys.device)
-    rows = (inputs.ends[:, None] + behind).clamp(min=0)[:, None, :, None]
+    rows = (inputs.ends + behind).clamp(min=0)[:, None, :, None]
     return inputs.queries.gather(2, rows.expand(batch, heads, count, head_dim))
 
 
@@ -316,9 +316,9 @@ class ExpectedAttention:
         rotate = part.attention.rotate
         if rotate is None:
             raise ValueError("rotate must be given to a policy that foresees queries, got None")
-        position = query_positions(part)[:, None]  # [B or 1, 1, R]
+        position = query_positions(part)  # [B or 1, 1, R]
         queries = rotate(part.queries.float(), -position[:, 0])  # before RoPE
-        counts = (position >= self.pinned) & (position < part.ends[:, None, None])
+        counts = (position >= self.pinned) & (position < part.ends[:, :, None])
         queries = queries.masked_fill(~counts[..., None], 0)
         count = counts.sum(-1)[..., None]  # [B or 1, 1, 1]
         mean = queries.sum(2) / count.clamp(min=1)
@@ -356,7 +356,7 @@ class ExpectedAttention:
 
     def _future_queries(self, folded: Moments, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         """Mean ``[B, Hq, D]`` and covariance ``[B, Hq, D, D]`` of the queries to come."""
-        future = inputs.ends[:, None] + torch.arange(self.num_future, device=inputs.keys.device)
+        future = inputs.ends + torch.arange(self.num_future, device=inputs.keys.device)
         turned = self._mean_rotation(inputs, future)  # [B or 1, 1, D, D]
         covariance = folded.scatter / folded.num_queries.clamp(min=1)[..., None]
         return (folded.mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned

@@ -52,12 +52,8 @@ class WindowAttention:
         check_choice("pool", self.pool, get_args(ops.Pool))
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        check_window(inputs, self.window)
-        scores = ops.score(
-            inputs.queries,
-            inputs.keys,
-            seq_lens=inputs.seq_lens,
-            **inputs.attention.logits,
+        scores = inputs.attended(
+            self.window,
             window_reduce=self.window_reduce,
             group_reduce=self.group_reduce,
             order=self.order,
@@ -96,7 +92,7 @@ class Defensive:
         check_choice("norm_share", self.norm_share, get_args(NormShare))
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        check_window(inputs, self.window)
+        inputs.check_window(self.window)
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
         risk = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for row in range(0, self.window, _ROWS):
@@ -122,7 +118,8 @@ class LastQuery:
     """The last query's attention, its mean over all heads of the layer (TOVA, arXiv 2401.06104).
 
     ``S[h, t] = mean over all q heads of softmax(q_last . k * scale)``: every kv head has the same
-    scores, so that whole tokens go.
+    scores, so that whole tokens go. While a text is written kv heads may hold different tokens:
+    then each has the mean over its own q heads.
     """
 
     pinned: int = 0
@@ -134,6 +131,8 @@ class LastQuery:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         heads = WindowAttention(window=1, pool="none").score(inputs)
+        if inputs.positions is not None:
+            return pin_first(heads, self.pinned)
         return pin_first(heads.mean(1, keepdim=True).expand_as(heads).clone(), self.pinned)
 
 
@@ -195,6 +194,8 @@ class Recency:
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
+        if inputs.positions is not None:
+            return pin_first(inputs.positions.float(), self.pinned)
         positions = torch.arange(inputs.length, dtype=torch.float32, device=inputs.keys.device)
         return pin_first(positions.repeat(*inputs.keys.shape[:2], 1), self.pinned)
 
@@ -204,7 +205,7 @@ class Random:
     """Uniform noise: what a policy has to beat.
 
     A hash of seed, layer, kv head and position, and so the same on every device, in every batch and
-    at every padded length.
+    at every padded length. Whenever a text is chosen from again it is drawn anew.
     """
 
     seed: int = 0
@@ -222,8 +223,12 @@ class Random:
         heads = torch.arange(inputs.num_kv_heads, device=device)[:, None]
         positions = torch.arange(inputs.length, device=device)
         rows = _mix(self.seed * 0x9E3779B1 + inputs.layer * 0x85EBCA77 + heads)
+        if inputs.positions is not None:
+            positions = inputs.positions.long()
+            rows = _mix(rows + positions.gather(2, inputs.ends[:, :, None].long() - 1))
         noise = _mix(rows + positions * 0x9E3779B1) >> 8  # 24 bits, which float32 holds exactly
-        return pin_first((noise.float() * 2.0**-24).repeat(inputs.keys.shape[0], 1, 1), self.pinned)
+        noise_of_all = (noise.float() * 2.0**-24).expand(inputs.keys.shape[:3])
+        return pin_first(noise_of_all.clone(), self.pinned)
 
 
 def check_odd(name: str, width: int) -> None:
@@ -231,15 +236,6 @@ def check_odd(name: str, width: int) -> None:
     check_range(name, width, 1, 63)
     if width % 2 == 0:
         raise ValueError(f"{name} must be odd, got {width}")
-
-
-def check_window(inputs: LayerInputs, window: int) -> None:
-    """Raises ``ValueError`` unless the queries are the window's."""
-    if inputs.queries.shape[2] != window:
-        raise ValueError(
-            f"queries must be those of the last {window} positions (the policy's window), "
-            f"got {inputs.queries.shape[2]}"
-        )
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class WholePages:
     ) -> Tensor:
         shares = self.allocator.allocate(scores, inputs, budgets, window=window)
         filled = (shares + (self.page_size - 1)) // self.page_size * self.page_size
-        return torch.minimum(filled, inputs.ends[:, None].to(filled.dtype))
+        return torch.minimum(filled, inputs.ends.to(filled.dtype))
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         exact = self.allocator.total(

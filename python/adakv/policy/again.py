@@ -1,0 +1,91 @@
+"""Choosing again: which of the entries that rows hold stay while a text is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adakv.ops import Kept
+from adakv.policy.base import Policy
+from adakv.policy.inputs import LayerInputs, check_range, check_settings
+
+#: What a scorer may need and still be asked while a text is written.
+_THERE = frozenset({"w_o", "new_queries"})
+
+
+@dataclass(frozen=True)
+class EveryTokens:
+    """After every ``every`` tokens of a text, rows go back to their budget."""
+
+    every: int = 128
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("every", self.every, 1)
+
+
+def check_chooses_again(policy: Policy) -> None:
+    """Raises ``ValueError`` if a policy can't choose while a text is written."""
+    if policy.is_model_wide:
+        raise ValueError(
+            f"decode_policy: {type(policy.allocator).__name__} shares a budget out among all "
+            "layers, which is done once, for the prompt; take one that does so in each layer, such "
+            "as Adaptive or Uniform"
+        )
+    if missing := policy.needs - _THERE:
+        raise ValueError(
+            f"decode_policy: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, "
+            "which are not there while a text is written; take one of the policies for that, such "
+            "as 'r_kv'"
+        )
+
+
+def choose_again(
+    policy: Policy,
+    inputs: LayerInputs,
+    scores: Tensor,
+    budgets: tuple[int, ...],
+    *,
+    pinned: Tensor | None = None,
+    total: int,
+) -> Kept:
+    """Which entries of a layer stay, of those that its rows hold.
+
+    Shares a budget out and picks as :meth:`Policy.choose` does with a prompt. Rows differ in
+    length, so the window, which is each row's last entries, takes part with a score of ``+inf``,
+    and so does what is pinned; what is pinned costs no budget.
+
+    Parameters
+    ----------
+    policy : :class:`Policy`
+        One that passes :func:`check_chooses_again`.
+    inputs : :class:`LayerInputs`
+        What rows hold, with ``positions`` and ``seq_lens`` ``[B, Hkv]``.
+    scores : ``[B, Hkv, T]`` float32
+        Those of the policy's scorer.
+    budgets : ints ``[B]``
+        Mean entries per kv head, window included, beside what is pinned; T for all of them.
+    pinned : ``[B, Hkv, T]`` bool, optional
+    total : int
+        Most entries that stay, of all sequences and kv heads together.
+
+    Returns
+    -------
+    kept : :class:`adakv.ops.Kept`
+        Places in the rows in the place of positions.
+    """
+    held = inputs.candidates(0)
+    is_new = held & ~inputs.candidates(policy.window)
+    scores = scores.masked_fill(is_new, torch.inf).masked_fill(~held, -torch.inf)
+    rows = inputs.without_lengths()
+    if pinned is None:
+        shares = policy.allocator.allocate(scores, rows, budgets, window=0)
+    else:
+        competing = scores.masked_fill(pinned, -torch.inf)
+        shares = policy.allocator.allocate(competing, rows, budgets, window=0)
+        shares = shares + pinned.sum(-1, dtype=torch.int32)
+        scores = scores.masked_fill(pinned, torch.inf)
+    shares = shares.minimum(inputs.ends)
+    return policy.selector.select(scores, shares, rows, window=0, total=total)
