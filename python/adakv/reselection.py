@@ -26,7 +26,7 @@ from adakv.entries import Held
 from adakv.errors import integer
 from adakv.ops import Kept
 from adakv.policy import LayerInputs, Policy
-from adakv.policy.again import check_chooses_again, choose_again
+from adakv.policy.again import carries, check_chooses_again, choose_again
 from adakv.step import Attention
 
 
@@ -117,7 +117,7 @@ class Rule:
     @property
     def carries(self) -> bool:
         """Whether scores are those of before and what the new queries add."""
-        return "new_queries" in self.policy.needs
+        return carries(self.policy)
 
     @property
     def num_queries(self) -> int:

@@ -6,6 +6,7 @@ A policy is a scorer, an allocator and a selector; :func:`get` knows those that 
 from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Profile, Pyramid, Uniform
 from adakv.policy.base import (
     Allocator,
+    EveryTokens,
     FoldingScorer,
     Kept,
     LayerInputs,
@@ -34,15 +35,18 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
     "DEFAULT",
+    "RKV",
     "Adaptive",
     "Allocator",
     "Budget",
     "ColumnMax",
     "Defensive",
+    "EveryTokens",
     "Everything",
     "ExpectedAttention",
     "Flat",
@@ -63,11 +67,13 @@ __all__ = [
     "Random",
     "Recency",
     "RepeatAttention",
+    "SampledRest",
     "Scorer",
     "Selector",
     "TopScore",
     "TwoStage",
     "Uniform",
+    "ValueRange",
     "WholePages",
     "WindowAttention",
     "get",

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from adakv.ops import Kept
 from adakv.policy.base import Policy
-from adakv.policy.inputs import LayerInputs, check_range, check_settings
-
-#: What a scorer may need and still be asked while a text is written.
-_THERE = frozenset({"w_o", "new_queries"})
+from adakv.policy.inputs import LayerInputs
 
 
-@dataclass(frozen=True)
-class EveryTokens:
-    """After every ``every`` tokens of a text, rows go back to their budget."""
-
-    every: int = 128
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("every", self.every, 1)
+def carries(policy: Policy) -> bool:
+    """Whether the policy's scores are those of before and what new queries add."""
+    return bool(getattr(policy.scorer, "carries", False))
 
 
 def check_chooses_again(policy: Policy) -> None:
@@ -34,7 +23,8 @@ def check_chooses_again(policy: Policy) -> None:
             "layers, which is done once, for the prompt; take one that does so in each layer, such "
             "as Adaptive or Uniform"
         )
-    if missing := policy.needs - _THERE:
+    there = {"w_o", "all_queries"} if carries(policy) else {"w_o"}
+    if missing := policy.needs - there:
         raise ValueError(
             f"decode_policy: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, "
             "which are not there while a text is written; take one of the policies for that, such "
@@ -79,13 +69,12 @@ def choose_again(
     held = inputs.candidates(0)
     is_new = held & ~inputs.candidates(policy.window)
     scores = scores.masked_fill(is_new, torch.inf).masked_fill(~held, -torch.inf)
-    rows = inputs.without_lengths()
     if pinned is None:
-        shares = policy.allocator.allocate(scores, rows, budgets, window=0)
+        shares = policy.allocator.allocate(scores, inputs, budgets, window=0)
     else:
         competing = scores.masked_fill(pinned, -torch.inf)
-        shares = policy.allocator.allocate(competing, rows, budgets, window=0)
+        shares = policy.allocator.allocate(competing, inputs, budgets, window=0)
         shares = shares + pinned.sum(-1, dtype=torch.int32)
         scores = scores.masked_fill(pinned, torch.inf)
     shares = shares.minimum(inputs.ends)
-    return policy.selector.select(scores, shares, rows, window=0, total=total)
+    return policy.selector.select(scores, shares, inputs, window=0, total=total)

@@ -155,12 +155,14 @@ class Adaptive:
         if self.counts_window:
             scores, window = inputs.pin_window(scores, window), 0
 
+        seq_lens = inputs.sequence_lens
+
         def run(sequences: slice, budget: int) -> Tensor:
             return ops.allocate(
                 scores[sequences],
                 budget,
                 window=window,
-                seq_lens=None if inputs.seq_lens is None else inputs.seq_lens[sequences],
+                seq_lens=None if seq_lens is None else seq_lens[sequences],
                 floor=self.floor,
                 safeguard=self.safeguard,
             )

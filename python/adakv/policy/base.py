@@ -24,10 +24,11 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
-from adakv.policy.inputs import LayerInputs, check_settings
+from adakv.policy.inputs import LayerInputs, check_range, check_settings
 
 __all__ = [
     "Allocator",
+    "EveryTokens",
     "FoldingScorer",
     "Kept",
     "LayerInputs",
@@ -42,9 +43,8 @@ __all__ = [
 #: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
-#: a repetition; "new_queries": while a text is written, all since it was last chosen from. An
-#: allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "new_queries"]
+#: a repetition. An allocator that is model-wide needs nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:
@@ -66,7 +66,11 @@ class Scorer(Protocol):
         ...
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]`` float32, higher is better; not read in the window and in padding."""
+        """``[B, Hkv, T]`` float32, higher is better; not read in the window and in padding.
+
+        Of a text that is chosen from again (``inputs.positions`` is there) a scorer with an
+        attribute ``carries`` that is true is handed all new queries, and its scores of before.
+        """
         ...
 
 
@@ -141,17 +145,32 @@ class Selector(Protocol):
 
 
 @dataclass(frozen=True)
+class EveryTokens:
+    """The text behind a prompt is chosen from after every ``every`` of its tokens."""
+
+    every: int = 128
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("every", self.every, 1)
+
+
+@dataclass(frozen=True)
 class Policy:
     """Which entries of a prompt stay in the cache: scorer x allocator x selector.
 
     ``choose`` runs the three over one layer, ``choose_all`` over all layers. ``budget`` is the mean
     number of entries per kv head over all layers, window included; the allocator's layer schedule
     turns it into each layer's.
+
+    Prompts are chosen from at their end. ``when`` says how often the text behind one is, if it is
+    (docs/texts.md).
     """
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
+    when: EveryTokens | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)

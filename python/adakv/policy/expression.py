@@ -7,22 +7,24 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from adakv.policy import allocators, prompt_scorers, scorers, selectors
-from adakv.policy.base import Policy
+from adakv.policy import allocators, prompt_scorers, scorers, selectors, text_scorers
+from adakv.policy.base import EveryTokens, Policy
 from adakv.policy.inputs import did_you_mean
 
 _PARTS = {
     name: part
-    for module in (allocators, prompt_scorers, scorers, selectors)
+    for module in (allocators, prompt_scorers, scorers, selectors, text_scorers)
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
 }
+_PARTS["EveryTokens"] = EveryTokens
 
 _MOST_SHOWN = 200  # characters of a text in a message
 
 
 def parse(text: str) -> Policy:
-    """``scorer * allocator * selector``, each a part of the library with settings by name.
+    """``scorer * allocator * selector``, each a part of the library with settings by name; behind
+    them ``* EveryTokens(128)`` if texts are chosen from, too.
 
     Settings are numbers, strings, truth values or parts, as in ``Adaptive(layers=Pyramid())``.
     Raises ``ValueError`` with the reason if the text is anything else, or a setting is refused.
@@ -32,12 +34,17 @@ def parse(text: str) -> Policy:
         with warnings.catch_warnings():  # the parser warns of texts that are refused anyway
             warnings.simplefilter("ignore")
             body = ast.parse(text, mode="eval").body
+        when = None
+        match body:
+            case ast.BinOp(parts, ast.Mult(), ast.Call(ast.Name("EveryTokens")) as last):
+                body, when = parts, _part(last, "every")
         match body:
             case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
                 return Policy(
                     _part(scorer, "score"),
                     _part(allocator, "allocate"),
                     _part(selector, "select"),
+                    when,
                 )
         raise ValueError("not of the form scorer * allocator * selector")
     except (RecursionError, MemoryError) as error:  # what Python's parser says of a deep text

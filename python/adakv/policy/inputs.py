@@ -49,8 +49,8 @@ class LayerInputs:
         Where the entries stand in their sequences, for a text that is chosen from again. Of a
         prompt entry t stands at t.
     carried : ``[B, Hkv, T]`` float32, optional
-        The scores that the entries had when the text was last chosen from, 0 of newer ones; if
-        "new_queries" is in :attr:`Policy.needs`.
+        The scores that the entries had when the text was last chosen from, 0 of newer ones, for a
+        scorer that ``carries``: the queries are all since then.
     """
 
     queries: Tensor
@@ -112,15 +112,14 @@ class LayerInputs:
             self._norms[norm] = norms
         return self._norms[norm]
 
-    def attended(self, window: int, **how: Any) -> Tensor:
-        """``[B, Hkv, T]`` float32: :func:`adakv.ops.score` of the ``window`` last queries, over
-        what each kv head holds.
+    def attended(self, count: int, **how: Any) -> Tensor:
+        """``[B, Hkv, T]`` float32: :func:`adakv.ops.score` of the last ``count`` queries, over what
+        each kv head holds.
 
-        ``how`` is reduced and pooled as that says. Raises ``ValueError`` unless the queries are the
-        window's.
+        ``how`` are its options. Raises ``ValueError`` unless the queries are so many.
         """
-        if self.queries.shape[2] != window:
-            self.check_window(window)
+        if self.queries.shape[2] != count:
+            self.check_window(count)
         if not self._is_ragged:
             return ops.score(
                 self.queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
@@ -169,14 +168,16 @@ class LayerInputs:
         hollow = self.keys[..., :0].clone()
         return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None, lse=None)
 
-    def without_lengths(self) -> LayerInputs:
-        """The same, as if every kv head had T entries."""
-        return self._with(seq_lens=None)
-
     def _with(self, **changes: Tensor | None) -> LayerInputs:
         changed = replace(self, **changes)  # type: ignore[arg-type]
         changed._norms.update(self._norms)
         return changed
+
+    @property
+    def sequence_lens(self) -> Tensor | None:
+        """``seq_lens`` if they are those of sequences, as verbs take them: where kv heads differ in
+        length, scores of ``-inf`` say what isn't there."""
+        return None if self._is_ragged else self.seq_lens
 
     @property
     def ends(self) -> Tensor:

@@ -27,6 +27,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
@@ -66,6 +67,8 @@ _PRESETS: dict[str, Policy] = {
     "knorm":                       Policy(KeyNorm(), Uniform(), TopScore()),
     "tova":                        Policy(LastQuery(), Uniform(), TopScore()),
     "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
+    "r_kv":                        Policy(RKV(), Uniform(), TopScore()),
+    "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),

@@ -43,6 +43,9 @@ class PromptAttention:
     ``reduce="sum"`` is H2O's accumulated attention, which favours early entries; ``"mean"`` divides
     it by the number of queries that could see the entry; ``"max"`` asks whether any of them ever
     needed it. ``distance`` leaves out what every token gives to its neighbours.
+
+    While a text is written ``"sum"`` and ``"max"`` go on with what its queries attend to; entries
+    of the prompt begin with 0.
     """
 
     window: int = 32
@@ -63,7 +66,14 @@ class PromptAttention:
         check_choice("reduce", self.reduce, get_args(ops.Reduce))
         check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
 
+    @property
+    def carries(self) -> bool:
+        """Whether scores can be those of before and what new queries add."""
+        return self.reduce != "mean" and self.stride == 1
+
     def score(self, inputs: LayerInputs) -> Tensor:
+        if inputs.positions is not None:
+            return pin_first(self._with_new(inputs), self.pinned)
         check_all_queries(inputs)
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for sequences, length in _same_lengths(inputs.prompt_lens):
@@ -76,6 +86,18 @@ class PromptAttention:
                 lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
         return pin_first(scores, self.pinned)
+
+    def _with_new(self, inputs: LayerInputs) -> Tensor:
+        assert inputs.carried is not None
+        new = inputs.attended(
+            inputs.queries.shape[2],
+            window=0,
+            window_reduce=self.reduce,
+            group_reduce=self.group_reduce,
+            pool="none",
+            distance=self.distance,
+        )
+        return inputs.carried + new if self.reduce == "sum" else inputs.carried.maximum(new)
 
     def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
         """``[stride, B, Hkv or Hq, T]`` float32: what entries got from the queries so far.

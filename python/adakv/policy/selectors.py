@@ -19,7 +19,9 @@ class TopScore:
     def select(
         self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
     ) -> Kept:
-        return ops.select(scores, budgets, window=window, seq_lens=inputs.seq_lens, total=total)
+        return ops.select(
+            scores, budgets, window=window, seq_lens=inputs.sequence_lens, total=total
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TwoStage:
             scores,
             budgets,
             window=window,
-            seq_lens=inputs.seq_lens,
+            seq_lens=inputs.sequence_lens,
             norms=inputs.norms(self.norm),
             first=self.first,
             eps=self.eps,

@@ -1,0 +1,109 @@
+"""Scorers made for texts that are chosen from while they are written; they take prompts, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adakv import ops
+from adakv.ops import Kept
+from adakv.policy.inputs import LayerInputs, check_range, check_settings, pin_first
+from adakv.policy.scorers import Random, check_odd
+
+
+@dataclass(frozen=True)
+class RKV:
+    """Attended to, and unlike the others (R-KV, arXiv 2505.24133).
+
+    ``S[h, t] = share * A[h, t] - (1 - share) * softmax_t(C[h, t])``: A is the window's attention as
+    SnapKV pools it, C the mean cosine of an entry's key to those of all other entries of the row.
+    ``share`` is the paper's lambda.
+
+    The authors' code also leaves cosines under 0.5 out, and those to the newest tokens that are
+    most alike; here C is one product with the sum of the row's keys.
+    """
+
+    window: int = 8
+    pool_width: int = 7
+    share: float = 0.1
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("window", self.window, 1)
+        check_range("pinned", self.pinned, 0)
+        check_range("share", self.share, 0, 1)
+        check_odd("pool_width", self.pool_width)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        attention = inputs.attended(self.window, pool="max", pool_width=self.pool_width)
+        held, candidates = inputs.candidates(0), inputs.candidates(self.window)
+        keys = F.normalize(inputs.keys.float(), dim=-1).masked_fill(~held[..., None], 0)
+        to_all = (keys @ keys.sum(2)[..., None])[..., 0]  # [B, Hkv, T], that to itself is 1
+        others = (held.sum(-1, keepdim=True) - 1).clamp(min=1)
+        alike = ((to_all - 1) / others).masked_fill(~candidates, -torch.inf).softmax(-1)
+        scores = self.share * attention.masked_fill(~candidates, 0) - (1 - self.share) * alike
+        return pin_first(scores.masked_fill(~candidates, -torch.inf), self.pinned)
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """How far apart an entry's values are (VaSE, arXiv 2606.03928).
+
+    ``S[h, t] = max_d v[h, t, d] - min_d v[h, t, d]``: what is lost with the few values that are
+    far larger than the others makes a model repeat itself.
+    """
+
+    window: int = 32
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("window", self.window, 1)
+        check_range("pinned", self.pinned, 0)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        values = inputs.values.float()
+        return pin_first(values.amax(-1) - values.amin(-1), self.pinned)
+
+
+@dataclass(frozen=True)
+class SampledRest:
+    """A part by score, the rest by chance (VaSE, arXiv 2606.03928).
+
+    Of a head's candidates ``int(first * count)`` by score; the others are drawn without putting
+    back, in proportion to the attention of the window as SnapKV pools it: by ``A / E`` with E from
+    an exponential distribution, of which the largest are such a sample. Chance is that of
+    :class:`adakv.policy.Random`.
+    """
+
+    first: float = 0.25
+    pool_width: int = 7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("first", self.first, 0, 1)
+        check_odd("pool_width", self.pool_width)
+        check_range("seed", self.seed, 0, 2**31 - 1)
+
+    def select(
+        self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
+    ) -> Kept:
+        attention = inputs.attended(inputs.queries.shape[2], pool="max", pool_width=self.pool_width)
+        uniform = Random(self.seed).score(inputs).clamp(2.0**-25, 1 - 2.0**-25)
+        keys = attention.clamp(min=1e-30) / -uniform.log()
+        eps = 1e-4
+        return ops.select(
+            scores,
+            budgets,
+            window=window,
+            seq_lens=inputs.sequence_lens,
+            norms=keys / (scores.clamp(min=0) + eps),  # so that score + eps cancels out
+            first=self.first,
+            eps=eps,
+            total=total,
+        )
