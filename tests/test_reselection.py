@@ -10,7 +10,7 @@ import reference
 from adakv import ops
 from adakv.cache import KVCache
 from adakv.policy import Adaptive, Policy, TopScore, Uniform, WindowAttention
-from adakv.reselection import RecentQueries, Reselection, Rule
+from adakv.reselection import Reselection, Rule
 from adakv.step import Attention, PlannedStep
 
 LAYERS, HEADS, GROUP, DIM, WINDOW, BUDGET, EVERY = 2, 3, 2, 16, 4, 10, 6
@@ -141,13 +141,11 @@ def test_rows_go_back_to_their_budget(
     policy = Policy(WindowAttention(window=WINDOW), allocator, TopScore())
     rule = Rule(policy, BUDGET, every=EVERY, pins_prompt=pins_prompt)
     text = Reselection(rule, lengths, LAYERS)
-    recent = RecentQueries(rule.num_queries, LAYERS, kv.device)
     written = left = 0
     for number, columns in enumerate(steps):
         num_new = [columns, columns - number % 2 if columns > 1 else 1]
-        is_full = num_new == [columns] * 2
-        recent.advance(columns, None if is_full else torch.tensor(num_new))
-        step = PlannedStep.grow(kv, num_new, columns, watcher=recent)
+        text.begin_step(num_new, columns)
+        step = PlannedStep.grow(kv, num_new, columns, watcher=text.recent)
         for layer in range(LAYERS):
             q = torch.randn(2, HEADS * GROUP, columns, DIM)
             k, v = torch.randn(2, 2, HEADS, columns, DIM)
@@ -160,11 +158,10 @@ def test_rows_go_back_to_their_budget(
                     torch.testing.assert_close(out[b, s].double(), expected, atol=2e-5, rtol=0)
                 lists.seen[b] -= count
         lists.seen = [n + new for n, new in zip(lists.seen, num_new, strict=True)]
-        text.advance(num_new)
         written, left = written + columns, left + columns
         assert text.is_due == (left >= BUDGET + EVERY)
         if text.is_due:
-            text.choose(kv, slice(0, 2), recent)
+            text.choose(kv, slice(0, 2))
             left = BUDGET
             for layer in range(LAYERS):
                 for b in range(2):
@@ -182,16 +179,15 @@ def test_what_stays_in_quantised_pages_is_what_it_was(kv_dtype: str) -> None:
     torch.manual_seed(4)
     kv, _ = begin([40], kv_dtype)
     rule = Rule(Policy(WindowAttention(window=WINDOW), Adaptive(), TopScore()), BUDGET, every=EVERY)
-    text, recent = Reselection(rule, [40], LAYERS), RecentQueries(WINDOW, LAYERS, kv.device)
+    text = Reselection(rule, [40], LAYERS)
     for _ in range(BUDGET + EVERY):
-        recent.advance(1)
-        step = PlannedStep.grow(kv, [1], 1, watcher=recent)
+        text.begin_step([1], 1)
+        step = PlannedStep.grow(kv, [1], 1, watcher=text.recent)
         for layer in range(LAYERS):
             q = torch.randn(1, HEADS * GROUP, 1, DIM).to(kv.dtype)
             step.attend(layer, q, *torch.randn(2, 1, HEADS, 1, DIM).to(kv.dtype), ATTENTION)
-        text.advance([1])
     held = [entries_by_position(kv, layer) for layer in range(LAYERS)]
-    text.choose(kv, slice(0, 1), recent)
+    text.choose(kv, slice(0, 1))
     for layer, before in enumerate(held):
         for row, entries in zip(entries_by_position(kv, layer), before, strict=True):
             assert len(row) < len(entries)

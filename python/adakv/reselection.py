@@ -1,11 +1,9 @@
 """Chooses again while a text is written, so that its entries go back to their budget.
 
-    recent = RecentQueries(...)               as many as the policy looks at
-    text = Reselection(rule, prompt_lens)     when the prompts are in pages
-    recent.advance(columns)                   before a step
-    recent.put(layer, queries, attention)     in each layer of it: PlannedStep does
-    text.advance(num_new)                     behind it
-    text.choose(kv, slots, recent)            if it is due
+    text = Reselection(rule, prompt_lens, num_layers)    when the prompts are in pages
+    text.begin_step(num_new, columns)                    before a step
+    text.recent.put(layer, queries, attention)           in each layer of it: PlannedStep does
+    text.choose(kv, slots)                               behind it, if it is due
 
 What is chosen by is what the policy's scorer sees of the newest queries, which are kept in a ring.
 The entries of a layer are read out of their pages, the policy picks, and what stays is compacted
@@ -25,64 +23,55 @@ from adakv.cache import KVCache, sequences
 from adakv.entries import Held
 from adakv.errors import integer
 from adakv.ops import Kept
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import EveryTokens, LayerInputs, Policy, get
 from adakv.policy.again import carries, check_chooses_again, choose_again
 from adakv.step import Attention
 
 
 class RecentQueries:
-    """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to.
+    """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to."""
 
-    All it does in a step are operations on tensors that stay where they are, so that a step can be
-    recorded in a CUDA graph.
-    """
-
-    def __init__(self, window: int, num_layers: int, device: torch.device) -> None:
+    def __init__(self, window: int, num_layers: int) -> None:
         self._window = window
         self._rings: list[Tensor | None] = [None] * num_layers
         self.attention = [Attention()] * num_layers
         """How each layer attends."""
-        self._next = torch.zeros(1, dtype=torch.int64, device=device)  # where the next query goes
-        self._columns = self._next
-        self._fresh: Tensor | None = None  # [B] int64 columns of this step that are tokens
+        self._next = 0  # where the next query goes
+        self._num_new: list[int] = []  # of the step
 
-    def advance(self, columns: int, num_new: Tensor | None = None) -> None:
-        """A step of so many columns comes: counted from the right, ``num_new`` ``[B]`` of them are
-        tokens of each sequence."""
-        offsets = torch.arange(max(columns - self._window, 0), columns, device=self._next.device)
-        self._columns = (self._next + offsets) % self._window
-        self._next.add_(columns).remainder_(self._window)
-        self._fresh = None if num_new is None or columns == 1 else num_new.long()
+    def advance(self, num_new: Sequence[int], columns: int) -> None:
+        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b."""
+        self._num_new = list(num_new)
+        self._next = (self._next + columns) % self._window
 
     def put(self, layer: int, queries: Tensor, attention: Attention) -> None:
         """The queries ``[B, Hq, S, D]`` of the step's columns, and how the layer attends."""
+        batch, heads, columns, head_dim = queries.shape
         self.attention[layer] = attention
         ring = self._rings[layer]
         if ring is None:
-            batch, heads, _, head_dim = queries.shape
             ring = queries.new_zeros(batch, heads, self._window, head_dim)
             self._rings[layer] = ring
-        if self._fresh is None:
-            ring.index_copy_(2, self._columns, queries[:, :, -self._window :])
-        else:
-            ring.copy_(self._moved(ring, queries, self._fresh[:, None]))
+        if any(n < columns for n in self._num_new):
+            self._put_some(ring, queries)
+            return
+        first = (self._next - columns) % self._window
+        for begin in range(max(columns - self._window, 0), columns):
+            ring[:, :, (first + begin) % self._window] = queries[:, :, begin]
 
-    def _moved(self, ring: Tensor, queries: Tensor, num_new: Tensor) -> Tensor:
-        """A ring in which each sequence's own last queries are, where columns may be padding."""
-        columns = queries.shape[2]
-        step = torch.arange(self._window, device=ring.device)
-        before = ring.index_select(2, (self._next - columns + step) % self._window)
-        place = num_new + (step - self._next) % self._window  # [B, W] among all tokens' queries
-        place = place.where(place < self._window, place + columns - num_new)
-        shape = (*ring.shape[:2], self._window, ring.shape[3])
-        return torch.cat([before, queries], 2).gather(2, place[:, None, :, None].expand(shape))
+    def _put_some(self, ring: Tensor, queries: Tensor) -> None:
+        """The same where columns are padding: each sequence has other queries as its last ones."""
+        both = torch.cat([ring.roll(queries.shape[2] - self._next, 2), queries], 2)
+        for b, count in enumerate(self._num_new):
+            padding = slice(self._window, both.shape[2] - count)
+            tokens = torch.cat([both[b, :, : padding.start], both[b, :, padding.stop :]], 1)
+            ring[b] = tokens[:, -self._window :].roll(self._next, 1)
 
-    def last(self, layer: int, sequences: slice, count: int) -> Tensor:
-        """The last ``count <= W`` of some sequences, ``[B, Hq, count, D]``, the oldest first."""
+    def last(self, layer: int, count: int) -> Tensor:
+        """The last ``count <= W``, ``[B, Hq, count, D]``, the oldest first."""
         ring = self._rings[layer]
         assert ring is not None
-        order = (self._next - torch.arange(count, 0, -1, device=ring.device)) % self._window
-        return ring[sequences].index_select(2, order)
+        return ring.roll(-self._next, 2)[:, :, -count:]
 
 
 @dataclass(frozen=True)
@@ -114,6 +103,33 @@ class Rule:
         object.__setattr__(self, "budget", integer("decode_budget", self.budget, least))
         object.__setattr__(self, "every", integer("every", self.every, 1))
 
+    @classmethod
+    def given(
+        cls,
+        policy: Policy,
+        decode_policy: str | Policy | None,
+        budget: int | None,
+        every: int | None,
+        pin_prompt: bool,
+    ) -> Rule | None:
+        """From what users give, ``policy`` for the prompt; None if all of a text stays, which is so
+        without a budget."""
+        chosen = get(policy if decode_policy is None else decode_policy)
+        if not isinstance(pin_prompt, bool):
+            raise ValueError(f"pin_prompt must be True or False, got {pin_prompt!r}")
+        if budget is None:
+            if chosen.when is not None or every is not None or decode_policy is not None:
+                raise ValueError("decode_budget must be given if a text is to be chosen from")
+            return None
+        if every is None:
+            every = EveryTokens().every if chosen.when is None else chosen.when.every
+        return cls(chosen, budget, every, pin_prompt)
+
+    @property
+    def most(self) -> int:
+        """Tokens of a text that rows hold at most, all kv heads on average."""
+        return self.budget + self.every
+
     @property
     def carries(self) -> bool:
         """Whether scores are those of before and what the new queries add."""
@@ -138,6 +154,8 @@ class Reselection:
 
     def __init__(self, rule: Rule, prompt_lens: Sequence[int], num_layers: int) -> None:
         self.rule = rule
+        self.recent = RecentQueries(rule.num_queries, num_layers)
+        """The newest queries of the texts."""
         self._num_layers = num_layers
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
@@ -147,8 +165,9 @@ class Reselection:
         self._new = [0] * len(prompt_lens)  # tokens since then
         self._unheard = 0  # tokens whose queries no score has heard
 
-    def advance(self, num_new: Sequence[int]) -> None:
-        """A step has appended ``num_new[b]`` tokens to each sequence."""
+    def begin_step(self, num_new: Sequence[int], columns: int) -> None:
+        """A step comes whose last ``num_new[b]`` columns are tokens of each sequence."""
+        self.recent.advance(num_new, columns)
         self._new = [had + n for had, n in zip(self._new, num_new, strict=True)]
         self._written = [had + n for had, n in zip(self._written, num_new, strict=True)]
         self._unheard += max(num_new)
@@ -156,9 +175,8 @@ class Reselection:
     @property
     def _is_full(self) -> bool:
         """Whether a row holds ``every`` entries more than its budget, on average."""
-        most = self.rule.budget + self.rule.every
         return any(
-            min(text, self.rule.budget + new) >= most
+            min(text, self.rule.budget + new) >= self.rule.most
             for text, new in zip(self._written, self._new, strict=True)
         )
 
@@ -167,9 +185,8 @@ class Reselection:
         """Whether :meth:`choose` has something to do."""
         return self._is_full or (self.rule.carries and self._unheard >= self.rule.every)
 
-    def choose(self, kv: KVCache, slots: slice, recent: RecentQueries) -> None:
-        """Brings the rows of some slots of ``kv`` back to their budget; ``recent`` has their
-        queries in the same slots.
+    def choose(self, kv: KVCache, slots: slice) -> None:
+        """Brings the rows of the texts, which lie in some slots of ``kv``, back to their budget.
 
         Raises
         ------
@@ -181,7 +198,7 @@ class Reselection:
         most = -(-max(longest) // kv.page_size) * kv.page_size
         if not self._is_full:
             for layer in range(self._num_layers):
-                inputs, _ = self._inputs(kv, slots, layer, most, recent)
+                inputs, _ = self._inputs(kv, slots, layer, most)
                 self._carried[layer] = self.rule.policy.scorer.score(inputs)
             self._unheard = 0
             return
@@ -190,7 +207,7 @@ class Reselection:
         totals = [plan.totals for plan in plans]
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
-            inputs, held = self._inputs(kv, slots, layer, most, recent)
+            inputs, held = self._inputs(kv, slots, layer, most)
             scores = self.rule.policy.scorer.score(inputs)
             kept = choose_again(
                 self.rule.policy,
@@ -238,16 +255,14 @@ class Reselection:
             plan.left.append(min(text, limit))
         return plan
 
-    def _inputs(
-        self, kv: KVCache, slots: slice, layer: int, most: int, recent: RecentQueries
-    ) -> tuple[LayerInputs, Held]:
+    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int) -> tuple[LayerInputs, Held]:
         """What a layer's rows hold, as the policy takes it."""
         rule = self.rule
         held = Held.read(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
-        attention = recent.attention[layer]
+        attention = self.recent.attention[layer]
         inputs = LayerInputs(
-            recent.last(layer, slots, count),
+            self.recent.last(layer, count),
             held.keys,
             held.values,
             attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,

@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from adakv.cache import KVCache, check_kv_dtype, page_size_for
 from adakv.errors import Error, integer
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.attachment import (
-    CACHE,
     cache_layers,
     decoder_of,
     eagerly,
@@ -33,13 +31,15 @@ from adakv.hf.attachment import (
     own_layers,
 )
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, RepeatLayer, contents
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS, Shape
+from adakv.hf.repetition import Repetition
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
+from adakv.reselection import Reselection, Rule
 from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
@@ -82,6 +82,17 @@ class Cache(OneWayCache):
     kv_dtype : "auto", "int8" or "fp8"
         How pages hold keys and values: as the model has them, or in about half of their bytes
         (docs/bits.md), for models in float16 or bfloat16.
+    decode_budget : int, optional
+        Mean entries to keep per kv head of the tokens after the prompt, which are evicted while
+        they are written (docs/texts.md). Default: all of them stay.
+    decode_policy : str or :class:`adakv.Policy`, optional
+        Which of them. Default: as ``policy``.
+    every : int, optional
+        Tokens from one choice to the next, 128 unless the policy says another number: heads hold up
+        to ``decode_budget + every`` entries of the text.
+    pin_prompt : bool
+        Whether what was kept of the prompt stays, beside ``decode_budget``. Else it competes with
+        the text for as many entries as both have together.
     """
 
     reading: Reader | None
@@ -98,6 +109,10 @@ class Cache(OneWayCache):
         chunked_prefill: bool = False,
         page_size: int | None = None,
         kv_dtype: str = "auto",
+        decode_budget: int | None = None,
+        decode_policy: str | Policy | None = None,
+        every: int | None = None,
+        pin_prompt: bool = True,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -118,14 +133,16 @@ class Cache(OneWayCache):
         self._kv_dtype = check_kv_dtype(kv_dtype)
         page_size = page_size_for(kv_dtype, page_size)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
-        self._model = decoder
+        self.model = decoder
         self._budget = Budget.given(policy, budget, ratio)
+        self._rule = Rule.given(
+            self._budget.policy, decode_policy, decode_budget, every, pin_prompt
+        )
         self._max_new_tokens = max_new_tokens
         self._page_size = page_size
         needs = self._budget.policy.needs
-        self._repeats = "repeat" in needs
         self._is_chunked = chunked_prefill
-        self.waits = chunked_prefill or self._repeats  # with compressing, for more of the prompt
+        self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
@@ -147,11 +164,12 @@ class Cache(OneWayCache):
         """Holds nothing."""
         self.reading = Reader(self._budget, len(self._full))
         self.step: PlannedStep | None = None  # that is running
+        self._text: Reselection | None = None  # if it is chosen from
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
-        self._repetition: Tensor | None = None  # [B, R], for after the prompt
+        self._repetition = Repetition(self, is_needed="repeat" in self._budget.policy.needs)
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
@@ -251,34 +269,12 @@ class Cache(OneWayCache):
         adakv.Error
             If there is no prompt that waits for it.
         """
-        self._check_repeats()
-        if self.reading is None or not self.reading.is_begun:
-            raise Error("a prompt can be repeated once, right after it was read")
-        columns = self.get_seq_length()
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be a tensor [B, R], got {type(input_ids).__name__}")
-        if input_ids.shape[0] != len(self.seen) or {*self.seen} != {columns}:
-            raise ValueError(
-                f"input_ids must repeat the {len(self.seen)} prompts, all of one length and "
-                f"without padding, got {input_ids.shape[0]} for prompts of {self.seen} tokens"
-            )
-        repetition = TransformersCache(
-            layers=[RepeatLayer(self, i) for i in range(len(self._full))]
-        )
-        self._model.base_model(input_ids, use_cache=True, **{CACHE: repetition})
+        self._repetition.read(input_ids)
 
     def repeat_after_prompt(self, input_ids: Tensor) -> None:
         """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
         transformers' ``generate``, which reads a prompt and goes on."""
-        self._check_repeats()
-        if self.seen:
-            raise Error("the prompt has been read: call repeat() now")
-        self._repetition = input_ids
-
-    def _check_repeats(self) -> None:
-        self._check_recordable("its layers without full attention can't forget a repetition")
-        if not self._repeats:
-            raise ValueError("policy: it doesn't score what a repetition looks at")
+        self._repetition.wait_for(input_ids)
 
     def reset(self) -> None:
         """Empties the cache and gives its memory back; the next forward is a new prompt."""
@@ -286,7 +282,7 @@ class Cache(OneWayCache):
             layer.reset()
         if len(self._full) < len(self.layers):
             # transformers' layers keep their tensors for the next prompt, but the batch may change.
-            for index, fresh in enumerate(own_layers(self._model)):
+            for index, fresh in enumerate(own_layers(self.model)):
                 if not isinstance(self.layers[index], FullAttentionLayer):
                     self.layers[index] = fresh
         self._begin()
@@ -302,7 +298,9 @@ class Cache(OneWayCache):
     def decoded_pages(self, num_tokens: int = 0) -> tuple[KVCache, list[int]]:
         """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
         a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
-        self._check_recordable(
+        if self._rule is not None:
+            raise ValueError("decode_budget: texts are evicted from without custom_generate only")
+        self.check_recordable(
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
@@ -319,7 +317,7 @@ class Cache(OneWayCache):
         for layer in self._full:
             layer.num_seen += num_tokens
 
-    def _check_recordable(self, reason: str) -> None:
+    def check_recordable(self, reason: str) -> None:
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
 
@@ -343,9 +341,8 @@ class Cache(OneWayCache):
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
         is_after_prompt = columns == 1 and had > 0 and not LAST_TOKEN_COMES_ALONE
-        is_read = is_after_prompt or not self._is_chunked
-        if self._repeats and is_read and self.reading is not None and self.reading.is_begun:
-            self._repeat_now()
+        if is_after_prompt or not self._is_chunked:
+            self._repetition.read_waiting()
         if self.reading is None:
             self.make_room(columns)
             self._warn_of_a_second_turn(columns)
@@ -355,16 +352,6 @@ class Cache(OneWayCache):
         self._num_forwards += 1
         if self.reading is not None and is_after_prompt:
             self._finish_all()
-
-    def _repeat_now(self) -> None:
-        """What comes next isn't of the prompt any more."""
-        if self._repetition is None:
-            raise ValueError(
-                "repeat must be given: call Cache.repeat after the prompt, before other tokens, or "
-                "Cache.repeat_after_prompt before it (give Cache(chunked_prefill=True) if the "
-                "prompt comes in several forwards)"
-            )
-        self.repeat(self._repetition)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
@@ -382,9 +369,9 @@ class Cache(OneWayCache):
 
     def _check_whole(self) -> None:
         """Raises unless the model can go on, and all layers have seen the same forwards."""
-        if not is_attached(self._model):
+        if not is_attached(self.model):
             raise Error("the model is not attached: run it inside adakv.attach(model)")
-        if self._model.training:
+        if self.model.training:
             raise ValueError(_FOR_INFERENCE)
         self.check_attended()
         lengths = {layer.num_seen for layer in self._full}
@@ -451,8 +438,18 @@ class Cache(OneWayCache):
         before = self._full[0].num_seen
         num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
-        self.step = PlannedStep.grow(self._kv, num_new, columns)
+        watcher = None if self._text is None else self._text.recent
+        self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)
+        if self._text is not None:
+            self._text.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
+
+    def end_step(self) -> None:
+        """All layers have attended: chooses from the text, if it is time."""
+        if self._text is not None and self._text.is_due:
+            assert self._kv is not None
+            self._text.choose(self._kv, self._slots)
+        self.is_midway = False
 
     def finish(
         self,
@@ -472,6 +469,8 @@ class Cache(OneWayCache):
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.reading = reader.lengths, None
+            if self._rule is not None:
+                self._text = Reselection(self._rule, reader.lengths, reader.num_layers)
 
     def _finish_all(self) -> None:
         """:meth:`finish` of all layers, whose prompts came in chunks."""
@@ -491,7 +490,7 @@ class Cache(OneWayCache):
             reader,
             Shape(reader.num_layers, heads, head_dim, dtype, device, self._kv_dtype),
             num_sequences=batch,
-            new=min(self._max_new_tokens, FIRST_TOKENS),
+            new=min(self._max_new_tokens, self._rule.most if self._rule else FIRST_TOKENS),
             page_size=self._page_size,
         )
 

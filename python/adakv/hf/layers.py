@@ -105,7 +105,7 @@ class FullAttentionLayer(AttendingLayer):
             out = restore(out, order)
         self.num_seen += query.shape[2]
         if self._is_last:
-            cache.is_midway = False
+            cache.end_step()
         return out, None
 
     def take(self, part: Part, mask: Tensor | None) -> None:
@@ -117,7 +117,7 @@ class FullAttentionLayer(AttendingLayer):
         reader = cache.reading
         assert reader is not None
         cache.handed_out = False
-        self._attention = part.attention._replace(rotate=self._rotate)
+        self._attention = part.attention._replace(rotate=self._rotate, w_o=part.w_o)
         part = part._replace(attention=self._attention)
         if self.index == 0:
             cache.begin_part(mask, part.queries.shape[0], columns)
@@ -140,48 +140,6 @@ class FullAttentionLayer(AttendingLayer):
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""
         self.num_seen = 0
-
-
-class RepeatLayer(AttendingLayer):
-    """A layer of what the model looks at while it repeats its prompts: of that nothing is kept."""
-
-    def __init__(self, cache: Cache, index: int) -> None:
-        super().__init__()
-        self._cache = cache
-        self._index = index
-        self._length = cache.get_seq_length()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Behind the prompts' own."""
-        if torch.compiler.is_compiling():
-            return eagerly(self.update, key_states, value_states, *args, **kwargs)
-        assert self._cache.reading is not None
-        keys, values = self._cache.reading.joined(self._index)
-        new_keys, new_values = key_states.to(keys.dtype), value_states.to(values.dtype)
-        return super().update(torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2))
-
-    def attend(
-        self,
-        inner: str,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention; then the layer's prompts are chosen from."""
-        if torch.compiler.is_compiling():
-            return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
-        delattr(key, TAG)
-        result = inner_attention(inner, module, query, key, value, mask, **kwargs)
-        self._cache.finish(self._index, repeat=(query.to(key.dtype), key[:, :, self._length :]))
-        return result
-
-    def get_seq_length(self) -> int:
-        return self._length
 
 
 def attend_to_prompt(

@@ -107,8 +107,8 @@ class LayerInputs:
                 raise ValueError("w_o must be given to a policy that weighs values, got None")
             seq_lens = None if self._is_ragged else self.seq_lens
             norms = ops.value_norm(self.values, self.w_o, seq_lens=seq_lens, norm=norm)
-            if self._is_ragged:
-                norms = norms.masked_fill(~self.candidates(0), -torch.inf)
+            if self._is_ragged:  # behind a row's end -inf would make +inf of its score
+                norms = norms.masked_fill(~self.candidates(0), 0)
             self._norms[norm] = norms
         return self._norms[norm]
 

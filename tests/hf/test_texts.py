@@ -1,0 +1,149 @@
+"""Texts that are evicted from while they are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adakv
+from adakv.policy import Policy, get
+from hf.families import FAMILIES, LLAMA, VOCAB
+
+POLICIES = (
+    *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm"),
+    *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
+)
+GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
+
+
+def write(model: Any, cache: Any, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+    """``ids`` and ``count`` tokens that the model writes behind them."""
+    mask = torch.ones_like(ids) if mask is None else mask  # else a written pad token hides
+    with torch.no_grad(), adakv.attach(model):
+        written: Tensor = model.generate(
+            ids,
+            past_key_values=cache,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            attention_mask=mask,
+        )
+    return written
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_for_all_of_a_text_changes_nothing(policy: str):
+    model = LLAMA.model()
+    torch.manual_seed(1)
+    prompt = torch.randint(3, VOCAB, (2, 70))
+    mask = torch.ones_like(prompt)
+    mask[1, :9] = 0
+    options = {"policy": policy, "budget": 48}
+    plain = write(model, adakv.Cache(model, **options), prompt, 60, mask)
+    cache = adakv.Cache(model, **options, decode_budget=60, every=8)
+    assert torch.equal(write(model, cache, prompt, 60, mask), plain)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("pin_prompt", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_stay_within_their_budget(policy: str, pin_prompt: bool):
+    model = LLAMA.model()
+    ids = torch.randint(3, VOCAB, (1, 70))
+    cache = adakv.Cache(
+        model,
+        "ada_snapkv",
+        48,
+        decode_policy=policy,
+        decode_budget=40,
+        every=8,
+        pin_prompt=pin_prompt,
+    )
+    held = []
+    for _ in range(12):
+        ids = write(model, cache, ids, 16)
+        held.append((cache.stats()["lengths"].float().mean().item(), cache.pages.num_pages))
+    assert max(mean for mean, _ in held) <= 48 + 40 + 8
+    assert held[-1][1] == held[4][1]  # the pool is as large as it was
+    assert cache.seen == [70 + 12 * 16 - 1]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("family", [LLAMA, GPT_OSS], ids=str)
+@pytest.mark.parametrize("policy", ["ada_snapkv", "critical_ada_snapkv", "r_kv", "h2o"])
+def test_the_prompt_stays(policy: str, family: Any):
+    """What was kept of it, in every head; and with sinks in the softmax."""
+    model = family.model()
+    prompt = torch.randint(3, VOCAB, (1, 70))
+    cache = adakv.Cache(model, policy, 48, decode_budget=40, every=8)
+    ids = write(model, cache, prompt, 2)
+    full = [i for i, layer in enumerate(cache.layers) if hasattr(layer, "index")]
+    before = [cache.kept(i)[0] for i in full]
+    write(model, cache, ids, 100)
+    for i, rows in zip(full, before, strict=True):
+        for row, now in zip(rows, cache.kept(i)[0], strict=True):
+            of_prompt = [p for p in row.tolist() if p < 70]
+            assert [p for p in now.tolist() if p < 70] == of_prompt
+            text = [p for p in now.tolist() if p >= 70]
+            assert len(text) < 100
+            newest = get(policy).window
+            assert text[-newest:] == [*range(text[-1] - newest + 1, text[-1] + 1)]
+
+
+@pytest.mark.model
+def test_the_default_policy_has_its_prompt_and_another_its_text():
+    model = LLAMA.model()
+    with pytest.raises(ValueError, match=r"decode_policy: ModelWide shares .* among all layers"):
+        adakv.Cache(model, budget=48, decode_budget=40)
+    cache = adakv.Cache(model, budget=48, decode_policy="r_kv", decode_budget=16, every=4)
+    write(model, cache, torch.randint(3, VOCAB, (1, 100)), 50)
+    assert cache.stats()["lengths"].float().mean() <= 48 + 16 + 4
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decode_budget": 20}, "decode_budget must be at least 32, got 20"),
+        ({"decode_budget": 40.5}, "decode_budget must be an integer, got 40.5"),
+        ({"decode_budget": 40, "every": 0}, "every must be at least 1, got 0"),
+        ({"every": 8}, "decode_budget must be given"),
+        ({"decode_policy": "r_kv"}, "decode_budget must be given"),
+        ({"decode_policy": "r_kvv", "decode_budget": 40}, "did you mean 'r_kv'"),
+        ({"decode_policy": "kvzip", "decode_budget": 40}, "decode_policy: ModelWide"),
+        ({"decode_policy": "ada_expected", "decode_budget": 40}, "all_queries, rotate, which"),
+        ({"decode_budget": 40, "pin_prompt": 1}, "pin_prompt must be True or False, got 1"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        adakv.Cache(LLAMA.model(), "ada_snapkv", 48, **settings)
+
+
+def test_a_policy_says_how_often():
+    policy = get("RKV(share=0.5) * Adaptive() * TopScore() * EveryTokens(every=4)")
+    assert policy == Policy(
+        adakv.policy.RKV(share=0.5),
+        adakv.policy.Adaptive(),
+        adakv.policy.TopScore(),
+        adakv.policy.EveryTokens(4),
+    )
+    model = LLAMA.model()
+    cache = adakv.Cache(model, policy, 48, decode_budget=16)
+    write(model, cache, torch.randint(3, VOCAB, (1, 100)), 40)
+    assert cache.stats()["lengths"].float().mean() <= 48 + 16 + 4
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantised_pages_are_evicted_from(kv_dtype: str):
+    model = LLAMA.model().bfloat16()
+    prompt = torch.randint(3, VOCAB, (2, 70))
+    cache = adakv.Cache(model, "ada_snapkv", 48, decode_budget=40, every=8, kv_dtype=kv_dtype)
+    write(model, cache, prompt, 80)
+    assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
+    assert cache.seen == [149, 149]
