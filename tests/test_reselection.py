@@ -140,7 +140,7 @@ def test_rows_go_back_to_their_budget(
     allocator = Uniform() if floor is None else Adaptive(floor=floor)
     policy = Policy(WindowAttention(window=WINDOW), allocator, TopScore())
     rule = Rule(policy, BUDGET, every=EVERY, pins_prompt=pins_prompt)
-    text = Reselection(rule, lengths, LAYERS)
+    text = Reselection(rule, lengths, [ATTENTION] * LAYERS)
     written = left = 0
     for number, columns in enumerate(steps):
         num_new = [columns, columns - number % 2 if columns > 1 else 1]
@@ -179,7 +179,7 @@ def test_what_stays_in_quantised_pages_is_what_it_was(kv_dtype: str) -> None:
     torch.manual_seed(4)
     kv, _ = begin([40], kv_dtype)
     rule = Rule(Policy(WindowAttention(window=WINDOW), Adaptive(), TopScore()), BUDGET, every=EVERY)
-    text = Reselection(rule, [40], LAYERS)
+    text = Reselection(rule, [40], [ATTENTION] * LAYERS)
     for _ in range(BUDGET + EVERY):
         text.begin_step([1], 1)
         step = PlannedStep.grow(kv, [1], 1, watcher=text.recent)

@@ -1,9 +1,9 @@
 """Chooses again while a text is written, so that its entries go back to their budget.
 
-    text = Reselection(rule, prompt_lens, num_layers)    when the prompts are in pages
-    text.begin_step(num_new, columns)                    before a step
-    text.recent.put(layer, queries, attention)           in each layer of it: PlannedStep does
-    text.choose(kv, slots)                               behind it, if it is due
+    text = Reselection(rule, prompt_lens, attention)    when the prompts are in pages
+    text.begin_step(num_new, columns)                   before a step
+    text.recent.put(layer, queries)                     in each layer of it: PlannedStep does
+    text.choose(kv, slots)                              behind it, if it is due
 
 What is chosen by is what the policy's scorer sees of the newest queries, which are kept in a ring.
 The entries of a layer are read out of their pages, the policy picks, and what stays is compacted
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,26 +28,37 @@ from adakv.policy.again import carries, check_chooses_again, choose_again
 from adakv.step import Attention
 
 
+class Recent(Protocol):
+    """The newest queries of some texts."""
+
+    def advance(self, num_new: Sequence[int], columns: int) -> None:
+        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b."""
+        ...
+
+    def put(self, layer: int, queries: Tensor) -> None:
+        """The queries ``[B, Hq, S, D]`` of the step's columns."""
+        ...
+
+    def last(self, layer: int, count: int) -> Tensor:
+        """The last ``count <= W``, ``[B, Hq, count, D]``, the oldest first."""
+        ...
+
+
 class RecentQueries:
     """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to."""
 
     def __init__(self, window: int, num_layers: int) -> None:
         self._window = window
         self._rings: list[Tensor | None] = [None] * num_layers
-        self.attention = [Attention()] * num_layers
-        """How each layer attends."""
         self._next = 0  # where the next query goes
         self._num_new: list[int] = []  # of the step
 
     def advance(self, num_new: Sequence[int], columns: int) -> None:
-        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b."""
         self._num_new = list(num_new)
         self._next = (self._next + columns) % self._window
 
-    def put(self, layer: int, queries: Tensor, attention: Attention) -> None:
-        """The queries ``[B, Hq, S, D]`` of the step's columns, and how the layer attends."""
+    def put(self, layer: int, queries: Tensor) -> None:
         batch, heads, columns, head_dim = queries.shape
-        self.attention[layer] = attention
         ring = self._rings[layer]
         if ring is None:
             ring = queries.new_zeros(batch, heads, self._window, head_dim)
@@ -68,7 +79,6 @@ class RecentQueries:
             ring[b] = tokens[:, -self._window :].roll(self._next, 1)
 
     def last(self, layer: int, count: int) -> Tensor:
-        """The last ``count <= W``, ``[B, Hq, count, D]``, the oldest first."""
         ring = self._rings[layer]
         assert ring is not None
         return ring.roll(-self._next, 2)[:, :, -count:]
@@ -149,13 +159,17 @@ class Reselection:
     rule : :class:`Rule`
     prompt_lens : ints ``[B]``
         Tokens of the prompts, which are in pages.
-    num_layers : int
+    attention : one :class:`adakv.step.Attention` for each layer
     """
 
-    def __init__(self, rule: Rule, prompt_lens: Sequence[int], num_layers: int) -> None:
+    def __init__(
+        self, rule: Rule, prompt_lens: Sequence[int], attention: Sequence[Attention]
+    ) -> None:
+        num_layers = len(attention)
         self.rule = rule
-        self.recent = RecentQueries(rule.num_queries, num_layers)
+        self.recent: Recent = RecentQueries(rule.num_queries, num_layers)
         """The newest queries of the texts."""
+        self._attention = attention
         self._num_layers = num_layers
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
@@ -260,7 +274,7 @@ class Reselection:
         rule = self.rule
         held = Held.read(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
-        attention = self.recent.attention[layer]
+        attention = self._attention[layer]
         inputs = LayerInputs(
             self.recent.last(layer, count),
             held.keys,

@@ -56,8 +56,8 @@ class _Piece(NamedTuple):
 class Watcher(Protocol):
     """What hears of the queries of steps, such as :class:`adakv.reselection.RecentQueries`."""
 
-    def put(self, layer: int, queries: Tensor, attention: Attention) -> None:
-        """Those of a layer ``[B, Hq, S, D]``, and how it attends."""
+    def put(self, layer: int, queries: Tensor) -> None:
+        """Those of a layer ``[B, Hq, S, D]``."""
         ...
 
 
@@ -167,7 +167,7 @@ class PlannedStep:
         ``queries`` are ``[B, Hq, S, D]``, the result is ``[B, S, Hq, D]``.
         """
         if self._watcher is not None:
-            self._watcher.put(layer, queries, attention)
+            self._watcher.put(layer, queries)
         new: tuple[Tensor | None, Tensor | None] = keys, values
         if self._pieces:
             schedule, new = self._append_pieces(layer, keys, values), (None, None)

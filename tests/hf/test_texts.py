@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import adakv
+from adakv.cache import KVCache
 from adakv.policy import Policy, get
 from hf.families import FAMILIES, LLAMA, VOCAB
 
@@ -21,13 +23,13 @@ GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
 
 def write(model: Any, cache: Any, ids: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
     """``ids`` and ``count`` tokens that the model writes behind them."""
+    model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids) if mask is None else mask  # else a written pad token hides
     with torch.no_grad(), adakv.attach(model):
         written: Tensor = model.generate(
             ids,
             past_key_values=cache,
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
             attention_mask=mask,
         )
@@ -147,3 +149,42 @@ def test_quantised_pages_are_evicted_from(kv_dtype: str):
     write(model, cache, prompt, 80)
     assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
     assert cache.seen == [149, 149]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv"])
+def test_a_batch_writes_what_each_prompt_gets_alone(policy: str):
+    model = LLAMA.model()
+    torch.manual_seed(2)
+    prompts = [torch.randint(3, VOCAB, (n,)) for n in (70, 40, 90, 60)]
+    settings: dict[str, Any] = {"policy": policy, "budget": 48, "decode_budget": 40, "every": 8}
+    options = adakv.BatchOptions(max_batch=2, eos_token_id=[])
+    counts = [90, 60, 100, 30]
+    results = adakv.generate_batch(
+        model, prompts, **settings, max_new_tokens=counts, options=options
+    )
+    for result, prompt, count in zip(results, prompts, counts, strict=True):
+        cache = adakv.Cache(model, **settings)
+        alone = write(model, cache, prompt[None], count)[0, len(prompt) :]
+        assert result.tokens == alone.tolist()
+        assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
+
+
+@pytest.mark.model
+def test_texts_of_a_batch_take_no_more_pages_than_were_promised():
+    model = LLAMA.model()
+    prompts = [torch.randint(3, VOCAB, (60,)) for _ in range(6)]
+    settings: dict[str, Any] = {"policy": "ada_snapkv", "budget": 48, "decode_budget": 40}
+    stream = adakv.generate_stream(
+        model,
+        prompts,
+        **settings,
+        every=8,
+        max_new_tokens=300,
+        options=adakv.BatchOptions(eos_token_id=[], cache_bytes=1 << 20),
+    )
+    (kv,) = (x for x in gc.get_objects() if type(x) is KVCache and x.num_sequences == 6)
+    pages = kv.num_pages
+    assert sum(new.result is not None for new in stream) == 6
+    assert kv.num_pages == pages
+    assert kv.pages_used == 0

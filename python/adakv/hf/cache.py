@@ -164,7 +164,7 @@ class Cache(OneWayCache):
         """Holds nothing."""
         self.reading = Reader(self._budget, len(self._full))
         self.step: PlannedStep | None = None  # that is running
-        self._text: Reselection | None = None  # if it is chosen from
+        self.text: Reselection | None = None  # behind the prompts, if it is chosen from
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
@@ -438,17 +438,17 @@ class Cache(OneWayCache):
         before = self._full[0].num_seen
         num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
-        watcher = None if self._text is None else self._text.recent
+        watcher = None if self.text is None else self.text.recent
         self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)
-        if self._text is not None:
-            self._text.begin_step(num_new, columns)
+        if self.text is not None:
+            self.text.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
     def end_step(self) -> None:
         """All layers have attended: chooses from the text, if it is time."""
-        if self._text is not None and self._text.is_due:
+        if self.text is not None and self.text.is_due:
             assert self._kv is not None
-            self._text.choose(self._kv, self._slots)
+            self.text.choose(self._kv, self._slots)
         self.is_midway = False
 
     def finish(
@@ -470,7 +470,8 @@ class Cache(OneWayCache):
         if reader.num_compacted == reader.num_layers:
             self._seen, self.reading = reader.lengths, None
             if self._rule is not None:
-                self._text = Reselection(self._rule, reader.lengths, reader.num_layers)
+                attention = [layer.attention for layer in self._full]
+                self.text = Reselection(self._rule, reader.lengths, attention)
 
     def _finish_all(self) -> None:
         """:meth:`finish` of all layers, whose prompts came in chunks."""

@@ -32,6 +32,7 @@ from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
+from adakv.reselection import Rule
 
 End = Literal["eos", "stop_string", "length"]
 
@@ -129,6 +130,10 @@ def generate_batch(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    decode_budget: int | None = None,
+    decode_policy: str | Policy | None = None,
+    every: int | None = None,
+    pin_prompt: bool = True,
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -145,7 +150,7 @@ def generate_batch(
         isn't yet.
     prompts : strings, lists of token ids or ``[T]`` integer tensors
         Strings need a tokenizer.
-    policy, budget, ratio, kv_dtype
+    policy, budget, ratio, kv_dtype, decode_budget, decode_policy, every, pin_prompt
         As in :class:`adakv.Cache`.
     max_new_tokens : int or ints
         Most tokens to write, for all prompts or for each.
@@ -172,6 +177,10 @@ def generate_batch(
         budget=budget,
         ratio=ratio,
         kv_dtype=kv_dtype,
+        decode_budget=decode_budget,
+        decode_policy=decode_policy,
+        every=every,
+        pin_prompt=pin_prompt,
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
         options=options,
@@ -188,6 +197,10 @@ def generate_stream(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    decode_budget: int | None = None,
+    decode_policy: str | Policy | None = None,
+    every: int | None = None,
+    pin_prompt: bool = True,
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -205,6 +218,7 @@ def generate_stream(
         raise ValueError(
             "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
         )
+    rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:
@@ -215,7 +229,7 @@ def generate_stream(
     long_rope.check_batch(decoder_of(model).config, [len(prompt) for prompt in ids], counts)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
     page_size = page_size_for(shape.kv_dtype, options.page_size)
-    need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
+    need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
@@ -232,16 +246,26 @@ def generate_stream(
         cache_bytes=options.cache_bytes,
         page_size=page_size,
     )
-    decoder = Decoder(model, kv, sampling)
+    decoder = Decoder(model, kv, sampling, rule)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
     batch = _Batch(
         decoder,
         Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        Cache(model, policy, budget, ratio),
+        Cache(
+            model,
+            policy,
+            budget,
+            ratio,
+            decode_budget=decode_budget,
+            decode_policy=decode_policy,
+            every=every,
+            pin_prompt=pin_prompt,
+        ),
         stop,
         None if sampling.is_greedy else seed,
         need_of,
         deque(waiting),
+        max(sequence.need.again for sequence in waiting),
     )
     return batch.run()
 
@@ -257,6 +281,7 @@ class _Batch:
     seed: int | None  # None: nothing is left to chance
     need_of: Callable[[int, int], Need]  # a prompt's tokens, and those after it
     waiting: deque[_Sequence]
+    spare: int = 0  # pages that a choice from one text takes for a moment
     running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
 
     @torch.no_grad()
@@ -272,7 +297,8 @@ class _Batch:
         for slot in range(self.decoder.kv.num_sequences):
             while slot not in self.running and self.waiting:
                 taken = sum(sequence.need.pages for sequence in self.running.values())
-                if taken + self.waiting[0].need.pages > self.decoder.kv.num_pages:
+                pages = self.decoder.kv.num_pages - self.spare
+                if taken + self.waiting[0].need.pages > pages:
                     return
                 sequence = self.running[slot] = self.waiting.popleft()
                 yield self._take(slot, self._prefill(slot, sequence))
@@ -285,7 +311,8 @@ class _Batch:
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
         output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
-        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator)
+        text = self.reader.text
+        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator, text)
         return int(self.decoder.slots.tokens[slot])
 
     def _step(self) -> Iterator[NewToken]:
@@ -298,6 +325,7 @@ class _Batch:
             tokens = self.decoder.slots.tokens[:width, 0].tolist()
             for slot in sorted(self.running):
                 yield self._take(slot, tokens[slot])
+            self.decoder.end_step()
 
     def _make_room(self) -> None:
         """Has the cache grow for texts that have come to the end of their room.
@@ -311,7 +339,7 @@ class _Batch:
         if longer:
             needs = [sequence.need for sequence in self.running.values()]
             self.decoder.kv.reserve(
-                num_pages=sum(need.pages for need in needs),
+                num_pages=sum(need.pages for need in needs) + self.spare,
                 max_row_pages=max(need.row_pages for need in needs),
             )
 

@@ -42,7 +42,7 @@ class FullAttentionLayer(AttendingLayer):
         self._config = cache.model_config
         self._is_last = is_last
         self._rotate = rotate
-        self._attention = Attention()
+        self.attention = Attention()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -100,7 +100,7 @@ class FullAttentionLayer(AttendingLayer):
         order = cache.padding.order
         if order is not None:
             query, key, value = (align(x, order) for x in (query, key, value))
-        out = cache.step.attend(self.index, query, key, value, self._attention)
+        out = cache.step.attend(self.index, query, key, value, self.attention)
         if order is not None:
             out = restore(out, order)
         self.num_seen += query.shape[2]
@@ -117,8 +117,8 @@ class FullAttentionLayer(AttendingLayer):
         reader = cache.reading
         assert reader is not None
         cache.handed_out = False
-        self._attention = part.attention._replace(rotate=self._rotate, w_o=part.w_o)
-        part = part._replace(attention=self._attention)
+        self.attention = part.attention._replace(rotate=self._rotate, w_o=part.w_o)
+        part = part._replace(attention=self.attention)
         if self.index == 0:
             cache.begin_part(mask, part.queries.shape[0], columns)
         if cache.padding.order is not None:

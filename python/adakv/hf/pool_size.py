@@ -16,6 +16,7 @@ from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget
 from adakv.reading import Reader
+from adakv.reselection import Rule
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096
@@ -97,17 +98,38 @@ class Need:
 
     pages: int  # over all layers
     row_pages: int  # of the longest row
+    again: int = 0  # pages beside these while its text is chosen from
 
     @classmethod
-    def of(cls, prompt_len: int, new: int, *, budget: Budget, shape: Shape, page_size: int) -> Need:
+    def of(
+        cls,
+        prompt_len: int,
+        new: int,
+        *,
+        budget: Budget,
+        shape: Shape,
+        page_size: int,
+        rule: Rule | None = None,
+    ) -> Need:
         """``new`` tokens are written, the last of which is never stored."""
         heads = shape.num_kv_heads
         totals = budget.totals(prompt_len, num_kv_heads=heads, num_layers=shape.num_layers)
-        pages = sum(
-            KVCache.pages_for(total, new - 1, num_kv_heads=heads, page_size=page_size)
-            for total in totals
-        )
-        return cls(pages, -(-(min(prompt_len, max(totals)) + new) // page_size))
+
+        def pages_for(text: int, new_tokens: int) -> int:
+            return sum(
+                KVCache.pages_for(
+                    total + heads * text, new_tokens, num_kv_heads=heads, page_size=page_size
+                )
+                for total in totals
+            )
+
+        row = min(prompt_len, max(totals))
+        if rule is None or new - 1 < rule.most:
+            return cls(pages_for(0, new - 1), -(-(row + new) // page_size))
+        most = max(pages_for(0, rule.most), pages_for(rule.budget, rule.every))
+        # All that stays of a layer's text may lie in one row.
+        row += min(new, heads * rule.budget + rule.every)
+        return cls(most, -(-row // page_size), pages_for(rule.budget, 0))
 
 
 def first_tokens(model: PreTrainedModel, prompt_len: int, new: int, *, is_limited: bool) -> int:
@@ -137,7 +159,8 @@ def cache_for(
     Raises ``adakv.Error`` if one of them can never fit.
     """
     slots = min(max_batch, len(needs))
-    pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots])
+    spare = max(need.again for need in needs)
+    pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
     page_bytes = shape.page_bytes(page_size)
     if cache_bytes is None and shape.device.type == "cuda":
         longest = max(prompts, key=len)
@@ -146,10 +169,10 @@ def cache_for(
     if cache_bytes is not None:
         pages = min(pages, cache_bytes // page_bytes)
     for index, need in enumerate(needs):
-        if need.pages > pages:
+        if need.pages + spare > pages:
             raise Error(
-                f"prompts[{index}] can never fit: it needs {need.pages} pages of {page_bytes} "
-                f"bytes, and the cache has {pages}"
+                f"prompts[{index}] can never fit: it needs {need.pages + spare} pages of "
+                f"{page_bytes} bytes, and the cache has {pages}"
             )
     return shape.cache(slots, pages, max(need.row_pages for need in needs), page_size)
 

@@ -25,6 +25,7 @@ from adakv.cache import KVCache, sequences
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
+from adakv.reselection import Reselection, Rule
 from adakv.step import PlannedStep
 
 _UNIFORMS = 256  # numbers of a sequence that are drawn at a time
@@ -54,9 +55,17 @@ class Decoder:
         With a layer for each of the model's. A prompt comes in by :meth:`adakv.Cache.fill`.
     sampling : :class:`Chooser`
         Most often a :class:`adakv.hf.sampling.Sampling`.
+    rule : :class:`adakv.reselection.Rule`, optional
+        By which texts are evicted from while they are written.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: KVCache, sampling: Chooser) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv: KVCache,
+        sampling: Chooser,
+        rule: Rule | None = None,
+    ) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
 
@@ -66,6 +75,8 @@ class Decoder:
         self._num_new = [0] * kv.num_sequences  # slots.num_new, known to the host
         self._num_used = [0] * kv.num_sequences  # of their newest numbers
         self._generators: dict[int, torch.Generator] = {}  # by slot
+        self._texts: dict[int, Reselection] = {}  # that are chosen from, by slot
+        self._queries = None if rule is None else SlotQueries(model, kv, rule.num_queries)
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
@@ -75,13 +86,23 @@ class Decoder:
         )
 
     def begin(
-        self, slot: int, logits: Tensor, prompt_len: int, generator: torch.Generator | None = None
+        self,
+        slot: int,
+        logits: Tensor,
+        prompt_len: int,
+        generator: torch.Generator | None = None,
+        text: Reselection | None = None,
     ) -> None:
         """A prompt of ``prompt_len`` tokens is in the slot: chooses its first token.
 
         ``logits`` ``[V]`` are those of its last token. Chance comes from ``generator``, a CPU's, of
-        which the sequence's token i takes number i; without one nothing is left to chance.
+        which the sequence's token i takes number i; without one nothing is left to chance. ``text``
+        is what comes behind the prompt, if there is a rule for it.
         """
+        if text is not None:
+            assert self._queries is not None
+            text.recent = QueriesOfSlot(self._queries, slot, self.slots.positions[slot])
+            self._texts[slot] = text
         mine = Slots(*(tensor[slot] for tensor in self.slots))
         if generator is not None:
             self._generators[slot] = generator
@@ -106,6 +127,7 @@ class Decoder:
         self.slots.written[slot] = 0
         self._num_new[slot] = 0
         self._generators.pop(slot, None)
+        self._texts.pop(slot, None)
 
     def _draw(self, slot: int) -> None:
         """The next numbers of a sequence."""
@@ -127,6 +149,20 @@ class Decoder:
                 self._draw(slot)
                 self._num_used[slot] = 0
             self._num_used[slot] += 1
+        for text in self._texts.values():
+            text.begin_step([1], 1)
+
+    def end_step(self) -> None:
+        """Chooses from the texts for which it is time.
+
+        Raises
+        ------
+        adakv.Error
+            If there is no memory for what stays. Nothing changes in that slot.
+        """
+        for slot, text in self._texts.items():
+            if text.is_due:
+                text.choose(self.kv, slice(slot, slot + 1))
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -143,19 +179,69 @@ class Decoder:
     def step(self, width: int) -> Step:
         """The step of the first ``width`` slots."""
         slots = Slots(*(tensor[:width] for tensor in self.slots))
-        return Step(self.model, self.kv, self._sampling, slots)
+        queries = self._queries
+        watcher = None if queries is None else StepQueries(queries, slots.positions)
+        return Step(self.model, self.kv, self._sampling, slots, watcher)
+
+
+class SlotQueries:
+    """The last W queries of every slot's text: that of position p is number p modulo W."""
+
+    def __init__(self, model: PreTrainedModel, kv: KVCache, window: int) -> None:
+        heads = model.config.get_text_config().num_attention_heads
+        shape = kv.num_layers, kv.num_sequences, heads, window, kv.head_dim
+        self.window = window
+        self.rings = torch.zeros(shape, dtype=kv.dtype, device=kv.device).unbind()
+
+
+class StepQueries(NamedTuple):
+    """Where the first slots' queries of a step go, which stand at ``positions`` ``[B, 1]``."""
+
+    queries: SlotQueries
+    positions: Tensor
+
+    def put(self, layer: int, queries: Tensor) -> None:
+        """Those of a layer ``[B, Hq, 1, D]``."""
+        place = (self.positions % self.queries.window)[:, None, :, None].expand_as(queries)
+        self.queries.rings[layer][: len(queries)].scatter_(2, place, queries)
+
+
+class QueriesOfSlot(NamedTuple):
+    """The newest queries of a slot's text, whose next token will stand at ``position`` ``[1]``."""
+
+    queries: SlotQueries
+    slot: int
+    position: Tensor
+
+    def advance(self, num_new: Sequence[int], columns: int) -> None:
+        """Positions tell where queries go."""
+
+    def put(self, layer: int, queries: Tensor) -> None:
+        """Those of all slots come together: :class:`StepQueries`."""
+        raise NotImplementedError
+
+    def last(self, layer: int, count: int) -> Tensor:
+        """The last ``count <= W``, ``[1, Hq, count, D]``, the oldest first."""
+        behind = torch.arange(-count, 0, device=self.position.device)
+        ring = self.queries.rings[layer][self.slot : self.slot + 1]
+        return ring.index_select(2, (self.position + behind) % self.queries.window)
 
 
 class Step:
     """Appends the newest token of each of the first slots and chooses the next one."""
 
     def __init__(
-        self, model: PreTrainedModel, kv: KVCache, sampling: Chooser, slots: Slots
+        self,
+        model: PreTrainedModel,
+        kv: KVCache,
+        sampling: Chooser,
+        slots: Slots,
+        watcher: StepQueries | None = None,
     ) -> None:
         self._model = model
         self._sampling = sampling
         self._slots = slots
-        self._cache = StepCache(kv, slots.num_new[:, 0])
+        self._cache = StepCache(kv, slots.num_new[:, 0], watcher)
         # Models make no mask if they are given one; attend reads none.
         self._mask = slots.tokens[:, :, None, None].to(kv.dtype)
 
@@ -179,10 +265,11 @@ class Step:
 class StepCache(TransformersCache):
     """The first slots of a cache, as a model's forward over one token of each takes them."""
 
-    def __init__(self, kv: KVCache, num_new: Tensor) -> None:
+    def __init__(self, kv: KVCache, num_new: Tensor, watcher: StepQueries | None = None) -> None:
         self.step: PlannedStep | None = None  # that is running
         self.num_attended = 0  # layers, in this step
         self._num_new = num_new  # [B] int32
+        self._watcher = watcher
         slots = slice(0, len(num_new))
         self._views = tuple(sequences(layer, slots) for layer in kv.layers)
         lengths, block_table, fresh_pages = (table[:, slots] for table in kv.plan_inputs)
@@ -192,7 +279,9 @@ class StepCache(TransformersCache):
     def plan(self) -> None:
         """Shares out the step's work, for all layers."""
         self.num_attended = 0
-        self.step = PlannedStep.plan(self._views, self._tables, num_new=self._num_new)
+        self.step = PlannedStep.plan(
+            self._views, self._tables, num_new=self._num_new, watcher=self._watcher
+        )
 
     def end_step(self) -> None:
         """Forgets the plan, which is good for one step.
