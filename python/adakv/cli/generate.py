@@ -31,6 +31,7 @@ from adakv.cli.options import (
     place_options,
     question_option,
     setting_options,
+    text_options,
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.prompts import read_prompts
@@ -112,6 +113,7 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
 @click.argument("text", type=FILE, required=False)
 @question_option
 @setting_options
+@text_options
 @max_new_tokens_option(default=128, least=1)
 @click.option("--compare-full", is_flag=True, help="Also run with transformers' own cache.")
 @place_options
@@ -170,10 +172,7 @@ def generate_many(
             stream = adakv.generate_stream(
                 network,
                 [ids[index] for index in todo],
-                policy=setting.policy or "full",
-                budget=setting.budget,
-                ratio=setting.ratio,
-                kv_dtype=setting.kv_dtype,
+                **asdict(setting),
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
                 options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),

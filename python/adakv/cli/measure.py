@@ -65,13 +65,16 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy, what it may keep (``budget`` entries a kv head, or ``ratio`` of the prompt) and how
-    pages hold it."""
+    """What :class:`adakv.Cache` is made with."""
 
     policy: str | None  #: None: transformers' own cache and attention
     budget: int | None = None
     ratio: float | None = None
     kv_dtype: str = "auto"
+    decode_budget: int | None = None
+    decode_policy: str | None = None
+    every: int | None = None
+    pin_prompt: bool = True
 
     @property
     def title(self) -> str:
@@ -85,7 +88,7 @@ class Setting:
             from transformers import DynamicCache
 
             return DynamicCache(config=model.config)
-        return adakv.Cache(model, self.policy, self.budget, self.ratio, kv_dtype=self.kv_dtype)
+        return adakv.Cache(model, **asdict(self))
 
 
 FULL = Setting(policy=None)
@@ -179,6 +182,9 @@ def _kept_of_prompt(cache: Any, prompt_tokens: int) -> list[list[int]]:
     """``[L][Hkv]``: how many entries of the prompt each kv head still holds."""
     if not isinstance(cache, adakv.Cache):
         return []
+    if cache.text is not None:  # entries of the text are gone, and maybe some of the prompt
+        layers = range(len(cache.stats()["lengths"]))
+        return [[int((row < prompt_tokens).sum()) for row in cache.kept(i)[0]] for i in layers]
     new = cache.stats()["seen"][0] - prompt_tokens
     kept: list[list[int]] = (cache.stats()["lengths"][:, 0] - new).tolist()
     return kept

@@ -167,3 +167,44 @@ def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setti
     if budget is None and ratio is None:
         ratio = DEFAULT_RATIO
     return Setting(policy, budget, ratio)
+
+
+def text_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command with a ``setting`` the options of what is evicted while it writes."""
+
+    @functools.wraps(command)
+    def with_text(
+        *,
+        setting: Setting,
+        decode_budget: int | None,
+        decode_policy: str | None,
+        every: int | None,
+        evict_prompt: bool,
+        **rest: Any,
+    ) -> None:
+        setting = replace(
+            setting,
+            decode_budget=decode_budget,
+            decode_policy=decode_policy,
+            every=every,
+            pin_prompt=not evict_prompt,
+        )
+        command(setting=setting, **rest)
+
+    for option in (
+        click.option(
+            "--evict-prompt", is_flag=True, help="What was kept of the prompt may go, too."
+        ),
+        click.option(
+            "--every", type=int, help="Choose after every so many tokens.  [default: 128]"
+        ),
+        click.option("--decode-policy", help="What chooses of them.  [default: as --policy]"),
+        click.option(
+            "--decode-budget",
+            type=int,
+            help="Keep so many entries of the written text in each kv head on average, and evict "
+            "the others while it is written.",
+        ),
+    ):
+        with_text = option(with_text)
+    return with_text

@@ -66,6 +66,9 @@ class LayerInputs:
     repeat: tuple[Tensor, Tensor] | None = None
     positions: Tensor | None = None
     carried: Tensor | None = None
+    sequence_lens: Tensor | None = field(init=False, repr=False)
+    """``seq_lens`` as verbs take them, ``[B]`` int32; None where kv heads differ in length: there
+    scores of ``-inf`` say what isn't there."""
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class LayerInputs:
                 f"seq_lens must be given when prompts are shorter than T = {length}, "
                 f"got prompt_lens {self.prompt_lens}"
             )
+        is_ragged = self.seq_lens is not None and self.seq_lens.dim() == 2
+        object.__setattr__(self, "sequence_lens", None if is_ragged else self.seq_lens)
         if not 0 <= self.layer < self.num_layers:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
 
@@ -105,9 +110,8 @@ class LayerInputs:
         if norm not in self._norms:
             if self.w_o is None:
                 raise ValueError("w_o must be given to a policy that weighs values, got None")
-            seq_lens = None if self._is_ragged else self.seq_lens
-            norms = ops.value_norm(self.values, self.w_o, seq_lens=seq_lens, norm=norm)
-            if self._is_ragged:  # behind a row's end -inf would make +inf of its score
+            norms = ops.value_norm(self.values, self.w_o, seq_lens=self.sequence_lens, norm=norm)
+            if self.seq_lens is not self.sequence_lens:  # of what isn't there, -inf would count
                 norms = norms.masked_fill(~self.candidates(0), 0)
             self._norms[norm] = norms
         return self._norms[norm]
@@ -120,7 +124,7 @@ class LayerInputs:
         """
         if self.queries.shape[2] != count:
             self.check_window(count)
-        if not self._is_ragged:
+        if self.seq_lens is self.sequence_lens:
             return ops.score(
                 self.queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
             )
@@ -154,11 +158,6 @@ class LayerInputs:
                 f"got {self.queries.shape[2]}"
             )
 
-    @property
-    def _is_ragged(self) -> bool:
-        """Whether kv heads of a sequence differ in length."""
-        return self.seq_lens is not None and self.seq_lens.dim() == 2
-
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
         return self._with(queries=self.queries[..., :0].clone(), lse=None)
@@ -172,12 +171,6 @@ class LayerInputs:
         changed = replace(self, **changes)  # type: ignore[arg-type]
         changed._norms.update(self._norms)
         return changed
-
-    @property
-    def sequence_lens(self) -> Tensor | None:
-        """``seq_lens`` if they are those of sequences, as verbs take them: where kv heads differ in
-        length, scores of ``-inf`` say what isn't there."""
-        return None if self._is_ragged else self.seq_lens
 
     @property
     def ends(self) -> Tensor:
