@@ -44,7 +44,7 @@ class Recent(Protocol):
         ...
 
 
-class RecentQueries:
+class RecentQueries(Recent):
     """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to."""
 
     def __init__(self, window: int, num_layers: int) -> None:

@@ -131,15 +131,13 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         self._kv_dtype = check_kv_dtype(kv_dtype)
-        page_size = page_size_for(kv_dtype, page_size)
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        self._page_size = page_size_for(kv_dtype, page_size)
+        self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self.model = decoder
         self._budget = Budget.given(policy, budget, ratio)
         self._rule = Rule.given(
             self._budget.policy, decode_policy, decode_budget, every, pin_prompt
         )
-        self._max_new_tokens = max_new_tokens
-        self._page_size = page_size
         needs = self._budget.policy.needs
         self._is_chunked = chunked_prefill
         self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
@@ -318,6 +316,7 @@ class Cache(OneWayCache):
             layer.num_seen += num_tokens
 
     def check_recordable(self, reason: str) -> None:
+        """Raises ``ValueError`` if there are layers without full attention."""
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
 
