@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,16 @@ class Rule:
         if every is None:
             every = EveryTokens().every if chosen.when is None else chosen.when.every
         return cls(chosen, budget, every, pin_prompt)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What :meth:`given` makes it of, by the names that users give."""
+        return {
+            "decode_policy": self.policy,
+            "decode_budget": self.budget,
+            "every": self.every,
+            "pin_prompt": self.pins_prompt,
+        }
 
     @property
     def most(self) -> int:

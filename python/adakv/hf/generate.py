@@ -214,11 +214,11 @@ def generate_stream(
     if not isinstance(options, BatchOptions):
         raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
     limit = Budget.given(policy, budget, ratio)
+    rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     if "repeat" in limit.policy.needs:
         raise ValueError(
             "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
         )
-    rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     if model.training:
@@ -227,13 +227,10 @@ def generate_stream(
     ids = all_token_ids(model, tokenizer, prompts)
     counts = new_token_counts(max_new_tokens, len(ids))
     long_rope.check_batch(decoder_of(model).config, [len(prompt) for prompt in ids], counts)
-    is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
     page_size = page_size_for(shape.kv_dtype, options.page_size)
     need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
-    waiting = []
-    for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
-        room = first_tokens(model, len(prompt), count, is_limited=is_limited)
-        waiting.append(_Sequence(i, prompt, count, room, need_of(len(prompt), room)))
+    is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
+    waiting = _waiting(model, ids, counts, need_of, is_limited=is_limited)
     if not ids:
         return iter(())
     kv = cache_for(
@@ -251,16 +248,7 @@ def generate_stream(
     batch = _Batch(
         decoder,
         Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        Cache(
-            model,
-            policy,
-            budget,
-            ratio,
-            decode_budget=decode_budget,
-            decode_policy=decode_policy,
-            every=every,
-            pin_prompt=pin_prompt,
-        ),
+        Cache(model, policy, budget, ratio, **({} if rule is None else rule.arguments)),
         stop,
         None if sampling.is_greedy else seed,
         need_of,
@@ -268,6 +256,22 @@ def generate_stream(
         max(sequence.need.again for sequence in waiting),
     )
     return batch.run()
+
+
+def _waiting(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    counts: Sequence[int],
+    need_of: Callable[[int, int], Need],
+    *,
+    is_limited: bool,
+) -> list[_Sequence]:
+    """The prompts in their order, with what each one needs."""
+    waiting = []
+    for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        room = first_tokens(model, len(prompt), count, is_limited=is_limited)
+        waiting.append(_Sequence(index, prompt, count, room, need_of(len(prompt), room)))
+    return waiting
 
 
 @dataclass
