@@ -89,6 +89,13 @@ class BatchOptions:
         if self.cache_bytes is not None:
             object.__setattr__(self, "cache_bytes", integer("cache_bytes", self.cache_bytes, 0))
 
+    @classmethod
+    def given(cls, options: BatchOptions | None) -> BatchOptions:
+        """The same, or the defaults; raises ``ValueError`` for anything else."""
+        if options is not None and not isinstance(options, cls):
+            raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
+        return options or cls()
+
 
 @dataclass(frozen=True)
 class BatchResult:
@@ -210,9 +217,7 @@ def generate_stream(
     Arguments are checked and memory is taken by the call, the work is done while iterating.
     """
     model = unwrapped(model)
-    options = BatchOptions() if options is None else options
-    if not isinstance(options, BatchOptions):
-        raise ValueError(f"options must be adakv.BatchOptions, got {type(options).__name__}")
+    options = BatchOptions.given(options)
     limit = Budget.given(policy, budget, ratio)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     if "repeat" in limit.policy.needs:
@@ -221,8 +226,7 @@ def generate_stream(
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
-    if model.training:
-        raise ValueError("model must be in eval mode")
+    reader = Cache(model, policy, budget, ratio, **({} if rule is None else rule.arguments))
     shape = Shape.of(model, check_kv_dtype(kv_dtype))
     ids = all_token_ids(model, tokenizer, prompts)
     counts = new_token_counts(max_new_tokens, len(ids))
@@ -248,7 +252,7 @@ def generate_stream(
     batch = _Batch(
         decoder,
         Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        Cache(model, policy, budget, ratio, **({} if rule is None else rule.arguments)),
+        reader,
         stop,
         None if sampling.is_greedy else seed,
         need_of,
