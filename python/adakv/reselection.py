@@ -106,11 +106,12 @@ class Rule:
     budget: int
     every: int = 128
     pins_prompt: bool = True
+    name: str = "decode_budget"  # of the budget, for messages
 
     def __post_init__(self) -> None:
-        check_chooses_again(self.policy)
+        check_chooses_again(self.policy, self.name)
         least = self.policy.window + self.policy.scorer.pinned
-        object.__setattr__(self, "budget", integer("decode_budget", self.budget, least))
+        object.__setattr__(self, "budget", integer(self.name, self.budget, least))
         object.__setattr__(self, "every", integer("every", self.every, 1))
 
     @classmethod
@@ -170,10 +171,17 @@ class Reselection:
     prompt_lens : ints ``[B]``
         Tokens of the prompts, which are in pages.
     attention : one :class:`adakv.step.Attention` for each layer
+    written : ints ``[B]``, optional
+        Tokens of the texts that were read and chosen from already. Default: none.
     """
 
     def __init__(
-        self, rule: Rule, prompt_lens: Sequence[int], attention: Sequence[Attention]
+        self,
+        rule: Rule,
+        prompt_lens: Sequence[int],
+        attention: Sequence[Attention],
+        *,
+        written: Sequence[int] = (),
     ) -> None:
         num_layers = len(attention)
         self.rule = rule
@@ -184,25 +192,28 @@ class Reselection:
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
         self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
-        self._written = [0] * len(prompt_lens)  # tokens of the texts
-        self._left = [[0] * len(prompt_lens) for _ in range(num_layers)]  # by the last choice
+        self._written = [*written] or [0] * len(prompt_lens)  # tokens of the texts
+        # By the last choice, in each layer.
+        self._left = [[min(n, rule.budget) for n in self._written] for _ in attention]
+        if written:
+            self._prompt_totals = [[0] * len(prompt_lens) for _ in attention]
+        self._held = list(self._left[0])  # entries of a text, mean over heads and layers
         self._new = [0] * len(prompt_lens)  # tokens since then
         self._unheard = 0  # tokens whose queries no score has heard
 
     def begin_step(self, num_new: Sequence[int], columns: int) -> None:
         """A step comes whose last ``num_new[b]`` columns are tokens of each sequence."""
         self.recent.advance(num_new, columns)
-        self._new = [had + n for had, n in zip(self._new, num_new, strict=True)]
-        self._written = [had + n for had, n in zip(self._written, num_new, strict=True)]
+        self._new, self._written, self._held = (
+            [had + n for had, n in zip(counts, num_new, strict=True)]
+            for counts in (self._new, self._written, self._held)
+        )
         self._unheard += max(num_new)
 
     @property
     def _is_full(self) -> bool:
-        """Whether a row holds ``every`` entries more than its budget, on average."""
-        return any(
-            min(text, self.rule.budget + new) >= self.rule.most
-            for text, new in zip(self._written, self._new, strict=True)
-        )
+        """Whether a text holds ``every`` entries more than its budget."""
+        return max(self._held, default=0) >= self.rule.most
 
     @property
     def is_due(self) -> bool:
@@ -246,6 +257,7 @@ class Reselection:
             if self.rule.carries:
                 self._carried[layer] = _moved(scores, kept)
             self._left[layer] = plan.left
+        self._held = [min(n, self.rule.budget) for n in self._held]
         self._new = [0] * len(self._new)
         self._unheard = 0
 

@@ -99,7 +99,7 @@ def test_the_prompt_stays(policy: str, family: Any):
 @pytest.mark.model
 def test_the_default_policy_has_its_prompt_and_another_its_text():
     model = LLAMA.model()
-    with pytest.raises(ValueError, match=r"decode_policy: ModelWide shares .* among all layers"):
+    with pytest.raises(ValueError, match=r"decode_budget: ModelWide shares .* among all layers"):
         adakv.Cache(model, budget=48, decode_budget=40)
     cache = adakv.Cache(model, budget=48, decode_policy="r_kv", decode_budget=16, every=4)
     write(model, cache, torch.randint(3, VOCAB, (1, 100)), 50)
@@ -116,7 +116,7 @@ def test_the_default_policy_has_its_prompt_and_another_its_text():
         ({"every": 8}, "decode_budget must be given"),
         ({"decode_policy": "r_kv"}, "decode_budget must be given"),
         ({"decode_policy": "r_kvv", "decode_budget": 40}, "did you mean 'r_kv'"),
-        ({"decode_policy": "kvzip", "decode_budget": 40}, "decode_policy: ModelWide"),
+        ({"decode_policy": "kvzip", "decode_budget": 40}, "decode_budget: ModelWide"),
         ({"decode_policy": "ada_expected", "decode_budget": 40}, "all_queries, rotate, which"),
         ({"decode_budget": 40, "pin_prompt": 1}, "pin_prompt must be True or False, got 1"),
     ],
@@ -188,3 +188,54 @@ def test_texts_of_a_batch_take_no_more_pages_than_were_promised():
     assert sum(new.result is not None for new in stream) == 6
     assert kv.num_pages == pages
     assert kv.pages_used == 0
+
+
+def read(model: Any, cache: Any, prompt: Tensor, size: int) -> list[int]:
+    """Entries of the first layer after each chunk of so many tokens."""
+    held = []
+    with torch.no_grad(), adakv.attach(model):
+        for chunk in prompt.split(size, 1):
+            model(chunk, past_key_values=cache)
+            held.append(int(cache.stats()["lengths"][0].sum()))
+    return held
+
+
+@pytest.mark.model
+def test_a_chunk_budget_for_all_of_a_prompt_changes_nothing():
+    model = LLAMA.model()
+    prompt = torch.randint(3, VOCAB, (2, 130))
+    cache = adakv.Cache(model, "ada_snapkv", 200, chunk_budget=200)
+    read(model, cache, prompt[:, :129], 40)
+    plain = write(model, adakv.Cache(model, "full"), prompt, 20)
+    assert torch.equal(write(model, cache, prompt, 20), plain)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", ["ada_snapkv", "critical_ada_snapkv", "r_kv", "streaming"])
+def test_a_prompt_in_chunks_is_never_held_whole(policy: str):
+    model = LLAMA.model(max_position_embeddings=2048)
+    prompt = torch.randint(3, VOCAB, (1, 900))
+    cache = adakv.Cache(model, policy, 48, chunk_budget=64, decode_budget=40, every=8)
+    heads = 2
+    held = read(model, cache, prompt[:, :899], 50)
+    assert held == [heads * min(64, 50 * (i + 1)) for i in range(18)]
+    assert cache.pages.num_pages < 4 * heads * (2 * (64 + 50) // 16 + 12)
+    write(model, cache, prompt, 3)
+    assert cache.stats()["lengths"].sum(-1).tolist() == [[heads * (48 + 2 + 1)]] * 4
+    newest = get(policy).window
+    assert set(range(899 - newest, 902)) <= {*cache.kept(0)[0][0].tolist()}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_budget": 20}, "chunk_budget must be at least 32, got 20"),
+        ({"chunk_budget": 80, "chunked_prefill": True}, "chunk_budget must not be given with"),
+        ({"chunk_budget": 80, "policy": "model_column_max"}, "chunk_budget: ModelWide shares"),
+        ({"chunk_budget": 80, "policy": "expected"}, "chunk_budget: ExpectedAttention needs"),
+    ],
+)
+def test_wrong_chunk_budgets_are_named(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        adakv.Cache(LLAMA.model(), **{"policy": "ada_snapkv", "budget": 48, **settings})

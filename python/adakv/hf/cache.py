@@ -14,6 +14,7 @@ keys and values die with its layer's forward.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from adakv.hf.attachment import (
     is_attached,
     own_layers,
 )
+from adakv.hf.eviction import Eviction
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.one_way import OneWayCache
@@ -39,7 +41,7 @@ from adakv.hf.repetition import Repetition
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy
 from adakv.reading import Part, Reader
-from adakv.reselection import Reselection, Rule
+from adakv.reselection import Rule
 from adakv.step import PlannedStep
 
 _logger = logging.getLogger("adakv")
@@ -82,6 +84,9 @@ class Cache(OneWayCache):
     kv_dtype : "auto", "int8" or "fp8"
         How pages hold keys and values: as the model has them, or in about half of their bytes
         (docs/bits.md), for models in float16 or bfloat16.
+    chunk_budget : int, optional
+        The prompt comes in several forwards, each of which brings the heads back to so many entries
+        on average (docs/texts.md): the cache never holds more than these and one chunk.
     decode_budget : int, optional
         Mean entries to keep per kv head of the tokens after the prompt, which are evicted while
         they are written (docs/texts.md). Default: all of them stay.
@@ -109,6 +114,7 @@ class Cache(OneWayCache):
         chunked_prefill: bool = False,
         page_size: int | None = None,
         kv_dtype: str = "auto",
+        chunk_budget: int | None = None,
         decode_budget: int | None = None,
         decode_policy: str | Policy | None = None,
         every: int | None = None,
@@ -130,14 +136,15 @@ class Cache(OneWayCache):
             raise ValueError("model must be in eval mode: adakv.Cache is for inference")
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
+        if chunked_prefill and chunk_budget is not None:
+            raise ValueError("chunk_budget must not be given with chunked_prefill, which waits")
         self._kv_dtype = check_kv_dtype(kv_dtype)
         self._page_size = page_size_for(kv_dtype, page_size)
         self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self.model = decoder
         self._budget = Budget.given(policy, budget, ratio)
-        self._rule = Rule.given(
-            self._budget.policy, decode_policy, decode_budget, every, pin_prompt
-        )
+        rule = Rule.given(self._budget.policy, decode_policy, decode_budget, every, pin_prompt)
+        self._make_eviction = partial(Eviction, self._budget, chunk_budget, rule)
         needs = self._budget.policy.needs
         self._is_chunked = chunked_prefill
         self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
@@ -160,9 +167,9 @@ class Cache(OneWayCache):
 
     def _begin(self) -> None:
         """Holds nothing."""
-        self.reading = Reader(self._budget, len(self._full))
+        self.eviction = self._make_eviction()
+        self.reading = Reader(self.eviction.first_budget, len(self._full))
         self.step: PlannedStep | None = None  # that is running
-        self.text: Reselection | None = None  # behind the prompts, if it is chosen from
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
@@ -296,8 +303,6 @@ class Cache(OneWayCache):
     def decoded_pages(self, num_tokens: int = 0) -> tuple[KVCache, list[int]]:
         """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
         a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
-        if self._rule is not None:
-            raise ValueError("decode_budget: texts are evicted from without custom_generate only")
         self.check_recordable(
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
@@ -305,6 +310,9 @@ class Cache(OneWayCache):
         if self.reading is not None:
             self._finish_all()
         assert self._kv is not None
+        self.eviction.end_prompt(self._kv, self._slots, self.seen)
+        if self.eviction.text is not None:
+            raise ValueError("decode_budget: texts are evicted from without custom_generate only")
         if num_tokens:
             self.make_room(num_tokens)
         return self._kv, self.seen
@@ -351,6 +359,8 @@ class Cache(OneWayCache):
         self._num_forwards += 1
         if self.reading is not None and is_after_prompt:
             self._finish_all()
+        if is_after_prompt and self._kv is not None:
+            self.eviction.end_prompt(self._kv, self._slots, self.seen)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
@@ -390,7 +400,7 @@ class Cache(OneWayCache):
             raise Error("the last forward was stopped, or was of another model that isn't attached")
 
     def _warn_of_a_second_turn(self, columns: int) -> None:
-        if columns > 1 and self._num_forwards == 1 and not self.waits:
+        if columns > 1 and self._num_forwards == 1 and not self.eviction.reads_chunks:
             _logger.warning(
                 "%d more tokens right after the prompt are taken for a second turn and are not "
                 "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
@@ -437,17 +447,15 @@ class Cache(OneWayCache):
         before = self._full[0].num_seen
         num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
-        watcher = None if self.text is None else self.text.recent
+        watcher = self.eviction.watcher
         self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)
-        if self.text is not None:
-            self.text.begin_step(num_new, columns)
+        self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
     def end_step(self) -> None:
         """All layers have attended: chooses from the text, if it is time."""
-        if self.text is not None and self.text.is_due:
-            assert self._kv is not None
-            self.text.choose(self._kv, self._slots)
+        assert self._kv is not None
+        self.eviction.end_step(self._kv, self._slots)
         self.is_midway = False
 
     def finish(
@@ -468,9 +476,7 @@ class Cache(OneWayCache):
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.reading = reader.lengths, None
-            if self._rule is not None:
-                attention = [layer.attention for layer in self._full]
-                self.text = Reselection(self._rule, reader.lengths, attention)
+            self.eviction.begin(reader.lengths, [layer.attention for layer in self._full])
 
     def _finish_all(self) -> None:
         """:meth:`finish` of all layers, whose prompts came in chunks."""
@@ -490,7 +496,7 @@ class Cache(OneWayCache):
             reader,
             Shape(reader.num_layers, heads, head_dim, dtype, device, self._kv_dtype),
             num_sequences=batch,
-            new=min(self._max_new_tokens, self._rule.most if self._rule else FIRST_TOKENS),
+            new=min(self._max_new_tokens, self.eviction.room or FIRST_TOKENS),
             page_size=self._page_size,
         )
 

@@ -319,7 +319,7 @@ class _Batch:
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
         output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
-        text = self.reader.text
+        text = self.reader.eviction.text
         self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator, text)
         return int(self.decoder.slots.tokens[slot])
 

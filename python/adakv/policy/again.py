@@ -15,20 +15,20 @@ def carries(policy: Policy) -> bool:
     return bool(getattr(policy.scorer, "carries", False))
 
 
-def check_chooses_again(policy: Policy) -> None:
-    """Raises ``ValueError`` if a policy can't choose while a text is written."""
+def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
+    """Raises ``ValueError`` if a policy can't choose again, as ``name`` wants it to."""
     if policy.is_model_wide:
         raise ValueError(
-            f"decode_policy: {type(policy.allocator).__name__} shares a budget out among all "
-            "layers, which is done once, for the prompt; take one that does so in each layer, such "
-            "as Adaptive or Uniform"
+            f"{name}: {type(policy.allocator).__name__} shares a budget out among all layers, "
+            "which is done once, for a whole prompt; take a policy that does so in each layer, "
+            "such as 'r_kv' or 'ada_snapkv'"
         )
     there = {"w_o", "all_queries"} if carries(policy) else {"w_o"}
     if missing := policy.needs - there:
         raise ValueError(
-            f"decode_policy: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, "
-            "which are not there while a text is written; take one of the policies for that, such "
-            "as 'r_kv'"
+            f"{name}: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, which "
+            "are there for a whole prompt only; take a policy that looks at the newest queries, "
+            "such as 'r_kv' or 'ada_snapkv'"
         )
 
 

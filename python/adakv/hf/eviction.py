@@ -1,0 +1,92 @@
+"""What :class:`adakv.Cache` evicts after a prompt, or after each of its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adakv.cache import KVCache
+from adakv.policy import Budget
+from adakv.reselection import Recent, Reselection, Rule
+from adakv.step import Attention
+
+
+class Eviction:
+    """Which entries a cache evicts, once its prompts, or the first chunks of them, are in pages.
+
+    Parameters
+    ----------
+    budget : :class:`adakv.policy.Budget`
+        Of the prompts.
+    chunk_budget : int, optional
+        Mean entries per kv head to which every chunk of a prompt brings the cache back. Without it
+        prompts are chosen from when all of them is there.
+    decode : :class:`adakv.reselection.Rule`, optional
+        For the texts behind them.
+    """
+
+    def __init__(self, budget: Budget, chunk_budget: int | None, decode: Rule | None) -> None:
+        self.decode = decode
+        self.text: Reselection | None = None
+        """What is chosen from now."""
+        self.reads_chunks = False
+        """Whether more of the prompts may come."""
+        self._budget = budget
+        self._chunks: Rule | None = None
+        if chunk_budget is not None:
+            name = "chunk_budget"
+            self._chunks = Rule(budget.policy, chunk_budget, 1, pins_prompt=False, name=name)
+
+    @property
+    def first_budget(self) -> Budget:
+        """Of what comes first."""
+        return self._budget if self._chunks is None else Budget(self._budget.policy, self._most)
+
+    @property
+    def _most(self) -> int:
+        assert self._chunks is not None
+        return self._chunks.budget
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that heads hold at most behind the prompts, if that is limited."""
+        return None if self.decode is None else self.decode.most
+
+    @property
+    def watcher(self) -> Recent | None:
+        """What hears of the queries of steps."""
+        return None if self.text is None else self.text.recent
+
+    def begin(self, lengths: Sequence[int], attention: Sequence[Attention]) -> None:
+        """Prompts of so many tokens, or their first chunks, are in pages."""
+        self._attention = attention
+        if self._chunks is not None:
+            self.reads_chunks = True
+            nothing = [0] * len(lengths)
+            self.text = Reselection(self._chunks, nothing, attention, written=lengths)
+        elif self.decode is not None:
+            self.text = Reselection(self.decode, lengths, attention)
+
+    def end_prompt(self, kv: KVCache, slots: slice, seen: Sequence[int]) -> None:
+        """The first token behind the prompts comes: the last choice from these."""
+        if not self.reads_chunks:
+            return
+        assert self.text is not None
+        self.reads_chunks = False
+        of_prompts = [self._budget.of(n) for n in seen]
+        self.text.rule = replace(self.text.rule, budget=min(max(of_prompts), self._most))
+        if self.text.is_due:
+            self.text.choose(kv, slots)
+        self.text = None
+        if self.decode is not None:
+            self.text = Reselection(self.decode, seen, self._attention)
+
+    def begin_step(self, num_new: Sequence[int], columns: int) -> None:
+        """A step comes, which the :attr:`watcher` hears of."""
+        if self.text is not None:
+            self.text.begin_step(num_new, columns)
+
+    def end_step(self, kv: KVCache, slots: slice) -> None:
+        """All layers have attended: chooses, if it is time."""
+        if self.text is not None and self.text.is_due:
+            self.text.choose(kv, slots)
