@@ -28,6 +28,7 @@ from adakv.errors import Error
 from adakv.ops import Kept
 from adakv.policy import Budget, FoldingScorer, LayerInputs
 from adakv.policy.base import LayerBudget
+from adakv.policy.protection import Protection, mask_of
 from adakv.step import Attention
 
 
@@ -84,9 +85,18 @@ class Reader:
     holds_entries : bool
         Whether the layers of a model-wide policy hold keys and values while they wait for the last
         one: False where these stay where they are, so that of what is chosen ``kept`` is enough.
+    protection : :class:`adakv.policy.Protection`, optional
+        What must stay of the prompts.
     """
 
-    def __init__(self, budget: Budget, num_layers: int, *, holds_entries: bool = True) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        num_layers: int,
+        *,
+        holds_entries: bool = True,
+        protection: Protection | None = None,
+    ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
         self.lengths: list[int] = []
@@ -94,6 +104,8 @@ class Reader:
         self.num_compacted = 0
         """Layers that are in pages."""
         self._budget, self._holds_entries = budget, holds_entries
+        self._protection = protection or None
+        self._protected: list[Tensor] = []  # [B, T] bool of each group
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -104,10 +116,11 @@ class Reader:
         self._num_finished = 0
         self._budgets: list[tuple[LayerBudget, ...]] = []  # see budgets()
 
-    def change(self, budget: Budget) -> None:
-        """Has another budget from now on. Its policy's scorer must remember of parts what that of
-        the first one does."""
+    def change(self, budget: Budget, protection: Protection | None = None) -> None:
+        """Has another budget from now on, and protects something else. Its policy's scorer must
+        remember of parts what that of the first one does."""
         self.policy, self._budget, self._budgets = budget.policy, budget, []
+        self._protection, self._protected = protection or None, []
         if self._folding is not None and isinstance(budget.policy.scorer, FoldingScorer):
             self._folding = budget.policy.scorer
 
@@ -116,21 +129,30 @@ class Reader:
         """Whether a part has come."""
         return bool(self.lengths)
 
-    def begin(self, lengths: Sequence[int], columns: int) -> None:
-        """Says how many tokens each prompt has with the next part, and columns with padding."""
+    def begin(self, lengths: Sequence[int], columns: int, *, is_complete: bool = False) -> None:
+        """Says how many tokens each prompt has with the next part, and columns with padding.
+
+        With ``is_complete``, that of :meth:`check_complete` is found before anything is changed.
+        """
+        if is_complete:
+            self._check(lengths)
         if not self._groups and 0 not in lengths:
             if all(n == columns for n in lengths):
                 self._groups = [slice(0, len(lengths))]
             else:  # unequal: one by one, so that padding can be cut off without copying
                 self._groups = [slice(b, b + 1) for b in range(len(lengths))]
-        self.lengths, self._budgets = list(lengths), []
+        self.lengths, self._budgets, self._protected = list(lengths), [], []
 
     def check_complete(self) -> None:
-        """Raises ``ValueError`` if there is a prompt without a token."""
-        if 0 in self.lengths:
-            raise ValueError(
-                f"attention_mask: prompt {self.lengths.index(0)} is nothing but padding"
-            )
+        """Raises ``ValueError`` if there is a prompt without a token, or with more that must stay
+        than its budget holds."""
+        self._check(self.lengths)
+
+    def _check(self, lengths: Sequence[int]) -> None:
+        if 0 in lengths:
+            raise ValueError(f"attention_mask: prompt {lengths.index(0)} is nothing but padding")
+        if self._protection is not None:
+            self._protection.check(self._budget, lengths, self.num_layers)
 
     def join(
         self, layer: int, keys: Tensor, values: Tensor, *, start: int
@@ -286,6 +308,8 @@ class Reader:
                 replace(x, repeat=(repeat[0][group], repeat[1][group]))
                 for x, group in zip(inputs, self._groups, strict=True)
             ]
+        if self._protection is not None:
+            inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
         if self._folding is None or not observed.folded:
@@ -295,6 +319,21 @@ class Reader:
             if whole.budgets[0].keeps_everything
             else whole._replace(scores=self._folding.finish(folded, whole.inputs))
             for whole, folded in zip(wholes, observed.folded, strict=True)
+        ]
+
+    def _with_protected(
+        self, inputs: Sequence[LayerInputs], protection: Protection
+    ) -> list[LayerInputs]:
+        """With the mask of what must stay, which is made once for all layers."""
+        if not self._protected:
+            spans = protection.spans(self.lengths)
+            self._protected = [
+                mask_of(spans[group], x.length, x.keys.device)
+                for x, group in zip(inputs, self._groups, strict=True)
+            ]
+        return [
+            replace(x, protected=mask.to(x.keys.device, non_blocking=True))
+            for x, mask in zip(inputs, self._protected, strict=True)
         ]
 
     def _held(self, whole: Whole) -> Whole | Reserve:

@@ -24,6 +24,7 @@ from adakv.policy.prompt_scorers import (
     PromptAttention,
     RepeatAttention,
 )
+from adakv.policy.protection import Protection, spans_of
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -59,6 +60,7 @@ __all__ = [
     "PressScorer",
     "Profile",
     "PromptAttention",
+    "Protection",
     "Pyramid",
     "Random",
     "Recency",
@@ -72,4 +74,5 @@ __all__ = [
     "WindowAttention",
     "get",
     "names",
+    "spans_of",
 ]

@@ -318,7 +318,7 @@ class Policy:
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
         means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
-        scores = self.scorer.score(inputs) if scores is None else scores
+        scores = inputs.pin_protected(self.scorer.score(inputs) if scores is None else scores)
         shares = self.allocator.allocate(scores, inputs, means, window=window)
         total = sum(
             self.allocator.total(mean, window=window, prompt_len=n, num_kv_heads=heads)
@@ -344,7 +344,8 @@ class Policy:
         if all(x.keeps_everything for x in budgets):
             return [_keep_everything(x) for x in layers]
         scores = scores or [self.scorer.score(x) for x in layers]
-        joined = scores[0] if len(layers) == 1 else torch.cat(list(scores), dim=1)
+        scores = [x.pin_protected(s) for s, x in zip(scores, layers, strict=True)]
+        joined = scores[0] if len(layers) == 1 else torch.cat(scores, dim=1)
         means = tuple(x.mean for x in budgets)
         shares = self.allocator.allocate(joined, first, means, window=self.window)
         heads = first.num_kv_heads

@@ -44,6 +44,9 @@ class LayerInputs:
     repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
         Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; if
         "repeat" is in :attr:`Policy.needs`.
+    protected : ``[B, T]`` bool, optional
+        Entries that stay in every kv head whatever they score, besides the window. The budget must
+        have room for them.
     """
 
     queries: Tensor
@@ -57,6 +60,7 @@ class LayerInputs:
     attention: Attention = field(default_factory=Attention)
     lse: Tensor | None = None
     repeat: tuple[Tensor, Tensor] | None = None
+    protected: Tensor | None = None
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +81,14 @@ class LayerInputs:
             raise ValueError(
                 f"seq_lens must be given when prompts are shorter than T = {length}, "
                 f"got prompt_lens {self.prompt_lens}"
+            )
+        protected = self.protected
+        if protected is not None and (
+            protected.dtype != torch.bool or protected.shape != (batch, length)
+        ):
+            raise ValueError(
+                f"protected must be boolean [B, T] = {[batch, length]}, "
+                f"got {protected.dtype} {list(protected.shape)}"
             )
         if not 0 <= self.layer < self.num_layers:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
@@ -126,6 +138,12 @@ class LayerInputs:
         """``[B or 1, 1, T]`` bool: the entries that compete, not those of window and padding."""
         positions = torch.arange(self.length, device=self.keys.device)
         return positions < self.ends[:, None, None] - window
+
+    def pin_protected(self, scores: Tensor) -> Tensor:
+        """``scores``, or a copy with ``+inf`` for what is protected, if anything is."""
+        if self.protected is None:
+            return scores
+        return scores.masked_fill(self.protected[:, None], torch.inf)
 
     def pin_window(self, scores: Tensor, window: int) -> Tensor:
         """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""
