@@ -38,7 +38,7 @@ from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS, Shape
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy import DEFAULT, Budget, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.step import PlannedStep
 
@@ -82,10 +82,13 @@ class Cache(OneWayCache):
     kv_dtype : "auto", "int8" or "fp8"
         How pages hold keys and values: as the model has them, or in about half of their bytes
         (docs/bits.md), for models in float16 or bfloat16.
+    protect : spans, masks or a list of them, optional
+        Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     """
 
     reading: Reader | None
     """The prompts that are being read; None as soon as what is kept of them is in pages."""
+    protection: Protection  #: what must stay of the prompts after the next :meth:`reset`
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class Cache(OneWayCache):
         chunked_prefill: bool = False,
         page_size: int | None = None,
         kv_dtype: str = "auto",
+        protect: Any = None,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -116,12 +120,11 @@ class Cache(OneWayCache):
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         self._kv_dtype = check_kv_dtype(kv_dtype)
-        page_size = page_size_for(kv_dtype, page_size)
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        self._page_size = page_size_for(kv_dtype, page_size)
+        self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self._model = decoder
         self._budget = Budget.given(policy, budget, ratio)
-        self._max_new_tokens = max_new_tokens
-        self._page_size = page_size
+        self.protection = Protection.given(protect)
         needs = self._budget.policy.needs
         self._repeats = "repeat" in needs
         self._is_chunked = chunked_prefill
@@ -145,7 +148,7 @@ class Cache(OneWayCache):
 
     def _begin(self) -> None:
         """Holds nothing."""
-        self.reading = Reader(self._budget, len(self._full))
+        self.reading = Reader(self._budget, len(self._full), protection=self.protection)
         self.step: PlannedStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -210,11 +213,7 @@ class Cache(OneWayCache):
     @property
     def _num_kv_heads(self) -> int:
         """As its keys have them; before the first ones come, as the model's config says."""
-        if self._heads is not None:
-            return self._heads[0]
-        config = self.model_config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(heads)
+        return self._heads[0] if self._heads else families.num_kv_heads(self.model_config)
 
     @property
     def is_initialized(self) -> bool:
@@ -262,6 +261,7 @@ class Cache(OneWayCache):
                 f"input_ids must repeat the {len(self.seen)} prompts, all of one length and "
                 f"without padding, got {input_ids.shape[0]} for prompts of {self.seen} tokens"
             )
+        self.reading.check_complete()
         repetition = TransformersCache(
             layers=[RepeatLayer(self, i) for i in range(len(self._full))]
         )
@@ -440,9 +440,8 @@ class Cache(OneWayCache):
         if gaps and self.waits:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
         lengths = [had + now for had, now in zip(seen, new, strict=True)]
-        self.reading.begin(lengths, before + columns)
-        if not self.waits:
-            self.reading.check_complete()
+        is_last = not self.waits or (columns == 1 and LAST_TOKEN_COMES_ALONE)
+        self.reading.begin(lengths, before + columns, is_complete=is_last)
         self.is_midway = True
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:

@@ -89,6 +89,11 @@ def check(model: Any, cache_layers: Sequence[object]) -> None:
     check_heads(model, full_attention(cache_layers))
 
 
+def num_kv_heads(config: Any) -> int:
+    """As a decoder's config has it."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def full_attention(cache_layers: Sequence[object]) -> list[int]:
     """Which layers of transformers' own cache hold keys and values of all tokens."""
     return [i for i, layer in enumerate(cache_layers) if type(layer).__name__ in FULL_ATTENTION]

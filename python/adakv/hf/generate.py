@@ -31,7 +31,7 @@ from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy import DEFAULT, Budget, Policy, Protection
 
 End = Literal["eos", "stop_string", "length"]
 
@@ -118,6 +118,7 @@ class _Sequence:
     max_new_tokens: int
     room: int  # tokens that there are pages for
     need: Need  # for these
+    protection: Protection
     tokens: list[int] = field(default_factory=list)
 
 
@@ -129,6 +130,8 @@ def generate_batch(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    protect: Any = None,
+    protect_tokens: Sequence[int] = (),
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -147,6 +150,10 @@ def generate_batch(
         Strings need a tokenizer.
     policy, budget, ratio, kv_dtype
         As in :class:`adakv.Cache`.
+    protect : spans, masks or a list of them, optional
+        Tokens that stay, of all prompts or of each: see :meth:`adakv.policy.Protection.given`.
+    protect_tokens : ints
+        Ids of tokens that stay wherever a prompt has them.
     max_new_tokens : int or ints
         Most tokens to write, for all prompts or for each.
     tokenizer : optional
@@ -172,6 +179,8 @@ def generate_batch(
         budget=budget,
         ratio=ratio,
         kv_dtype=kv_dtype,
+        protect=protect,
+        protect_tokens=protect_tokens,
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
         options=options,
@@ -188,6 +197,8 @@ def generate_stream(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    protect: Any = None,
+    protect_tokens: Sequence[int] = (),
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
     options: BatchOptions | None = None,
@@ -211,15 +222,18 @@ def generate_stream(
         raise ValueError("model must be in eval mode")
     shape = Shape.of(model, check_kv_dtype(kv_dtype))
     ids = all_token_ids(model, tokenizer, prompts)
-    counts = new_token_counts(max_new_tokens, len(ids))
-    long_rope.check_batch(decoder_of(model).config, [len(prompt) for prompt in ids], counts)
+    lengths, counts = [len(prompt) for prompt in ids], new_token_counts(max_new_tokens, len(ids))
+    long_rope.check_batch(decoder_of(model).config, lengths, counts)
+    protection = Protection.of_prompts(protect, protect_tokens, ids)
+    protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
     page_size = page_size_for(shape.kv_dtype, options.page_size)
     need_of = partial(Need.of, budget=limit, shape=shape, page_size=page_size)
     waiting = []
     for i, (prompt, count) in enumerate(zip(ids, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
-        waiting.append(_Sequence(i, prompt, count, room, need_of(len(prompt), room)))
+        need = need_of(len(prompt), room)
+        waiting.append(_Sequence(i, prompt, count, room, need, protection.of_one(i)))
     if not ids:
         return iter(())
     kv = cache_for(
@@ -232,18 +246,11 @@ def generate_stream(
         cache_bytes=options.cache_bytes,
         page_size=page_size,
     )
-    decoder = Decoder(model, kv, sampling)
+    decoder, reader = Decoder(model, kv, sampling), Cache(model, policy, budget, ratio)
+    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
-    batch = _Batch(
-        decoder,
-        Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        Cache(model, policy, budget, ratio),
-        stop,
-        None if sampling.is_greedy else seed,
-        need_of,
-        deque(waiting),
-    )
-    return batch.run()
+    chance = None if sampling.is_greedy else seed
+    return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting)).run()
 
 
 @dataclass
@@ -282,6 +289,7 @@ class _Batch:
         generator = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + sequence.index)
+        self.reader.protection = sequence.protection
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
         output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
