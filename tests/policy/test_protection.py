@@ -191,10 +191,10 @@ def test_as_much_is_protected_as_the_budget_holds(device: torch.device, policy: 
     least = len(expected)
     rows = read(policy, least, SPANS, device)
     assert all(expected <= {*head} for row in rows for head in row)
-    first = f", the first {pinned}" if pinned else ""
+    first = f" and {pinned} pinned ones" if pinned else ""
     message = (
-        f"protect: sequence 0 has 17 protected tokens; with the last 32{first} {least} of its 150 "
-        f"must stay, and a kv head of layer 0 has room for {least - 1}"
+        f"protect: sequence 0 has 17 protected tokens; with the policy's window of 32 entries"
+        f"{first} {least} must stay in every kv head, and one of layer 0 has room for {least - 1}:"
     )
     with pytest.raises(ValueError, match=message):
         read(policy, least - 1, SPANS, device)
@@ -225,12 +225,12 @@ def test_a_prompt_that_fits_protects_as_much_as_it_likes(device: torch.device):
         (
             Policy(WindowAttention(), Adaptive(safeguard="official_round"), TopScore()),
             WINDOW + 4,
-            "a kv head of layer 0 has room for 35",
+            "and one of layer 0 has room for 35",
         ),
         (
             Policy(WindowAttention(), WholePages(Adaptive(safeguard="official_round")), TopScore()),
             WINDOW + 4,
-            "a kv head of layer 0 has room for 35",
+            "and one of layer 0 has room for 35",
         ),
     ],
     ids=repr,

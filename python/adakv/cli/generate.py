@@ -20,6 +20,7 @@ from adakv.cli.inputs import (
     check_outputs,
     dtype_name,
     encode_prompt,
+    messages_of,
     read_text,
     refusals,
 )
@@ -34,6 +35,7 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.prompts import read_prompts
+from adakv.cli.protect import protect_options, system_spans
 from adakv.cli.results import ResultFile
 from adakv.cli.types import FILE
 
@@ -112,6 +114,7 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
 @click.argument("text", type=FILE, required=False)
 @question_option
 @setting_options
+@protect_options
 @max_new_tokens_option(default=128, least=1)
 @click.option("--compare-full", is_flag=True, help="Also run with transformers' own cache.")
 @place_options
@@ -141,6 +144,11 @@ def generate(
     content = read_text(text)
     network, tokenizer = place.load(model, setting.kv_dtype)
     prompt = encode_prompt(tokenizer, content, question)
+    if setting.protect_system:
+        if question is None or not tokenizer.chat_template:
+            raise InputError("--protect-system needs --question and a chat template")
+        spans = system_spans(tokenizer, messages_of(content, question))
+        setting = replace(setting, protect=(*setting.protect, *spans))
     full = [FULL] if compare_full else []
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
     console = output.plain_console()
@@ -164,6 +172,10 @@ def generate_many(
         results.check(
             [prompt.tolist() for prompt in ids], counts, settings_of(setting, model, network)
         )
+        protect = [
+            [*setting.protect, *(line.system(tokenizer) if setting.protect_system else ())]
+            for line in lines
+        ]
         todo = [index for index in range(len(ids)) if index not in results.done]
         start, written = time.perf_counter(), 0
         with refusals():
@@ -174,6 +186,7 @@ def generate_many(
                 budget=setting.budget,
                 ratio=setting.ratio,
                 kv_dtype=setting.kv_dtype,
+                protect=[protect[index] for index in todo],
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
                 options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
@@ -201,4 +214,10 @@ def generate_many(
 def settings_of(setting: Setting, source: str, model: Any) -> dict[str, Any]:
     """What a text depends on besides its prompt, for JSON."""
     about = {"adakv": adakv.__version__, "model": Path(source).name, "dtype": dtype_name(model)}
-    return about | asdict(setting)
+    made_of = asdict(setting)
+    protect, protects_system = made_of.pop("protect"), made_of.pop("protect_system")
+    if protect:
+        made_of["protect"] = [f"{begin}:{end}" for begin, end in protect]
+    if protects_system:
+        made_of["protect_system"] = True
+    return about | made_of

@@ -72,6 +72,8 @@ class Setting:
     budget: int | None = None
     ratio: float | None = None
     kv_dtype: str = "auto"
+    protect: tuple[tuple[int, int], ...] = ()  #: spans of tokens that stay of every prompt
+    protect_system: bool = False  #: whether a system prompt stays, too
 
     @property
     def title(self) -> str:
@@ -85,7 +87,8 @@ class Setting:
             from transformers import DynamicCache
 
             return DynamicCache(config=model.config)
-        return adakv.Cache(model, self.policy, self.budget, self.ratio, kv_dtype=self.kv_dtype)
+        given: dict[str, Any] = {"kv_dtype": self.kv_dtype, "protect": self.protect}
+        return adakv.Cache(model, self.policy, self.budget, self.ratio, **given)
 
 
 FULL = Setting(policy=None)

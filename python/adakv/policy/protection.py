@@ -181,11 +181,11 @@ def _check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, 
         where = {"window": window, "prompt_len": prompt_len, "layer": layer, "pinned": count}
         room = given.mean if least is None else least(given.mean, **where)
         if window + count > room:
-            first = f", the first {pinned}" if pinned else ""
+            first = f" and {pinned} pinned ones" if pinned else ""
             raise ValueError(
-                f"protect: {name} has {protected} protected tokens; with the last {window}{first} "
-                f"{window + count} of its {prompt_len} must stay, and a kv head of layer {layer} "
-                f"has room for {room}: protect less, or give a larger budget"
+                f"protect: {name} has {protected} protected tokens; with the policy's window of "
+                f"{window} entries{first} {window + count} must stay in every kv head, and one of "
+                f"layer {layer} has room for {room}: protect less, or give a larger budget"
             )
 
 
