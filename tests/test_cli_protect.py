@@ -88,7 +88,7 @@ def test_generate_protects_what_it_is_told(chat: str, tmp_path: Path):
         (["--protect=-1:3"], "'-1:3' must be BEGIN:END"),
         (
             ["--protect", "0:40"],
-            "window of 32 entries 72 must stay in every kv head, and one of layer 0 has room for 64",
+            "72 must stay in every kv head, and one of layer 0 has room",
         ),
         (["--protect-system"], "--protect-system needs --question and a chat template"),
         (["--protect", "0:10", "--protect-system", "--question", "Who?"], None),

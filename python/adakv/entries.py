@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept, Layer
-from adakv.policy import LayerInputs, Policy
-from adakv.policy.base import LayerBudget, needs_of
+from adakv.policy import LayerBudget, LayerInputs, Policy
+from adakv.policy.base import needs_of
 
 
 class GrowingEntries:

@@ -26,9 +26,8 @@ from adakv.cache import KVCache, sequences
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.ops import Kept
-from adakv.policy import Budget, FoldingScorer, LayerInputs
-from adakv.policy.base import LayerBudget
-from adakv.policy.protection import Protection, mask_of
+from adakv.policy import Budget, FoldingScorer, LayerBudget, LayerInputs, Protection
+from adakv.policy.protection import mask_of
 from adakv.step import Attention
 
 

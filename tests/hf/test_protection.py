@@ -70,11 +70,11 @@ def test_tokens_are_found_by_their_ids() -> None:
     [
         (
             [(0, 29)],
-            "sequence 0 has 29 protected tokens; .* must stay in every kv head, and one of layer 0",
+            "sequence 0 has 29 protected tokens; .* and one of layer 0 has room for 60",
         ),
         (
             [[], [], [(0, 29)]],
-            "sequence 2 has 29 protected tokens; with the policy's window of 32 entries 61 must",
+            "sequence 2 has 29 protected tokens; with the policy.s window of 32",
         ),
         ([[(0, 1)]] * 2, "one list or row for each of 3 sequences, got 2"),
         (torch.ones(3, LENGTH, dtype=torch.bool), "sequence 1 has 117, and its mask 150"),
