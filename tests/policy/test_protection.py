@@ -102,6 +102,15 @@ def test_protection_is_for_the_prompts_there_are(given: Any, message: str):
         Protection.given(given).spans([12, 10])
 
 
+@pytest.mark.parametrize("given", [None, [], [None, []], mask(10), [(10, 12)], [(3, 5)]], ids=str)
+def test_protection_of_nothing_is_false(given: Any):
+    prompts = [torch.arange(10)] * 2
+    protection = Protection.of_prompts(given, [], prompts)
+    assert bool(protection) == any(Protection.given(given).spans([10, 10]))
+    assert bool(protection.of_one(1)) == bool(protection)
+    assert bool(Protection.of_prompts(given, [4], prompts).of_one(0))
+
+
 def test_spans_of_tokens():
     ids = torch.tensor([[0, 0, 7, 5, 7], [7, 7, 5, 5, 8]])
     padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -244,6 +253,13 @@ def test_unequal_layers_and_heads_need_room_each(policy: Policy, budget: int, me
     reader.begin([LENGTH], LENGTH)
     with pytest.raises(ValueError, match=message):
         reader.check_complete()
+
+
+def test_what_stays_anyway_needs_no_more_room(device: torch.device):
+    """Heads without a share of a profile have their window and nothing else."""
+    policy = Policy(WindowAttention(), Profile(((1, 0), (1, 1), (9, 1))), TopScore())
+    rows = read(policy, 60, [(140, 150)], device)
+    assert rows[0][1] == [*range(LENGTH - WINDOW, LENGTH)]
 
 
 def test_given_scores_do_not_unprotect(device: torch.device):

@@ -82,8 +82,8 @@ class Protection:
         return self if self.is_common else Protection((self.marked[index],))
 
     def __bool__(self) -> bool:
-        """Whether anything was given."""
-        return bool(self.marked)
+        """Whether anything must stay."""
+        return any(one.spans for one in self.marked)
 
     def spans(self, lengths: Sequence[int]) -> list[Spans]:
         """Those of prompts of such lengths, in order and apart from each other, as far as each
@@ -139,13 +139,9 @@ def spans_of(
     spans : list of (begin, end)
         From ``[B, T]`` one such list for each sequence.
     """
-    wrong = ValueError(f"input_ids must be integers [T] or [B, T], got {short(input_ids)}")
-    try:
-        ids = torch.as_tensor(input_ids).cpu()
-    except (TypeError, ValueError) as error:
-        raise wrong from error
-    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise wrong
+    ids = _integers(input_ids)
+    if ids is None or ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids must be integers [T] or [B, T], got {short(input_ids)}")
     shown = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
     if shown.shape != ids.shape:
         raise ValueError(
@@ -171,8 +167,10 @@ def _check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, 
     policy = budget.policy
     window, pinned = policy.window, policy.scorer.pinned
     protected = sum(end - begin for begin, end in spans)
-    candidates = _joined(((0, pinned), *spans), max(prompt_len - window, 0))
-    count = sum(end - begin for begin, end in candidates)
+    end = max(prompt_len - window, 0)  # of the candidates
+    count = sum(last - first for first, last in _joined(((0, pinned), *spans), end))
+    if count == min(pinned, end):
+        return
     layers = budget.of_layers(prompt_len, num_kv_heads=1, num_layers=num_layers)
     for layer, given in enumerate(layers):
         if given.keeps_everything:
@@ -187,6 +185,14 @@ def _check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, 
                 f"{window} entries{first} {window + count} must stay in every kv head, and one of "
                 f"layer {layer} has room for {room}: protect less, or give a larger budget"
             )
+
+
+def _integers(given: Any) -> Tensor | None:
+    try:
+        found = torch.as_tensor(given).cpu()
+    except NOT_A_NUMBER:
+        return None
+    return None if found.is_floating_point() or found.dtype == torch.bool else found
 
 
 def _token_ids(name: str, given: Iterable[int]) -> list[int]:
