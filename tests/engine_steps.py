@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adakv.policy import Budget, LayerInputs, Policy
+from adakv.policy import Budget, LayerInputs, Policy, Protection
 from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
 from adakv.vllm.engine_cache import EngineCache
@@ -20,7 +20,6 @@ from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, Plan, Scheduler, plan
 from adakv.vllm.prompt_attention import FlashAttention
-from adakv.vllm.protect import Protected
 from adakv.vllm.steps import Step
 from policy.helpers import rotate
 from tolerance import assert_close
@@ -275,10 +274,8 @@ class Steps:
     def _kept(self, request: Request) -> list[list[Tensor]]:
         """What a reader of the whole prompt at once keeps."""
         n = request.boundary
-        policy = self.policy
-        if request.protected:
-            policy = replace(policy, scorer=Protected(policy.scorer, request.protected))
-        reader = Reader(Budget(policy, request.budget), LAYERS)
+        protection = Protection.given(request.protected)
+        reader = Reader(Budget(self.policy, request.budget), LAYERS, protection=protection)
         reader.begin([n], n)
         chosen: dict[int, list[Chosen]] = {}
         for layer in range(LAYERS):

@@ -31,13 +31,21 @@ def comparable(prompt: list[int], tokens: list[int], compressions: list[Compress
 class Reference:
     """A model under adakv's adapter, with an engine's policy, or another one."""
 
-    def __init__(self, folder: str, settings: Settings, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        settings: Settings,
+        policy: Policy | None = None,
+        *,
+        protect: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         # "eager", as transformers' faster attention functions leave capped logits uncapped.
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self._policy = policy or settings.policy_for(BLOCK)
         self._budget = settings.budget
+        self._protect = protect
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
@@ -69,7 +77,7 @@ class Reference:
             return self._read_late(text, compression)
         policy = self._policy if compression.lengths.any() else adakv.policy.get("full")
         with adakv.attach(self._model):
-            cache = adakv.Cache(self._model, policy, budget=self._budget)
+            cache = adakv.Cache(self._model, policy, budget=self._budget, protect=self._protect)
             logits = [self._model(first, past_key_values=cache).logits[0]]
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
@@ -83,7 +91,8 @@ class Reference:
         """Of a text whose first part is compressed when more of it has been read."""
         boundary, at = compression.boundary, compression.at
         with adakv.attach(self._model):
-            cache = adakv.Cache(self._model, self._policy, budget=self._budget)
+            given = {"budget": self._budget, "protect": self._protect}
+            cache = adakv.Cache(self._model, self._policy, **given)
             self._model(text[:, :boundary], past_key_values=cache)
             kept = [cache.kept(layer)[0] for layer in range(len(compression.lengths))]
         assert [[len(x) for x in rows] for rows in kept] == compression.lengths.tolist()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adakv import _C, cache, ops, policy
 from adakv._C import __version__, cpu_instruction_set, cuda_unavailable_reason
 from adakv.errors import Error
-from adakv.policy import Policy
+from adakv.policy import Policy, spans_of
 
 if TYPE_CHECKING:
     from adakv.hf import (
@@ -45,6 +45,7 @@ __all__ = [
     "ops",
     "policies",
     "policy",
+    "spans_of",
 ]
 
 

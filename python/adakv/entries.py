@@ -3,7 +3,7 @@ stay are compacted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.cache import SCALE_GROUP
 from adakv.ops import Kept, Layer
-from adakv.policy import LayerInputs, Policy
+from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
 
 
@@ -55,20 +55,21 @@ class Whole(NamedTuple):
     """Prompts of one length, in one layer."""
 
     inputs: LayerInputs
+    budgets: Sequence[LayerBudget]  #: of each of them
     scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn
 
-    def scored(self, policy: Policy, budget: int) -> Whole:
+    def scored(self, policy: Policy) -> Whole:
         """With scores, unless all of it is kept; without the queries, which are done with."""
         scores = self.scores
-        if scores is None and self.inputs.length > budget:
+        if scores is None and not self.budgets[0].keeps_everything:
             scores = policy.scorer.score(self.inputs)
-        return Whole(self.inputs.without_queries(), scores)
+        return Whole(self.inputs.without_queries(), self.budgets, scores)
 
     def without_entries(self, policy: Policy) -> Whole:
         """With the norms that the policy's selector will ask for."""
         if "w_o" in needs_of(policy.selector):
             self.inputs.norms(getattr(policy.selector, "norm", "l1"))  # while there are values
-        return Whole(self.inputs.without_entries(), self.scores)
+        return Whole(self.inputs.without_entries(), self.budgets, self.scores)
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of the entries."""
@@ -79,19 +80,21 @@ class Reserve(NamedTuple):
     """Those entries of a :class:`Whole` that may still be kept, one behind the other."""
 
     inputs: LayerInputs  #: of the same shape, without keys and values; with the norms, if needed
+    budgets: Sequence[LayerBudget]  #: as those of the :class:`Whole`
     scores: Tensor  #: [B, Hkv, T] float32, -inf for entries that were dropped
     keys: Tensor  #: [K, D]
     values: Tensor  #: [K, D]
     kept: Kept  #: where they stood
 
     @classmethod
-    def take(cls, policy: Policy, whole: Whole, budget: int) -> Reserve:
-        """Copies what the policy holds for a budget, so that the rest can be freed."""
+    def take(cls, policy: Policy, whole: Whole) -> Reserve:
+        """Copies what the policy holds of it, so that the rest can be freed."""
         inputs, heads = whole.inputs, whole.inputs.num_kv_heads
-        kept, scores = policy.reserve(inputs, budget, scores=whole.scores)
+        kept, scores = policy.reserve(inputs, whole.budgets, scores=whole.scores)
         row = kept.rows(len(scores) * heads)
         where = row // heads, row % heads, kept.positions.long()
-        return cls(inputs.without_entries(), scores, inputs.keys[where], inputs.values[where], kept)
+        keys, values = inputs.keys[where], inputs.values[where]
+        return cls(inputs.without_entries(), whole.budgets, scores, keys, values, kept)
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of its entries."""

@@ -26,7 +26,8 @@ from adakv.cache import KVCache, sequences
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.ops import Kept
-from adakv.policy import Budget, FoldingScorer, LayerInputs
+from adakv.policy import Budget, FoldingScorer, LayerBudget, LayerInputs, Protection
+from adakv.policy.protection import mask_of
 from adakv.step import Attention
 
 
@@ -83,9 +84,18 @@ class Reader:
     holds_entries : bool
         Whether the layers of a model-wide policy hold keys and values while they wait for the last
         one: False where these stay where they are, so that of what is chosen ``kept`` is enough.
+    protection : :class:`adakv.policy.Protection`, optional
+        What must stay of the prompts.
     """
 
-    def __init__(self, budget: Budget, num_layers: int, *, holds_entries: bool = True) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        num_layers: int,
+        *,
+        holds_entries: bool = True,
+        protection: Protection | None = None,
+    ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
         self.lengths: list[int] = []
@@ -93,6 +103,8 @@ class Reader:
         self.num_compacted = 0
         """Layers that are in pages."""
         self._budget, self._holds_entries = budget, holds_entries
+        self._protection = protection or None
+        self._protected: list[Tensor] = []  # [B, T] bool of each group
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -101,12 +113,13 @@ class Reader:
         self.waiting: list[list[Whole | Reserve]] = []
         """What the layers of a model-wide policy hold until the last one has finished."""
         self._num_finished = 0
-        self._totals: list[list[int]] = []
+        self._budgets: list[tuple[LayerBudget, ...]] = []  # see budgets()
 
-    def change(self, budget: Budget) -> None:
-        """Has another budget from now on. Its policy's scorer must remember of parts what that of
-        the first one does."""
-        self.policy, self._budget = budget.policy, budget
+    def change(self, budget: Budget, protection: Protection | None = None) -> None:
+        """Has another budget from now on, and protects something else. Its policy's scorer must
+        remember of parts what that of the first one does."""
+        self.policy, self._budget, self._budgets = budget.policy, budget, []
+        self._protection, self._protected = protection or None, []
         if self._folding is not None and isinstance(budget.policy.scorer, FoldingScorer):
             self._folding = budget.policy.scorer
 
@@ -115,21 +128,30 @@ class Reader:
         """Whether a part has come."""
         return bool(self.lengths)
 
-    def begin(self, lengths: Sequence[int], columns: int) -> None:
-        """Says how many tokens each prompt has with the next part, and columns with padding."""
+    def begin(self, lengths: Sequence[int], columns: int, *, is_complete: bool = False) -> None:
+        """Says how many tokens each prompt has with the next part, and columns with padding.
+
+        With ``is_complete``, that of :meth:`check_complete` is found before anything is changed.
+        """
+        if is_complete:
+            self._check(lengths)
         if not self._groups and 0 not in lengths:
             if all(n == columns for n in lengths):
                 self._groups = [slice(0, len(lengths))]
             else:  # unequal: one by one, so that padding can be cut off without copying
                 self._groups = [slice(b, b + 1) for b in range(len(lengths))]
-        self.lengths = list(lengths)
+        self.lengths, self._budgets, self._protected = list(lengths), [], []
 
     def check_complete(self) -> None:
-        """Raises ``ValueError`` if there is a prompt without a token."""
-        if 0 in self.lengths:
-            raise ValueError(
-                f"attention_mask: prompt {self.lengths.index(0)} is nothing but padding"
-            )
+        """Raises ``ValueError`` if there is a prompt without a token, or with more that must stay
+        than its budget holds."""
+        self._check(self.lengths)
+
+    def _check(self, lengths: Sequence[int]) -> None:
+        if 0 in lengths:
+            raise ValueError(f"attention_mask: prompt {lengths.index(0)} is nothing but padding")
+        if self._protection is not None:
+            self._protection.check(self._budget, lengths, self.num_layers)
 
     def join(
         self, layer: int, keys: Tensor, values: Tensor, *, start: int
@@ -207,15 +229,11 @@ class Reader:
         self._observed[layer] = None
         self._joined.pop(layer, None)
         self._num_finished += 1
-        budgets = [self._budget.of(self.lengths[group.start]) for group in self._groups]
         if not self.policy.is_model_wide:
-            kept = [
-                self.policy.choose(whole.inputs, budget, scores=whole.scores)
-                for whole, budget in zip(wholes, budgets, strict=True)
-            ]
+            kept = [self.policy.choose(x.inputs, x.budgets, scores=x.scores) for x in wholes]
             return {layer: list(map(Chosen, self._groups, kept, wholes))}
-        self.waiting.append(list(map(self._held, wholes, budgets)))
-        return {} if self._num_finished < self.num_layers else self._choose_all(budgets)
+        self.waiting.append(list(map(self._held, wholes)))
+        return {} if self._num_finished < self.num_layers else self._choose_all()
 
     def compact(
         self, chosen: dict[int, list[Chosen]], kv: KVCache, *, first_sequence: int = 0
@@ -228,7 +246,8 @@ class Reader:
         layers = list(chosen)
         if not layers:
             return
-        totals = [self.totals(kv.num_kv_heads)[layer] for layer in layers]
+        budgets = self.budgets(kv.num_kv_heads)
+        totals = [[x.total for x in budgets[layer]] for layer in layers]
         page_ids, next_page = kv.begin_layers(
             layers, totals, self.lengths, first_sequence=first_sequence
         )
@@ -247,13 +266,17 @@ class Reader:
 
     def totals(self, num_kv_heads: int) -> list[list[int]]:
         """``[L][B]``: most entries that a layer keeps of each prompt, all its kv heads together."""
-        if not self._totals:
-            of_prompts = [
-                self._budget.totals(n, num_kv_heads=num_kv_heads, num_layers=self.num_layers)
-                for n in self.lengths
-            ]
-            self._totals = [list(layer) for layer in zip(*of_prompts, strict=True)]
-        return self._totals
+        return [[budget.total for budget in layer] for layer in self.budgets(num_kv_heads)]
+
+    def budgets(self, num_kv_heads: int) -> list[tuple[LayerBudget, ...]]:
+        """``[L][B]``: how much a layer keeps of each prompt."""
+        if not self._budgets:
+            of_lengths = {
+                n: self._budget.of_layers(n, num_kv_heads=num_kv_heads, num_layers=self.num_layers)
+                for n in set(self.lengths)
+            }
+            self._budgets = list(zip(*(of_lengths[n] for n in self.lengths), strict=True))
+        return self._budgets
 
     @property
     def _is_long(self) -> bool:
@@ -284,23 +307,41 @@ class Reader:
                 replace(x, repeat=(repeat[0][group], repeat[1][group]))
                 for x, group in zip(inputs, self._groups, strict=True)
             ]
+        if self._protection is not None:
+            inputs = self._with_protected(inputs, self._protection)
+        budgets = self.budgets(inputs[0].num_kv_heads)[layer]
+        wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
         if self._folding is None or not observed.folded:
-            return [Whole(x, None) for x in inputs]
+            return wholes
         return [
-            Whole(x, self._folding.finish(folded, x) if self._is_cut(x) else None)
-            for x, folded in zip(inputs, observed.folded, strict=True)
+            whole
+            if whole.budgets[0].keeps_everything
+            else whole._replace(scores=self._folding.finish(folded, whole.inputs))
+            for whole, folded in zip(wholes, observed.folded, strict=True)
         ]
 
-    def _held(self, whole: Whole, budget: int) -> Whole | Reserve:
+    def _with_protected(
+        self, inputs: Sequence[LayerInputs], protection: Protection
+    ) -> list[LayerInputs]:
+        """With the mask of what must stay, which is made once for all layers."""
+        if not self._protected:
+            spans = protection.spans(self.lengths)
+            self._protected = [
+                mask_of(spans[group], x.length, x.keys.device)
+                for x, group in zip(inputs, self._groups, strict=True)
+            ]
+        return [
+            replace(x, protected=mask.to(x.keys.device, non_blocking=True))
+            for x, mask in zip(inputs, self._protected, strict=True)
+        ]
+
+    def _held(self, whole: Whole) -> Whole | Reserve:
         """What a layer of a model-wide policy holds of some prompts until the last one is there."""
         if self.policy.reserves:
-            reserve = Reserve.take(self.policy, whole, budget)
-            return reserve if self._holds_entries else Whole(reserve.inputs, reserve.scores)
-        scored = whole.scored(self.policy, budget)
+            held = Reserve.take(self.policy, whole)
+            return held if self._holds_entries else Whole(held.inputs, held.budgets, held.scores)
+        scored = whole.scored(self.policy)
         return scored if self._holds_entries else scored.without_entries(self.policy)
-
-    def _is_cut(self, inputs: LayerInputs) -> bool:
-        return not self.policy.keeps_everything(inputs, self._budget.of(inputs.length))
 
     def _asked(self, queries: Tensor) -> Tensor:
         """The last of the queries, ``[B, Hq, W, D]``, unless the policy asks for all."""
@@ -333,14 +374,14 @@ class Reader:
             )
         return inputs
 
-    def _choose_all(self, budgets: Sequence[int]) -> dict[int, list[Chosen]]:
+    def _choose_all(self) -> dict[int, list[Chosen]]:
         """What a model-wide policy keeps, of all layers."""
         finished, self.waiting = self.waiting, []
         kept = []  # [groups][L]
-        for parts, budget in zip(zip(*finished, strict=True), budgets, strict=True):
+        for parts in zip(*finished, strict=True):
             scores = [part.scores for part in parts if part.scores is not None] or None
             inputs = [part.inputs for part in parts]
-            kept.append(self.policy.choose_all(inputs, budget, scores=scores))
+            kept.append(self.policy.choose_all(inputs, parts[0].budgets, scores=scores))
         return {
             layer: [
                 Chosen(group, of_group[layer], entries)

@@ -25,6 +25,7 @@ from adakv.errors import integer
 from adakv.ops import Kept
 from adakv.policy import EveryTokens, LayerInputs, Policy, get
 from adakv.policy.again import carries, check_chooses_again, choose_again
+from adakv.policy.protection import Spans, mask_of
 from adakv.step import Attention
 
 
@@ -173,6 +174,8 @@ class Reselection:
     attention : one :class:`adakv.step.Attention` for each layer
     written : ints ``[B]``, optional
         Tokens of the texts that were read and chosen from already. Default: none.
+    protected : spans of each sequence, optional
+        Tokens that stay, counted from the beginning of the sequence.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Reselection:
         attention: Sequence[Attention],
         *,
         written: Sequence[int] = (),
+        protected: Sequence[Spans] = (),
     ) -> None:
         num_layers = len(attention)
         self.rule = rule
@@ -189,6 +193,7 @@ class Reselection:
         """The newest queries of the texts."""
         self._attention = attention
         self._num_layers = num_layers
+        self._protected = protected if any(protected) else ()
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
         self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
@@ -225,6 +230,8 @@ class Reselection:
 
         Raises
         ------
+        ValueError
+            If more is protected than a budget has room for. Nothing changes.
         adakv.Error
             If there is no memory for what stays, beside what is held. Nothing changes.
         """
@@ -238,6 +245,8 @@ class Reselection:
             self._unheard = 0
             return
         self._count_prompts(lengths)
+        if not self.rule.pins_prompt:
+            self._check_room(kv.num_kv_heads)
         plans = [self._plan(layer, rows, most) for layer, rows in enumerate(lengths)]
         totals = [plan.totals for plan in plans]
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
@@ -250,6 +259,7 @@ class Reselection:
                 scores,
                 tuple(plan.budgets),
                 pinned=self._pinned(held),
+                protected=self._marked(held),
                 total=sum(plan.totals),
             )
             view = sequences(kv.layers[layer], slots)
@@ -329,6 +339,32 @@ class Reselection:
         slots = torch.arange(held.positions.shape[2], device=ends.device)
         is_held = slots < held.lengths[..., None]
         return is_held & (held.positions < ends[:, None, None])
+
+    def _check_room(self, num_kv_heads: int) -> None:
+        """Raises ``ValueError`` if more is protected than a kv head has room for."""
+        for b, spans in enumerate(self._protected):
+            of_prompt = min(totals[b] for totals in self._prompt_totals) // num_kv_heads
+            room = self.rule.budget + of_prompt
+            seen = self._prompt_lens[b] + self._written[b]
+            count = sum(max(min(end, seen) - begin, 0) for begin, end in spans)
+            least = self.rule.policy.window + self.rule.policy.scorer.pinned + count
+            if count and least > room:
+                raise ValueError(
+                    f"protect: sequence {b} has {count} protected tokens; with what always stays "
+                    f"{least} must stay in every kv head, and {self.rule.name} leaves room for "
+                    f"{room}: protect less, or give a larger one"
+                )
+
+    def _marked(self, held: Held) -> Tensor | None:
+        """``[B, Hkv, T]`` bool: what is protected of what rows hold."""
+        if not self._protected:
+            return None
+        length = 1 + max(end for spans in self._protected for _, end in spans)
+        mask = mask_of(self._protected, length, held.positions.device)
+        places = held.positions.clamp(0, length - 1).long()
+        slots = torch.arange(places.shape[2], device=places.device)
+        marked = mask[:, None].expand(-1, places.shape[1], -1).gather(2, places)
+        return marked & (slots < held.lengths[..., None])
 
 
 class _Plan(NamedTuple):

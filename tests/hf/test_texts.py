@@ -239,3 +239,31 @@ def test_a_prompt_in_chunks_is_never_held_whole(policy: str):
 def test_wrong_chunk_budgets_are_named(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         adakv.Cache(LLAMA.model(), **{"policy": "ada_snapkv", "budget": 48, **settings})
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "streaming"])
+def test_what_is_protected_stays_through_chunks_and_texts(policy: str):
+    model = LLAMA.model(max_position_embeddings=2048)
+    prompt = torch.randint(3, VOCAB, (1, 400))
+    spans = [(10, 20), (70, 75), (399, 410)]
+    cache = adakv.Cache(
+        model,
+        policy,
+        64,
+        chunk_budget=70,
+        protect=spans,
+        decode_budget=40,
+        every=8,
+        pin_prompt=False,
+    )
+    read(model, cache, prompt[:, :399], 50)
+    write(model, cache, prompt, 100)
+    must = {*range(10, 20), *range(70, 75)}
+    for layer in range(4):
+        for row in cache.kept(layer)[0]:
+            assert must <= {*row.tolist()}
+    assert cache.stats()["lengths"].float().mean() <= 64 + 40 + 8
+    crowded = adakv.Cache(model, policy, 64, chunk_budget=70, protect=[(100, 180)])
+    with pytest.raises(ValueError, match=r"protect: sequence 0 has .* protected tokens.* chunk_bu"):
+        read(model, crowded, prompt, 50)

@@ -25,7 +25,7 @@ from adakv.policy import (
     WholePages,
 )
 
-NO_PARTS = ("Budget", "LayerInputs", "PressScorer", "Profile", "Policy", "WholePages")
+NO_PARTS = {"Budget", "LayerInputs", "PressScorer", "Profile", "Policy", "Protection", "WholePages"}
 PARTS = [
     part
     for part in map(vars(policy).get, policy.__all__)

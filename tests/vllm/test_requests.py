@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
-from adakv.vllm.protect import Protected
-from vllm_engine import BLOCK, engine, save_llama
+from vllm_engine import engine, save_llama
 from vllm_reference import Reference
 
 SPANS = ((0, 30), (100, 110))
@@ -51,13 +50,10 @@ def test_requests_get_what_they_ask_for(model: str, policy: str, when: Any, pool
     num_cut = 0
     for number, (_, budget, spans) in enumerate(WISHES):
         own = replace(settings, budget=budget)
-        chosen = own.policy_for(BLOCK)
-        if spans:
-            chosen = replace(chosen, scorer=Protected(chosen.scorer, spans))
         (compression,) = run.compressions[number]
         assert when == "pressure" or bool(compression.lengths.any()) == (budget < 1024)
         num_cut += bool(compression.lengths.any())
-        tokens, reference = run.tokens[number], Reference(model, own, chosen)
+        tokens, reference = run.tokens[number], Reference(model, own, protect=spans)
         assert reference.choices(prompts[number], tokens, [compression]) == tokens, number
     assert num_cut >= 2
 

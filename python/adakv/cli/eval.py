@@ -21,6 +21,7 @@ from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
 from adakv.cli.options import Place, file_option, place_options
 from adakv.cli.progress import progress_bar
+from adakv.cli.protect import Span, protect_option
 from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
@@ -132,6 +133,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
 )
+@protect_option
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")
 @file_option("--markdown", help="Write the tables as Markdown.")
 @place_options
@@ -142,6 +144,7 @@ def evaluate(
     policies: str,
     kv_dtypes: str,
     shares: str,
+    protect: tuple[Span, ...],
     records: str | None,
     markdown: str | None,
     place: Place,
@@ -165,9 +168,10 @@ def evaluate(
             "model": Path(model).name,
             "dtype": dtype_name(network),
             **sources.as_dict(),
+            **({"protect": [f"{begin}:{end}" for begin, end in protect]} if protect else {}),
         }
         file = RecordFile(records, about)
-    run_all(network, file, tasks, formats, kept)
+    run_all(network, file, tasks, formats, kept, protect)
     wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
@@ -191,6 +195,7 @@ def run_all(
     tasks: dict[str, list[Item]],
     formats: dict[str, tuple[str, str]],
     shares: Sequence[float],
+    protect: tuple[Span, ...] = (),
 ) -> None:
     """Measures what the file lacks, with a progress bar; ``formats`` are :func:`labelled`."""
     from adakv.eval import runner  # needs transformers
@@ -200,7 +205,7 @@ def run_all(
     chosen = {label: adakv.policy.get(name) for label, (name, _) in formats.items()}
     kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in formats.items()}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes):
+        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes, protect):
             file.add(record)
             advance()
 

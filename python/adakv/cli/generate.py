@@ -20,6 +20,7 @@ from adakv.cli.inputs import (
     check_outputs,
     dtype_name,
     encode_prompt,
+    messages_of,
     read_text,
     refusals,
 )
@@ -35,6 +36,7 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.prompts import read_prompts
+from adakv.cli.protect import protect_options, system_spans
 from adakv.cli.results import ResultFile
 from adakv.cli.types import FILE
 
@@ -114,6 +116,7 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
 @question_option
 @setting_options
 @text_options
+@protect_options
 @max_new_tokens_option(default=128, least=1)
 @click.option("--compare-full", is_flag=True, help="Also run with transformers' own cache.")
 @place_options
@@ -143,6 +146,11 @@ def generate(
     content = read_text(text)
     network, tokenizer = place.load(model, setting.kv_dtype)
     prompt = encode_prompt(tokenizer, content, question)
+    if setting.protect_system:
+        if question is None or not tokenizer.chat_template:
+            raise InputError("--protect-system needs --question and a chat template")
+        spans = system_spans(tokenizer, messages_of(content, question))
+        setting = replace(setting, protect=(*setting.protect, *spans))
     full = [FULL] if compare_full else []
     runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
     console = output.plain_console()
@@ -166,13 +174,18 @@ def generate_many(
         results.check(
             [prompt.tolist() for prompt in ids], counts, settings_of(setting, model, network)
         )
+        protect = [
+            [*setting.protect, *(line.system(tokenizer) if setting.protect_system else ())]
+            for line in lines
+        ]
         todo = [index for index in range(len(ids)) if index not in results.done]
         start, written = time.perf_counter(), 0
         with refusals():
             stream = adakv.generate_stream(
                 network,
                 [ids[index] for index in todo],
-                **asdict(setting),
+                **setting.arguments,
+                protect=[protect[index] for index in todo],
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
                 options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
@@ -198,6 +211,16 @@ def generate_many(
 
 
 def settings_of(setting: Setting, source: str, model: Any) -> dict[str, Any]:
-    """What a text depends on besides its prompt, for JSON."""
+    """What a text depends on besides its prompt, for JSON: the policy and its budget, and what else
+    is not as it is by default."""
     about = {"adakv": adakv.__version__, "model": Path(source).name, "dtype": dtype_name(model)}
-    return about | asdict(setting)
+    always = ("policy", "budget", "ratio", "kv_dtype")
+    default = asdict(Setting(setting.policy))
+    made_of = {
+        name: value
+        for name, value in asdict(setting).items()
+        if name in always or value != default[name]
+    }
+    if "protect" in made_of:
+        made_of["protect"] = [f"{begin}:{end}" for begin, end in setting.protect]
+    return about | made_of

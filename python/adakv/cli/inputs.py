@@ -203,7 +203,12 @@ def encode_prompt(tokenizer: Any, text: str, question: str | None) -> Tensor:
         return _encode(tokenizer, text)
     if not tokenizer.chat_template:
         return _encode(tokenizer, f"{text}\n\nQuestion: {question}\nAnswer:")
-    return encode_messages(tokenizer, [{"role": "user", "content": f"{text}\n\n{question}"}])
+    return encode_messages(tokenizer, messages_of(text, question))
+
+
+def messages_of(text: str, question: str) -> list[dict[str, Any]]:
+    """A text and a question about it, as a conversation."""
+    return [{"role": "user", "content": f"{text}\n\n{question}"}]
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> Tensor:

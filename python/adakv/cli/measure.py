@@ -75,6 +75,15 @@ class Setting:
     decode_policy: str | None = None
     every: int | None = None
     pin_prompt: bool = True
+    protect: tuple[tuple[int, int], ...] = ()  #: spans of tokens that stay of every prompt
+    protect_system: bool = False  #: whether a system prompt stays, too
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of :class:`adakv.Cache` and :func:`adakv.generate_stream`, but for what is
+        protected."""
+        given = asdict(self)
+        return {name: given[name] for name in given if not name.startswith("protect")}
 
     @property
     def title(self) -> str:
@@ -88,7 +97,7 @@ class Setting:
             from transformers import DynamicCache
 
             return DynamicCache(config=model.config)
-        return adakv.Cache(model, **asdict(self))
+        return adakv.Cache(model, protect=self.protect, **self.arguments)
 
 
 FULL = Setting(policy=None)

@@ -16,6 +16,7 @@ from adakv.cli.inputs import (
     read_text,
     refusals,
 )
+from adakv.cli.protect import system_spans
 from adakv.eval.files import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"  # also where files were joined
@@ -46,6 +47,12 @@ class Line:
             ids = token_ids(model, tokenizer, name, prompt)
         check_prompt_length(model, len(ids), max_new_tokens, name=name)
         return ids
+
+    def system(self, tokenizer: Any) -> list[tuple[int, int]]:
+        """Tokens before the user's first one."""
+        if self.field != "messages":
+            raise InputError(f"{self.place}: --protect-system needs messages, got {self.field}")
+        return system_spans(tokenizer, self.prompt)
 
 
 def read_prompts(path: str) -> list[Line]:

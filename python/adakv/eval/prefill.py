@@ -119,6 +119,7 @@ class Prefill:
         *,
         kv_dtype: str = "auto",
         max_new_tokens: int = 4096,
+        protect: Any = None,
     ) -> Cache:
         """A cache holding what the policy keeps of the prompt: as if the model had read it there.
 
@@ -126,7 +127,7 @@ class Prefill:
         repeated reads it once more, without an instruction to do so.
         """
         settings: dict[str, Any] = {"kv_dtype": kv_dtype, "max_new_tokens": max_new_tokens}
-        cache = adakv.Cache(self._model, policy, budget, ratio, **settings)
+        cache = adakv.Cache(self._model, policy, budget, ratio, protect=protect, **settings)
         with torch.inference_mode():
             for index, (keys, values) in enumerate(self._recorder.entries):
                 cache.update(keys[:], values, index)

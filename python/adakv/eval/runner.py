@@ -40,6 +40,7 @@ def run(
     shares: Sequence[float],
     done: Collection[Key] = (),
     kv_dtypes: Mapping[str, str] | None = None,
+    protect: Any = None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -54,6 +55,8 @@ def run(
     done : collection of :class:`Key`, optional
     kv_dtypes : formats of pages by names of ``policies``, optional
         Default: "auto".
+    protect : spans or masks, optional
+        Tokens of every prompt that stay, as :class:`adakv.Cache` takes them.
 
     Raises
     ------
@@ -86,7 +89,8 @@ def run(
                     for _, key in pairs:
                         policy = policies[key.policy]
                         kv_dtype = (kv_dtypes or {}).get(key.policy, "auto")
-                        yield _record(model, prefill, item, key, policy, kv_dtype, full)
+                        given = {"kv_dtype": kv_dtype, "protect": protect}
+                        yield _record(model, prefill, item, key, policy, given, full)
 
 
 def _record(
@@ -95,11 +99,11 @@ def _record(
     item: Item,
     key: Key,
     policy: Policy,
-    kv_dtype: str,
+    given: dict[str, Any],
     full: torch.Tensor,
 ) -> Record:
     new = len(item.query) + len(item.answer)
-    cache = prefill.cache(policy, ratio=key.share, kv_dtype=kv_dtype, max_new_tokens=new)
+    cache = prefill.cache(policy, ratio=key.share, max_new_tokens=new, **given)
     stats = cache.stats()
     compressed = answer_logits(model, cache, item)
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))

@@ -39,7 +39,7 @@ from adakv.hf.padding import Padding
 from adakv.hf.pool_size import FIRST_TOKENS, Shape
 from adakv.hf.repetition import Repetition
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy import DEFAULT, Budget, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.step import PlannedStep
@@ -84,6 +84,8 @@ class Cache(OneWayCache):
     kv_dtype : "auto", "int8" or "fp8"
         How pages hold keys and values: as the model has them, or in about half of their bytes
         (docs/bits.md), for models in float16 or bfloat16.
+    protect : spans, masks or a list of them, optional
+        Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     chunk_budget : int, optional
         The prompt comes in several forwards, each of which brings the heads back to so many entries
         on average (docs/texts.md): the cache never holds more than these and one chunk.
@@ -102,6 +104,7 @@ class Cache(OneWayCache):
 
     reading: Reader | None
     """The prompts that are being read; None as soon as what is kept of them is in pages."""
+    protection: Protection  #: what must stay of the prompts after the next :meth:`reset`
 
     def __init__(
         self,
@@ -114,6 +117,7 @@ class Cache(OneWayCache):
         chunked_prefill: bool = False,
         page_size: int | None = None,
         kv_dtype: str = "auto",
+        protect: Any = None,
         chunk_budget: int | None = None,
         decode_budget: int | None = None,
         decode_policy: str | Policy | None = None,
@@ -126,14 +130,7 @@ class Cache(OneWayCache):
         full = families.full_attention(layers)
         if not full:
             _logger.warning("no layer of the model has full attention: nothing to compress")
-        for config in (model.config, decoder.config):
-            if getattr(config, "use_cache", True) is False:
-                raise ValueError(
-                    "model: its config has use_cache=False, so that it would feed its whole text "
-                    "again in every step; set model.config.use_cache = True"
-                )
-        if decoder.training:
-            raise ValueError("model must be in eval mode: adakv.Cache is for inference")
+        families.check_writes(model, decoder)
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         if chunked_prefill and chunk_budget is not None:
@@ -143,6 +140,7 @@ class Cache(OneWayCache):
         self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self.model = decoder
         self._budget = Budget.given(policy, budget, ratio)
+        self.protection = Protection.given(protect)
         rule = Rule.given(self._budget.policy, decode_policy, decode_budget, every, pin_prompt)
         self._make_eviction = partial(Eviction, self._budget, chunk_budget, rule)
         needs = self._budget.policy.needs
@@ -168,7 +166,8 @@ class Cache(OneWayCache):
     def _begin(self) -> None:
         """Holds nothing."""
         self.eviction = self._make_eviction()
-        self.reading = Reader(self.eviction.first_budget, len(self._full))
+        first_budget = self.eviction.first_budget
+        self.reading = Reader(first_budget, len(self._full), protection=self.protection)
         self.step: PlannedStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -233,11 +232,7 @@ class Cache(OneWayCache):
     @property
     def _num_kv_heads(self) -> int:
         """As its keys have them; before the first ones come, as the model's config says."""
-        if self._heads is not None:
-            return self._heads[0]
-        config = self.model_config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(heads)
+        return self._heads[0] if self._heads else families.num_kv_heads(self.model_config)
 
     @property
     def is_initialized(self) -> bool:
@@ -436,9 +431,8 @@ class Cache(OneWayCache):
         if gaps and self.waits:
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
         lengths = [had + now for had, now in zip(seen, new, strict=True)]
-        self.reading.begin(lengths, before + columns)
-        if not self.waits:
-            self.reading.check_complete()
+        is_last = not self.waits or (columns == 1 and LAST_TOKEN_COMES_ALONE)
+        self.reading.begin(lengths, before + columns, is_complete=is_last)
         self.is_midway = True
 
     def begin_step(self, mask: Tensor | None, columns: int) -> None:
@@ -476,7 +470,8 @@ class Cache(OneWayCache):
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.reading = reader.lengths, None
-            self.eviction.begin(reader.lengths, [layer.attention for layer in self._full])
+            attention = [layer.attention for layer in self._full]
+            self.eviction.begin(reader.lengths, attention, self.protection)
 
     def _finish_all(self) -> None:
         """:meth:`finish` of all layers, whose prompts came in chunks."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adakv.cache import KVCache
-from adakv.policy import Budget
+from adakv.policy import Budget, Protection
 from adakv.reselection import Recent, Reselection, Rule
 from adakv.step import Attention
+
+_ANY = 2**31 - 1  # tokens: how long a prompt in chunks will be is not known
 
 
 class Eviction:
@@ -57,15 +59,25 @@ class Eviction:
         """What hears of the queries of steps."""
         return None if self.text is None else self.text.recent
 
-    def begin(self, lengths: Sequence[int], attention: Sequence[Attention]) -> None:
+    def begin(
+        self,
+        lengths: Sequence[int],
+        attention: Sequence[Attention],
+        protection: Protection,
+    ) -> None:
         """Prompts of so many tokens, or their first chunks, are in pages."""
-        self._attention = attention
+        self._attention, self._protection = attention, protection
         if self._chunks is not None:
             self.reads_chunks = True
-            nothing = [0] * len(lengths)
-            self.text = Reselection(self._chunks, nothing, attention, written=lengths)
-        elif self.decode is not None:
-            self.text = Reselection(self.decode, lengths, attention)
+            self.text = Reselection(
+                self._chunks,
+                [0] * len(lengths),
+                attention,
+                written=lengths,
+                protected=protection.spans([_ANY] * len(lengths)),
+            )
+        else:
+            self._begin_text(lengths)
 
     def end_prompt(self, kv: KVCache, slots: slice, seen: Sequence[int]) -> None:
         """The first token behind the prompts comes: the last choice from these."""
@@ -77,9 +89,13 @@ class Eviction:
         self.text.rule = replace(self.text.rule, budget=min(max(of_prompts), self._most))
         if self.text.is_due:
             self.text.choose(kv, slots)
+        self._begin_text(seen)
+
+    def _begin_text(self, prompt_lens: Sequence[int]) -> None:
         self.text = None
         if self.decode is not None:
-            self.text = Reselection(self.decode, seen, self._attention)
+            protected = self._protection.spans(prompt_lens)
+            self.text = Reselection(self.decode, prompt_lens, self._attention, protected=protected)
 
     def begin_step(self, num_new: Sequence[int], columns: int) -> None:
         """A step comes, which the :attr:`watcher` hears of."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
@@ -89,6 +90,11 @@ def check(model: Any, cache_layers: Sequence[object]) -> None:
     check_heads(model, full_attention(cache_layers))
 
 
+def num_kv_heads(config: Any) -> int:
+    """As a decoder's config has it."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def full_attention(cache_layers: Sequence[object]) -> list[int]:
     """Which layers of transformers' own cache hold keys and values of all tokens."""
     return [i for i, layer in enumerate(cache_layers) if type(layer).__name__ in FULL_ATTENTION]
@@ -125,6 +131,18 @@ def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[tor
         if getattr(module, "layer_idx", None) in layers
         and type(module).__name__.endswith("Attention")
     ]
+
+
+def check_writes(*models: PreTrainedModel) -> None:
+    """Raises ``ValueError`` unless a model and its decoder write with a cache."""
+    for model in models:
+        if getattr(model.config, "use_cache", True) is False:
+            raise ValueError(
+                "model: its config has use_cache=False, so that it would feed its whole text again "
+                "in every step; set model.config.use_cache = True"
+            )
+        if model.training:
+            raise ValueError("model must be in eval mode: adakv.Cache is for inference")
 
 
 def check_output_projections(model: torch.nn.Module, full: Sequence[int]) -> None:

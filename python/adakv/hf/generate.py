@@ -31,7 +31,7 @@ from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy
+from adakv.policy import DEFAULT, Budget, Policy, Protection
 from adakv.reselection import Rule
 
 End = Literal["eos", "stop_string", "length"]
@@ -126,6 +126,7 @@ class _Sequence:
     max_new_tokens: int
     room: int  # tokens that there are pages for
     need: Need  # for these
+    protection: Protection
     tokens: list[int] = field(default_factory=list)
 
 
@@ -137,6 +138,8 @@ def generate_batch(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    protect: Any = None,
+    protect_tokens: Sequence[int] = (),
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -159,6 +162,10 @@ def generate_batch(
         Strings need a tokenizer.
     policy, budget, ratio, kv_dtype, decode_budget, decode_policy, every, pin_prompt
         As in :class:`adakv.Cache`.
+    protect : spans, masks or a list of them, optional
+        Tokens that stay, of all prompts or of each: see :meth:`adakv.policy.Protection.given`.
+    protect_tokens : ints
+        Ids of tokens that stay wherever a prompt has them.
     max_new_tokens : int or ints
         Most tokens to write, for all prompts or for each.
     tokenizer : optional
@@ -184,6 +191,8 @@ def generate_batch(
         budget=budget,
         ratio=ratio,
         kv_dtype=kv_dtype,
+        protect=protect,
+        protect_tokens=protect_tokens,
         decode_budget=decode_budget,
         decode_policy=decode_policy,
         every=every,
@@ -204,6 +213,8 @@ def generate_stream(
     budget: int | None = None,
     ratio: float | None = None,
     kv_dtype: str = "auto",
+    protect: Any = None,
+    protect_tokens: Sequence[int] = (),
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -229,12 +240,14 @@ def generate_stream(
     reader = Cache(model, policy, budget, ratio, **({} if rule is None else rule.arguments))
     shape = Shape.of(model, check_kv_dtype(kv_dtype))
     ids = all_token_ids(model, tokenizer, prompts)
-    counts = new_token_counts(max_new_tokens, len(ids))
-    long_rope.check_batch(decoder_of(model).config, [len(prompt) for prompt in ids], counts)
+    lengths, counts = [len(prompt) for prompt in ids], new_token_counts(max_new_tokens, len(ids))
+    long_rope.check_batch(decoder_of(model).config, lengths, counts)
+    protection = Protection.of_prompts(protect, protect_tokens, ids)
+    protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
     page_size = page_size_for(shape.kv_dtype, options.page_size)
     need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
     is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    waiting = _waiting(model, ids, counts, need_of, is_limited=is_limited)
+    waiting = _waiting(model, ids, counts, protection, need_of, is_limited=is_limited)
     if not ids:
         return iter(())
     kv = cache_for(
@@ -248,24 +261,18 @@ def generate_stream(
         page_size=page_size,
     )
     decoder = Decoder(model, kv, sampling, rule)
+    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
-    batch = _Batch(
-        decoder,
-        Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile),
-        reader,
-        stop,
-        None if sampling.is_greedy else seed,
-        need_of,
-        deque(waiting),
-        max(sequence.need.again for sequence in waiting),
-    )
-    return batch.run()
+    chance = None if sampling.is_greedy else seed
+    spare = max(sequence.need.again for sequence in waiting)
+    return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
 
 
 def _waiting(
     model: PreTrainedModel,
     prompts: Sequence[Tensor],
     counts: Sequence[int],
+    protection: Protection,
     need_of: Callable[[int, int], Need],
     *,
     is_limited: bool,
@@ -274,7 +281,8 @@ def _waiting(
     waiting = []
     for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         room = first_tokens(model, len(prompt), count, is_limited=is_limited)
-        waiting.append(_Sequence(index, prompt, count, room, need_of(len(prompt), room)))
+        need, protected = need_of(len(prompt), room), protection.of_one(index)
+        waiting.append(_Sequence(index, prompt, count, room, need, protected))
     return waiting
 
 
@@ -316,6 +324,7 @@ class _Batch:
         generator = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + sequence.index)
+        self.reader.protection = sequence.protection
         self.reader.fill(self.decoder.kv, slot)
         ids = sequence.prompt[None].to(self.decoder.kv.device)
         output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})

@@ -60,6 +60,7 @@ class Repetition:
                 f"input_ids must repeat the {len(cache.seen)} prompts, all of one length and "
                 f"without padding, got {input_ids.shape[0]} for prompts of {cache.seen} tokens"
             )
+        cache.reading.check_complete()
         num_layers = cache.reading.num_layers
         repetition = TransformersCache(layers=[RepeatLayer(cache, i) for i in range(num_layers)])
         cache.model.base_model(input_ids, use_cache=True, **{CACHE: repetition})

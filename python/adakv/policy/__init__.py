@@ -9,6 +9,7 @@ from adakv.policy.base import (
     EveryTokens,
     FoldingScorer,
     Kept,
+    LayerBudget,
     LayerInputs,
     LayerSchedule,
     Need,
@@ -25,6 +26,7 @@ from adakv.policy.prompt_scorers import (
     PromptAttention,
     RepeatAttention,
 )
+from adakv.policy.protection import Protection, spans_of
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -55,6 +57,7 @@ __all__ = [
     "KeyDiff",
     "KeyNorm",
     "LastQuery",
+    "LayerBudget",
     "LayerInputs",
     "LayerSchedule",
     "ModelWide",
@@ -63,6 +66,7 @@ __all__ = [
     "PressScorer",
     "Profile",
     "PromptAttention",
+    "Protection",
     "Pyramid",
     "Random",
     "Recency",
@@ -78,4 +82,5 @@ __all__ = [
     "WindowAttention",
     "get",
     "names",
+    "spans_of",
 ]

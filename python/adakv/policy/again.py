@@ -39,13 +39,14 @@ def choose_again(
     budgets: tuple[int, ...],
     *,
     pinned: Tensor | None = None,
+    protected: Tensor | None = None,
     total: int,
 ) -> Kept:
     """Which entries of a layer stay, of those that its rows hold.
 
     Shares a budget out and picks as :meth:`Policy.choose` does with a prompt. Rows differ in
     length, so the window, which is each row's last entries, takes part with a score of ``+inf``,
-    and so does what is pinned; what is pinned costs no budget.
+    and so does what is protected. What is pinned stays, too, and costs no budget.
 
     Parameters
     ----------
@@ -57,7 +58,8 @@ def choose_again(
         Those of the policy's scorer.
     budgets : ints ``[B]``
         Mean entries per kv head, window included, beside what is pinned; T for all of them.
-    pinned : ``[B, Hkv, T]`` bool, optional
+    pinned, protected : ``[B, Hkv, T]`` bool, optional
+        The budget must have room for what is protected.
     total : int
         Most entries that stay, of all sequences and kv heads together.
 
@@ -67,8 +69,10 @@ def choose_again(
         Places in the rows in the place of positions.
     """
     held = inputs.candidates(0)
-    is_new = held & ~inputs.candidates(policy.window)
-    scores = scores.masked_fill(is_new, torch.inf).masked_fill(~held, -torch.inf)
+    stays = held & ~inputs.candidates(policy.window)
+    if protected is not None:
+        stays |= protected
+    scores = scores.masked_fill(stays, torch.inf).masked_fill(~held, -torch.inf)
     if pinned is None:
         shares = policy.allocator.allocate(scores, inputs, budgets, window=0)
     else:

@@ -151,7 +151,8 @@ class Adaptive:
             weighed = (scores + _EPS) * inputs.norms()
             scores = torch.where(scores == torch.inf, scores, weighed)
         if self.weigh_heads:
-            scores = scores * _head_weights(scores, inputs, budgets, window)
+            weighed = scores * _head_weights(scores, inputs, budgets, window)
+            scores = torch.where(scores == torch.inf, scores, weighed)
         if self.counts_window:
             scores, window = inputs.pin_window(scores, window), 0
 
@@ -176,6 +177,13 @@ class Adaptive:
         b = budget - window
         rounded_up = (1 - self.floor) * b + int(self.floor * b) + 0.5
         return min(num_kv_heads * window + math.ceil(num_kv_heads * rounded_up), everything)
+
+    def least(self, budget: int, *, window: int, prompt_len: int, layer: int, pinned: int) -> int:
+        """Entries that every kv head gets if each has ``pinned`` candidates of score ``+inf``."""
+        if self.safeguard != "official_round":
+            return budget
+        b = budget - window
+        return window + round((1 - self.floor) * min(pinned, b) + int(self.floor * b))
 
 
 @dataclass(frozen=True)
@@ -228,12 +236,21 @@ class Profile:
             raise ValueError(
                 f"shares must be those of {inputs.num_kv_heads} kv heads, got {len(heads)} a layer"
             )
-        rows = []
-        for budget, length in zip(budgets, inputs.prompt_lens, strict=True):
-            most = max(length - window, 0)
-            count = min(max(budget - window, 0), most) * len(heads)
-            rows.append([min(window, length) + n for n in _in_proportion(heads, count, most)])
+        rows = [
+            self._row(budget, window, length, inputs.layer)
+            for budget, length in zip(budgets, inputs.prompt_lens, strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.int32).to(scores.device, non_blocking=True)
+
+    def least(self, budget: int, *, window: int, prompt_len: int, layer: int, pinned: int) -> int:
+        """Entries that every kv head gets, whatever is pinned."""
+        return min(self._row(budget, window, prompt_len, layer))
+
+    def _row(self, budget: int, window: int, length: int, layer: int) -> list[int]:
+        """What each head of a layer gets of a prompt."""
+        heads, most = self.shares[layer], max(length - window, 0)
+        count = min(max(budget - window, 0), most) * len(heads)
+        return [min(window, length) + n for n in _in_proportion(heads, count, most)]
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "EveryTokens",
     "FoldingScorer",
     "Kept",
+    "LayerBudget",
     "LayerInputs",
     "LayerSchedule",
     "Need",
@@ -144,6 +145,14 @@ class Selector(Protocol):
         ...
 
 
+class LayerBudget(NamedTuple):
+    """How much a layer keeps of one prompt: integers that the host knows before any score."""
+
+    mean: int  #: entries per kv head, window included
+    total: int  #: most entries of all its kv heads together
+    keeps_everything: bool  #: the prompt fits into it
+
+
 @dataclass(frozen=True)
 class EveryTokens:
     """The text behind a prompt is chosen from after every ``every`` of its tokens."""
@@ -192,35 +201,63 @@ class Policy:
 
     def keeps_everything(self, inputs: LayerInputs, budget: int) -> bool:
         """Whether all prompts fit into their budget in this layer: then nothing is scored."""
-        return _fit(inputs, self._layer_budgets(inputs, budget))
+        return all(x.keeps_everything for x in self.layer_budgets(inputs, budget))
 
     def totals(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
-        """Most entries that each sequence keeps in this layer, all kv heads together.
+        """Most entries that each sequence keeps in this layer: see :meth:`layer_budget`."""
+        return tuple(x.total for x in self.layer_budgets(inputs, budget))
 
-        From host integers alone. It is exactly what :meth:`choose` keeps, except under the
-        safeguard ``official_round``, whose sums depend on the scores: there it is an upper bound.
+    def layer_budgets(self, inputs: LayerInputs, budget: int) -> list[LayerBudget]:
+        """:meth:`layer_budget` of each sequence in this layer."""
+        heads, layer, num_layers = inputs.num_kv_heads, inputs.layer, inputs.num_layers
+        return [
+            self.layer_budget(n, budget, num_kv_heads=heads, layer=layer, num_layers=num_layers)
+            for n in inputs.prompt_lens
+        ]
+
+    def layer_budget(
+        self, prompt_len: int, budget: int, *, num_kv_heads: int, layer: int, num_layers: int
+    ) -> LayerBudget:
+        """How much a layer keeps of a prompt.
+
+        Its ``total`` is exactly what :meth:`choose` keeps, except under the safeguard
+        ``official_round``, whose sums depend on the scores: there it is an upper bound.
 
         How a model-wide policy divides its total among the layers is known to the device alone: the
         whole of it is counted for layer 0, and nothing for the others.
         """
-        heads = inputs.num_kv_heads
-        if self.is_model_wide:
-            heads *= inputs.num_layers if inputs.layer == 0 else 0
-        return tuple(
-            self.allocator.total(layer_budget, window=self.window, prompt_len=n, num_kv_heads=heads)
-            for n, layer_budget in zip(
-                inputs.prompt_lens, self._layer_budgets(inputs, budget), strict=True
+        window, pinned = self.window, self.scorer.pinned
+        if budget < window + pinned:
+            raise ValueError(
+                f"budget must be at least {window + pinned} entries per kv head "
+                f"(window {window}, pinned {pinned}), got {budget}"
             )
+        mean = self.allocator.layers.budget(
+            budget, window=window, prompt_len=prompt_len, layer=layer, num_layers=num_layers
         )
+        mean = min(mean, max(prompt_len, window))
+        if self.is_model_wide:
+            num_kv_heads *= num_layers if layer == 0 else 0
+        total = self.allocator.total(
+            mean, window=window, prompt_len=prompt_len, num_kv_heads=num_kv_heads
+        )
+        return LayerBudget(mean, total, prompt_len <= mean)
 
-    def choose(self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None) -> Kept:
+    def choose(
+        self,
+        inputs: LayerInputs,
+        budget: int | Sequence[LayerBudget],
+        *,
+        scores: Tensor | None = None,
+    ) -> Kept:
         """The entries of a layer to keep; for policies that are not model-wide.
 
         Parameters
         ----------
         inputs : :class:`LayerInputs`
         budget : int
-            Mean entries per kv head over all layers, at least the window and the pinned entries.
+            Mean entries per kv head over all layers, at least the window and the pinned entries; or
+            what :meth:`layer_budgets` made of it.
         scores : ``[B, Hkv, T]`` floating point, optional
             Scores from elsewhere, taken in the place of the scorer's; ``+inf`` pins an entry.
 
@@ -240,7 +277,7 @@ class Policy:
     def choose_all(
         self,
         layers: Sequence[LayerInputs],
-        budget: int,
+        budget: int | Sequence[LayerBudget],
         *,
         scores: Sequence[Tensor] | None = None,
     ) -> list[Kept]:
@@ -250,6 +287,7 @@ class Policy:
         ----------
         layers : one :class:`LayerInputs` for each layer, in order, all of the same prompts
         budget : int
+            As for :meth:`choose`; layer budgets for a model-wide policy alone, those of layer 0.
         scores : one ``[B, Hkv, T]`` for each layer, optional
 
         Returns
@@ -280,7 +318,11 @@ class Policy:
         return min(round(share * budget), max(prompt_len, budget))
 
     def reserve(
-        self, inputs: LayerInputs, budget: int, *, scores: Tensor | None = None
+        self,
+        inputs: LayerInputs,
+        budget: int | Sequence[LayerBudget],
+        *,
+        scores: Tensor | None = None,
     ) -> tuple[Kept, Tensor]:
         """The entries of a layer that are held until the last one is there.
 
@@ -290,70 +332,48 @@ class Policy:
         scores : ``[B, Hkv, T]`` float32
             For :meth:`choose_all`: ``-inf`` where an entry is not held.
         """
-        even, lengths = self._layer_budgets(inputs, budget), inputs.prompt_lens
-        if _fit(inputs, even):
+        budgets = budget if isinstance(budget, Sequence) else self.layer_budgets(inputs, budget)
+        if all(x.keeps_everything for x in budgets):
             kept = _keep_everything(inputs)
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
-        budgets = tuple(self.reserved(b, n) for n, b in zip(lengths, even, strict=True))
-        scores = self.scorer.score(inputs) if scores is None else scores
-        shares = self.allocator.allocate(scores, inputs, budgets, window=self.window)
-        heads = inputs.num_kv_heads
+        heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
+        means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
+        scores = inputs.pin_protected(self.scorer.score(inputs) if scores is None else scores)
+        shares = self.allocator.allocate(scores, inputs, means, window=window)
         total = sum(
-            self.allocator.total(b, window=self.window, prompt_len=n, num_kv_heads=heads)
-            for b, n in zip(budgets, lengths, strict=True)
+            self.allocator.total(mean, window=window, prompt_len=n, num_kv_heads=heads)
+            for mean, n in zip(means, lengths, strict=True)
         )
-        kept = self.selector.select(scores, shares, inputs, window=self.window, total=total)
+        kept = self.selector.select(scores, shares, inputs, window=window, total=total)
         held = torch.zeros_like(scores, dtype=torch.bool).flatten(0, 1)
         rows = kept.rows(held.shape[0])
         held[rows, kept.positions.long()] = held.new_ones(())  # True would come from the host
         return kept, scores.masked_fill(~held.view(scores.shape), -torch.inf)
 
     def _choose(
-        self, layers: Sequence[LayerInputs], budget: int, given: Sequence[Tensor] | None
+        self,
+        layers: Sequence[LayerInputs],
+        budget: int | Sequence[LayerBudget],
+        scores: Sequence[Tensor] | None,
     ) -> list[Kept]:
         """What to keep of layers that are allocated together."""
-        first, window = layers[0], self.window
-        if given is not None:
-            given = [_outside_scores(s, x) for s, x in zip(given, layers, strict=True)]
-        budgets = self._layer_budgets(first, budget)
-        totals = self.totals(first, budget)
-        if _fit(first, budgets):
+        first = layers[0]
+        if scores is not None:
+            scores = [_outside_scores(s, x) for s, x in zip(scores, layers, strict=True)]
+        budgets = budget if isinstance(budget, Sequence) else self.layer_budgets(first, budget)
+        if all(x.keeps_everything for x in budgets):
             return [_keep_everything(x) for x in layers]
-        scores = given or [self.scorer.score(x) for x in layers]
-        joined = scores[0] if len(layers) == 1 else torch.cat(list(scores), dim=1)
-        shares = self.allocator.allocate(joined, first, budgets, window=window)
+        scores = scores or [self.scorer.score(x) for x in layers]
+        scores = [x.pin_protected(s) for s, x in zip(scores, layers, strict=True)]
+        joined = scores[0] if len(layers) == 1 else torch.cat(scores, dim=1)
+        means = tuple(x.mean for x in budgets)
+        shares = self.allocator.allocate(joined, first, means, window=self.window)
         heads = first.num_kv_heads
-        most = sum(min(x, heads * n) for x, n in zip(totals, first.prompt_lens, strict=True))
+        most = sum(min(x.total, heads * n) for x, n in zip(budgets, first.prompt_lens, strict=True))
         return [
-            self.selector.select(s, share, x, window=window, total=most)
+            self.selector.select(s, share, x, window=self.window, total=most)
             for s, share, x in zip(scores, torch.split(shares, heads, dim=1), layers, strict=True)
         ]
-
-    def _layer_budgets(self, inputs: LayerInputs, budget: int) -> tuple[int, ...]:
-        least = self.window + self.scorer.pinned
-        if budget < least:
-            raise ValueError(
-                f"budget must be at least {least} entries per kv head "
-                f"(window {self.window}, pinned {self.scorer.pinned}), got {budget}"
-            )
-        most = max(inputs.length, self.window)
-        return tuple(
-            min(
-                most,
-                self.allocator.layers.budget(
-                    budget,
-                    window=self.window,
-                    prompt_len=n,
-                    layer=inputs.layer,
-                    num_layers=inputs.num_layers,
-                ),
-            )
-            for n in inputs.prompt_lens
-        )
-
-
-def _fit(inputs: LayerInputs, budgets: tuple[int, ...]) -> bool:
-    return all(n <= b for n, b in zip(inputs.prompt_lens, budgets, strict=True))
 
 
 def _outside_scores(scores: Tensor, inputs: LayerInputs) -> Tensor:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from adakv.errors import integer, number
 from adakv.policy.allocators import Everything
-from adakv.policy.base import Policy
-from adakv.policy.inputs import LayerInputs
+from adakv.policy.base import LayerBudget, Policy
 from adakv.policy.presets import get
 
 
@@ -70,11 +67,19 @@ class Budget:
             return prompt_len
         return min(self.policy.reserved(self.of(prompt_len), prompt_len), prompt_len)
 
+    def of_layers(
+        self, prompt_len: int, *, num_kv_heads: int, num_layers: int
+    ) -> list[LayerBudget]:
+        """How much each layer keeps of a prompt."""
+        budget = self.of(prompt_len)
+        return [
+            self.policy.layer_budget(
+                prompt_len, budget, num_kv_heads=num_kv_heads, layer=layer, num_layers=num_layers
+            )
+            for layer in range(num_layers)
+        ]
+
     def totals(self, prompt_len: int, *, num_kv_heads: int, num_layers: int) -> list[int]:
         """Most entries that each layer keeps of a prompt, all its kv heads together."""
-        shape = torch.empty(1, num_kv_heads, prompt_len, 0)  # all that totals depend on
-        layers = (
-            LayerInputs(shape, shape, shape, None, (prompt_len,), layer, num_layers)
-            for layer in range(num_layers)
-        )
-        return [self.policy.totals(inputs, self.of(prompt_len))[0] for inputs in layers]
+        layers = self.of_layers(prompt_len, num_kv_heads=num_kv_heads, num_layers=num_layers)
+        return [layer.total for layer in layers]

@@ -45,6 +45,9 @@ class LayerInputs:
     repeat : tuple of ``[B, Hq, R, D]`` and ``[B, Hkv, R, D]``, optional
         Queries and keys, after RoPE, of R tokens right behind the prompt that repeat it; if
         "repeat" is in :attr:`Policy.needs`.
+    protected : ``[B, T]`` bool, optional
+        Entries that stay in every kv head whatever they score, besides the window. The budget must
+        have room for them.
     positions : ``[B, Hkv, T]`` int32, optional
         Where the entries stand in their sequences, for a text that is chosen from again. Of a
         prompt entry t stands at t.
@@ -64,6 +67,7 @@ class LayerInputs:
     attention: Attention = field(default_factory=Attention)
     lse: Tensor | None = None
     repeat: tuple[Tensor, Tensor] | None = None
+    protected: Tensor | None = None
     positions: Tensor | None = None
     carried: Tensor | None = None
     sequence_lens: Tensor | None = field(init=False, repr=False)
@@ -89,6 +93,14 @@ class LayerInputs:
             raise ValueError(
                 f"seq_lens must be given when prompts are shorter than T = {length}, "
                 f"got prompt_lens {self.prompt_lens}"
+            )
+        protected = self.protected
+        if protected is not None and (
+            protected.dtype != torch.bool or protected.shape != (batch, length)
+        ):
+            raise ValueError(
+                f"protected must be boolean [B, T] = {[batch, length]}, "
+                f"got {protected.dtype} {list(protected.shape)}"
             )
         is_ragged = self.seq_lens is not None and self.seq_lens.dim() == 2
         object.__setattr__(self, "sequence_lens", None if is_ragged else self.seq_lens)
@@ -184,6 +196,12 @@ class LayerInputs:
         padding."""
         positions = torch.arange(self.length, device=self.keys.device)
         return positions < self.ends[:, :, None] - window
+
+    def pin_protected(self, scores: Tensor) -> Tensor:
+        """``scores``, or a copy with ``+inf`` for what is protected, if anything is."""
+        if self.protected is None:
+            return scores
+        return scores.masked_fill(self.protected[:, None], torch.inf)
 
     def pin_window(self, scores: Tensor, window: int) -> Tensor:
         """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""

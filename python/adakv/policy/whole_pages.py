@@ -52,3 +52,8 @@ class WholePages:
             budget, window=window, prompt_len=prompt_len, num_kv_heads=num_kv_heads
         )
         return min(exact + num_kv_heads * (self.page_size - 1), num_kv_heads * prompt_len)
+
+    def least(self, budget: int, **where: int) -> int:
+        """What ``allocator`` gives to every kv head at least."""
+        least = getattr(self.allocator, "least", None)
+        return budget if least is None else int(least(budget, **where))

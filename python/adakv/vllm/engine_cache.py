@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from adakv.ops import Layer
-from adakv.policy import FoldingScorer, Policy
+from adakv.policy import FoldingScorer, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import OwnPages, SharedPages, kept_of_all, spans_layers
-from adakv.vllm.plan import Scheduler
+from adakv.vllm.plan import Order, Scheduler
 from adakv.vllm.prompt_attention import FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
@@ -309,18 +309,19 @@ class EngineCache:
             return
         del self.prompts[request]
         if order is not None:
-            self._compress(prompt, blocks, computed, self._budget.changed(order))
+            self._compress(prompt, blocks, computed, order)
             self._scheduler.done(prompt.first_block, boundary)
 
-    def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, budget: BlockBudget) -> None:
+    def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, order: Order) -> None:
         """Moves what is kept of a prompt into the request's first blocks, and what the request has
         written since then behind that."""
         reader, first_block = prompt.reader, prompt.first_block
         (boundary,) = reader.lengths
+        budget = self._budget.changed(order)
         planned = budget.plan(boundary)
         if planned is None:
             return
-        reader.change(budget)
+        reader.change(budget, Protection.given(order.protected))
         page_ids = self._page_ids(blocks, boundary)
         if isinstance(self._pages, SharedPages):
             most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))

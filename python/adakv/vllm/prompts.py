@@ -14,7 +14,6 @@ from adakv.step import Attention
 from adakv.vllm.later import Later
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, Plan, plan
-from adakv.vllm.protect import Protected
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
 READ_BY_TORCH = 32
@@ -44,10 +43,7 @@ class BlockBudget(Budget):
 
     def changed(self, order: Order) -> BlockBudget:
         """That of one request."""
-        policy, entries = self.policy, order.budget or self.entries
-        if order.protected:
-            policy = replace(policy, scorer=Protected(policy.scorer, order.protected))
-        return replace(self, policy=policy, entries=entries)
+        return replace(self, entries=order.budget or self.entries)
 
     def plan(self, boundary: int) -> Plan | None:
         """The blocks of a request whose prompt has so many tokens."""
