@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import adakv
 from adakv.eval import data, metrics, runner
 from adakv.eval.prefill import Prefill
+from adakv.eval.written import Written
 from hf.families import HYBRIDS
 from small_model import save_model
 
@@ -267,6 +268,22 @@ def test_run_reports_the_bytes_of_the_pool_and_resumes(story: str, model: Any, t
     done = [record.key for record in everything[:3]]
     rest = list(runner.run(model, items, policies, [0.5, 0.25], done))
     assert rest == everything[3:]
+
+
+def test_run_evicts_while_a_text_is_written(story: str, model: Any, tokenizer: Any):
+    items = {"text": data.continuations(story, tokenizer, SIZE, num_new=8)}
+    policies = {name: adakv.policy.get(name) for name in ("ada_snapkv", "random")}
+    written = Written(prompt=20, every=16)
+    for record in runner.run(model, items, policies, [1.0], written=written):
+        assert record.quality.kl == pytest.approx(0, abs=1e-9)
+    for record in runner.run(model, items, policies, [0.5], written=written):
+        assert record.bytes < 0.8 * record.full_bytes
+        assert record.quality.kl > 0
+    with pytest.raises(ValueError, match="decode_budget: ModelWide shares"):
+        wide = {"wide": adakv.policy.get("model_column_max")}
+        next(runner.run(model, items, wide, [0.5], written=written))
+    with pytest.raises(ValueError, match="written: a prompt has 159 tokens, and 159 of them"):
+        next(runner.run(model, items, policies, [0.5], written=Written(159)))
 
 
 def test_run_refuses_what_the_model_cant_hold(model: Any):

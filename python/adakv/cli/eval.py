@@ -115,6 +115,39 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_sources
 
 
+def written_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an argument ``written``: what :class:`adakv.eval.written.Written` is made of,
+    or nothing."""
+
+    @functools.wraps(command)
+    def with_written(
+        *, written: int | None, every: int | None, evict_prompt: bool, **rest: Any
+    ) -> None:
+        if written is None and (every is not None or evict_prompt):
+            raise InputError("--every and --evict-prompt go only with --written")
+        if written is not None and rest["protect"]:
+            raise InputError("--protect doesn't go with --written")
+        given = {"prompt": written, "every": every or 128, "pin_prompt": not evict_prompt}
+        command(written={} if written is None else given, **rest)
+
+    for option in (
+        click.option("--evict-prompt", is_flag=True, help="With --written: prompts may go, too."),
+        click.option(
+            "--every",
+            type=click.IntRange(min=1),
+            help="With --written: choose after every so many tokens.  [default: 128]",
+        ),
+        click.option(
+            "--written",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Take all but the first N tokens of each prompt for a text being written.",
+        ),
+    ):
+        with_written = option(with_written)
+    return with_written
+
+
 @click.command("eval")
 @click.argument("model", type=FILE)
 @source_options
@@ -134,6 +167,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
 )
 @protect_option
+@written_options
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")
 @file_option("--markdown", help="Write the tables as Markdown.")
 @place_options
@@ -145,6 +179,7 @@ def evaluate(
     kv_dtypes: str,
     shares: str,
     protect: tuple[Span, ...],
+    written: dict[str, Any],
     records: str | None,
     markdown: str | None,
     place: Place,
@@ -154,6 +189,10 @@ def evaluate(
     MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads each prompt once. Then
     every policy keeps every share of it, and the model reads what follows the prompt: a question
     and its answer, or the text that comes next. --plot draws quality against bytes.
+
+    With --written N only the first N tokens are a prompt, and all of them stay. What follows is
+    taken for a text that the model has written, from which every policy evicts while it is read;
+    shares are those of this text.
     """
     pages = check_formats(kv_dtypes)
     formats = labelled(check_policies(policies), pages)
@@ -169,9 +208,10 @@ def evaluate(
             "dtype": dtype_name(network),
             **sources.as_dict(),
             **({"protect": [f"{begin}:{end}" for begin, end in protect]} if protect else {}),
+            **written,
         }
         file = RecordFile(records, about)
-    run_all(network, file, tasks, formats, kept, protect)
+    run_all(network, file, tasks, formats, kept, protect, written)
     wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
@@ -195,17 +235,21 @@ def run_all(
     tasks: dict[str, list[Item]],
     formats: dict[str, tuple[str, str]],
     shares: Sequence[float],
-    protect: tuple[Span, ...] = (),
+    protect: tuple[Span, ...],
+    written: dict[str, Any],
 ) -> None:
     """Measures what the file lacks, with a progress bar; ``formats`` are :func:`labelled`."""
     from adakv.eval import runner  # needs transformers
+    from adakv.eval.written import Written
 
+    text = Written(**written) if written else None
     done = {record.key for record in file.records}
     total = len(runner.missing(tasks, formats, shares, done))
     chosen = {label: adakv.policy.get(name) for label, (name, _) in formats.items()}
     kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in formats.items()}
+    options: dict[str, Any] = {"protect": protect, "written": text}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes, protect):
+        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes, **options):
             file.add(record)
             advance()
 

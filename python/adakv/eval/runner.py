@@ -12,6 +12,7 @@ import adakv
 from adakv.eval.metrics import Item, answer_logits, compare
 from adakv.eval.prefill import Prefill
 from adakv.eval.records import Key, Record
+from adakv.eval.written import Written
 from adakv.policy import Policy
 
 
@@ -40,7 +41,9 @@ def run(
     shares: Sequence[float],
     done: Collection[Key] = (),
     kv_dtypes: Mapping[str, str] | None = None,
+    *,
     protect: Any = None,
+    written: Written | None = None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -57,6 +60,8 @@ def run(
         Default: "auto".
     protect : spans or masks, optional
         Tokens of every prompt that stay, as :class:`adakv.Cache` takes them.
+    written : :class:`adakv.eval.written.Written`, optional
+        Has policies choose from prompts as if they were texts being written.
 
     Raises
     ------
@@ -89,21 +94,17 @@ def run(
                     for _, key in pairs:
                         policy = policies[key.policy]
                         kv_dtype = (kv_dtypes or {}).get(key.policy, "auto")
-                        given = {"kv_dtype": kv_dtype, "protect": protect}
-                        yield _record(model, prefill, item, key, policy, given, full)
+                        if written is not None:
+                            cache = written.cache(model, prompt, policy, key.share, kv_dtype)
+                        else:
+                            new = len(item.query) + len(item.answer)
+                            given = {"kv_dtype": kv_dtype, "protect": protect}
+                            given |= {"ratio": key.share, "max_new_tokens": new}
+                            cache = prefill.cache(policy, **given)
+                        yield _record(model, cache, item, key, full)
 
 
-def _record(
-    model: Any,
-    prefill: Prefill,
-    item: Item,
-    key: Key,
-    policy: Policy,
-    given: dict[str, Any],
-    full: torch.Tensor,
-) -> Record:
-    new = len(item.query) + len(item.answer)
-    cache = prefill.cache(policy, ratio=key.share, max_new_tokens=new, **given)
+def _record(model: Any, cache: Any, item: Item, key: Key, full: torch.Tensor) -> Record:
     stats = cache.stats()
     compressed = answer_logits(model, cache, item)
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
