@@ -267,3 +267,42 @@ def test_what_is_protected_stays_through_chunks_and_texts(policy: str):
     crowded = adakv.Cache(model, policy, 64, chunk_budget=70, protect=[(100, 180)])
     with pytest.raises(ValueError, match=r"protect: sequence 0 has .* protected tokens.* chunk_bu"):
         read(model, crowded, prompt, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_memory_is_flat_in_the_length_of_a_text():
+    model = LLAMA.model(num_hidden_layers=2, max_position_embeddings=32768)
+    prompt = torch.randint(3, VOCAB, (1, 200))
+    cache = adakv.Cache(model, "ada_snapkv", 100, decode_budget=512)
+    ids, pages = prompt, []
+    for _ in range(20):
+        ids = write(model, cache, ids, 1000)
+        pages.append((cache.pages.num_pages, cache.pages.max_row_pages))
+        assert cache.stats()["lengths"].float().mean() <= 100 + 512 + 128
+    assert ids.shape[1] == 20200
+    assert len(set(pages[1:])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_every_page_comes_back_after_a_thousand_texts():
+    model = LLAMA.model(num_hidden_layers=2)
+    counts = torch.randint(1, 120, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [torch.randint(3, VOCAB, (20 + 37 * i % 90,)) for i in range(1000)]
+    stream = adakv.generate_stream(
+        model,
+        prompts,
+        policy="ada_snapkv",
+        budget=40,
+        decode_policy="r_kv",
+        decode_budget=16,
+        every=8,
+        max_new_tokens=counts,
+        options=adakv.BatchOptions(eos_token_id=[], max_batch=16),
+    )
+    (kv,) = (x for x in gc.get_objects() if type(x) is KVCache and x.num_sequences == 16)
+    pages = kv.num_pages
+    written = [len(new.result.tokens) for new in stream if new.result is not None]
+    assert sorted(written) == sorted(counts)
+    assert (kv.num_pages, kv.pages_used) == (pages, 0)
