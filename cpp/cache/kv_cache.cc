@@ -45,24 +45,32 @@ void check_config(const CacheConfig& c) {
               kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
-  ADAKV_CHECK(c.format <= PageFormat::kFp8, "KVCache: format must be plain, int8 or fp8, got ",
-              static_cast<int>(c.format));
+  ADAKV_CHECK(c.format <= PageFormat::kInt4,
+              "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
   ADAKV_CHECK(c.format == PageFormat::kPlain || c.dtype != DType::kFloat32,
               "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
+  if (c.format != PageFormat::kInt4) return;
+  ADAKV_CHECK(c.page_size == kInt4PageSize, "KVCache: page_size must be ", kInt4PageSize,
+              " for int4 pages, got ", c.page_size);
+  ADAKV_CHECK(c.device.type == DeviceType::kCpu, "KVCache: int4 pages are for the CPU so far, got ",
+              device_name(c.device));
 }
 
 // The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
 struct PageParts {
   explicit PageParts(const CacheConfig& c)
       : codes(int64_t{2} * c.page_size * c.head_dim *
-              (c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1)),
-        scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
+              (c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1) /
+              (c.format == PageFormat::kInt4 ? 2 : 1)),
+        value_scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
+        key_scales(c.format == PageFormat::kInt4 ? 2 * c.head_dim * sizeof(uint16_t)
+                                                 : value_scales),
         positions(c.page_size * sizeof(int32_t)) {}
 
-  int64_t bytes() const { return codes + 2 * scales + positions; }
+  int64_t bytes() const { return codes + key_scales + value_scales + positions; }
 
-  int64_t codes;   // of keys and values
-  int64_t scales;  // of keys, and again of values
+  int64_t codes;  // of keys and values
+  int64_t value_scales, key_scales;
   int64_t positions;
 };
 
@@ -100,12 +108,15 @@ void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
     return tensor;
   };
   const int64_t width = num_scales(c.format, c.head_dim);
-  view.pages = part(0, {c.num_pages, 2, c.page_size, c.head_dim},
-                    c.format == PageFormat::kInt8 ? DType::kUInt8 : DType::kFloat8);
-  view.key_scales = part(parts.codes, {c.num_pages, c.page_size, width}, c.dtype);
-  view.value_scales = part(parts.codes + parts.scales, {c.num_pages, c.page_size, width}, c.dtype);
+  const bool is_int4 = c.format == PageFormat::kInt4;
+  view.pages = part(0, {c.num_pages, 2, c.page_size, is_int4 ? c.head_dim / 2 : c.head_dim},
+                    c.format == PageFormat::kFp8 ? DType::kFloat8 : DType::kUInt8);
+  view.value_scales =
+      part(parts.codes + parts.key_scales, {c.num_pages, c.page_size, width}, c.dtype);
+  view.key_scales = is_int4 ? part(parts.codes, {c.num_pages, 2, c.head_dim}, c.dtype)
+                            : part(parts.codes, {c.num_pages, c.page_size, width}, c.dtype);
   view.page_positions =
-      part(parts.codes + 2 * parts.scales, {c.num_pages, c.page_size}, DType::kInt32);
+      part(parts.bytes() - parts.positions, {c.num_pages, c.page_size}, DType::kInt32);
 }
 
 // Of the block table: no row can have more pages than the pool, so that a large max_row_pages takes
@@ -126,6 +137,11 @@ void lay_out_rows(Layout& layout, const CacheConfig& c, LayerView& view) {
       {c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
   std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
   std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
+  if (c.format == PageFormat::kInt4) {
+    view.tails = layout.add(
+        {int64_t{c.num_layers} * c.num_sequences, c.num_kv_heads, 2 * c.page_size, c.head_dim},
+        c.dtype);
+  }
 }
 
 // Memory for some tensors, which become views of it.
@@ -226,9 +242,24 @@ size_t KVCache::page_bytes() const {
   return static_cast<size_t>(PageParts(config_).bytes());
 }
 
+size_t KVCache::tail_bytes() const {
+  const TensorView& tails = all_layers_.tails;
+  return static_cast<size_t>(tails.size()) * dtype_size(tails.dtype) / config_.num_sequences;
+}
+
+size_t KVCache::bytes_used() const {
+  const auto holds = [](const Sequence& sequence) { return !sequence.pages.empty(); };
+  return pool_.num_used() * page_bytes() +
+         std::count_if(sequences_.begin(), sequences_.end(), holds) * tail_bytes();
+}
+
 LayerView KVCache::layer(int32_t layer) const {
   check_layer(layer);
   LayerView view = all_layers_;
+  if (view.tails) {
+    view.tails =
+        view.tails.narrow(0, int64_t{layer} * config_.num_sequences, config_.num_sequences);
+  }
   for (TensorView* tensor : {&view.block_table, &view.lengths, &view.seen, &view.fresh_pages}) {
     *tensor = tensor->select(layer);
   }

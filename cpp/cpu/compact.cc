@@ -7,6 +7,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/page_writer.h"
 #include "cpu/parallel.h"
+#include "cpu/tail_writer.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -77,6 +78,46 @@ struct Row {
   const char* data;
 };
 
+// Writes the entries at `positions`, of one page, as the page's format has it.
+void write_page(const PageWriter& writer,
+                const Row& keys,
+                const Row& values,
+                int64_t page,
+                const int32_t* begin,
+                const int32_t* end) {
+  for (const int32_t* p = begin; p != end; ++p) {
+    if (end - p > kAhead) keys.fetch(p[kAhead]);
+    writer.write_key(page, p - begin, keys.entry(*p));
+  }
+  for (const int32_t* p = begin; p != end; ++p) {
+    if (end - p > kAhead) values.fetch(p[kAhead]);
+    writer.write_value(page, p - begin, values.entry(*p));
+  }
+}
+
+// The same in int4: a page that is not full goes to the tail of its row (b, h).
+void write_int4_page(const TailWriter& writer,
+                     const Row& keys,
+                     const Row& values,
+                     int64_t b,
+                     int64_t h,
+                     int64_t page,
+                     const int32_t* begin,
+                     const int32_t* end) {
+  if (end - begin < kInt4PageSize) {
+    for (const int32_t* p = begin; p != end; ++p) {
+      writer.write(b, h, p - begin, keys.entry(*p), values.entry(*p));
+    }
+    return;
+  }
+  const void* entries[2 * kInt4PageSize];
+  for (int i = 0; i < kInt4PageSize; ++i) {
+    entries[i] = keys.entry(begin[i]);
+    entries[kInt4PageSize + i] = values.entry(begin[i]);
+  }
+  writer.quantise(entries, page);
+}
+
 }  // namespace
 
 void CpuBackend::compact(const CompactArgs& args) {
@@ -84,6 +125,7 @@ void CpuBackend::compact(const CompactArgs& args) {
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
   const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
+  const TailWriter tails(layer);
   const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
   const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();  // [Q]
@@ -102,13 +144,10 @@ void CpuBackend::compact(const CompactArgs& args) {
     for (int32_t i = 0; i < num_pages; ++i) {
       const int32_t* begin = positions + i * page_size;
       const int32_t* end = positions + std::min((i + 1) * page_size, kept);
-      for (const int32_t* p = begin; p != end; ++p) {
-        if (end - p > kAhead) keys.fetch(p[kAhead]);
-        writer.write_key(pages[i], p - begin, keys.entry(*p));
-      }
-      for (const int32_t* p = begin; p != end; ++p) {
-        if (end - p > kAhead) values.fetch(p[kAhead]);
-        writer.write_value(pages[i], p - begin, values.entry(*p));
+      if (layer.tails) {
+        write_int4_page(tails, keys, values, b, h, pages[i], begin, end);
+      } else {
+        write_page(writer, keys, values, pages[i], begin, end);
       }
       std::copy(begin, end,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
