@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
+import codes
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -190,15 +190,15 @@ def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[st
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
     if kv_dtype == "int4":
-        parts = [reference.quantise_page(*page) for page in pages]
+        parts = [codes.quantise_page(*page) for page in pages]
         names = ("pages", "key_scales", "value_scales")
         return {
             name: apart(torch.stack(x).to(device))
             for name, x in zip(names, zip(*parts, strict=True), strict=True)
         }
-    codes, scales = reference.quantise(pages, kv_dtype)
+    held, scales = codes.quantise(pages, kv_dtype)
     halves = {"key_scales": scales[:, 0], "value_scales": scales[:, 1]}
-    return {name: apart(x.to(device)) for name, x in ({"pages": codes} | halves).items()}
+    return {name: apart(x.to(device)) for name, x in ({"pages": held} | halves).items()}
 
 
 def with_tails(layer: Layer, pages: Tensor) -> Layer:

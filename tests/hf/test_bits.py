@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import adakv
-import reference
+import codes
 from hf.families import LLAMA, VOCAB
 from hf.test_hf import GREEDY, prompts
 from hf.test_model_wide import held
@@ -67,7 +67,7 @@ class RoundTrip(DynamicCache):
         return held if key_states.shape[2] == 1 else (key_states, value_states)
 
     def _read_back(self, x: Tensor) -> Tensor:
-        return reference.dequantise(*reference.quantise(x, self.kv_dtype)).to(x.dtype)
+        return codes.dequantise(*codes.quantise(x, self.kv_dtype)).to(x.dtype)
 
 
 @FORMATS

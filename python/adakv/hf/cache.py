@@ -80,8 +80,7 @@ class Cache(OneWayCache):
         one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32. In int4
-        always 32.
+        Entries of a page: a power of two from 8 to 256. Default: 16, of codes 32; of int4 always.
     kv_dtype : "auto", "int8", "fp8" or "int4"
         How pages hold keys and values: as the model has them, or in about half of their bytes, in
         int4 30 % (docs/bits.md), for models in float16 or bfloat16; int4 on the CPU only.
