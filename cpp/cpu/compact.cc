@@ -95,27 +95,32 @@ void write_page(const PageWriter& writer,
   }
 }
 
-// The same in int4: a page that is not full goes to the tail of its row (b, h).
-void write_int4_page(const TailWriter& writer,
-                     const Row& keys,
-                     const Row& values,
-                     int64_t b,
-                     int64_t h,
-                     int64_t page,
-                     const int32_t* begin,
-                     const int32_t* end) {
-  if (end - begin < kInt4PageSize) {
-    for (const int32_t* p = begin; p != end; ++p) {
-      writer.write(b, h, p - begin, keys.entry(*p), values.entry(*p));
+// The same of the whole pages of a row (b, h) in int4; what is behind them goes to the row's tail.
+void write_int4_row(const TailWriter& writer,
+                    const Row& keys,
+                    const Row& values,
+                    int64_t b,
+                    int64_t h,
+                    const int32_t* pages,
+                    const int32_t* begin,
+                    const int32_t* end) {
+  constexpr int kSize = kInt4PageSize;
+  const void* entries[2][2 * kSize];  // of a page, and of the one behind it
+  const auto look_up = [&](const int32_t* first, const void** of_page) {
+    for (int i = 0; i < kSize; ++i) {
+      of_page[i] = keys.entry(first[i]);
+      of_page[kSize + i] = values.entry(first[i]);
     }
-    return;
+  };
+  if (end - begin >= kSize) look_up(begin, entries[0]);
+  for (int i = 0; end - begin >= kSize; ++i, begin += kSize) {
+    const void** next = end - begin >= 2 * kSize ? entries[(i + 1) % 2] : nullptr;
+    if (next != nullptr) look_up(begin + kSize, next);
+    writer.quantise(entries[i % 2], next, pages[i]);
   }
-  const void* entries[2 * kInt4PageSize];
-  for (int i = 0; i < kInt4PageSize; ++i) {
-    entries[i] = keys.entry(begin[i]);
-    entries[kInt4PageSize + i] = values.entry(begin[i]);
+  for (const int32_t* p = begin; p != end; ++p) {
+    writer.write(b, h, p - begin, keys.entry(*p), values.entry(*p));
   }
-  writer.quantise(entries, page);
 }
 
 }  // namespace
@@ -144,13 +149,12 @@ void CpuBackend::compact(const CompactArgs& args) {
     for (int32_t i = 0; i < num_pages; ++i) {
       const int32_t* begin = positions + i * page_size;
       const int32_t* end = positions + std::min((i + 1) * page_size, kept);
-      if (layer.tails) {
-        write_int4_page(tails, keys, values, b, h, pages[i], begin, end);
-      } else {
-        write_page(writer, keys, values, pages[i], begin, end);
-      }
+      if (!layer.tails) write_page(writer, keys, values, pages[i], begin, end);
       std::copy(begin, end,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
+    }
+    if (layer.tails) {
+      write_int4_row(tails, keys, values, b, h, pages, positions, positions + kept);
     }
     int32_t* table = row_of(layer.block_table);
     std::copy(pages, pages + num_pages, table);

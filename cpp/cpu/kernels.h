@@ -105,8 +105,10 @@ struct GramNormSpan {
 using QuantiseEntry = void (*)(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales);
 
 /// Makes codes [2, P, D / 2], key_scales [2, D] and value_scales [P, 2 Z] of an int4 page, whose P
-/// keys and then P values `entries` points to, as ops/quantise.h says.
+/// keys and then P values `entries` points to, as ops/quantise.h says; fetches those of `next`, unless
+/// it is null.
 using QuantisePage = void (*)(const void* const* entries,
+                              const void* const* next,
                               int head_dim,
                               uint8_t* codes,
                               uint16_t* key_scales,

@@ -188,8 +188,17 @@ inline F32 every_other(F32Pair pair, std::integer_sequence<int, kLane...>) {
 }
 
 inline F32Pair load_pair(const EvenOddFloat16* data) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_shuffle_epi8(load_as<__m256i>(data), order);
+  const __m256i sorted = _mm256_permute4x64_epi64(halves, 0xd8);
+  return {(F32)_mm256_cvtph_ps(_mm256_castsi256_si128(sorted)),
+          (F32)_mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1))};
+#else
   const F32Pair in_order = load_pair(reinterpret_cast<const Float16*>(data));
   return {every_other<0>(in_order, LaneNumbers{}), every_other<1>(in_order, LaneNumbers{})};
+#endif
 }
 
 /// The numbers divided by 2^8: as the bits of a float16, their exponents are 8 too small.

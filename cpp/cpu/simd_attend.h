@@ -51,7 +51,7 @@ inline void multiply_keys(const float* queries,
                           int stride,
                           const typename Pages::Code* keys,
                           int head_dim,
-                          int ahead,
+                          int64_t ahead,
                           const float* scales,
                           int width,
                           F32* lanes) {
@@ -107,7 +107,8 @@ inline void dot_keys(const float* queries,
   const auto* keys = row.key(slot);
   for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
     multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.pitch, row.head_dim,
-                                        row.ahead(), scales + i * row.width, row.width, lanes + i);
+                                        row.ahead(slot), scales + i * row.width, row.width,
+                                        lanes + i);
   }
   float totals[kVectors * kLanes];
   for (int i = 0; i < kVectors; ++i) {
@@ -163,7 +164,7 @@ inline void add_values(const Pages& row,
     for (int group = begin; group < end; group += kSlotGroup) {
       const Code* values = row.value(group) + d / Pages::kDims;
       const Code* next = group + kBlockSlots < last
-                             ? row.key(group + kBlockSlots) + (d - in_line) / Pages::kDims
+                             ? row.behind_values(group) + (d - in_line) / Pages::kDims
                              : values;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = (Pages::kHasScales ? scaled : weights) + (group - begin);

@@ -4,6 +4,7 @@
 
 #include "cpu/simd_attend.h"
 #include "cpu/simd_quantise.h"
+#include "cpu/simd_quantise_page.h"
 #include "cpu/simd_score.h"
 #include "cpu/simd_value_norm.h"
 

@@ -9,7 +9,7 @@
 namespace adakv::ADAKV_ISA {
 
 constexpr int kBlockSlots = 32;
-constexpr int kSlotGroup = 8;     // page sizes are multiples of it
+constexpr int kSlotGroup = 8;  // page sizes are multiples of it
 
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
 ///   Query            a query is kept in the order in which load_pair(const Query*) has it
@@ -40,8 +40,10 @@ struct RowPages {
   const Element* key(int slot) const {
     return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * pitch;
   }
-  const Element* value(int slot) const { return key(slot) + ahead(); }
-  int ahead() const { return pitch << log_page_size; }
+  const Element* value(int slot) const { return key(slot) + (pitch << log_page_size); }
+  // What is fetched while a key is read, from it on, and while the values of a group are read.
+  int64_t ahead(int) const { return pitch << log_page_size; }
+  const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
 };
 
 template <typename Element>
@@ -97,15 +99,11 @@ struct CodePages : RowPages<Element> {
   /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
   /// fetches the numbers of the block behind, up to `last`.
   void fill(Scales& scales, int begin, int end, int last) const {
-    fill(scales.keys, 0, begin, end, last);
-    fill_values(scales.values, begin, end, last);
-  }
-
-  void fill_values(float* out, int begin, int end, int last) const {
     alignas(64) float values[kBlockSlots * kMaxWidth];
+    fill(scales.keys, 0, begin, end, last);
     fill(values, 1, begin, end, last);
     for (int i = 0; i < end - begin; ++i) {
-      for (int j = 0; j < width; ++j) out[j * kBlockSlots + i] = values[i * width + j];
+      for (int j = 0; j < width; ++j) scales.values[j * kBlockSlots + i] = values[i * width + j];
     }
   }
 
@@ -162,7 +160,9 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
 
   using CodePages<Int4Codes, Scale>::CodePages;
 
-  void fill(Scales& scales, int begin, int end, int last) const {
+  void fill(Scales& scales, int begin, int, int last) const {
+    fetch_scales(begin + kBlockSlots, last);
+    fill_values(scales.values, begin);
     const Input* numbers = key_scales(begin);  // [2, D]
     const int head_dim = this->head_dim;
     for (int d = 0; d < head_dim; d += kPair) {
@@ -174,11 +174,42 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
         store(scales.keys + i * kMaxHeadDim + d + kLanes, pair.second);
       }
     }
-    if (begin + kBlockSlots < last) {
-      const char* next = reinterpret_cast<const char*>(key_scales(begin + kBlockSlots));
-      for (int i = 0; i < head_dim * 4; i += 64) __builtin_prefetch(next + i);
+  }
+
+  /// The numbers of a page's values, [P, groups, scale and zero], as [groups, scale and zero, P].
+  void fill_values(float* out, int begin) const {
+    alignas(64) float both[2][kBlockSlots * kMaxHeadDim / kScaleGroup];  // scales, zeros
+    const int groups = this->width / 2;
+    const auto* from = reinterpret_cast<const Input*>(this->in_memory(1, begin));
+    for (int i = 0; i < kBlockSlots * groups; i += kLanes) {
+      const F32Pair pair = load_pair(from + 2 * i);
+      store(both[0] + i, pair.first);
+      store(both[1] + i, pair.second);
     }
-    this->fill_values(scales.values, begin, end, last);
+    for (int which = 0; which < 2; ++which) {
+      float* to = out + which * kBlockSlots;
+      if (groups == 1) spread<1>(to, both[which]);
+      if (groups == 2) spread<2>(to, both[which]);
+      if (groups == 3) spread<3>(to, both[which]);
+      if (groups == 4) spread<4>(to, both[which]);
+    }
+  }
+
+  /// [P, kGroups] as [kGroups, P], two rows apart.
+  template <int kGroups>
+  static void spread(float* out, const float* in) {
+    for (int j = 0; j < kGroups; ++j) {
+      for (int i = 0; i < kBlockSlots; ++i) out[j * 2 * kBlockSlots + i] = in[i * kGroups + j];
+    }
+  }
+
+  void fetch_scales(int begin, int last) const {
+    if (begin >= last) return;
+    const auto fetch = [](const void* data, int bytes) {
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+    };
+    fetch(key_scales(begin), 4 * this->head_dim);
+    fetch(this->in_memory(1, begin), 2 * kBlockSlots * this->width);
   }
 
   const Input* key_scales(int slot) const {
@@ -188,6 +219,13 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
 
   static Numbers numbers(const float*, int) { return {}; }
   static F32Pair number(F32Pair codes, Numbers) { return codes; }
+
+  int64_t ahead(int slot) const {
+    return slot + kBlockSlots < this->span.end_slot
+               ? this->key(slot + kBlockSlots) - this->key(slot)
+               : 0;
+  }
+  const Int4Codes* behind_values(int slot) const { return this->value(slot + kBlockSlots); }
 };
 
 }  // namespace adakv::ADAKV_ISA

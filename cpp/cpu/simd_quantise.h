@@ -28,21 +28,9 @@ inline float widened(uint16_t bits, const BFloat16*) {
   return x;
 }
 
-/// A number that is an element, as bits.
-template <typename Element>
-inline uint16_t bits_of_element(float x, const Element* type) {
-  const uint16_t sign = x < 0 ? 0x8000 : 0;  // zeros have none
-  return sign | round_up(x < 0 ? -x : x, type);
-}
-
 /// 0 .. 255, halves to the even one: adding so much rounds to an integer, which stands in the low bits.
 inline U32 code_of(F32 x, const Int8Code*) {
   return (U32)(x + 0x1.8p23f) & 0xff;
-}
-
-/// 0 .. 15.
-inline U32 code_of(F32 x, const Int4Codes*) {
-  return (U32)(x + 0x1.8p23f) & 0xf;
 }
 
 /// |x| up to 448.
@@ -86,24 +74,14 @@ struct Extremes {
   }
 };
 
-/// Where all lanes are written, though there is room for `count` bytes.
-inline void store_bytes(uint8_t* out, U32 lanes, int count) {
-  if (count >= kLanes) return store_bytes(out, lanes);
-  uint8_t bytes[kLanes];
-  store_bytes(bytes, lanes);
-  __builtin_memcpy(out, bytes, count);
-}
-
 template <typename Code, typename Element>
 void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales) {
-  constexpr bool kIsInt4 = std::is_same_v<Code, Int4Codes>;
-  constexpr bool kHasZero = !std::is_same_v<Code, Float8>;
-  constexpr float kLargest = kIsInt4 ? kLargestInt4 : kHasZero ? kLargestInt8 : kLargestFp8;
+  constexpr bool kHasZero = std::is_same_v<Code, Int8Code>;
   constexpr const Element* kType = nullptr;
   const Element* data = static_cast<const Element*>(entry);
   for (int begin = 0; begin < head_dim; begin += kScaleGroup) {
     const int count = head_dim - begin < kScaleGroup ? head_dim - begin : kScaleGroup;
-    alignas(64) float group[kScaleGroup];  // of int4 pair by pair, the even and the odd ones
+    alignas(64) float group[kScaleGroup];
     Extremes of = {broadcast(kInfinity), broadcast(-kInfinity), F32{}};
     for (int d = 0; d < count; d += kPair) {
       Element part[kPair];
@@ -111,13 +89,7 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
       if (!is_whole) {  // filled up with the last element, which changes nothing
         for (int i = 0; i < kPair; ++i) part[i] = data[begin + (d + i < count ? d + i : count - 1)];
       }
-      const Element* elements = is_whole ? data + begin + d : part;
-      F32Pair pair;
-      if constexpr (kIsInt4) {
-        pair = load_pair(reinterpret_cast<const EvenOdd<Element>*>(elements));
-      } else {
-        pair = load_in_order(elements);
-      }
+      const F32Pair pair = load_in_order(is_whole ? data + begin + d : part);
       store(group + d, pair.first);
       store(group + d + kLanes, pair.second);
       of.add(pair.first);
@@ -128,121 +100,32 @@ void quantise(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales)
     const float spread = kHasZero ? highest - lowest : highest > -lowest ? highest : -lowest;
     const float check = total(of.check) + spread * 0.f;
     const bool is_finite = check == check;
-    const uint16_t scale_bits = is_finite ? round_up(spread / kLargest, kType) : kNaN16;
+    const uint16_t scale_bits =
+        is_finite ? round_up(spread / (kHasZero ? kLargestInt8 : kLargestFp8), kType) : kNaN16;
     const float scale = is_finite ? widened(scale_bits, kType) : 0.f;
     *scales++ = scale_bits;
-    if constexpr (kHasZero) *scales++ = is_finite ? bits_of_element(zero, kType) : 0;
-    uint8_t* out = codes + (kIsInt4 ? begin / 2 : begin);
+    if constexpr (kHasZero) {
+      // One of the elements, so rounding changes nothing.
+      const uint16_t sign = zero < 0 ? 0x8000 : 0;
+      *scales++ = is_finite ? sign | round_up(zero < 0 ? -zero : zero, kType) : 0;
+    }
     if (!(scale > 0)) {
-      __builtin_memset(out, 0, kIsInt4 ? count / 2 : count);
+      __builtin_memset(codes + begin, 0, count);
       continue;
     }
-    const auto code = [&](int d) {
-      return code_of((load(group + d) - zero) / scale, static_cast<const Code*>(nullptr));
-    };
-    if constexpr (kIsInt4) {
-      for (int d = 0; d < count; d += kPair) {
-        store_bytes(out + d / 2, code(d) | code(d + kLanes) << 4, (count - d) / 2);
+    for (int d = 0; d < count; d += kLanes) {
+      const F32 x = (load(group + d) - zero) / scale;
+      const U32 lanes = code_of(x, static_cast<const Code*>(nullptr));
+      if constexpr (kLanes > 8) {  // dimensions are a multiple of 8
+        if (count - d < kLanes) {
+          uint8_t bytes[kLanes];
+          store_bytes(bytes, lanes);
+          __builtin_memcpy(codes + begin + d, bytes, 8);
+          break;
+        }
       }
-    } else {
-      for (int d = 0; d < count; d += kLanes) store_bytes(out + d, code(d), count - d);
+      store_bytes(codes + begin + d, lanes);
     }
-  }
-}
-
-/// Whether an entry holds neither NaN nor infinities.
-template <typename Element>
-inline bool is_finite(const Element* entry, int head_dim) {
-  F32 check = {};
-  for (int d = 0; d < head_dim; d += kPair) {
-    const F32Pair x =
-        head_dim - d >= kPair ? load_pair(entry + d) : load_pair(entry + d, head_dim - d);
-    check += x.first * 0.0f + x.second * 0.0f;
-  }
-  const float all = total(check);
-  return all == all;
-}
-
-/// kPair dimensions of the keys of a page, or the last `count`: their scales, and the codes of those
-/// keys that are `finite`, of which there are some.
-template <typename Element>
-inline void quantise_channels(const void* const* keys,
-                              uint32_t finite,
-                              int d,
-                              int count,
-                              int head_dim,
-                              uint8_t* codes,
-                              uint16_t* scales) {
-  constexpr const Element* kType = nullptr;
-  const auto element = [&](int i) {
-    const auto* data = static_cast<const EvenOdd<Element>*>(keys[i]) + d;
-    return count < kPair ? load_pair(data, count) : load_pair(data);
-  };
-  Extremes even = {broadcast(kInfinity), broadcast(-kInfinity), F32{}}, odd = even;
-  for (int i = 0; i < kInt4PageSize; ++i) {
-    if (!(finite >> i & 1)) continue;
-    const F32Pair x = element(i);
-    even.add(x.first);
-    odd.add(x.second);
-  }
-  float half_scales[kPair], half_zeros[kPair];
-  const auto number = [&](const Extremes& of, int first) {
-    const F32 steps = (of.highest * 0.5f - of.lowest * 0.5f) / (kLargestInt4 * 0.5f);
-    for (int i = 0; i < kLanes; ++i) {
-      const int at = 2 * i + first;
-      const uint16_t scale = round_up(steps[i], kType);
-      half_scales[first * kLanes + i] = widened(scale, kType) * 0.5f;
-      half_zeros[first * kLanes + i] = of.lowest[i] * 0.5f;
-      if (at >= count) continue;
-      scales[d + at] = scale;
-      scales[head_dim + d + at] = bits_of_element(of.lowest[i], kType);
-    }
-  };
-  number(even, 0);
-  number(odd, 1);
-  const auto code = [&](F32 x, int first) {
-    const F32 scale = load(half_scales + first * kLanes), zero = load(half_zeros + first * kLanes);
-    const F32 steps = choose(scale > 0.0f, (x * 0.5f - zero) / scale, F32{});
-    return code_of(steps, static_cast<const Int4Codes*>(nullptr));
-  };
-  for (int i = 0; i < kInt4PageSize; ++i) {
-    uint8_t* out = codes + (i * head_dim + d) / 2;
-    const F32Pair x = element(i);
-    const U32 both = finite >> i & 1 ? code(x.first, 0) | code(x.second, 1) << 4 : U32{};
-    store_bytes(out, both, count / 2);
-  }
-}
-
-template <typename Element>
-void quantise_page(const void* const* entries,
-                   int head_dim,
-                   uint8_t* codes,
-                   uint16_t* key_scales,
-                   uint16_t* value_scales) {
-  uint32_t finite = 0;
-  for (int i = 0; i < kInt4PageSize; ++i) {
-    finite |= uint32_t{is_finite(static_cast<const Element*>(entries[i]), head_dim)} << i;
-  }
-  const int key_bytes = kInt4PageSize * head_dim / 2;
-  if (finite == 0) {
-    __builtin_memset(codes, 0, key_bytes);
-    __builtin_memset(key_scales, 0, 2 * head_dim * sizeof(uint16_t));
-  } else {
-    for (int d = 0; d < head_dim; d += kPair) {
-      const int count = head_dim - d < kPair ? head_dim - d : kPair;
-      quantise_channels<Element>(entries, finite, d, count, head_dim, codes, key_scales);
-    }
-  }
-  const int width = (head_dim + kScaleGroup - 1) / kScaleGroup * 2;
-  for (int i = 0; i < kInt4PageSize; ++i) {
-    uint8_t* out = codes + key_bytes + i * head_dim / 2;
-    uint16_t* scales = value_scales + i * width;
-    if (finite >> i & 1) {
-      quantise<Int4Codes, Element>(entries[kInt4PageSize + i], head_dim, out, scales);
-      continue;
-    }
-    __builtin_memset(out, 0, head_dim / 2);
-    for (int j = 0; j < width; j += 2) scales[j] = kNaN16, scales[j + 1] = 0;
   }
 }
 

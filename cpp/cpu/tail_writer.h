@@ -34,13 +34,14 @@ class TailWriter {
   void quantise(int64_t b, int64_t h, int64_t page) const {
     const void* entries[2 * kInt4PageSize];
     for (int i = 0; i < 2 * kInt4PageSize; ++i) entries[i] = tail_of(b, h) + i * entry_bytes_;
-    quantise(entries, page);
+    quantise(entries, nullptr, page);
   }
 
-  /// The same of any entries, the keys of the page's slots, then the values.
-  void quantise(const void* const* entries, int64_t page) const {
+  /// The same of any entries, the keys of the page's slots, then the values; fetches those of `next`,
+  /// unless it is null.
+  void quantise(const void* const* entries, const void* const* next, int64_t page) const {
     const auto at = [&](const TensorView& x) { return x.ptr<uint16_t>() + page * x.stride[0]; };
-    quantise_page_(entries, static_cast<int>(head_dim_),
+    quantise_page_(entries, next, static_cast<int>(head_dim_),
                    layer_.pages.ptr<uint8_t>() + page * layer_.pages.stride[0],
                    at(layer_.key_scales), at(layer_.value_scales));
   }
