@@ -13,7 +13,9 @@ constexpr int kSlotGroup = 8;  // page sizes are multiples of it
 
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
 ///   Query            a query is kept in the order in which load_pair(const Query*) has it
-///   key, value       an entry's codes in memory; a value lies `ahead` codes behind its key
+///   key, value       an entry's codes in memory
+///   ahead, behind_values  what is fetched while a key is read (so many codes from it), and while the
+///                    values of a group are read
 ///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
 ///   kStretch         dimensions that have the same numbers
 ///   numbers, number  scale and zero from dimension d on, and what codes stand for
@@ -41,7 +43,6 @@ struct RowPages {
     return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * pitch;
   }
   const Element* value(int slot) const { return key(slot) + (pitch << log_page_size); }
-  // What is fetched while a key is read, from it on, and while the values of a group are read.
   int64_t ahead(int) const { return pitch << log_page_size; }
   const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
 };
@@ -145,7 +146,8 @@ struct CodePages : RowPages<Element> {
 };
 
 /// Pages of int4, which are blocks: the scales of a page's keys become factors of the queries, the
-/// zeros a part of all their logits. The slots from span.tail_begin on lie in a tail.
+/// zeros a part of all their logits. The slots from span.tail_begin on lie in a tail. A page has few
+/// bytes, so that what is fetched is always a whole page ahead.
 template <typename Scale>
 struct Int4Pages : CodePages<Int4Codes, Scale> {
   using Input = EvenOdd<Scale>;

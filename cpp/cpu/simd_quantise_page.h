@@ -71,9 +71,11 @@ struct PageEntries {
 
   const Pairs* at(int i) const { return static_cast<const Pairs*>(entries[i]); }
 
-  /// Dimensions from d on, and zeros behind the last one; or of any order in a pair.
+  /// Dimensions from d on, and where they are not a whole pair, zeros behind the last one; or of any
+  /// order in a pair.
+  template <bool kWhole>
   static F32Pair pair(const Pairs* entry, int d, int count) {
-    return count < kPair ? load_pair(entry + d, count) : load_pair(entry + d);
+    return kWhole ? load_pair(entry + d) : load_pair(entry + d, count);
   }
   static F32Pair any_order(const Pairs* entry, int d) {
     return load_pair(reinterpret_cast<const Element*>(entry) + d);
@@ -125,9 +127,9 @@ inline U32 codes_of(F32Pair x, F32Pair zero, F32Pair scale) {
   return (low | high << 4) & 0xff;
 }
 
-/// kPair dimensions of the keys, or the last `count`: scales, and the codes of the keys that are
-/// `finite`, of which there are some.
-template <bool kAllFinite, typename Element>
+/// kPair dimensions of the keys, or the last `count` if these are no whole pair: scales, and the codes
+/// of the keys that are `finite`, of which there are some.
+template <bool kAllFinite, bool kWhole, typename Element>
 inline void quantise_channels(const PageEntries<Element>& page,
                               uint32_t finite,
                               int d,
@@ -135,10 +137,15 @@ inline void quantise_channels(const PageEntries<Element>& page,
                               uint8_t* codes,
                               uint16_t* scales) {
   constexpr const Element* kType = nullptr;
+  const int head_dim = page.head_dim;
+  const void* const* keys = page.entries;
+  const auto element = [&](int i) {
+    return page.template pair<kWhole>(static_cast<const EvenOdd<Element>*>(keys[i]), d, count);
+  };
   F32Pair low = {broadcast(kInfinity), broadcast(kInfinity)}, high = {-low.first, -low.first};
   for (int i = 0; i < kInt4PageSize; ++i) {
     if (!kAllFinite && !(finite >> i & 1)) continue;
-    const F32Pair x = page.pair(page.at(i), d, count);
+    const F32Pair x = element(i);
     low = {x.first < low.first ? x.first : low.first,
            x.second < low.second ? x.second : low.second};
     high = {max(x.first, high.first), max(x.second, high.second)};
@@ -150,19 +157,20 @@ inline void quantise_channels(const PageEntries<Element>& page,
   const U32 both_scales = even | odd << 16;
   const U32 both_zeros = bits_of_elements(low.first, kType) | bits_of_elements(low.second, kType)
                                                                   << 16;
-  __builtin_memcpy(scales + d, &both_scales, count * sizeof(uint16_t));
-  __builtin_memcpy(scales + page.head_dim + d, &both_zeros, count * sizeof(uint16_t));
+  const int bytes = (kWhole ? kPair : count) * static_cast<int>(sizeof(uint16_t));
+  __builtin_memcpy(scales + d, &both_scales, bytes);
+  __builtin_memcpy(scales + head_dim + d, &both_zeros, bytes);
   const auto half = [](U32 scale) {  // where all keys are the same, codes are 0
     return choose((I32)(scale == 0), broadcast(kInfinity), widened(scale, kType) * 0.5f);
   };
   const F32Pair half_scale = {half(even), half(odd)};
   const F32Pair half_zero = {low.first * 0.5f, low.second * 0.5f};
   for (int i = 0; i < kInt4PageSize; ++i) {
-    const F32Pair x = page.pair(page.at(i), d, count);
+    const F32Pair x = element(i);
     const F32Pair half_x = {x.first * 0.5f, x.second * 0.5f};
     const bool is_there = kAllFinite || finite >> i & 1;
     const U32 both = is_there ? codes_of(half_x, half_zero, half_scale) : U32{};
-    store_bytes(codes + (i * page.head_dim + d) / 2, both, count / 2);
+    store_bytes(codes + (i * head_dim + d) / 2, both, kWhole ? kLanes : count / 2);
   }
 }
 
@@ -173,16 +181,16 @@ inline void quantise_keys(const PageEntries<Element>& page,
                           uint16_t* scales) {
   int d = 0;
   for (; d + kPair <= page.head_dim; d += kPair) {
-    quantise_channels<kAllFinite>(page, finite, d, kPair, codes, scales);
+    quantise_channels<kAllFinite, true>(page, finite, d, kPair, codes, scales);
   }
   if (d < page.head_dim) {
-    quantise_channels<kAllFinite>(page, finite, d, page.head_dim - d, codes, scales);
+    quantise_channels<kAllFinite, false>(page, finite, d, page.head_dim - d, codes, scales);
   }
 }
 
-/// The group of dimensions from `begin` on of kLanes values from `first` on, of the page's keys those
+/// The group of dimensions from `begin` on, a whole one or what is left, of kLanes values from `first` on, of the page's keys those
 /// that are `finite`.
-template <typename Element>
+template <bool kWhole, typename Element>
 inline void quantise_values(const PageEntries<Element>& page,
                             uint32_t finite,
                             int first,
@@ -191,7 +199,7 @@ inline void quantise_values(const PageEntries<Element>& page,
                             uint16_t* scales,
                             int width) {
   constexpr const Element* kType = nullptr;
-  const int count = page.head_dim - begin < kScaleGroup ? page.head_dim - begin : kScaleGroup;
+  const int head_dim = page.head_dim, count = kWhole ? kScaleGroup : head_dim - begin;
   F32 lows[kLanes], highs[kLanes], checks[kLanes];  // lows: negated
   for (int i = 0; i < kLanes; ++i) {
     const auto* value = page.at(kInt4PageSize + first + i) + begin;
@@ -199,10 +207,11 @@ inline void quantise_values(const PageEntries<Element>& page,
     Extremes of = {broadcast(kInfinity), broadcast(-kInfinity), F32{}};
     for (int d = 0; d < count; d += kPair) {
       typename PageEntries<Element>::Pairs part[kPair];
-      if (count - d < kPair) {  // filled up with the last element, which changes nothing
+      const bool is_whole = kWhole || count - d >= kPair;
+      if (!is_whole) {  // filled up with the last element, which changes nothing
         for (int j = 0; j < kPair; ++j) part[j] = value[d + j < count ? d + j : count - 1];
       }
-      const F32Pair x = count - d < kPair ? page.any_order(part, 0) : page.any_order(value, d);
+      const F32Pair x = page.any_order(is_whole ? value + d : part, 0);
       of.add(x.first);
       of.add(x.second);
     }
@@ -228,18 +237,21 @@ inline void quantise_values(const PageEntries<Element>& page,
     const bool counts = finite >> at & 1;
     const uint32_t number = counts ? numbers[i] : kNaN16;
     __builtin_memcpy(scales + at * width + begin / kScaleGroup * 2, &number, sizeof number);
-    uint8_t* out = codes + (at * page.head_dim + begin) / 2;
+    uint8_t* out = codes + (at * head_dim + begin) / 2;
     if (!counts || has_codes[i] == 0) {
       __builtin_memset(out, 0, count / 2);
       continue;
     }
     const auto* value = page.at(kInt4PageSize + at) + begin;
     const F32 zeros = broadcast(zero_of[i]), scales_of = broadcast(scale_of[i]);
-    for (int d = 0; d < count; d += kPair) {
-      const U32 both =
-          codes_of(page.pair(value, d, count - d), {zeros, zeros}, {scales_of, scales_of});
-      store_bytes(out + d / 2, both, (count - d) / 2);
-    }
+    const auto store_codes = [&](int d, F32Pair x) {
+      store_bytes(out + d / 2, codes_of(x, {zeros, zeros}, {scales_of, scales_of}),
+                  kWhole ? kLanes : (count - d) / 2);
+    };
+    int d = 0;
+    for (; d + kPair <= count; d += kPair)
+      store_codes(d, page.template pair<true>(value, d, kPair));
+    if (!kWhole && d < count) store_codes(d, page.template pair<false>(value, d, count - d));
   }
 }
 
@@ -263,8 +275,12 @@ void quantise_page(const void* const* entries,
   }
   const int width = (head_dim + kScaleGroup - 1) / kScaleGroup * 2;
   for (int first = 0; first < kInt4PageSize; first += kLanes) {
-    for (int begin = 0; begin < head_dim; begin += kScaleGroup) {
-      quantise_values(page, finite, first, begin, codes + key_bytes, value_scales, width);
+    int begin = 0;
+    for (; begin + kScaleGroup <= head_dim; begin += kScaleGroup) {
+      quantise_values<true>(page, finite, first, begin, codes + key_bytes, value_scales, width);
+    }
+    if (begin < head_dim) {
+      quantise_values<false>(page, finite, first, begin, codes + key_bytes, value_scales, width);
     }
   }
 }
