@@ -46,17 +46,23 @@ class Numbers {
       : dtype_(dtype), bytes_(static_cast<size_t>(count) * dtype_size(dtype)) {}
 
   void set(int64_t i, float x) {
-    const uint16_t half = to_bfloat16(x);
-    const void* from = dtype_ == DType::kFloat32 ? static_cast<const void*>(&x) : &half;
-    std::memcpy(bytes_.data() + i * size(), from, size());
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(at(i), &x, sizeof x);
+    } else {
+      const uint16_t half = to_bfloat16(x);
+      std::memcpy(at(i), &half, sizeof half);
+    }
   }
 
   float get(int64_t i) const {
     float x;
     uint16_t half;
-    std::memcpy(dtype_ == DType::kFloat32 ? static_cast<void*>(&x) : &half,
-                bytes_.data() + i * size(), size());
-    return dtype_ == DType::kFloat32 ? x : from_bfloat16(half);
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(&x, at(i), sizeof x);
+      return x;
+    }
+    std::memcpy(&half, at(i), sizeof half);
+    return from_bfloat16(half);
   }
 
   TensorView view(std::initializer_list<int64_t> shape) {
@@ -64,7 +70,8 @@ class Numbers {
   }
 
  private:
-  int64_t size() const { return static_cast<int64_t>(dtype_size(dtype_)); }
+  char* at(int64_t i) { return bytes_.data() + i * static_cast<int64_t>(dtype_size(dtype_)); }
+  const char* at(int64_t i) const { return const_cast<Numbers*>(this)->at(i); }
 
   DType dtype_;
   std::vector<char> bytes_;
