@@ -13,6 +13,7 @@ import cases
 import reference
 from adakv import ops
 from adakv.cache import KVCache
+from adakv.entries import Held
 from ops.test_attend import schedule_of
 from ops.test_quantised import DIMS, hostile
 from tolerance import assert_close
@@ -139,6 +140,18 @@ def test_attend_reads_a_page_before_one_token_fills_it(
     baseline = reference.attend(queries, by_hand, dtype=dtype, **options)
     assert_close(out, expected[0], baseline[0], "out")
     assert_close(lse, expected[1], baseline[1], "lse")
+
+
+@DTYPES
+def test_entries_are_read_out_of_pages_and_tails(dtype: torch.dtype) -> None:
+    lengths = [[5, 64, 0], [95, 32, 200]]
+    layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4")
+    held = Held.read(layer, 200, dtype)
+    for b, row in enumerate(lengths):
+        for h, length in enumerate(row):
+            keys, values = reference.row_of(layer, b, h).float().to(dtype)
+            torch.testing.assert_close(held.keys[b, h, :length], keys)
+            torch.testing.assert_close(held.values[b, h, :length], values)
 
 
 def test_verbs_name_what_is_wrong_with_int4_pages() -> None:
