@@ -51,7 +51,8 @@ class Paged:
 
     def __init__(self, case: Case, lengths: Tensor, kv_dtype: str = "auto") -> None:
         dtype = getattr(torch, case.dtype)
-        pages = -(-lengths // case.page_size)
+        page_size = 32 if kv_dtype == "int4" else case.page_size
+        pages = -(-lengths // page_size)
         num_pages = int(pages.sum())
         cache = KVCache(
             num_layers=1,
@@ -60,17 +61,19 @@ class Paged:
             head_dim=case.head_dim,
             num_pages=num_pages,
             max_row_pages=1,
-            page_size=case.page_size,
+            page_size=page_size,
             dtype=dtype,
             kv_dtype=kv_dtype,
         )
         pool = cache.layer(0)
         if kv_dtype == "auto":
             pool.pages.normal_()
+        elif kv_dtype == "int4":
+            pool.pages.random_(0, 256)
         else:
             pool.pages.copy_(torch.randn(pool.pages.shape, dtype=dtype).abs() * 50)
-            for scales in (pool.key_scales, pool.value_scales):
-                assert scales is not None
+        for scales in (pool.key_scales, pool.value_scales):
+            if scales is not None:
                 scales.fill_(1 / 64)
         pool.page_positions.zero_()
         table = torch.full((*lengths.shape, int(pages.max())), -1, dtype=torch.int32)
@@ -82,8 +85,11 @@ class Paged:
             pool._replace(block_table=table[i], lengths=lengths[i], seen=seen, fresh_pages=fresh[i])
             for i in range(case.layers)
         ]
-        self.schedule = ops.plan(lengths, table, fresh, new_tokens=0, page_size=case.page_size)
-        entry_bytes = cache.page_bytes / case.page_size - 4  # without its position
+        if kv_dtype == "int4":
+            shape = (*lengths.shape[1:], 2 * page_size, case.head_dim)
+            self.layers = [x._replace(tails=torch.randn(shape, dtype=dtype)) for x in self.layers]
+        self.schedule = ops.plan(lengths, table, fresh, new_tokens=0, page_size=page_size)
+        entry_bytes = cache.page_bytes / page_size - 4  # without its position
         self.num_bytes = int(lengths.sum()) * entry_bytes / case.layers
 
 
@@ -122,7 +128,7 @@ def run(case: Case, options: argparse.Namespace) -> None:
 
     reader = harness.Reader()
     variants: dict[str, Callable[[int], object]] = {"adakv": functools.partial(attend, paged)}
-    for kv_dtype in ("int8", "fp8") if case.dtype != "float32" else ():
+    for kv_dtype in ("int8", "fp8", "int4") if case.dtype != "float32" else ():
         variants[kv_dtype] = functools.partial(attend, Paged(case, lengths, kv_dtype))
     variants |= {"sdpa": sdpa, "read": reader}
     timings = harness.measure(variants, rounds=options.rounds)
@@ -135,7 +141,7 @@ def run(case: Case, options: argparse.Namespace) -> None:
         "share_of_read_rate": reached / rate,
         "longest_over_mean": float(lengths.max()) / case.mean_length,
     }
-    for kv_dtype in variants.keys() & {"int8", "fp8"}:
+    for kv_dtype in variants.keys() & {"int8", "fp8", "int4"}:
         derived[f"{kv_dtype}_speedup"] = timings["adakv"].median_us / timings[kv_dtype].median_us
     harness.report("attend", vars(case), timings, derived, options.save)
 

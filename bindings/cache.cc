@@ -167,6 +167,8 @@ void bind_cache(py::module_& module) {
           },
           arg("layer"), arg("sequence"))
       .def_property_readonly("page_bytes", &KVCache::page_bytes)
+      .def_property_readonly("tail_bytes", &KVCache::tail_bytes)
+      .def_property_readonly("bytes_used", &KVCache::bytes_used)
       .def_property_readonly("num_free", [](const KVCache& self) { return self.pool().num_free(); })
       .def_property_readonly("num_used",
                              [](const KVCache& self) { return self.pool().num_used(); });

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-import reference
+import codes
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,6 +22,8 @@ FORMATS = (
     *((dtype, "auto") for dtype in DTYPES),
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
+#: The same of int4, which is for the CPU so far and has pages of 32 entries.
+INT4 = tuple((dtype, "int4") for dtype in DTYPES[1:])
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -90,6 +93,12 @@ def random_scores(batch: int, heads: int, length: int, *, levels: int = 0) -> Te
     return torch.floor(scores * length * levels / 4) / levels if levels else scores
 
 
+def skip_unless_held(kv_dtype: str, device: torch.device | str) -> None:
+    """Skips a test of pages that ``device`` does not have."""
+    if kv_dtype == "int4" and torch.device(device).type != "cpu":
+        pytest.skip("int4 pages are for the CPU so far")
+
+
 def paged_layer(
     lengths: list[list[int]],
     *,
@@ -104,7 +113,9 @@ def paged_layer(
     """A layer whose rows hold random entries, with fresh pages for ``new_tokens`` more.
 
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
+    Pages of int4 have 32 entries, whatever ``page_size`` says.
     """
+    page_size = 32 if kv_dtype == "int4" else page_size
     held = int32(lengths)  # [B, Hkv]
     used = -(-held // page_size)
     fresh = -(-(held + new_tokens) // page_size) - used
@@ -129,7 +140,7 @@ def paged_layer(
             page_positions[page, :count] = positions[slot : slot + count]
         for k in range(num_fresh):
             fresh_pages[b, h, k] = next(free)
-    return Layer(
+    layer = Layer(
         **held_as(pages.to(dtype), kv_dtype, device),
         page_positions=page_positions.to(device),
         block_table=noncontiguous(table.to(device)),
@@ -137,6 +148,7 @@ def paged_layer(
         seen=int32(seen, device),
         fresh_pages=noncontiguous(fresh_pages.to(device)),
     )
+    return with_tails(layer, pages.to(dtype)) if kv_dtype == "int4" else layer
 
 
 def empty_layer(
@@ -152,6 +164,7 @@ def empty_layer(
     kv_dtype: str = "auto",
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
+    page_size = 32 if kv_dtype == "int4" else page_size
     pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
     shapes = [
         (num_pages, page_size),
@@ -161,13 +174,14 @@ def empty_layer(
         (batch, heads, 4),
     ]
     names = ("page_positions", "block_table", "lengths", "seen", "fresh_pages")
-    return Layer(
+    layer = Layer(
         **held_as(pages, kv_dtype, device),
         **{
             name: torch.full(shape, -7, dtype=torch.int32, device=device)
             for name, shape in zip(names, shapes, strict=True)
         },
     )
+    return with_tails(layer, pages) if kv_dtype == "int4" else layer
 
 
 def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[str, Tensor]:
@@ -175,9 +189,32 @@ def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[st
     do in a cache."""
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
-    codes, scales = reference.quantise(pages, kv_dtype)
+    if kv_dtype == "int4":
+        parts = [codes.quantise_page(*page) for page in pages]
+        names = ("pages", "key_scales", "value_scales")
+        return {
+            name: apart(torch.stack(x).to(device))
+            for name, x in zip(names, zip(*parts, strict=True), strict=True)
+        }
+    held, scales = codes.quantise(pages, kv_dtype)
     halves = {"key_scales": scales[:, 0], "value_scales": scales[:, 1]}
-    return {name: apart(x.to(device)) for name, x in ({"pages": codes} | halves).items()}
+    return {name: apart(x.to(device)) for name, x in ({"pages": held} | halves).items()}
+
+
+def with_tails(layer: Layer, pages: Tensor) -> Layer:
+    """The layer with the last entries of its rows, those of ``pages`` ``[N, 2, P, D]``, in tails,
+    and NaN in the rest of them."""
+    _, _, page_size, head_dim = pages.shape
+    tails = pages.new_full((*layer.lengths.shape, 2 * page_size, head_dim), float("nan"))
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in layer.lengths.shape)).tolist():
+        length = int(layer.lengths[b, h])
+        if length > 0 and length % page_size:
+            page = int(layer.block_table[b, h, length // page_size])
+            tails[b, h] = pages[page].flatten(0, 1)
+    host = tails.new_full((len(tails), 2 * tails.shape[1] + 1, *tails.shape[2:]), float("nan"))
+    host = host.to(layer.pages.device)
+    host[:, 1::2] = tails.to(layer.pages.device)
+    return layer._replace(tails=host[:, 1::2])
 
 
 def apart(x: Tensor) -> Tensor:
@@ -200,8 +237,16 @@ def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
 
 def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
     """Keys and values ``[2, length, D]`` of a row in slot order, and their positions; of quantised
-    pages the codes, and the scales of both behind them."""
+    pages the codes, and the scales of both behind them; of int4 pages those of the whole ones, and
+    the row's tail."""
     length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
+    if layer.tails is not None:
+        whole = layer.block_table[b, h, : length // page_size].long().cpu()
+        held = (layer.pages, layer.key_scales, layer.value_scales)
+        tail = layer.tails[b, h].unflatten(0, (2, page_size))[:, : length % page_size]
+        every = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
+        positions = layer.page_positions.cpu()[every].flatten()[:length]
+        return *(x.cpu()[whole] for x in held if x is not None), tail.cpu(), positions
     pages = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
     both = layer.pages.cpu()[pages].transpose(0, 1).flatten(1, 2)[:, :length]
     slots = (layer.page_positions, layer.key_scales, layer.value_scales)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codes import dequantise, dequantise_page, quantise, quantise_page
+
 INF = float("inf")
 
 
@@ -223,62 +225,39 @@ def select(
     return torch.tensor(positions, dtype=torch.int32), torch.tensor(indptr, dtype=torch.int32)
 
 
-def _up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least numbers of a 16-bit dtype that are not below ``x``, float32 and 0 or more."""
-    nearest = x.to(dtype)
-    above = (nearest.view(torch.int16) + 1).view(dtype)
-    return torch.where(nearest.float() < x, above, nearest)
-
-
-def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
-    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, with zeros) or ``[..., Z]`` (fp8) of
-    16-bit entries ``[..., D]``; each group of 64 dimensions by itself, in float32."""
-    codes, scales = [], []
-    for group in x.float().split(64, -1):
-        if kv_dtype == "int8":
-            zero = group.amin(-1, keepdim=True)
-            spread, steps = group.amax(-1, keepdim=True) - zero, 255
-        else:
-            zero = torch.zeros_like(group[..., :1])
-            spread, steps = group.abs().amax(-1, keepdim=True), 448
-        is_finite = spread.isfinite()
-        scale = torch.where(is_finite, _up(spread / steps, x.dtype), torch.nan)
-        zero = torch.where(is_finite, zero, 0).to(x.dtype)
-        code = torch.where(scale > 0, (group - zero.float()) / scale.float(), 0)
-        codes.append(
-            code.round().clamp(0, 255).to(torch.uint8)
-            if kv_dtype == "int8"
-            else code.clamp(-448, 448).to(torch.float8_e4m3fn)
-        )
-        scales += [scale.to(x.dtype), zero] if kv_dtype == "int8" else [scale.to(x.dtype)]
-    return torch.cat(codes, -1), torch.cat(scales, -1)
-
-
-def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``scale * code + zero`` (int8) or ``scale * code`` (fp8), ``[..., D]``."""
-    has_zero = codes.dtype == torch.uint8
-    groups = codes.to(dtype).split(64, -1)
-    columns = scales.to(dtype).split(2 if has_zero else 1, -1)
-    return torch.cat(
-        [
-            code * column[..., :1] + (column[..., 1:] if has_zero else 0)
-            for code, column in zip(groups, columns, strict=True)
-        ],
-        -1,
-    )
-
-
 def kv_dtype_of(layer: Any) -> str:
+    if layer.tails is not None:
+        return "int4"
     return {torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}.get(layer.pages.dtype, "auto")
 
 
 def entries_of(layer: Any, pages: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Keys and values ``[2, n, D]`` in the slots of some pages, as attend reads them."""
     held = layer.pages.cpu()[pages.cpu()].transpose(0, 1)  # [2, pages, P, D]
+    if layer.tails is not None:
+        parts = (layer.pages, layer.key_scales, layer.value_scales)
+        each = [dequantise_page(*(x.cpu()[page] for x in parts), dtype) for page in pages.tolist()]
+        return torch.cat([torch.empty(2, 0, layer.tails.shape[3], dtype=dtype), *each], 1)
     if layer.key_scales is not None:
         scales = (layer.key_scales, layer.value_scales)
         held = dequantise(held, torch.stack([x.cpu()[pages.cpu()] for x in scales]), dtype)
     return held.flatten(1, 2).to(dtype)
+
+
+def row_of(
+    layer: Any, b: int, h: int, dtype: torch.dtype = torch.float64, *, just_filled: bool = False
+) -> Tensor:
+    """Keys and values ``[2, length, D]`` of a row; a last int4 page that was ``just_filled`` as its
+    tail has it."""
+    length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
+    pages = layer.block_table[b, h, : -(-length // page_size)].long()
+    if layer.tails is None:
+        return entries_of(layer, pages, dtype)[:, :length]
+    whole = (length - 1 if just_filled and length else length) // page_size
+    tail = layer.tails[b, h].cpu().to(dtype).unflatten(0, (2, page_size))
+    return torch.cat(
+        [entries_of(layer, pages[:whole], dtype), tail[:, : length - whole * page_size]], 1
+    )
 
 
 def compact(
@@ -317,11 +296,19 @@ def _store(
     page_size = layer.pages.shape[2]
     page = int(layer.block_table[b, h, slot // page_size])
     kv_dtype = kv_dtype_of(layer)
+    layer.page_positions[page, slot % page_size] = position
+    if kv_dtype == "int4":
+        tail = layer.tails[b, h].unflatten(0, (2, page_size))
+        tail[0, slot % page_size], tail[1, slot % page_size] = key, value
+        if slot % page_size == page_size - 1:
+            parts = (layer.pages, layer.key_scales, layer.value_scales)
+            for part, x in zip(parts, quantise_page(*tail), strict=True):
+                part[page] = x
+        return
     for half, (x, scales) in enumerate([(key, layer.key_scales), (value, layer.value_scales)]):
         if scales is not None:
             x, scales[page, slot % page_size] = quantise(x, kv_dtype)
         layer.pages[page, half, slot % page_size] = x
-    layer.page_positions[page, slot % page_size] = position
 
 
 def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None = None) -> None:
@@ -420,19 +407,23 @@ def attend(
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    appends: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the newest S tokens (appended already) over slots ``0 .. length - S + s``."""
+    """Attention of the newest S tokens (appended already) over slots ``0 .. length - S + s``.
+
+    With ``appends`` as by the call that appends them: one that fills a page of int4 reads it first.
+    """
     batch, num_heads, num_columns, head_dim = queries.shape
-    num_kv_heads, page_size = layer.lengths.shape[1], layer.pages.shape[2]
+    num_kv_heads = layer.lengths.shape[1]
     out = torch.zeros(batch, num_heads, num_columns, head_dim, dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):
         for q in range(num_heads):
             h = q // (num_heads // num_kv_heads)
             length = int(layer.lengths[b, h])
-            pages = layer.block_table[b, h, : -(-length // page_size)].long()
-            keys, values = entries_of(layer, pages, dtype)[:, :length]
+            just_filled = appends and num_columns == count == 1
+            keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
             for s in range(num_columns - count, num_columns):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)

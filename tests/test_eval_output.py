@@ -206,14 +206,16 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
     """Half of the bytes, and hardly another answer."""
     path = tmp_path / "eval.json"
     command = ["eval", folder, "--text", text, "--tokens", "300", "--prompts", "2"]
-    options = ["--policies", "ada_snapkv", "--kv-dtypes", "auto,int8", "--shares", "1"]
+    options = ["--policies", "ada_snapkv", "--kv-dtypes", "auto,int8,int4", "--shares", "1"]
     assert run_command_line([*command, *options, "--json", str(path)]) == 0
     results = json.loads(path.read_text())
-    plain, quantised = results["cells"]
-    assert (plain["policy"], quantised["policy"]) == ("ada_snapkv", "ada_snapkv in int8")
+    plain, quantised, int4 = results["cells"]
+    names = ["ada_snapkv", "ada_snapkv in int8", "ada_snapkv in int4"]
+    assert [cell["policy"] for cell in results["cells"]] == names
     assert results["dtype"] == "bfloat16"
     assert quantised["bytes_share"] < 0.8 * plain["bytes_share"]
     assert quantised["metrics"]["kl"]["mean"] < plain["metrics"]["kl"]["mean"] + 0.05
+    assert int4["metrics"]["kl"]["mean"] > quantised["metrics"]["kl"]["mean"]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@
 #include <utility>
 
 #include "adakv/error.h"
+#include "cache/layout.h"
 
 namespace adakv {
 namespace {
 
-constexpr int64_t kAlignment = 256;
 constexpr int32_t kMostLayers = 1 << 16;
 constexpr int64_t kMostRows = int64_t{1} << 24;     // of all layers
 constexpr int64_t kMostColumns = int64_t{1} << 40;  // of all block tables
@@ -45,87 +45,15 @@ void check_config(const CacheConfig& c) {
               kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
-  ADAKV_CHECK(c.format <= PageFormat::kFp8, "KVCache: format must be plain, int8 or fp8, got ",
-              static_cast<int>(c.format));
+  ADAKV_CHECK(c.format <= PageFormat::kInt4,
+              "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
   ADAKV_CHECK(c.format == PageFormat::kPlain || c.dtype != DType::kFloat32,
               "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
-}
-
-// The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
-struct PageParts {
-  explicit PageParts(const CacheConfig& c)
-      : codes(int64_t{2} * c.page_size * c.head_dim *
-              (c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1)),
-        scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
-        positions(c.page_size * sizeof(int32_t)) {}
-
-  int64_t bytes() const { return codes + 2 * scales + positions; }
-
-  int64_t codes;   // of keys and values
-  int64_t scales;  // of keys, and again of values
-  int64_t positions;
-};
-
-// Lays tensors out one behind the other in one allocation: first without a base to learn the size,
-// then with it.
-class Layout {
- public:
-  Layout(void* base, Device device) : base_(static_cast<char*>(base)), device_(device) {}
-
-  TensorView add(std::initializer_list<int64_t> shape, DType dtype) {
-    TensorView view(base_ ? base_ + bytes_ : nullptr, shape, dtype, device_);
-    bytes_ += view.size() * static_cast<int64_t>(dtype_size(dtype));
-    bytes_ = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
-    return view;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  Device device_;
-  int64_t bytes_ = 0;
-};
-
-void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
-  if (c.format == PageFormat::kPlain) {
-    view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
-    view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
-    return;
-  }
-  const PageParts parts(c);
-  const TensorView whole = layout.add({c.num_pages, parts.bytes()}, DType::kUInt8);
-  const auto part = [&](int64_t begin, std::initializer_list<int64_t> shape, DType dtype) {
-    TensorView tensor(whole.data ? whole.ptr<char>() + begin : nullptr, shape, dtype, c.device);
-    tensor.stride[0] = parts.bytes() / static_cast<int64_t>(dtype_size(dtype));
-    return tensor;
-  };
-  const int64_t width = num_scales(c.format, c.head_dim);
-  view.pages = part(0, {c.num_pages, 2, c.page_size, c.head_dim},
-                    c.format == PageFormat::kInt8 ? DType::kUInt8 : DType::kFloat8);
-  view.key_scales = part(parts.codes, {c.num_pages, c.page_size, width}, c.dtype);
-  view.value_scales = part(parts.codes + parts.scales, {c.num_pages, c.page_size, width}, c.dtype);
-  view.page_positions =
-      part(parts.codes + 2 * parts.scales, {c.num_pages, c.page_size}, DType::kInt32);
-}
-
-// Of the block table: no row can have more pages than the pool, so that a large max_row_pages takes
-// no memory before there are pages to fill it.
-int32_t num_columns(const CacheConfig& c) {
-  return std::min(c.max_row_pages, c.num_pages);
-}
-
-void lay_out_table(Layout& layout, const CacheConfig& c, LayerView& view) {
-  view.block_table =
-      layout.add({c.num_layers, c.num_sequences, c.num_kv_heads, num_columns(c)}, DType::kInt32);
-}
-
-void lay_out_rows(Layout& layout, const CacheConfig& c, LayerView& view) {
-  view.lengths = layout.add({c.num_layers, c.num_sequences, c.num_kv_heads}, DType::kInt32);
-  view.seen = layout.add({c.num_layers, c.num_sequences}, DType::kInt32);
-  view.fresh_pages = layout.add(
-      {c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
-  std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
-  std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
+  if (c.format != PageFormat::kInt4) return;
+  ADAKV_CHECK(c.page_size == kInt4PageSize, "KVCache: page_size must be ", kInt4PageSize,
+              " for int4 pages, got ", c.page_size);
+  ADAKV_CHECK(c.device.type == DeviceType::kCpu, "KVCache: int4 pages are for the CPU so far, got ",
+              device_name(c.device));
 }
 
 // Memory for some tensors, which become views of it.
@@ -226,9 +154,24 @@ size_t KVCache::page_bytes() const {
   return static_cast<size_t>(PageParts(config_).bytes());
 }
 
+size_t KVCache::tail_bytes() const {
+  const TensorView& tails = all_layers_.tails;
+  return static_cast<size_t>(tails.size()) * dtype_size(tails.dtype) / config_.num_sequences;
+}
+
+size_t KVCache::bytes_used() const {
+  const auto holds = [](const Sequence& sequence) { return !sequence.pages.empty(); };
+  return pool_.num_used() * page_bytes() +
+         std::count_if(sequences_.begin(), sequences_.end(), holds) * tail_bytes();
+}
+
 LayerView KVCache::layer(int32_t layer) const {
   check_layer(layer);
   LayerView view = all_layers_;
+  if (view.tails) {
+    view.tails =
+        view.tails.narrow(0, int64_t{layer} * config_.num_sequences, config_.num_sequences);
+  }
   for (TensorView* tensor : {&view.block_table, &view.lengths, &view.seen, &view.fresh_pages}) {
     *tensor = tensor->select(layer);
   }
@@ -330,9 +273,8 @@ PageList KVCache::begin(int32_t layer,
 std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
                                            const std::vector<std::vector<int64_t>>& num_kept,
                                            const std::vector<int64_t>& longest_row) {
-  ADAKV_CHECK(static_cast<int32_t>(num_kept.size()) == config_.num_layers,
-              "num_kept must have ", config_.num_layers, " elements, one for each layer, got ",
-              num_kept.size());
+  ADAKV_CHECK(static_cast<int32_t>(num_kept.size()) == config_.num_layers, "num_kept must have ",
+              config_.num_layers, " elements, one for each layer, got ", num_kept.size());
   int64_t needed = 0;
   for (const std::vector<int64_t>& of_layer : num_kept) {
     needed += check_kept(first_sequence, of_layer, longest_row);

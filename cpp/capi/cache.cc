@@ -293,6 +293,18 @@ size_t adakv_cache_page_bytes(const AdakvCache* cache) {
   return bytes;
 }
 
+size_t adakv_cache_tail_bytes(const AdakvCache* cache) {
+  size_t bytes = 0;
+  guarded([&] { bytes = given("cache", cache).cache.tail_bytes(); });
+  return bytes;
+}
+
+size_t adakv_cache_bytes_used(const AdakvCache* cache) {
+  size_t bytes = 0;
+  guarded([&] { bytes = given("cache", cache).cache.bytes_used(); });
+  return bytes;
+}
+
 int64_t adakv_pages_for(int64_t num_kept,
                         int64_t num_new,
                         int32_t num_kv_heads,

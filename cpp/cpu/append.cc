@@ -6,6 +6,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/page_writer.h"
 #include "cpu/parallel.h"
+#include "cpu/tail_writer.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -46,11 +47,12 @@ void check_room(const LayerView& layer, int64_t b, int64_t h, int32_t count) {
   }
 }
 
-void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count) {
+// Where a new entry of a row goes, and the row's counts.
+template <typename Write>
+void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count, const Write& write) {
   const LayerView& layer = args.layer;
   const int64_t element = static_cast<int64_t>(dtype_size(args.keys.dtype));
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
-  const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
   int32_t* table = row_of(layer.block_table, b, h);
   const int32_t* fresh = row_of(layer.fresh_pages, b, h);
   int32_t* length = row_of(layer.lengths, b, h);
@@ -62,16 +64,36 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count) {
     const int32_t slot = *length % page_size, column = *length / page_size;
     if (slot == 0) table[column] = *fresh++;
     const int64_t page = table[column];
-    writer.write_key(page, slot, source(args.keys, args.keys.shape[2] - count + i));
-    writer.write_value(page, slot, source(args.values, args.keys.shape[2] - count + i));
+    const int64_t from = args.keys.shape[2] - count + i;
+    write(page, slot, source(args.keys, from), source(args.values, from));
     layer.page_positions.ptr<int32_t>()[page * layer.page_positions.stride[0] + slot] = seen + i;
     ++*length;
   }
 }
 
+void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count, FullTails full) {
+  if (args.layer.tails) {
+    const TailWriter tails(args.layer);
+    append_row(args, b, h, count, [&](int64_t page, int32_t slot, const char* k, const char* v) {
+      tails.write(b, h, slot, k, v);
+      if (slot == kInt4PageSize - 1 && full == FullTails::kQuantise) tails.quantise(b, h, page);
+    });
+    return;
+  }
+  const PageWriter writer(args.layer, args.keys.shape[3], args.keys.dtype);
+  append_row(args, b, h, count, [&](int64_t page, int32_t slot, const char* k, const char* v) {
+    writer.write_key(page, slot, k);
+    writer.write_value(page, slot, v);
+  });
+}
+
 }  // namespace
 
 void CpuBackend::append(const AppendArgs& args) {
+  append_entries(args, FullTails::kQuantise);
+}
+
+void append_entries(const AppendArgs& args, FullTails full) {
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const auto count = [&](int64_t b) {
     return args.num_new ? args.num_new.ptr<int32_t>()[b] : static_cast<int32_t>(args.keys.shape[2]);
@@ -83,7 +105,9 @@ void CpuBackend::append(const AppendArgs& args) {
                 " tokens, got ", seen, " for sequence ", b);
     for (int64_t h = 0; h < heads; ++h) check_room(args.layer, b, h, count(b));
   }
-  const auto row = [&](int64_t r) { append_row(args, r / heads, r % heads, count(r / heads)); };
+  const auto row = [&](int64_t r) {
+    append_row(args, r / heads, r % heads, count(r / heads), full);
+  };
   if (args.keys.size() * static_cast<int64_t>(dtype_size(args.keys.dtype)) > kBytesPerThread) {
     parallel_for(batch * heads, row);
   } else {

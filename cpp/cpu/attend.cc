@@ -13,6 +13,7 @@
 #include "cpu/float16.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/tail_writer.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -37,6 +38,32 @@ struct LocalPartial : Partial {
   explicit LocalPartial(int64_t num_queries) : Partial(data, num_queries) {}
   float data[kMaxSpanQueries * (2 + kMaxHeadDim)];
 };
+
+int64_t num_new(const AttendArgs& args, int64_t b) {
+  if (!args.num_new) return args.queries.shape[2];
+  return args.num_new.ptr<const int32_t>()[b * args.num_new.stride[0]];
+}
+
+/// Whether a page that is filled by this call is read before it is quantised.
+bool reads_filled_tails(const AttendArgs& args) {
+  return args.layer.tails && args.keys && args.keys.shape[2] == 1;
+}
+
+/// Quantises the tails that one new token filled.
+void quantise_filled(const AttendArgs& args) {
+  const LayerView& layer = args.layer;
+  const TailWriter tails(layer);
+  const int64_t heads = layer.lengths.shape[1];
+  parallel_for(layer.lengths.shape[0] * heads, [&](int64_t row) {
+    const int64_t b = row / heads, h = row % heads;
+    const auto at = [&](const TensorView& x) {
+      return x.ptr<int32_t>() + b * x.stride[0] + h * x.stride[1];
+    };
+    const int32_t length = *at(layer.lengths);
+    if (num_new(args, b) != 1 || length % kInt4PageSize != 0) return;
+    tails.quantise(b, h, at(layer.block_table)[length / kInt4PageSize - 1]);
+  });
+}
 
 class Attention {
  public:
@@ -127,6 +154,10 @@ class Attention {
       span.scales[i] = scales.data;
       span.scale_stride[i] = scales.stride[0];
     }
+    span.tail_begin = tail_begin(b, rows_[row].length);
+    span.tail = args_.layer.tails.ptr<const char>() +
+                (b * args_.layer.tails.stride[0] + h * args_.layer.tails.stride[1]) *
+                    static_cast<int64_t>(sizeof(uint16_t));
     span.page_ids = table.ptr<const int32_t>() + b * table.stride[0] + h * table.stride[1];
     span.page_size = static_cast<int>(args_.layer.pages.shape[2]);
     span.head_dim = static_cast<int>(head_dim_);
@@ -146,6 +177,12 @@ class Attention {
     span.sum = out.sum;
     span.acc = out.acc;
     attend_span_(span);
+  }
+
+  /// The first slot of a row that is read from its tail, of int4.
+  int tail_begin(int64_t b, int length) const {
+    const int read = reads_filled_tails(args_) && num_new(args_, b) == 1 ? length - 1 : length;
+    return read / kInt4PageSize * kInt4PageSize;
   }
 
   /// Adds up the partial results of a row, in slot order.
@@ -176,9 +213,7 @@ class Attention {
   /// Divides by the sum, the sink's share included, and stores out and lse.
   void finish(int64_t row, int64_t first_query, int64_t num_queries, const Partial& result) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const int64_t num_new = args_.num_new
-                                ? args_.num_new.ptr<const int32_t>()[b * args_.num_new.stride[0]]
-                                : num_tokens_;
+    const int64_t num_new = adakv::num_new(args_, b);
     for (int64_t r = 0; r < num_queries; ++r) {
       const int64_t s = (first_query + r) / group_;
       const int64_t q = h * group_ + (first_query + r) % group_;
@@ -330,13 +365,17 @@ class ScheduleCheck {
 void CpuBackend::attend(const AttendArgs& args) {
   check_pages(args);
   ScheduleCheck(args).run();
-  if (args.keys) append({args.keys, args.values, args.num_new, args.layer, args.stream});
+  const FullTails full = reads_filled_tails(args) ? FullTails::kLeave : FullTails::kQuantise;
+  if (args.keys) {
+    append_entries({args.keys, args.values, args.num_new, args.layer, args.stream}, full);
+  }
   const Attention attention(args);
   if (Attention::is_split(args)) {
     attention.run_by_pages();
   } else {
     attention.run_by_queries();
   }
+  if (full == FullTails::kLeave) quantise_filled(args);
 }
 
 size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {

@@ -7,6 +7,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/page_writer.h"
 #include "cpu/parallel.h"
+#include "cpu/tail_writer.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -77,6 +78,51 @@ struct Row {
   const char* data;
 };
 
+// Writes the entries at `positions`, of one page, as the page's format has it.
+void write_page(const PageWriter& writer,
+                const Row& keys,
+                const Row& values,
+                int64_t page,
+                const int32_t* begin,
+                const int32_t* end) {
+  for (const int32_t* p = begin; p != end; ++p) {
+    if (end - p > kAhead) keys.fetch(p[kAhead]);
+    writer.write_key(page, p - begin, keys.entry(*p));
+  }
+  for (const int32_t* p = begin; p != end; ++p) {
+    if (end - p > kAhead) values.fetch(p[kAhead]);
+    writer.write_value(page, p - begin, values.entry(*p));
+  }
+}
+
+// The same of the whole pages of a row (b, h) in int4; what is behind them goes to the row's tail.
+void write_int4_row(const TailWriter& writer,
+                    const Row& keys,
+                    const Row& values,
+                    int64_t b,
+                    int64_t h,
+                    const int32_t* pages,
+                    const int32_t* begin,
+                    const int32_t* end) {
+  constexpr int kSize = kInt4PageSize;
+  const void* entries[2][2 * kSize];  // of a page, and of the one behind it
+  const auto look_up = [&](const int32_t* first, const void** of_page) {
+    for (int i = 0; i < kSize; ++i) {
+      of_page[i] = keys.entry(first[i]);
+      of_page[kSize + i] = values.entry(first[i]);
+    }
+  };
+  if (end - begin >= kSize) look_up(begin, entries[0]);
+  for (int i = 0; end - begin >= kSize; ++i, begin += kSize) {
+    const void** next = end - begin >= 2 * kSize ? entries[(i + 1) % 2] : nullptr;
+    if (next != nullptr) look_up(begin + kSize, next);
+    writer.quantise(entries[i % 2], next, pages[i]);
+  }
+  for (const int32_t* p = begin; p != end; ++p) {
+    writer.write(b, h, p - begin, keys.entry(*p), values.entry(*p));
+  }
+}
+
 }  // namespace
 
 void CpuBackend::compact(const CompactArgs& args) {
@@ -84,6 +130,7 @@ void CpuBackend::compact(const CompactArgs& args) {
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
   const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
+  const TailWriter tails(layer);
   const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
   const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();  // [Q]
@@ -102,16 +149,12 @@ void CpuBackend::compact(const CompactArgs& args) {
     for (int32_t i = 0; i < num_pages; ++i) {
       const int32_t* begin = positions + i * page_size;
       const int32_t* end = positions + std::min((i + 1) * page_size, kept);
-      for (const int32_t* p = begin; p != end; ++p) {
-        if (end - p > kAhead) keys.fetch(p[kAhead]);
-        writer.write_key(pages[i], p - begin, keys.entry(*p));
-      }
-      for (const int32_t* p = begin; p != end; ++p) {
-        if (end - p > kAhead) values.fetch(p[kAhead]);
-        writer.write_value(pages[i], p - begin, values.entry(*p));
-      }
+      if (!layer.tails) write_page(writer, keys, values, pages[i], begin, end);
       std::copy(begin, end,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
+    }
+    if (layer.tails) {
+      write_int4_row(tails, keys, values, b, h, pages, positions, positions + kept);
     }
     int32_t* table = row_of(layer.block_table);
     std::copy(pages, pages + num_pages, table);

@@ -22,6 +22,11 @@ struct Int8Code {
   uint8_t bits;
 };
 
+/// Two codes of int4 pages, 0 .. 15: that of the dimension before in the low half.
+struct Int4Codes {
+  uint8_t bits;
+};
+
 /// float8_e4m3fn.
 struct Float8 {
   uint8_t bits;

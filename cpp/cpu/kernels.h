@@ -17,8 +17,11 @@ constexpr int kMaxHeadDim = 256;
 struct AttendSpan {
   const void* pages;        // [N, 2, P, D]
   int64_t page_stride;      // in elements
-  const void* scales[2];    // [N, P, num_scales] of keys and of values, for quantised pages
+  const void* scales[2];    // [N, P, num_scales] of keys and of values, for quantised pages; of
+                            // int4 keys [N, 2, D]
   int64_t scale_stride[2];  // in elements, from page to page
+  const void* tail;         // [2 P, D] of int4: keys and values of the slots from tail_begin on
+  int tail_begin;           // a multiple of the page size
   const int32_t* page_ids;  // pages of the row, from its slot 0
   int page_size;
   int head_dim;
@@ -101,14 +104,25 @@ struct GramNormSpan {
 /// Makes codes [D] and scales of an entry [D] as ops/quantise.h says.
 using QuantiseEntry = void (*)(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales);
 
+/// Makes codes [2, P, D / 2], key_scales [2, D] and value_scales [P, 2 Z] of an int4 page, whose P
+/// keys and then P values `entries` points to, as ops/quantise.h says; fetches those of `next`, unless
+/// it is null.
+using QuantisePage = void (*)(const void* const* entries,
+                              const void* const* next,
+                              int head_dim,
+                              uint8_t* codes,
+                              uint16_t* key_scales,
+                              uint16_t* value_scales);
+
 /// By DType: float32, float16, bfloat16.
 template <typename Span>
 using PerDType = void (*[3])(const Span&);
 
 struct Kernels {
   const char* isa;
-  PerDType<AttendSpan> attend_span[3];  // by PageFormat; quantised pages have no float32
-  QuantiseEntry quantise[3][3];         // by PageFormat and DType, where there are quantised pages
+  PerDType<AttendSpan> attend_span[4];  // by PageFormat; quantised pages have no float32
+  QuantiseEntry quantise[4][3];         // by PageFormat and DType, where entries are quantised
+  QuantisePage quantise_page[3];        // by DType
   PerDType<ScoreSpan> score_sums;
   PerDType<ScoreSpan> score_window;
   PerDType<ValueNormSpan> value_norm_span;

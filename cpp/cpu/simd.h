@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -168,6 +169,38 @@ inline F32Pair load_pair(const Int8Code* data) {
   return {to_float(widen_bytes(data)), to_float(widen_bytes(data + kLanes))};
 }
 
+inline F32Pair load_pair(const Int4Codes* data) {
+  const U32 both = widen_bytes(data);
+  return {to_float(both & 0xf), to_float(both >> 4)};
+}
+
+/// A Float16 whose pairs have the even and the odd elements, as those of BFloat16 and Int4Codes do.
+struct EvenOddFloat16 {
+  uint16_t bits;
+};
+
+template <typename Element>
+using EvenOdd = std::conditional_t<std::is_same_v<Element, Float16>, EvenOddFloat16, Element>;
+
+template <int kFirst, int... kLane>
+inline F32 every_other(F32Pair pair, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(pair.first, pair.second, (2 * kLane + kFirst)...);
+}
+
+inline F32Pair load_pair(const EvenOddFloat16* data) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_shuffle_epi8(load_as<__m256i>(data), order);
+  const __m256i sorted = _mm256_permute4x64_epi64(halves, 0xd8);
+  return {(F32)_mm256_cvtph_ps(_mm256_castsi256_si128(sorted)),
+          (F32)_mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1))};
+#else
+  const F32Pair in_order = load_pair(reinterpret_cast<const Float16*>(data));
+  return {every_other<0>(in_order, LaneNumbers{}), every_other<1>(in_order, LaneNumbers{})};
+#endif
+}
+
 /// The numbers divided by 2^8: as the bits of a float16, their exponents are 8 too small.
 inline F32Pair load_pair(const Float8* data) {
 #if defined(__AVX512F__)
@@ -201,6 +234,12 @@ inline F32Pair load_pair(const Element* data, int count) {
   return load_pair(buffer);
 }
 
+inline F32Pair load_pair(const Int4Codes* data, int count) {
+  Int4Codes buffer[kLanes] = {};
+  __builtin_memcpy(buffer, data, count / 2);
+  return load_pair(buffer);
+}
+
 #if defined(__AVX512F__)
 template <>
 inline F32Pair load_pair(const BFloat16* data, int count) {
@@ -222,6 +261,10 @@ inline void store_in_order(float* out, F32Pair pair, const BFloat16*) {
     out[2 * i] = pair.first[i];
     out[2 * i + 1] = pair.second[i];
   }
+}
+
+inline void store_in_order(float* out, F32Pair pair, const EvenOddFloat16*) {
+  store_in_order(out, pair, static_cast<const BFloat16*>(nullptr));
 }
 
 inline void store_in_order(float* out, F32Pair pair, const void*) {

@@ -13,141 +13,28 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
+#include "cpu/simd_pages.h"
 
 namespace adakv::ADAKV_ISA {
 
-constexpr int kBlockSlots = 32;
 constexpr int kQueriesAtOnce = 4;
 constexpr int kSlotsAtOnce =
     kNumRegisters == 32 ? 4 : 2;  // 4 x kSlotsAtOnce sums stay in registers
-constexpr int kSlotGroup = 8;     // page sizes are multiples of it
 
-/// The pages of a row as if they were one array. What attend_span has to know of a format:
-///   Query            a query is kept in the order in which load_pair(const Query*) has it
-///   key, value       an entry's codes in memory; a value lies `ahead` codes behind its key
-///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
-///   kStretch         dimensions that have the same numbers
-///   numbers, number  scale and zero from dimension d on, and what codes stand for
-template <typename Element>
-struct RowPages {
-  const Element* pages;
-  int64_t page_stride;
-  const int32_t* page_ids;
-  int log_page_size;
-  int head_dim;
-
-  explicit RowPages(const AttendSpan& span)
-      : pages(static_cast<const Element*>(span.pages)),
-        page_stride(span.page_stride),
-        page_ids(span.page_ids),
-        log_page_size(__builtin_ctz(span.page_size)),
-        head_dim(span.head_dim) {}
-
-  int in_page(int slot) const { return slot & ((1 << log_page_size) - 1); }
-  const Element* key(int slot) const {
-    return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * head_dim;
-  }
-  const Element* value(int slot) const { return key(slot) + ahead(); }
-  int ahead() const { return head_dim << log_page_size; }
-};
-
-template <typename Element>
-struct PlainPages : RowPages<Element> {
-  using Code = Element;
-  using Input = Element;
-  using Query = Element;
-  static constexpr int width = 0, kStretch = kMaxHeadDim;
-  static constexpr int kLine = kPair;  // codes that are fetched at once
-  static constexpr bool kHasScales = false, kHasZero = false;
-  struct Scales {
-    const float* keys = nullptr;
-    const float* values = nullptr;
-  };
-  struct Numbers {};
-
-  using RowPages<Element>::RowPages;
-
-  void fill(Scales&, int, int, int) const {}
-  static Numbers numbers(const float*, int) { return {}; }
-  static F32Pair number(F32Pair pair, Numbers) { return pair; }
-};
-
-/// Pages of codes: x = scale * code + zero, or scale * code.
-template <typename Element, typename Scale>
-struct CodePages : RowPages<Element> {
-  using Code = Element;
-  using Input = Scale;
-  using Query = float;
-  static constexpr int kNumbers = std::is_same_v<Code, Int8Code> ? 2 : 1;
-  static constexpr float kUnit = kNumbers == 2 ? 1.f : 0x1p8f;  // of load_pair(const Code*)
-  static constexpr int kMaxWidth = kNumbers * kMaxHeadDim / kScaleGroup;
-  struct Scales {
-    alignas(64) float keys[kBlockSlots * kMaxWidth];
-    alignas(64) float values[kBlockSlots * kMaxWidth];
-  };
-
-  static constexpr int kStretch = kScaleGroup;
-  static constexpr int kLine = 64;
-  static constexpr bool kHasScales = true, kHasZero = kNumbers == 2;
-  struct Numbers {
-    F32 scale, zero;
-  };
-
-  const AttendSpan& span;
-  int width;  // numbers of a key or value
-
-  explicit CodePages(const AttendSpan& span)
-      : RowPages<Element>(span),
-        span(span),
-        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
-
-  /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
-  /// fetches the numbers of the block behind, up to `last`.
-  void fill(Scales& scales, int begin, int end, int last) const {
-    alignas(64) float values[kBlockSlots * kMaxWidth];
-    fill(scales.keys, 0, begin, end, last);
-    fill(values, 1, begin, end, last);
-    for (int i = 0; i < end - begin; ++i) {
-      for (int j = 0; j < width; ++j) scales.values[j * kBlockSlots + i] = values[i * width + j];
+/// queries [kRows, stride] times the scales of a page's keys, and their products with the zeros.
+template <int kRows>
+inline void scale_queries(
+    const float* queries, int stride, const float* scales, float* scaled, float* constants) {
+  for (int r = 0; r < kRows; ++r) {
+    F32 sums = {};
+    for (int d = 0; d < stride; d += kLanes) {
+      const F32 q = load(queries + r * stride + d);
+      store(scaled + r * stride + d, q * load(scales + d));
+      sums += q * load(scales + kMaxHeadDim + d);
     }
+    constants[r] = sum(sums);
   }
-
-  void fill(float* out, int which, int begin, int end, int last) const {
-    Scale together[kBlockSlots * kMaxWidth] = {};
-    const int group_numbers = kSlotGroup * width;
-    for (int slot = begin; slot < end; slot += kSlotGroup) {
-      const Scale* from = in_memory(which, slot);
-      Scale* to = together + (slot - begin) * width;
-      for (int i = 0; i < group_numbers; i += kSlotGroup) {
-        __builtin_memcpy(to + i, from + i, kSlotGroup * sizeof(Scale));
-      }
-      if (slot + kBlockSlots >= last) continue;
-      const char* next = reinterpret_cast<const char*>(in_memory(which, slot + kBlockSlots));
-      for (int i = 0; i < group_numbers * 2; i += 64) __builtin_prefetch(next + i);
-    }
-    for (int i = 0; i < (end - begin + kSlotGroup - 1) / kSlotGroup * group_numbers; i += kPair) {
-      const F32Pair pair = load_in_order(together + i);
-      store(out + i, pair.first * kUnit);
-      store(out + i + kLanes, pair.second * kUnit);
-    }
-  }
-
-  const Scale* in_memory(int which, int slot) const {
-    const int32_t page = this->page_ids[slot >> this->log_page_size];
-    return static_cast<const Scale*>(span.scales[which]) + page * span.scale_stride[which] +
-           this->in_page(slot) * width;
-  }
-
-  static Numbers numbers(const float* scales, int d) {
-    const float* group = scales + d / kScaleGroup * kNumbers;
-    return {broadcast(group[0]), broadcast(group[kNumbers - 1])};
-  }
-
-  static F32Pair number(F32Pair codes, Numbers of) {
-    if constexpr (kNumbers == 1) return {codes.first * of.scale, codes.second * of.scale};
-    return {codes.first * of.scale + of.zero, codes.second * of.scale + of.zero};
-  }
-};
+}
 
 /// Keys that dot_keys takes in one go: so many that their sums with kRows queries stay in registers,
 /// and at most a group of slots, which lies in one page.
@@ -164,7 +51,7 @@ inline void multiply_keys(const float* queries,
                           int stride,
                           const typename Pages::Code* keys,
                           int head_dim,
-                          int ahead,
+                          int64_t ahead,
                           const float* scales,
                           int width,
                           F32* lanes) {
@@ -177,7 +64,7 @@ inline void multiply_keys(const float* queries,
     F32Pair k[kSlotsAtOnce];
 #pragma GCC unroll 4
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      const auto* codes = keys + i * head_dim + d;
+      const auto* codes = keys + (i * head_dim + d) / Pages::kDims;
       const F32Pair loaded =
           head_dim - d >= kPair ? load_pair(codes) : load_pair(codes, head_dim - d);
       k[i] = Pages::number(loaded, Pages::numbers(scales + i * width, d));
@@ -219,8 +106,9 @@ inline void dot_keys(const float* queries,
   for (int i = kRows * kKeys; i < kVectors * kLanes; ++i) lanes[i] = F32{};
   const auto* keys = row.key(slot);
   for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
-    multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.head_dim, row.head_dim,
-                                        row.ahead(), scales + i * row.width, row.width, lanes + i);
+    multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.pitch, row.head_dim,
+                                        row.ahead(slot), scales + i * row.width, row.width,
+                                        lanes + i);
   }
   float totals[kVectors * kLanes];
   for (int i = 0; i < kVectors; ++i) {
@@ -239,8 +127,8 @@ inline void scale_weights(
   for (int r = 0; r < kRows; ++r) {
     F32 sums = {};
     for (int i = 0; i < kBlockSlots; i += kLanes) {
-      const I32 is_there = lane_numbers() + i < count;
       const F32 p = load(weights + r * kBlockSlots + i);
+      const I32 is_there = (lane_numbers() + i < count) & (p != F32{});  // not 0 * NaN
       store(scaled + r * kBlockSlots + i, p * choose(is_there, load(numbers + i), F32{}));
       if constexpr (Pages::kHasZero) {
         sums += p * choose(is_there, load(numbers + kBlockSlots + i), F32{});
@@ -274,13 +162,15 @@ inline void add_values(const Pages& row,
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sums[r] = {broadcast(zeros[r]), broadcast(zeros[r])};
     for (int group = begin; group < end; group += kSlotGroup) {
-      const Code* values = row.value(group) + d;
-      const Code* next = group + kBlockSlots < last ? row.key(group + kBlockSlots) + d : values;
+      const Code* values = row.value(group) + d / Pages::kDims;
+      const Code* next = group + kBlockSlots < last
+                             ? row.behind_values(group) + (d - in_line) / Pages::kDims
+                             : values;
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = (Pages::kHasScales ? scaled : weights) + (group - begin);
       for (int i = 0; i < count; ++i) {
-        const F32Pair v = load_values(values + i * head_dim);
-        if (kFetch && i % kSteps == first_slot) __builtin_prefetch(next + i * head_dim - in_line);
+        const F32Pair v = load_values(values + i * row.pitch);
+        if (kFetch && i % kSteps == first_slot) __builtin_prefetch(next + i * row.pitch);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r].first += p[r * kBlockSlots + i] * v.first;
@@ -353,9 +243,23 @@ inline void attend_block(const AttendSpan& span,
                          int stride) {
   alignas(64) float logits[kRows][kBlockSlots];
   float correction[kRows];
+  const float* factors = queries + first_row * stride;
+  alignas(64) float scaled[Pages::kIsInt4 ? kRows * kMaxHeadDim : 1];
+  float constants[kRows];
+  if constexpr (Pages::kIsInt4) {
+    scale_queries<kRows>(factors, stride, scales.keys, scaled, constants);
+    factors = scaled;
+  }
   for (int slot = begin; slot < end; slot += kKeysAtOnce<kRows>) {
-    dot_keys<kRows, kFetch>(queries + first_row * stride, stride, row, slot,
-                            scales.keys + (slot - begin) * row.width, &logits[0][slot - begin]);
+    dot_keys<kRows, kFetch>(factors, stride, row, slot, scales.keys + (slot - begin) * row.width,
+                            &logits[0][slot - begin]);
+  }
+  if constexpr (Pages::kIsInt4) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kBlockSlots; i += kLanes) {
+        store(logits[r] + i, load(logits[r] + i) + constants[r]);
+      }
+    }
   }
   for (int r = 0; r < kRows; ++r) {
     const int s = (span.first_query + first_row + r) / span.group;
@@ -365,6 +269,51 @@ inline void attend_block(const AttendSpan& span,
   }
   add_values<kRows, kFetch>(row, begin, end, span.end_slot, scales.values, &logits[0][0],
                             correction, acc + first_row * stride, stride);
+}
+
+/// One block of slots for all queries.
+template <typename Pages>
+inline void attend_queries(const AttendSpan& span,
+                           const Pages& row,
+                           const typename Pages::Scales& scales,
+                           int begin,
+                           int block_end,
+                           const float* queries,
+                           float* acc,
+                           int stride) {
+  for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
+    const int rows =
+        span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
+    const int last_visible =
+        span.first_visible + (span.first_query + first + rows - 1) / span.group;
+    const int end = block_end < last_visible ? block_end : last_visible;
+    if (end <= begin) continue;
+    const auto run = [&](auto num_rows) {
+      constexpr int kRows = decltype(num_rows)::value;
+      if (first == 0) {
+        attend_block<kRows, true>(span, row, scales, begin, end, first, queries, acc, stride);
+      } else {
+        attend_block<kRows, false>(span, row, scales, begin, end, first, queries, acc, stride);
+      }
+    };
+    if (rows == 4) run(std::integral_constant<int, 4>{});
+    if (rows == 3) run(std::integral_constant<int, 3>{});
+    if (rows == 2) run(std::integral_constant<int, 2>{});
+    if (rows == 1) run(std::integral_constant<int, 1>{});
+  }
+}
+
+/// The block in a tail, as the one page of a row of its own.
+template <typename Tail>
+inline void attend_tail(const AttendSpan& span, const float* queries, float* acc, int stride) {
+  const int32_t page_id = 0;
+  AttendSpan of_tail = span;
+  of_tail.pages = span.tail;
+  of_tail.page_stride = 0;
+  of_tail.page_ids = &page_id;
+  of_tail.first_visible -= span.tail_begin;
+  of_tail.end_slot -= span.tail_begin;
+  attend_queries(of_tail, Tail(of_tail), {}, 0, of_tail.end_slot, queries, acc, stride);
 }
 
 template <typename Pages>
@@ -401,27 +350,14 @@ void attend_span(const AttendSpan& span) {
 
   for (int begin = span.begin_slot; begin < span.end_slot; begin += kBlockSlots) {
     const int block_end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
-    row.fill(scales, begin, block_end, span.end_slot);
-    for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
-      const int rows =
-          span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
-      const int last_visible =
-          span.first_visible + (span.first_query + first + rows - 1) / span.group;
-      const int end = block_end < last_visible ? block_end : last_visible;
-      if (end <= begin) continue;
-      const auto run = [&](auto num_rows) {
-        constexpr int kRows = decltype(num_rows)::value;
-        if (first == 0) {
-          attend_block<kRows, true>(span, row, scales, begin, end, first, queries, acc, stride);
-        } else {
-          attend_block<kRows, false>(span, row, scales, begin, end, first, queries, acc, stride);
-        }
-      };
-      if (rows == 4) run(std::integral_constant<int, 4>{});
-      if (rows == 3) run(std::integral_constant<int, 3>{});
-      if (rows == 2) run(std::integral_constant<int, 2>{});
-      if (rows == 1) run(std::integral_constant<int, 1>{});
+    if constexpr (Pages::kIsInt4) {
+      if (begin >= span.tail_begin) {
+        attend_tail<typename Pages::Tail>(span, queries, acc, stride);
+        break;
+      }
     }
+    row.fill(scales, begin, block_end, span.end_slot);
+    attend_queries(span, row, scales, begin, block_end, queries, acc, stride);
   }
 
   for (int r = 0; r < span.num_queries; ++r) {

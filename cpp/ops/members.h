@@ -27,7 +27,7 @@ inline constexpr std::array<const char*, 4> kWords<Safeguard> = {"blend", "hard_
 template <>
 inline constexpr std::array<const char*, 2> kWords<Norm> = {"l1", "l2_gram"};
 template <>
-inline constexpr std::array<const char*, 3> kWords<PageFormat> = {"auto", "int8", "fp8"};
+inline constexpr std::array<const char*, 4> kWords<PageFormat> = {"auto", "int8", "fp8", "int4"};
 
 /// A member's name and place, in the struct of C++ and in that of C.
 template <typename CppMember, typename CMember>
@@ -53,7 +53,7 @@ struct MembersOf<LayerView> {
   static constexpr std::tuple kAll = {
       ADAKV_MEMBER(pages),      ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
       ADAKV_MEMBER(lengths),    ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
-      ADAKV_MEMBER(key_scales), ADAKV_MEMBER(value_scales),
+      ADAKV_MEMBER(key_scales), ADAKV_MEMBER(value_scales),   ADAKV_MEMBER(tails),
   };
 };
 

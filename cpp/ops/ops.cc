@@ -73,10 +73,32 @@ void check_page_parts(const Checker& check, const char* name, const TensorView& 
                 " elements and a multiple of 16 bytes apart, got ", view.stride[0], " elements");
 }
 
+void check_int4(Checker& check, const LayerView& layer) {
+  check.require(layer.pages.device.type == DeviceType::kCpu, "int4 pages are for the CPU so far");
+  check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
+                " for int4 pages, got ", check.size("P"));
+  const int64_t width = num_scales(PageFormat::kInt4, check.size("D"));
+  check.require(2 * check.size("D/2") == check.size("D"), "pages must be [N, 2, P, ",
+                check.size("D") / 2, "] for int4, got ", layer.pages.shape_string());
+  check.floats("key_scales", layer.key_scales, "N 2 D");
+  check.floats("value_scales", layer.value_scales, "N P 2Z");
+  check.require(check.size("2Z") == width, "value_scales must have ", width,
+                " numbers for each entry, got ", layer.value_scales.shape_string());
+  check_page_parts(check, "pages", layer.pages);
+  check_page_parts(check, "key_scales", layer.key_scales);
+  check_page_parts(check, "value_scales", layer.value_scales);
+  check.floats("tails", layer.tails, "B Hkv 2P D");
+  const TensorView& tails = layer.tails;
+  check.require(check.size("2P") == 2 * check.size("P") && tails.stride[2] == check.size("D"),
+                "tails must be [B, Hkv, ", 2 * check.size("P"), ", D], contiguous from the third ",
+                "dimension on, got ", tails.shape_string());
+}
+
 void check_quantised(Checker& check, const LayerView& layer) {
   check.require(check.float_dtype() != DType::kFloat32, "pages of ", dtype_name(layer.pages.dtype),
                 " need keys, values and queries in float16 or bfloat16, got float32");
   const PageFormat format = layer.format();
+  if (format == PageFormat::kInt4) return check_int4(check, layer);
   const int64_t width = num_scales(format, check.size("D"));
   check_page_parts(check, "pages", layer.pages);
   for (const auto& [name, view] : {std::pair("key_scales", &layer.key_scales),
@@ -96,6 +118,8 @@ void check_layer(Checker& check, const LayerView& layer) {
     check.require(!layer.key_scales && !layer.value_scales,
                   "key_scales and value_scales must be left out for pages of ",
                   dtype_name(layer.pages.dtype));
+  } else if (format == PageFormat::kInt4) {
+    check.tensor("pages", layer.pages, "N 2 P D/2", DType::kUInt8);
   } else {
     check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
   }

@@ -5,10 +5,17 @@
 //          code = (x - zero) / scale to the nearest integer, halves to the even one
 //   fp8    scale = largest |x| / 448, rounded up to 16 bits
 //          code = x / scale to the nearest float8_e4m3fn, halves to the even one
+//   int4   as int8 with 15 in the place of 255
+//
+// In pages of int4 only values have groups of their dimensions. A key's dimension has one scale and
+// zero for the 32 entries of a page, chosen when they are all there. Their spread may be more than
+// float32 has: so both sides of its divisions are taken half, which changes no bit else.
 //
 // With scale 0 (a group of equal numbers, or of zeros) all codes are 0. A group that holds NaN or
-// infinities, or whose range is more than float32 has, gets scale NaN and codes 0, and int8 zero 0: it
-// reads as NaN, and only it.
+// infinities, or whose range is more than float32 has, gets scale NaN, codes 0 and zero 0: it reads as
+// NaN, and only it. An int4 entry whose key holds NaN or infinities is treated so in all groups of its
+// value, gets codes 0 in its key, and takes no part in its page's scales; where no entry of a page
+// does, their scales and zeros are 0.
 //
 // The functions are static: what one instruction set was compiled for must not serve another (cpu/simd.h).
 #pragma once
@@ -21,6 +28,7 @@ namespace adakv {
 
 constexpr uint16_t kNaN16 = 0x7fff;  // NaN as float16 and as bfloat16
 constexpr float kLargestInt8 = 255;  // code
+constexpr float kLargestInt4 = 15;   // code
 constexpr float kLargestFp8 = 448;   // number of float8_e4m3fn
 
 namespace detail {

@@ -28,14 +28,14 @@ from adakv.ops import Layer
 _MOST = 2**31 - 1  # of what is counted in int32
 
 #: How pages hold entries: as they are, or quantised (docs/bits.md).
-KV_DTYPES = ("auto", "int8", "fp8")
+KV_DTYPES = ("auto", "int8", "fp8", "int4")
 
 #: Dimensions of a head that share a scale in quantised pages.
 SCALE_GROUP = 64
 
 #: Fields of a layer that all layers share, and those with a row for each sequence.
 _SHARED = ("pages", "page_positions", "key_scales", "value_scales")
-_ROWS = ("block_table", "lengths", "seen", "fresh_pages")
+_ROWS = ("block_table", "lengths", "seen", "fresh_pages", "tails")
 
 
 class KVCache:
@@ -54,12 +54,13 @@ class KVCache:
         Most pages of one row: ``ceil(longest / page_size)`` for rows of up to ``longest`` entries.
         A block table has no more columns than the pool has pages, so a large number costs nothing.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
+        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32. In int4
+        always 32.
     dtype, device
         Of keys and values.
-    kv_dtype : "auto", "int8" or "fp8"
+    kv_dtype : "auto", "int8", "fp8" or "int4"
         How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
-        float16 or bfloat16.
+        float16 or bfloat16; int4 on the CPU only.
 
     Raises
     ------
@@ -84,14 +85,14 @@ class KVCache:
         kv_dtype: str = "auto",
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
-        kv_dtype = check_kv_dtype(kv_dtype, dtype)
+        device = _device(device)
+        kv_dtype = check_kv_dtype(kv_dtype, dtype, device)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
         num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
         head_dim = integer("head_dim", head_dim, 0)
         num_pages = integer("num_pages", num_pages, 0)
         max_row_pages = integer("max_row_pages", max_row_pages, 0)
-        device = _device(device)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
         if device.type == "cuda" and device.index is None:
@@ -368,6 +369,16 @@ class KVCache:
         return int(self._cache.page_bytes)
 
     @property
+    def tail_bytes(self) -> int:
+        """Bytes that a sequence takes beside its pages: in int4 the 16-bit tails of its rows."""
+        return int(self._cache.tail_bytes)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of what sequences own: their pages, and the tails of those that hold anything."""
+        return int(self._cache.bytes_used)
+
+    @property
     def pages_used(self) -> int:
         """Pages that are owned by sequences."""
         return int(self._cache.num_used)
@@ -392,7 +403,10 @@ def page_size_for(kv_dtype: str, page_size: int | None) -> int:
     """``page_size``, or if there is none what is good for a format of pages."""
     if page_size is None:
         return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
-    return check_page_size(page_size)
+    size = check_page_size(page_size)
+    if kv_dtype == "int4" and size != 32:
+        raise ValueError(f"page_size must be 32 for pages of int4, got {size}")
+    return size
 
 
 def check_page_size(page_size: int) -> int:
@@ -403,8 +417,11 @@ def check_page_size(page_size: int) -> int:
     return size
 
 
-def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
-    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype``."""
+def check_kv_dtype(
+    kv_dtype: str, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> str:
+    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype`` on
+    ``device``."""
     if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
         names = ", ".join(map(repr, KV_DTYPES))
         raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
@@ -413,9 +430,12 @@ def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
             f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
             "float32; load the model in one of them, or take kv_dtype='auto'"
         )
+    if kv_dtype == "int4" and device is not None and device.type != "cpu":
+        raise ValueError(f"kv_dtype: int4 pages are for the CPU so far, got {device}")
     return kv_dtype
 
 
 def sequences(layer: Layer, slots: slice) -> Layer:
     """Some of the sequences of a layer."""
-    return layer._replace(**{name: getattr(layer, name)[slots] for name in _ROWS})
+    rows = {name: getattr(layer, name) for name in _ROWS}
+    return layer._replace(**{name: x[slots] for name, x in rows.items() if x is not None})

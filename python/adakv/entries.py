@@ -136,7 +136,10 @@ class Held(NamedTuple):
                 entries = _dequantised(entries, scales[pages], dtype)
             return entries.flatten(2, 3)
 
-        keys, values = side_by_side(0, view.key_scales), side_by_side(1, view.value_scales)
+        if view.tails is None:
+            keys, values = side_by_side(0, view.key_scales), side_by_side(1, view.value_scales)
+        else:
+            keys, values = _int4_entries(view, pages, dtype)
         positions = view.page_positions[pages].flatten(2)
         return cls(keys, values, positions, view.lengths.clone(), view.seen.clone())
 
@@ -145,6 +148,26 @@ class Held(NamedTuple):
         ops.compact(self.keys, self.values, kept, view, page_ids, page_indptr)
         view.seen.copy_(self.seen)
         _renumber(view, lambda places: self.positions.gather(2, places.flatten(2)).view_as(places))
+
+
+def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, Hkv, m * P, D]`` of int4 pages ``[B, Hkv, m]``, and of the tails behind
+    them (docs/bits.md)."""
+    assert view.tails is not None and view.key_scales is not None and view.value_scales is not None
+    bytes_ = view.pages[pages]  # [B, Hkv, m, 2, P, D / 2]
+    codes = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
+    scale, zero = view.key_scales[pages].float()[..., None, :].unbind(3)  # [B, Hkv, m, 1, D] each
+    keys = (codes[:, :, :, 0].float() * scale + zero).to(dtype)
+    values = _dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
+    page_size = codes.shape[4]
+    in_tail = view.lengths % page_size  # [B, Hkv]
+    last = view.lengths // page_size * (in_tail > 0)
+    index = last[..., None, None, None].long().expand(-1, -1, 1, page_size, codes.shape[5])
+    halves = view.tails[:, :, :page_size], view.tails[:, :, page_size:]
+    for entries, tail in zip((keys, values), halves, strict=True):
+        held = entries.gather(2, index)
+        entries.scatter_(2, index, tail[:, :, None].where(in_tail[..., None, None, None] > 0, held))
+    return keys.flatten(2, 3), values.flatten(2, 3)
 
 
 def _dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,6 +160,36 @@ TEST(KVCache, QuantisedPagesHoldScalesAndPositions) {
   }
 }
 
+TEST(KVCache, Int4PagesHaveTails) {
+  CacheConfig config = small_config();
+  config.format = PageFormat::kInt4;
+  config.dtype = DType::kFloat16;
+  config.head_dim = 80;
+  EXPECT_THROW(KVCache(config, device_memory({})), InvalidArgument);  // pages of 8 entries
+  config.page_size = 32;
+  KVCache cache(config, device_memory({}));
+  const LayerView layer = cache.layer(1), all = cache.all_layers();
+  EXPECT_EQ(layer.format(), PageFormat::kInt4);
+  EXPECT_EQ(layer.pages.shape_string(), "[400, 2, 32, 40]");
+  EXPECT_EQ(layer.key_scales.shape_string(), "[400, 2, 80]");
+  EXPECT_EQ(layer.value_scales.shape_string(), "[400, 32, 4]");
+  EXPECT_EQ(layer.tails.shape_string(), "[3, 2, 64, 80]");
+  EXPECT_EQ(all.tails.shape_string(), "[6, 2, 64, 80]");
+  EXPECT_EQ(layer.tails.ptr<uint16_t>(), all.tails.ptr<uint16_t>() + 3 * 2 * 64 * 80);
+  EXPECT_EQ(cache.page_bytes(), 32u * 80 + 4u * 80 + 32u * 4 * 2 + 32u * 4);
+  EXPECT_EQ(cache.tail_bytes(), 2u * 2 * 64 * 80 * 2);
+  EXPECT_EQ(layer.page_positions.ptr<char>() + 32 * 4,
+            layer.pages.ptr<char>() + cache.page_bytes());
+
+  EXPECT_EQ(cache.bytes_used(), 0u);
+  cache.begin(0, 1, {20}, {12});
+  EXPECT_EQ(cache.bytes_used(), cache.pool().num_used() * cache.page_bytes() + cache.tail_bytes());
+  for (int64_t i = 0; i < all.tails.size(); ++i) all.tails.ptr<uint16_t>()[i] = 7;
+  cache.reserve(1000, 50);
+  EXPECT_EQ(cache.layer(1).tails.data, layer.tails.data);
+  EXPECT_EQ(cache.layer(1).tails.ptr<uint16_t>()[99], 7);
+}
+
 TEST(KVCache, ReserveKeepsWhatItHolds) {
   NotingMemory memory;
   KVCache cache(small_config(), memory);

@@ -67,6 +67,7 @@ struct Layer {
             seen.view,
             fresh_pages.view,
             {},
+            {},
             {}};
   }
 

@@ -8,6 +8,7 @@
 //   * lengths, seen and the rows' entries, read through the block table, are the model's
 //   * a row's pages belong to its sequence, and the block table holds -1 behind them
 //   * what fails with an error changes nothing
+// Pages are plain, of float32, or int4, of bfloat16: then keys and values may be half a step away.
 #include <adakv/adakv.h>
 #include <adakv/c.h>
 
@@ -20,22 +21,11 @@
 #include <set>
 #include <vector>
 
+#include "entries.h"
 #include "input.h"
 
 namespace adakv::fuzz {
 namespace {
-
-constexpr int kDim = 8;
-
-struct Entry {
-  int32_t position;
-  int number;
-};
-
-/// Element d of the key of an entry; its value is the same plus 1.
-float element(int number, int d) {
-  return static_cast<float>(number % 4093) / 64 + static_cast<float>(d) / 8;
-}
 
 struct SequenceModel {
   bool is_begun = false;
@@ -67,6 +57,11 @@ CacheConfig config_from(Input& input) {
   config.num_pages = input.range(1, 300);
   config.max_row_pages = input.range(1, 40);
   config.dtype = DType::kFloat32;
+  if (input.one_in(2)) {
+    config.format = PageFormat::kInt4;
+    config.dtype = DType::kBFloat16;
+    config.page_size = kInt4PageSize;
+  }
   return config;
 }
 
@@ -152,19 +147,19 @@ class History {
             std::vector<int32_t>& indptr,
             std::vector<int32_t>& positions,
             PageList& pages) {
-    std::vector<float> keys(num_heads() * length * kDim), values = keys;
+    Numbers keys(num_heads() * length * kDim, config_.dtype), values = keys;
     for (int h = 0; h < num_heads(); ++h) {
       for (const Entry& entry : fresh.rows[layer * num_heads() + h]) {
         for (int d = 0; d < kDim; ++d) {
           const int i = (h * length + entry.position) * kDim + d;
-          keys[i] = element(entry.number, d);
-          values[i] = keys[i] + 1;
+          keys.set(i, element(entry.number, d));
+          values.set(i, element(entry.number, d) + 1);
         }
       }
     }
     CompactArgs args;
-    args.keys = TensorView(keys.data(), {1, num_heads(), length, kDim}, DType::kFloat32);
-    args.values = TensorView(values.data(), {1, num_heads(), length, kDim}, DType::kFloat32);
+    args.keys = keys.view({1, num_heads(), length, kDim});
+    args.values = values.view({1, num_heads(), length, kDim});
     args.positions = ints(positions);
     args.indptr = ints(indptr);
     args.page_ids = ints(pages.ids);
@@ -175,8 +170,8 @@ class History {
 
   static LayerView rows_of(LayerView layer, int b) {
     for (TensorView* tensor :
-         {&layer.block_table, &layer.lengths, &layer.seen, &layer.fresh_pages}) {
-      *tensor = tensor->narrow(0, b, 1);
+         {&layer.block_table, &layer.lengths, &layer.seen, &layer.fresh_pages, &layer.tails}) {
+      if (*tensor) *tensor = tensor->narrow(0, b, 1);
     }
     return layer;
   }
@@ -227,23 +222,21 @@ class History {
                    DType::kInt32);
     plan(plan_args);
     for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-      std::vector<float> keys(batch * heads * columns * kDim), values = keys, queries = keys,
-                                                               out = keys;
+      Numbers keys(batch * heads * columns * kDim, config_.dtype), values = keys, queries = keys,
+                                                                   out = keys;
       for (int64_t row = 0; row < batch * heads; ++row) {
         SequenceModel& sequence = model_[row / heads];
         for (int i = 0; i < counts[row / heads]; ++i) {
           const int64_t at = (row * columns + columns - counts[row / heads] + i) * kDim;
           for (int d = 0; d < kDim; ++d) {
-            keys[at + d] = element(next_number_, d);
-            values[at + d] = keys[at + d] + 1;
+            keys.set(at + d, element(next_number_, d));
+            values.set(at + d, element(next_number_, d) + 1);
           }
           sequence.rows[layer * heads + row % heads].push_back({sequence.seen + i, next_number_++});
         }
       }
       AttendArgs args;
-      const auto entries = [&](std::vector<float>& data) {
-        return TensorView(data.data(), {batch, heads, columns, kDim}, DType::kFloat32);
-      };
+      const auto entries = [&](Numbers& data) { return data.view({batch, heads, columns, kDim}); };
       args.queries = entries(queries);  // zeros: every entry weighs the same
       args.layer = cache_.layer(layer);
       args.schedule = plan_args.schedule.select(layer);
@@ -265,12 +258,16 @@ class History {
   void check_means(int32_t layer,
                    int columns,
                    const std::vector<int32_t>& counts,
-                   const std::vector<float>& out) const {
+                   const Numbers& out) const {
+    const double step = 1. / 15;  // of a value, whose elements span 7 / 8; and 3 roundings
+    const auto allowed = [&](double mean) {
+      return config_.dtype == DType::kFloat32 ? 1e-3 : step / 2 + 3 * mean / 256;
+    };
     for (int64_t row = 0; row < static_cast<int64_t>(model_.size()) * num_heads(); ++row) {
       const int64_t b = row / num_heads();
       double sum = 0;
       for (int s = 0; s < columns; ++s) {
-        const float mean = out[(row * columns + s) * kDim];
+        const float mean = out.get((row * columns + s) * kDim);
         if (s < columns - counts[b]) {
           ADAKV_FUZZ_ASSERT(mean == 0);
           continue;
@@ -281,7 +278,7 @@ class History {
           for (size_t i = 0; i + 1 < visible; ++i) sum += element(entries[i].number, 0) + 1;
         }
         sum += element(entries[visible - 1].number, 0) + 1;
-        ADAKV_FUZZ_ASSERT(std::abs(mean - sum / visible) < 1e-3);
+        ADAKV_FUZZ_ASSERT(std::abs(mean - sum / visible) < allowed(sum / visible));
       }
     }
   }
@@ -364,6 +361,8 @@ class History {
   /// The C face's cache: with none, and with arrays that end where their number says, or nowhere.
   void begin_in_c() {
     ADAKV_FUZZ_ASSERT(adakv_cache_num_free(nullptr) == -1 && adakv_cache_page_bytes(nullptr) == 0);
+    ADAKV_FUZZ_ASSERT(adakv_cache_tail_bytes(nullptr) == 0);
+    ADAKV_FUZZ_ASSERT(adakv_cache_bytes_used(nullptr) == 0);
     AdakvCacheConfig config = {};
     config.num_layers = config.num_kv_heads = config.max_row_pages = 1;
     config.num_sequences = input_.range(1, 3);
@@ -408,6 +407,10 @@ class History {
       }
     }
     ADAKV_FUZZ_ASSERT(cache_.pool().num_used() == num_owned);
+    const auto is_begun = [](const SequenceModel& sequence) { return sequence.is_begun; };
+    const auto num_begun = std::count_if(model_.begin(), model_.end(), is_begun);
+    ADAKV_FUZZ_ASSERT(cache_.bytes_used() ==
+                      num_owned * cache_.page_bytes() + num_begun * cache_.tail_bytes());
     ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == config_.num_pages - num_owned);
     ADAKV_FUZZ_ASSERT(static_cast<int64_t>(used.size()) <= num_owned);
   }
@@ -432,12 +435,15 @@ class History {
     }
     for (int64_t slot = 0; slot < length; ++slot) {
       const int64_t page = table[slot / page_size()], in_page = slot % page_size();
-      const float* key = view.pages.ptr<float>() + (page * 2 * page_size() + in_page) * kDim;
-      ADAKV_FUZZ_ASSERT(view.page_positions.ptr<int32_t>()[page * page_size() + in_page] ==
+      const TensorView& positions = view.page_positions;
+      ADAKV_FUZZ_ASSERT(positions.ptr<int32_t>()[page * positions.stride[0] + in_page] ==
                         entries[slot].position);
-      for (int d = 0; d < kDim; ++d) {
-        ADAKV_FUZZ_ASSERT(key[d] == element(entries[slot].number, d));
-        ADAKV_FUZZ_ASSERT(key[page_size() * kDim + d] == key[d] + 1);
+      for (int half = 0; half < 2; ++half) {
+        for (int d = 0; d < kDim; ++d) {
+          const float x = element(entries[slot].number, d) + static_cast<float>(half);
+          const Held got = held(view, row, length, page, slot, half, d);
+          ADAKV_FUZZ_ASSERT(std::abs(got.x - rounded(x, config_.dtype)) <= got.error);
+        }
       }
     }
   }

@@ -48,12 +48,24 @@ CASES = [
             Case(lengths=((), ()), columns=2),
         )
     ),
+    *(
+        replace(case, dtype=dtype, kv_dtype="int4", page_size=32)
+        for dtype, _ in cases.INT4
+        for case in (
+            Case(columns=1, head_dim=80),
+            Case(columns=3, head_dim=8),
+            Case(columns=100, num_new=(100, 37), head_dim=128),
+            Case(lengths=((3,),) * 3, columns=512, head_dim=256),
+            Case(lengths=((), ()), columns=2),
+        )
+    ),
     Case(lengths=((3,),) * 3, columns=512, head_dim=256, dtype=torch.bfloat16, kv_dtype="int8"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_append_equals_the_definition(case: Case, device: torch.device) -> None:
+    cases.skip_unless_held(case.kv_dtype, device)
     layer = cases.paged_layer(
         [list(row) for row in case.lengths],
         page_size=case.page_size,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import reference
 from adakv import ops
-from cases import DTYPES, FORMATS, copied, int32, noncontiguous, paged_layer
+from cases import DTYPES, FORMATS, INT4, copied, int32, noncontiguous, paged_layer
 from tolerance import assert_close
 
 
@@ -83,11 +84,12 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + INT4, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
+    cases.skip_unless_held(kv_dtype, device)
     layer = paged_layer(
         [list(row) for row in case.lengths],
         page_size=case.page_size,

@@ -42,6 +42,16 @@ CASES = [
         for case in (Case(), Case(head_dim=96, page_size=8, seq_lens=(100, 17)))
     ),
     Case(length=32, most=32, head_dim=256, dtype=torch.float16, kv_dtype="int8"),
+    *(
+        replace(case, dtype=dtype, kv_dtype="int4", page_size=32)
+        for dtype, _ in cases.INT4
+        for case in (
+            Case(),
+            Case(head_dim=96, seq_lens=(100, 17)),
+            Case(length=32, most=32, head_dim=8),
+            Case(length=300, most=250, head_dim=256),
+        )
+    ),
 ]
 CORNERS = [
     Case(batch=0),
@@ -79,6 +89,7 @@ def pages_of(
 @pytest.mark.parametrize("full_pages", [False, True], ids=["ragged", "full_pages"])
 @pytest.mark.parametrize("case", CASES + CORNERS, ids=str)
 def test_compact_equals_the_definition(case: Case, full_pages: bool, device: torch.device) -> None:
+    cases.skip_unless_held(case.kv_dtype, device)
     prompt = cases.Prompt(
         batch=case.batch,
         kv_heads=case.heads,

@@ -82,7 +82,8 @@ typedef struct AdakvCache AdakvCache;
 typedef enum AdakvPageFormat {
   ADAKV_PLAIN_PAGES, /* as they are */
   ADAKV_INT8_PAGES,  /* 8 bits, with scale and zero of 64 dimensions */
-  ADAKV_FP8_PAGES    /* float8_e4m3fn, with the scale of 64 dimensions */
+  ADAKV_FP8_PAGES,   /* float8_e4m3fn, with the scale of 64 dimensions */
+  ADAKV_INT4_PAGES /* 4 bits, pages of 32 entries, on the CPU; the last page of a row in 16 bits */
 } AdakvPageFormat;
 
 /** Sizes of a cache. adakv_cache_reserve() raises num_pages and max_row_pages. */
@@ -139,14 +140,16 @@ typedef struct AdakvMemory {
 /** The tensors of one layer; they belong to the cache and live as long. adakv_cache_reserve() changes
  * where they point to. */
 typedef struct AdakvLayer {
-  const AdakvTensor* pages;          /* [N, 2, P, D]; of quantised pages uint8 or float8_e4m3fn */
+  const AdakvTensor* pages;          /* [N, 2, P, D]; of quantised pages uint8 or float8_e4m3fn;
+                                        [N, 2, P, D / 2] uint8 of int4 */
   const AdakvTensor* page_positions; /* [N, P] int32 */
   const AdakvTensor* block_table;    /* [B, Hkv, M] int32 */
   const AdakvTensor* lengths;        /* [B, Hkv] int32 */
   const AdakvTensor* seen;           /* [B] int32 */
   const AdakvTensor* fresh_pages;    /* [B, Hkv, F] int32 */
-  const AdakvTensor* key_scales;     /* [N, P, 2 Z] int8, [N, P, Z] fp8, NULL for plain pages */
-  const AdakvTensor* value_scales;   /* the same for values */
+  const AdakvTensor* key_scales;   /* [N, P, 2 Z] int8, [N, P, Z] fp8, [N, 2, D] int4, else NULL */
+  const AdakvTensor* value_scales; /* the same for values, int4 as int8 */
+  const AdakvTensor* tails;        /* [B, Hkv, 2 P, D] int4 (all layers: L * B), else NULL */
 } AdakvLayer;
 
 /** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
@@ -234,6 +237,12 @@ int32_t adakv_cache_num_free(const AdakvCache* cache);
 
 /** Bytes of one page; 0 for NULL. */
 size_t adakv_cache_page_bytes(const AdakvCache* cache);
+
+/** Bytes that a sequence takes beside its pages: the tails of int4; 0 for NULL. */
+size_t adakv_cache_tail_bytes(const AdakvCache* cache);
+
+/** Bytes of what sequences own, pages and tails; 0 for NULL. */
+size_t adakv_cache_bytes_used(const AdakvCache* cache);
 
 /** Pages that one sequence takes in one layer for num_kept entries of its prompt, however they are
  * spread over the rows, and for num_new tokens after it; -1, and adakv_last_error(), for numbers that

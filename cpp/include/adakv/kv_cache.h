@@ -38,17 +38,22 @@ namespace adakv {
 ///   kPlain  as they are
 ///   kInt8   x = scale * code + zero, code 0 .. 255
 ///   kFp8    x = scale * code, code float8_e4m3fn
+///   kInt4   x = scale * code + zero, code 0 .. 15; on the CPU so far
 /// Quantised entries have their own scale (and zero) for each group of 64 dimensions of the key, and
-/// of the value: ops/quantise.h says which codes and scales they get.
-enum class PageFormat : uint8_t { kPlain, kInt8, kFp8 };
+/// of the value; in kInt4 a dimension of the keys has one for all 32 entries of a page, and a row's
+/// last page stays in 16 bits until it is full. ops/quantise.h says which codes and scales they get.
+enum class PageFormat : uint8_t { kPlain, kInt8, kFp8, kInt4 };
 
 /// Dimensions of a head that share a scale.
 constexpr int32_t kScaleGroup = 64;
 
-/// 16-bit numbers that a key, or a value, has beside its codes.
+/// Entries of a page of kInt4.
+constexpr int32_t kInt4PageSize = 32;
+
+/// 16-bit numbers that a value has beside its codes, and but for kInt4 a key.
 constexpr int64_t num_scales(PageFormat format, int64_t head_dim) {
   const int64_t groups = (head_dim + kScaleGroup - 1) / kScaleGroup;
-  return format == PageFormat::kPlain ? 0 : format == PageFormat::kInt8 ? 2 * groups : groups;
+  return format == PageFormat::kPlain ? 0 : format == PageFormat::kFp8 ? groups : 2 * groups;
 }
 
 /// Sizes of a cache; all memory follows from them. KVCache::reserve() raises num_pages and
@@ -58,7 +63,7 @@ struct CacheConfig {
   int32_t num_sequences = 0;       // most sequences at a time
   int32_t num_kv_heads = 0;        // of each layer
   int32_t head_dim = 0;            // a multiple of 8, at most 256
-  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256
+  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256; of kInt4 32
   int32_t num_pages = 0;           // pages of the pool, over all layers
   int32_t max_row_pages = 0;       // most pages of one row
   DType dtype = DType::kBFloat16;  // of keys and values; kFloat32 only in plain pages
@@ -71,7 +76,8 @@ struct CacheConfig {
 /// layers.
 struct LayerView {
   /// [N, 2, P, D]  keys, then values, of one row each: of the dtype of keys and values, or their
-  /// codes, uint8 (int8) or float8 (fp8)
+  /// codes, uint8 (int8) or float8 (fp8). [N, 2, P, D / 2] uint8 (int4): two codes a byte, that of
+  /// the dimension before in the low half
   TensorView pages;
   /// [N, P] int32  where the entry of each slot stood in its sequence
   TensorView page_positions;
@@ -85,14 +91,20 @@ struct LayerView {
   /// within one append is fresh_pages[b, h, k]
   TensorView fresh_pages;
   /// [N, P, 2 Z] (int8: scale and zero of group 0, of group 1, ...) or [N, P, Z] (fp8: scales), of the
-  /// dtype of keys and values; not given for plain pages
+  /// dtype of keys and values; not given for plain pages. [N, 2, D] (int4): the scale of each
+  /// dimension of the page's keys, then the zeros
   TensorView key_scales;
-  /// The same for values.
+  /// The same for values; int4 as int8.
   TensorView value_scales;
+  /// [B, Hkv, 2 P, D]  of the dtype of keys and values; only of int4: the last lengths % P entries of
+  /// each row, P keys, then P values. Their page has their positions, and gets their codes when it is
+  /// full. With all layers [L * B, Hkv, 2 P, D]
+  TensorView tails;
 
-  /// What the pages hold, which their dtype says.
+  /// What the pages hold, which their dtype says, and whether there are tails.
   PageFormat format() const {
-    return pages.dtype == DType::kUInt8    ? PageFormat::kInt8
+    return tails                           ? PageFormat::kInt4
+           : pages.dtype == DType::kUInt8  ? PageFormat::kInt8
            : pages.dtype == DType::kFloat8 ? PageFormat::kFp8
                                            : PageFormat::kPlain;
   }
@@ -128,6 +140,12 @@ class KVCache {
 
   /// Bytes of one page: keys, values and positions, scales if there are any.
   size_t page_bytes() const;
+
+  /// Bytes that a sequence takes beside its pages: in int4 the tails of all its rows, else 0.
+  size_t tail_bytes() const;
+
+  /// Bytes of what sequences own: their pages, and the tails of those that hold anything.
+  size_t bytes_used() const;
 
   /// The tensors of layer `layer`, all sequences.
   LayerView layer(int32_t layer) const;

@@ -141,8 +141,9 @@ void select(const SelectArgs& args);
 /// KVCache::begin gave them) are dealt to its rows: first ceil(length / P) to each row in turn,
 /// then one fresh page to each.
 ///   row (b, h), slot i  <-  keys, values of position positions[indptr[b * Hkv + h] + i]
-/// Pages of int8 and fp8 get the codes and scales of ops/quantise.h. An entry that isn't finite makes
-/// its own scale NaN and no other. Quantised pages take float16 and bfloat16, no float32.
+/// Quantised pages get the codes and scales of ops/quantise.h. An entry that isn't finite makes its
+/// own scale NaN and no other. They take float16 and bfloat16, no float32. In int4 what does not fill
+/// a page goes to the row's tail.
 struct CompactArgs {
   TensorView keys;         // [B, Hkv, T, D]
   TensorView values;       // [B, Hkv, T, D]
@@ -160,12 +161,13 @@ void compact(const CompactArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
-/// padding is never stored). Quantised pages as in compact.
+/// padding is never stored). Quantised pages as in compact; in int4 entries go to the row's tail,
+/// which becomes codes as soon as it is full.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
   TensorView values;        // [B, Hkv, S, D]
   TensorView num_new;       // [B] int32, 0 .. S; not given: all S
-  LayerView layer;          // in and out: pages, page_positions, block_table, lengths, seen
+  LayerView layer;          // in and out: all but fresh_pages
   Stream stream = nullptr;  // where CUDA work is put
 };
 /// Changes args.layer.
@@ -203,7 +205,9 @@ int default_num_workers(Device device);
 ///   z = softcap * tanh(q . k * scale / softcap)
 ///   out = sum of softmax(z, with the head's sink logit) * v
 /// With keys and values given, they are appended first, in the same launch (see append). Of quantised
-/// pages, k and v are what codes and scales say, also for the newest entries.
+/// pages, k and v are what codes and scales say, also for the newest entries; in int4 the last lengths
+/// % P of a row are what its tail says, and where S = 1 and keys are given, a page that the new entry
+/// fills is quantised after it was read.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 struct AttendArgs {
   TensorView queries;       // [B, Hq, S, D]

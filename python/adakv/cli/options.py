@@ -135,7 +135,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
     policy_help = "What chooses the entries that stay: `adakv info` lists names."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
-    bits_help = "How pages hold entries: as the model has them, or in half of the bytes."
+    bits_help = "How pages hold entries: as the model has them, or in half or a third of the bytes."
     for option in (
         click.option(
             "--kv-dtype",

@@ -80,10 +80,10 @@ class Cache(OneWayCache):
         one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
-    kv_dtype : "auto", "int8" or "fp8"
-        How pages hold keys and values: as the model has them, or in about half of their bytes
-        (docs/bits.md), for models in float16 or bfloat16.
+        Entries of a page: a power of two from 8 to 256. Default: 16, of codes 32; of int4 always.
+    kv_dtype : "auto", "int8", "fp8" or "int4"
+        How pages hold keys and values: as the model has them, or in about half of their bytes, in
+        int4 30 % (docs/bits.md), for models in float16 or bfloat16; int4 on the CPU only.
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     chunk_budget : int, optional
@@ -214,7 +214,7 @@ class Cache(OneWayCache):
         stats : dict
             ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
             sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
-            sequence; and of the full-attention layers ``bytes`` in pages, ``pages_used`` and
+            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used`` and
             ``full_bytes``, what a full cache would hold.
         """
         return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
@@ -338,7 +338,7 @@ class Cache(OneWayCache):
                 f"prompt, {self._signature}, got {signature}"
             )
         if self._signature is None:
-            check_kv_dtype(self._kv_dtype, dtype)
+            check_kv_dtype(self._kv_dtype, dtype, keys.device)
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False

@@ -184,11 +184,11 @@ def contents(
     counts = torch.tensor(seen, dtype=torch.int32)
     num_full = sum(isinstance(layer, FullAttentionLayer) for layer in layers)
     full = torch.zeros(num_full, len(seen), num_kv_heads, dtype=torch.int32)
-    entry_bytes = page_bytes = pages_used = 0
+    entry_bytes = bytes_used = pages_used = 0
     if kv is not None:
         full = kv.all_layers.lengths[:, slots].cpu()
         entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
-        page_bytes, pages_used = kv.page_bytes, kv.pages_used
+        bytes_used, pages_used = kv.bytes_used, kv.pages_used
     lengths = [
         full[layer.index]
         if isinstance(layer, FullAttentionLayer)
@@ -199,7 +199,7 @@ def contents(
     ]
     return {
         "lengths": torch.stack(lengths),
-        "bytes": pages_used * page_bytes,
+        "bytes": bytes_used,
         "full_bytes": sum(seen) * num_full * num_kv_heads * entry_bytes,
         "pages_used": pages_used,
         "seen": list(seen),

@@ -52,7 +52,7 @@ class Shape:
         if len(shapes) > 1:
             raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
         shape = cls(len(look.shapes), *shapes.pop(), kv_dtype)
-        check_kv_dtype(kv_dtype, shape.dtype)
+        check_kv_dtype(kv_dtype, shape.dtype, shape.device)
         return shape
 
     def cache(
@@ -72,9 +72,9 @@ class Shape:
             kv_dtype=self.kv_dtype,
         )
 
-    def page_bytes(self, page_size: int) -> int:
-        """What a page of such a cache takes."""
-        return replace(self, device=torch.device("cpu")).cache(1, 1, 1, page_size).page_bytes
+    def small_cache(self, page_size: int) -> KVCache:
+        """One that says how many bytes a page and a sequence take."""
+        return replace(self, device=torch.device("cpu")).cache(1, 1, 1, page_size)
 
 
 class _Look(DynamicCache):
@@ -161,18 +161,18 @@ def cache_for(
     slots = min(max_batch, len(needs))
     spare = max(need.again for need in needs)
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
-    page_bytes = shape.page_bytes(page_size)
+    small = shape.small_cache(page_size)
     if cache_bytes is None and shape.device.type == "cuda":
         longest = max(prompts, key=len)
         waiting = waiting_bytes(budget, len(longest), shape)
         cache_bytes = _free_bytes(model, longest, waiting)
     if cache_bytes is not None:
-        pages = min(pages, cache_bytes // page_bytes)
+        pages = min(pages, max(cache_bytes - slots * small.tail_bytes, 0) // small.page_bytes)
     for index, need in enumerate(needs):
         if need.pages + spare > pages:
             raise Error(
                 f"prompts[{index}] can never fit: it needs {need.pages + spare} pages of "
-                f"{page_bytes} bytes, and the cache has {pages}"
+                f"{small.page_bytes} bytes, and the cache has {pages}"
             )
     return shape.cache(slots, pages, max(need.row_pages for need in needs), page_size)
 

@@ -1,0 +1,233 @@
+// The pages of a row as attend_span reads them, one class for each format.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace adakv::ADAKV_ISA {
+
+constexpr int kBlockSlots = 32;
+constexpr int kSlotGroup = 8;  // page sizes are multiples of it
+
+/// The pages of a row as if they were one array. What attend_span has to know of a format:
+///   Query            a query is kept in the order in which load_pair(const Query*) has it
+///   key, value       an entry's codes in memory
+///   ahead, behind_values  what is fetched while a key is read (so many codes from it), and while the
+///                    values of a group are read
+///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
+///   kStretch         dimensions that have the same numbers
+///   numbers, number  scale and zero from dimension d on, and what codes stand for
+template <typename Element>
+struct RowPages {
+  static constexpr int kDims = std::is_same_v<Element, Int4Codes> ? 2 : 1;  // of an element
+
+  const Element* pages;
+  int64_t page_stride;
+  const int32_t* page_ids;
+  int log_page_size;
+  int head_dim;
+  int pitch;  // from entry to entry, in elements
+
+  explicit RowPages(const AttendSpan& span)
+      : pages(static_cast<const Element*>(span.pages)),
+        page_stride(span.page_stride),
+        page_ids(span.page_ids),
+        log_page_size(__builtin_ctz(span.page_size)),
+        head_dim(span.head_dim),
+        pitch(span.head_dim / kDims) {}
+
+  int in_page(int slot) const { return slot & ((1 << log_page_size) - 1); }
+  const Element* key(int slot) const {
+    return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * pitch;
+  }
+  const Element* value(int slot) const { return key(slot) + (pitch << log_page_size); }
+  int64_t ahead(int) const { return pitch << log_page_size; }
+  const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
+};
+
+template <typename Element>
+struct PlainPages : RowPages<Element> {
+  using Code = Element;
+  using Input = Element;
+  using Query = Element;
+  static constexpr int width = 0, kStretch = kMaxHeadDim;
+  static constexpr int kLine = kPair;  // dimensions that are fetched at once
+  static constexpr bool kHasScales = false, kHasZero = false, kIsInt4 = false;
+  struct Scales {
+    const float* keys = nullptr;
+    const float* values = nullptr;
+  };
+  struct Numbers {};
+
+  using RowPages<Element>::RowPages;
+
+  void fill(Scales&, int, int, int) const {}
+  static Numbers numbers(const float*, int) { return {}; }
+  static F32Pair number(F32Pair pair, Numbers) { return pair; }
+};
+
+/// Pages of codes: x = scale * code + zero, or scale * code.
+template <typename Element, typename Scale>
+struct CodePages : RowPages<Element> {
+  using Code = Element;
+  using Input = Scale;
+  using Query = float;
+  static constexpr int kNumbers = std::is_same_v<Code, Float8> ? 1 : 2;
+  static constexpr float kUnit = kNumbers == 2 ? 1.f : 0x1p8f;  // of load_pair(const Code*)
+  static constexpr int kMaxWidth = kNumbers * kMaxHeadDim / kScaleGroup;
+  struct Scales {
+    alignas(64) float keys[kBlockSlots * kMaxWidth];
+    alignas(64) float values[kBlockSlots * kMaxWidth];
+  };
+
+  static constexpr int kStretch = kScaleGroup;
+  static constexpr int kLine = 64;
+  static constexpr bool kHasScales = true, kHasZero = kNumbers == 2, kIsInt4 = false;
+  struct Numbers {
+    F32 scale, zero;
+  };
+
+  const AttendSpan& span;
+  int width;  // numbers of a key or value
+
+  explicit CodePages(const AttendSpan& span)
+      : RowPages<Element>(span),
+        span(span),
+        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
+
+  /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
+  /// fetches the numbers of the block behind, up to `last`.
+  void fill(Scales& scales, int begin, int end, int last) const {
+    alignas(64) float values[kBlockSlots * kMaxWidth];
+    fill(scales.keys, 0, begin, end, last);
+    fill(values, 1, begin, end, last);
+    for (int i = 0; i < end - begin; ++i) {
+      for (int j = 0; j < width; ++j) scales.values[j * kBlockSlots + i] = values[i * width + j];
+    }
+  }
+
+  void fill(float* out, int which, int begin, int end, int last) const {
+    Scale together[kBlockSlots * kMaxWidth] = {};
+    const int group_numbers = kSlotGroup * width;
+    for (int slot = begin; slot < end; slot += kSlotGroup) {
+      const Scale* from = in_memory(which, slot);
+      Scale* to = together + (slot - begin) * width;
+      for (int i = 0; i < group_numbers; i += kSlotGroup) {
+        __builtin_memcpy(to + i, from + i, kSlotGroup * sizeof(Scale));
+      }
+      if (slot + kBlockSlots >= last) continue;
+      const char* next = reinterpret_cast<const char*>(in_memory(which, slot + kBlockSlots));
+      for (int i = 0; i < group_numbers * 2; i += 64) __builtin_prefetch(next + i);
+    }
+    for (int i = 0; i < (end - begin + kSlotGroup - 1) / kSlotGroup * group_numbers; i += kPair) {
+      const F32Pair pair = load_in_order(together + i);
+      store(out + i, pair.first * kUnit);
+      store(out + i + kLanes, pair.second * kUnit);
+    }
+  }
+
+  const Scale* in_memory(int which, int slot) const {
+    const int32_t page = this->page_ids[slot >> this->log_page_size];
+    return static_cast<const Scale*>(span.scales[which]) + page * span.scale_stride[which] +
+           this->in_page(slot) * width;
+  }
+
+  static Numbers numbers(const float* scales, int d) {
+    const float* group = scales + d / kScaleGroup * kNumbers;
+    return {broadcast(group[0]), broadcast(group[kNumbers - 1])};
+  }
+
+  static F32Pair number(F32Pair codes, Numbers of) {
+    if constexpr (kNumbers == 1) return {codes.first * of.scale, codes.second * of.scale};
+    return {codes.first * of.scale + of.zero, codes.second * of.scale + of.zero};
+  }
+};
+
+/// Pages of int4, which are blocks: the scales of a page's keys become factors of the queries, the
+/// zeros a part of all their logits. The slots from span.tail_begin on lie in a tail. A page has few
+/// bytes, so that what is fetched is always a whole page ahead.
+template <typename Scale>
+struct Int4Pages : CodePages<Int4Codes, Scale> {
+  using Input = EvenOdd<Scale>;
+  using Query = Input;
+  using Tail = PlainPages<Input>;
+  static constexpr bool kIsInt4 = true;
+  struct Scales {
+    alignas(64) float keys[2 * kMaxHeadDim];  // scales, then zeros, in the order of queries
+    alignas(64) float values[kBlockSlots * CodePages<Int4Codes, Scale>::kMaxWidth];
+  };
+  struct Numbers {};
+
+  using CodePages<Int4Codes, Scale>::CodePages;
+
+  void fill(Scales& scales, int begin, int, int last) const {
+    fetch_scales(begin + kBlockSlots, last);
+    fill_values(scales.values, begin);
+    const Input* numbers = key_scales(begin);  // [2, D]
+    const int head_dim = this->head_dim;
+    for (int d = 0; d < head_dim; d += kPair) {
+      for (int i = 0; i < 2; ++i) {
+        const Input* from = numbers + i * head_dim + d;
+        const F32Pair pair =
+            head_dim - d >= kPair ? load_pair(from) : load_pair(from, head_dim - d);
+        store(scales.keys + i * kMaxHeadDim + d, pair.first);
+        store(scales.keys + i * kMaxHeadDim + d + kLanes, pair.second);
+      }
+    }
+  }
+
+  /// The numbers of a page's values, [P, groups, scale and zero], as [groups, scale and zero, P].
+  void fill_values(float* out, int begin) const {
+    alignas(64) float both[2][kBlockSlots * kMaxHeadDim / kScaleGroup];  // scales, zeros
+    const int groups = this->width / 2;
+    const auto* from = reinterpret_cast<const Input*>(this->in_memory(1, begin));
+    for (int i = 0; i < kBlockSlots * groups; i += kLanes) {
+      const F32Pair pair = load_pair(from + 2 * i);
+      store(both[0] + i, pair.first);
+      store(both[1] + i, pair.second);
+    }
+    for (int which = 0; which < 2; ++which) {
+      float* to = out + which * kBlockSlots;
+      if (groups == 1) spread<1>(to, both[which]);
+      if (groups == 2) spread<2>(to, both[which]);
+      if (groups == 3) spread<3>(to, both[which]);
+      if (groups == 4) spread<4>(to, both[which]);
+    }
+  }
+
+  /// [P, kGroups] as [kGroups, P], two rows apart.
+  template <int kGroups>
+  static void spread(float* out, const float* in) {
+    for (int j = 0; j < kGroups; ++j) {
+      for (int i = 0; i < kBlockSlots; ++i) out[j * 2 * kBlockSlots + i] = in[i * kGroups + j];
+    }
+  }
+
+  void fetch_scales(int begin, int last) const {
+    if (begin >= last) return;
+    const auto fetch = [](const void* data, int bytes) {
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+    };
+    fetch(key_scales(begin), 4 * this->head_dim);
+    fetch(this->in_memory(1, begin), 2 * kBlockSlots * this->width);
+  }
+
+  const Input* key_scales(int slot) const {
+    return static_cast<const Input*>(this->span.scales[0]) +
+           this->page_ids[slot >> this->log_page_size] * this->span.scale_stride[0];
+  }
+
+  static Numbers numbers(const float*, int) { return {}; }
+  static F32Pair number(F32Pair codes, Numbers) { return codes; }
+
+  int64_t ahead(int slot) const {
+    return slot + kBlockSlots < this->span.end_slot
+               ? this->key(slot + kBlockSlots) - this->key(slot)
+               : 0;
+  }
+  const Int4Codes* behind_values(int slot) const { return this->value(slot + kBlockSlots); }
+};
+
+}  // namespace adakv::ADAKV_ISA

@@ -1,0 +1,288 @@
+// quantise_page: codes and scales of an int4 page, as ops/quantise.h says. Lanes are dimensions where
+// the keys' scales are found, entries where the values' are: few steps wait for one another.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/simd_quantise.h"
+#include "ops/quantise.h"
+
+namespace adakv::ADAKV_ISA {
+
+/// The least 16-bit numbers that are not below x, as bits; x as round_up_bfloat16 and
+/// round_up_float16 take it.
+inline U32 round_up(F32 x, const BFloat16*) {
+  return ((U32)abs(x) + 0xffff) >> 16;
+}
+inline U32 round_up(F32 x, const Float16*) {
+  const U32 bits = (U32)abs(x);
+  const F32 steps = abs(x) * 0x1p24f;  // of subnormal numbers
+  const F32 nearest = (steps + 0x1p23f) - 0x1p23f;
+  const F32 up = choose(nearest < steps, nearest + 1.0f, nearest);
+  const U32 small = (U32)(up + 0x1p23f) & 0x7fffff;
+  const U32 is_small = (U32)(bits < 0x38800000);
+  return (is_small & small) | (~is_small & ((bits - 0x38000000 + 0x1fff) >> 13));
+}
+
+/// What such bits stand for.
+inline F32 widened(U32 bits, const BFloat16*) {
+  return (F32)(bits << 16);
+}
+inline F32 widened(U32 bits, const Float16*) {
+  return choose((I32)(bits < 0x400), to_float(bits) * 0x1p-24f, (F32)((bits << 13) + 0x38000000));
+}
+
+/// Numbers that are elements, as bits; zeros have no sign.
+template <typename Element>
+inline U32 bits_of_elements(F32 x, const Element* type) {
+  return round_up(x, type) | ((U32)(x < 0.0f) & 0x8000);
+}
+
+template <int kStep, int... kLane>
+inline F32 fold_max(F32 a, F32 b, std::integer_sequence<int, kLane...>) {
+  return max(__builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kLanes : kLane)...),
+             __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kLanes : kLane + kStep)...));
+}
+
+/// Lane i of the result is the largest lane of v[i]; overwrites v.
+template <int kStep = kLanes / 2>
+inline F32 max_each(F32 (&v)[kLanes]) {
+  for (int i = 0; i < kStep; ++i) v[i] = fold_max<kStep>(v[i], v[i + kStep], LaneNumbers{});
+  if constexpr (kStep > 1) return max_each<kStep / 2>(v);
+  return v[0];
+}
+
+/// Where all lanes are written, though there is room for `count` bytes.
+inline void store_bytes(uint8_t* out, U32 lanes, int count) {
+  if (count >= kLanes) return store_bytes(out, lanes);
+  uint8_t bytes[kLanes];
+  store_bytes(bytes, lanes);
+  __builtin_memcpy(out, bytes, count);
+}
+
+/// An int4 page's entries, P keys and then P values, and where their codes go.
+template <typename Element>
+struct PageEntries {
+  using Pairs = EvenOdd<Element>;
+
+  const void* const* entries;
+  const void* const* next;  // of the page that comes after, or null
+  int head_dim;
+
+  const Pairs* at(int i) const { return static_cast<const Pairs*>(entries[i]); }
+
+  /// Dimensions from d on, and where they are not a whole pair, zeros behind the last one; or of any
+  /// order in a pair.
+  template <bool kWhole>
+  static F32Pair pair(const Pairs* entry, int d, int count) {
+    return kWhole ? load_pair(entry + d) : load_pair(entry + d, count);
+  }
+  static F32Pair any_order(const Pairs* entry, int d) {
+    return load_pair(reinterpret_cast<const Element*>(entry) + d);
+  }
+
+  /// Fetches entry i of the next page.
+  void fetch(int i) const {
+    if (next == nullptr) return;
+    const char* data = static_cast<const char*>(next[i]);
+    for (int j = 0; j < head_dim * 2; j += 64) __builtin_prefetch(data + j);
+  }
+};
+
+/// Whether all of an entry's elements are finite: whose exponent has a bit that is 0.
+template <typename Element>
+inline bool is_finite(const Element* entry, int head_dim) {
+  using Halves = uint16_t __attribute__((vector_size(kPair * 2)));
+  constexpr uint16_t kExponent = std::is_same_v<Element, BFloat16> ? 0x7f80 : 0x7c00;
+  Halves bad = {};
+  int d = 0;
+  for (; d + kPair <= head_dim; d += kPair) {
+    bad |= (Halves)((load_as<Halves>(entry + d) & kExponent) == kExponent);
+  }
+  bool is_bad = false;
+  for (; d < head_dim; ++d) is_bad |= (entry[d].bits & kExponent) == kExponent;
+  uint64_t parts[kPair / 4];
+  __builtin_memcpy(parts, &bad, sizeof parts);
+  for (const uint64_t part : parts) is_bad |= part != 0;
+  return !is_bad;
+}
+
+/// A bit for each key that is finite.
+template <typename Element>
+inline uint32_t finite_keys(const PageEntries<Element>& page) {
+  uint32_t finite = 0;
+  for (int i = 0; i < kInt4PageSize; ++i) {
+    page.fetch(i);
+    const auto* key = static_cast<const Element*>(page.entries[i]);
+    finite |= uint32_t{is_finite(key, page.head_dim)} << i;
+  }
+  return finite;
+}
+
+/// The codes of numbers from `zero` on, of pairs of dimensions in a byte each. Not for scales of 0.
+inline U32 codes_of(F32Pair x, F32Pair zero, F32Pair scale) {
+  // Adding so much rounds to an integer, halves to the even one, which stands in the low bits.
+  const U32 low = (U32)((x.first - zero.first) / scale.first + 0x1.8p23f);
+  const U32 high = (U32)((x.second - zero.second) / scale.second + 0x1.8p23f);
+  return (low | high << 4) & 0xff;
+}
+
+/// kPair dimensions of the keys, or the last `count` if these are no whole pair: scales, and the codes
+/// of the keys that are `finite`, of which there are some.
+template <bool kAllFinite, bool kWhole, typename Element>
+inline void quantise_channels(const PageEntries<Element>& page,
+                              uint32_t finite,
+                              int d,
+                              int count,
+                              uint8_t* codes,
+                              uint16_t* scales) {
+  constexpr const Element* kType = nullptr;
+  const int head_dim = page.head_dim;
+  const void* const* keys = page.entries;
+  const auto element = [&](int i) {
+    return page.template pair<kWhole>(static_cast<const EvenOdd<Element>*>(keys[i]), d, count);
+  };
+  F32Pair low = {broadcast(kInfinity), broadcast(kInfinity)}, high = {-low.first, -low.first};
+  for (int i = 0; i < kInt4PageSize; ++i) {
+    if (!kAllFinite && !(finite >> i & 1)) continue;
+    const F32Pair x = element(i);
+    low = {x.first < low.first ? x.first : low.first,
+           x.second < low.second ? x.second : low.second};
+    high = {max(x.first, high.first), max(x.second, high.second)};
+  }
+  const auto scale_of = [&](F32 lowest, F32 highest) {
+    return round_up((highest * 0.5f - lowest * 0.5f) / (kLargestInt4 * 0.5f), kType);
+  };
+  const U32 even = scale_of(low.first, high.first), odd = scale_of(low.second, high.second);
+  const U32 both_scales = even | odd << 16;
+  const U32 both_zeros = bits_of_elements(low.first, kType) | bits_of_elements(low.second, kType)
+                                                                  << 16;
+  const int bytes = (kWhole ? kPair : count) * static_cast<int>(sizeof(uint16_t));
+  __builtin_memcpy(scales + d, &both_scales, bytes);
+  __builtin_memcpy(scales + head_dim + d, &both_zeros, bytes);
+  const auto half = [](U32 scale) {  // where all keys are the same, codes are 0
+    return choose((I32)(scale == 0), broadcast(kInfinity), widened(scale, kType) * 0.5f);
+  };
+  const F32Pair half_scale = {half(even), half(odd)};
+  const F32Pair half_zero = {low.first * 0.5f, low.second * 0.5f};
+  for (int i = 0; i < kInt4PageSize; ++i) {
+    const F32Pair x = element(i);
+    const F32Pair half_x = {x.first * 0.5f, x.second * 0.5f};
+    const bool is_there = kAllFinite || finite >> i & 1;
+    const U32 both = is_there ? codes_of(half_x, half_zero, half_scale) : U32{};
+    store_bytes(codes + (i * head_dim + d) / 2, both, kWhole ? kLanes : count / 2);
+  }
+}
+
+template <bool kAllFinite, typename Element>
+inline void quantise_keys(const PageEntries<Element>& page,
+                          uint32_t finite,
+                          uint8_t* codes,
+                          uint16_t* scales) {
+  int d = 0;
+  for (; d + kPair <= page.head_dim; d += kPair) {
+    quantise_channels<kAllFinite, true>(page, finite, d, kPair, codes, scales);
+  }
+  if (d < page.head_dim) {
+    quantise_channels<kAllFinite, false>(page, finite, d, page.head_dim - d, codes, scales);
+  }
+}
+
+/// The group of dimensions from `begin` on, a whole one or what is left, of kLanes values from `first` on, of the page's keys those
+/// that are `finite`.
+template <bool kWhole, typename Element>
+inline void quantise_values(const PageEntries<Element>& page,
+                            uint32_t finite,
+                            int first,
+                            int begin,
+                            uint8_t* codes,
+                            uint16_t* scales,
+                            int width) {
+  constexpr const Element* kType = nullptr;
+  const int head_dim = page.head_dim, count = kWhole ? kScaleGroup : head_dim - begin;
+  F32 lows[kLanes], highs[kLanes], checks[kLanes];  // lows: negated
+  for (int i = 0; i < kLanes; ++i) {
+    const auto* value = page.at(kInt4PageSize + first + i) + begin;
+    if (begin == 0) page.fetch(kInt4PageSize + first + i);
+    Extremes of = {broadcast(kInfinity), broadcast(-kInfinity), F32{}};
+    for (int d = 0; d < count; d += kPair) {
+      typename PageEntries<Element>::Pairs part[kPair];
+      const bool is_whole = kWhole || count - d >= kPair;
+      if (!is_whole) {  // filled up with the last element, which changes nothing
+        for (int j = 0; j < kPair; ++j) part[j] = value[d + j < count ? d + j : count - 1];
+      }
+      const F32Pair x = page.any_order(is_whole ? value + d : part, 0);
+      of.add(x.first);
+      of.add(x.second);
+    }
+    lows[i] = -of.lowest;
+    highs[i] = of.highest;
+    checks[i] = of.check;
+  }
+  const F32 zero = -max_each(lows), spread = max_each(highs) - zero;
+  const F32 check = sum_each(checks) + spread * 0.0f;
+  const I32 is_finite = check == check;
+  const U32 scale = round_up(spread / kLargestInt4, kType);
+  const U32 zero_bits = (U32)is_finite & bits_of_elements(zero, kType);
+  uint32_t numbers[kLanes], has_codes[kLanes];
+  float scale_of[kLanes], zero_of[kLanes];
+  const U32 both = ((U32)is_finite & scale) | (~(U32)is_finite & kNaN16) | zero_bits << 16;
+  const U32 needs_codes = (U32)is_finite & (U32)(scale != 0);
+  __builtin_memcpy(numbers, &both, sizeof numbers);
+  __builtin_memcpy(has_codes, &needs_codes, sizeof has_codes);
+  store(scale_of, widened(scale, kType));
+  store(zero_of, zero);
+  for (int i = 0; i < kLanes; ++i) {
+    const int at = first + i;
+    const bool counts = finite >> at & 1;
+    const uint32_t number = counts ? numbers[i] : kNaN16;
+    __builtin_memcpy(scales + at * width + begin / kScaleGroup * 2, &number, sizeof number);
+    uint8_t* out = codes + (at * head_dim + begin) / 2;
+    if (!counts || has_codes[i] == 0) {
+      __builtin_memset(out, 0, count / 2);
+      continue;
+    }
+    const auto* value = page.at(kInt4PageSize + at) + begin;
+    const F32 zeros = broadcast(zero_of[i]), scales_of = broadcast(scale_of[i]);
+    const auto store_codes = [&](int d, F32Pair x) {
+      store_bytes(out + d / 2, codes_of(x, {zeros, zeros}, {scales_of, scales_of}),
+                  kWhole ? kLanes : (count - d) / 2);
+    };
+    int d = 0;
+    for (; d + kPair <= count; d += kPair)
+      store_codes(d, page.template pair<true>(value, d, kPair));
+    if (!kWhole && d < count) store_codes(d, page.template pair<false>(value, d, count - d));
+  }
+}
+
+template <typename Element>
+void quantise_page(const void* const* entries,
+                   const void* const* next,
+                   int head_dim,
+                   uint8_t* codes,
+                   uint16_t* key_scales,
+                   uint16_t* value_scales) {
+  const PageEntries<Element> page = {entries, next, head_dim};
+  const uint32_t finite = finite_keys(page);
+  const int key_bytes = kInt4PageSize * head_dim / 2;
+  if (finite == ~uint32_t{0}) {
+    quantise_keys<true>(page, finite, codes, key_scales);
+  } else if (finite != 0) {
+    quantise_keys<false>(page, finite, codes, key_scales);
+  } else {
+    __builtin_memset(codes, 0, key_bytes);
+    __builtin_memset(key_scales, 0, 2 * head_dim * sizeof(uint16_t));
+  }
+  const int width = (head_dim + kScaleGroup - 1) / kScaleGroup * 2;
+  for (int first = 0; first < kInt4PageSize; first += kLanes) {
+    int begin = 0;
+    for (; begin + kScaleGroup <= head_dim; begin += kScaleGroup) {
+      quantise_values<true>(page, finite, first, begin, codes + key_bytes, value_scales, width);
+    }
+    if (begin < head_dim) {
+      quantise_values<false>(page, finite, first, begin, codes + key_bytes, value_scales, width);
+    }
+  }
+}
+
+}  // namespace adakv::ADAKV_ISA

@@ -1,0 +1,111 @@
+// Entries that are made of a number, in float32 or bfloat16, and what a cache says of them.
+#pragma once
+
+#include <adakv/adakv.h>
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+namespace adakv::fuzz {
+
+constexpr int kDim = 8;
+
+struct Entry {
+  int32_t position;
+  int number;
+};
+
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+/// Element d of the key of an entry; its value is the same plus 1. In bfloat16 both are rounded.
+inline float element(int number, int d) {
+  return static_cast<float>(number % 4093) / 64 + static_cast<float>(d) / 8;
+}
+
+inline float rounded(float x, DType dtype) {
+  return dtype == DType::kFloat32 ? x : from_bfloat16(to_bfloat16(x));
+}
+
+/// Numbers in the dtype of a cache.
+class Numbers {
+ public:
+  Numbers(int64_t count, DType dtype)
+      : dtype_(dtype), bytes_(static_cast<size_t>(count) * dtype_size(dtype)) {}
+
+  void set(int64_t i, float x) {
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(at(i), &x, sizeof x);
+    } else {
+      const uint16_t half = to_bfloat16(x);
+      std::memcpy(at(i), &half, sizeof half);
+    }
+  }
+
+  float get(int64_t i) const {
+    float x;
+    uint16_t half;
+    if (dtype_ == DType::kFloat32) {
+      std::memcpy(&x, at(i), sizeof x);
+      return x;
+    }
+    std::memcpy(&half, at(i), sizeof half);
+    return from_bfloat16(half);
+  }
+
+  TensorView view(std::initializer_list<int64_t> shape) {
+    return TensorView(bytes_.data(), shape, dtype_);
+  }
+
+ private:
+  char* at(int64_t i) { return bytes_.data() + i * static_cast<int64_t>(dtype_size(dtype_)); }
+  const char* at(int64_t i) const { return const_cast<Numbers*>(this)->at(i); }
+
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
+/// Element d of a key (half 0) or value (half 1) that a row holds, and how far it may be from what
+/// was written.
+struct Held {
+  float x, error;
+};
+
+inline Held held(const LayerView& view,
+                 int64_t row,
+                 int64_t length,
+                 int64_t page,
+                 int64_t slot,
+                 int half,
+                 int d) {
+  const int64_t size = view.pages.shape[2], in_page = slot % size;
+  if (!view.tails) {
+    return {view.pages.ptr<float>()[((page * 2 + half) * size + in_page) * kDim + d], 0};
+  }
+  if (slot >= length / size * size) {
+    const uint16_t* tail = view.tails.ptr<uint16_t>() + row * view.tails.stride[1];
+    return {from_bfloat16(tail[(half * size + in_page) * kDim + d]), 0};
+  }
+  const uint8_t* codes = view.pages.ptr<uint8_t>() + page * view.pages.stride[0];
+  const uint8_t both = codes[(half * size + in_page) * (kDim / 2) + d / 2];
+  const TensorView& scales = half == 0 ? view.key_scales : view.value_scales;
+  const uint16_t* numbers = scales.ptr<uint16_t>() + page * scales.stride[0];
+  const float scale = from_bfloat16(half == 0 ? numbers[d] : numbers[in_page * 2]);
+  const float zero = from_bfloat16(half == 0 ? numbers[kDim + d] : numbers[in_page * 2 + 1]);
+  const int code = d % 2 == 0 ? both & 15 : both >> 4;
+  return {scale * static_cast<float>(code) + zero, scale * 0.50001f};
+}
+
+}  // namespace adakv::fuzz
