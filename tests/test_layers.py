@@ -30,7 +30,7 @@ CORE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
 #: What an include of each folder may begin with, besides the standard library.
 INCLUDES = {
     "cpp/include/adakv": ("adakv/",),
-    "cpp/cache": ("adakv/",),
+    "cpp/cache": ("adakv/", "cache/"),
     "cpp/capi": ("adakv/", "ops/", "capi/"),
     "cpp/ops": ("adakv/", "ops/"),
     "cpp/cpu": ("adakv/", "ops/", "cpu/"),
