@@ -46,7 +46,10 @@ class Recent(Protocol):
 
 
 class RecentQueries(Recent):
-    """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to."""
+    """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to.
+
+    Before so many have come the others are 0, which look at all entries alike.
+    """
 
     def __init__(self, window: int, num_layers: int) -> None:
         self._window = window
@@ -101,13 +104,15 @@ class Rule:
     pins_prompt : bool
         Whether all that was kept of the prompt stays, besides the budget. Else prompt and text
         share as many entries as both together would have.
+    name : str
+        What messages call the budget.
     """
 
     policy: Policy
     budget: int
     every: int = 128
     pins_prompt: bool = True
-    name: str = "decode_budget"  # of the budget, for messages
+    name: str = "decode_budget"
 
     def __post_init__(self) -> None:
         check_chooses_again(self.policy, self.name)
@@ -359,7 +364,7 @@ class Reselection:
         """``[B, Hkv, T]`` bool: what is protected of what rows hold."""
         if not self._protected:
             return None
-        length = 1 + max(end for spans in self._protected for _, end in spans)
+        length = 1 + max(map(sum, zip(self._prompt_lens, self._written, strict=True)))
         mask = mask_of(self._protected, length, held.positions.device)
         places = held.positions.clamp(0, length - 1).long()
         slots = torch.arange(places.shape[2], device=places.device)
