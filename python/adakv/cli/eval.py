@@ -208,7 +208,7 @@ def evaluate(
             "dtype": dtype_name(network),
             **sources.as_dict(),
             **({"protect": [f"{begin}:{end}" for begin, end in protect]} if protect else {}),
-            **written,
+            **({"written": written} if written else {}),
         }
         file = RecordFile(records, about)
     run_all(network, file, tasks, formats, kept, protect, written)
