@@ -232,8 +232,8 @@ AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
     for (int32_t l = 0; l < cache->cache.config().num_layers; ++l, num_kept += num_sequences) {
       kept.emplace_back(num_kept, num_kept + num_sequences);
     }
-    cache->pages = cache->cache.begin_again(first_sequence, kept,
-                                            {longest_row, longest_row + num_sequences});
+    cache->pages =
+        cache->cache.begin_again(first_sequence, kept, {longest_row, longest_row + num_sequences});
     cache->give(pages);
   });
 }
