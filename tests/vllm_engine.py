@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -286,8 +286,13 @@ def run_elsewhere(
     engine in the same process, unless it has triton: it looks for kernels in the ``vars`` of all
     that modules hold, and llvmlite holds a library that answers to every name.
     """
+    return elsewhere(_run, model, settings, prompts, new_tokens, options)
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
-        return processes.submit(_run, model, settings, prompts, new_tokens, options).result()
+        return processes.submit(function, *args).result()
 
 
 def _run(
