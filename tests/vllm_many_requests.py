@@ -23,7 +23,7 @@ class Result(NamedTuple):
     """Of all rounds."""
 
     counts: Counts
-    num_preemptions: int
+    num_preemptions: int  # at least
     cached: int  # tokens of prompts
     resident: list[int]  # bytes, after each round
 

@@ -22,6 +22,6 @@ def test_nothing_is_left_of_a_thousand_requests(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     done = elsewhere(vllm_many_requests.run, save_llama(tmp_path))
     assert done.counts.requests_compressed == done.counts.compressed_under_pressure > REQUESTS
-    assert done.cached > ROUNDS * REQUESTS
+    assert done.num_preemptions > 0 and done.cached > ROUNDS * REQUESTS
     grown = done.resident[-1] - done.resident[1]  # the first rounds are left to allocators
     assert grown < (ROUNDS - 2) * REQUESTS * REMEMBERED / 2, done.resident
