@@ -97,9 +97,17 @@ def test_engine_writes_what_transformers_writes(
             assert not wide or len(set(kept.tolist())) > 1
 
 
-def test_engine_weighs_values_by_the_output_projection(model: str):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "critical_ada_snapkv",  # weighs values by the output projection
+        "r_kv",  # these two are made for texts while they are written, and take prompts here
+        "vase",
+    ],
+)
+def test_engine_keeps_what_the_policy_keeps_under_transformers(model: str, policy: str):
     prompts = random_prompts(4, [200, 400])
-    settings = Settings(policy="critical_ada_snapkv", budget=64, mode="exact")
+    settings = Settings(policy, 64, "exact")
     with engine(model, settings) as it:
         run = it.run(prompts, 12)
     check_against_reference(model, settings, prompts, run)
