@@ -6,8 +6,10 @@ import contextlib
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from adakv.vllm.engine_cache import EngineCache
 BLOCK = 32
 #: A pool in which requests of up to 640 tokens are preempted.
 SMALL = {"max_model_len": 640, "max_num_batched_tokens": 100, "num_gpu_blocks_override": 22}
+#: N-grams; see :func:`run_elsewhere`.
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
 #: For one engine in a process, beside others on the machine.
 ENVIRONMENT = {
@@ -266,3 +270,39 @@ def engine(model: str, settings: Settings | None = None, **options: Any) -> Iter
             it.close()
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def run_elsewhere(
+    model: str,
+    settings: Settings | None,
+    prompts: list[list[int]],
+    new_tokens: int | list[int],
+    **options: Any,
+) -> Run:
+    """What comes of requests in an engine in a process of its own, which checks that every block is
+    free at the end.
+
+    Engines with drafts are started so. They import numba, and behind that vLLM can't start another
+    engine in the same process, unless it has triton: it looks for kernels in the ``vars`` of all
+    that modules hold, and llvmlite holds a library that answers to every name.
+    """
+    return elsewhere(_run, model, settings, prompts, new_tokens, options)
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        return processes.submit(function, *args).result()
+
+
+def _run(
+    model: str,
+    settings: Settings | None,
+    prompts: list[list[int]],
+    new_tokens: int | list[int],
+    options: dict[str, Any],
+) -> Run:
+    with engine(model, settings, **options) as it:
+        run = it.run(prompts, new_tokens)
+        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    return run

@@ -12,7 +12,16 @@ pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs
 from adakv.vllm.config import Settings
 from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import plan
-from vllm_engine import BLOCK, SMALL, Run, engine, save_gemma2, save_llama
+from vllm_engine import (
+    BLOCK,
+    DRAFTS,
+    SMALL,
+    Run,
+    engine,
+    run_elsewhere,
+    save_gemma2,
+    save_llama,
+)
 from vllm_reference import Reference
 
 
@@ -88,9 +97,17 @@ def test_engine_writes_what_transformers_writes(
             assert not wide or len(set(kept.tolist())) > 1
 
 
-def test_engine_weighs_values_by_the_output_projection(model: str):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "critical_ada_snapkv",  # weighs values by the output projection
+        "r_kv",  # these two are made for texts while they are written, and take prompts here
+        "vase",
+    ],
+)
+def test_engine_keeps_what_the_policy_keeps_under_transformers(model: str, policy: str):
     prompts = random_prompts(4, [200, 400])
-    settings = Settings(policy="critical_ada_snapkv", budget=64, mode="exact")
+    settings = Settings(policy, 64, "exact")
     with engine(model, settings) as it:
         run = it.run(prompts, 12)
     check_against_reference(model, settings, prompts, run)
@@ -151,19 +168,14 @@ def test_engine_refuses_at_start(model: str, given: dict, options: dict, message
 
 
 def test_engine_drafts_without_changing_the_text(model: str):
-    """N-gram drafts: several tokens of a request in one step, some of them taken back.
-
-    The last of these tests: once numba was imported, vLLM can't start an engine in this process.
-    """
+    """N-gram drafts: several tokens of a request in one step, some of them taken back."""
     period = random_prompts(3, [9, 7, 5])
     prompts = [(p * 60)[:length] for p, length in zip(period, (170, 260, 333), strict=True)]
     settings = Settings(budget=64)
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     with engine(model, settings, max_num_batched_tokens=100) as it:
         expected = it.run(prompts, 40)
-    with engine(model, settings, max_num_batched_tokens=100, speculative_config=drafts) as it:
-        run = it.run(prompts, 40)
-        assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
+    options = {"max_num_batched_tokens": 100, "speculative_config": DRAFTS}
+    run = run_elsewhere(model, settings, prompts, 40, **options)
     assert run.tokens == expected.tokens
     assert run.most_at_once > 1
     check_against_reference(model, settings, prompts, run)

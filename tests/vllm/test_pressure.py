@@ -10,7 +10,17 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
-from vllm_engine import SMALL, Engine, Run, engine, random_text, save_gemma2, save_llama
+from vllm_engine import (
+    DRAFTS,
+    SMALL,
+    Engine,
+    Run,
+    engine,
+    random_text,
+    run_elsewhere,
+    save_gemma2,
+    save_llama,
+)
 from vllm_reference import Reference, comparable
 
 
@@ -132,9 +142,6 @@ def test_sliding_windows_beside_layers_under_pressure(tmp_path: Path):
 
 
 def test_engine_refuses_drafts_under_pressure(model: str):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with (
-        pytest.raises(Exception, match='drafts need "when": "always", got "pressure"'),
-        engine(model, Settings(when="pressure"), speculative_config=drafts),
-    ):
-        pass
+    settings = Settings(when="pressure")
+    with pytest.raises(Exception, match='drafts need "when": "always", got "pressure"'):
+        run_elsewhere(model, settings, [[1, 2, 3]], 1, speculative_config=DRAFTS)

@@ -49,6 +49,7 @@ class Item:
     turn: int
     computed: int
     count: int
+    most_written: int  # tokens: 0, if it reads text without its end
     blocks: list[int]  # of its worker's block table
 
 
@@ -116,8 +117,9 @@ class Simulation:
         computed = request.num_computed_tokens
         if computed < request.num_tokens - 1 or computed < request.num_prompt_tokens:
             count = min(self.chunk, left, request.num_tokens - computed)
+            most_written = int(computed + count == request.num_tokens)
         else:
-            count = 1 + self.num_drafts
+            count = most_written = 1 + self.num_drafts
         while self.manager.allocate_slots(request, count) is None:
             last = self.running[-1]
             self.preempt(last)
@@ -125,7 +127,7 @@ class Simulation:
                 return 0
         blocks = [block.block_id for block in self.blocks_of[request.request_id]]
         assert self.ledger.is_running(blocks[0])
-        items.append(Item(sequence, sequence.turn, computed, count, blocks))
+        items.append(Item(sequence, sequence.turn, computed, count, most_written, blocks))
         request.num_computed_tokens += count
         request.num_in_flight_tokens += count
         return count
@@ -136,15 +138,13 @@ class Simulation:
             sequence, request = item.sequence, item.sequence.request
             if not self.is_alive(item):
                 continue
-            is_prefilling = item.computed < sequence.prefill_end
-            if not is_prefilling:
+            if item.computed >= sequence.prefill_end:
                 self.obey(sequence, item.computed)
             request.num_in_flight_tokens -= item.count
-            if is_prefilling and item.computed + item.count < request.num_tokens:
+            if not item.most_written:
                 continue
-            accepted = 1 if is_prefilling else self.rng.randint(1, item.count)
-            if not is_prefilling:
-                request.num_computed_tokens -= item.count - accepted
+            accepted = self.rng.randint(1, item.most_written)
+            request.num_computed_tokens -= item.most_written - accepted  # drafts
             request.append_output_token_ids([0] * accepted)
             if request.num_output_tokens >= sequence.wanted:
                 self.remove(sequence)
