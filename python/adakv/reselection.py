@@ -55,10 +55,10 @@ class RecentQueries(Recent):
         self._window = window
         self._rings: list[Tensor | None] = [None] * num_layers
         self._next = 0  # where the next query goes
-        self._num_new: list[int] = []  # of the step
+        self._num_new: list[int] | None = None  # of the step, if some columns are padding
 
     def advance(self, num_new: Sequence[int], columns: int) -> None:
-        self._num_new = list(num_new)
+        self._num_new = list(num_new) if min(num_new) < columns else None
         self._next = (self._next + columns) % self._window
 
     def put(self, layer: int, queries: Tensor) -> None:
@@ -67,17 +67,17 @@ class RecentQueries(Recent):
         if ring is None:
             ring = queries.new_zeros(batch, heads, self._window, head_dim)
             self._rings[layer] = ring
-        if any(n < columns for n in self._num_new):
-            self._put_some(ring, queries)
+        if self._num_new is not None:
+            self._put_some(ring, queries, self._num_new)
             return
         first = (self._next - columns) % self._window
         for begin in range(max(columns - self._window, 0), columns):
             ring[:, :, (first + begin) % self._window] = queries[:, :, begin]
 
-    def _put_some(self, ring: Tensor, queries: Tensor) -> None:
+    def _put_some(self, ring: Tensor, queries: Tensor, num_new: Sequence[int]) -> None:
         """The same where columns are padding: each sequence has other queries as its last ones."""
         both = torch.cat([ring.roll(queries.shape[2] - self._next, 2), queries], 2)
-        for b, count in enumerate(self._num_new):
+        for b, count in enumerate(num_new):
             padding = slice(self._window, both.shape[2] - count)
             tokens = torch.cat([both[b, :, : padding.start], both[b, :, padding.stop :]], 1)
             ring[b] = tokens[:, -self._window :].roll(self._next, 1)
@@ -110,7 +110,7 @@ class Rule:
 
     policy: Policy
     budget: int
-    every: int = 128
+    every: int = EveryTokens.every
     pins_prompt: bool = True
     name: str = "decode_budget"
 
@@ -139,7 +139,7 @@ class Rule:
                 raise ValueError("decode_budget must be given if a text is to be chosen from")
             return None
         if every is None:
-            every = EveryTokens().every if chosen.when is None else chosen.when.every
+            every = EveryTokens.every if chosen.when is None else chosen.when.every
         return cls(chosen, budget, every, pin_prompt)
 
     @property
@@ -341,9 +341,7 @@ class Reselection:
         if not self.rule.pins_prompt:
             return None
         ends = torch.tensor(self._prompt_lens, dtype=torch.int32).to(held.positions.device)
-        slots = torch.arange(held.positions.shape[2], device=ends.device)
-        is_held = slots < held.lengths[..., None]
-        return is_held & (held.positions < ends[:, None, None])
+        return held.positions < ends[:, None, None]
 
     def _check_room(self, num_kv_heads: int) -> None:
         """Raises ``ValueError`` if more is protected than a kv head has room for."""
@@ -367,9 +365,7 @@ class Reselection:
         length = 1 + max(map(sum, zip(self._prompt_lens, self._written, strict=True)))
         mask = mask_of(self._protected, length, held.positions.device)
         places = held.positions.clamp(0, length - 1).long()
-        slots = torch.arange(places.shape[2], device=places.device)
-        marked = mask[:, None].expand(-1, places.shape[1], -1).gather(2, places)
-        return marked & (slots < held.lengths[..., None])
+        return mask[:, None].expand(-1, places.shape[1], -1).gather(2, places)
 
 
 class _Plan(NamedTuple):

@@ -127,7 +127,8 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
             raise InputError("--every and --evict-prompt go only with --written")
         if written is not None and rest["protect"]:
             raise InputError("--protect doesn't go with --written")
-        given = {"prompt": written, "every": every or 128, "pin_prompt": not evict_prompt}
+        every = every or adakv.policy.EveryTokens.every
+        given = {"prompt": written, "every": every, "pin_prompt": not evict_prompt}
         command(written={} if written is None else given, **rest)
 
     for option in (

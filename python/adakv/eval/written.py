@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from adakv.hf import Cache
 from adakv.hf.attachment import CACHE
-from adakv.policy import Policy
+from adakv.policy import EveryTokens, Policy
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Written:
     """
 
     prompt: int
-    every: int = 128
+    every: int = EveryTokens.every
     pin_prompt: bool = True
 
     def cache(

@@ -41,13 +41,10 @@ class Eviction:
 
     @property
     def first_budget(self) -> Budget:
-        """Of what comes first."""
-        return self._budget if self._chunks is None else Budget(self._budget.policy, self._most)
-
-    @property
-    def _most(self) -> int:
-        assert self._chunks is not None
-        return self._chunks.budget
+        """The budget of what comes first: the prompts, or their first chunks."""
+        if self._chunks is None:
+            return self._budget
+        return Budget(self._budget.policy, self._chunks.budget)
 
     @property
     def room(self) -> int | None:
@@ -85,8 +82,8 @@ class Eviction:
             return
         assert self.text is not None
         self.reads_chunks = False
-        of_prompts = [self._budget.of(n) for n in seen]
-        self.text.rule = replace(self.text.rule, budget=min(max(of_prompts), self._most))
+        rule, of_prompts = self.text.rule, max(self._budget.of(n) for n in seen)
+        self.text.rule = replace(rule, budget=min(of_prompts, rule.budget))
         if self.text.is_due:
             self.text.choose(kv, slots)
         self._begin_text(seen)

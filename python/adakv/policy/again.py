@@ -59,7 +59,7 @@ def choose_again(
     budgets : ints ``[B]``
         Mean entries per kv head, window included, beside what is pinned; T for all of them.
     pinned, protected : ``[B, Hkv, T]`` bool, optional
-        The budget must have room for what is protected.
+        The budget must have room for what is protected. Behind a row's end they are not read.
     total : int
         Most entries that stay, of all sequences and kv heads together.
 
@@ -71,11 +71,12 @@ def choose_again(
     held = inputs.candidates(0)
     stays = held & ~inputs.candidates(policy.window)
     if protected is not None:
-        stays |= protected
+        stays |= protected & held
     scores = scores.masked_fill(stays, torch.inf).masked_fill(~held, -torch.inf)
     if pinned is None:
         shares = policy.allocator.allocate(scores, inputs, budgets, window=0)
     else:
+        pinned = pinned & held
         competing = scores.masked_fill(pinned, -torch.inf)
         shares = policy.allocator.allocate(competing, inputs, budgets, window=0)
         shares = shares + pinned.sum(-1, dtype=torch.int32)
