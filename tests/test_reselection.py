@@ -198,7 +198,7 @@ def test_what_stays_in_quantised_pages_is_what_it_was(kv_dtype: str) -> None:
 
 
 def entries_by_position(kv: KVCache, layer: int) -> list[dict[int, Tensor]]:
-    """Of each row: key and value by position."""
+    """Key and value of each row by position."""
     view, rows = kv.layer(layer), []
     for pages, positions in zip(view.block_table[0], kv.positions(layer)[0], strict=True):
         entries = reference.entries_of(view, pages[pages >= 0]).transpose(0, 1)  # [n, 2, D]

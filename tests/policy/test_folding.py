@@ -44,7 +44,7 @@ SCORERS = [
 
 
 def folded_scores(scorer: Any, whole: LayerInputs, borders: list[int]) -> Tensor:
-    """Of a prompt in parts that end at ``borders``."""
+    """The scores of a prompt that comes in parts, which end at ``borders``."""
     folded = None
     for start, end in pairwise([0, *borders]):
         part = replace(

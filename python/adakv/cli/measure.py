@@ -191,9 +191,7 @@ def _kept_of_prompt(cache: Any, prompt_tokens: int) -> list[list[int]]:
     """``[L][Hkv]``: how many entries of the prompt each kv head still holds."""
     if not isinstance(cache, adakv.Cache):
         return []
-    if (
-        cache.eviction.text is not None
-    ):  # entries of the text are gone, and maybe some of the prompt
+    if cache.eviction.text is not None:  # of the text, and maybe of the prompt, some are gone
         layers = range(len(cache.stats()["lengths"]))
         return [[int((row < prompt_tokens).sum()) for row in cache.kept(i)[0]] for i in layers]
     new = cache.stats()["seen"][0] - prompt_tokens
