@@ -231,6 +231,13 @@ def check_settings(part: Any) -> None:
             )
 
 
+def check_scorer(scorer: Any) -> None:
+    """:func:`check_settings` of a scorer, with the window and the pinned entries that it has."""
+    check_settings(scorer)
+    check_range("window", scorer.window, 1)
+    check_range("pinned", scorer.pinned, 0)
+
+
 def _to_int32(value: Any) -> int:
     converted = to_int(value)
     if not -(2**31) <= converted < 2**31:

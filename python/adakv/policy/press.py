@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_range, check_settings, pin_first
+from adakv.policy.inputs import LayerInputs, check_scorer, pin_first
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class PressScorer:
     needs: Collection[Need] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
         if not callable(getattr(self.press, "score", None)):
             raise ValueError(
                 f"press must have a method score, as kvpress' ScorerPress, got {self.press!r}"

@@ -21,6 +21,7 @@ from adakv.policy.inputs import (
     check_at_most,
     check_choice,
     check_range,
+    check_scorer,
     check_settings,
     pin_first,
 )
@@ -57,9 +58,7 @@ class PromptAttention:
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
         check_range("distance", self.distance, 0)
         check_range("stride", self.stride, 1)
         check_at_most("stride", self.stride, _MOST_STRIDE)
@@ -415,9 +414,7 @@ class RepeatAttention:
     needs: ClassVar[frozenset[Need]] = frozenset({"repeat"})
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.repeat is None:

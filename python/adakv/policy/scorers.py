@@ -15,7 +15,14 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.attention import attention
 from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings, pin_first
+from adakv.policy.inputs import (
+    LayerInputs,
+    check_choice,
+    check_range,
+    check_scorer,
+    check_settings,
+    pin_first,
+)
 
 NormShare = Literal["none", "entries", "heads"]
 
@@ -42,9 +49,7 @@ class WindowAttention:
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
         check_odd("pool_width", self.pool_width)
         check_choice("window_reduce", self.window_reduce, get_args(ops.Reduce))
         check_choice("group_reduce", self.group_reduce, get_args(ops.Reduce))
@@ -85,9 +90,7 @@ class Defensive:
     needs: ClassVar[frozenset[Need]] = frozenset({"w_o"})
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
         check_odd("pool_width", self.pool_width)
         check_choice("norm_share", self.norm_share, get_args(NormShare))
 
@@ -147,9 +150,7 @@ class KeyDiff:
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         keys = F.normalize(inputs.keys.float(), dim=-1)  # [B, Hkv, T, D]
@@ -169,9 +170,7 @@ class KeyNorm:
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         norms = torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=torch.float32)

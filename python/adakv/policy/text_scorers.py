@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
-from adakv.policy.inputs import LayerInputs, check_range, check_settings, pin_first
+from adakv.policy.inputs import LayerInputs, check_range, check_scorer, check_settings, pin_first
 from adakv.policy.scorers import Random, check_odd
 
 
@@ -32,9 +32,7 @@ class RKV:
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
         check_range("share", self.share, 0, 1)
         check_odd("pool_width", self.pool_width)
 
@@ -61,9 +59,7 @@ class ValueRange:
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        check_range("window", self.window, 1)
-        check_range("pinned", self.pinned, 0)
+        check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         values = inputs.values.float()
