@@ -27,19 +27,55 @@ struct Steps {
   int32_t tokens;
 };
 
-// grid: [blocks of a sequence, B]; one warp: some rows of the sequence, some of its tokens.
+/// What one warp does: some rows of the sequence, some of its tokens.
 template <typename Batch>
+struct AppendByTokens {
+  static __device__ void run(const AppendParams& p, int32_t b, const AppendShare& share, FullTails) {
+    append_entries<Batch>(p, b, share);
+  }
+
+  static __device__ void end(const AppendParams&, int32_t, FullTails) {}
+};
+
+template <typename Element>
+struct AppendToTails {
+  static __device__ void run(const AppendParams& p,
+                             int32_t b,
+                             const AppendShare& share,
+                             FullTails full) {
+    // A page that one token fills is quantised by all warps, below.
+    const FullTails now = p.num_tokens == 1 ? FullTails::kLeave : full;
+#pragma unroll 1
+    for (int32_t h = share.first_head; h < p.layer.num_heads; h += share.head_step) {
+      TailAppender<Element>(p, b, h, now).run(share.first_token, share.token_step);
+    }
+  }
+
+  static __device__ void end(const AppendParams& p, int32_t b, FullTails full) {
+    if (full == FullTails::kLeave || p.num_tokens > 1 || p.count(b) == 0) return;
+#pragma unroll 1
+    for (int32_t h = 0; h < p.layer.num_heads; ++h) {
+      quantise_tail<Element>(p.layer, b, h, *p.layer.lengths.at(b, h) + 1,
+                             threadIdx.x / kWarpSize, kWarps);
+    }
+    __syncthreads();
+  }
+};
+
+// grid: [blocks of a sequence, B]
+template <typename Append>
 __global__ void __launch_bounds__(kThreads, 2)
-    append_kernel(const __grid_constant__ AppendParams p, Steps steps) {
+    append_kernel(const __grid_constant__ AppendParams p, Steps steps, FullTails full) {
   const int32_t b = blockIdx.y;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   const int32_t first_token = steps.heads.quotient(warp);
   if (first_token < steps.tokens) {
-    append_entries<Batch>(
-        p, b, {steps.heads.remainder(warp), steps.heads.value, first_token, steps.tokens});
+    Append::run(p, b, {steps.heads.remainder(warp), steps.heads.value, first_token, steps.tokens},
+                full);
   }
   if (gridDim.x > 1) return;
   __syncthreads();
+  Append::end(p, b, full);
   count_appended(p, b, threadIdx.x, kThreads);
 }
 
@@ -49,11 +85,35 @@ __global__ void __launch_bounds__(kThreads)
   count_appended(p, blockIdx.x, threadIdx.x, kThreads);
 }
 
+// grid: [B * Hkv]; one block: a row, whose tail one new token may have filled.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, 2)
+    quantise_tails_kernel(const __grid_constant__ AppendParams p) {
+  const int32_t b = blockIdx.x / p.layer.num_heads, h = blockIdx.x % p.layer.num_heads;
+  if (p.count(b) == 0) return;
+  quantise_tail<Element>(p.layer, b, h, *p.layer.lengths.at(b, h), threadIdx.x / kWarpSize, kWarps);
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------
 
+void quantise_filled_tails(const AppendArgs& args) {
+  const AppendParams p = append_params(args.layer, args.keys, args.values, args.num_new);
+  const int32_t grid = p.batch * p.layer.num_heads;
+  if (grid == 0) return;
+  dispatch_16_bits(args.keys.dtype, [&](auto element) {
+    quantise_tails_kernel<typename decltype(element)::type>
+        <<<grid, kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(p);
+  });
+  ADAKV_CUDA_CHECK("append", cudaGetLastError());
+}
+
 void CudaBackend::append(const AppendArgs& args) {
+  launch_append(args, FullTails::kQuantise);
+}
+
+void launch_append(const AppendArgs& args, FullTails full) {
   const DeviceGuard guard(args.keys.device);
   const AppendParams p = append_params(args.layer, args.keys, args.values, args.num_new);
   if (p.batch == 0 || p.num_tokens == 0) return;
@@ -67,18 +127,23 @@ void CudaBackend::append(const AppendArgs& args) {
   const int32_t num_warps = static_cast<int32_t>(grid.x) * kWarps;
   Steps steps = {Divisor::of(std::clamp(p.layer.num_heads, 1, num_warps)), 0};
   steps.tokens = num_warps / steps.heads.value;
-  const auto run = [&](auto batch) {
-    append_kernel<typename decltype(batch)::type><<<grid, kThreads, 0, stream>>>(p, steps);
+  const auto run = [&](auto append) {
+    append_kernel<typename decltype(append)::type><<<grid, kThreads, 0, stream>>>(p, steps, full);
   };
-  if (args.layer.key_scales) {
-    dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
-      using Batch =
-          CodeBatch<typename decltype(element)::type, typename decltype(format)::type, kRows>;
-      run(TypeTag<Batch>{});
+  const PageFormat format = args.layer.format();
+  if (format == PageFormat::kPlain) {
+    dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
+      run(TypeTag<AppendByTokens<EntryBatch<typename decltype(chunk)::type, kRows>>>{});
     });
   } else {
-    dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
-      run(TypeTag<EntryBatch<typename decltype(chunk)::type, kRows>>{});
+    dispatch_codes(args.keys.dtype, format, [&](auto element, auto codes) {
+      using Element = typename decltype(element)::type;
+      using Format = typename decltype(codes)::type;
+      if constexpr (std::is_same_v<Format, Int4>) {
+        run(TypeTag<AppendToTails<Element>>{});
+      } else {
+        run(TypeTag<AppendByTokens<CodeBatch<Element, Format, kRows>>>{});
+      }
     });
   }
   ADAKV_CUDA_CHECK("append", cudaGetLastError());

@@ -8,6 +8,7 @@
 #include "common/codes.cuh"
 #include "common/device_guard.h"
 #include "common/divisor.cuh"
+#include "common/int4_page.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
 #include "cuda_backend.h"
@@ -245,6 +246,103 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+/// Entries [begin, begin + count) of a page, as one block has them in shared memory: a row for each
+/// key, then for each value, apart in banks.
+template <typename Element>
+class PageEntries {
+ public:
+  __device__ PageEntries(const CompactParams& p, const FilledRow& row, int32_t b, int32_t begin)
+      : p_(p), row_(row), b_(b), positions_(p.positions + begin) {}
+
+  static size_t bytes(int32_t head_dim) { return 2 * kPageSlots * row_bytes(head_dim); }
+
+  /// Eight elements of an entry in memory.
+  __device__ uint4 read(bool is_value, int32_t slot, int32_t element) const {
+    const EntryRows& entries = is_value ? p_.values : p_.keys;
+    return load_chunk<Element>(entries.at(b_, row_.head, positions_[slot]) + element * 2);
+  }
+
+  /// Calls the body with (is_value, slot, element) of each eight elements of `count` entries.
+  template <typename Body>
+  __device__ void for_each(int32_t count, const Body& body) const {
+    const int32_t chunks = p_.layer.head_dim / kChunkElements;
+#pragma unroll 4
+    for (int32_t i = threadIdx.x; i < 2 * count * chunks; i += kThreads) {
+      const bool is_value = i >= count * chunks;
+      body(is_value, i / chunks - (is_value ? count : 0), i % chunks * kChunkElements);
+    }
+  }
+
+  __device__ uint4& held(bool is_value, int32_t slot, int32_t element) const {
+    extern __shared__ uint4 memory[];
+    const int32_t row = slot + (is_value ? kPageSlots : 0);
+    return memory[(row * row_bytes(p_.layer.head_dim) + element * 2) / sizeof(uint4)];
+  }
+
+ private:
+  static constexpr __host__ __device__ int32_t row_bytes(int32_t head_dim) {
+    return head_dim * 2 + 16;
+  }
+
+  const CompactParams& p_;
+  const FilledRow& row_;
+  const int32_t b_, *positions_;
+};
+
+/// One block quantises page `page` of sequence b; entries that fill no page go to the row's tail.
+/// Returns whether there is such a page.
+template <typename Element>
+__device__ bool fill_int4_page(const CompactParams& p, int32_t b, int32_t page) {
+  const LayerRows& layer = p.layer;
+  const FilledRow row = find_row(p, b, page);
+  if (row.head == layer.num_heads) return false;
+  const int32_t id = p.page_ids[p.page_indptr[b] + page];
+  const int32_t begin = row.begin + (page - row.first_page) * kPageSlots;
+  const int32_t count = min(kPageSlots, row.end - begin);
+  if (static_cast<int32_t>(threadIdx.x) < count) {
+    const int32_t slot = threadIdx.x;
+    layer.page_positions[id * layer.positions_stride + slot] = p.positions[begin + slot];
+  }
+  const PageEntries<Element> entries(p, row, b, begin);
+  const auto hold = [&](bool is_value, int32_t slot, int32_t element) {
+    entries.held(is_value, slot, element) = entries.read(is_value, slot, element);
+  };
+  const auto keep = [&](bool is_value, int32_t slot, int32_t element) {
+    *reinterpret_cast<uint4*>(layer.tail(b, row.head, is_value, slot, element)) =
+        entries.read(is_value, slot, element);
+  };
+  if (count < kPageSlots) {
+    entries.for_each(count, keep);
+    return true;
+  }
+  entries.for_each(count, hold);
+  __syncthreads();
+  const auto load = [&](bool is_value, int32_t slot, int32_t element) {
+    return entries.held(is_value, slot, element);
+  };
+  quantise_page<Element>(layer, id, load, threadIdx.x / kWarpSize, kWarps);
+  __syncthreads();
+  return true;
+}
+
+// grid: [blocks of a sequence, B]; the first blocks of a sequence write its rows' integers, each of
+// the others fills pages.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, 4)
+    compact_int4_kernel(const __grid_constant__ CompactParams p) {
+  const int32_t b = blockIdx.y, num_writers = p.layer.num_heads * p.num_spans;
+  const int32_t writer_blocks = (num_writers + kWarps - 1) / kWarps;
+  const int32_t page = blockIdx.x - writer_blocks;
+  if (page < 0) {
+    const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
+    if (warp < num_writers) write_row(p, b, warp / p.num_spans, warp % p.num_spans);
+    return;
+  }
+  const int32_t step = gridDim.x - writer_blocks;
+#pragma unroll 1
+  for (int32_t i = page; fill_int4_page<Element>(p, b, i);) i += step;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------
@@ -273,25 +371,36 @@ void CudaBackend::compact(const CompactArgs& args) {
 
   const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
                           rows_are_aligned(args.layer.pages, 16);
-  // A warp for each part, if kept entries are spread evenly over the sequences.
+  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  // A warp for each part, if kept entries are spread evenly over the sequences; in int4 a block for
+  // each page.
   const int64_t pages = args.positions.shape[0] / p.layer.page_size / batch + num_heads;
-  const int64_t warps = num_heads * p.num_spans + (pages << p.part_shift);
-  const dim3 grid(static_cast<uint32_t>((warps + kWarps - 1) / kWarps),
-                  static_cast<uint32_t>(batch));
-  const auto run = [&](auto fill) {
-    compact_kernel<typename decltype(fill)::type>
-        <<<grid, kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(p);
+  const int64_t writers = num_heads * p.num_spans;
+  const auto grid = [&](int64_t blocks) {
+    return dim3(static_cast<uint32_t>(blocks), static_cast<uint32_t>(batch));
   };
-  if (args.layer.key_scales) {
-    dispatch_codes(args.keys.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
-      run(TypeTag<
-          QuantiseEntries<typename decltype(element)::type, typename decltype(format)::type>>{});
-    });
-  } else {
+  const auto run = [&](auto fill) {
+    const int64_t warps = writers + (pages << p.part_shift);
+    compact_kernel<typename decltype(fill)::type>
+        <<<grid((warps + kWarps - 1) / kWarps), kThreads, 0, stream>>>(p);
+  };
+  const PageFormat format = args.layer.format();
+  if (format == PageFormat::kPlain) {
     dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
       using Chunk = typename decltype(chunk)::type;
       p.entry_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
       run(TypeTag<CopyEntries<Chunk>>{});
+    });
+  } else {
+    dispatch_codes(args.keys.dtype, format, [&](auto element, auto codes) {
+      using Element = typename decltype(element)::type;
+      using Format = typename decltype(codes)::type;
+      if constexpr (std::is_same_v<Format, Int4>) {
+        compact_int4_kernel<Element><<<grid((writers + kWarps - 1) / kWarps + pages), kThreads,
+                                       PageEntries<Element>::bytes(p.layer.head_dim), stream>>>(p);
+      } else {
+        run(TypeTag<QuantiseEntries<Element, Format>>{});
+      }
     });
   }
   ADAKV_CUDA_CHECK("compact", cudaGetLastError());

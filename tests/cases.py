@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ FORMATS = (
     *((dtype, "auto") for dtype in DTYPES),
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
-#: The same of int4, which is for the CPU so far and has pages of 32 entries.
+#: The same of int4, which has pages of 32 entries.
 INT4 = tuple((dtype, "int4") for dtype in DTYPES[1:])
 
 
@@ -91,12 +90,6 @@ def random_scores(batch: int, heads: int, length: int, *, levels: int = 0) -> Te
     sharpness = torch.rand(batch, heads, 1) * 4
     scores = torch.softmax(torch.randn(batch, heads, length) * sharpness, -1)
     return torch.floor(scores * length * levels / 4) / levels if levels else scores
-
-
-def skip_unless_held(kv_dtype: str, device: torch.device | str) -> None:
-    """Skips a test of pages that ``device`` does not have."""
-    if kv_dtype == "int4" and torch.device(device).type != "cpu":
-        pytest.skip("int4 pages are for the CPU so far")
 
 
 def paged_layer(

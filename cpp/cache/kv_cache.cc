@@ -52,8 +52,6 @@ void check_config(const CacheConfig& c) {
   if (c.format != PageFormat::kInt4) return;
   ADAKV_CHECK(c.page_size == kInt4PageSize, "KVCache: page_size must be ", kInt4PageSize,
               " for int4 pages, got ", c.page_size);
-  ADAKV_CHECK(c.device.type == DeviceType::kCpu, "KVCache: int4 pages are for the CPU so far, got ",
-              device_name(c.device));
 }
 
 // Memory for some tensors, which become views of it.

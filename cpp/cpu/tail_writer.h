@@ -5,11 +5,9 @@
 
 #include "adakv/ops.h"
 #include "cpu/kernels.h"
+#include "ops/tails.h"
 
 namespace adakv {
-
-/// What append does with a tail that is full.
-enum class FullTails : uint8_t { kQuantise, kLeave };
 
 /// The body of append.
 void append_entries(const AppendArgs& args, FullTails full);

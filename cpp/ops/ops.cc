@@ -74,7 +74,6 @@ void check_page_parts(const Checker& check, const char* name, const TensorView& 
 }
 
 void check_int4(Checker& check, const LayerView& layer) {
-  check.require(layer.pages.device.type == DeviceType::kCpu, "int4 pages are for the CPU so far");
   check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
                 " for int4 pages, got ", check.size("P"));
   const int64_t width = num_scales(PageFormat::kInt4, check.size("D"));
@@ -92,6 +91,12 @@ void check_int4(Checker& check, const LayerView& layer) {
   check.require(check.size("2P") == 2 * check.size("P") && tails.stride[2] == check.size("D"),
                 "tails must be [B, Hkv, ", 2 * check.size("P"), ", D], contiguous from the third ",
                 "dimension on, got ", tails.shape_string());
+  check.aligned("tails", tails);
+  for (int i = 0; i < 2; ++i) {
+    check.require(tails.shape[i] <= 1 || tails.stride[i] % 8 == 0,
+                  "tails: rows must lie a multiple of 16 bytes apart, got ", tails.stride[i],
+                  " elements");
+  }
 }
 
 void check_quantised(Checker& check, const LayerView& layer) {

@@ -18,10 +18,17 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
+
 /// The query of a CTA.
 struct Query {
   int32_t b, h, head, token;
+  int32_t length;   // entries of the row
   int32_t visible;  // slots before this are seen; 0 for padding
+
+  /// The page of a slot of its row.
+  __device__ int32_t page(const LayerRows& layer, int32_t slot) const {
+    return layer.block_table.at(b, h)[slot / layer.page_size];
+  }
 };
 
 // Query number = token * G + q head of the group. The last of S new tokens sees the whole row, the
@@ -35,7 +42,8 @@ __device__ Query find_query(const AttendParams& p) {
   query.head = query.h * p.group.value + p.group.remainder(number);
   query.token = p.group.quotient(number);
   const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
-  const int32_t visible = p.rows[row].length - p.num_tokens + query.token + 1;
+  query.length = p.rows[row].length;
+  const int32_t visible = query.length - p.num_tokens + query.token + 1;
   query.visible = is_padding ? 0 : max(0, visible);
   return query;
 }
@@ -48,8 +56,8 @@ struct Entry {
   const char* at = nullptr;
 
   Entry() = default;
-  __device__ Entry(const LayerRows& layer, int32_t page, int32_t slot)
-      : at(layer.key(page, slot)) {}
+  __device__ Entry(const AttendParams& p, const Query& query, int32_t slot)
+      : at(p.layer.key(query.page(p.layer, slot), slot % p.layer.page_size)) {}
 
   __device__ Entry of_lane(int32_t lane) const {
     Entry entry;
@@ -75,7 +83,8 @@ struct CodedEntry {
   int32_t page = 0, slot = 0;
 
   CodedEntry() = default;
-  __device__ CodedEntry(const LayerRows&, int32_t page, int32_t slot) : page(page), slot(slot) {}
+  __device__ CodedEntry(const AttendParams& p, const Query& query, int32_t slot)
+      : page(query.page(p.layer, slot)), slot(slot % p.layer.page_size) {}
 
   __device__ CodedEntry of_lane(int32_t lane) const {
     CodedEntry entry;
@@ -98,6 +107,54 @@ struct CodedEntry {
         reinterpret_cast<const Element*>(scales.at(page, slot)) + d / kGroupSize * Format::kScales;
     const float x = decode<Format>(*reinterpret_cast<const uint8_t*>(code));
     return to_float(scale[0]) * x + (Format::kScales == 2 ? to_float(scale[1]) : 0.f);
+  }
+};
+
+/// The same of int4, whose last entries are in the row's tail.
+template <typename Element>
+struct Int4Entry {
+  static constexpr int kLoads = 8;
+
+  const char* tail = nullptr;  // the key, if it is in the tail
+  int32_t page = 0, slot = 0;
+
+  Int4Entry() = default;
+  __device__ Int4Entry(const AttendParams& p, const Query& query, int32_t slot)
+      : page(query.page(p.layer, slot)), slot(slot % kPageSlots) {
+    if (slot < p.tail_begin(query.b, query.length)) return;
+    tail = p.layer.tail(query.b, query.h, false, slot % kPageSlots, 0);
+  }
+
+  __device__ Int4Entry of_lane(int32_t lane) const {
+    Int4Entry entry;
+    const uint64_t address = reinterpret_cast<uint64_t>(tail);
+    entry.tail = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, address, lane));
+    entry.page = __shfl_sync(kFullWarp, page, lane);
+    entry.slot = __shfl_sync(kFullWarp, slot, lane);
+    return entry;
+  }
+
+  __device__ float key(const LayerRows& layer, int32_t d) const {
+    if (tail) return to_float(reinterpret_cast<const Element*>(tail)[d]);
+    const auto number = [&](int32_t row) {
+      return to_float(reinterpret_cast<const Element*>(layer.key_scales.at(page, row))[d]);
+    };
+    return number(0) * code(layer.key(page, slot), d) + number(1);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    if (tail) {
+      return to_float(reinterpret_cast<const Element*>(tail)[kPageSlots * layer.head_dim + d]);
+    }
+    const Element* scale = reinterpret_cast<const Element*>(layer.value_scales.at(page, slot)) +
+                           d / kGroupSize * Int4::kScales;
+    const float x = code(layer.key(page, slot) + layer.half_page_bytes(), d);
+    return to_float(scale[0]) * x + to_float(scale[1]);
+  }
+
+ private:
+  static __device__ float code(const char* codes, int32_t d) {
+    return reinterpret_cast<const uint8_t*>(codes)[d / 2] >> d % 2 * 4 & 15;
   }
 };
 
@@ -127,10 +184,7 @@ __device__ void add_slots(const AttendParams& p,
 
   // Where the entry of this lane's slot lies: the block table has its page.
   Entry mine;
-  if (lane < count) {
-    const int32_t* table = p.layer.block_table.at(query.b, query.h);
-    mine = Entry(p.layer, table[slot / p.layer.page_size], slot % p.layer.page_size);
-  }
+  if (lane < count) mine = Entry(p, query, slot);
 
   // z of this lane's slot; -inf if it isn't seen.
   float z = -INFINITY;
@@ -241,14 +295,20 @@ void any_attend(const AttendArgs& args, const AttendParams& params) {
               params, head_dim);
     });
   };
-  if (args.layer.key_scales) {
-    dispatch_codes(args.queries.dtype, args.layer.pages.dtype, [&](auto element, auto format) {
-      using Element = typename decltype(element)::type;
-      run(element, TypeTag<CodedEntry<Element, typename decltype(format)::type>>{});
-    });
-  } else {
+  const PageFormat format = args.layer.format();
+  if (format == PageFormat::kPlain) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       run(element, TypeTag<Entry<typename decltype(element)::type>>{});
+    });
+  } else {
+    dispatch_codes(args.queries.dtype, format, [&](auto element, auto codes) {
+      using Element = typename decltype(element)::type;
+      using Format = typename decltype(codes)::type;
+      if constexpr (std::is_same_v<Format, Int4>) {
+        run(element, TypeTag<Int4Entry<Element>>{});
+      } else {
+        run(element, TypeTag<CodedEntry<Element, Format>>{});
+      }
     });
   }
   ADAKV_CUDA_CHECK("attend", cudaGetLastError());

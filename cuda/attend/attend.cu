@@ -13,7 +13,12 @@ namespace adakv {
 namespace {
 
 bool is_coded(const AttendArgs& args) {
-  return bool(args.layer.key_scales);
+  return args.layer.format() != PageFormat::kPlain;
+}
+
+/// Whether a tail that the one new token fills is read in 16 bits, and quantised behind that.
+bool leaves_full_tails(const AttendArgs& args) {
+  return args.layer.tails && args.keys && args.keys.shape[2] == 1;
 }
 
 /// Calls the body with the head dim if there is a fast kernel for it; returns whether there is.
@@ -25,20 +30,21 @@ bool dispatch_fast(const AttendArgs& args, const Body& body) {
 }
 
 /// Whether a tile's scales begin at multiples of 16 bytes.
-bool pages_are_aligned(const TensorView& scales) {
+bool scales_are_aligned(const TensorView& scales) {
   return reinterpret_cast<uintptr_t>(scales.data) % 16 == 0 && scales.stride[0] * 2 % 16 == 0;
 }
 
 bool has_fast_kernel(const AttendArgs& args) {
   const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
-  const bool fits_tiles = page_size % tile_slots(is_coded(args), head_dim) == 0 &&
+  const bool fits_tiles = page_size % tile_slots(args.layer.format(), head_dim) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
+  const size_t query_alignment = args.layer.tails ? 16 : is_coded(args) ? 8 : 4;
   const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
-                          rows_are_aligned(args.queries, is_coded(args) ? 8 : 4) &&
+                          rows_are_aligned(args.queries, query_alignment) &&
                           rows_are_aligned(args.out, 8);
   if (!is_coded(args)) return fits_tiles && is_aligned;
-  return fits_tiles && is_aligned && pages_are_aligned(args.layer.key_scales) &&
-         pages_are_aligned(args.layer.value_scales) && device_copies_boxes();
+  return fits_tiles && is_aligned && scales_are_aligned(args.layer.key_scales) &&
+         scales_are_aligned(args.layer.value_scales) && device_copies_boxes();
 }
 
 int64_t num_queries(const AttendArgs& args) {
@@ -48,7 +54,8 @@ int64_t num_queries(const AttendArgs& args) {
 
 /// Whether the rows' ranges are those of the schedule; else each row is done in one piece.
 bool cuts_rows(const AttendArgs& args) {
-  return has_fast_kernel(args) && num_queries(args) <= kMostQueries;
+  return has_fast_kernel(args) &&
+         num_queries(args) <= most_queries(args.layer.format(), args.queries.shape[3]);
 }
 
 AttendParams attend_params(const AttendArgs& args) {
@@ -68,12 +75,31 @@ AttendParams attend_params(const AttendArgs& args) {
   p.max_partials = static_cast<int32_t>(schedule::max_partials(args.num_workers));
   p.num_tokens = static_cast<int32_t>(args.queries.shape[2]);
   p.prefetches = args.prefetch && cuts_rows(args);
+  p.leaves_full_tails = leaves_full_tails(args);
   p.group = Divisor::of(args.queries.shape[1] / p.layer.num_heads);
   p.num_heads = Divisor::of(p.layer.num_heads);
   p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
   if (args.softcap != 0) p.scale /= args.softcap;
   p.softcap = args.softcap;
   return p;
+}
+
+void fast_attend(const AttendArgs& args, const AttendParams& p) {
+  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    const int64_t num_pages = args.layer.pages.shape[0];
+    if constexpr (!std::is_same_v<Element, float>) {
+      dispatch_fast(args, [&](auto head_dim) {
+        dispatch_format(args.layer.format(), [&](auto format) {
+          using Format = typename decltype(format)::type;
+          if constexpr (Format::kScales == 0 || has_code_kernel(head_dim)) {
+            launch_attend<Element, Format, head_dim>(p, num_pages,
+                                                     static_cast<cudaStream_t>(args.stream));
+          }
+        });
+      });
+    }
+  });
 }
 
 }  // namespace
@@ -84,29 +110,21 @@ void CudaBackend::attend(const AttendArgs& args) {
   if (args.queries.size() == 0) return;
   const DeviceGuard guard(args.queries.device);
   AttendParams p = attend_params(args);
-  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  const bool leaves = p.leaves_full_tails;
   const bool appends_along = args.keys && cuts_rows(args) && rows_are_aligned(args.keys, 16) &&
-                             rows_are_aligned(args.values, 16);
+                             rows_are_aligned(args.values, 16) && (!args.layer.tails || leaves);
+  const AppendArgs to_append = {args.keys, args.values, args.num_new, args.layer, args.stream};
   if (appends_along) {
     p.append = append_params(args.layer, args.keys, args.values, args.num_new);
   } else if (args.keys) {
-    append({args.keys, args.values, args.num_new, args.layer, args.stream});
+    launch_append(to_append, leaves ? FullTails::kLeave : FullTails::kQuantise);
   }
-  if (!has_fast_kernel(args)) return any_attend(args, p);
-  dispatch_dtype(args.queries.dtype, [&](auto tag) {
-    using Element = typename decltype(tag)::type;
-    const int64_t num_pages = args.layer.pages.shape[0];
-    if constexpr (!std::is_same_v<Element, float>) {
-      dispatch_fast(args, [&](auto head_dim) {
-        dispatch_format(args.layer.pages.dtype, [&](auto format) {
-          using Format = typename decltype(format)::type;
-          if constexpr (Format::kScales == 0 || has_code_kernel(head_dim)) {
-            launch_attend<Element, Format, head_dim>(p, num_pages, stream);
-          }
-        });
-      });
-    }
-  });
+  if (has_fast_kernel(args)) {
+    fast_attend(args, p);
+  } else {
+    any_attend(args, p);
+  }
+  if (leaves && !appends_along) quantise_filled_tails(to_append);
 }
 
 size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {

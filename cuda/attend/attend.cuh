@@ -11,6 +11,7 @@
 
 #include "attend/new_slots.cuh"
 #include "attend/row_end.cuh"
+#include "attend/tail.cuh"
 #include "attend/tiles.cuh"
 #include "attend/warp.cuh"
 #include "common/check.cuh"
@@ -56,15 +57,17 @@ __device__ inline void fetch_params(const AttendParams& p) {
                "r"(p.num_tokens), "r"(p.num_heads.value), "f"(p.softcap));
 }
 
-/// What the appending warp copies at a time.
+/// What the appending warp copies at a time; to tails their reader does.
 template <typename Config>
-using AppendBatch =
+using AppendBatch = std::conditional_t<
+    Config::kHasTails,
+    NoBatch,
     std::conditional_t<Config::kIsCoded,
                        CodeBatch<typename Config::Element, typename Config::Format, 4>,
-                       EntryBatch<uint4, 8>>;
+                       EntryBatch<uint4, 8>>>;
 
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
-// a worker, or of a row. The warp behind kWarps, if there is one, appends.
+// a worker, or of a row. The warp behind kAllWarps, if there is one, appends.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     attend_kernel(const __grid_constant__ AttendParams p) {
@@ -80,8 +83,8 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   }
   fetch_params(p);
   // Arguments wait for the kernel before; pages and schedule only if it may have written them.
-  if (!p.prefetches || warp == Config::kWarps) wait_for_previous_kernel();
-  if (warp == Config::kWarps) {
+  if (!p.prefetches || warp == Config::kAllWarps) wait_for_previous_kernel();
+  if (warp == Config::kAllWarps) {
 #pragma unroll 1
     for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
       append_entries<AppendBatch<Config>>(p.append, b, {0, 1, 0, 1});
@@ -113,6 +116,9 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     range.num_listed = facts.end - facts.begin;
   }
   TilePipeline<Config> pipeline(p, range, shared);
+  const Tails<Config> tails(p, shared);
+  const bool takes_tails = Config::kHasTails && warp == Config::kWarps;
+  if (takes_tails && facts.end <= range.end) tails.start(range.row, facts.length);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows);
@@ -126,21 +132,29 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     schedule::RowFacts next = facts;
     if (has_more) next = load_facts(p.rows + row_index + 1);
     const RowContext row = row_context<Config>(p, row_index, facts.length);
-    WarpState<Config> state(p, row, shared);
-    const int32_t end_tile = (end - range.begin) << range.page_shift;
-    const int32_t row_tile = (range.begin - facts.begin) * (1 << range.page_shift);
-    const NewSlots<Config> new_slots(p, row, row_tile);
+    if (takes_tails) {
+      tails.run(row, facts.end == end, shared.image[image][warp], shared.max_sum[image][warp]);
+    } else {
+      WarpState<Config> state(p, row, shared);
+      const int32_t end_tile = (end - range.begin) << range.page_shift;
+      const int32_t row_tile = (range.begin - facts.begin) * (1 << range.page_shift);
+      const int32_t tail_begin = Config::kHasTails ? p.tail_begin(row.b, row.length) : row.length;
+      const NewSlots<Config> new_slots(p, row, NewSlots<Config>::are_mine(row, row_tile));
 #pragma unroll 1
-    for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
-      const TileData data = pipeline.wait(tile);
-      const int32_t first_slot = (row_tile + t) * Config::kTileSlots;
-      if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
-      state.add_tile(p, data, first_slot, row.length);
-      pipeline.release(tile);
+      for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
+        const TileData data = pipeline.wait(tile);
+        const int32_t first_slot = (row_tile + t) * Config::kTileSlots;
+        if constexpr (!Config::kHasTails) {
+          if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
+        }
+        if (first_slot < tail_begin) state.add_tile(p, data, first_slot, row.length);
+        pipeline.release(tile);
+      }
+      state.store(shared.image[image][warp], shared.max_sum[image][warp]);
     }
-    state.store(shared.image[image][warp], shared.max_sum[image][warp]);
     RowEnd<Config> row_end(p, row, shared, image);
     row_end.run(facts, row_index, cuts_rows);
+    tails.end(row, facts.end == end);
     if (!has_more) return;
     // With two images in turn, nobody can still read the one that is written next.
     image = (image + 1) % Config::kImages;
@@ -148,6 +162,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     facts = next;
 #pragma unroll 1
     for (++row_index; facts.begin == facts.end;) facts = load_facts(p.rows + ++row_index);
+    if (takes_tails && facts.end <= range.end) tails.start(row_index, facts.length);
   }
 }
 
@@ -165,13 +180,14 @@ void launch_instance(const AttendParams& p, cudaStream_t stream) {
 
 template <typename Element, typename Format, int kHeadDim, bool kCopiesBoxes>
 void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
-  switch (padded_queries(int64_t{p.group.value} * p.num_tokens)) {
+  constexpr int kMost = most_queries(Format::kFormat, kHeadDim);
+  switch (std::min(kMost, padded_queries(int64_t{p.group.value} * p.num_tokens))) {
     case 4:
       return launch_instance<AttendConfig<Element, Format, kHeadDim, 4, kCopiesBoxes>>(p, stream);
     case 8:
       return launch_instance<AttendConfig<Element, Format, kHeadDim, 8, kCopiesBoxes>>(p, stream);
     default:
-      return launch_instance<AttendConfig<Element, Format, kHeadDim, 16, kCopiesBoxes>>(p, stream);
+      return launch_instance<AttendConfig<Element, Format, kHeadDim, kMost, kCopiesBoxes>>(p, stream);
   }
 }
 

@@ -32,9 +32,16 @@ struct AttendParams {
   int32_t num_tokens;        // S
   Divisor group, num_heads;  // G, Hkv
   bool prefetches;           // pages and schedule are read before the previous kernel has ended
+  bool leaves_full_tails;    // those that one new token fills have no codes yet
   float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
+
+  /// Where the entries of a row of int4 begin that are read from its tail.
+  __device__ int32_t tail_begin(int32_t b, int32_t length) const {
+    const int32_t coded = length - (leaves_full_tails ? new_tokens(b) : 0);
+    return coded / kPageSlots * kPageSlots;
+  }
 };
 
 /// Whether there are fast kernels for codes of this head dim: for 80 and 96 there are not.
@@ -43,17 +50,20 @@ constexpr bool has_code_kernel(int64_t head_dim) {
 }
 
 /// Slots that a warp takes at a time: with codes two products' rows, where registers allow, so that
-/// one needn't wait for the other.
-constexpr int tile_slots(bool is_coded, int64_t head_dim) {
-  return is_coded && head_dim <= 128 ? 32 : 16;
+/// one needn't wait for the other; in int4 a page.
+constexpr int tile_slots(PageFormat format, int64_t head_dim) {
+  if (format == PageFormat::kInt4) return kPageSlots;
+  return format != PageFormat::kPlain && head_dim <= 128 ? 32 : 16;
 }
 
-/// Queries of a row that the fast kernels take at a time, at most.
-constexpr int kMostQueries = 16;
+/// Queries of a row that the fast kernels take at a time, at most; registers hold no more of int4.
+constexpr int most_queries(PageFormat format, int64_t head_dim) {
+  return format == PageFormat::kInt4 && head_dim > 128 ? 8 : 16;
+}
 
 /// Queries that partial results are kept for.
 inline int padded_queries(int64_t num_queries) {
-  return num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : kMostQueries;
+  return num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : 16;
 }
 
 /// Whether the current device has the bulk copy engine and the shared memory that goes with it.
@@ -64,8 +74,8 @@ inline bool device_copies_boxes() {
          device_attribute("attend", device, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 227 << 10;
 }
 
-/// The fast kernels, for pages of 16 slots or a multiple. Rows with more than kMostQueries queries
-/// are not cut: a block does 16 queries of a row; then nothing can be appended in the launch.
+/// The fast kernels, for pages of 16 slots or a multiple. Rows with more than most_queries() queries
+/// are not cut: a block does that many queries of a row; then nothing can be appended in the launch.
 template <typename Element, typename Format, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
 

@@ -24,6 +24,7 @@ struct CodeReader;
 template <>
 struct CodeReader<Int8> {
   static constexpr float kKeyOffset = 1024, kValueOffset = -128;  // operands less codes
+  static constexpr float kHighUnit = 1;                           // of second operands of values
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands keys(uint32_t codes) {
@@ -37,7 +38,7 @@ struct CodeReader<Int8> {
   }
 
   /// Codes 0 and 2, then codes 1 and 3.
-  static __device__ Operands values(uint32_t codes) {
+  static __device__ Operands values(uint32_t codes, int) {
     const Operands pairs = keys(codes);
     return {less_1152(pairs.first), less_1152(pairs.second)};
   }
@@ -52,7 +53,7 @@ struct CodeReader<Int8> {
 
 template <>
 struct CodeReader<Fp8> {
-  static constexpr float kKeyOffset = 0, kValueOffset = 0;
+  static constexpr float kKeyOffset = 0, kValueOffset = 0, kHighUnit = 1;
 
   /// Codes 0 and 1, then codes 2 and 3.
   static __device__ Operands keys(uint32_t codes) { return {pair(codes), pair(codes >> 16)}; }
@@ -63,13 +64,43 @@ struct CodeReader<Fp8> {
   }
 
   /// Codes 0 and 2, then codes 1 and 3.
-  static __device__ Operands values(uint32_t codes) { return keys(__byte_perm(codes, 0, 0x3120)); }
+  static __device__ Operands values(uint32_t codes, int) {
+    return keys(__byte_perm(codes, 0, 0x3120));
+  }
 
  private:
   static __device__ uint32_t pair(uint32_t codes) {
     const __half2_raw pair =
         __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
     return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+template <>
+struct CodeReader<Int4> {
+  static constexpr float kValueOffset = -8;  // operands less codes, with the lines below
+  // What values() adds to codes - 8 and to 16 (codes - 8), the other way round: -1032 and -1152.
+  static constexpr uint32_t kLessLow = 0xe408e408, kLessHigh = 0xe480e480;
+  static constexpr float kHighUnit = 1.f / 16;
+
+  /// Of two entries' four codes each: 1024 + codes 2 * half of both; 1024 + 16 times codes
+  /// 2 * half + 1.
+  static __device__ Operands values(uint32_t codes, int half) {
+    const uint32_t pair = half == 0 ? codes : codes >> 8;
+    return {(pair & 0x000f000f) | 0x64006400, (pair & 0x00f000f0) | 0x64006400};
+  }
+
+  /// A pair of what keys() adds to codes, the other way round.
+  template <typename Element>
+  static constexpr uint32_t kLessKeyOffset = std::is_same_v<Element, __half> ? 0xe400e400 : 0xc300c300;
+
+  /// Codes 0 and 4, 1 and 5, 2 and 6, 3 and 7, and to each 1024 (float16) or 128 (bfloat16).
+  template <typename Element>
+  static __device__ void keys(uint32_t codes, uint32_t (&operands)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      operands[i] = (codes >> 4 * i & 0x000f000f) | (kLessKeyOffset<Element> & 0x7fff7fff);
+    }
   }
 };
 

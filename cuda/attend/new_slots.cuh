@@ -12,16 +12,19 @@ namespace adakv {
 template <typename Config>
 class NewSlots {
  public:
-  /// Starts reading the first of them, in the warp that will need it.
-  __device__ NewSlots(const AttendParams& p, const RowContext& row, int32_t row_tile)
-      : p_(p), row_(row) {
+  /// Starts reading the first of them, if this warp will need it.
+  __device__ NewSlots(const AttendParams& p, const RowContext& row, bool is_mine)
+      : p_(p), row_(row), is_mine_(is_mine && row.settled < row.length) {
     if constexpr (!kReadsAhead) return;
-    const int32_t tile = row.settled / Config::kTileSlots - row_tile;
-    is_mine_ = row.settled < row.length && tile >= 0 &&
-               tile % Config::kWarps == static_cast<int32_t>(threadIdx.x) / kWarpSize;
     if (!is_mine_) return;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) first_[piece] = read(row.settled, piece);
+  }
+
+  /// Whether the first of them is in a tile of this warp, of a row whose tiles begin with `row_tile`.
+  static __device__ bool are_mine(const RowContext& row, int32_t row_tile) {
+    const int32_t tile = row.settled / Config::kTileSlots - row_tile;
+    return tile >= 0 && tile % Config::kWarps == static_cast<int32_t>(threadIdx.x) / kWarpSize;
   }
 
   /// Whether the tile of slots `first_slot` on has some of them.
@@ -65,7 +68,7 @@ class NewSlots {
 
   __device__ void write(const TileData& data, int32_t slot, int piece, const uint4& x) const {
     const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, piece);
-    const int byte = part.element * Config::Format::kCodeBytes;
+    const int byte = part.element * Config::Format::kBits / 8;
     const uint32_t to = data.entries + (part.is_value ? Config::kHalfBytes : 0) +
                         Config::chunk_offset(slot, byte / 16) + byte % 16;
     if constexpr (Config::kIsCoded) {
@@ -78,7 +81,7 @@ class NewSlots {
                    "r"(chunk.codes.y)
                    : "memory");
       if (part.element % kGroupSize > 0) return;
-      const uint32_t scale = data.scales + (part.is_value ? Config::kHalfScaleBytes : 0) +
+      const uint32_t scale = data.scales + (part.is_value ? Config::kKeyScaleBytes : 0) +
                              slot * Config::kSlotScaleBytes +
                              part.element / kGroupSize * Format::kScales * 2;
       asm volatile("st.shared.b16 [%0], %1;" ::"r"(scale), "h"(chunk.scale) : "memory");

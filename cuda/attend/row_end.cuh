@@ -109,10 +109,10 @@ class RowEnd {
   __device__ Part add_warps(int query, int column) const {
     Part part = Part::none();
 #pragma unroll
-    for (int w = 0; w < Config::kWarps; ++w) part.max = fmaxf(part.max, max_sum_[w][query].x);
+    for (int w = 0; w < Config::kAllWarps; ++w) part.max = fmaxf(part.max, max_sum_[w][query].x);
     const float base = part.max == -INFINITY ? 0.f : part.max;
 #pragma unroll
-    for (int w = 0; w < Config::kWarps; ++w) {
+    for (int w = 0; w < Config::kAllWarps; ++w) {
       const float2 max_sum = max_sum_[w][query];
       const float factor = fast_exp2(max_sum.x - base);
       const float4 x = *reinterpret_cast<const float4*>(&image_[w][query][column]);
@@ -153,7 +153,7 @@ class RowEnd {
     return is_last;
   }
 
-  /// Partial results to images: warp w adds up those of workers w, w + kWarps, ...
+  /// Partial results to images: warp w adds up those of workers w, w + kAllWarps, ...
   __device__ void gather(int32_t first_partial, int32_t num_partials) {
     constexpr int kPerLane = std::min(4, (kAllQuads + kWarpSize - 1) / kWarpSize), kAtOnce = 4;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -163,11 +163,11 @@ class RowEnd {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) total[j] = Part::none();
 #pragma unroll 1
-      for (int32_t i = warp; i < num_partials; i += kAtOnce * Config::kWarps) {
+      for (int32_t i = warp; i < num_partials; i += kAtOnce * Config::kAllWarps) {
         Part parts[kAtOnce][kPerLane];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          const int32_t slot = first_partial + min(i + k * Config::kWarps, num_partials - 1);
+          const int32_t slot = first_partial + min(i + k * Config::kAllWarps, num_partials - 1);
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
             const int quad = min(block + j * kWarpSize + lane, kAllQuads - 1);
@@ -177,7 +177,7 @@ class RowEnd {
         }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          if (i + k * Config::kWarps >= num_partials) break;
+          if (i + k * Config::kAllWarps >= num_partials) break;
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) total[j].add(parts[k][j]);
         }
@@ -194,8 +194,8 @@ class RowEnd {
 
   const AttendParams& p_;
   const RowContext& row_;
-  float (&image_)[Config::kWarps][Config::kQueries][Config::kImageStride];
-  float2 (&max_sum_)[Config::kWarps][Config::kQueries];
+  float (&image_)[Config::kAllWarps][Config::kQueries][Config::kImageStride];
+  float2 (&max_sum_)[Config::kAllWarps][Config::kQueries];
   int32_t& is_last_;
 };
 

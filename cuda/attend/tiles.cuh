@@ -21,47 +21,57 @@ struct AttendConfig {
   using Element = Element_;
   using Format = Format_;
   static constexpr bool kIsCoded = Format::kScales > 0;
+  static constexpr bool kHasTails = Format::kFormat == PageFormat::kInt4;
   static_assert(!kIsCoded || kCopiesBoxes_);
   static constexpr int kHeadDim = kHeadDim_, kQueries = kQueries_;
   static constexpr bool kCopiesBoxes = kCopiesBoxes_;
   static constexpr int kSteps = kHeadDim / 16;  // of the products along the head dim
   static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
   static constexpr int kColumnTiles = (kQueries + 7) / 8;                   // of 8 queries
-  // Warps for codes, whose tiles are small.
+  // Warps for codes, whose tiles are small. Up to 8 in all have 255 registers each, up to 12 have 168.
   static constexpr int code_warps() {
+    if (kHasTails && kHeadDim > 128) return kQueries > 4 ? 5 : 6;
+    if (kHasTails) return kQueries > 8 ? 6 : 10;
     if (kHeadDim > 128) return kQueries > 8 ? 4 : 7;
     return kQueries > 4 ? 7 : kHeadDim <= 64 ? 11 : 8;
   }
-  // The appending warp makes it 8 at most where registers are short.
+  // Those that take pages. The appending warp makes it 8 at most where registers are short.
   static constexpr int kWarps = !kCopiesBoxes      ? (kHeadDim > 128 ? 2 : 4)
                                 : kIsCoded         ? code_warps()
                                 : kHeadDim > 128   ? 4
                                 : kColumnTiles > 1 ? 7
                                                    : 8;
-  static constexpr int kThreads = kWarps * kWarpSize;  // one more warp appends
+  static constexpr int kAllWarps = kWarps + kHasTails;    // one takes the rows' tails
+  static constexpr int kThreads = kAllWarps * kWarpSize;  // one more warp appends
   // In registers; with codes they are held in shared memory.
   static constexpr bool kHoldsQueries = !kIsCoded && kSteps * kColumnTiles <= 16;
   static constexpr int kOperands = kSteps * kColumnTiles * kWarpSize;
   static constexpr int kSums = kGroups * kColumnTiles * 4;
-  static constexpr int kImages = kQueries <= 4 && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
+  static constexpr int kImages =
+      kQueries <= 4 && !kHasTails && !(kIsCoded && kHeadDim > 128) ? 2 : 1;
 
-  static constexpr int kTileSlots = tile_slots(kIsCoded, kHeadDim);
+  static constexpr int kTileSlots = tile_slots(Format::kFormat, kHeadDim);
   static constexpr int kBlocks = kTileSlots / 16, kTileShift = kBlocks == 2 ? 5 : 4;
-  static constexpr int kEntryBytes = kHeadDim * Format::kCodeBytes;
+  static constexpr int kEntryBytes = kHeadDim * Format::kBits / 8;
   static constexpr int kEntryChunks = kEntryBytes / 16;
   static constexpr int kHalfBytes = kTileSlots * kEntryBytes;
   static constexpr int kTileBytes = 2 * kHalfBytes;
   static constexpr int kSlotScaleBytes = kGroups * Format::kScales * 2;
-  static constexpr int kHalfScaleBytes = kTileSlots * kSlotScaleBytes;
+  static constexpr int kValueScaleBytes = kTileSlots * kSlotScaleBytes;
+  static constexpr int kKeyScaleBytes = kHasTails ? 4 * kHeadDim : kValueScaleBytes;
+  static constexpr int kScaleBytes = kKeyScaleBytes + kValueScaleBytes;
+  // A tail, as tiles of what isn't coded.
+  using TailConfig = AttendConfig<Element, Plain, kHeadDim, kQueries, kCopiesBoxes>;
+  static constexpr int kTailBytes = kHasTails ? 2 * kPageSlots * kHeadDim * 2 : 0;
   static constexpr int kImageStride = kHeadDim + 4;  // floats; keeps the warps' stores apart
 
   static constexpr int kMostBytes = kCopiesBoxes ? 227 << 10 : 99 << 10;
-  static constexpr int kOtherBytes = kImages * kWarps * kQueries * (kImageStride + 2) * 4 +
-                                     1024 +  // and barriers
+  static constexpr int kOtherBytes = kImages * kAllWarps * kQueries * (kImageStride + 2) * 4 +
+                                     kTailBytes + 1024 +  // and barriers
                                      (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
   static constexpr int kStages =
       std::min(kWarps > 8 ? 2 : 4,
-               (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + 2 * kHalfScaleBytes)));
+               (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + kScaleBytes)));
   static_assert(kStages >= 2, "loads would not overlap");
 
   // The layout of a half tile: boxes of kBoxColumns columns, one after the other, in which the
@@ -82,14 +92,16 @@ struct AttendConfig {
 template <typename Config>
 struct alignas(1024) AttendShared {
   uint8_t tiles[Config::kWarps][Config::kStages][Config::kTileBytes];
+  alignas(1024) uint8_t tail[std::max(16, Config::kTailBytes)];
   // Scales of keys, then of values.
   uint8_t scales[Config::kIsCoded ? Config::kWarps : 1][Config::kStages]
-                [std::max(16, 2 * Config::kHalfScaleBytes)];
+                [std::max(16, Config::kScaleBytes)];
   // What WarpState keeps of its row's queries, with codes.
-  uint2 operands[Config::kIsCoded ? Config::kWarps * Config::kOperands : 1];
+  alignas(16) uint2 operands[Config::kIsCoded ? Config::kWarps * Config::kOperands : 1];
   float2 query_sums[Config::kIsCoded ? Config::kWarps * Config::kSums : 1];
-  alignas(16) float image[Config::kImages][Config::kWarps][Config::kQueries][Config::kImageStride];
-  float2 max_sum[Config::kImages][Config::kWarps][Config::kQueries];
+  alignas(16) float image[Config::kImages][Config::kAllWarps][Config::kQueries]
+                         [Config::kImageStride];
+  float2 max_sum[Config::kImages][Config::kAllWarps][Config::kQueries];
   uint64_t barriers[Config::kWarps][Config::kStages];
   int32_t is_last;
 };
@@ -197,15 +209,14 @@ class PageIds {
   int4 facts_;
 };
 
-/// The pipeline of one warp's tiles.
+/// The pipeline of one warp's tiles; the warp that takes tails has none.
 template <typename Config>
 class TilePipeline {
  public:
   __device__ TilePipeline(const AttendParams& p, const Range& range, AttendShared<Config>& shared)
       : p_(p),
         warp_(threadIdx.x / kWarpSize),
-        num_tiles_((((range.end - range.begin) << range.page_shift) - warp_ + Config::kWarps - 1) /
-                   Config::kWarps),
+        num_tiles_(count_tiles(range, warp_)),
         page_shift_(range.page_shift),
         tiles_(shared_address(shared.tiles[warp_])),
         scales_(shared_address(shared.scales[Config::kIsCoded ? warp_ : 0])),
@@ -225,7 +236,7 @@ class TilePipeline {
       wait_copies<Config::kStages - 1>();
       __syncwarp();
     }
-    return {tiles_ + stage * Config::kTileBytes, scales_ + stage * 2 * Config::kHalfScaleBytes};
+    return {tiles_ + stage * Config::kTileBytes, scales_ + stage * Config::kScaleBytes};
   }
 
   /// Tile i is done with; starts the one that takes its place.
@@ -237,6 +248,12 @@ class TilePipeline {
   }
 
  private:
+  static __device__ int32_t count_tiles(const Range& range, int32_t warp) {
+    if (warp >= Config::kWarps) return 0;
+    const int32_t all = (range.end - range.begin) << range.page_shift;
+    return (all - warp + Config::kWarps - 1) / Config::kWarps;
+  }
+
   __device__ void start(int32_t i) {
     if (i < num_tiles_) {
       const int32_t page = ids_[i];
@@ -259,12 +276,12 @@ class TilePipeline {
   }
 
   __device__ void copy_codes(uint32_t to, int32_t page, int32_t slot, int stage) const {
-    constexpr int kBytes = Config::kHalfScaleBytes;
-    const uint32_t barrier = barriers_ + stage * 8, scales = scales_ + stage * 2 * kBytes;
-    arrive_with_bytes(barrier, Config::kTileBytes + 2 * kBytes);
+    const uint32_t barrier = barriers_ + stage * 8, scales = scales_ + stage * Config::kScaleBytes;
+    arrive_with_bytes(barrier, Config::kTileBytes + Config::kScaleBytes);
     start_box(to, &p_.page_map, {0, slot, 0, 0, page}, barrier, policy_);
-    start_bytes(scales, p_.layer.key_scales.at(page, slot), kBytes, barrier, policy_);
-    start_bytes(scales + kBytes, p_.layer.value_scales.at(page, slot), kBytes, barrier, policy_);
+    start_bytes(scales, p_.layer.key_scales.at(page, slot), Config::kKeyScaleBytes, barrier, policy_);
+    start_bytes(scales + Config::kKeyScaleBytes, p_.layer.value_scales.at(page, slot),
+                Config::kValueScaleBytes, barrier, policy_);
   }
 
   __device__ void copy_chunks(uint32_t to, const char* keys) const {

@@ -21,6 +21,7 @@
 #include <cmath>
 
 #include "attend/codes.cuh"
+#include "attend/int4_keys.cuh"
 #include "attend/tiles.cuh"
 #include "common/dtype.cuh"
 
@@ -57,33 +58,57 @@ template <typename Config>
 struct WarpState {
   static constexpr int kTiles = Config::kColumnTiles;
   using Element = typename Config::Element;
-  using Codes = CodeReader<typename Config::Format>;
+  using Format = typename Config::Format;
+  using Codes = CodeReader<Format>;
   static constexpr int kGroups = Config::kGroups, kBlocks = Config::kBlocks;
   static constexpr int kGroupSteps = kGroupSize / 16;
+  // Steps that a row of a matrix of codes has, and what a lane reads of a query at a time.
+  static constexpr int kChunkSteps = Config::kIsCoded ? 8 / Format::kBits : 1;
+  static constexpr int kQueryBytes = Config::kIsCoded ? 8 * kChunkSteps : 4;
 
   const char* query_data[kTiles];               // of query g, from element 2 t on
   uint32_t queries[kTiles][Config::kSteps][2];  // B operands, if they are held
   int32_t visible[kTiles][2];                   // slots before this are seen
   float max[kTiles][2], sum[kTiles][2];         // of the exponents of 2; the sum is of this lane's
   float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
-  // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1.
+  // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1; in int4 of
+  // each two steps 4 g to 4 g + 3.
   float from_zeros[kTiles][kGroups][2];
   float bound = FLT_MIN;  // out is relative to it
-  uint2* operands;        // [kSteps, kTiles, 32]  of queries that registers don't hold
+  uint2* operands;  // [kSteps, kTiles, 32]  of codes' queries; of int4 [D / 32, kTiles, 32, 2]
   float2* query_sums;     // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
 
   __device__ WarpState(const AttendParams& p, const RowContext& row, AttendShared<Config>& shared)
       : operands(shared.operands + threadIdx.x / kWarpSize * Config::kOperands),
         query_sums(shared.query_sums + threadIdx.x / kWarpSize * Config::kSums) {
+    begin(p, row);
+  }
+
+  /// Without codes nothing is kept in shared memory.
+  __device__ WarpState(const AttendParams& p, const RowContext& row) {
+    static_assert(!Config::kIsCoded);
+    begin(p, row);
+  }
+
+  __device__ void begin(const AttendParams& p, const RowContext& row) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
     __syncwarp();  // nobody needs the sums of the row before
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      query_data[tile] = find_query(p, row, tile * 8 + g) + (Config::kIsCoded ? 8 : 4) * t;
+      query_data[tile] = find_query(p, row, tile * 8 + g) + kQueryBytes * t;
       if constexpr (Config::kHoldsQueries) {
 #pragma unroll
         for (int step = 0; step < Config::kSteps; ++step) {
           load_operand(tile, step, queries[tile][step]);
+        }
+      } else if constexpr (Config::kHasTails) {
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kHeadDim / 32; ++chunk) {
+          const char* from = query_data[tile] + chunk * 64;
+          const OrderedChunk ordered(__ldg(reinterpret_cast<const uint4*>(from)));
+          const uint32_t(&pairs)[4] = ordered.pairs;
+          reinterpret_cast<uint4*>(operands)[(chunk * kTiles + tile) * kWarpSize + lane] =
+              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
       } else if constexpr (Config::kIsCoded) {
 #pragma unroll
@@ -107,7 +132,7 @@ struct WarpState {
       if constexpr (Config::kIsCoded) {
 #pragma unroll
         for (int z = 0; z < kGroups; ++z) from_zeros[tile][z][0] = from_zeros[tile][z][1] = 0;
-        sum_queries(tile);
+        if constexpr (!Config::kHasTails) sum_queries(tile);
       }
     }
     __syncwarp();
@@ -167,15 +192,21 @@ struct WarpState {
                            int32_t first_slot,
                            int32_t length) {
     float logits[kTiles][kBlocks][4];
-    if constexpr (Config::kIsCoded) {
+    if constexpr (Config::kHasTails) {
+      multiply_int4_keys<Config>(data, reinterpret_cast<const uint4*>(operands), logits);
+    } else if constexpr (Config::kIsCoded) {
       multiply_key_codes(data, logits);
     } else {
       multiply_keys(data.entries, logits);
     }
+    float factors[kTiles][2];
+    const bool sees_all = first_slot + Config::kTileSlots <= length - p.num_tokens + 1;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) soften(p, first_slot, tile, logits[tile]);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      soften(p, first_slot, sees_all, tile, logits[tile], factors[tile]);
+    }
     if constexpr (Config::kIsCoded) {
-      add_value_codes(data, length - first_slot, logits);
+      add_value_codes(data, length - first_slot, logits, factors);
     } else {
       add_values(data.entries, length - first_slot, logits);
     }
@@ -214,21 +245,20 @@ struct WarpState {
     }
   }
 
-  /// The same with codes. Slots that don't exist have any scale, so it counts as 0.
+  /// The same with codes. Slots that don't exist have any scale, so it counts as 0; so do scales of NaN
+  /// for queries that don't see them.
   __device__ void add_value_codes(const TileData& data,
                                   int32_t count,
-                                  const float (&shares)[kTiles][kBlocks][4]) {
-    const int lane = threadIdx.x % kWarpSize;
-    Scale scales[kGroups][2 * kBlocks];
+                                  const float (&shares)[kTiles][kBlocks][4],
+                                  const float (&factors)[kTiles][2]) {
+    constexpr int kHeld = kGroups * kBlocks <= 4 ? kGroups : 1;  // groups, as registers allow
+    Scale scales[kHeld][2 * kBlocks];
     float most = 0;
 #pragma unroll
     for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
-      const int slot = lane / 4 + 8 * (i % (2 * kBlocks)), z = i / (2 * kBlocks);
-      Scale scale = load_slot_scale(data.scales + Config::kHalfScaleBytes, slot, z);
-      if (slot >= count) scale = {0, 0};
-      scale.zero -= Codes::kValueOffset * scale.scale;
-      most = fmaxf(most, scale.scale);
-      scales[z][i % (2 * kBlocks)] = scale;
+      const int z = i / (2 * kBlocks), in_group = i % (2 * kBlocks);
+      scales[z % kHeld][in_group] = value_scale(data, count, z, in_group);
+      most = fmaxf(most, scales[z % kHeld][in_group].scale);
     }
     if (__any_sync(kFullWarp, most > bound)) raise_bound(most);
     const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
@@ -237,35 +267,62 @@ struct WarpState {
       uint32_t probabilities[kTiles][kBlocks][2];
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i) {
-        const float scale = scales[z][i].scale * inverse;
+        const Scale number =
+            kHeld == kGroups ? scales[z % kHeld][i] : value_scale(data, count, z, i);
+        const float scale = number.scale * inverse;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const float* share = &shares[tile][i / 2][i % 2 * 2];
-          probabilities[tile][i / 2][i % 2] =
-              transpose_matrix(pack<__half>(share[0] * scale, share[1] * scale));
+          const float first = share[0] == 0 ? 0 : share[0] * scale;
+          const float second = share[1] == 0 ? 0 : share[1] * scale;
+          probabilities[tile][i / 2][i % 2] = transpose_matrix(pack<__half>(first, second));
           if constexpr (Config::Format::kScales == 2) {
-            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * scales[z][i].zero;
+            for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * number.zero;
           }
         }
       }
+      if constexpr (Config::kHasTails) take_offsets(z, probabilities, factors);
 #pragma unroll
       for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
-           step += 2) {
+           step += 2 * kChunkSteps) {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           uint32_t codes[4];
-          load_matrices_transposed(codes,
-                                   data.entries + Config::kHalfBytes + code_offset(block, step));
+          load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
+                                              code_offset<Config>(block, step / kChunkSteps));
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const Operands low = Codes::values(codes[2 * i]);
-            const Operands high = Codes::values(codes[2 * i + 1]);
+          for (int i = 0; i < 2 * kChunkSteps; ++i) {
+            const uint32_t* pair = codes + i / kChunkSteps * 2;
+            const Operands low = Codes::values(pair[0], i % kChunkSteps);
+            const Operands high = Codes::values(pair[1], i % kChunkSteps);
             const uint32_t values[4] = {low.first, low.second, high.first, high.second};
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
               mma_16x8x16<__half>(out[tile][step + i], values, probabilities[tile][block]);
             }
           }
+        }
+      }
+    }
+  }
+
+  /// Rescales the outputs of group z, and takes from them what operands of a tile's values are more
+  /// than codes: the same for all dimensions.
+  __device__ void take_offsets(int z,
+                               const uint32_t (&probabilities)[kTiles][kBlocks][2],
+                               const float (&factors)[kTiles][2]) {
+    constexpr uint32_t kLow = CodeReader<Int4>::kLessLow, kHigh = CodeReader<Int4>::kLessHigh;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float offset[4] = {};
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        mma_16x8x16<__half>(offset, {kLow, kHigh, kLow, kHigh}, probabilities[tile][block]);
+      }
+#pragma unroll
+      for (int step = z * kGroupSteps; step < (z + 1) * kGroupSteps; ++step) {
+        for (int i = 0; i < 4; ++i) {
+          out[tile][step][i] = out[tile][step][i] * factors[tile][i % 2] + offset[i];
         }
       }
     }
@@ -286,10 +343,13 @@ struct WarpState {
     }
   }
 
-  /// Where this lane's row of the matrices of codes lies: 16 slots, steps `step` and `step` + 1.
-  static __device__ uint32_t code_offset(int block, int step) {
-    const int lane = threadIdx.x % kWarpSize;
-    return Config::chunk_offset(16 * block + lane % 16, step + lane / 16);
+  /// The numbers of group z of slot lane / 4 + 8 i, for operands instead of codes.
+  static __device__ Scale value_scale(const TileData& data, int32_t count, int z, int i) {
+    const int slot = threadIdx.x % kWarpSize / 4 + 8 * i;
+    if (slot >= count) return {0, 0};
+    Scale scale = load_slot_scale(data.scales + Config::kKeyScaleBytes, slot, z);
+    scale.zero -= Codes::kValueOffset * scale.scale;
+    return scale;
   }
 
   static __device__ Scale load_slot_scale(uint32_t scales, int slot, int group) {
@@ -313,7 +373,7 @@ struct WarpState {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
           uint32_t codes[4];
-          load_matrices(codes, data.entries + code_offset(block, step));
+          load_matrices(codes, data.entries + code_offset<Config>(block, step));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
@@ -370,23 +430,31 @@ struct WarpState {
     }
   }
 
-  /// Logits to powers of 2 relative to the maximum so far; what is there already is rescaled.
+  /// Logits to powers of 2 relative to the maximum so far; what is there already is rescaled by
+  /// `factor`, but for outputs of int4.
   __device__ void soften(const AttendParams& p,
                          int32_t first_slot,
+                         bool sees_all,
                          int tile,
-                         float (&logits)[kBlocks][4]) {
-    const int32_t slot = first_slot + threadIdx.x % kWarpSize / 4;
+                         float (&logits)[kBlocks][4],
+                         float (&factor)[2]) {
+    float* all = logits[0];
+    if (p.softcap == 0) {
+      const float scale = p.scale * kLog2e;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+      for (int i = 0; i < 4 * kBlocks; ++i) all[i] *= scale;
+    } else {
+      const float softcap = p.softcap * kLog2e;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float scaled = logits[block][i] * p.scale;
-        const float z = kLog2e * (p.softcap == 0 ? scaled : p.softcap * fast_tanh(scaled));
-        const bool is_seen = slot + 16 * block + i / 2 * 8 < visible[tile][i % 2];
-        logits[block][i] = is_seen ? z : -INFINITY;
+      for (int i = 0; i < 4 * kBlocks; ++i) all[i] = softcap * fast_tanh(all[i] * p.scale);
+    }
+    if (!sees_all) {
+      const int32_t slot = first_slot + threadIdx.x % kWarpSize / 4;
+#pragma unroll
+      for (int i = 0; i < 4 * kBlocks; ++i) {
+        if (slot + i / 2 * 8 >= visible[tile][i % 2]) all[i] = -INFINITY;
       }
     }
-    float factor[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float most = fmaxf(logits[0][c], logits[0][2 + c]);
@@ -411,9 +479,11 @@ struct WarpState {
       }
       sum[tile][c] = sum[tile][c] * factor[c] + total;
     }
+    if constexpr (!Config::kHasTails) {
 #pragma unroll
-    for (int step = 0; step < Config::kSteps; ++step) {
-      for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor[i % 2];
+      for (int step = 0; step < Config::kSteps; ++step) {
+        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor[i % 2];
+      }
     }
     if constexpr (Config::kIsCoded) {
 #pragma unroll
@@ -445,8 +515,10 @@ struct WarpState {
           const float first = out[tile][step][c], second = out[tile][step][2 + c];
           if constexpr (Config::kIsCoded) {
             const float from_zero = zeros[step / kGroupSteps];
-            image[query][16 * step + 2 * g] = first * bound + from_zero;
-            image[query][16 * step + 2 * g + 1] = second * bound + from_zero;
+            constexpr int kRows = 2 * kChunkSteps;  // of a chunk, one behind the other
+            const int column = step / kChunkSteps * 8 * kRows + kRows * g + step % kChunkSteps * 2;
+            image[query][column] = first * bound + from_zero;
+            image[query][column + 1] = second * Codes::kHighUnit * bound + from_zero;
           } else {
             image[query][16 * step + g] = first;
             image[query][16 * step + 8 + g] = second;

@@ -1,8 +1,10 @@
-// How pages hold entries: as they come, or as codes of 8 bits. A group is 64 elements of a key or
-// value along the head dim (the last one may be shorter); it has a scale, and a zero in int8.
+// How pages hold entries: as they come, or as codes of 8 or 4 bits. A group is 64 elements of a key or
+// value along the head dim (the last one may be shorter); it has a scale, and a zero but in fp8.
 //
 //   int8:  x = scale * code + zero   zero: the least element; scale: the range / 255, rounded up
 //   fp8:   x = scale * code          code: e4m3; scale: the largest magnitude / 448, rounded up
+//   int4:  x = scale * code + zero   scale: the range / 15, rounded up; keys have their scales and
+//                                    zeros by dimension instead (int4_page.cuh)
 //
 // Scales and zeros have the dtype of keys. A group that is not finite has scale NaN and codes 0.
 #pragma once
@@ -25,17 +27,29 @@ constexpr int kGroupLanes = kGroupSize / kChunkElements;
 
 /// Pages of elements as they come.
 struct Plain {
-  static constexpr int kCodeBytes = 2, kScales = 0;
+  static constexpr PageFormat kFormat = PageFormat::kPlain;
+  static constexpr int kBits = 16, kScales = 0;
 };
 
 /// Pages of codes 0 .. 255.
 struct Int8 {
-  static constexpr int kCodeBytes = 1, kScales = 2;  // of a group: scale and zero
+  static constexpr PageFormat kFormat = PageFormat::kInt8;
+  static constexpr int kBits = 8, kScales = 2;  // of a group: scale and zero
+  static constexpr float kMostCode = 255;
 };
 
 /// Pages of float8 e4m3.
 struct Fp8 {
-  static constexpr int kCodeBytes = 1, kScales = 1;
+  static constexpr PageFormat kFormat = PageFormat::kFp8;
+  static constexpr int kBits = 8, kScales = 1;
+  static constexpr float kMostCode = 448;
+};
+
+/// Pages of codes 0 .. 15, two in a byte: that of the dimension before in the low half.
+struct Int4 {
+  static constexpr PageFormat kFormat = PageFormat::kInt4;
+  static constexpr int kBits = 4, kScales = 2;
+  static constexpr float kMostCode = 15;
 };
 
 /// The head dim as groups fill it.
@@ -56,7 +70,7 @@ __device__ inline __nv_bfloat16 round_up<__nv_bfloat16>(float x) {
 
 /// Eight elements of a group as codes.
 struct CodedChunk {
-  uint2 codes;
+  uint2 codes;           // in int4 only x
   uint16_t scale, zero;  // of the group, as bits of its dtype
 };
 
@@ -96,8 +110,9 @@ template <typename Format, typename Element, int kCount>
 __device__ inline void quantise(const uint4 (&data)[kCount],
                                 bool has_elements,
                                 CodedChunk (&chunks)[kCount]) {
-  constexpr bool kHasZero = std::is_same_v<Format, Int8>;
-  constexpr float kMostCode = kHasZero ? 255 : 448;
+  constexpr bool kHasZero = Format::kScales == 2;
+  constexpr float kMostCode = Format::kMostCode;
+  constexpr int kCodesOfWord = 32 / Format::kBits;
   float most[kCount], least[kCount];  // the least with the other sign
   uint32_t bad_lanes[kCount];
 #pragma unroll
@@ -136,11 +151,11 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
       const float ratio = has_codes ? divide((x - base) * unit, divisor, reciprocal) : 0.f;
       uint32_t code;
       if constexpr (kHasZero) {
-        code = __float2int_rn(fminf(fmaxf(ratio, 0.f), 255.f));
+        code = __float2int_rn(fminf(fmaxf(ratio, 0.f), kMostCode));
       } else {
         code = __nv_cvt_float_to_fp8(ratio, __NV_SATFINITE, __NV_E4M3);
       }
-      words[i / 4] |= code << 8 * (i % 4);
+      words[i / kCodesOfWord] |= code << Format::kBits * (i % kCodesOfWord);
     }
     const Element zero = from_float<Element>(is_finite ? base : 0.f);
     const Element stored = is_finite ? scale : from_float<Element>(NAN);
@@ -204,7 +219,11 @@ __device__ inline void store_chunk(const LayerRows& layer,
                                    const CodedChunk& chunk) {
   if (!part.is_there) return;
   char* codes = layer.key(page, slot) + (part.is_value ? layer.half_page_bytes() : 0);
-  *reinterpret_cast<uint2*>(codes + part.element) = chunk.codes;
+  if constexpr (Format::kBits == 4) {
+    *reinterpret_cast<uint32_t*>(codes + part.element / 2) = chunk.codes.x;
+  } else {
+    *reinterpret_cast<uint2*>(codes + part.element) = chunk.codes;
+  }
   if (part.element % kGroupSize > 0) return;
   const ScaleRows& rows = part.is_value ? layer.value_scales : layer.key_scales;
   uint16_t* scales = reinterpret_cast<uint16_t*>(rows.at(page, slot)) +
@@ -213,22 +232,23 @@ __device__ inline void store_chunk(const LayerRows& layer,
   if constexpr (Format::kScales == 2) scales[1] = chunk.zero;
 }
 
-/// Calls the body with the format of pages of a dtype.
+/// Calls the body with a page format.
 template <typename Body>
-void dispatch_format(DType pages, const Body& body) {
-  if (pages == DType::kFloat8) return body(TypeTag<Fp8>{});
-  if (pages == DType::kUInt8) return body(TypeTag<Int8>{});
+void dispatch_format(PageFormat format, const Body& body) {
+  if (format == PageFormat::kInt4) return body(TypeTag<Int4>{});
+  if (format == PageFormat::kFp8) return body(TypeTag<Fp8>{});
+  if (format == PageFormat::kInt8) return body(TypeTag<Int8>{});
   body(TypeTag<Plain>{});
 }
 
 /// Calls the body with the types of elements and codes.
 template <typename Body>
-void dispatch_codes(DType elements, DType codes, const Body& body) {
+void dispatch_codes(DType elements, PageFormat format, const Body& body) {
   dispatch_dtype(elements, [&](auto element) {
-    dispatch_format(codes, [&](auto format) {
+    dispatch_format(format, [&](auto codes) {
       using Element = typename decltype(element)::type;
-      using Format = typename decltype(format)::type;
-      if constexpr (!std::is_same_v<Element, float> && Format::kScales > 0) body(element, format);
+      using Format = typename decltype(codes)::type;
+      if constexpr (!std::is_same_v<Element, float> && Format::kScales > 0) body(element, codes);
     });
   });
 }

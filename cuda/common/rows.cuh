@@ -63,7 +63,8 @@ inline ScaleRows scale_rows(const TensorView& x) {
 struct LayerRows {
   char* pages;                         // [N, 2, P, D], elements or codes
   int64_t page_stride;                 // in bytes
-  ScaleRows key_scales, value_scales;  // of codes
+  ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
+  EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
   int32_t* page_positions;             // [N, P]
   int64_t positions_stride;            // of a page
   IntRows block_table;                 // [B, Hkv, M]
@@ -85,6 +86,11 @@ struct LayerRows {
   }
 
   __device__ int64_t half_page_bytes() const { return int64_t{page_size} * entry_bytes; }
+
+  /// An entry's key or value in its row's tail, from an element on.
+  __device__ char* tail(int32_t b, int32_t h, bool is_value, int32_t slot, int32_t element) const {
+    return tails.at(b, h, slot + (is_value ? page_size : 0)) + element * 2;
+  }
 };
 
 inline LayerRows layer_rows(const LayerView& layer) {
@@ -93,6 +99,7 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.page_stride = layer.pages.stride[0] * static_cast<int64_t>(dtype_size(layer.pages.dtype));
   rows.key_scales = scale_rows(layer.key_scales);
   rows.value_scales = scale_rows(layer.value_scales);
+  rows.tails = entry_rows(layer.tails);
   rows.page_positions = layer.page_positions.ptr<int32_t>();
   rows.positions_stride = layer.page_positions.stride[0];
   rows.block_table = int_rows(layer.block_table);
@@ -102,8 +109,9 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.num_heads = static_cast<int32_t>(layer.lengths.shape[1]);
   rows.page_size = static_cast<int32_t>(layer.page_positions.shape[1]);
   while (1 << rows.page_shift < rows.page_size) ++rows.page_shift;
-  rows.head_dim = static_cast<int32_t>(layer.pages.shape[3]);
-  rows.entry_bytes = rows.head_dim * static_cast<int32_t>(dtype_size(layer.pages.dtype));
+  const int32_t row_size = static_cast<int32_t>(layer.pages.shape[3]);
+  rows.head_dim = layer.tails ? 2 * row_size : row_size;
+  rows.entry_bytes = row_size * static_cast<int32_t>(dtype_size(layer.pages.dtype));
   return rows;
 }
 

@@ -430,8 +430,6 @@ def check_kv_dtype(
             f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
             "float32; load the model in one of them, or take kv_dtype='auto'"
         )
-    if kv_dtype == "int4" and device is not None and device.type != "cpu":
-        raise ValueError(f"kv_dtype: int4 pages are for the CPU so far, got {device}")
     return kv_dtype
 
 

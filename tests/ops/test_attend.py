@@ -89,7 +89,6 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
 def test_attend_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
-    cases.skip_unless_held(kv_dtype, device)
     layer = paged_layer(
         [list(row) for row in case.lengths],
         page_size=case.page_size,

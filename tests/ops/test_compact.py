@@ -89,7 +89,6 @@ def pages_of(
 @pytest.mark.parametrize("full_pages", [False, True], ids=["ragged", "full_pages"])
 @pytest.mark.parametrize("case", CASES + CORNERS, ids=str)
 def test_compact_equals_the_definition(case: Case, full_pages: bool, device: torch.device) -> None:
-    cases.skip_unless_held(case.kv_dtype, device)
     prompt = cases.Prompt(
         batch=case.batch,
         kv_heads=case.heads,

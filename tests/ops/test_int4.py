@@ -21,15 +21,20 @@ from tolerance import assert_close
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
-def written(x: Tensor, values: Tensor | None = None) -> ops.Layer:
+def written(x: Tensor, device: torch.device, values: Tensor | None = None) -> ops.Layer:
     """A layer whose one row was given entries ``[n, D]``: keys, and values, else those negated."""
-    values = -x if values is None else values
+    keys, values = x[None, None].to(device), (-x if values is None else values)[None, None].to(device)
     layer = cases.paged_layer(
-        [[0]], head_dim=x.shape[-1], dtype=x.dtype, new_tokens=len(x), kv_dtype="int4"
+        [[0]],
+        head_dim=x.shape[-1],
+        dtype=x.dtype,
+        new_tokens=len(x),
+        kv_dtype="int4",
+        device=device,
     )
     expected = cases.copied(layer)
-    reference.append(x[None, None], values[None, None], expected)
-    ops.append(x[None, None], values[None, None], layer)
+    reference.append(keys, values, expected)
+    ops.append(keys, values, layer)
     cases.assert_same_layer(layer, expected)
     return layer
 
@@ -41,11 +46,13 @@ def whole_pages(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("head_dim", DIMS)
 @DTYPES
-def test_what_is_read_is_within_half_a_step(head_dim: int, dtype: torch.dtype) -> None:
+def test_what_is_read_is_within_half_a_step(
+    head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """A step is the range / 15, rounded up to 16 bits: of a dimension over the 32 keys of a page,
     of 64 dimensions of a value."""
     x = whole_pages(hostile(head_dim, dtype))
-    keys, values = reference.row_of(written(x), 0, 0)
+    keys, values = reference.row_of(written(x, device), 0, 0)
     exact = x.double().unflatten(0, (-1, 32))
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     spread = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
@@ -62,30 +69,32 @@ def test_what_is_read_is_within_half_a_step(head_dim: int, dtype: torch.dtype) -
 
 
 @DTYPES
-def test_every_code_is_the_nearest(dtype: torch.dtype) -> None:
+def test_every_code_is_the_nearest(dtype: torch.dtype, device: torch.device) -> None:
     """All 16-bit numbers from 0 to 15, where the scale is 1."""
     every = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.float() <= 15]
     x = every[: len(every) // 186 * 186].view(-1, 62)  # of a value, and of 3 pages of keys each
     ends = torch.tensor([0.0, 15.0], dtype=dtype)
     rows = whole_pages(torch.cat([ends.expand(len(x), 2), x], 1))
-    values = reference.row_of(written(rows, rows), 0, 0)[1]
+    values = reference.row_of(written(rows, device, rows), 0, 0)[1]
     assert values[: len(x), 2:].equal(x.double().round())
     column = every[: len(every) // 30 * 30].view(-1, 30, 1)  # of 30 keys
     column = torch.cat([ends[None, :, None].expand(len(column), 2, 1), column], 1).flatten(0, 1)
-    keys = reference.row_of(written(column.expand(-1, 8).contiguous()), 0, 0)[0]
+    keys = reference.row_of(written(column.expand(-1, 8).contiguous(), device), 0, 0)[0]
     assert keys.equal(column.double().round().expand(-1, 8))
 
 
 @DTYPES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_in_its_entry(bad: float, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_stays_in_its_entry(
+    bad: float, dtype: torch.dtype, device: torch.device
+) -> None:
     x = torch.randn(64, 80).to(dtype)
-    clean = reference.row_of(written(x), 0, 0)
+    clean = reference.row_of(written(x, device), 0, 0)
     for half in range(2):
         both = torch.stack([x, -x])
         both[half, 5, 70] = both[half, 40, 3] = bad
-        keys, values = reference.row_of(written(*both), 0, 0)
+        keys, values = reference.row_of(written(both[0], device, both[1]), 0, 0)
         others = [i for i in range(64) if i not in (5, 40)]
         assert torch.equal(values[others], clean[1][others])
         assert keys.isfinite().all()
@@ -98,19 +107,22 @@ def test_what_is_not_finite_stays_in_its_entry(bad: float, dtype: torch.dtype) -
 
 
 @DTYPES
-def test_a_page_without_a_finite_key(dtype: torch.dtype) -> None:
-    keys, values = reference.row_of(written(torch.full((32, 24), float("nan"), dtype=dtype)), 0, 0)
+def test_a_page_without_a_finite_key(dtype: torch.dtype, device: torch.device) -> None:
+    page = torch.full((32, 24), float("nan"), dtype=dtype)
+    keys, values = reference.row_of(written(page, device), 0, 0)
     assert (keys == 0).all() and values.isnan().all()
 
 
 @DTYPES
-def test_attend_gives_nan_where_the_entry_counts(dtype: torch.dtype) -> None:
+def test_attend_gives_nan_where_the_entry_counts(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     """In the row that has it, for the queries that see it."""
-    layer = cases.paged_layer([[61, 61]], dtype=dtype, new_tokens=8, kv_dtype="int4")
-    keys, values = torch.randn(2, 1, 2, 8, 64).to(dtype)
+    layer = cases.paged_layer([[61, 61]], dtype=dtype, new_tokens=8, kv_dtype="int4", device=device)
+    keys, values = torch.randn(2, 1, 2, 8, 64).to(device, dtype)
     keys[0, 1, 1, 7] = float("inf")  # fills no page of its own, but is the 63rd of its row
     schedule = schedule_of(layer, new_tokens=8)
-    queries = torch.randn(1, 4, 8, 64).to(dtype)
+    queries = torch.randn(1, 4, 8, 64).to(device, dtype)
     out, lse = ops.attend(queries, layer, schedule, keys=keys, values=values)
     assert out[:, :2].isfinite().all() and lse.isfinite().all()
     assert out[:, 2:, 0].isfinite().all() and out[:, 2:, 1:].isnan().all()
@@ -120,17 +132,26 @@ def test_attend_gives_nan_where_the_entry_counts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [8, 64, 120, 256])
 @pytest.mark.parametrize(("columns", "num_new"), [(1, None), (1, (1, 0)), (3, (3, 1)), (40, None)])
 def test_attend_reads_a_page_before_one_token_fills_it(
-    columns: int, num_new: tuple[int, ...] | None, head_dim: int, dtype: torch.dtype
+    columns: int,
+    num_new: tuple[int, ...] | None,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     lengths = [[31, 63, 0, 64], [95, 31, 32, 700]]
     layer = cases.paged_layer(
-        lengths, new_tokens=columns, head_dim=head_dim, dtype=dtype, kv_dtype="int4"
+        lengths,
+        new_tokens=columns,
+        head_dim=head_dim,
+        dtype=dtype,
+        kv_dtype="int4",
+        device=device,
     )
     by_hand = cases.copied(layer)
     shape = (2, 4, columns, head_dim)
-    keys, values = (cases.noncontiguous(torch.randn(shape).to(dtype)) for _ in "kv")
-    queries = torch.randn(2, 12, columns, head_dim).to(dtype)
-    counts = None if num_new is None else cases.int32(num_new)
+    keys, values = (cases.noncontiguous(torch.randn(shape).to(device, dtype)) for _ in "kv")
+    queries = torch.randn(2, 12, columns, head_dim).to(device, dtype)
+    counts = None if num_new is None else cases.int32(num_new, device)
     schedule = schedule_of(layer, new_tokens=columns, num_new=counts)
     out, lse = ops.attend(queries, layer, schedule, keys=keys, values=values, num_new=counts)
     reference.append(keys, values, by_hand, num_new=counts)
@@ -143,20 +164,24 @@ def test_attend_reads_a_page_before_one_token_fills_it(
 
 
 @DTYPES
-def test_entries_are_read_out_of_pages_and_tails(dtype: torch.dtype) -> None:
+def test_entries_are_read_out_of_pages_and_tails(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     lengths = [[5, 64, 0], [95, 32, 200]]
-    layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4")
+    layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4", device=device)
     held = Held.read(layer, 200, dtype)
     for b, row in enumerate(lengths):
         for h, length in enumerate(row):
             keys, values = reference.row_of(layer, b, h).float().to(dtype)
-            torch.testing.assert_close(held.keys[b, h, :length], keys)
-            torch.testing.assert_close(held.values[b, h, :length], values)
+            torch.testing.assert_close(held.keys[b, h, :length].cpu(), keys)
+            torch.testing.assert_close(held.values[b, h, :length].cpu(), values)
 
 
-def test_verbs_name_what_is_wrong_with_int4_pages() -> None:
-    layer = cases.paged_layer([[3, 5]], new_tokens=1, dtype=torch.float16, kv_dtype="int4")
-    x = torch.randn(1, 2, 1, 64)
+def test_verbs_name_what_is_wrong_with_int4_pages(device: torch.device) -> None:
+    layer = cases.paged_layer(
+        [[3, 5]], new_tokens=1, dtype=torch.float16, kv_dtype="int4", device=device
+    )
+    x = torch.randn(1, 2, 1, 64, device=device)
     tails, scales, pages = layer.tails, layer.key_scales, layer.pages
     assert tails is not None and scales is not None
     with pytest.raises(ValueError, match="need keys, values and queries in float16 or bfloat16"):
@@ -186,8 +211,6 @@ def test_caches_refuse_what_int4_is_not_for() -> None:
         KVCache(**sizes, kv_dtype="int4", page_size=16)
     with pytest.raises(ValueError, match="float16 and bfloat16, got keys and values in float32"):
         KVCache(**sizes, kv_dtype="int4", dtype=torch.float32)
-    with pytest.raises(ValueError, match="int4 pages are for the CPU so far, got cuda"):
-        KVCache(**sizes, kv_dtype="int4", device="cuda")
 
 
 def test_bytes_of_a_cache_have_its_tails() -> None:
@@ -215,11 +238,12 @@ def test_bytes_of_a_cache_have_its_tails() -> None:
 class History:
     """A cache and, beside it, what the definition makes of the same calls."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
         self.random = random.Random(seed)
         torch.manual_seed(seed)
         self.dtype = self.random.choice([torch.float16, torch.bfloat16])
-        self.head_dim = self.random.choice([8, 64, 72])
+        self.head_dim = self.random.choice([8, 64, 72, 128])
         self.cache = KVCache(
             num_layers=2,
             num_sequences=3,
@@ -229,6 +253,7 @@ class History:
             max_row_pages=12,
             dtype=self.dtype,
             kv_dtype="int4",
+            device=device,
         )
         self.live: set[int] = set()
         self.expected = [cases.copied(layer) for layer in self.cache.layers]
@@ -247,8 +272,8 @@ class History:
         b, length = self.random.choice(free), self.random.randrange(120)
         rows = [sorted(self.random.sample(range(length), k=length * i // 3)) for i in (1, 3)]
         kept = ops.Kept(
-            cases.int32([t for row in rows for t in row]),
-            cases.int32([0, len(rows[0]), len(rows[0]) + len(rows[1])]),
+            cases.int32([t for row in rows for t in row], self.device),
+            cases.int32([0, len(rows[0]), len(rows[0]) + len(rows[1])], self.device),
         )
         for layer in range(2):
             keys, values = self.entries(1, length), self.entries(1, length)
@@ -281,7 +306,7 @@ class History:
             columns -= now
 
     def step(self, columns: int, counts: list[int]) -> None:
-        num_new, attends = cases.int32(counts), self.random.random() < 0.7
+        num_new, attends = cases.int32(counts, self.device), self.random.random() < 0.7
         schedule = ops.plan(
             *self.cache.plan_inputs, new_tokens=columns, num_new=num_new, page_size=32
         )
@@ -289,7 +314,7 @@ class History:
             layer = self.cache.layer(index)
             expected.fresh_pages.copy_(layer.fresh_pages)
             keys, values = self.entries(3, columns), self.entries(3, columns)
-            queries = torch.randn(3, 4, columns, self.head_dim).to(self.dtype)
+            queries = torch.randn(3, 4, columns, self.head_dim).to(self.device, self.dtype)
             reference.append(keys, values, expected, num_new=num_new)
             if not attends:
                 ops.append(keys, values, layer, num_new=num_new)
@@ -322,7 +347,7 @@ class History:
 
     def entries(self, batch: int, columns: int) -> Tensor:
         x = torch.randn(batch, 2, columns, self.head_dim) * torch.rand(self.head_dim).exp()
-        return (x + 5 * torch.randn(self.head_dim)).to(self.dtype)
+        return (x + 5 * torch.randn(self.head_dim)).to(self.device, self.dtype)
 
 
 def rows_of(layer: ops.Layer, b: int) -> ops.Layer:
@@ -331,8 +356,8 @@ def rows_of(layer: ops.Layer, b: int) -> ops.Layer:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_histories(seed: int) -> None:
-    history = History(seed)
+def test_random_histories(seed: int, device: torch.device) -> None:
+    history = History(seed, device)
     for _ in range(25):
         action = history.random.choice(
             [history.begin, history.begin, history.remove, *[history.decode] * 6]

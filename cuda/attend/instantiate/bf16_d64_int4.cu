@@ -1,0 +1,5 @@
+#include "attend/attend.cuh"
+
+namespace adakv {
+template void launch_attend<__nv_bfloat16, Int4, 64>(const AttendParams&, int64_t, cudaStream_t);
+}  // namespace adakv

@@ -1,0 +1,81 @@
+"""Texts that are evicted from while they are written, on a GPU: the same tokens as on the CPU in
+float32, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import adakv
+from hf.families import LLAMA, VOCAB
+from hf.test_texts import POLICIES, write
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model]
+
+REPEATABLE = [policy for policy in POLICIES if policy not in ("random", "vase")]  # those draw
+
+
+def both() -> dict[str, Any]:
+    model = LLAMA.model()
+    return {"cpu": model, "cuda": copy.deepcopy(model).cuda()}
+
+
+@pytest.mark.parametrize("pin_prompt", [True, False])
+@pytest.mark.parametrize("policy", REPEATABLE)
+def test_texts_equal_the_cpu(policy: str, pin_prompt: bool) -> None:
+    prompt, written = torch.randint(3, VOCAB, (2, 70)), {}
+    for device, model in both().items():
+        cache = adakv.Cache(
+            model,
+            "ada_snapkv",
+            48,
+            decode_policy=policy,
+            decode_budget=40,
+            every=8,
+            pin_prompt=pin_prompt,
+        )
+        written[device] = write(model, cache, prompt.to(device), 90).cpu()
+    assert written["cuda"].equal(written["cpu"])
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("policy", REPEATABLE)
+def test_batches_equal_the_cpu(policy: str, cuda_graph: bool) -> None:
+    prompts = [torch.randint(3, VOCAB, (n,)).tolist() for n in (70, 40, 90, 60)]
+    texts = {}
+    for device, model in both().items():
+        results = adakv.generate_batch(
+            model,
+            prompts,
+            policy="ada_snapkv",
+            budget=48,
+            decode_policy=policy,
+            decode_budget=40,
+            every=8,
+            max_new_tokens=[90, 60, 100, 30],
+            options=adakv.BatchOptions(max_batch=2, eos_token_id=[], cuda_graph=cuda_graph),
+        )
+        texts[device] = [result.tokens for result in results]
+    assert texts["cuda"] == texts["cpu"]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_quantised_pages_are_evicted_from(policy: str, kv_dtype: str) -> None:
+    model = both()["cuda"].bfloat16()
+    prompt = torch.randint(3, VOCAB, (2, 70), device="cuda")
+    cache = adakv.Cache(
+        model,
+        "ada_snapkv",
+        48,
+        decode_policy=policy,
+        decode_budget=40,
+        every=8,
+        kv_dtype=kv_dtype,
+    )
+    write(model, cache, prompt, 80)
+    assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
+    assert cache.seen == [149, 149]
