@@ -285,6 +285,11 @@ class KVCache:
         num_starts = self.num_layers * (len(longest) + 1)
         return both[num_starts:], both[:num_starts].view(self.num_layers, -1)
 
+    def num_owned(self, layer: int, first_sequence: int = 0) -> list[int]:
+        """Pages that sequences own in a layer, from ``first_sequence`` on."""
+        sequences = range(first_sequence, self.num_sequences)
+        return [int(self._cache.num_pages(layer, b)) for b in sequences]
+
     def advance_pages(self, next_page: Tensor, lengths: Tensor) -> None:
         """Moves ``next_page`` of :meth:`begin_layers` past the pages of a layer that was compacted
         to ``lengths`` ``[B, Hkv]``."""
