@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStripBytes = 128;       // of an entry that a block moves, at most
-constexpr int kAtOnce = 8;             // chunks that a thread has under way
+constexpr int kAtOnce = 4;             // chunks of a tile that a thread moves
 constexpr int kMostSlots = 256;        // of a tile
 constexpr int kMostStrips = 16;
 constexpr int kDealThreads = 512;
@@ -178,7 +178,7 @@ __device__ void move_strip(const InPlaceParams& p,
 }
 
 // Launch 1. grid: [strips, B * Hkv]
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     move_kernel(const __grid_constant__ InPlaceParams p) {
   __shared__ TilePlaces places;
   const int32_t row = blockIdx.y, b = row / p.layer.num_heads, h = row % p.layer.num_heads;
@@ -299,9 +299,10 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   const int32_t b = blockIdx.y, first = p.page_indptr[b], count = p.num_moved[b];
   for (int32_t i = blockIdx.x; i < count; i += kCopiers) {
     const int64_t from = p.moved[first + i], to = p.others[first + i];
-#pragma unroll 1
-    for (int k = 0; k < p.num_parts; ++k) {
-      const SlotPart part = p.parts[k];
+#pragma unroll
+    for (int k = 0; k < SlotParts::kMost; ++k) {
+      if (k == p.num_parts) break;
+      const SlotPart& part = p.parts[k];
       const int32_t chunks = p.layer.page_size * part.slot_bytes / 16;
       const uint4* source = reinterpret_cast<const uint4*>(part.data + from * part.page_stride);
       uint4* target = reinterpret_cast<uint4*>(part.data + to * part.page_stride);

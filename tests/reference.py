@@ -329,8 +329,11 @@ def compact(
 def compact_in_place(
     kept: tuple[Tensor, Tensor], layer: Any, page_ids: Tensor, page_indptr: Tensor
 ) -> None:
-    """Slot i of a row: its slot ``positions[i]``, with all that a page has of it. Kept pages stay if
-    they are among the sequence's ``page_ids``; else the next of these that no row keeps is theirs."""
+    """Slot i of a row: its slot ``positions[i]``, with all that a page has of it.
+
+    Kept pages stay if they are among the sequence's ``page_ids``; the next of these that no row
+    keeps is in the place of another.
+    """
     batch, num_heads = layer.lengths.shape
     page_size = layer.page_positions.shape[1]
     positions, indptr = kept[0].tolist(), kept[1].tolist()

@@ -375,7 +375,7 @@ class _Plan(NamedTuple):
 def _begin_again(
     kv: KVCache, totals: list[list[int]], longest: list[int], first_sequence: int
 ) -> tuple[Tensor, Tensor]:
-    """Pages for what stays; the pool grows if there are too few, which may be where little leaves."""
+    """Pages for what stays. The pool grows if there are too few, as may be where little leaves."""
     try:
         return kv.begin_again(totals, longest, first_sequence=first_sequence)
     except Error:
