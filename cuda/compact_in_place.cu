@@ -19,9 +19,9 @@ namespace adakv {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kStripBytes = 128;       // of an entry that a block moves, at most
-constexpr int kAtOnce = 4;             // chunks of a tile that a thread moves
-constexpr int kMostSlots = 256;        // of a tile
+constexpr int kStripBytes = 128;  // of an entry that a block moves, at most
+constexpr int kAtOnce = 4;        // chunks of a tile that a thread moves
+constexpr int kMostSlots = 256;   // of a tile
 constexpr int kMostStrips = 16;
 constexpr int kDealThreads = 512;
 constexpr int kCopiers = 16;  // blocks of a sequence in launch 3
@@ -168,7 +168,8 @@ __device__ void move_strip(const InPlaceParams& p,
       const int32_t now = i + odd;
       if (now >= num_tiles) break;
       if (now + 1 < num_tiles) {
-        load_tile(strip, places.from[(now + 1) % TilePlaces::kStages], count(now + 1), data[1 - odd]);
+        load_tile(strip, places.from[(now + 1) % TilePlaces::kStages], count(now + 1),
+                  data[1 - odd]);
       }
       find(now + 2);
       __syncthreads();
@@ -178,7 +179,7 @@ __device__ void move_strip(const InPlaceParams& p,
 }
 
 // Launch 1. grid: [strips, B * Hkv]
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     move_kernel(const __grid_constant__ InPlaceParams p) {
   __shared__ TilePlaces places;
   const int32_t row = blockIdx.y, b = row / p.layer.num_heads, h = row % p.layer.num_heads;
@@ -294,20 +295,17 @@ __global__ void __launch_bounds__(kDealThreads)
   Deal(p, scratch).run();
 }
 
-// Launch 3. grid: [kCopiers, B]
-__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ InPlaceParams p) {
+// Launch 3. grid: [kCopiers * parts, B]; one block: a part of some pages.
+__global__ void __launch_bounds__(kThreads, 4)
+    copy_kernel(const __grid_constant__ InPlaceParams p) {
   const int32_t b = blockIdx.y, first = p.page_indptr[b], count = p.num_moved[b];
-  for (int32_t i = blockIdx.x; i < count; i += kCopiers) {
-    const int64_t from = p.moved[first + i], to = p.others[first + i];
-#pragma unroll
-    for (int k = 0; k < SlotParts::kMost; ++k) {
-      if (k == p.num_parts) break;
-      const SlotPart& part = p.parts[k];
-      const int32_t chunks = p.layer.page_size * part.slot_bytes / 16;
-      const uint4* source = reinterpret_cast<const uint4*>(part.data + from * part.page_stride);
-      uint4* target = reinterpret_cast<uint4*>(part.data + to * part.page_stride);
-      for (int32_t c = threadIdx.x; c < chunks; c += kThreads) target[c] = source[c];
-    }
+  const SlotPart& part = p.parts[blockIdx.x / kCopiers];
+  const int32_t chunks = p.layer.page_size * part.slot_bytes / 16;
+  for (int32_t i = first + blockIdx.x % kCopiers; i < first + count; i += kCopiers) {
+    const int64_t from = p.moved[i] * part.page_stride, to = p.others[i] * part.page_stride;
+    const uint4* source = reinterpret_cast<const uint4*>(part.data + from);
+    uint4* target = reinterpret_cast<uint4*>(part.data + to);
+    for (int32_t c = threadIdx.x; c < chunks; c += kThreads) target[c] = source[c];
   }
 }
 
@@ -367,13 +365,13 @@ void cuda_compact_in_place(const CompactArgs& args) {
   const dim3 rows(static_cast<unsigned>(p.num_strips), static_cast<unsigned>(batch * num_heads));
   move_kernel<<<rows, kThreads, 0, stream>>>(p);
   deal_kernel<<<sequences, kDealThreads, 0, stream>>>(p);
-  copy_kernel<<<dim3(kCopiers, sequences), kThreads, 0, stream>>>(p);
+  copy_kernel<<<dim3(static_cast<unsigned>(kCopiers * p.num_parts), sequences), kThreads, 0,
+                stream>>>(p);
   ADAKV_CUDA_CHECK("compact", cudaGetLastError());
 }
 
 size_t cuda_compact_in_place_workspace_bytes(const CompactArgs& args) {
-  const int64_t ints =
-      num_pages(args) + 2 * args.page_ids.shape[0] + args.layer.lengths.shape[0];
+  const int64_t ints = num_pages(args) + 2 * args.page_ids.shape[0] + args.layer.lengths.shape[0];
   return static_cast<size_t>(ints) * sizeof(int32_t);
 }
 

@@ -286,8 +286,7 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
   int64_t missing = 0;
   for (size_t i = 0; i < longest_row.size(); ++i) {
     for (int32_t l = 0; l < config_.num_layers; ++l) {
-      const auto owned =
-          static_cast<int64_t>(sequences_[first_sequence + i].num_pages(l));
+      const auto owned = static_cast<int64_t>(sequences_[first_sequence + i].num_pages(l));
       ADAKV_CHECK(owned > 0, "sequence ", first_sequence + i, " holds nothing in layer ", l,
                   ": begin() it first");
       missing += std::max<int64_t>(0, pages_of(num_kept[l][i]) - owned);

@@ -74,8 +74,7 @@ class InPlace {
     for (int64_t b = 0; b < batch_; ++b) {
       ADAKV_CHECK(page_indptr[b] >= 0 && page_indptr[b] <= page_indptr[b + 1] &&
                       page_indptr[b + 1] <= args_.page_ids.shape[0],
-                  "compact: page_indptr must lie in 0 .. ", args_.page_ids.shape[0],
-                  " and ascend");
+                  "compact: page_indptr must lie in 0 .. ", args_.page_ids.shape[0], " and ascend");
     }
     for (int64_t i = batch_ > 0 ? page_indptr[0] : 0; i < (batch_ > 0 ? page_indptr[batch_] : 0);
          ++i) {
@@ -105,11 +104,10 @@ class InPlace {
     }
     std::sort(kept.begin(), kept.end());
     std::vector<int32_t> others;
-    std::copy_if(first, last, std::back_inserter(others), [&](int32_t page) {
-      return !std::binary_search(kept.begin(), kept.end(), page);
-    });
-    ADAKV_CHECK(needed <= last - first, "compact: sequence ", b, " needs ", needed,
-                " pages, got ", last - first);
+    std::copy_if(first, last, std::back_inserter(others),
+                 [&](int32_t page) { return !std::binary_search(kept.begin(), kept.end(), page); });
+    ADAKV_CHECK(needed <= last - first, "compact: sequence ", b, " needs ", needed, " pages, got ",
+                last - first);
     auto next = others.begin();
     for (int64_t r = b * heads_; r < (b + 1) * heads_; ++r) {
       int32_t* table = tables + r * num_columns();
@@ -136,8 +134,8 @@ class InPlace {
     int32_t i = 0;
     while (i < count && slots[i] == i) ++i;
     while (i < count) {
-      const int32_t most = std::min({page_size_ - i % page_size_,
-                                     page_size_ - slots[i] % page_size_, count - i});
+      const int32_t most =
+          std::min({page_size_ - i % page_size_, page_size_ - slots[i] % page_size_, count - i});
       int32_t run = 1;
       while (run < most && slots[i + run] == slots[i] + run) ++run;
       for (int p = 0; p < parts_.count; ++p) {

@@ -55,7 +55,7 @@ struct HeldKeys {
 
 /// Some keys of a row, before one q head's queries of the window.
 struct ScoreSpan {
-  const void* keys;                  // [num_keys, D]; null: those of `held` from first_slot on
+  const void* keys;  // [num_keys, D]; null: those of `held` from first_slot on
   HeldKeys held;
   int first_slot;
   const void* queries;               // [W, D]

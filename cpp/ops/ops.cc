@@ -354,10 +354,10 @@ const Args& for_backend(const Args& args) {
 ScoreArgs for_backend(const ScoreArgs& given) {
   ScoreArgs args = given;
   if (args.keys) return args;
-  args.keys = TensorView(args.layer.pages.data,
-                         {args.scores.shape[0], args.scores.shape[1], args.scores.shape[2],
-                          args.queries.shape[3]},
-                         args.queries.dtype, args.queries.device);
+  args.keys = TensorView(
+      args.layer.pages.data,
+      {args.scores.shape[0], args.scores.shape[1], args.scores.shape[2], args.queries.shape[3]},
+      args.queries.dtype, args.queries.device);
   return args;
 }
 

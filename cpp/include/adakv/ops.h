@@ -57,10 +57,10 @@ enum class Norm : uint8_t { kL1, kL2Gram };
 /// from row to row. Of quantised pages, a key is what codes and scale say, rounded to the dtype of the
 /// queries; not of int4.
 struct ScoreArgs {
-  TensorView queries;      // [B, Hq, W, D]   of each sequence's last positions, after RoPE
-  TensorView keys;         // [B, Hkv, T, D]  prompt keys, after RoPE; not given: those of the layer
-  LayerView layer;         // of the same B sequences, in; given if keys are not
-  TensorView seq_lens;     // [B] int32       prompt lengths, 0 .. T; not given: all T, or the layer's
+  TensorView queries;   // [B, Hq, W, D]   of each sequence's last positions, after RoPE
+  TensorView keys;      // [B, Hkv, T, D]  prompt keys, after RoPE; not given: those of the layer
+  LayerView layer;      // of the same B sequences, in; given if keys are not
+  TensorView seq_lens;  // [B] int32       prompt lengths, 0 .. T; not given: all T, or the layer's
   TensorView sink_logits;  // [Hq] float32    optional: joins each softmax, attends to nothing
   TensorView lse;          // [B, Hq, W] float32  optional: natural log-sum-exp of z, sink included
   float scale = 0.f;       // 0: 1 / sqrt(D)
@@ -164,9 +164,9 @@ struct CompactArgs {
   TensorView seq_lens;     // [B] int32   not given: all T
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32
-  LayerView layer;         // of the same B sequences, out: everything in it; seen = seq_lens. In and
-                           // out, but for seen, without keys
-  TensorView workspace;    // [workspace_bytes(args) / 4] int32
+  LayerView layer;       // of the same B sequences, out: everything in it; seen = seq_lens. In and
+                         // out, but for seen, without keys
+  TensorView workspace;  // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.layer.

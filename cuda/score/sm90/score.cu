@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const Place place(params);
   const Span span(params, place.row, kEntries, blockIdx.x);
   const int32_t count = span.num_tiles;
-  KeyStages<Tile> stages = {
-      &keys, memory + Tile::kTileBytes, arrived, span.first, kEntries, count, false};
+  KeyStages<Tile> stages = {&keys, memory + Tile::kTileBytes, arrived, span.first, kEntries, count,
+                            false};
   float* to = score_row(params, place.row);
   if (params.num_parts > 1) {
     to = params.parts + (int64_t{blockIdx.z} * params.num_parts + place.chunk) * params.length;
