@@ -85,12 +85,12 @@ struct KeyStages {
                {panel * kPanelColumns, entry & (params.held.page_size - 1), 0, page},
                rows * kPanelRowBytes, shared_address(&arrived[i % Tile::kStages]), policy);
       find_page(params, place, i + 1);
-      return;
-    }
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      copy_box(tile(i) + panel * Tile::kPanelBytes, keys,
-               {panel * kPanelColumns, first + i * step, place.row.h, place.row.b},
-               Tile::kPanelBytes, shared_address(&arrived[i % Tile::kStages]), policy);
+    } else {
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        copy_box(tile(i) + panel * Tile::kPanelBytes, keys,
+                 {panel * kPanelColumns, first + i * step, place.row.h, place.row.b},
+                 Tile::kPanelBytes, shared_address(&arrived[i % Tile::kStages]), policy);
+      }
     }
   }
 
