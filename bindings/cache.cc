@@ -80,16 +80,21 @@ py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
   return py::make_tuple(pages.ids, pages.indptr);
 }
 
-// For each layer, as begin.
-py::typing::List<py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>>>
-begin_again(KVCache& self, Int first_sequence, LongIntLists num_kept, LongInts longest_row) {
-  py::list lists;
+// int32 numbers: where the pages of each sequence begin in each layer, [L, B + 1], counted from the
+// first page of all; then all of them.
+py::bytes begin_again(KVCache& self,
+                      Int first_sequence,
+                      LongIntLists num_kept,
+                      LongInts longest_row) {
+  std::vector<int32_t> starts, ids;
   for (const PageList& pages :
        self.begin_again(take("first_sequence", first_sequence), take("totals", num_kept),
                         take("longest", longest_row))) {
-    lists.append(py::make_tuple(pages.ids, pages.indptr));
+    for (int32_t start : pages.indptr) starts.push_back(static_cast<int32_t>(ids.size()) + start);
+    ids.insert(ids.end(), pages.ids.begin(), pages.ids.end());
   }
-  return lists;
+  starts.insert(starts.end(), ids.begin(), ids.end());
+  return py::bytes(reinterpret_cast<const char*>(starts.data()), starts.size() * sizeof(int32_t));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "common/int4_page.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
+#include "compact_in_place.h"
 #include "cuda_backend.h"
 #include "ops/schedule.h"
 
@@ -348,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // ------------------------------------------------------------------------------------------------
 
 void CudaBackend::compact(const CompactArgs& args) {
+  if (!args.keys) return cuda_compact_in_place(args);
   const DeviceGuard guard(args.keys.device);
   CompactParams p = {};
   p.keys = entry_rows(args.keys);
@@ -406,8 +408,8 @@ void CudaBackend::compact(const CompactArgs& args) {
   ADAKV_CUDA_CHECK("compact", cudaGetLastError());
 }
 
-size_t CudaBackend::workspace_bytes(const CompactArgs&) const {
-  return 0;
+size_t CudaBackend::workspace_bytes(const CompactArgs& args) const {
+  return args.keys ? 0 : cuda_compact_in_place_workspace_bytes(args);
 }
 
 }  // namespace adakv

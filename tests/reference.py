@@ -66,7 +66,9 @@ def _window_positions(length: int, window: int, stride: int) -> Tensor:
 
 def score(
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
+    layer: Any = None,
+    length: int = 0,
     *,
     seq_lens: Tensor | None = None,
     sink_logits: Tensor | None = None,
@@ -82,7 +84,17 @@ def score(
     distance: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """SnapKV, arXiv 2404.14469: ``pool_t(group_reduce_q(window_reduce_w(softmax_t(z))))``."""
+    """SnapKV, arXiv 2404.14469: ``pool_t(group_reduce_q(window_reduce_w(softmax_t(z))))``.
+
+    With a layer each row is a sequence of its own, T is ``length``.
+    """
+    if keys is None:
+        options = {
+            "scale": scale, "softcap": softcap, "window_reduce": window_reduce,
+            "group_reduce": group_reduce, "order": order, "pool": pool, "pool_width": pool_width,
+            "window": window, "stride": stride, "distance": distance, "dtype": dtype,
+        }  # fmt: skip
+        return _score_rows(queries, layer, length, sink_logits, options)
     batch, _, num_queries, _ = queries.shape
     _, num_kv_heads, length, _ = keys.shape
     scores = torch.full((batch, num_kv_heads, length), -INF, dtype=dtype)
@@ -107,6 +119,27 @@ def score(
             a = _pool(a, pool, pool_width)
         g = _reduce(a.view(num_kv_heads, -1, n), group_reduce, 1)  # [Hkv, n]
         scores[b, :, :n] = _pool(g, pool, pool_width) if order == "group_first" else g
+    return scores
+
+
+def _score_rows(
+    queries: Tensor, layer: Any, length: int, sinks: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    batch, heads = layer.lengths.shape
+    group = queries.shape[1] // heads
+    scores = torch.full((batch, heads, length), -INF, dtype=options["dtype"])
+    for b in range(batch):
+        for h in range(heads):
+            keys = row_of(layer, b, h, options["dtype"])[0]  # [n, D]
+            if len(keys) == 0:
+                continue
+            of_row = slice(h * group, (h + 1) * group)
+            scores[b, h, : len(keys)] = score(
+                queries[b : b + 1, of_row],
+                keys[None, None],
+                sink_logits=None if sinks is None else sinks[of_row],
+                **options,
+            )
     return scores
 
 
@@ -261,8 +294,8 @@ def row_of(
 
 
 def compact(
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
     kept: tuple[Tensor, Tensor],
     layer: Any,
     page_ids: Tensor,
@@ -271,6 +304,9 @@ def compact(
     seq_lens: Tensor | None = None,
 ) -> None:
     """Deals pages to rows in order, then one fresh page to each; slot i: the i-th kept position."""
+    if keys is None or values is None:
+        compact_in_place(kept, layer, page_ids, page_indptr)
+        return
     batch, num_heads, length, _ = keys.shape
     page_size = layer.pages.shape[2]
     positions, indptr = kept[0].tolist(), kept[1].tolist()
@@ -288,6 +324,46 @@ def compact(
                 _store(layer, b, h, slot, keys[b, h, position], values[b, h, position], position)
         for h in range(num_heads):
             layer.fresh_pages[b, h, 0] = next(pages)
+
+
+def compact_in_place(
+    kept: tuple[Tensor, Tensor], layer: Any, page_ids: Tensor, page_indptr: Tensor
+) -> None:
+    """Slot i of a row: its slot ``positions[i]``, with all that a page has of it.
+
+    Kept pages stay if they are among the sequence's ``page_ids``; the next of these that no row
+    keeps is in the place of another.
+    """
+    batch, num_heads = layer.lengths.shape
+    page_size = layer.page_positions.shape[1]
+    positions, indptr = kept[0].tolist(), kept[1].tolist()
+    halves = [layer.pages[:, 0], layer.pages[:, 1]]  # [N, P, D] each
+    scales = [x for x in (layer.key_scales, layer.value_scales) if x is not None]
+    parts = [*halves, *scales, layer.page_positions]
+    before = [x.clone() for x in parts]
+    tables = layer.block_table.clone()
+    layer.block_table.fill_(-1)
+    layer.fresh_pages.fill_(-1)
+    for b in range(batch):
+        named = page_ids[int(page_indptr[b]) : int(page_indptr[b + 1])].tolist()
+        rows = [
+            positions[indptr[r] : indptr[r + 1]] for r in range(b * num_heads, (b + 1) * num_heads)
+        ]
+        pages = [-(-len(row) // page_size) for row in rows]
+        held = {int(p) for h, n in enumerate(pages) for p in tables[b, h, :n]}
+        others = iter([page for page in named if page not in held])
+        for h, row in enumerate(rows):
+            layer.lengths[b, h] = len(row)
+            for i in range(pages[h]):
+                own = int(tables[b, h, i])
+                layer.block_table[b, h, i] = own if own in named else next(others)
+            for slot, position in enumerate(row):
+                to = int(layer.block_table[b, h, slot // page_size]), slot % page_size
+                source = int(tables[b, h, position // page_size]), position % page_size
+                for part, old in zip(parts, before, strict=True):
+                    part[to] = old[source]
+        for h in range(num_heads):
+            layer.fresh_pages[b, h, 0] = next(others)
 
 
 def _store(

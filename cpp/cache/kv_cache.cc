@@ -213,6 +213,11 @@ void KVCache::check_sequence(int32_t sequence) const {
               config_.num_sequences - 1, ", got ", sequence);
 }
 
+// Pages that a sequence needs in a layer for so many entries.
+int64_t KVCache::pages_of(int64_t num_kept) const {
+  return pages_for(num_kept, 0, config_.num_kv_heads, config_.page_size);
+}
+
 // Throws unless sequences may keep so many entries; the pages that they need in a layer.
 int64_t KVCache::check_kept(int32_t first_sequence,
                             const std::vector<int64_t>& num_kept,
@@ -227,7 +232,7 @@ int64_t KVCache::check_kept(int32_t first_sequence,
                 kMostTokens, ", got ", num_kept[i]);
     ADAKV_CHECK(longest_row[i] >= 0, "longest_row must not be negative, got ", longest_row[i]);
     check_row(longest_row[i]);
-    needed += pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size);
+    needed += pages_of(num_kept[i]);
   }
   return needed;
 }
@@ -241,7 +246,7 @@ PageList KVCache::take(int32_t layer,
   for (size_t i = 0; i < num_kept.size(); ++i) {
     std::vector<int32_t>& pages = sequences_[first_sequence + i].pages[layer];
     pages.clear();
-    pool_.take(pages_for(num_kept[i], 0, config_.num_kv_heads, config_.page_size), pages);
+    pool_.take(pages_of(num_kept[i]), pages);
     list.ids.insert(list.ids.end(), pages.begin(), pages.end());
     list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
   }
@@ -273,31 +278,42 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
                                            const std::vector<int64_t>& longest_row) {
   ADAKV_CHECK(static_cast<int32_t>(num_kept.size()) == config_.num_layers, "num_kept must have ",
               config_.num_layers, " elements, one for each layer, got ", num_kept.size());
-  int64_t needed = 0;
   for (const std::vector<int64_t>& of_layer : num_kept) {
-    needed += check_kept(first_sequence, of_layer, longest_row);
+    check_kept(first_sequence, of_layer, longest_row);
   }
+  int64_t missing = 0;
   for (size_t i = 0; i < longest_row.size(); ++i) {
     for (int32_t l = 0; l < config_.num_layers; ++l) {
-      ADAKV_CHECK(sequences_[first_sequence + i].num_pages(l) > 0, "sequence ", first_sequence + i,
-                  " holds nothing in layer ", l, ": begin() it first");
+      const auto owned = static_cast<int64_t>(sequences_[first_sequence + i].num_pages(l));
+      ADAKV_CHECK(owned > 0, "sequence ", first_sequence + i, " holds nothing in layer ", l,
+                  ": begin() it first");
+      missing += std::max<int64_t>(0, pages_of(num_kept[l][i]) - owned);
     }
   }
-  pool_.check_free(needed);
-  std::vector<int32_t> before;
-  for (size_t i = 0; i < longest_row.size(); ++i) {
-    Sequence& sequence = sequences_[first_sequence + i];
-    for (const std::vector<int32_t>& pages : sequence.pages) {
-      before.insert(before.end(), pages.begin(), pages.end());
-    }
-    sequence.longest_row = longest_row[i];
-    sequence.appended = 0;
-  }
+  pool_.check_free(missing);
   std::vector<PageList> lists;
+  std::vector<int32_t> leaving;
   for (int32_t l = 0; l < config_.num_layers; ++l) {
-    lists.push_back(take(l, first_sequence, num_kept[l]));
+    lists.emplace_back();
+    lists[l].indptr.push_back(0);
+    for (size_t i = 0; i < longest_row.size(); ++i) {
+      std::vector<int32_t>& pages = sequences_[first_sequence + i].pages[l];
+      const auto needed = static_cast<size_t>(pages_of(num_kept[l][i]));
+      if (pages.size() > needed) {  // the newest ones leave, which rows hold their last entries in
+        leaving.insert(leaving.end(), pages.begin() + needed, pages.end());
+        pages.resize(needed);
+      } else {
+        pool_.take(static_cast<int64_t>(needed - pages.size()), pages);
+      }
+      lists[l].ids.insert(lists[l].ids.end(), pages.begin(), pages.end());
+      lists[l].indptr.push_back(static_cast<int32_t>(lists[l].ids.size()));
+    }
   }
-  pool_.give_back(before);
+  for (size_t i = 0; i < longest_row.size(); ++i) {
+    sequences_[first_sequence + i].longest_row = longest_row[i];
+    sequences_[first_sequence + i].appended = 0;
+  }
+  pool_.give_back(leaving);  // at the end: a layer's must not be another one's before it is done
   return lists;
 }
 

@@ -126,6 +126,7 @@ void write_int4_row(const TailWriter& writer,
 }  // namespace
 
 void CpuBackend::compact(const CompactArgs& args) {
+  if (!args.keys) return cpu_compact_in_place(args);
   const LayerView& layer = args.layer;
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);

@@ -28,4 +28,7 @@ class CpuBackend final : public Backend {
   size_t workspace_bytes(const AttendArgs& args) const override;
 };
 
+/// compact without keys and values (compact_in_place.cc).
+void cpu_compact_in_place(const CompactArgs& args);
+
 }  // namespace adakv

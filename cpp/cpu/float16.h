@@ -1,5 +1,7 @@
 // The two 16-bit formats, one number at a time, for storing results; kernels widen whole vectors
 // (simd.h). And what quantised pages hold.
+//
+// The functions are static: what one instruction set was compiled for must not serve another (simd.h).
 #pragma once
 
 #include <cstdint>
@@ -34,13 +36,13 @@ struct Float8 {
 
 namespace detail {
 
-inline uint32_t float_bits(float x) {
+static inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-inline float bits_float(uint32_t bits) {
+static inline float bits_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -49,17 +51,17 @@ inline float bits_float(uint32_t bits) {
 }  // namespace detail
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
-inline void from_float(float x, float& out) {
+static inline void from_float(float x, float& out) {
   out = x;
 }
 
-inline void from_float(float x, BFloat16& out) {
+static inline void from_float(float x, BFloat16& out) {
   const uint32_t bits = detail::float_bits(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   out.bits = static_cast<uint16_t>(x == x ? rounded : bits >> 16 | 0x40);
 }
 
-inline void from_float(float x, Float16& out) {
+static inline void from_float(float x, Float16& out) {
   const uint32_t bits = detail::float_bits(x);
   const uint32_t sign = bits >> 16 & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;

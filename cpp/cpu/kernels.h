@@ -41,9 +41,23 @@ struct AttendSpan {
 /// Results for vectors of this many are written, and read, whole.
 constexpr int kMaxLanes = 16;
 
+/// The keys that a row of a cache holds.
+struct HeldKeys {
+  const void* pages;        // [N, 2, P, D] elements or codes
+  int64_t page_stride;      // in elements
+  const void* scales;       // [N, P, num_scales] of codes
+  int64_t scale_stride;     // in elements, from page to page
+  const int32_t* page_ids;  // of the row, from its slot 0
+  int page_size;
+  PageFormat format;
+  int num_scales;  // of a key
+};
+
 /// Some keys of a row, before one q head's queries of the window.
 struct ScoreSpan {
-  const void* keys;                  // [num_keys, D]
+  const void* keys;  // [num_keys, D]; null: those of `held` from first_slot on
+  HeldKeys held;
+  int first_slot;
   const void* queries;               // [W, D]
   int64_t key_stride, query_stride;  // in elements
   int num_keys;

@@ -105,14 +105,36 @@ class Scoring {
   }
 
  private:
-  int64_t seq_len(int64_t b) const {
+  /// Entries of a row.
+  int64_t seq_len(int64_t row) const {
+    const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
+    const TensorView& lengths = args_.layer.lengths;
+    if (lengths) return lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
     return args_.seq_lens ? args_.seq_lens.ptr<const int32_t>()[b * args_.seq_lens.stride[0]]
                           : length_;
   }
 
   /// Positions that compete.
-  int64_t num_candidates(int64_t b) const {
-    return std::max<int64_t>(0, seq_len(b) - not_competing_);
+  int64_t num_candidates(int64_t row) const {
+    return std::max<int64_t>(0, seq_len(row) - not_competing_);
+  }
+
+  int64_t row_of(int64_t query_head) const { return query_head / group_; }
+
+  HeldKeys held_keys(int64_t row) const {
+    const LayerView& layer = args_.layer;
+    const TensorView& table = layer.block_table;
+    HeldKeys held = {};
+    held.pages = layer.pages.data;
+    held.page_stride = layer.pages.stride[0];
+    held.scales = layer.key_scales.data;
+    held.scale_stride = layer.key_scales.stride[0];
+    held.page_ids = table.ptr<int32_t>() + row / num_kv_heads_ * table.stride[0] +
+                    row % num_kv_heads_ * table.stride[1];
+    held.page_size = static_cast<int>(layer.page_positions.shape[1]);
+    held.format = layer.format();
+    held.num_scales = static_cast<int>(num_scales(held.format, args_.keys.shape[3]));
+    return held;
   }
 
   /// Some keys before some queries of one q head, which counts through the batch; a query sees the
@@ -125,10 +147,16 @@ class Scoring {
         b * keys.stride[0] + q / group_ * keys.stride[1] + prompt.first * keys.stride[2];
     const int64_t query =
         b * queries.stride[0] + q * queries.stride[1] + window.first * queries.stride[2];
-    const int64_t first_position = seq_len(b) - 1 - (window_ - 1 - window.first) * args_.stride;
+    const int64_t row = row_of(query_head);
+    const int64_t first_position = seq_len(row) - 1 - (window_ - 1 - window.first) * args_.stride;
     const auto element_bytes = static_cast<int64_t>(dtype_size(keys.dtype));
     ScoreSpan span = {};
-    span.keys = keys.ptr<const char>() + key * element_bytes;
+    if (args_.layer.pages) {
+      span.held = held_keys(row);
+      span.first_slot = static_cast<int>(prompt.first);
+    } else {
+      span.keys = keys.ptr<const char>() + key * element_bytes;
+    }
     span.queries = queries.ptr<const char>() + query * element_bytes;
     span.key_stride = keys.stride[2];
     span.query_stride = queries.stride[2];
@@ -149,9 +177,9 @@ class Scoring {
   }
 
   void add_up(int64_t query_head, int64_t block, int64_t chunk) const {
-    const int64_t b = query_head / num_heads_, first = block * kQueryBlock;
-    const int64_t num_keys = std::min(sum_chunk_, seq_len(b) - chunk * sum_chunk_);
-    if (num_candidates(b) == 0 || num_keys <= 0) return;
+    const int64_t row = row_of(query_head), first = block * kQueryBlock;
+    const int64_t num_keys = std::min(sum_chunk_, seq_len(row) - chunk * sum_chunk_);
+    if (num_candidates(row) == 0 || num_keys <= 0) return;
     ScoreSpan keys = span(query_head, {first, std::min(kQueryBlock, window_ - first)},
                           {chunk * sum_chunk_, num_keys}, 0);
     keys.max = chunk_sums(query_head, chunk) + first;
@@ -170,8 +198,9 @@ class Scoring {
     const int64_t b = query_head / num_heads_, q = query_head % num_heads_;
     float* joined = joined_sums(query_head);
     std::fill_n(joined, padded_window_, INFINITY);
-    if (num_candidates(b) == 0) return;
-    const int64_t chunks = (seq_len(b) + sum_chunk_ - 1) / sum_chunk_;
+    const int64_t row = row_of(query_head);
+    if (num_candidates(row) == 0) return;
+    const int64_t chunks = (seq_len(row) + sum_chunk_ - 1) / sum_chunk_;
     for (int64_t w = 0; w < window_; ++w) {
       if (args_.lse) {
         const TensorView& lse = args_.lse;
@@ -202,7 +231,7 @@ class Scoring {
 
   void reduce_window(int64_t row, int64_t chunk) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const int64_t num_keys = std::min(kChunk, num_candidates(b) - chunk * kChunk);
+    const int64_t num_keys = std::min(kChunk, num_candidates(row) - chunk * kChunk);
     if (num_keys <= 0) return;
     float scores[kChunk];
     alignas(64) float lanes[kChunk * kMaxLanes];
@@ -214,7 +243,7 @@ class Scoring {
       keys.lanes = lanes;
       keys.scores = scores;
       kernels().score_window[static_cast<int>(args_.keys.dtype)](keys);
-      if (args_.window_reduce == Reduce::kMean) average(b, chunk * kChunk, num_keys, scores);
+      if (args_.window_reduce == Reduce::kMean) average(row, chunk * kChunk, num_keys, scores);
       if (pools_heads_ || g == 0) {
         std::copy_n(scores, num_keys, own);
       } else {
@@ -226,9 +255,9 @@ class Scoring {
   }
 
   /// Divides sums over the window by the number of queries that count for each key.
-  void average(int64_t b, int64_t first_key, int64_t num_keys, float* sums) const {
+  void average(int64_t row, int64_t first_key, int64_t num_keys, float* sums) const {
     for (int64_t i = 0; i < num_keys; ++i) {
-      const int64_t before_last = seq_len(b) - 1 - args_.distance - (first_key + i);
+      const int64_t before_last = seq_len(row) - 1 - args_.distance - (first_key + i);
       const int64_t count = before_last < 0 ? 0 : std::min(window_, before_last / args_.stride + 1);
       if (count > 1) sums[i] /= static_cast<float>(count);
     }
@@ -236,7 +265,7 @@ class Scoring {
 
   void pool(int64_t row) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const int64_t n = num_candidates(b);
+    const int64_t n = num_candidates(row);
     float* scores =
         args_.scores.ptr<float>() + b * args_.scores.stride[0] + h * args_.scores.stride[1];
     std::fill(scores + n, scores + length_, -INFINITY);

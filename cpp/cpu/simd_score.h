@@ -3,6 +3,7 @@
 // of the window; keys come in blocks.
 #pragma once
 
+#include "cpu/float16.h"
 #include "cpu/simd_product.h"
 
 namespace adakv::ADAKV_ISA {
@@ -21,6 +22,53 @@ inline int key_limit(const ScoreSpan& span, int query) {
   return limit < span.num_keys ? limit : span.num_keys;
 }
 
+/// Codes as elements: x = scale * code + zero, or scale * code.
+template <typename Code, typename Element>
+inline void dequantise(const Code* codes, const Element* scales, int head_dim, Element* out) {
+  constexpr int kNumbers = std::is_same_v<Code, Float8> ? 1 : 2;
+  constexpr float kUnit = kNumbers == 2 ? 1.f : 0x1p8f;  // of load_pair(const Code*)
+  alignas(64) float wide[kMaxHeadDim + kPair], numbers[kPair];
+  Element narrow[kPair] = {};
+  __builtin_memcpy(narrow, scales,
+                   (head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers * sizeof(Element));
+  const F32Pair of_groups = load_in_order(narrow);
+  store(numbers, of_groups.first);
+  store(numbers + kLanes, of_groups.second);
+  for (int d = 0; d < head_dim; d += kPair) {
+    const F32Pair pair =
+        head_dim - d >= kPair ? load_pair(codes + d) : load_pair(codes + d, head_dim - d);
+    store(wide + d, pair.first * kUnit);
+    store(wide + d + kLanes, pair.second * kUnit);
+  }
+  for (int d = 0; d < head_dim; ++d) {
+    const float* group = numbers + d / kScaleGroup * kNumbers;
+    from_float(wide[d] * group[0] + (kNumbers == 2 ? group[1] : 0.f), out[d]);
+  }
+}
+
+/// Copies keys that a row holds, [count, D], from slot `slot` on.
+template <typename Element>
+inline void fetch_keys(const ScoreSpan& span, int slot, int count, Element* out) {
+  const HeldKeys& held = span.held;
+  const int width = held.num_scales;
+  for (int i = 0; i < count; ++i, ++slot, out += span.head_dim) {
+    const int64_t page = held.page_ids[slot / held.page_size], in_page = slot % held.page_size;
+    const int64_t entry = page * held.page_stride + in_page * span.head_dim;
+    const int64_t scale = page * held.scale_stride + in_page * width;
+    if (held.format == PageFormat::kPlain) {
+      __builtin_memcpy(out, static_cast<const Element*>(held.pages) + entry,
+                       span.head_dim * sizeof(Element));
+    } else if constexpr (sizeof(Element) == 2) {
+      const Element* scales = static_cast<const Element*>(held.scales) + scale;
+      if (held.format == PageFormat::kInt8) {
+        dequantise(static_cast<const Int8Code*>(held.pages) + entry, scales, span.head_dim, out);
+      } else {
+        dequantise(static_cast<const Float8*>(held.pages) + entry, scales, span.head_dim, out);
+      }
+    }
+  }
+}
+
 /// Calls body(block of logits [num_keys, stride], first key, number of keys, first query, number of
 /// queries) for the blocks with a key that one of the queries sees.
 template <typename Element, typename Body>
@@ -30,6 +78,7 @@ inline void for_each_block(const ScoreSpan& span, Body body) {
   (void)session;
   alignas(64) char panel[P::kPanelBytes];
   alignas(64) float logits[kBlockKeys * P::kColumns];
+  alignas(64) Element fetched[kBlockKeys * kMaxHeadDim];
   const Element* keys = static_cast<const Element*>(span.keys);
   const Element* queries = static_cast<const Element*>(span.queries);
   for (int first = 0; first < span.window; first += P::kColumns) {
@@ -39,7 +88,12 @@ inline void for_each_block(const ScoreSpan& span, Body body) {
     P::pack(queries + first * span.query_stride, span.query_stride, count, span.head_dim, panel);
     for (int key = 0; key < end; key += kBlockKeys) {
       const int num_keys = end - key < kBlockKeys ? end - key : kBlockKeys;
-      P::multiply(panel, count, keys + key * span.key_stride, span.key_stride, num_keys,
+      const Element* block = keys + key * span.key_stride;
+      if (keys == nullptr) {
+        fetch_keys(span, span.first_slot + key, num_keys, fetched);
+        block = fetched;
+      }
+      P::multiply(panel, count, block, keys == nullptr ? span.head_dim : span.key_stride, num_keys,
                   span.head_dim, logits);
       body(logits, key, num_keys, first, count);
     }

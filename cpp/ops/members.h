@@ -62,12 +62,12 @@ struct MembersOf<ScoreArgs> {
   using Cpp = ScoreArgs;
   using C = AdakvScoreArgs;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(queries),     ADAKV_MEMBER(keys),          ADAKV_MEMBER(seq_lens),
-      ADAKV_MEMBER(sink_logits), ADAKV_MEMBER(lse),           ADAKV_MEMBER(scale),
-      ADAKV_MEMBER(softcap),     ADAKV_MEMBER(window_reduce), ADAKV_MEMBER(group_reduce),
-      ADAKV_MEMBER(order),       ADAKV_MEMBER(pool),          ADAKV_MEMBER(pool_width),
-      ADAKV_MEMBER(window),      ADAKV_MEMBER(stride),        ADAKV_MEMBER(distance),
-      ADAKV_MEMBER(scores),
+      ADAKV_MEMBER(queries),      ADAKV_MEMBER(keys),        ADAKV_MEMBER(layer),
+      ADAKV_MEMBER(seq_lens),     ADAKV_MEMBER(sink_logits), ADAKV_MEMBER(lse),
+      ADAKV_MEMBER(scale),        ADAKV_MEMBER(softcap),     ADAKV_MEMBER(window_reduce),
+      ADAKV_MEMBER(group_reduce), ADAKV_MEMBER(order),       ADAKV_MEMBER(pool),
+      ADAKV_MEMBER(pool_width),   ADAKV_MEMBER(window),      ADAKV_MEMBER(stride),
+      ADAKV_MEMBER(distance),     ADAKV_MEMBER(scores),
   };
 };
 
@@ -167,6 +167,10 @@ inline constexpr bool kHasWorkspace<Args, std::void_t<decltype(Args::workspace)>
 template <typename Args>
 Device device_of_tensors(const Args& args) {
   return (args.*std::get<0>(MembersOf<Args>::kAll).cpp).device;
+}
+template <>
+inline Device device_of_tensors(const CompactArgs& args) {  // its keys may be left out
+  return args.positions.device;
 }
 
 }  // namespace adakv

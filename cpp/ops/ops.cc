@@ -50,6 +50,17 @@ void check_counts(Checker& check, const char* name, const TensorView& counts, in
   }
 }
 
+// The lengths [B, Hkv] of a layer's rows, if there is one.
+void check_row_lengths(const Checker& check, const TensorView& lengths, int64_t limit) {
+  if (!lengths || lengths.device.type != DeviceType::kCpu) return;
+  for (int64_t row = 0; row < lengths.size(); ++row) {
+    const int64_t b = row / lengths.shape[1], h = row % lengths.shape[1];
+    const int32_t length = lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
+    check.require(length >= 0 && length <= limit, "lengths must lie in 0 .. ", limit, ", got ",
+                  length, " for row (", b, ", ", h, ")");
+  }
+}
+
 void check_options(const Checker& check, float scale, float softcap) {
   check.require(std::isfinite(scale), "scale must be finite, got ", scale);
   check.require(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or more, got ",
@@ -145,6 +156,22 @@ void check_layer(Checker& check, const LayerView& layer) {
       "pages must be contiguous");
 }
 
+// A layer that no keys or queries come with: D is that of its pages.
+void check_held_layer(Checker& check, const LayerView& layer) {
+  const bool is_plain = layer.format() == PageFormat::kPlain;
+  if (is_plain) {
+    check.floats("pages", layer.pages, "N 2 P D");
+  } else {
+    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
+    check.floats("key_scales", layer.key_scales,
+                 layer.format() == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
+  }
+  check_head_dim(check);
+  check_layer(check, layer);
+  check_page_parts(check, "pages", layer.pages);
+  check_page_parts(check, "page_positions", layer.page_positions);
+}
+
 // Tokens that fit one append: KVCache::grow never hands out more.
 void check_new_tokens(const Checker& check) {
   const int64_t most = check.size("F") * check.size("P"), s = check.size("S");
@@ -157,10 +184,19 @@ void check_new_tokens(const Checker& check) {
 Backend& checked(const ScoreArgs& args) {
   Checker check("score");
   check.floats("queries", args.queries, "B Hq W D");
-  check.floats("keys", args.keys, "B Hkv T D");
-  check_head_dim(check);
+  if (args.keys) {
+    check.require(!args.layer.pages, "layer must be left out where keys are given");
+    check.floats("keys", args.keys, "B Hkv T D");
+    check_head_dim(check);
+    check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  } else {
+    check.require(static_cast<bool>(args.layer.pages), "keys or a layer must be given");
+    check.require(!args.seq_lens, "seq_lens must be left out with a layer, which has lengths");
+    check.require(!args.layer.tails, "layer must not be of int4");
+    check_head_dim(check);
+    check_layer(check, args.layer);
+  }
   check_group(check);
-  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
   check.optional("sink_logits", args.sink_logits, "Hq", DType::kFloat32);
   check.optional("lse", args.lse, "B Hq W", DType::kFloat32);
   check_options(check, args.scale, args.softcap);
@@ -174,7 +210,8 @@ Backend& checked(const ScoreArgs& args) {
   check.require(args.distance >= 0 && args.distance <= kMostPositions,
                 "distance must lie in 0 .. 2^26, got ", args.distance);
   check.tensor("scores", args.scores, "B Hkv T", DType::kFloat32);
-  return backend(args.keys.device.type);
+  check_row_lengths(check, args.layer.lengths, check.size("T"));
+  return backend(args.queries.device.type);
 }
 
 Backend& checked(const ValueNormArgs& args) {
@@ -224,9 +261,17 @@ Backend& checked(const SelectArgs& args) {
 
 Backend& checked(const CompactArgs& args) {
   Checker check("compact");
-  check.floats("keys", args.keys, "B Hkv T D");
-  check.floats("values", args.values, "B Hkv T D");
-  check_head_dim(check);
+  check.require(static_cast<bool>(args.keys) == static_cast<bool>(args.values),
+                "keys and values must be given together");
+  if (args.keys) {
+    check.floats("keys", args.keys, "B Hkv T D");
+    check.floats("values", args.values, "B Hkv T D");
+    check_head_dim(check);
+  } else {
+    check.require(!args.seq_lens, "seq_lens must be left out where keys are");
+    check.require(!args.layer.tails, "keys and values must be given for a layer of int4");
+    check_held_layer(check, args.layer);
+  }
   check.tensor("positions", args.positions, "K", DType::kInt32);
   check.tensor("indptr", args.indptr, "R+1", DType::kInt32);
   const int64_t rows = check.size("B") * check.size("Hkv");
@@ -237,8 +282,8 @@ Backend& checked(const CompactArgs& args) {
   check.tensor("page_indptr", args.page_indptr, "B+1", DType::kInt32);
   check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ",
                 check.size("B") + 1, " elements, got ", check.size("B+1"));
-  check_layer(check, args.layer);
-  return backend(args.keys.device.type);
+  if (args.keys) check_layer(check, args.layer);
+  return backend(args.positions.device.type);
 }
 
 Backend& checked(const AppendArgs& args) {
@@ -304,12 +349,30 @@ Backend& checked(const AttendArgs& args) {
   return backend(args.queries.device.type);
 }
 
+// Arguments as backends get them.
+template <typename Args>
+const Args& for_backend(const Args& args) {
+  return args;
+}
+
+// The keys of a layer are a tensor that says their shape and dtype: where they lie, the layer says.
+ScoreArgs for_backend(const ScoreArgs& given) {
+  ScoreArgs args = given;
+  if (args.keys) return args;
+  args.keys = TensorView(
+      args.layer.pages.data,
+      {args.scores.shape[0], args.scores.shape[1], args.scores.shape[2], args.queries.shape[3]},
+      args.queries.dtype, args.queries.device);
+  return args;
+}
+
 // Runs a verb that needs scratch memory.
 template <typename Args>
 void run(const char* verb, void (Backend::*body)(const Args&), const Args& args) {
   Backend& backend = checked(args);
-  Checker(verb).workspace(args.workspace, backend.workspace_bytes(args));
-  (backend.*body)(args);
+  const auto& given = for_backend(args);
+  Checker(verb).workspace(args.workspace, backend.workspace_bytes(given));
+  (backend.*body)(given);
 }
 
 }  // namespace
@@ -340,7 +403,7 @@ void attend(const AttendArgs& args) {
 }
 
 size_t workspace_bytes(const ScoreArgs& args) {
-  return checked(args).workspace_bytes(args);
+  return checked(args).workspace_bytes(for_backend(args));
 }
 size_t workspace_bytes(const ValueNormArgs& args) {
   return checked(args).workspace_bytes(args);

@@ -27,6 +27,23 @@ __device__ inline void copy_16_bytes_or_zeros(uint32_t to, const void* from, boo
                : "memory");
 }
 
+/// The 16 bytes of a row from element `column` on to shared memory, or zeros.
+template <typename Element>
+__device__ inline void copy_chunk(Element* to,
+                                  const Element* row,
+                                  int column,
+                                  bool is_valid,
+                                  bool is_aligned,
+                                  const void* anywhere) {
+  if (is_aligned) {
+    copy_16_bytes_or_zeros(shared_address(to), is_valid ? row + column : anywhere, is_valid);
+  } else {
+    for (int j = 0; j < 16 / static_cast<int>(sizeof(Element)); ++j) {
+      to[j] = is_valid ? row[column + j] : from_float<Element>(0.f);
+    }
+  }
+}
+
 /// Copies rows to shared memory, [num_rows, kRowPitch], by the threads `thread` of `num_threads`.
 /// row_of(i) points to `head_dim` elements or is null; what is missing up to kDim becomes zero.
 /// Completes with the group of copies. `is_aligned`: rows lie at multiples of 16 bytes.
@@ -42,16 +59,10 @@ __device__ inline void copy_rows(Element* tile,
   constexpr int kChunk = 16 / sizeof(Element), kChunks = kDim / kChunk;
   for (int i = thread; i < num_rows * kChunks; i += num_threads) {
     const int row = i / kChunks, column = i % kChunks * kChunk;
-    const Element* source = row_of(row);
+    const auto source = row_of(row);  // a pointer, or what else copy_chunk knows
     const bool is_valid = source && column < head_dim;
-    Element* to = tile + row * kRowPitch<Element, kDim> + column;
-    if (is_aligned) {
-      copy_16_bytes_or_zeros(shared_address(to), is_valid ? source + column : anywhere, is_valid);
-    } else {
-      for (int j = 0; j < kChunk; ++j) {
-        to[j] = is_valid ? source[column + j] : from_float<Element>(0.f);
-      }
-    }
+    copy_chunk(tile + row * kRowPitch<Element, kDim> + column, source, column, is_valid, is_aligned,
+               anywhere);
   }
 }
 

@@ -2,6 +2,7 @@
 // (sm90/columns.cu).
 #pragma once
 
+#include "score/keys.cuh"
 #include "score/score.cuh"
 
 namespace adakv {
@@ -24,7 +25,7 @@ struct ColumnHead {
     q = blockIdx.y;
     b = blockIdx.z;
     h = q / params.group;
-    seq_len = params.seq_lens ? params.seq_lens[b] : params.length;
+    seq_len = row_length(params, b, h);
     candidates = seq_len - params.window;
   }
 
@@ -52,7 +53,14 @@ struct ColumnHead {
   }
 
   template <typename Element>
-  __device__ const Element* key(const ColumnParams& params, int32_t t) const {
+  __device__ KeyRow<Element> key(const ColumnParams& params, int32_t t) const {
+    if (t >= seq_len) return {};
+    return key_row<Element>(params.score, b, h, t);
+  }
+
+  /// The same where keys are in a tensor.
+  template <typename Element>
+  __device__ const Element* key_of_tensor(const ColumnParams& params, int32_t t) const {
     if (t >= seq_len) return nullptr;
     const int64_t* stride = params.score.key_stride;
     return static_cast<const Element*>(params.score.keys) + b * stride[0] + h * stride[1] +

@@ -107,6 +107,8 @@ ScoreParams score_inputs(const ScoreArgs& args) {
   ScoreParams params = {};
   params.queries = args.queries.data;
   params.keys = args.keys.data;
+  if (args.layer.pages) params.held = layer_rows(args.layer);
+  params.is_fp8 = args.layer.format() == PageFormat::kFp8;
   params.seq_lens = args.seq_lens.ptr<int32_t>();
   params.sink_logits = args.sink_logits.ptr<float>();
   params.lse = args.lse.ptr<float>();
@@ -120,6 +122,7 @@ ScoreParams score_inputs(const ScoreArgs& args) {
   params.length = static_cast<int32_t>(args.keys.shape[2]);
   params.head_dim = static_cast<int32_t>(args.keys.shape[3]);
   params.is_max = args.group_reduce == Reduce::kMax;
+  params.tile_step = 1;
   params.is_aligned = rows_are_aligned(args.queries, 16) && rows_are_aligned(args.keys, 16);
   const float scale =
       args.scale != 0.f ? args.scale : 1.f / std::sqrt(static_cast<float>(params.head_dim));

@@ -17,12 +17,15 @@
 #include "common/async_copy.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
+#include "common/rows.cuh"
 
 namespace adakv {
 
 struct ScoreParams {
   const void* queries;       // [B, Hq, W, D]
-  const void* keys;          // [B, Hkv, T, D]
+  const void* keys;          // [B, Hkv, T, D], or pages
+  LayerRows held;            // whose rows the keys are, if they are not in a tensor
+  bool is_fp8;               // of its codes, if there are any
   const int32_t* seq_lens;   // [B] or null
   const float* sink_logits;  // [Hq] or null
   const float* lse;          // [B, Hq, W] or null
@@ -40,6 +43,7 @@ struct ScoreParams {
   bool is_max;               // the group is reduced by maximum, else by sum
   Pool pool;                 // of step 2
   int32_t side;              // entries on one side that it reaches
+  int32_t tile_step;         // tiles of step 2 begin at multiples of it, a power of two
   float weight;              // 1 / (what means divide by)
 };
 
@@ -79,6 +83,12 @@ void sm90_score(const ScoreArgs& args, const ScoreParams& params);
 constexpr float kLowest = -1e30f;  // finite, so that differences are never NaN
 constexpr float kLog2e = 1.4426950408889634f;
 
+/// Entries of a row.
+__device__ inline int32_t row_length(const ScoreParams& params, int32_t b, int32_t h) {
+  if (params.held.pages) return min(*params.held.lengths.at(b, h), params.length);
+  return params.seq_lens ? params.seq_lens[b] : params.length;
+}
+
 /// A kv head of a sequence, and a CTA's share of its entries.
 struct ScoreRow {
   int32_t b, h, seq_len, candidates;
@@ -86,7 +96,7 @@ struct ScoreRow {
   __device__ ScoreRow(const ScoreParams& params, int row) {
     b = row / params.kv_heads;
     h = row % params.kv_heads;
-    seq_len = params.seq_lens ? params.seq_lens[b] : params.length;
+    seq_len = row_length(params, b, h);
     candidates = seq_len - params.window;
   }
 };
@@ -112,7 +122,7 @@ struct Span {
     const int32_t share = (row.candidates + params.num_spans - 1) / params.num_spans;
     begin = min(span * share, row.candidates);
     end = min(begin + share, row.candidates);
-    first = begin - params.side;
+    first = (begin - params.side) & -params.tile_step;
     num_tiles = begin < end ? (end - first + params.side + tile - 1) / tile : 0;
   }
 };

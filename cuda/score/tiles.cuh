@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/tile.cuh"
+#include "score/keys.cuh"
 #include "score/score.cuh"
 
 namespace adakv {
@@ -70,7 +71,11 @@ class KeyLoader {
                        const ScoreRow& row,
                        const KeyTiles& tiles,
                        Element* stages)
-      : params_(params), stages_(stages), entry_(tiles.first + thread_row()), limit_(tiles.limit) {
+      : params_(params),
+        row_(row),
+        stages_(stages),
+        entry_(tiles.first + thread_row()),
+        limit_(tiles.limit) {
     head_ = static_cast<const Element*>(params.keys) + row.b * params.key_stride[0] +
             row.h * params.key_stride[1];
     source_ = head_ + entry_ * params.key_stride[2] + column();
@@ -85,7 +90,14 @@ class KeyLoader {
 #pragma unroll
     for (int i = 0; i < Tile::kEntries / kRowStep; ++i) {
       const bool is_valid = has_column && static_cast<uint32_t>(entry_) < limit_;
-      copy(to + i * kRowStep * Tile::kPitch, is_valid);
+      if (params_.held.pages) {
+        const KeyRow<Element> key =
+            key_row<Element>(params_, row_.b, row_.h, is_valid ? entry_ : 0);
+        copy_chunk(to + i * kRowStep * Tile::kPitch, key, column(), is_valid, params_.is_aligned,
+                   params_.keys);
+      } else {
+        copy(to + i * kRowStep * Tile::kPitch, is_valid);
+      }
       entry_ += kRowStep;
       source_ += step_;
     }
@@ -112,6 +124,7 @@ class KeyLoader {
   }
 
   const ScoreParams& params_;
+  const ScoreRow& row_;
   Element* stages_;
   int32_t entry_;
   uint32_t limit_;

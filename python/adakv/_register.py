@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, Literal, ParamSpec, TypeVar, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import torch
 
@@ -50,8 +50,12 @@ def verb(
         result: Any = signature.return_annotation
         is_named = hasattr(result, "_fields")
 
+        kinds = [_tuple_kind(p.annotation) for p in signature.parameters.values()]
+
         def in_graph(*args: P.args, **kwargs: P.kwargs) -> R:
-            fields = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+            fields: list[Any] = []
+            for arg, kind in zip(args, kinds, strict=False):
+                fields += [arg] if kind is None else arg or (None,) * len(kind._fields)
             given = operator(*fields, **kwargs)
             return result(*given) if is_named else given  # type: ignore[no-any-return]
 
@@ -78,15 +82,23 @@ def operators() -> Iterator[None]:
             setattr(sys.modules[body.__module__], body.__name__, body)
 
 
+def _tuple_kind(annotation: Any) -> Any:
+    """The NamedTuple of tensors that an annotation asks for, or is optional; None for others."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+
+
 def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:
     def flat(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
         annotation = parameter.annotation
         if get_origin(annotation) is Literal:
             yield parameter.replace(annotation=str)
-        elif hasattr(annotation, "_fields"):
-            for field in annotation._fields:
-                kind = torch.Tensor if field not in annotation._field_defaults else _Optional
-                yield parameter.replace(name=field, annotation=kind)
+        elif (kind := _tuple_kind(annotation)) is not None:
+            is_optional = parameter.default is None
+            for field in kind._fields:
+                is_given = not is_optional and field not in kind._field_defaults
+                tensor = torch.Tensor if is_given else _Optional
+                yield parameter.replace(name=field, annotation=tensor)
         else:
             yield parameter
 
@@ -107,18 +119,27 @@ def _taking_fields(
 ) -> Callable[..., Any]:
     """The function as the dispatcher calls it: fields one by one, options by name."""
     kinds: list[Any] = [
-        p.annotation for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY
+        _tuple_kind(p.annotation)
+        for p in signature.parameters.values()
+        if p.kind is not p.KEYWORD_ONLY
     ]
-    if not any(hasattr(kind, "_fields") for kind in kinds):
+    if not any(kinds):
         return function
     ends = list(accumulate(len(getattr(kind, "_fields", "-")) for kind in kinds))
     parts = list(zip(kinds, [0, *ends], ends, strict=False))
 
     def call(*fields: Any, **options: Any) -> Any:
         args = [
-            fields[start] if end == start + 1 else kind._make(fields[start:end])
+            fields[start] if kind is None else kind._make(fields[start:end])
             for kind, start, end in parts
+            if start < len(fields)
         ]
+        args = [None if _is_nothing(arg) else arg for arg in args]
         return function(*args, **options)
 
     return call
+
+
+def _is_nothing(arg: Any) -> bool:
+    """Whether it is a tuple of tensors that was left out."""
+    return isinstance(arg, tuple) and all(x is None for x in arg)

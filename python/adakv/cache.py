@@ -254,10 +254,11 @@ class KVCache:
     def begin_again(
         self, totals: Sequence[Sequence[int]], longest: Sequence[int], *, first_sequence: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Takes the pages for what some sequences keep of all that they hold, in every layer.
+        """The pages for what some sequences keep of all that they hold, in every layer.
 
-        The pages are free ones. Those of before hold their entries until the next call that takes
-        pages, although they count as free at once: read what is kept, then compact it.
+        They are the sequences' own as far as possible; free ones come to them only where hardly
+        anything leaves. The others are free at once, and hold their entries until the next call
+        that takes pages: compact every layer before, in place or from a copy.
 
         Parameters
         ----------
@@ -279,13 +280,15 @@ class KVCache:
         ValueError
             If a sequence holds nothing. Nothing changes.
         """
-        ids: list[int] = []
-        starts: list[int] = []
-        for of_layer, indptr in self._cache.begin_again(first_sequence, totals, longest):
-            starts += (len(ids) + start for start in indptr)
-            ids += of_layer
-        both = torch.tensor(starts + ids, dtype=torch.int32).to(self.device, non_blocking=True)
-        return both[len(starts) :], both[: len(starts)].view(self.num_layers, -1)
+        pages = bytearray(self._cache.begin_again(first_sequence, totals, longest))
+        both = torch.frombuffer(pages, dtype=torch.int32).to(self.device, non_blocking=True)
+        num_starts = self.num_layers * (len(longest) + 1)
+        return both[num_starts:], both[:num_starts].view(self.num_layers, -1)
+
+    def num_owned(self, layer: int, first_sequence: int = 0) -> list[int]:
+        """Pages that sequences own in a layer, from ``first_sequence`` on."""
+        sequences = range(first_sequence, self.num_sequences)
+        return [int(self._cache.num_pages(layer, b)) for b in sequences]
 
     def advance_pages(self, next_page: Tensor, lengths: Tensor) -> None:
         """Moves ``next_page`` of :meth:`begin_layers` past the pages of a layer that was compacted

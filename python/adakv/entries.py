@@ -4,7 +4,8 @@ stay are compacted."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from adakv.cache import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
+from adakv.step import Attention
 
 
 class GrowingEntries:
@@ -113,41 +115,135 @@ class Reserve(NamedTuple):
         _renumber(view, lambda places: self.kept.positions[places])
 
 
-class Held(NamedTuple):
-    """What the rows of some sequences hold in a layer, read out of their pages."""
+class Held:
+    """What the rows of some sequences hold in a layer, which is read out of their pages when it is
+    asked for. Behind a row's length is what is of no use.
 
-    keys: Tensor  #: [B, Hkv, T, D], of which each row has its length; what is behind is of no use
-    values: Tensor  #: [B, Hkv, T, D]
-    positions: Tensor  #: [B, Hkv, T] int32
-    lengths: Tensor  #: [B, Hkv] int32
-    seen: Tensor  #: [B] int32
+    Parameters
+    ----------
+    view : :class:`adakv.ops.Layer`
+        Of the sequences.
+    longest : int
+        T: the length of the longest row, or more.
+    dtype : torch.dtype
+        That of entries, if pages hold codes.
+    """
 
-    @classmethod
-    def read(cls, view: Layer, longest: int, dtype: torch.dtype) -> Held:
-        """A copy of all entries, as ``dtype`` if pages hold codes; ``longest`` is the length of the
-        longest row, or more."""
-        page_size = view.page_positions.shape[1]
-        table = view.block_table[:, :, : max(-(-longest // page_size), 1)]
-        pages = table.clamp(min=0).long()  # [B, Hkv, m]
+    def __init__(self, view: Layer, longest: int, dtype: torch.dtype) -> None:
+        self.view, self.longest, self._dtype = view, longest, dtype
 
-        def side_by_side(half: int, scales: Tensor | None) -> Tensor:
-            entries = view.pages[pages, half]  # [B, Hkv, m, P, D]
-            if scales is not None:
-                entries = _dequantised(entries, scales[pages], dtype)
-            return entries.flatten(2, 3)
+    @cached_property
+    def _pages(self) -> Tensor:
+        """``[B, Hkv, m]`` int64"""
+        num_pages = max(-(-self.longest // self.view.page_positions.shape[1]), 1)
+        return self.view.block_table[:, :, :num_pages].clamp(min=0).long()
 
-        if view.tails is None:
-            keys, values = side_by_side(0, view.key_scales), side_by_side(1, view.value_scales)
-        else:
-            keys, values = _int4_entries(view, pages, dtype)
-        positions = view.page_positions[pages].flatten(2)
-        return cls(keys, values, positions, view.lengths.clone(), view.seen.clone())
+    @cached_property
+    def keys(self) -> Tensor:
+        """``[B, Hkv, T, D]``, a copy."""
+        return self._entries[0] if self.is_int4 else self._side_by_side(0, self.view.key_scales)
 
-    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
-        """:func:`adakv.ops.compact` of some of the entries, into other pages."""
+    @cached_property
+    def values(self) -> Tensor:
+        """``[B, Hkv, T, D]``, a copy."""
+        return self._entries[1] if self.is_int4 else self._side_by_side(1, self.view.value_scales)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[B, Hkv, T]`` int32, a copy."""
+        return self.view.page_positions[self._pages].flatten(2)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B, Hkv]`` int32, those of the layer."""
+        return self.view.lengths
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether keys of a page share scales: then entries don't move, they are quantised anew."""
+        return self.view.tails is not None
+
+    @cached_property
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        return _int4_entries(self.view, self._pages, self._dtype)
+
+    def _side_by_side(self, half: int, scales: Tensor | None) -> Tensor:
+        entries = self.view.pages[self._pages, half]  # [B, Hkv, m, P, D]
+        if scales is not None:
+            entries = _dequantised(entries, scales[self._pages], self._dtype)
+        return entries.flatten(2, 3)
+
+    def compact(self, kept: Kept, page_ids: Tensor, page_indptr: Tensor) -> None:
+        """Some of the entries stay: :func:`adakv.ops.compact` in place, or of copies in int4."""
+        view = self.view
+        if not self.is_int4:
+            ops.compact(None, None, kept, view, page_ids, page_indptr)
+            return
+        seen, positions = view.seen.clone(), self.positions
         ops.compact(self.keys, self.values, kept, view, page_ids, page_indptr)
-        view.seen.copy_(self.seen)
-        _renumber(view, lambda places: self.positions.gather(2, places.flatten(2)).view_as(places))
+        view.seen.copy_(seen)
+        _renumber(view, lambda places: positions.gather(2, places.flatten(2)).view_as(places))
+
+
+class HeldInputs(LayerInputs):
+    """The same of what rows hold: keys, values and positions are read by those who ask for them."""
+
+    def __init__(
+        self,
+        held: Held,
+        queries: Tensor,
+        layer: int,
+        num_layers: int,
+        *,
+        attention: Attention,
+        w_o: Tensor | None,
+        carried: Tensor | None,
+    ) -> None:
+        given = {
+            "queries": queries,
+            "w_o": w_o,
+            "carried": carried,
+            "prompt_lens": (held.longest,) * len(held.lengths),
+            "layer": layer,
+            "num_layers": num_layers,
+            "seq_lens": held.lengths,
+            "attention": attention,
+            **dict.fromkeys(("lse", "repeat", "protected", "sequence_lens")),
+            "_norms": {},
+            "held": held,
+        }
+        self.__dict__.update(given)
+
+    held: Held
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        batch, heads = self.held.lengths.shape
+        return batch, heads, self.held.longest
+
+    @cached_property
+    def device(self) -> torch.device:
+        return self.held.lengths.device
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self.held.keys
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self.held.values
+
+    @property
+    def positions(self) -> Tensor:  # type: ignore[override]
+        return self.held.positions
+
+    def attended(self, count: int, **how: Any) -> Tensor:
+        if self.held.is_int4:
+            return super().attended(count, **how)
+        if self.queries.shape[2] != count:
+            self.check_window(count)
+        held, logits = self.held, self.attention.logits
+        return ops.score(self.queries, None, held.view, held.longest, **logits, **how)
 
 
 def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,59 +28,14 @@ from torch import Tensor
 from adakv import _C
 from adakv._register import operators as operators
 from adakv._register import verb
+from adakv.tensors import Kept as Kept
+from adakv.tensors import Layer as Layer
 
 Reduce = Literal["mean", "max", "sum"]
 Pool = Literal["max", "avg", "none"]
 Order = Literal["group_first", "pool_first"]
 Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
 Norm = Literal["l1", "l2_gram"]
-
-
-class Kept(NamedTuple):
-    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r +
-    1]]``, ascending.
-
-    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1.
-    ``indptr`` is ``[B * Hkv + 1]`` int32.
-    """
-
-    positions: Tensor
-    indptr: Tensor
-
-    def rows(self, num_rows: int) -> Tensor:
-        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
-        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
-        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
-
-
-class Layer(NamedTuple):
-    """The tensors of one layer of a :class:`adakv.cache.KVCache` (or of some of its sequences).
-
-    ``pages`` ``[N, 2, P, D]`` keys, then values, of one row each; shared by all layers. They are
-    of the dtype of keys and values, or their codes in uint8 or float8_e4m3fn (docs/bits.md). For
-    int4 ``[N, 2, P, D / 2]`` uint8, two codes a byte, that of the dimension before in the low half.
-    ``page_positions`` ``[N, P]`` int32, where the entry of each slot stood in its sequence; shared.
-    ``block_table`` ``[B, Hkv, M]`` int32, pages of each row in slot order, -1 behind the last.
-    ``lengths`` ``[B, Hkv]`` int32, entries that each row holds.
-    ``seen`` ``[B]`` int32, tokens that went by, kept or not.
-    ``fresh_pages`` ``[B, Hkv, F]`` int32, the pages that rows take when they outgrow their last
-    one.
-    ``key_scales``, ``value_scales`` ``[N, P, 2 Z]`` for int8 and ``[N, P, Z]`` for fp8, scales (and
-    zeros) of the Z = ceil(D / 64) groups of each entry; shared. None for plain pages. For int4
-    ``key_scales`` is ``[N, 2, D]``, the scale of each dimension of a page's keys, then the zeros.
-    ``tails`` ``[B, Hkv, 2 P, D]`` of the dtype of keys and values, only for int4: the last
-    ``lengths % P`` entries of each row, P keys, then P values. With all layers ``[L * B, ...]``.
-    """
-
-    pages: Tensor
-    page_positions: Tensor
-    block_table: Tensor
-    lengths: Tensor
-    seen: Tensor
-    fresh_pages: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-    tails: Tensor | None = None
 
 
 #: Fields of a layer that change with a step.
@@ -112,10 +67,24 @@ def _per_entry(keys: Tensor) -> Tensor:
         return _NOTHING
 
 
-@verb(fake=lambda queries, keys, **_: _per_entry(keys))
+def _scores(
+    _queries: Tensor,
+    keys: Tensor | None,
+    layer: Layer | None = None,
+    length: int = 0,
+    **_options: Any,
+) -> Tensor:
+    if layer is None or layer[0] is None:
+        return _per_entry(keys)  # type: ignore[arg-type]
+    return layer.lengths.new_empty((*layer.lengths.shape, length), dtype=torch.float32)
+
+
+@verb(fake=_scores)
 def score(
     queries: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
+    layer: Layer | None = None,
+    length: int = 0,
     *,
     seq_lens: Tensor | None = None,
     sink_logits: Tensor | None = None,
@@ -143,10 +112,14 @@ def score(
     queries : ``[B, Hq, W, D]``
         Queries of each sequence's last W positions, or of every ``stride``-th one, its last one
         among them; after RoPE. Queries for positions before the first are not looked at.
-    keys : ``[B, Hkv, T, D]``
+    keys : ``[B, Hkv, T, D]``, optional
         Prompt keys, after RoPE.
+    layer, length : :class:`Layer` and int, optional
+        In the place of keys: those that the layer's rows hold, read where they lie; T is
+        ``length``, at least that of the longest row. Each row has a window of its own, its last
+        entries. Not of int4.
     seq_lens : ``[B]`` int32, optional
-        Prompt lengths, 0 to T. Default: all T.
+        Prompt lengths, 0 to T. Default: all T, or what rows hold.
     sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax and attend to nothing (gpt-oss).
     lse : ``[B, Hq, W]`` float32, optional
@@ -174,9 +147,9 @@ def score(
     scores : ``[B, Hkv, T]`` float32
         ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
-    scores = _per_entry(keys)
+    scores = _scores(queries, keys, layer, length)
     _C.score(
-        queries, keys, seq_lens, sink_logits, lse,
+        queries, keys, layer, seq_lens, sink_logits, lse,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
         window_reduce, group_reduce, order, pool, pool_width,
         -1 if window is None else window, stride, distance, scores,
@@ -349,8 +322,8 @@ def select(
 
 @verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
 def compact(
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
     kept: Kept,
     layer: Layer,
     page_ids: Tensor,
@@ -362,14 +335,17 @@ def compact(
 
     Parameters
     ----------
-    keys, values : ``[B, Hkv, T, D]``
+    keys, values : ``[B, Hkv, T, D]``, optional
+        Without them the entries are those that the layer's rows hold, positions are slots of the
+        rows, and everything stays in its place that can. Not of int4.
     kept : :class:`Kept`
     layer : :class:`Layer`
         Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from
-        ``seq_lens``.
+        ``seq_lens``; in place ``seen`` stays.
     page_ids, page_indptr : ``[Q]`` and ``[B + 1]`` int32
         Sequence b may use the pages ``page_ids[page_indptr[b]:page_indptr[b + 1]]``; they are dealt
-        to its rows in order, then one fresh page to each row.
+        to its rows in order, then one fresh page to each row. In place, pages among them that rows
+        hold entries in stay theirs.
     seq_lens : ``[B]`` int32, optional
     """
     _C.compact(keys, values, *kept, seq_lens, page_ids, page_indptr, layer)

@@ -6,8 +6,8 @@
     text.choose(kv, slots)                              behind it, if it is due
 
 What is chosen by is what the policy's scorer sees of the newest queries, which are kept in a ring.
-The entries of a layer are read out of their pages, the policy picks, and what stays is compacted
-into other pages; those of before are free again.
+The policy scores the entries where they lie and picks; what stays moves to lower slots of the same
+pages, and those that are left over are free again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from adakv.cache import KVCache, sequences
-from adakv.entries import Held
-from adakv.errors import integer
+from adakv.entries import Held, HeldInputs
+from adakv.errors import Error, integer
 from adakv.ops import Kept
-from adakv.policy import EveryTokens, LayerInputs, Policy, get
+from adakv.policy import EveryTokens, Policy, get
 from adakv.policy.again import carries, check_chooses_again, choose_again
 from adakv.policy.protection import Spans, mask_of
 from adakv.step import Attention
@@ -238,14 +238,15 @@ class Reselection:
         ValueError
             If more is protected than a budget has room for. Nothing changes.
         adakv.Error
-            If there is no memory for what stays, beside what is held. Nothing changes.
+            If there is no memory for pages that come to those held, where hardly anything leaves.
+            Nothing changes.
         """
         lengths = kv.all_layers.lengths[:, slots].tolist()  # [L][B][Hkv]; waits for the device
         longest = [max(map(max, rows)) for rows in zip(*lengths, strict=True)]
         most = -(-max(longest) // kv.page_size) * kv.page_size
         if not self._is_full:
             for layer in range(self._num_layers):
-                inputs, _ = self._inputs(kv, slots, layer, most)
+                inputs = self._inputs(kv, slots, layer, most)
                 self._carried[layer] = self.rule.policy.scorer.score(inputs)
             self._unheard = 0
             return
@@ -256,7 +257,8 @@ class Reselection:
         totals = [plan.totals for plan in plans]
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
-            inputs, held = self._inputs(kv, slots, layer, most)
+            inputs = self._inputs(kv, slots, layer, most)
+            held = inputs.held
             scores = self.rule.policy.scorer.score(inputs)
             kept = choose_again(
                 self.rule.policy,
@@ -267,8 +269,7 @@ class Reselection:
                 protected=self._marked(held),
                 total=sum(plan.totals),
             )
-            view = sequences(kv.layers[layer], slots)
-            held.compact(kept, view, page_ids, page_indptr[layer])
+            held.compact(kept, page_ids, page_indptr[layer])
             if self.rule.carries:
                 self._carried[layer] = _moved(scores, kept)
             self._left[layer] = plan.left
@@ -306,30 +307,25 @@ class Reselection:
             plan.left.append(min(text, limit))
         return plan
 
-    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int) -> tuple[LayerInputs, Held]:
+    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int) -> HeldInputs:
         """What a layer's rows hold, as the policy takes it."""
-        rule = self.rule
-        held = Held.read(sequences(kv.layers[layer], slots), most, kv.dtype)
+        rule, attention = self.rule, self._attention[layer]
+        held = Held(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
-        attention = self._attention[layer]
-        inputs = LayerInputs(
+        return HeldInputs(
+            held,
             self.recent.last(layer, count),
-            held.keys,
-            held.values,
-            attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,
-            (most,) * len(held.keys),
             layer,
             self._num_layers,
-            seq_lens=held.lengths,
             attention=attention,
-            positions=held.positions,
+            w_o=attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,
             carried=self._carried_to(layer, held) if rule.carries else None,
         )
-        return inputs, held
 
     def _carried_to(self, layer: int, held: Held) -> Tensor:
         """The scores of the last time, ``[B, Hkv, T]``, 0 of what is newer."""
-        carried = held.keys.new_zeros(held.keys.shape[:3], dtype=torch.float32)
+        shape = *held.lengths.shape, held.longest
+        carried = held.lengths.new_zeros(shape, dtype=torch.float32)
         before = self._carried[layer]
         if before is not None:
             length = min(before.shape[2], carried.shape[2])
@@ -379,14 +375,18 @@ class _Plan(NamedTuple):
 def _begin_again(
     kv: KVCache, totals: list[list[int]], longest: list[int], first_sequence: int
 ) -> tuple[Tensor, Tensor]:
-    """Pages for what stays; the pool grows if there are too few."""
-    needed = sum(
-        kv.pages_for(total, 0, num_kv_heads=kv.num_kv_heads, page_size=kv.page_size)
-        for of_layer in totals
-        for total in of_layer
-    )
-    if needed > kv.num_free:
-        kv.reserve(num_pages=kv.num_pages + needed - kv.num_free)
+    """Pages for what stays. The pool grows if there are too few, as may be where little leaves."""
+    try:
+        return kv.begin_again(totals, longest, first_sequence=first_sequence)
+    except Error:
+        missing = sum(
+            max(kv.pages_for(n, 0, num_kv_heads=kv.num_kv_heads, page_size=kv.page_size) - owned, 0)
+            for layer, of_layer in enumerate(totals)
+            for n, owned in zip(of_layer, kv.num_owned(layer, first_sequence), strict=False)
+        )
+        if missing <= kv.num_free:
+            raise
+    kv.reserve(num_pages=kv.num_pages + missing - kv.num_free)
     return kv.begin_again(totals, longest, first_sequence=first_sequence)
 
 

@@ -314,9 +314,10 @@ TEST(KVCache, BeginTakesAllOrNothing) {
   EXPECT_EQ(cache.pool().num_used(), 0);
 }
 
-TEST(KVCache, BeginsAgainWithFreePages) {
+TEST(KVCache, BeginsAgainWithItsOwnPages) {
   KVCache cache(small_config(), device_memory({}));
-  for (int32_t layer : {0, 1}) cache.begin(layer, 0, {100, 100}, {50, 50});
+  std::vector<PageList> first;
+  for (int32_t layer : {0, 1}) first.push_back(cache.begin(layer, 0, {100, 100}, {50, 50}));
   cache.grow({20, 20, 0}, 20);
   const int32_t others = 2 * cache.num_pages(0, 1);
   const auto keep = [&](int64_t a, int64_t b) { return cache.begin_again(0, {{a}, {b}}, {70}); };
@@ -328,13 +329,13 @@ TEST(KVCache, BeginsAgainWithFreePages) {
   EXPECT_EQ(cache.pool().num_used(), 2 * others);
   EXPECT_EQ(cache.row_pages_to_grow({1, 0, 0}), 9);  // 50 + 20 + 1
 
-  const int32_t touched = cache.pool().num_touched();
   const std::vector<PageList> pages = keep(20, 30);
   ASSERT_EQ(pages.size(), 2u);
   EXPECT_EQ(pages[0].indptr, (std::vector<int32_t>{0, 6}));
   EXPECT_EQ(pages[1].indptr, (std::vector<int32_t>{0, 7}));
-  for (const PageList& list : pages) {
-    for (int32_t id : list.ids) EXPECT_GE(id, touched);  // no page that holds something
+  for (int l : {0, 1}) {  // those that it has had longest
+    const auto begin = first[l].ids.begin();
+    EXPECT_EQ(pages[l].ids, (std::vector<int32_t>{begin, begin + pages[l].indptr[1]}));
   }
   EXPECT_EQ(cache.pool().num_used(), others + 13);
   EXPECT_EQ(cache.num_pages(1, 0), 7);

@@ -153,3 +153,98 @@ def test_compact_names_what_does_not_fit_and_changes_nothing() -> None:
             ops.compact(keys, keys, kept, layer, ids, indptr)
         for a, b in zip(layer[:6], before[:6], strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+IN_PLACE = [
+    *((dtype, kv_dtype, 16, 64) for dtype, kv_dtype in cases.FORMATS),
+    (torch.bfloat16, "auto", 8, 128),
+    (torch.float16, "auto", 256, 80),
+    (torch.float32, "auto", 16, 256),
+    (torch.bfloat16, "int8", 32, 24),
+    (torch.float16, "fp8", 16, 256),
+]
+
+
+@pytest.mark.parametrize("dtype, kv_dtype, page_size, head_dim", IN_PLACE, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.97, 1.0])
+def test_compact_in_place_equals_the_definition(
+    share: float,
+    dtype: torch.dtype,
+    kv_dtype: str,
+    page_size: int,
+    head_dim: int,
+    device: torch.device,
+) -> None:
+    lengths = [[100, 1, 700, 16], [0, 64, 333, 2049], [5, 5, 5, 40]]
+    layer = cases.paged_layer(
+        lengths,
+        page_size=page_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=device,
+    )
+    rows = [torch.nonzero(torch.rand(n) <= share)[:, 0] for row in lengths for n in row]
+    if share == 1:
+        rows[2] = torch.cat([torch.arange(600), torch.arange(601, 700)])  # one leaves
+    ends = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+    kept = ops.Kept(
+        torch.cat([*rows, torch.full((5,), -1)]).int().to(device), ends.int().to(device)
+    )
+    # Which pages stay: of each sequence some of its own, in any order, and strange ones.
+    used = layer.block_table.cpu(), layer.fresh_pages.cpu()
+    free = torch.randperm(len(layer.pages))
+    free = free[~torch.isin(free, torch.cat([x.flatten() for x in used]))].int()
+    ids, indptr = [], [0]
+    for b in range(3):
+        needed = 4 + sum(-(-len(row) // page_size) for row in rows[4 * b : 4 * b + 4])
+        own = torch.cat([x[b].flatten() for x in used])
+        own = own[own >= 0].int()
+        own = own[torch.randperm(len(own))][: needed + 2]
+        strangers = max(needed - len(own), 0)
+        ids += [own, free[:strangers]]
+        free = free[strangers:]
+        indptr.append(indptr[-1] + len(own) + strangers)
+    page_ids, page_indptr = torch.cat(ids).to(device), cases.int32(indptr, device)
+    expected = cases.copied(layer)
+    reference.compact(
+        None, None, (kept.positions.cpu(), ends), expected, page_ids.cpu(), page_indptr.cpu()
+    )
+    ops.compact(None, None, kept, layer, page_ids, page_indptr)
+    cases.assert_same_layer(layer, expected)
+
+
+def test_compact_in_place_refuses_what_is_wrong() -> None:
+    layer = cases.paged_layer([[20, 30]], dtype=torch.bfloat16)
+    before = cases.copied(layer)
+    pages = torch.cat([layer.block_table.flatten(), layer.fresh_pages.flatten()])
+    pages = pages[pages >= 0].int()
+    kept = ops.Kept(cases.int32([0, 3, 5, 7]), cases.int32([0, 2, 4]))
+    both = cases.int32([0, len(pages)])
+    x = torch.randn(1, 2, 40, 64).bfloat16()
+    for message, change in (
+        ("keys and values must be given together", {"values": x}),
+        (r"must ascend within a row and lie in 0 \.\. 19, got 20", {"positions": [0, 20, 5, 7]}),
+        (r"must ascend within a row and lie in 0 \.\. 29, got 5", {"positions": [0, 3, 5, 5]}),
+        ("sequence 0 needs 4 pages, got 3", {"page_indptr": [0, 3]}),
+        (r"page_ids must lie in 0 \.\. ", {"page_ids": [-1, *pages.tolist()[1:]]}),
+        ("indptr must ascend", {"indptr": [0, 3, 2]}),
+    ):
+        given = {"positions": kept.positions, "indptr": kept.indptr, "page_ids": pages}
+        given |= {"page_indptr": both, "values": None}
+        given |= {
+            k: v if isinstance(v, torch.Tensor) else cases.int32(v) for k, v in change.items()
+        }
+        with pytest.raises(ValueError, match=message):
+            ops.compact(
+                None,
+                given["values"],
+                ops.Kept(given["positions"], given["indptr"]),
+                layer,
+                given["page_ids"],
+                given["page_indptr"],
+            )
+        cases.assert_same_layer(layer, before)
+    int4 = cases.paged_layer([[20, 30]], dtype=torch.bfloat16, kv_dtype="int4")
+    with pytest.raises(ValueError, match="must be given for a layer of int4"):
+        ops.compact(None, None, kept, int4, pages, both)

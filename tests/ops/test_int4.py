@@ -169,7 +169,7 @@ def test_entries_are_read_out_of_pages_and_tails(
 ) -> None:
     lengths = [[5, 64, 0], [95, 32, 200]]
     layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4", device=device)
-    held = Held.read(layer, 200, dtype)
+    held = Held(layer, 200, dtype)
     for b, row in enumerate(lengths):
         for h, length in enumerate(row):
             keys, values = reference.row_of(layer, b, h).float().to(dtype)

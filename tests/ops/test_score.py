@@ -11,7 +11,15 @@ from torch import Tensor
 
 import reference
 from adakv import ops
-from cases import CORNER_PROMPTS, LARGE_PROMPTS, PROMPTS, Prompt
+from cases import (
+    CORNER_PROMPTS,
+    FORMATS,
+    LARGE_PROMPTS,
+    PROMPTS,
+    Prompt,
+    copied,
+    paged_layer,
+)
 from tolerance import assert_close
 
 
@@ -154,3 +162,82 @@ def test_score_names_what_is_wrong(device: torch.device) -> None:
         ops.score(queries, keys, stride=2**24)
     with pytest.raises(ValueError, match="q heads"):
         ops.score(queries[:, :3], keys)
+
+
+HELD = [
+    ([[100, 37, 16], [0, 5, 64]], 16, 64),
+    ([[700, 31], [33, 4000]], 16, 128),
+    ([[200, 130, 129]], 8, 128),
+    ([[300, 256], [255, 1]], 256, 64),
+    ([[90, 50], [20, 70]], 32, 80),
+    ([[90, 40]], 64, 256),
+]
+
+
+@pytest.mark.parametrize("dtype, kv_dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("lengths, page_size, head_dim", HELD, ids=str)
+def test_score_of_what_rows_hold(
+    lengths: list[list[int]],
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: str,
+    device: torch.device,
+) -> None:
+    layer = paged_layer(
+        lengths,
+        page_size=page_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=device,
+    )
+    host, most = copied(layer), max(map(max, lengths)) + 9
+    batch, heads = layer.lengths.shape
+    for window, group, options in (
+        (8, 4, {}),
+        (33, 1, {"window_reduce": "max", "pool": "avg", "pool_width": 5}),
+        (4, 2, {"softcap": 5.0, "order": "pool_first", "group_reduce": "max"}),
+        (40, 2, {"window": 0, "window_reduce": "sum", "group_reduce": "sum", "pool": "none"}),
+        (270, 1, {"sink_logits": torch.randn(heads), "scale": 0.2}),
+    ):
+        queries = torch.randn(batch, heads * group, window, head_dim).to(dtype)
+        expected = reference.score(queries, None, host, most, **options)
+        baseline = reference.score(queries, None, host, most, dtype=dtype, **options)
+        given = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
+        scores = ops.score(queries.to(device), None, layer, most, **given)
+        assert_close(scores, expected, baseline, f"scores, {options}")
+
+
+def test_score_of_what_rows_hold_equals_that_of_a_tensor(device: torch.device) -> None:
+    """Bit for bit: a row is as good as a sequence."""
+    lengths = [[2000, 1, 700], [64, 900, 1555]]
+    layer = paged_layer(lengths, head_dim=128, dtype=torch.bfloat16, device=device)
+    pages = layer.block_table.clamp(min=0).long()[..., :125]
+    keys = layer.pages[pages, 0].flatten(2, 3).flatten(0, 1)[:, None].nan_to_num()
+    queries = torch.randn(2, 12, 16, 128, device=device).bfloat16()
+    of_rows = ops.score(
+        queries.view(6, 4, 16, 128), keys, seq_lens=layer.lengths.flatten().contiguous()
+    )
+    assert torch.equal(ops.score(queries, None, layer, 2000), of_rows.view(2, 3, 2000))
+
+
+def test_score_names_what_is_wrong_with_a_layer() -> None:
+    layer = paged_layer([[20, 30]], dtype=torch.bfloat16)
+    queries = torch.randn(1, 2, 4, 64).bfloat16()
+    lens = torch.tensor([20], dtype=torch.int32)
+    int4 = paged_layer([[20, 30]], dtype=torch.bfloat16, kv_dtype="int4")
+    for message, args, options in (
+        (r"lengths must lie in 0 \.\. 29, got 30 for row \(0, 1\)", (None, layer, 29), {}),
+        ("keys or a layer must be given", (None,), {}),
+        ("layer must be left out where keys are given", (queries, layer, 30), {}),
+        ("seq_lens must be left out with a layer", (None, layer, 30), {"seq_lens": lens}),
+        ("layer must not be of int4", (None, int4, 30), {}),
+        (
+            "pages must be bfloat16 like queries",
+            (None, layer._replace(pages=layer.pages.half()), 30),
+            {},
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.score(queries, *args, **options)

@@ -196,10 +196,10 @@ AdakvStatus adakv_cache_begin(AdakvCache* cache,
                               const int64_t* longest_row,
                               AdakvPageList* pages);
 
-/** Takes the pages for what the sequences first_sequence + i keep of all that they hold: of layer l
+/** The pages for what the sequences first_sequence + i keep of all that they hold: of layer l
  * num_kept[l * num_sequences + i] entries over all rows, at most longest_row[i] in one. `pages` has
- * an element for each layer. The pages of before hold their entries until the next call that takes
- * pages. */
+ * an element for each layer: as far as possible the sequences' own. The others are free at once, and
+ * hold their entries until the next call that takes pages: adakv_compact() every layer before. */
 AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
                                     int32_t first_sequence,
                                     int32_t num_sequences,
@@ -270,8 +270,9 @@ typedef enum AdakvNorm { ADAKV_L1, ADAKV_L2_GRAM } AdakvNorm;
 /** What adakv_score() takes: ScoreArgs of ops.h. */
 typedef struct AdakvScoreArgs {
   const AdakvTensor* queries;     /* [B, Hq, W, D] */
-  const AdakvTensor* keys;        /* [B, Hkv, T, D] */
-  const AdakvTensor* seq_lens;    /* [B] int32, optional */
+  const AdakvTensor* keys;        /* [B, Hkv, T, D]; NULL: those of the layer */
+  AdakvLayer layer;               /* in the place of keys; all NULL if these are given */
+  const AdakvTensor* seq_lens;    /* [B] int32, optional; NULL with a layer */
   const AdakvTensor* sink_logits; /* [Hq] float32, optional */
   const AdakvTensor* lse;         /* [B, Hq, W] float32, optional */
   float scale;                    /* 0: 1 / sqrt(D) */
@@ -334,14 +335,15 @@ typedef struct AdakvSelectArgs {
 
 /** What adakv_compact() takes: CompactArgs of ops.h. */
 typedef struct AdakvCompactArgs {
-  const AdakvTensor* keys;        /* [B, Hkv, T, D] */
-  const AdakvTensor* values;      /* [B, Hkv, T, D] */
+  const AdakvTensor* keys;        /* [B, Hkv, T, D]; NULL: in place, positions are slots */
+  const AdakvTensor* values;      /* [B, Hkv, T, D]; NULL with keys */
   const AdakvTensor* positions;   /* [K] int32 */
   const AdakvTensor* indptr;      /* [B * Hkv + 1] int32 */
   const AdakvTensor* seq_lens;    /* [B] int32, optional */
-  const AdakvTensor* page_ids;    /* [Q] int32, of adakv_cache_begin(), on the tensors' device */
+  const AdakvTensor* page_ids;    /* [Q] int32, of adakv_cache_begin(), on the tensors' device; in
+                                     place of adakv_cache_begin_again() */
   const AdakvTensor* page_indptr; /* [B + 1] int32 */
-  AdakvLayer layer;               /* out */
+  AdakvLayer layer;               /* out; in place in and out */
   void* workspace;                /* scratch memory on the tensors' device */
   size_t workspace_bytes;         /* adakv_compact_workspace() */
   void* stream;                   /* a cudaStream_t; NULL on the CPU */

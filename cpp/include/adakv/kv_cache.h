@@ -7,8 +7,8 @@
 //                    compact(..., cache.layer(layer), pages)     device: deals and fills them
 //   for each step:   cache.grow({1, 1, ...})                     host: fresh pages, all layers
 //                    for each layer: append(...), attend(...)    device
-//   now and then:    pages = cache.begin_again(...)              host: pages for what still is kept
-//                    for each layer: compact(...)                device: from what was held before
+//   now and then:    pages = cache.begin_again(...)              host: which pages stay
+//                    for each layer: compact(...)                device: in place
 //   at the end:      cache.remove(sequence)                      host: every page goes back
 //
 // The host never asks the device how long a row is, because two facts suffice.
@@ -184,12 +184,14 @@ class KVCache {
                  const std::vector<int64_t>& num_kept,
                  const std::vector<int64_t>& longest_row);
 
-  /// Takes the pages for what the sequences first_sequence + i keep of all that they hold, in every
-  /// layer, to be passed to compact(): at most num_kept[l][i] entries over all rows of layer l, and
-  /// at most longest_row[i] in one of them. The pages are free ones: those of before hold their
-  /// entries until the first begin, begin_again or grow after this one, although they count as free.
-  /// Throws Error if too few pages are free or a row might outgrow max_row_pages, and InvalidArgument
-  /// for a sequence that no begin() was called for in every layer. Then nothing changes.
+  /// The pages for what the sequences first_sequence + i keep of all that they hold, in every layer,
+  /// to be passed to compact(): at most num_kept[l][i] entries over all rows of layer l, and at most
+  /// longest_row[i] in one of them. The pages are those that the sequence has had longest in the
+  /// layer; only where hardly anything leaves, free ones come to them. The others are free at once,
+  /// and hold their entries until the first begin, begin_again or grow after this one: compact()
+  /// every layer before that. Throws Error if too few pages are free or a row might outgrow
+  /// max_row_pages, and InvalidArgument for a sequence that no begin() was called for in every layer.
+  /// Then nothing changes.
   std::vector<PageList> begin_again(int32_t first_sequence,
                                     const std::vector<std::vector<int64_t>>& num_kept,
                                     const std::vector<int64_t>& longest_row);
@@ -230,6 +232,7 @@ class KVCache {
                      const std::vector<int64_t>& longest_row) const;
   PageList take(int32_t layer, int32_t first_sequence, const std::vector<int64_t>& num_kept);
   void check_layer(int32_t layer) const;
+  int64_t pages_of(int64_t num_kept) const;
   int64_t row_pages(int64_t entries) const;
   void check_row(int64_t entries) const;
   void refill(int32_t sequence, int32_t first, int32_t last, Stream stream);

@@ -52,10 +52,15 @@ enum class Norm : uint8_t { kL1, kL2Gram };
 /// to position(w) - distance; a mean is over the queries that count, 0 if there are none. All in
 /// float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - window;
 /// average pooling counts it as zero.
+/// With a layer in the place of keys, the keys are those that its rows hold, read where they lie: row
+/// (b, h) has entries 0 .. lengths[b, h] - 1, of which the last ones are its window, and n differs
+/// from row to row. Of quantised pages, a key is what codes and scale say, rounded to the dtype of the
+/// queries; not of int4.
 struct ScoreArgs {
-  TensorView queries;      // [B, Hq, W, D]   of each sequence's last positions, after RoPE
-  TensorView keys;         // [B, Hkv, T, D]  prompt keys, after RoPE
-  TensorView seq_lens;     // [B] int32       prompt lengths, 0 .. T; not given: all T
+  TensorView queries;   // [B, Hq, W, D]   of each sequence's last positions, after RoPE
+  TensorView keys;      // [B, Hkv, T, D]  prompt keys, after RoPE; not given: those of the layer
+  LayerView layer;      // of the same B sequences, in; given if keys are not
+  TensorView seq_lens;  // [B] int32       prompt lengths, 0 .. T; not given: all T, or the layer's
   TensorView sink_logits;  // [Hq] float32    optional: joins each softmax, attends to nothing
   TensorView lse;          // [B, Hq, W] float32  optional: natural log-sum-exp of z, sink included
   float scale = 0.f;       // 0: 1 / sqrt(D)
@@ -68,7 +73,7 @@ struct ScoreArgs {
   int window = -1;                       // last positions of the prompt, which don't compete; -1: W
   int stride = 1;                        // positions from one query to the next
   int distance = 0;         // positions that a query is behind an entry, at least, to count for it
-  TensorView scores;        // [B, Hkv, T] float32, out; -inf from n on
+  TensorView scores;        // [B, Hkv, T] float32, out; -inf from n on; T at least the longest row
   TensorView workspace;     // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;  // where CUDA work is put
 };
@@ -144,16 +149,24 @@ void select(const SelectArgs& args);
 /// Quantised pages get the codes and scales of ops/quantise.h. An entry that isn't finite makes its
 /// own scale NaN and no other. They take float16 and bfloat16, no float32. In int4 what does not fill
 /// a page goes to the row's tail.
+///
+/// Without keys and values, the entries are those that the layer's rows hold, positions are slots of
+/// the row, and everything stays in its place that can (KVCache::begin_again):
+///   slot i  <-  slot positions[indptr[b * Hkv + h] + i], codes, scales and position as they are
+/// A row keeps its first ceil(length / P) pages, but for those that page_ids does not name. These are
+/// replaced, row by row, by pages of page_ids that no row has kept, in their order; the next ones of
+/// them are the fresh pages. seen stays as it is. Not of int4, where a page's keys share scales.
 struct CompactArgs {
-  TensorView keys;         // [B, Hkv, T, D]
+  TensorView keys;         // [B, Hkv, T, D]  optional, with values
   TensorView values;       // [B, Hkv, T, D]
   TensorView positions;    // [K] int32
   TensorView indptr;       // [B * Hkv + 1] int32
   TensorView seq_lens;     // [B] int32   not given: all T
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32
-  LayerView layer;         // of the same B sequences, out: everything in it; seen = seq_lens
-  TensorView workspace;    // [workspace_bytes(args) / 4] int32
+  LayerView layer;       // of the same B sequences, out: everything in it; seen = seq_lens. In and
+                         // out, but for seen, without keys
+  TensorView workspace;  // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.layer.

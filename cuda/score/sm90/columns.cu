@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   } else {
     take_many_registers();
     const int32_t own = first + threadIdx.x / kGroupThreads * kGroupRows;  // this group's first
-    KeptBlocks<Tile> keys([&](int i) { return head.key<Element>(params, own + i); });
+    KeptBlocks<Tile> keys([&](int i) { return head.key_of_tensor<Element>(params, own + i); });
     float values[2][4];  // of both blocks: rows g and g + 8, even and odd queries apart
     for (int i = 0; i < 8; ++i) values[i / 4][i % 4] = kIsMax ? -INFINITY : 0.f;
     const auto take = [&](float& value, float z) {
@@ -194,6 +194,7 @@ void launch_columns(const ScoreArgs& args, const ColumnParams& params) {
 }  // namespace
 
 bool sm90_score_columns_fits(const ScoreArgs& args) {
+  if (args.layer.pages) return false;
   bool fits =
       args.keys.dtype != DType::kFloat32 && (args.keys.shape[3] == 64 || args.keys.shape[3] == 128);
   for (const TensorView* x : {&args.keys, &args.queries}) {

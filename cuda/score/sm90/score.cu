@@ -4,8 +4,10 @@
 // against all keys, so that a row's are in four lanes; for the probabilities 64 keys against all
 // query rows, so that the sum over rows stays in a lane. Two CTAs share a multiprocessor: one
 // multiplies while the other takes exponentials, and CTAs of the second kernel begin with their
-// products while the first kernel ends.
+// products while the first kernel ends. Keys in pages come page by page, each by a lane of its own.
 #include "score/score.cuh"
+
+#include <algorithm>
 
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
@@ -23,9 +25,10 @@ constexpr int kUnit = kSm90ScoreSizes.unit, kUnits = kRows / kUnit;
 constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarpSize;
 constexpr int kThreads = 2 * kGroupThreads, kCtas = kSm90ScoreSizes.ctas_per_sm;
 
-template <typename Element_, int kDim>
+template <typename Element_, int kDim, bool kHeld_>
 struct ScoreTile {
   using Element = Element_;
+  static constexpr bool kHeld = kHeld_;  // keys are in pages
   static constexpr int kPanels = kDim / kPanelColumns;
   static constexpr int kPanelBytes = kEntries * kPanelRowBytes;
   static constexpr int kTileBytes = kPanels * kPanelBytes;
@@ -47,6 +50,18 @@ struct Place {
   }
 };
 
+// Boxes that a tile comes in: a panel's entries, or those of a page.
+template <typename Tile>
+__device__ int num_boxes(const ScoreParams& params) {
+  return Tile::kHeld ? Tile::kPanels * (kEntries / params.tile_step) : Tile::kPanels;
+}
+
+// Threads that start the copies of boxes: of pages one each.
+template <typename Tile>
+__device__ int num_loaders(const ScoreParams& params) {
+  return Tile::kHeld ? num_boxes<Tile>(params) : 1;
+}
+
 // Tiles of keys: tile i is at entry first + i * step and comes to stage i % kStages.
 template <typename Tile>
 struct KeyStages {
@@ -55,16 +70,40 @@ struct KeyStages {
   uint64_t* arrived;  // [kStages]   barriers
   int32_t first, step, count;
   bool is_read_again;  // soon, so that the cache should hold them
+  int32_t page = 0;    // of pages: that of this thread's box of the next tile to load
 
-  /// By one thread: tile i, if there is one. All are done with the tile before it in its stage.
-  __device__ void load(const Place& place, int32_t i) const {
+  /// By the first threads, as many as there are loaders: tile i, if there is one. Tiles are loaded one
+  /// after the other; all are done with the tile before this one in its stage.
+  __device__ void load(const ScoreParams& params, const Place& place, int32_t i) {
     if (i >= count) return;
     const uint64_t policy = is_read_again ? normal_policy() : read_once_policy();
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      copy_box(tile(i) + panel * Tile::kPanelBytes, keys,
-               {panel * kPanelColumns, first + i * step, place.row.h, place.row.b},
-               Tile::kPanelBytes, shared_address(&arrived[i % Tile::kStages]), policy);
+    if constexpr (Tile::kHeld) {
+      const int32_t rows = params.tile_step;
+      const int32_t panel = threadIdx.x % Tile::kPanels, piece = threadIdx.x / Tile::kPanels;
+      const int32_t entry = first + i * step + piece * rows;
+      copy_box(tile(i) + panel * Tile::kPanelBytes + piece * rows * kPanelRowBytes, keys,
+               {panel * kPanelColumns, entry & (params.held.page_size - 1), 0, page},
+               rows * kPanelRowBytes, shared_address(&arrived[i % Tile::kStages]), policy);
+      find_page(params, place, i + 1);
+    } else {
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        copy_box(tile(i) + panel * Tile::kPanelBytes, keys,
+                 {panel * kPanelColumns, first + i * step, place.row.h, place.row.b},
+                 Tile::kPanelBytes, shared_address(&arrived[i % Tile::kStages]), policy);
+      }
     }
+  }
+
+  /// Of pages: the one that this thread's box of tile i lies in, or one that is not there, which reads
+  /// as zeros.
+  __device__ void find_page(const ScoreParams& params, const Place& place, int32_t i) {
+    const int32_t piece = threadIdx.x / Tile::kPanels;
+    const int32_t entry = first + i * step + piece * params.tile_step;
+    const bool is_there = i < count && entry >= 0 && entry < place.row.seq_len;
+    page = -1;
+    if (!is_there) return;
+    const int32_t* table = params.held.block_table.at(place.row.b, place.row.h);
+    page = __ldg(table + (entry >> params.held.page_shift));
   }
 
   __device__ void wait(int32_t i) const {
@@ -104,14 +143,18 @@ __device__ void load_queries(const ScoreParams& params, const Place& place, char
 template <typename Tile>
 __device__ void begin_tiles(const ScoreParams& params,
                             const Place& place,
-                            const KeyStages<Tile>& stages,
+                            KeyStages<Tile>& stages,
                             char* queries) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      init_barrier(shared_address(&stages.arrived[i]), Tile::kPanels);
+  if (threadIdx.x < num_loaders<Tile>(params)) {
+    if constexpr (Tile::kHeld) stages.find_page(params, place, 0);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Tile::kStages; ++i) {
+        init_barrier(shared_address(&stages.arrived[i]), num_boxes<Tile>(params));
+      }
+      fence_barriers();
     }
-    fence_barriers();
-    for (int i = 0; i < Tile::kStages; ++i) stages.load(place, i);
+    if constexpr (Tile::kHeld) __syncwarp(kFullWarp >> (kWarpSize - num_loaders<Tile>(params)));
+    for (int i = 0; i < Tile::kStages; ++i) stages.load(params, place, i);
   }
   load_queries<Tile>(params, place, queries);
   __syncthreads();
@@ -133,11 +176,10 @@ __device__ void multiply_tiles(float (&sums)[64], uint32_t a, uint32_t b) {
 
 // One CTA: maxima and sums of a chunk's rows over a split of keys. Tiles go backwards: the last
 // keys that are read are still in the cache when the next kernel begins with them.
-template <typename Element, int kDim>
+template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kCtas)
     score_lse_kernel(const __grid_constant__ CUtensorMap keys,
                      const __grid_constant__ ScoreParams params) {
-  using Tile = ScoreTile<Element, kDim>;
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t arrived[Tile::kStages];
   wait_for_previous_kernel();
@@ -146,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   if (place.row.candidates <= 0) return;
   const TileRange range(place.row.seq_len, kEntries, blockIdx.x, params.lse_splits);
   const int32_t count = range.end - range.begin;
-  const KeyStages<Tile> stages = {
+  KeyStages<Tile> stages = {
       &keys, memory + Tile::kTileBytes, arrived, (range.end - 1) * kEntries, -kEntries, count,
       true};
   begin_tiles(params, place, stages, memory);
@@ -160,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     multiply_tiles<Tile>(x, shared_address(memory) + place.group * 64 * kPanelRowBytes,
                          stages.tile(i));
     __syncthreads();
-    if (threadIdx.x == 0) stages.load(place, i + Tile::kStages);
+    if (threadIdx.x < num_loaders<Tile>(params)) stages.load(params, place, i + Tile::kStages);
     const int32_t tile = range.end - 1 - i;
     if ((tile + 1) * kEntries > place.row.candidates) {
       const int32_t first = tile * kEntries + place.lane % 4 * 2;
@@ -255,11 +297,10 @@ __device__ float2 reduce_heads(
 
 // One CTA: the scores of a span of entries, or a chunk's part of them. kIsMax: the window is
 // reduced by maximum, else by sum.
-template <typename Element, int kDim, bool kIsMax>
+template <typename Tile, bool kIsMax>
 __global__ void __launch_bounds__(kThreads, kCtas)
     score_probs_kernel(const __grid_constant__ CUtensorMap keys,
                        const __grid_constant__ ScoreParams params) {
-  using Tile = ScoreTile<Element, kDim>;
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t arrived[Tile::kStages];
   __shared__ PoolRing<kEntries> pool;
@@ -269,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const Place place(params);
   const Span span(params, place.row, kEntries, blockIdx.x);
   const int32_t count = span.num_tiles;
-  const KeyStages<Tile> stages = {
-      &keys, memory + Tile::kTileBytes, arrived, span.first, kEntries, count, false};
+  KeyStages<Tile> stages = {&keys, memory + Tile::kTileBytes, arrived, span.first, kEntries, count,
+                            false};
   float* to = score_row(params, place.row);
   if (params.num_parts > 1) {
     to = params.parts + (int64_t{blockIdx.z} * params.num_parts + place.chunk) * params.length;
@@ -287,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       if (place.lane % 2 == 0) lse[threadIdx.x / 2] = row;
     }
     __syncthreads();
-    if (threadIdx.x == 0) stages.load(place, i + Tile::kStages);
+    if (threadIdx.x < num_loaders<Tile>(params)) stages.load(params, place, i + Tile::kStages);
     const float2 values =
         kIsMax ? reduce_heads(x, lse, params.multiplier, params.head_rows / kUnit, params.is_max)
                : sum_rows(x, lse, params.multiplier);
@@ -307,30 +348,46 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   }
 }
 
-template <typename Element, int kDim>
-void launch_score(const ScoreArgs& args, const ScoreParams& params) {
-  using Tile = ScoreTile<Element, kDim>;
+// The keys of a tensor, in boxes of a tile's entries.
+CUtensorMap tensor_keys(const ScoreArgs& args) {
+  const TensorView& keys = args.keys;
   TensorMapShape<4> shape = {
-      {kDim, static_cast<uint64_t>(params.length), static_cast<uint64_t>(args.keys.shape[1]),
-       static_cast<uint64_t>(args.keys.shape[0])},
+      {static_cast<uint64_t>(keys.shape[3]), static_cast<uint64_t>(keys.shape[2]),
+       static_cast<uint64_t>(keys.shape[1]), static_cast<uint64_t>(keys.shape[0])},
       {},
       {kPanelColumns, kEntries, 1, 1}};
   for (int i = 0; i < 3; ++i) {  // strides of dimensions of one element mean nothing
-    const bool matters = args.keys.shape[2 - i] > 1;
-    shape.stride[i] = matters ? args.keys.stride[2 - i] * sizeof(Element) : 16;
+    const bool matters = keys.shape[2 - i] > 1;
+    shape.stride[i] = matters ? keys.stride[2 - i] * dtype_size(keys.dtype) : 16;
   }
-  const CUtensorMap keys = encode_tensor_map("score", params.keys, shape);
+  return encode_tensor_map("score", keys.data, shape);
+}
+
+// Those of pages, in boxes of `rows` slots.
+CUtensorMap held_keys(const ScoreArgs& args, int32_t rows) {
+  const TensorView& pages = args.layer.pages;
+  const auto size = [&](int i) { return static_cast<uint64_t>(pages.shape[i]); };
+  const uint64_t bytes = dtype_size(pages.dtype), slot = size(3) * bytes;
+  const TensorMapShape<4> shape = {{size(3), size(2), 2, std::max<uint64_t>(size(0), 1)},
+                                   {slot, size(2) * slot, 2 * size(2) * slot},
+                                   {kPanelColumns, static_cast<uint32_t>(rows), 1, 1}};
+  return encode_tensor_map("score", pages.data, shape);
+}
+
+template <typename Tile>
+void launch_score(const ScoreArgs& args, const ScoreParams& params) {
+  const CUtensorMap keys = Tile::kHeld ? held_keys(args, params.tile_step) : tensor_keys(args);
   const unsigned rows = static_cast<unsigned>(args.scores.shape[0] * args.scores.shape[1]);
   const auto launch_over = [&](auto kernel, int splits) {
     const LaunchShape launch_shape = {dim3(splits, params.num_chunks, rows), kThreads,
                                       Tile::kSharedBytes, true};
     launch("score", kernel, launch_shape, args.stream, keys, params);
   };
-  if (!params.lse) launch_over(score_lse_kernel<Element, kDim>, params.lse_splits);
+  if (!params.lse) launch_over(score_lse_kernel<Tile>, params.lse_splits);
   if (args.window_reduce == Reduce::kMax) {
-    launch_over(score_probs_kernel<Element, kDim, true>, params.num_spans);
+    launch_over(score_probs_kernel<Tile, true>, params.num_spans);
   } else {
-    launch_over(score_probs_kernel<Element, kDim, false>, params.num_spans);
+    launch_over(score_probs_kernel<Tile, false>, params.num_spans);
   }
 }
 
@@ -343,19 +400,32 @@ bool sm90_score_fits(const ScoreArgs& args) {
     return false;
   }
   bool fits = keys.dtype != DType::kFloat32 && (keys.shape[3] == 64 || keys.shape[3] == 128);
-  for (int i = 0; i < 3; ++i) fits &= keys.stride[i] > 0 || keys.shape[i] == 1;
+  for (int i = 0; i < 3; ++i) fits &= keys.stride[i] > 0 || keys.shape[i] <= 1;
+  if (args.layer.pages) {
+    fits &= args.layer.format() == PageFormat::kPlain && rows_are_aligned(args.layer.pages, 16);
+  }
   return fits && args.scale >= 0.f && args.softcap == 0.f && rows_are_aligned(keys, 16) &&
          rows_are_aligned(args.queries, 16) && has_wgmma("score", keys.device.index);
 }
 
-void sm90_score(const ScoreArgs& args, const ScoreParams& params) {
-  dispatch_dtype(args.keys.dtype, [&](auto element) {
+void sm90_score(const ScoreArgs& args, const ScoreParams& given) {
+  ScoreParams params = given;
+  const bool is_held = params.held.pages != nullptr;
+  if (is_held) params.tile_step = std::min(params.held.page_size, kEntries);
+  const auto run = [&](auto element, auto dim) {
     using Element = typename decltype(element)::type;
-    if constexpr (sizeof(Element) == 2) {
+    if (is_held) {
+      launch_score<ScoreTile<Element, dim.value, true>>(args, params);
+    } else {
+      launch_score<ScoreTile<Element, dim.value, false>>(args, params);
+    }
+  };
+  dispatch_dtype(args.keys.dtype, [&](auto element) {
+    if constexpr (sizeof(typename decltype(element)::type) == 2) {
       if (params.head_dim == 64) {
-        launch_score<Element, 64>(args, params);
+        run(element, IntTag<64>{});
       } else {
-        launch_score<Element, 128>(args, params);
+        run(element, IntTag<128>{});
       }
     }
   });

@@ -108,14 +108,25 @@ class LayerInputs:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {self.layer}")
 
     @cached_property
-    def num_kv_heads(self) -> int:
-        """Hkv."""
-        return self.keys.shape[1]
+    def shape(self) -> tuple[int, int, int]:
+        """B, Hkv and T, the shape of scores."""
+        batch, heads, length, _ = self.keys.shape
+        return batch, heads, length
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.keys.device
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.shape[1]
+
+    @property
     def length(self) -> int:
         """T, the padded length of the prompts."""
-        return self.keys.shape[2]
+        return self.shape[2]
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
@@ -189,12 +200,12 @@ class LayerInputs:
         """``[B or 1, Hkv or 1]``: how many entries there are, on the keys' device."""
         if self.seq_lens is not None:
             return self.seq_lens.view(len(self.seq_lens), -1)
-        return torch.full((1, 1), self.length, dtype=torch.int32, device=self.keys.device)
+        return torch.full((1, 1), self.length, dtype=torch.int32, device=self.device)
 
     def candidates(self, window: int) -> Tensor:
         """``[B or 1, Hkv or 1, T]`` bool: the entries that compete, not those of window and
         padding."""
-        positions = torch.arange(self.length, device=self.keys.device)
+        positions = torch.arange(self.length, device=self.device)
         return positions < self.ends[:, :, None] - window
 
     def pin_protected(self, scores: Tensor) -> Tensor:

@@ -195,8 +195,8 @@ class Recency:
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.positions is not None:
             return pin_first(inputs.positions.float(), self.pinned)
-        positions = torch.arange(inputs.length, dtype=torch.float32, device=inputs.keys.device)
-        return pin_first(positions.repeat(*inputs.keys.shape[:2], 1), self.pinned)
+        positions = torch.arange(inputs.length, dtype=torch.float32, device=inputs.device)
+        return pin_first(positions.repeat(*inputs.shape[:2], 1), self.pinned)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Random:
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        device = inputs.keys.device
+        device = inputs.device
         heads = torch.arange(inputs.num_kv_heads, device=device)[:, None]
         positions = torch.arange(inputs.length, device=device)
         rows = _mix(self.seed * 0x9E3779B1 + inputs.layer * 0x85EBCA77 + heads)
@@ -226,7 +226,7 @@ class Random:
             positions = inputs.positions.long()
             rows = _mix(rows + positions.gather(2, inputs.ends[:, :, None].long() - 1))
         noise = _mix(rows + positions * 0x9E3779B1) >> 8  # 24 bits, which float32 holds exactly
-        noise_of_all = (noise.float() * 2.0**-24).expand(inputs.keys.shape[:3])
+        noise_of_all = (noise.float() * 2.0**-24).expand(inputs.shape)
         return pin_first(noise_of_all.clone(), self.pinned)
 
 

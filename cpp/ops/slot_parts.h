@@ -1,0 +1,44 @@
+// What a page has for each of its slots, part by part, so that entries can be moved without asking for
+// their format. Not of int4, where a page's keys share scales.
+#pragma once
+
+#include <cstdint>
+
+#include "adakv/kv_cache.h"
+
+namespace adakv {
+
+/// A part of all pages: that of slot s of page p begins at data + p * page_stride + s * slot_bytes.
+struct SlotPart {
+  char* data;
+  int64_t page_stride;  // in bytes
+  int32_t slot_bytes;
+};
+
+/// The keys, the values, their scales if there are any, and the positions.
+struct SlotParts {
+  static constexpr int kMost = 5;
+
+  explicit SlotParts(const LayerView& layer) {
+    const TensorView& pages = layer.pages;
+    const auto element_bytes = static_cast<int64_t>(dtype_size(pages.dtype));
+    const int64_t entry_bytes = pages.shape[3] * element_bytes;
+    const int64_t page_stride = pages.stride[0] * element_bytes;
+    for (int64_t half = 0; half < 2; ++half) {
+      parts[count++] = {pages.ptr<char>() + half * pages.shape[2] * entry_bytes, page_stride,
+                        static_cast<int32_t>(entry_bytes)};
+    }
+    for (const TensorView* scales : {&layer.key_scales, &layer.value_scales}) {
+      if (!*scales) continue;
+      const auto bytes = static_cast<int64_t>(dtype_size(scales->dtype));
+      parts[count++] = {scales->ptr<char>(), scales->stride[0] * bytes,
+                        static_cast<int32_t>(scales->shape[2] * bytes)};
+    }
+    parts[count++] = {layer.page_positions.ptr<char>(), layer.page_positions.stride[0] * 4, 4};
+  }
+
+  SlotPart parts[kMost];
+  int count = 0;
+};
+
+}  // namespace adakv
