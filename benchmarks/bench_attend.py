@@ -161,8 +161,8 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
         name: [functools.partial(call, i) for i in range(count)] for name, call in calls.items()
     }
     timings |= {f"{n}_graph": t for n, t in graph_times(in_graph).items()}
-    derived = {"error": error, "layers": count, "MB": case.num_bytes / 1e6}
-    derived["graph_TB_per_s"] = case.num_bytes / timings["adakv_graph"].median_us / 1e6
+    derived = {"error": error, "layers": count, "MB": layers.num_bytes / 1e6}
+    derived["graph_TB_per_s"] = layers.num_bytes / timings["adakv_graph"].median_us / 1e6
     for name, peer in peers.items():
         derived[f"{name}_error"] = layers.error(peer.run(0), 0, appended=False)
         if isinstance(peer, FlashInfer):
@@ -191,14 +191,14 @@ GPU_SHAPES = [
     GpuCase(batch=1, mean_length=4096, skew=0.05),
 ]
 
-# The same entries in 8 bits.
+# The same entries in 8 and 4 bits.
 GPU_FORMATS = [
     GpuCase(batch=batch, mean_length=mean, head_dim=d, group=g, page_size=p, kv_dtype=kv_dtype)
     for batch, mean, d, g in (
         (8, 1024, 128, 4), (8, 8192, 128, 4), (32, 1024, 128, 4), (32, 4096, 128, 4),
         (32, 4096, 64, 4), (32, 4096, 256, 4), (8, 8192, 128, 1), (8, 8192, 128, 16),
     )
-    for kv_dtype, p in (("auto", 16), ("int8", 32), ("fp8", 32))
+    for kv_dtype, p in (("auto", 16), ("int8", 32), ("fp8", 32), ("int4", 32))
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class GpuCase:
     def entry_bytes(self) -> int:
         """A key and its value, with their scales."""
         groups = -(-self.head_dim // 64)
+        if self.kv_dtype == "int4":  # of whole pages, whose 32 keys share 4 bytes a dimension
+            return self.head_dim + self.head_dim // 8 + 4 * groups
         codes = 2 * self.head_dim
         scales = {"auto": codes, "int8": 8 * groups, "fp8": 4 * groups}  # 16 bits: twice the codes
         return codes + scales[self.kv_dtype]
@@ -73,6 +75,10 @@ class Layers:
             device=device, kv_dtype=case.kv_dtype,
         ).layer(0)  # fmt: skip
         self.pool, self.scales = memory.pages, (memory.key_scales, memory.value_scales)
+        rows_of_tails = (layers, case.batch, case.kv_heads, 2 * case.page_size, case.head_dim)
+        self.tails = (
+            torch.randn(rows_of_tails, device=device).to(dtype) if case.kv_dtype == "int4" else None
+        )
         if case.kv_dtype == "auto":
             for part in self.pool.split(1 << 14):
                 part.normal_()
@@ -82,7 +88,10 @@ class Layers:
             for scales in self.scales:
                 assert scales is not None
                 scales.uniform_(-0.02, 0.02)
-                scales[..., ::2].abs_()
+                if case.kv_dtype == "int4" and scales is self.scales[0]:
+                    scales[:, 0].abs_()
+                else:
+                    scales[..., ::2].abs_()
         # Timed calls append to the same layers many times: spare columns for that.
         table = torch.full(
             (*used.shape, int(used.max()) + 64), -1, dtype=torch.int32, device=device
@@ -95,7 +104,14 @@ class Layers:
         held = self.lengths.clone()
         self.layers = [
             ops.Layer(
-                self.pool, memory.page_positions, table[i], held[i], seen[i], fresh[i], *self.scales
+                self.pool,
+                memory.page_positions,
+                table[i],
+                held[i],
+                seen[i],
+                fresh[i],
+                *self.scales,
+                None if self.tails is None else self.tails[i],
             )
             for i in range(layers)
         ]
@@ -104,6 +120,15 @@ class Layers:
         heads = case.kv_heads * case.group
         queries = torch.randn(layers, case.batch, heads, 1, case.head_dim, device=device)
         self.queries = queries.to(dtype)
+
+    @property
+    def num_bytes(self) -> float:
+        """Keys and values of a layer, on average; in int4 tails have 16 bits."""
+        if self.case.kv_dtype != "int4":
+            return self.case.num_bytes
+        rest = float((self.lengths % 32).sum()) / len(self.lengths)
+        in_pages = float(self.lengths.sum()) / len(self.lengths) - rest
+        return in_pages * self.case.entry_bytes + rest * 4 * self.case.head_dim
 
     def attend(self, i: int, appends: bool = True) -> Tensor:
         i %= len(self.layers)
@@ -118,8 +143,19 @@ class Layers:
         b, h = divmod(row, case.kv_heads)
         length = int(self.lengths[layer, b, h])
         ids = self.table[layer, b, h, : -(-length // case.page_size)].long()
-        held = self.pool[ids].transpose(0, 1).double()  # [2, pages, P, D]
-        if case.kv_dtype != "auto":
+        held = self.pool[ids].transpose(0, 1)  # [2, pages, P, D]
+        if case.kv_dtype == "int4":
+            held = torch.stack([held & 15, held >> 4], -1).flatten(-2)
+        held = held.double()
+        if case.kv_dtype == "int4":
+            of_keys, of_values = (x[ids].double() for x in self.scales if x is not None)
+            held[0] = held[0] * of_keys[:, :1] + of_keys[:, 1:]
+            of_values = of_values.unflatten(-1, (-1, 2)).repeat_interleave(64, -2)
+            held[1] = held[1] * of_values[..., 0] + of_values[..., 1]
+            assert self.tails is not None
+            if length % 32:
+                held[:, -1] = self.tails[layer, b, h].double().unflatten(0, (2, 32))
+        elif case.kv_dtype != "auto":
             scales = torch.stack([x[ids].double() for x in self.scales if x is not None])
             width = 2 if case.kv_dtype == "int8" else 1
             scales = scales.unflatten(-1, (-1, width)).repeat_interleave(64, -2)

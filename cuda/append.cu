@@ -30,7 +30,10 @@ struct Steps {
 /// What one warp does: some rows of the sequence, some of its tokens.
 template <typename Batch>
 struct AppendByTokens {
-  static __device__ void run(const AppendParams& p, int32_t b, const AppendShare& share, FullTails) {
+  static __device__ void run(const AppendParams& p,
+                             int32_t b,
+                             const AppendShare& share,
+                             FullTails) {
     append_entries<Batch>(p, b, share);
   }
 
@@ -55,8 +58,8 @@ struct AppendToTails {
     if (full == FullTails::kLeave || p.num_tokens > 1 || p.count(b) == 0) return;
 #pragma unroll 1
     for (int32_t h = 0; h < p.layer.num_heads; ++h) {
-      quantise_tail<Element>(p.layer, b, h, *p.layer.lengths.at(b, h) + 1,
-                             threadIdx.x / kWarpSize, kWarps);
+      quantise_tail<Element>(p.layer, b, h, *p.layer.lengths.at(b, h) + 1, threadIdx.x / kWarpSize,
+                             kWarps);
     }
     __syncthreads();
   }

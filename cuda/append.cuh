@@ -137,8 +137,7 @@ struct NoBatch {
   static constexpr int kRows = kWarpSize;
 
   static __device__ int32_t num_chunks(const AppendParams&) { return 0; }
-  __device__ void read(
-      const AppendParams&, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t) {}
+  __device__ void read(const AppendParams&, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t) {}
   __device__ void write(const AppendParams&, const Slot&, int32_t) const {}
 };
 
@@ -220,7 +219,8 @@ class TailAppender {
     const int32_t begin = max(length_, page_begin), end = min(end_, page_begin + kPageSlots);
     if (begin >= end) return;
     int32_t* table = layer.block_table.at(b_, h_);
-    const int32_t page = column < used_ ? table[column] : layer.fresh_pages.at(b_, h_)[column - used_];
+    const int32_t page =
+        column < used_ ? table[column] : layer.fresh_pages.at(b_, h_)[column - used_];
     if (lane == 0) table[column] = page;
     if (page_begin + lane >= begin && page_begin + lane < end) {
       layer.page_positions[page * layer.positions_stride + lane] =
@@ -265,12 +265,8 @@ class TailAppender {
 /// Quantises the tail of a row that one new token has filled, if it has; `length` entries are in it
 /// with that. By warps.
 template <typename Element>
-__device__ inline void quantise_tail(const LayerRows& layer,
-                                     int32_t b,
-                                     int32_t h,
-                                     int32_t length,
-                                     int32_t warp,
-                                     int32_t num_warps) {
+__device__ inline void quantise_tail(
+    const LayerRows& layer, int32_t b, int32_t h, int32_t length, int32_t warp, int32_t num_warps) {
   if (length % kPageSlots != 0) return;
   const int32_t page = layer.block_table.at(b, h)[length / kPageSlots - 1];
   const auto load = [&](bool is_value, int32_t slot, int32_t element) {

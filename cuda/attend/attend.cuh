@@ -13,7 +13,7 @@
 #include "attend/row_end.cuh"
 #include "attend/tail.cuh"
 #include "attend/tiles.cuh"
-#include "attend/warp.cuh"
+#include "attend/warp_codes.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"
 #include "common/tensor_map.h"
@@ -187,7 +187,8 @@ void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
     case 8:
       return launch_instance<AttendConfig<Element, Format, kHeadDim, 8, kCopiesBoxes>>(p, stream);
     default:
-      return launch_instance<AttendConfig<Element, Format, kHeadDim, kMost, kCopiesBoxes>>(p, stream);
+      return launch_instance<AttendConfig<Element, Format, kHeadDim, kMost, kCopiesBoxes>>(p,
+                                                                                           stream);
   }
 }
 
@@ -198,6 +199,10 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
   const uint64_t half_bytes = uint64_t(params.layer.page_size) * Config::kEntryBytes;
   AttendParams p = params;
   if constexpr (Config::kIsCoded) {
+    const ScaleRows &keys = p.layer.key_scales, &values = p.layer.value_scales;
+    p.scales_adjoin = p.layer.page_size == Config::kTileSlots &&
+                      values.data == keys.data + Config::kKeyScaleBytes &&
+                      values.page_stride == keys.page_stride;
     // Columns of a box, slots of a page, boxes side by side, keys and values, pages.
     p.page_map = encode_tensor_map<5>(
         "attend", p.layer.pages,

@@ -33,6 +33,7 @@ struct AttendParams {
   Divisor group, num_heads;  // G, Hkv
   bool prefetches;           // pages and schedule are read before the previous kernel has ended
   bool leaves_full_tails;    // those that one new token fills have no codes yet
+  bool scales_adjoin;        // a tile's scales of values lie right behind those of its keys
   float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }

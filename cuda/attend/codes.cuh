@@ -76,6 +76,14 @@ struct CodeReader<Fp8> {
   }
 };
 
+/// (x & kMask) | bits, in one instruction, which ptxas doesn't find by itself.
+template <uint32_t kMask>
+__device__ inline uint32_t mask_and_set(uint32_t x, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "n"(kMask), "r"(bits));
+  return result;
+}
+
 template <>
 struct CodeReader<Int4> {
   static constexpr float kValueOffset = -8;  // operands less codes, with the lines below
@@ -87,19 +95,21 @@ struct CodeReader<Int4> {
   /// 2 * half + 1.
   static __device__ Operands values(uint32_t codes, int half) {
     const uint32_t pair = half == 0 ? codes : codes >> 8;
-    return {(pair & 0x000f000f) | 0x64006400, (pair & 0x00f000f0) | 0x64006400};
+    return {mask_and_set<0x000f000f>(pair, 0x64006400), mask_and_set<0x00f000f0>(pair, 0x64006400)};
   }
 
   /// A pair of what keys() adds to codes, the other way round.
   template <typename Element>
-  static constexpr uint32_t kLessKeyOffset = std::is_same_v<Element, __half> ? 0xe400e400 : 0xc300c300;
+  static constexpr uint32_t kLessKeyOffset =
+      std::is_same_v<Element, __half> ? 0xe400e400 : 0xc300c300;
 
   /// Codes 0 and 4, 1 and 5, 2 and 6, 3 and 7, and to each 1024 (float16) or 128 (bfloat16).
   template <typename Element>
   static __device__ void keys(uint32_t codes, uint32_t (&operands)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      operands[i] = (codes >> 4 * i & 0x000f000f) | (kLessKeyOffset<Element> & 0x7fff7fff);
+      constexpr uint32_t kOffset = kLessKeyOffset<Element> & 0x7fff7fff;
+      operands[i] = mask_and_set<0x000f000f>(codes >> 4 * i, kOffset);
     }
   }
 };

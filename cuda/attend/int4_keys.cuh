@@ -5,7 +5,7 @@
 //                                   + zero[d] queries[d, query] - offset (scale[d] queries[d, query])
 //
 // The offset makes codes elements by their exponent alone. What the second line adds is the same for
-// all slots: one row of products has it, and all rows of those below.
+// all slots: products of which only the rows 0 to 7 are there have it.
 //
 // A 16-byte chunk of a key has 32 dimensions, of which lane 4 g + t has 8 t to 8 t + 7 of slot g: two
 // steps of a product. Operands have them as codes come out of a word: 0 and 4, 1 and 5, 2 and 6, 3 and 7.
@@ -31,8 +31,7 @@ struct OrderedChunk {
 /// Products of two pairs of elements.
 template <typename Element>
 __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair =
-      std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
+  using Pair = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
   const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
   return reinterpret_cast<const uint32_t&>(product);
 }
@@ -62,8 +61,8 @@ __device__ inline void multiply_int4_keys(
   using Element = typename Config::Element;
   constexpr int kTiles = Config::kColumnTiles, kBlocks = Config::kBlocks;
   const int lane = threadIdx.x % kWarpSize;
-  float sums[kTiles][kBlocks][4] = {}, same[kTiles][4] = {};
-#pragma unroll(kTiles * Config::kHeadDim <= 128 ? Config::kHeadDim / 32 : 1)
+  float sums[kTiles][kBlocks][4] = {}, from_zeros[kTiles][4] = {}, from_offsets[kTiles][4] = {};
+#pragma unroll(kTiles* Config::kHeadDim <= 128 ? Config::kHeadDim / 32 : 1)
   for (int chunk = 0; chunk < Config::kHeadDim / 32; ++chunk) {
     const uint32_t numbers = data.scales + chunk * 64 + lane % 4 * 16;
     const OrderedChunk scales(load_shared_16_bytes(numbers));
@@ -79,10 +78,10 @@ __device__ inline void multiply_int4_keys(
       }
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const uint32_t first = zeros.pairs[i], second = zeros.pairs[i + 1];
-        mma_16x8x16<Element>(same[tile], {first, first, second, second}, {words[i], words[i + 1]});
+        mma_16x8x16<Element>(from_zeros[tile], {zeros.pairs[i], 0, zeros.pairs[i + 1], 0},
+                             {words[i], words[i + 1]});
         constexpr uint32_t kOffset = CodeReader<Int4>::kLessKeyOffset<Element>;
-        mma_16x8x16<Element>(same[tile], {kOffset, kOffset, kOffset, kOffset},
+        mma_16x8x16<Element>(from_offsets[tile], {kOffset, 0, kOffset, 0},
                              {scaled[tile][i], scaled[tile][i + 1]});
       }
     }
@@ -109,7 +108,8 @@ __device__ inline void multiply_int4_keys(
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4 * kBlocks; ++i) {
-      logits[tile][i / 4][i % 4] = sums[tile][i / 4][i % 4] + same[tile][i % 2];
+      const float same = from_zeros[tile][i % 2] + from_offsets[tile][i % 2];
+      logits[tile][i / 4][i % 4] = sums[tile][i / 4][i % 4] + same;
     }
   }
 }

@@ -3,7 +3,7 @@
 // with codes quantised as in the pages.
 #pragma once
 
-#include "attend/warp.cuh"
+#include "attend/warp_codes.cuh"
 #include "common/codes.cuh"
 
 namespace adakv {

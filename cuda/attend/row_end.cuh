@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attend/warp.cuh"
+#include "attend/warp_codes.cuh"
 
 namespace adakv {
 

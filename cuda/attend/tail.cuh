@@ -6,7 +6,7 @@
 
 #include "attend/new_slots.cuh"
 #include "attend/row_end.cuh"
-#include "attend/warp.cuh"
+#include "attend/warp_codes.cuh"
 #include "common/int4_page.cuh"
 
 namespace adakv {

@@ -69,9 +69,8 @@ struct AttendConfig {
   static constexpr int kOtherBytes = kImages * kAllWarps * kQueries * (kImageStride + 2) * 4 +
                                      kTailBytes + 1024 +  // and barriers
                                      (kIsCoded ? kWarps * (kSums + kOperands) * 8 : 0);
-  static constexpr int kStages =
-      std::min(kWarps > 8 ? 2 : 4,
-               (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + kScaleBytes)));
+  static constexpr int kStages = std::min(
+      kWarps > 8 ? 2 : 4, (kMostBytes - kOtherBytes) / (kWarps * (kTileBytes + kScaleBytes)));
   static_assert(kStages >= 2, "loads would not overlap");
 
   // The layout of a half tile: boxes of kBoxColumns columns, one after the other, in which the
@@ -99,8 +98,8 @@ struct alignas(1024) AttendShared {
   // What WarpState keeps of its row's queries, with codes.
   alignas(16) uint2 operands[Config::kIsCoded ? Config::kWarps * Config::kOperands : 1];
   float2 query_sums[Config::kIsCoded ? Config::kWarps * Config::kSums : 1];
-  alignas(16) float image[Config::kImages][Config::kAllWarps][Config::kQueries]
-                         [Config::kImageStride];
+  alignas(
+      16) float image[Config::kImages][Config::kAllWarps][Config::kQueries][Config::kImageStride];
   float2 max_sum[Config::kImages][Config::kAllWarps][Config::kQueries];
   uint64_t barriers[Config::kWarps][Config::kStages];
   int32_t is_last;
@@ -279,7 +278,11 @@ class TilePipeline {
     const uint32_t barrier = barriers_ + stage * 8, scales = scales_ + stage * Config::kScaleBytes;
     arrive_with_bytes(barrier, Config::kTileBytes + Config::kScaleBytes);
     start_box(to, &p_.page_map, {0, slot, 0, 0, page}, barrier, policy_);
-    start_bytes(scales, p_.layer.key_scales.at(page, slot), Config::kKeyScaleBytes, barrier, policy_);
+    const char* of_keys = p_.layer.key_scales.at(page, slot);
+    if (p_.scales_adjoin) {
+      return start_bytes(scales, of_keys, Config::kScaleBytes, barrier, policy_);
+    }
+    start_bytes(scales, of_keys, Config::kKeyScaleBytes, barrier, policy_);
     start_bytes(scales + Config::kKeyScaleBytes, p_.layer.value_scales.at(page, slot),
                 Config::kValueScaleBytes, barrier, policy_);
   }

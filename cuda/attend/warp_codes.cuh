@@ -1,0 +1,190 @@
+// What a warp of attend's fast kernel does with codes: the parts of WarpState (warp.cuh) that other
+// pages don't need.
+#pragma once
+
+#include "attend/warp.cuh"
+
+namespace adakv {
+
+template <typename Config>
+__device__ inline void WarpState<Config>::sum_queries(int tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  constexpr uint32_t kOnes = 0x3c003c00;
+  const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+  for (int z = 0; z < kGroups; ++z) {
+    float sums[4] = {};
+#pragma unroll
+    for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps); ++step) {
+      uint32_t operand[2];
+      shared_operand(tile, step, operand);
+      mma_16x8x16<__half>(sums, ones, operand);
+    }
+    if (lane < 4) query_sums[(z * kTiles + tile) * 4 + lane] = make_float2(sums[0], sums[1]);
+  }
+}
+
+template <typename Config>
+__device__ inline void WarpState<Config>::add_value_codes(const TileData& data,
+                                                          int32_t count,
+                                                          const float (&shares)[kTiles][kBlocks][4],
+                                                          const float (&factors)[kTiles][2]) {
+  constexpr int kHeld = kGroups * kBlocks <= 4 ? kGroups : 1;  // groups, as registers allow
+  Scale scales[kHeld][2 * kBlocks];
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
+    const int z = i / (2 * kBlocks), in_group = i % (2 * kBlocks);
+    scales[z % kHeld][in_group] = value_scale(data, count, z, in_group);
+    most = fmaxf(most, scales[z % kHeld][in_group].scale);
+  }
+  if (__any_sync(kFullWarp, most > bound)) raise_bound(most);
+  const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
+#pragma unroll
+  for (int z = 0; z < kGroups; ++z) {
+    uint32_t probabilities[kTiles][kBlocks][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const Scale number = kHeld == kGroups ? scales[z % kHeld][i] : value_scale(data, count, z, i);
+      const float scale = number.scale * inverse;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float* share = &shares[tile][i / 2][i % 2 * 2];
+        const float first = share[0] == 0 ? 0 : share[0] * scale;
+        const float second = share[1] == 0 ? 0 : share[1] * scale;
+        probabilities[tile][i / 2][i % 2] = transpose_matrix(pack<__half>(first, second));
+        if constexpr (Config::Format::kScales == 2) {
+          for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * number.zero;
+        }
+      }
+    }
+    if constexpr (Config::kHasTails) take_offsets(z, probabilities, factors);
+#pragma unroll
+    for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
+         step += 2 * kChunkSteps) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        uint32_t codes[4];
+        load_matrices_transposed(codes, data.entries + Config::kHalfBytes +
+                                            code_offset<Config>(block, step / kChunkSteps));
+#pragma unroll
+        for (int i = 0; i < 2 * kChunkSteps; ++i) {
+          const uint32_t* pair = codes + i / kChunkSteps * 2;
+          const Operands low = Codes::values(pair[0], i % kChunkSteps);
+          const Operands high = Codes::values(pair[1], i % kChunkSteps);
+          const uint32_t values[4] = {low.first, low.second, high.first, high.second};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            mma_16x8x16<__half>(out[tile][step + i], values, probabilities[tile][block]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void WarpState<Config>::take_offsets(
+    int z, const uint32_t (&probabilities)[kTiles][kBlocks][2], const float (&factors)[kTiles][2]) {
+  constexpr uint32_t kLow = CodeReader<Int4>::kLessLow, kHigh = CodeReader<Int4>::kLessHigh;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    float offset[4] = {};
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      mma_16x8x16<__half>(offset, {kLow, kHigh, kLow, kHigh}, probabilities[tile][block]);
+    }
+#pragma unroll
+    for (int step = z * kGroupSteps; step < (z + 1) * kGroupSteps; ++step) {
+      for (int i = 0; i < 4; ++i) {
+        out[tile][step][i] = out[tile][step][i] * factors[tile][i % 2] + offset[i];
+      }
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void WarpState<Config>::raise_bound(float most) {
+  const uint32_t top = __float_as_uint(fmaxf(warp_max(most), 4 * FLT_MIN));
+  const float raised = __uint_as_float((top + 0x7fffff) & 0x7f800000);
+  const float factor = bound / raised;
+  bound = raised;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int step = 0; step < Config::kSteps; ++step) {
+      for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor;
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline Scale WarpState<Config>::value_scale(const TileData& data,
+                                                       int32_t count,
+                                                       int z,
+                                                       int i) {
+  const int slot = threadIdx.x % kWarpSize / 4 + 8 * i;
+  if (slot >= count) return {0, 0};
+  Scale scale = load_slot_scale(data.scales + Config::kKeyScaleBytes, slot, z);
+  // Where the scale is NaN, so are shares times it, but for those who don't see the slot.
+  if (!isnan(scale.scale)) scale.zero -= Codes::kValueOffset * scale.scale;
+  return scale;
+}
+
+template <typename Config>
+__device__ inline Scale WarpState<Config>::load_slot_scale(uint32_t scales, int slot, int group) {
+  return load_scale<typename Config::Format, Element>(scales + slot * Config::kSlotScaleBytes +
+                                                      group * Config::Format::kScales * 2);
+}
+
+template <typename Config>
+__device__ inline void WarpState<Config>::multiply_key_codes(const TileData& data,
+                                                             float (&logits)[kTiles][kBlocks][4]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll(Config::kHeadDim <= 128 ? kGroups : 1)
+  for (int z = 0; z < kGroups; ++z) {
+    float sums[kTiles][kBlocks][4] = {};
+#pragma unroll
+    for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps); step += 2) {
+      uint32_t operands_of_steps[2][kTiles][2];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        shared_operand(i % kTiles, step + i / kTiles, operands_of_steps[i / kTiles][i % kTiles]);
+      }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        uint32_t codes[4];
+        load_matrices(codes, data.entries + code_offset<Config>(block, step));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Operands low = Codes::keys(codes[2 * i]), high = Codes::keys(codes[2 * i + 1]);
+          const uint32_t keys[4] = {low.first, high.first, low.second, high.second};
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            mma_16x8x16<__half>(sums[tile][block], keys, operands_of_steps[i][tile]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const Scale scale = load_slot_scale(data.scales, lane / 4 + 8 * i, z);
+      const float offset = scale.zero - Codes::kKeyOffset * scale.scale;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float2 query_sum = query_sums[(z * kTiles + tile) * 4 + lane % 4];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int at = i % 2 * 2 + c;
+          float logit = scale.scale * sums[tile][i / 2][at];
+          if constexpr (Config::Format::kScales == 2) {
+            logit += offset * (c == 0 ? query_sum.x : query_sum.y);
+          }
+          logits[tile][i / 2][at] = z == 0 ? logit : logits[tile][i / 2][at] + logit;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace adakv
