@@ -93,7 +93,7 @@ class FullAttentionLayer(AttendingLayer):
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
             if kwargs.get("output_attentions") or cache.model_config.output_attentions:
-                cache.warn_of_attentions()
+                cache.notices.of_attentions()
         assert cache.step is not None
         if query.dtype is not key.dtype:
             query = query.to(key.dtype)
