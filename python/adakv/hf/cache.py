@@ -215,8 +215,9 @@ class Cache(OneWayCache):
         stats : dict
             ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
             sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
-            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used`` and
-            ``full_bytes``, what a full cache would hold.
+            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used``, their
+            ``kv_dtype`` (None before there are any) and ``full_bytes``, what a full cache would
+            hold.
         """
         return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
 

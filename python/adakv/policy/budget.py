@@ -30,7 +30,8 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.entries is None) == (self.ratio is None):
             raise ValueError(
-                f"give either budget or ratio, got budget={self.entries} and ratio={self.ratio}"
+                "give either budget or ratio, or budget_bytes, got "
+                f"budget={self.entries} and ratio={self.ratio}"
             )
         if self.entries is not None:
             object.__setattr__(self, "entries", integer("budget", self.entries, -1, 2**31 - 1))
