@@ -67,7 +67,7 @@ def test_where_tails_take_too_much_int8_holds_more_than_int4() -> None:
     int8, int4 = (read(model, ids, budget_bytes=45_000, kv_dtype=x) for x in ("int8", "int4"))
     assert chosen.stats()["kv_dtype"] == "int8"
     assert entries(chosen) == entries(int8) > entries(int4)
-    with pytest.raises(ValueError, match="room for .* in pages of bfloat16, got 45000"):
+    with pytest.raises(ValueError, match=r"room for .* in pages of bfloat16, got 45000"):
         read(model, ids, budget_bytes=45_000, kv_dtype="auto")
 
 
@@ -164,7 +164,7 @@ def test_a_prompt_in_chunks_waits_for_its_length(chunk: int) -> None:
 def test_chunks_that_are_evicted_from_need_a_format() -> None:
     model, ids = llama(), tokens(300)
     settings: dict[str, Any] = {"policy": "ada_snapkv", "chunk_budget": 200}
-    with pytest.raises(ValueError, match="kv_dtype must be given with budget_bytes and chunk_bud"):
+    with pytest.raises(ValueError, match="kv_dtype must be given with chunk_budget and bytes to "):
         adakv.Cache(model, budget_bytes=70_000, **settings)
     cache = adakv.Cache(model, budget_bytes=90_000, kv_dtype="int8", **settings)
     with torch.no_grad(), adakv.attach(model):
@@ -243,3 +243,47 @@ def test_a_budget_in_bytes_stands_alone() -> None:
         adakv.Cache(llama(), budget_bytes=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give either budget or ratio, or budget_bytes"):
         adakv.Cache(llama())
+
+
+MORE = "WindowAttention() * Adaptive() * TopScore() * MoreTokens({})"
+
+
+def test_more_tokens_take_the_bytes_of_as_many_in_16_bits() -> None:
+    model, ids = llama(), tokens(400)
+    for budget in (100, 150):
+        plain = read(model, ids, policy="ada_snapkv", budget=budget)
+        cache = read(model, ids, policy=MORE.format(""), budget=budget)
+        assert cache.stats()["kv_dtype"] == "int4"
+        assert taken(cache) <= taken(plain) and entries(cache) > 1.3 * entries(plain)
+        named = read(model, ids, policy=MORE.format("kv_dtype='int4'"), budget=budget)
+        assert all(map(torch.equal, cache.kept(1)[0], named.kept(1)[0]))
+        mean = cache.eviction.budget.of(400)
+        more = read(model, ids, policy="ada_snapkv", budget=mean + 1, kv_dtype="int4")
+        assert taken(more) > taken(plain)
+    assert read(model, ids, policy=MORE.format(""), ratio=1.0).stats()["kv_dtype"] == "auto"
+
+
+def test_more_tokens_choose_as_the_policy_does() -> None:
+    """The text of a preset and one more part: nothing else about it changes."""
+    model, ids = llama(), tokens(400)
+    cache = read(model, ids, policy="more_tokens", ratio=0.3)
+    mean = cache.eviction.budget.of(400)
+    same = read(model, ids, policy="snapkv", budget=mean, kv_dtype=cache.stats()["kv_dtype"])
+    assert mean > 120 and all(map(torch.equal, cache.kept(2)[0], same.kept(2)[0]))
+
+
+def test_more_tokens_of_another_format_are_refused() -> None:
+    with pytest.raises(ValueError, match="kv_dtype must be that of the policy, 'int4', got 'int8'"):
+        adakv.Cache(llama(), MORE.format("kv_dtype='int4'"), 60, kv_dtype="int8")
+
+
+def test_a_batch_takes_more_tokens() -> None:
+    model, prompt = llama(), tokens(300)[0]
+    options = adakv.BatchOptions(eos_token_id=())
+    settings: dict[str, Any] = {"max_new_tokens": 5, "options": options}
+    alone = read(model, prompt[None], policy="more_tokens", budget=100, max_new_tokens=5)
+    mean = alone.eviction.budget.of(300)
+    given: dict[str, Any] = {"policy": "snapkv", "budget": mean, "kv_dtype": "int4"}
+    expected = adakv.generate_batch(model, [prompt], **given, **settings)
+    got = adakv.generate_batch(model, [prompt], policy="more_tokens", budget=100, **settings)
+    assert got == expected

@@ -49,10 +49,17 @@ class Allocation:
         *,
         is_chunked: bool = False,
     ) -> None:
+        bits = budget.policy.bits
+        if bits is not None and bits.kv_dtype is not None:
+            if kv_dtype not in (None, bits.kv_dtype):
+                raise ValueError(
+                    f"kv_dtype must be that of the policy, {bits.kv_dtype!r}, got {kv_dtype!r}"
+                )
+            kv_dtype = bits.kv_dtype
         if isinstance(budget, ByteBudget):
             if is_chunked and kv_dtype is None:
                 raise ValueError(
-                    "kv_dtype must be given with budget_bytes and chunk_budget: pages are made "
+                    "kv_dtype must be given with chunk_budget and bytes to keep: pages are made "
                     "before the prompt's length is known, by which a format could be chosen"
                 )
         elif kv_dtype is None:
@@ -94,6 +101,7 @@ class Allocation:
         new : int, optional
             Tokens behind the prompts that rows have room for. Default: as :meth:`make` has it.
         """
+        self.check_keys(shape.dtype, shape.device)
         if not isinstance(budget, ByteBudget):
             return budget
         formats, columns = shape.formats(self._kv_dtype, self._page_size), 0

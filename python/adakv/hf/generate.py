@@ -248,26 +248,19 @@ def generate_stream(
     text = {} if rule is None else rule.arguments
     reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
     shape = shape_of(model)
-    allocation.check_keys(shape.dtype, shape.device)
     ids = all_token_ids(model, tokenizer, prompts)
     lengths, counts = [len(prompt) for prompt in ids], new_token_counts(max_new_tokens, len(ids))
     long_rope.check_batch(decoder_of(model).config, lengths, counts)
     protection = Protection.of_prompts(protect, protect_tokens, ids)
     if not ids:
         return iter(())
-    is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    pairs = zip(lengths, counts, strict=True)
-    rooms = [first_tokens(model, *pair, is_limited=is_limited) for pair in pairs]
-    limit = allocation.decide(limit, shape, lengths, rule, new=max(rooms))
+    rooms = _rooms(model, lengths, counts, options)
+    limit = reader.budget = allocation.decide(limit, shape, lengths, rule, new=max(rooms))
     limit.check(lengths)
     protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
     shape, page_size = allocation.pages(limit, shape)
     need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
-    waiting = [
-        _Sequence(index, prompt, count, room, need_of(len(prompt), room), protection.of_one(index))
-        for index, (prompt, count, room) in enumerate(zip(ids, counts, rooms, strict=True))
-    ]
-    reader.budget = limit
+    waiting = _waiting(ids, counts, rooms, protection, need_of)
     kv = cache_for(
         model,
         ids,
@@ -284,6 +277,30 @@ def generate_stream(
     chance = None if sampling.is_greedy else seed
     spare = max(sequence.need.again for sequence in waiting)
     return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
+
+
+def _rooms(
+    model: PreTrainedModel, lengths: Sequence[int], counts: Sequence[int], options: BatchOptions
+) -> list[int]:
+    """Tokens behind each prompt that have their pages from the beginning."""
+    is_limited = options.cache_bytes is not None or model.device.type == "cuda"
+    pairs = zip(lengths, counts, strict=True)
+    return [first_tokens(model, *pair, is_limited=is_limited) for pair in pairs]
+
+
+def _waiting(
+    prompts: Sequence[Tensor],
+    counts: Sequence[int],
+    rooms: Sequence[int],
+    protection: Protection,
+    need_of: Callable[[int, int], Need],
+) -> list[_Sequence]:
+    """The prompts in their order, with what each one needs."""
+    waiting = []
+    for index, (prompt, count, room) in enumerate(zip(prompts, counts, rooms, strict=True)):
+        need, protected = need_of(len(prompt), room), protection.of_one(index)
+        waiting.append(_Sequence(index, prompt, count, room, need, protected))
+    return waiting
 
 
 @dataclass

@@ -18,6 +18,7 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
@@ -62,6 +63,7 @@ __all__ = [
     "LayerInputs",
     "LayerSchedule",
     "ModelWide",
+    "MoreTokens",
     "Need",
     "Policy",
     "PressScorer",

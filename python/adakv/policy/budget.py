@@ -63,7 +63,8 @@ class Budget:
             return ByteBudget(chosen, limit=Amount.given("budget_bytes", num_bytes))
         if entries is None and ratio is None and isinstance(chosen.allocator.layers, Everything):
             ratio = 1.0
-        return Budget(chosen, entries, ratio)
+        budget = Budget(chosen, entries, ratio)
+        return budget if chosen.bits is None else ByteBudget(chosen, limit=budget)
 
     @property
     def _least(self) -> int:
@@ -152,7 +153,7 @@ class ByteBudget(Budget):
 
     def of(self, prompt_len: int) -> int:
         most = self._most(self.footprint, prompt_len)
-        return self._smallest if most is None else most
+        return self._least if most is None else most
 
     def of_all(self, prompt_lens: Sequence[int]) -> int:
         evicting = [self.of(n) for n in prompt_lens if self.of(n) < n]
@@ -162,18 +163,13 @@ class ByteBudget(Budget):
         for n in prompt_lens:
             if self._most(self.footprint, n) is not None:
                 continue
-            least = min(self.footprints, key=lambda x: self._bytes(x, self._smallest, n))
+            least = min(self.footprints, key=lambda x: self._bytes(x, self._least, n))
             name = "budget_bytes" if isinstance(self.limit, Amount) else "budget"
             raise ValueError(
-                f"{name} must have room for {self._bytes(least, self._smallest, n)} bytes, which "
-                f"{self._smallest} entries per kv head of a prompt of {n} tokens take in pages of "
+                f"{name} must have room for {self._bytes(least, self._least, n)} bytes, which "
+                f"{self._least} entries per kv head of a prompt of {n} tokens take in pages of "
                 f"{least.shape.page_name}, got {self._limit(least, n)}"
             )
-
-    @property
-    def _smallest(self) -> int:
-        """Entries per kv head without which a policy can't do."""
-        return max(self.policy.window + 1, self._least)
 
     def _limit(self, footprint: Footprint, prompt_len: int) -> int:
         if isinstance(self.limit, Amount):
@@ -199,7 +195,7 @@ class ByteBudget(Budget):
         def has_room(entries: int) -> bool:
             return self._bytes(footprint, entries, prompt_len) <= limit
 
-        low, high = self._smallest, max(prompt_len, self._smallest)
+        low, high = self._least, max(prompt_len, self._least)
         if has_room(high):
             return high
         if not has_room(low):
