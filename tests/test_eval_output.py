@@ -218,6 +218,17 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
     assert int4["metrics"]["kl"]["mean"] > quantised["metrics"]["kl"]["mean"]
 
 
+def test_eval_measures_formats_at_equal_bytes(folder: str, text: str, tmp_path: Path):
+    path = tmp_path / "eval.json"
+    command = ["eval", folder, "--text", text, "--tokens", "600", "--prompts", "1"]
+    options = ["--policies", "ada_snapkv", "--kv-dtypes", "auto,int8", "--shares", "1/4"]
+    assert run_command_line([*command, *options, "--equal-bytes", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    plain, int8 = results["cells"]
+    assert results["equal_bytes"] is True
+    assert 0.93 * plain["bytes_share"] < int8["bytes_share"] <= plain["bytes_share"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,6 +239,14 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
             "--policies: policy must be one of",
         ),
         (["--text", "{text}", "--policies", ","], "got none"),
+        (
+            ["--text", "{text}", "--equal-bytes", "--written", "40"],
+            "--equal-bytes doesn't go with --written",
+        ),
+        (
+            ["--text", "{text}", "--policies", "more_tokens", "--kv-dtypes", "int8"],
+            "--kv-dtypes: more_tokens has a budget in bytes and its own format",
+        ),
         (["--text", "{text}", "--shares", "1/0"], "--shares must be numbers like 1/8 or 0.125"),
         (["--text", "{text}", "--shares", "2"], "--shares must be above 0 and at most 1, got 2"),
         (["--text", "{text}", "--prompts", "0"], "prompts must be at least 1, got 0"),

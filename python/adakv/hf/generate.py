@@ -238,10 +238,7 @@ def generate_stream(
     options = BatchOptions.given(options)
     limit = Budget.given(policy, budget, ratio, budget_bytes)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
-    if "repeat" in limit.policy.needs:
-        raise ValueError(
-            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
-        )
+    _check_reads_once(limit.policy)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
@@ -277,6 +274,13 @@ def generate_stream(
     chance = None if sampling.is_greedy else seed
     spare = max(sequence.need.again for sequence in waiting)
     return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
+
+
+def _check_reads_once(policy: Policy) -> None:
+    if "repeat" in policy.needs:
+        raise ValueError(
+            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
+        )
 
 
 def _rooms(
