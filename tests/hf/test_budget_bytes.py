@@ -272,6 +272,13 @@ def test_more_tokens_choose_as_the_policy_does() -> None:
     assert mean > 120 and all(map(torch.equal, cache.kept(2)[0], same.kept(2)[0]))
 
 
+def test_more_tokens_in_16_bits_are_as_many() -> None:
+    model, ids = llama(torch.float32), tokens(400)
+    caches = [read(model, ids, policy=name, budget=90) for name in ("snapkv", "more_tokens")]
+    assert taken(caches[0]) == taken(caches[1])
+    assert all(map(torch.equal, caches[0].kept(0)[0], caches[1].kept(0)[0]))
+
+
 def test_more_tokens_of_another_format_are_refused() -> None:
     with pytest.raises(ValueError, match="kv_dtype must be that of the policy, 'int4', got 'int8'"):
         adakv.Cache(llama(), MORE.format("kv_dtype='int4'"), 60, kv_dtype="int8")

@@ -185,6 +185,8 @@ class ByteBudget(Budget):
     def _most(self, footprint: Footprint, prompt_len: int) -> int | None:
         """Most entries per kv head that have room, all of them at most; None if the fewest that the
         policy can do with have none."""
+        if isinstance(self.limit, Budget) and footprint.shape.kv_dtype == "auto":
+            return self.limit.of(prompt_len)
         key = footprint, prompt_len
         if key not in self._known:
             limit = self._limit(footprint, prompt_len)
