@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -227,6 +228,25 @@ def test_eval_measures_formats_at_equal_bytes(folder: str, text: str, tmp_path: 
     plain, int8 = results["cells"]
     assert results["equal_bytes"] is True
     assert 0.93 * plain["bytes_share"] < int8["bytes_share"] <= plain["bytes_share"]
+
+
+def test_the_quality_of_bits_is_measured(
+    folder: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a script that keeps matrices in float32 and fills caches in bfloat16."""
+    script = Path(__file__).parent.parent / "benchmarks" / "quality_of_bits.py"
+    given = ["--text", text, "--tokens", "800", "--prompts", "1"]
+    monkeypatch.setattr(sys, "argv", [str(script), folder, *given, "--out", str(tmp_path / "bits")])
+    runpy.run_path(str(script), run_name="__main__")
+    about, *cells = map(json.loads, (tmp_path / "bits.jsonl").read_text().splitlines())
+    assert about["dtype"] == "bfloat16, weights in float32" and len(cells) == 3 * 3 * 5
+    places = {(cell["task"], cell["share"]): {} for cell in cells if cell["share"] < 1}
+    for cell in cells:
+        places.get((cell["task"], cell["share"]), {})[cell["policy"]] = cell["bytes_share"]
+    for sizes in places.values():
+        plain = sizes.pop("ada_snapkv")
+        assert len(sizes) == 2 and max(sizes.values()) < plain + 0.02  # tables are longer there
+    assert (tmp_path / "bits.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
