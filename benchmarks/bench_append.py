@@ -13,7 +13,7 @@ import torch
 
 import harness
 from adakv import ops
-from adakv.cache import KVCache
+from adakv.cache import KV_DTYPES, KVCache, page_size_for
 from cuda_timing import graph_times, launch_times
 
 GPU_HEADS, GPU_HEAD_DIM = 8, 128
@@ -36,15 +36,17 @@ class GpuCase:
 def run(case: Case, options: argparse.Namespace) -> None:
     dtype = getattr(torch, case.dtype)
     steps = options.rounds + 3  # the harness's warm-up, too
+    row_pages = steps // page_size_for(options.kv_dtype, None) + 3
     cache = KVCache(
         num_layers=case.layers,
         num_sequences=case.batch,
         num_kv_heads=case.kv_heads,
         head_dim=case.head_dim,
-        num_pages=case.layers * case.batch * case.kv_heads * (steps // 16 + 3),
-        max_row_pages=steps // 16 + 3,
+        num_pages=case.layers * case.batch * case.kv_heads * row_pages,
+        max_row_pages=row_pages,
         dtype=dtype,
         device=options.device,
+        kv_dtype=options.kv_dtype,
     )
     shape = (case.batch, case.kv_heads, 1, case.head_dim)
     keys, values = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
@@ -62,7 +64,8 @@ def run(case: Case, options: argparse.Namespace) -> None:
     variants = {"append": append, "plan": lambda _: ops.plan(*cache.plan_inputs)}
     timings = harness.measure(variants, rounds=options.rounds)
     derived = {"append_us_per_layer": timings["append"].median_us / case.layers}
-    harness.report("append", vars(case), timings, derived, options.save)
+    about = vars(case) | {"kv_dtype": options.kv_dtype}
+    harness.report("append", about, timings, derived, options.save)
 
 
 def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
@@ -75,6 +78,7 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
         num_pages=rows * row_pages,
         max_row_pages=4 * row_pages,
         device=options.device,
+        kv_dtype=options.kv_dtype,
     )
     with torch.device(options.device):
         keys, values = torch.randn(2, case.sequences, GPU_HEADS, 1, GPU_HEAD_DIM).bfloat16()
@@ -86,11 +90,14 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
     append = functools.partial(ops.append, keys, values, cache.layer(0))
     timings = {"launch": launch_times({"append": lambda _: append()})["append"]}
     timings["graph"] = graph_times({"append": [append] * 4})["append"]
-    harness.report("append", vars(case), timings, {}, options.save)
+    about = vars(case) | {"kv_dtype": options.kv_dtype}
+    harness.report("append", about, timings, {}, options.save)
 
 
 CASES = [Case(), Case(layers=32, batch=8, kv_heads=8, head_dim=128)]
 GPU_CASES = [GpuCase(1), GpuCase(64)]
 
 if __name__ == "__main__":
-    harness.run_cases(harness.parser(__doc__), cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])
+    parser = harness.parser(__doc__)
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="format of pages")
+    harness.run_cases(parser, cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])

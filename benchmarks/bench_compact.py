@@ -14,7 +14,7 @@ import torch
 
 import harness
 from adakv import ops
-from adakv.cache import KVCache
+from adakv.cache import KV_DTYPES, KVCache, page_size_for
 from cuda_timing import graph_times, launch_times
 
 GPU_HEADS, GPU_HEAD_DIM = 8, 128
@@ -42,7 +42,7 @@ def run(case: Case, options: argparse.Namespace) -> None:
     keys, values = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     budgets = torch.full((1, case.kv_heads), case.budget, dtype=torch.int32)
     kept = ops.select(torch.rand(shape[:3]), budgets, window=32)
-    row_pages = case.length // 16 + 1
+    row_pages = case.length // page_size_for(options.kv_dtype, None) + 1
     cache = KVCache(
         num_layers=1,
         num_sequences=1,
@@ -52,6 +52,7 @@ def run(case: Case, options: argparse.Namespace) -> None:
         max_row_pages=row_pages,
         dtype=dtype,
         device=options.device,
+        kv_dtype=options.kv_dtype,
     )
     pages = cache.begin(0, [case.kv_heads * case.budget], [case.length])
     index = kept.positions.view(1, case.kv_heads, -1, 1).long().expand(-1, -1, -1, case.head_dim)
@@ -61,12 +62,14 @@ def run(case: Case, options: argparse.Namespace) -> None:
     }
     timings = harness.measure(variants, rounds=options.rounds)
     num_bytes = 2 * case.kv_heads * case.budget * case.head_dim * keys.element_size()
+    written = case.kv_heads * case.budget * cache.page_bytes // cache.page_size
     median = timings["adakv"].median_us
     derived = {
         "speedup": timings["torch"].median_us / median,
-        "copied_GB_per_s": 2 * num_bytes / median / 1e3,
+        "copied_GB_per_s": (num_bytes + written) / median / 1e3,
     }
-    harness.report("compact", vars(case), timings, derived, options.save)
+    about = vars(case) | {"kv_dtype": options.kv_dtype}
+    harness.report("compact", about, timings, derived, options.save)
 
 
 def random_kept(length: int, budget: int) -> ops.Kept:
@@ -82,7 +85,7 @@ def random_kept(length: int, budget: int) -> ops.Kept:
 
 def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
     kept = ops.Kept(*(x.to(options.device) for x in random_kept(case.length, case.budget)))
-    row_pages = case.length // 16 + 40
+    row_pages = case.length // page_size_for(options.kv_dtype, None) + 40
     cache = KVCache(
         num_layers=1,
         num_sequences=1,
@@ -91,6 +94,7 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
         num_pages=GPU_HEADS * row_pages,
         max_row_pages=4 * row_pages,
         device=options.device,
+        kv_dtype=options.kv_dtype,
     )
     pages = cache.begin(0, [GPU_HEADS * case.budget], [case.length])
     layer = cache.layer(0)
@@ -112,13 +116,17 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
     timings = launch_times({"adakv_launch": compact, "torch_launch": gather})
     calls = [functools.partial(compact, i) for i in range(GPU_PROMPTS)]
     timings |= graph_times({"adakv_graph": calls})
-    moved = 2 * GPU_HEADS * case.budget * GPU_HEAD_DIM * 2 * 2
+    written = cache.page_bytes / cache.page_size  # of an entry
+    moved = GPU_HEADS * case.budget * (2 * GPU_HEAD_DIM * 2 + written)
     derived = {"graph_TB_per_s": moved / timings["adakv_graph"].median_us / 1e6}
-    harness.report("compact", vars(case), timings, derived, options.save)
+    about = vars(case) | {"kv_dtype": options.kv_dtype}
+    harness.report("compact", about, timings, derived, options.save)
 
 
 CASES = [Case(), Case(kv_heads=8, head_dim=128, length=32768, budget=4096)]
 GPU_CASES = [GpuCase(32768, 3277), GpuCase(32768, 6554), GpuCase(131072, 13107)]
 
 if __name__ == "__main__":
-    harness.run_cases(harness.parser(__doc__), cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])
+    parser = harness.parser(__doc__)
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="format of pages")
+    harness.run_cases(parser, cpu=[(CASES, run)], cuda=[(GPU_CASES, run_on_gpu)])

@@ -278,3 +278,27 @@ def test_reserve_refuses_and_changes_nothing() -> None:
     cache.reserve(num_pages=2)
     assert (cache.num_pages, cache.max_row_pages, cache.num_free) == (4, 4, 4)
     assert cache.layer(0).pages.data_ptr() == pages.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "factor"),
+    [("auto", 1.0), ("int8", 16 / 8.5), ("fp8", 16 / 8.25), ("int4", 2 * 16 / (4.5 + 5))],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_entries_in_the_bytes_of_one_in_16_bits(kv_dtype: str, factor: float, head_dim: int):
+    """As codes and 16-bit scales and zeros of 64 numbers count; keys of int4 have them for 32."""
+    sizes = {
+        kind: KVCache(
+            num_layers=1,
+            num_sequences=1,
+            num_kv_heads=1,
+            head_dim=head_dim,
+            num_pages=1,
+            max_row_pages=1,
+            page_size=32,
+            kv_dtype=kind,
+        ).page_bytes
+        - 32 * 4  # of positions
+        for kind in ("auto", kv_dtype)
+    }
+    assert sizes["auto"] / sizes[kv_dtype] == pytest.approx(factor)

@@ -78,6 +78,29 @@ def test_generate_in_half_of_the_bytes(model: str, text: str, tmp_path: Path, kv
     assert json.loads(out.read_text().splitlines()[0])
 
 
+def test_generate_within_bytes(model: str, text: str, tmp_path: Path):
+    """The share of the full cache's bytes decides how many bits there are, and what is kept."""
+    runs = []
+    for given in (["--kv-dtype", "auto"], []):
+        path = tmp_path / "run.json"
+        options = ["--budget-bytes", "90%", *given, "--dtype", "bfloat16", "--json", str(path)]
+        assert run_command_line(["generate", model, text, "--max-new-tokens", "1", *options]) == 0
+        runs += json.loads(path.read_text())["runs"]
+    plain, chosen = runs
+    assert plain["title"] == adakv.policy.DEFAULT
+    assert chosen["title"] == f"{adakv.policy.DEFAULT}, int8"
+    assert max(run["cache_bytes"] / run["full_bytes"] for run in runs) < 0.9
+    assert sum(map(sum, plain["kept"])) < sum(map(sum, chosen["kept"]))
+    many, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
+    many.write_text(json.dumps({"prompt": "It was the best of times. " * 4}) + "\n")
+    command = ["generate", model, "--prompts", str(many), "--out", str(out)]
+    options = ["--budget-bytes", "1MiB", "--max-new-tokens", "5"]
+    assert run_command_line([*command, *options]) == 0
+    settings = json.loads(out.read_text().splitlines()[0])["settings"]
+    assert (settings["budget_bytes"], settings["kv_dtype"]) == ("1MiB", None)
+    assert settings["dtype"] == "bfloat16"  # which fewer bits stand for
+
+
 def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "demo.json"
     options = ["--tokens", "600", "--max-new-tokens", "4", "--ratio", "0.2", "--json", str(path)]
@@ -94,6 +117,9 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
     [
         (["--policy", "adasnap"], "policy must be one of streaming, random, snapkv"),
         (["--budget", "64", "--ratio", "0.5"], "give --budget or --ratio, not both"),
+        (["--budget", "64", "--budget-bytes", "1MB"], "give --budget or --budget-bytes, not both"),
+        (["--budget-bytes", "lots"], "--budget-bytes must be bytes, as an integer or a text such"),
+        (["--budget-bytes", "1kB"], "budget_bytes must have room for"),
         (["--budget", "0"], "--budget must be at least 1, got 0"),
         (["--budget", "8"], "budget must be at least 36"),
         (["--budget", "many"], "'many' is not a valid integer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -218,6 +219,36 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
     assert int4["metrics"]["kl"]["mean"] > quantised["metrics"]["kl"]["mean"]
 
 
+def test_eval_measures_formats_at_equal_bytes(folder: str, text: str, tmp_path: Path):
+    path = tmp_path / "eval.json"
+    command = ["eval", folder, "--text", text, "--tokens", "600", "--prompts", "1"]
+    options = ["--policies", "ada_snapkv", "--kv-dtypes", "auto,int8", "--shares", "1/4"]
+    assert run_command_line([*command, *options, "--equal-bytes", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    plain, int8 = results["cells"]
+    assert results["equal_bytes"] is True
+    assert 0.93 * plain["bytes_share"] < int8["bytes_share"] <= plain["bytes_share"]
+
+
+def test_the_quality_of_bits_is_measured(
+    folder: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a script that keeps matrices in float32 and fills caches in bfloat16."""
+    script = Path(__file__).parent.parent / "benchmarks" / "quality_of_bits.py"
+    given = ["--text", text, "--tokens", "800", "--prompts", "1"]
+    monkeypatch.setattr(sys, "argv", [str(script), folder, *given, "--out", str(tmp_path / "bits")])
+    runpy.run_path(str(script), run_name="__main__")
+    about, *cells = map(json.loads, (tmp_path / "bits.jsonl").read_text().splitlines())
+    assert about["dtype"] == "bfloat16, weights in float32" and len(cells) == 3 * 3 * 5
+    places = {(cell["task"], cell["share"]): {} for cell in cells if cell["share"] < 1}
+    for cell in cells:
+        places.get((cell["task"], cell["share"]), {})[cell["policy"]] = cell["bytes_share"]
+    for sizes in places.values():
+        plain = sizes.pop("ada_snapkv")
+        assert len(sizes) == 2 and max(sizes.values()) < plain + 0.02  # tables are longer there
+    assert (tmp_path / "bits.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,6 +259,14 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
             "--policies: policy must be one of",
         ),
         (["--text", "{text}", "--policies", ","], "got none"),
+        (
+            ["--text", "{text}", "--equal-bytes", "--written", "40"],
+            "--equal-bytes doesn't go with --written",
+        ),
+        (
+            ["--text", "{text}", "--policies", "more_tokens", "--kv-dtypes", "int8"],
+            "--kv-dtypes: more_tokens has a budget in bytes and its own format",
+        ),
         (["--text", "{text}", "--shares", "1/0"], "--shares must be numbers like 1/8 or 0.125"),
         (["--text", "{text}", "--shares", "2"], "--shares must be above 0 and at most 1, got 2"),
         (["--text", "{text}", "--prompts", "0"], "prompts must be at least 1, got 0"),

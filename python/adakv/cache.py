@@ -377,6 +377,13 @@ class KVCache:
         return int(self._cache.tail_bytes)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of a sequence's rows in block tables, lengths and what else is counted by row."""
+        layers = self.all_layers
+        rows = (layers.block_table, layers.lengths, layers.seen, layers.fresh_pages)
+        return sum(table.numel() * table.itemsize for table in rows) // self.num_sequences
+
+    @property
     def bytes_used(self) -> int:
         """Bytes of what sequences own: their pages, and the tails of those that hold anything."""
         return int(self._cache.bytes_used)

@@ -150,6 +150,7 @@ class Reader:
     def _check(self, lengths: Sequence[int]) -> None:
         if 0 in lengths:
             raise ValueError(f"attention_mask: prompt {lengths.index(0)} is nothing but padding")
+        self._budget.check(lengths)
         if self._protection is not None:
             self._protection.check(self._budget, lengths, self.num_layers)
 

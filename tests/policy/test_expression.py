@@ -7,7 +7,9 @@ import pytest
 from adakv import policy
 from adakv.policy import (
     ColumnMax,
+    EveryTokens,
     ModelWide,
+    MoreTokens,
     Policy,
     Pyramid,
     TopScore,
@@ -29,6 +31,11 @@ from adakv.policy import (
             "WindowAttention(pinned=4) * Uniform(layers=Pyramid(beta=5)) * TopScore()",
             Policy(WindowAttention(pinned=4), Uniform(Pyramid(beta=5)), TopScore()),
         ),
+        (
+            "WindowAttention() * Uniform() * TopScore() * EveryTokens(every=9) * "
+            "MoreTokens(kv_dtype='int4')",
+            Policy(WindowAttention(), Uniform(), TopScore(), EveryTokens(9), MoreTokens("int4")),
+        ),
     ],
 )
 def test_a_text_is_a_policy(text: str, expected: Policy) -> None:
@@ -38,7 +45,7 @@ def test_a_text_is_a_policy(text: str, expected: Policy) -> None:
 @pytest.mark.parametrize("name", [x for x in policy.names() if x != "full"])
 def test_every_preset_can_be_written(name: str) -> None:
     preset = policy.get(name)
-    parts = preset.scorer, preset.allocator, preset.selector
+    parts = preset.scorer, preset.allocator, preset.selector, *filter(None, [preset.bits])
     assert policy.get(" * ".join(map(repr, parts))) == preset
 
 
@@ -48,6 +55,8 @@ def test_every_preset_can_be_written(name: str) -> None:
         ("KeyDiff()", "not of the form scorer"),
         ("KeyDiff() * Adaptive() *", "invalid syntax"),
         ("Adaptive() * Adaptive() * TopScore()", r"Adaptive\(\) must be one of .*KeyDiff"),
+        ("KeyDiff() * Adaptive() * TopScore() * MoreTokens(kv_dtype='int3')", "'int4', got 'int3'"),
+        ("KeyDiff() * MoreTokens() * TopScore()", r"MoreTokens\(\) must be one of"),
         ("KeyDiff(4) * Adaptive() * TopScore()", r"KeyDiff\(4\) must be one of"),
         ("KeyDiff(**{}) * Adaptive() * TopScore()", "unexpected keyword"),
         ("KeyDiff(depth=4) * Adaptive() * TopScore()", "unexpected keyword argument 'depth'"),

@@ -25,7 +25,16 @@ from adakv.policy import (
     WholePages,
 )
 
-NO_PARTS = {"Budget", "LayerInputs", "PressScorer", "Profile", "Policy", "Protection", "WholePages"}
+NO_PARTS = {
+    "Budget",
+    "ByteBudget",
+    "LayerInputs",
+    "PressScorer",
+    "Profile",
+    "Policy",
+    "Protection",
+    "WholePages",
+}
 PARTS = [
     part
     for part in map(vars(policy).get, policy.__all__)
@@ -38,6 +47,7 @@ WRONG: dict[str, list[Any]] = {
     "float": [math.nan, math.inf, -math.inf, True, None, "0.5", [0.5], 1j, torch.ones(2)],
     "float | None": [math.nan, math.inf, True, "2", [2], 0, -1],
     "bool": [0, 1, None, "yes", [True]],
+    "str | None": [5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan],
     "LayerSchedule": [5, None, "Pyramid", [1, 2], TopScore()],
 }
 OTHERS = [None, 5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan]  # for a word

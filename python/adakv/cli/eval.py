@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
 from adakv.eval.records import RecordFile
+from adakv.policy import MoreTokens, Policy
 
 POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"
 SHARES = "1/2,1/4,1/8,1/16,1/32"
@@ -167,6 +168,12 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
 )
+@click.option(
+    "--equal-bytes",
+    is_flag=True,
+    help="Take the same bytes in every format: shares are kept in auto, and in other formats as "
+    "many entries as have room.",
+)
 @protect_option
 @written_options
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")
@@ -179,6 +186,7 @@ def evaluate(
     policies: str,
     kv_dtypes: str,
     shares: str,
+    equal_bytes: bool,
     protect: tuple[Span, ...],
     written: dict[str, Any],
     records: str | None,
@@ -198,6 +206,9 @@ def evaluate(
     pages = check_formats(kv_dtypes)
     formats = labelled(check_policies(policies), pages)
     names, kept = list(formats), check_shares(shares)
+    if equal_bytes and written:
+        raise InputError("--equal-bytes doesn't go with --written")
+    chosen = chosen_policies(formats, equal_bytes=equal_bytes)
     outputs = {"--records": records, "--markdown": markdown, **place.outputs}
     check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
     network, tokenizer = place.load(model, *pages)
@@ -210,9 +221,10 @@ def evaluate(
             **sources.as_dict(),
             **({"protect": [f"{begin}:{end}" for begin, end in protect]} if protect else {}),
             **({"written": written} if written else {}),
+            **({"equal_bytes": True} if equal_bytes else {}),
         }
         file = RecordFile(records, about)
-    run_all(network, file, tasks, formats, kept, protect, written)
+    run_all(network, file, tasks, chosen, kept, protect, written)
     wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
     cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
     tables = summary.tables(cells)
@@ -234,23 +246,23 @@ def run_all(
     model: Any,
     file: RecordFile,
     tasks: dict[str, list[Item]],
-    formats: dict[str, tuple[str, str]],
+    chosen: dict[str, tuple[Policy, str | None]],
     shares: Sequence[float],
     protect: tuple[Span, ...],
     written: dict[str, Any],
 ) -> None:
-    """Measures what the file lacks, with a progress bar; ``formats`` are :func:`labelled`."""
+    """Measures what the file lacks, with a progress bar; ``chosen`` are policies and formats."""
     from adakv.eval import runner  # needs transformers
     from adakv.eval.written import Written
 
     text = Written(**written) if written else None
     done = {record.key for record in file.records}
-    total = len(runner.missing(tasks, formats, shares, done))
-    chosen = {label: adakv.policy.get(name) for label, (name, _) in formats.items()}
-    kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in formats.items()}
+    total = len(runner.missing(tasks, chosen, shares, done))
+    policies = {label: policy for label, (policy, _) in chosen.items()}
+    kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in chosen.items()}
     options: dict[str, Any] = {"protect": protect, "written": text}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, tasks, chosen, shares, done, kv_dtypes, **options):
+        for record in runner.run(model, tasks, policies, shares, done, kv_dtypes, **options):
             file.add(record)
             advance()
 
@@ -297,6 +309,24 @@ def labelled(policies: Sequence[str], kv_dtypes: Sequence[str]) -> dict[str, tup
         for kv_dtype in kv_dtypes
         for name in policies
     }
+
+
+def chosen_policies(
+    formats: dict[str, tuple[str, str]], *, equal_bytes: bool
+) -> dict[str, tuple[Policy, str | None]]:
+    """The policies and formats that are :func:`labelled`."""
+    chosen: dict[str, tuple[Policy, str | None]] = {}
+    for label, (name, kv_dtype) in formats.items():
+        policy = adakv.policy.get(name)
+        if policy.bits is not None:
+            if kv_dtype != "auto":
+                raise InputError(f"--kv-dtypes: {name} has a budget in bytes and its own format")
+            chosen[label] = (policy, policy.bits.kv_dtype)
+        elif equal_bytes and kv_dtype != "auto":
+            chosen[label] = (replace(policy, bits=MoreTokens(kv_dtype)), kv_dtype)
+        else:
+            chosen[label] = (policy, kv_dtype)
+    return chosen
 
 
 def check_shares(shares: str) -> list[float]:

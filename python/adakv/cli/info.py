@@ -33,9 +33,10 @@ def info() -> None:
 def policy_lines(name: str, width: int) -> str:
     """A preset's name and how it is written down, in lines that break at spaces."""
     policy = adakv.policy.get(name)
-    parts = map(output.brief, (policy.scorer, policy.allocator, policy.selector))
+    parts = [policy.scorer, policy.allocator, policy.selector, policy.when, policy.bits]
+    written = " * ".join(output.brief(part) for part in parts if part is not None)
     return textwrap.fill(
-        f"{name:{_NAME_WIDTH}} {' * '.join(parts)}",
+        f"{name:{_NAME_WIDTH}} {written}",
         width,
         subsequent_indent="    ",
         break_long_words=False,

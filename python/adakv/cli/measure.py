@@ -70,7 +70,8 @@ class Setting:
     policy: str | None  #: None: transformers' own cache and attention
     budget: int | None = None
     ratio: float | None = None
-    kv_dtype: str = "auto"
+    budget_bytes: str | None = None
+    kv_dtype: str | None = "auto"  #: None: what fits into the bytes
     decode_budget: int | None = None
     decode_policy: str | None = None
     every: int | None = None
@@ -88,7 +89,7 @@ class Setting:
     @property
     def title(self) -> str:
         """For people."""
-        bits = "" if self.kv_dtype == "auto" else f", {self.kv_dtype}"
+        bits = "" if self.kv_dtype in (None, "auto") else f", {self.kv_dtype}"
         return f"{self.policy or 'full cache'}{bits}"
 
     def cache(self, model: Any) -> Any:
@@ -141,7 +142,7 @@ def run(
     start, *times = clock.times
     held, full = cache_bytes(cache)
     return Run(
-        title=setting.title,
+        title=setting.title + _found_bits(cache, setting),
         prompt_tokens=prompt.shape[1],
         tokens=tokens,
         text=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
@@ -185,6 +186,12 @@ def cache_bytes(cache: Any) -> tuple[int, int]:
         return stats["bytes"], stats["full_bytes"]
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     return held, held
+
+
+def _found_bits(cache: Any, setting: Setting) -> str:
+    """For people: the format that fits into the bytes, if it was not given."""
+    found = "auto" if setting.kv_dtype is not None else cache.stats()["kv_dtype"]
+    return "" if found == "auto" else f", {found}"
 
 
 def _kept_of_prompt(cache: Any, prompt_tokens: int) -> list[list[int]]:

@@ -12,10 +12,18 @@ import click
 import adakv
 from adakv.cache import KV_DTYPES
 from adakv.cli import output
-from adakv.cli.inputs import DTYPES, InputError, choose_device, dtype_name, load_model
+from adakv.cli.inputs import (
+    DTYPES,
+    InputError,
+    choose_device,
+    dtype_name,
+    load_model,
+    refusals,
+)
 from adakv.cli.measure import Run, Setting
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE, TEXT
+from adakv.policy.amount import Amount
 
 DEFAULT_RATIO = 0.1
 TRUST_HELP = "Let Python code that the model brings along run."
@@ -41,9 +49,9 @@ class Place:
         """Paths by the names of their options."""
         return {"--json": self.json_path, "--plot": self.plot_path}
 
-    def load(self, source: str, *kv_dtypes: str) -> tuple[Any, Any]:
-        """Model and tokenizer, for caches with pages of some formats: codes stand for 16-bit
-        numbers, also on CPUs where float32 is faster."""
+    def load(self, source: str, *kv_dtypes: str | None) -> tuple[Any, Any]:
+        """Model and tokenizer, for caches with pages of some formats, None for whichever fits:
+        codes stand for 16-bit numbers, also on CPUs where float32 is faster."""
         device = choose_device(self.device)
         dtype = DTYPES.get(self.dtype)
         if dtype is None and set(kv_dtypes) - {"auto"} and device.type == "cpu":
@@ -127,23 +135,34 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_setting(
-        *, policy: str, budget: int | None, ratio: float | None, kv_dtype: str, **rest: Any
+        *,
+        policy: str,
+        budget: int | None,
+        ratio: float | None,
+        budget_bytes: str | None,
+        kv_dtype: str | None,
+        **rest: Any,
     ) -> None:
-        setting = replace(check_setting(policy, budget, ratio), kv_dtype=kv_dtype)
-        command(setting=setting, **rest)
+        command(setting=check_setting(policy, budget, ratio, budget_bytes, kv_dtype), **rest)
 
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
     policy_help = "What chooses the entries that stay: `adakv info` lists names."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
-    bits_help = "How pages hold entries: as the model has them, or in half or a third of the bytes."
+    bytes_help = (
+        "Let a prompt's cache take so many bytes, as 512MiB or 10% (of the full cache): fewer bits "
+        "first, unless --kv-dtype is given, then fewer entries."
+    )
+    bits_help = (
+        "How pages hold entries: as the model has them, or in half or a third of the bytes.  "
+        "[default: auto; with --budget-bytes what fits]"
+    )
     for option in (
         click.option(
             "--kv-dtype",
             type=click.Choice(KV_DTYPES),
-            default="auto",
-            show_default=True,
             help=bits_help,
         ),
+        click.option("--budget-bytes", metavar="BYTES", help=bytes_help),
         click.option("--ratio", type=float, help=ratio_help),
         click.option("--budget", type=int, help=budget_help),
         click.option("--policy", default=adakv.policy.DEFAULT, show_default=True, help=policy_help),
@@ -152,21 +171,34 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_setting
 
 
-def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setting:
+def check_setting(
+    policy: str,
+    budget: int | None,
+    ratio: float | None,
+    budget_bytes: str | None = None,
+    kv_dtype: str | None = None,
+) -> Setting:
     """The policy and its budget, checked before anything is loaded."""
     try:
-        adakv.policy.get(policy)
+        bits = adakv.policy.get(policy).bits
     except ValueError as error:
         raise InputError(f"--policy: {error}") from error
-    if budget is not None and ratio is not None:
-        raise InputError("give --budget or --ratio, not both")
+    given = {"--budget": budget, "--ratio": ratio, "--budget-bytes": budget_bytes}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"give {' or '.join(names)}, not both")
     if budget is not None and budget < 1:
         raise InputError(f"--budget must be at least 1, got {budget}")
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"--ratio must be above 0 and at most 1, got {ratio}")
-    if budget is None and ratio is None:
+    if budget_bytes is not None:
+        with refusals():
+            Amount.given("--budget-bytes", budget_bytes)
+    elif kv_dtype is None:
+        kv_dtype = "auto" if bits is None else bits.kv_dtype
+    if not names:
         ratio = DEFAULT_RATIO
-    return Setting(policy, budget, ratio)
+    return Setting(policy, budget, ratio, budget_bytes, kv_dtype)
 
 
 def text_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -80,6 +80,7 @@ def report(
             setting.policy,
             budget=setting.budget,
             ratio=setting.ratio,
+            budget_bytes=setting.budget_bytes,
             kv_dtype=setting.kv_dtype,
             max_new_tokens=max_new_tokens,
         )

@@ -146,13 +146,15 @@ def make_page(
     *,
     budget: int | None = None,
     ratio: float | None = None,
-    kv_dtype: str = "auto",
+    budget_bytes: int | str | None = None,
+    kv_dtype: str | None = None,
     max_new_tokens: int = 64,
 ) -> Page:
     """Reads a prompt ``[1, T]`` once and compares what follows from it.
 
-    The model must not be attached. ``policy``, ``budget``, ``ratio`` and ``kv_dtype`` are those
-    of :class:`adakv.Cache`; the answers have up to ``max_new_tokens``, at least 2.
+    The model must not be attached. ``policy``, ``budget``, ``ratio``, ``budget_bytes`` and
+    ``kv_dtype`` are those of :class:`adakv.Cache`; the answers have up to ``max_new_tokens``, at
+    least 2.
     """
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
@@ -161,7 +163,12 @@ def make_page(
 
         def compressed() -> Cache:
             return prefill.cache(
-                policy, budget, ratio, kv_dtype=kv_dtype, max_new_tokens=max_new_tokens
+                policy,
+                budget,
+                ratio,
+                budget_bytes=budget_bytes,
+                kv_dtype=kv_dtype,
+                max_new_tokens=max_new_tokens,
             )
 
         cache = compressed()

@@ -117,7 +117,8 @@ class Prefill:
         budget: int | None = None,
         ratio: float | None = None,
         *,
-        kv_dtype: str = "auto",
+        budget_bytes: int | str | None = None,
+        kv_dtype: str | None = None,
         max_new_tokens: int = 4096,
         protect: Any = None,
     ) -> Cache:
@@ -127,6 +128,7 @@ class Prefill:
         repeated reads it once more, without an instruction to do so.
         """
         settings: dict[str, Any] = {"kv_dtype": kv_dtype, "max_new_tokens": max_new_tokens}
+        settings["budget_bytes"] = budget_bytes
         cache = adakv.Cache(self._model, policy, budget, ratio, protect=protect, **settings)
         with torch.inference_mode():
             for index, (keys, values) in enumerate(self._recorder.entries):

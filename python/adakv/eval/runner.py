@@ -40,7 +40,7 @@ def run(
     policies: Mapping[str, Policy],
     shares: Sequence[float],
     done: Collection[Key] = (),
-    kv_dtypes: Mapping[str, str] | None = None,
+    kv_dtypes: Mapping[str, str | None] | None = None,
     *,
     protect: Any = None,
     written: Written | None = None,

@@ -36,7 +36,7 @@ class Written:
         tokens: Sequence[int],
         policy: Policy,
         share: float,
-        kv_dtype: str,
+        kv_dtype: str | None,
     ) -> Cache:
         """A cache through which the model has read ``tokens``, keeping a share of the text.
 

@@ -13,38 +13,31 @@ keys and values die with its layer's forward.
 
 from __future__ import annotations
 
-import logging
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache, check_kv_dtype, page_size_for
-from adakv.errors import Error, integer
+from adakv.cache import KVCache
+from adakv.errors import Error
 from adakv.hf import families, long_rope, pool_size
-from adakv.hf.attachment import (
-    cache_layers,
-    decoder_of,
-    eagerly,
-    is_attached,
-    own_layers,
-)
+from adakv.hf.allocation import Allocation
+from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
 from adakv.hf.eviction import Eviction
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
+from adakv.hf.notices import Notices
 from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
-from adakv.hf.pool_size import FIRST_TOKENS, Shape
 from adakv.hf.repetition import Repetition
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy, Protection
+from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
+from adakv.shape import Shape
 from adakv.step import PlannedStep
-
-_logger = logging.getLogger("adakv")
 
 _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_grad()"
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
@@ -71,6 +64,10 @@ class Cache(OneWayCache):
         Mean entries to keep per kv head, the policy's window included.
     ratio : float in (0, 1], optional
         Instead of ``budget``: the share of each prompt's tokens.
+    budget_bytes : int or str, optional
+        Instead of ``budget``: what one sequence may take in all layers, as ``"512MiB"``, or as
+        ``"10%"`` of its full cache's bytes (docs/bits.md, Budgets in bytes). Without ``kv_dtype``
+        the cache takes fewer bits before it evicts.
     max_new_tokens : int
         Tokens after the prompt that the pages are made for, up to 4096. A longer text has the
         cache grow. CPU memory is taken when it is used.
@@ -81,9 +78,10 @@ class Cache(OneWayCache):
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int, optional
         Entries of a page: a power of two from 8 to 256. Default: 16, of codes 32; of int4 always.
-    kv_dtype : "auto", "int8", "fp8" or "int4"
-        How pages hold keys and values: as the model has them, or in about half of their bytes, in
-        int4 30 % (docs/bits.md), for models in float16 or bfloat16; int4 on the CPU only.
+    kv_dtype : "auto", "int8", "fp8" or "int4", optional
+        How pages hold keys and values: as the model has them, which is the default, or in about
+        half of their bytes, in int4 30 % (docs/bits.md), for models in float16 or bfloat16; int4 on
+        the CPU only.
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     chunk_budget : int, optional
@@ -105,6 +103,7 @@ class Cache(OneWayCache):
     reading: Reader | None
     """The prompts that are being read; None as soon as what is kept of them is in pages."""
     protection: Protection  #: what must stay of the prompts after the next :meth:`reset`
+    budget: Budget  #: how much is kept of them
 
     def __init__(
         self,
@@ -115,8 +114,9 @@ class Cache(OneWayCache):
         *,
         max_new_tokens: int = 4096,
         chunked_prefill: bool = False,
+        budget_bytes: int | str | None = None,
         page_size: int | None = None,
-        kv_dtype: str = "auto",
+        kv_dtype: str | None = None,
         protect: Any = None,
         chunk_budget: int | None = None,
         decode_budget: int | None = None,
@@ -129,21 +129,22 @@ class Cache(OneWayCache):
         layers = cache_layers(decoder)
         full = families.full_attention(layers)
         if not full:
-            _logger.warning("no layer of the model has full attention: nothing to compress")
+            Notices().of_no_full_attention()
         families.check_writes(model, decoder)
         if not isinstance(chunked_prefill, bool):
             raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
         if chunked_prefill and chunk_budget is not None:
             raise ValueError("chunk_budget must not be given with chunked_prefill, which waits")
-        self._kv_dtype = check_kv_dtype(kv_dtype)
-        self._page_size = page_size_for(kv_dtype, page_size)
-        self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         self.model = decoder
-        self._budget = Budget.given(policy, budget, ratio)
+        self.budget = Budget.given(policy, budget, ratio, budget_bytes)
+        self._allocation = Allocation(
+            self.budget, kv_dtype, page_size, max_new_tokens, is_chunked=chunk_budget is not None
+        )
         self.protection = Protection.given(protect)
-        rule = Rule.given(self._budget.policy, decode_policy, decode_budget, every, pin_prompt)
-        self._make_eviction = partial(Eviction, self._budget, chunk_budget, rule)
-        needs = self._budget.policy.needs
+        chosen = self.budget.policy
+        self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
+        self._chunk_budget = chunk_budget
+        needs = chosen.needs
         self._is_chunked = chunked_prefill
         self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
         if "w_o" in needs:
@@ -165,7 +166,7 @@ class Cache(OneWayCache):
 
     def _begin(self) -> None:
         """Holds nothing."""
-        self.eviction = self._make_eviction()
+        self.eviction = Eviction(self.budget, self._chunk_budget, self._rule)
         first_budget = self.eviction.first_budget
         self.reading = Reader(first_budget, len(self._full), protection=self.protection)
         self.step: PlannedStep | None = None  # that is running
@@ -173,11 +174,11 @@ class Cache(OneWayCache):
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
-        self._repetition = Repetition(self, is_needed="repeat" in self._budget.policy.needs)
+        self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
-        self._has_warned = False  # that there are no attention weights
+        self.notices = Notices()
         self._was_asked = False  # how long it is, since it was last given keys
         self._states = States(self.layers)
         self._kv: KVCache | None = None
@@ -214,8 +215,9 @@ class Cache(OneWayCache):
         stats : dict
             ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
             sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
-            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used`` and
-            ``full_bytes``, what a full cache would hold.
+            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used``, their
+            ``kv_dtype`` (None before there are any) and ``full_bytes``, what a full cache would
+            hold.
         """
         return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
 
@@ -305,7 +307,7 @@ class Cache(OneWayCache):
         if self.reading is not None:
             self._finish_all()
         assert self._kv is not None
-        self.eviction.end_prompt(self._kv, self._slots, self.seen)
+        self._end_prompt()
         if self.eviction.text is not None:
             raise ValueError("decode_budget: texts are evicted from without custom_generate only")
         if num_tokens:
@@ -338,7 +340,7 @@ class Cache(OneWayCache):
                 f"prompt, {self._signature}, got {signature}"
             )
         if self._signature is None:
-            check_kv_dtype(self._kv_dtype, dtype, keys.device)
+            self._allocation.check_keys(dtype, keys.device)
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
@@ -347,7 +349,8 @@ class Cache(OneWayCache):
             self._repetition.read_waiting()
         if self.reading is None:
             self.make_room(columns)
-            self._warn_of_a_second_turn(columns)
+            if not self.eviction.reads_chunks:
+                self.notices.of_a_second_turn(columns, self._num_forwards)
         if not self._full:  # nobody will count the padding
             self._seen = [n + columns for n in self._seen or [0] * batch]
         self._signature = signature
@@ -355,7 +358,7 @@ class Cache(OneWayCache):
         if self.reading is not None and is_after_prompt:
             self._finish_all()
         if is_after_prompt and self._kv is not None:
-            self.eviction.end_prompt(self._kv, self._slots, self.seen)
+            self._end_prompt()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
@@ -394,23 +397,6 @@ class Cache(OneWayCache):
             self.handed_out = False
             raise Error("the last forward was stopped, or was of another model that isn't attached")
 
-    def _warn_of_a_second_turn(self, columns: int) -> None:
-        if columns > 1 and self._num_forwards == 1 and not self.eviction.reads_chunks:
-            _logger.warning(
-                "%d more tokens right after the prompt are taken for a second turn and are not "
-                "compressed; if they are of the prompt, give Cache(chunked_prefill=True)",
-                columns,
-            )
-
-    def warn_of_attentions(self) -> None:
-        """Says once that steps give none."""
-        if not self._has_warned:
-            _logger.warning(
-                "output_attentions: only prompts have attention weights; tokens after them attend "
-                "to what each head kept, and give none"
-            )
-        self._has_warned = True
-
     def make_room(self, num_tokens: int) -> None:
         """Has the cache grow if there are too few pages for so many more tokens of every sequence.
 
@@ -432,6 +418,7 @@ class Cache(OneWayCache):
             raise ValueError("attention_mask: prompts in chunks must be padded on the left")
         lengths = [had + now for had, now in zip(seen, new, strict=True)]
         is_last = not self.waits or (columns == 1 and LAST_TOKEN_COMES_ALONE)
+        self._decide(lengths)
         self.reading.begin(lengths, before + columns, is_complete=is_last)
         self.is_midway = True
 
@@ -466,7 +453,9 @@ class Cache(OneWayCache):
         assert reader is not None
         chosen = reader.finish(layer, part, repeat=repeat)
         if chosen:
-            self._kv = self._kv or self._allocate(reader)
+            self._kv = self._kv or self._allocation.make(
+                reader, self.eviction.budget, self._shape, len(self.seen), self._rule
+            )
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.reading = reader.lengths, None
@@ -482,18 +471,28 @@ class Cache(OneWayCache):
             self.finish(layer)
         self.is_midway = False
 
-    def _allocate(self, reader: Reader) -> KVCache:
-        """Pages for what is kept of the prompts in all layers, and for the tokens to come."""
+    def _decide(self, lengths: Sequence[int]) -> None:
+        """Finds how many entries a budget in bytes is, for prompts of such lengths so far."""
+        if isinstance(self.budget, ByteBudget) and not self.budget.footprints:
+            self.eviction.budget = self._allocation.decide(
+                self.budget, self._shape, lengths, self._rule, kv=self._kv
+            )
+            if self.reading is not None:
+                self.reading.change(self.eviction.first_budget, self.protection)
+
+    def _end_prompt(self) -> None:
+        """The first token behind the prompts comes."""
+        assert self._kv is not None
+        if self.eviction.reads_chunks:
+            self._decide(self.seen)
+            self.eviction.budget.check(self.seen)
+        self.eviction.end_prompt(self._kv, self._slots, self.seen)
+
+    @property
+    def _shape(self) -> Shape:
+        """What layers put into plain pages."""
         assert self._signature is not None and self._heads is not None
-        batch, _, _, dtype, device = self._signature
-        heads, head_dim = self._heads
-        return pool_size.cache_of(
-            reader,
-            Shape(reader.num_layers, heads, head_dim, dtype, device, self._kv_dtype),
-            num_sequences=batch,
-            new=min(self._max_new_tokens, self.eviction.room or FIRST_TOKENS),
-            page_size=self._page_size,
-        )
+        return Shape(len(self._full), *self._heads, *self._signature[3:])
 
     @property
     def _slots(self) -> slice:

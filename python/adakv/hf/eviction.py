@@ -33,7 +33,8 @@ class Eviction:
         """What is chosen from now."""
         self.reads_chunks = False
         """Whether more of the prompts may come."""
-        self._budget = budget
+        self.budget = budget
+        """Of the prompts; one in bytes is replaced when their lengths are known."""
         self._chunks: Rule | None = None
         if chunk_budget is not None:
             name = "chunk_budget"
@@ -43,13 +44,8 @@ class Eviction:
     def first_budget(self) -> Budget:
         """The budget of what comes first: the prompts, or their first chunks."""
         if self._chunks is None:
-            return self._budget
-        return Budget(self._budget.policy, self._chunks.budget)
-
-    @property
-    def room(self) -> int | None:
-        """Tokens that heads hold at most behind the prompts, if that is limited."""
-        return None if self.decode is None else self.decode.most
+            return self.budget
+        return Budget(self.budget.policy, self._chunks.budget)
 
     @property
     def watcher(self) -> Recent | None:
@@ -82,7 +78,7 @@ class Eviction:
             return
         assert self.text is not None
         self.reads_chunks = False
-        rule, of_prompts = self.text.rule, max(self._budget.of(n) for n in seen)
+        rule, of_prompts = self.text.rule, self.budget.of_all(seen)
         self.text.rule = replace(rule, budget=min(of_prompts, rule.budget))
         if self.text.is_due:
             self.text.choose(kv, slots)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import check_kv_dtype, check_page_size, page_size_for
+from adakv.cache import check_page_size
 from adakv.errors import integer, short
 from adakv.hf import long_rope
+from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
-from adakv.hf.pool_size import Need, Shape, cache_for, first_tokens
+from adakv.hf.pool_size import Need, cache_for, first_tokens, shape_of
 from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
@@ -137,7 +138,8 @@ def generate_batch(
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
-    kv_dtype: str = "auto",
+    budget_bytes: int | str | None = None,
+    kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
     decode_budget: int | None = None,
@@ -160,7 +162,10 @@ def generate_batch(
         isn't yet.
     prompts : strings, lists of token ids or ``[T]`` integer tensors
         Strings need a tokenizer.
-    policy, budget, ratio, kv_dtype, decode_budget, decode_policy, every, pin_prompt
+    policy, budget, ratio, budget_bytes, kv_dtype
+        As in :class:`adakv.Cache`. ``budget_bytes`` is for each sequence; all have one format, by
+        which the prompts with all of their entries fit, if there is one.
+    decode_budget, decode_policy, every, pin_prompt
         As in :class:`adakv.Cache`.
     protect : spans, masks or a list of them, optional
         Tokens that stay, of all prompts or of each: see :meth:`adakv.policy.Protection.given`.
@@ -190,6 +195,7 @@ def generate_batch(
         policy=policy,
         budget=budget,
         ratio=ratio,
+        budget_bytes=budget_bytes,
         kv_dtype=kv_dtype,
         protect=protect,
         protect_tokens=protect_tokens,
@@ -212,7 +218,8 @@ def generate_stream(
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
     ratio: float | None = None,
-    kv_dtype: str = "auto",
+    budget_bytes: int | str | None = None,
+    kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
     decode_budget: int | None = None,
@@ -229,27 +236,28 @@ def generate_stream(
     """
     model = unwrapped(model)
     options = BatchOptions.given(options)
-    limit = Budget.given(policy, budget, ratio)
+    limit = Budget.given(policy, budget, ratio, budget_bytes)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
-    if "repeat" in limit.policy.needs:
-        raise ValueError(
-            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
-        )
+    _check_reads_once(limit.policy)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
-    reader = Cache(model, policy, budget, ratio, **({} if rule is None else rule.arguments))
-    shape = Shape.of(model, check_kv_dtype(kv_dtype))
+    allocation = Allocation(limit, kv_dtype, options.page_size)
+    text = {} if rule is None else rule.arguments
+    reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
+    shape = shape_of(model)
     ids = all_token_ids(model, tokenizer, prompts)
     lengths, counts = [len(prompt) for prompt in ids], new_token_counts(max_new_tokens, len(ids))
     long_rope.check_batch(decoder_of(model).config, lengths, counts)
     protection = Protection.of_prompts(protect, protect_tokens, ids)
-    protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
-    page_size = page_size_for(shape.kv_dtype, options.page_size)
-    need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
-    is_limited = options.cache_bytes is not None or shape.device.type == "cuda"
-    waiting = _waiting(model, ids, counts, protection, need_of, is_limited=is_limited)
     if not ids:
         return iter(())
+    rooms = _rooms(model, lengths, counts, options)
+    limit = reader.budget = allocation.decide(limit, shape, lengths, rule, new=max(rooms))
+    limit.check(lengths)
+    protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
+    shape, page_size = allocation.pages(limit, shape)
+    need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
+    waiting = _waiting(ids, counts, rooms, protection, need_of)
     kv = cache_for(
         model,
         ids,
@@ -268,19 +276,32 @@ def generate_stream(
     return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
 
 
+def _check_reads_once(policy: Policy) -> None:
+    if "repeat" in policy.needs:
+        raise ValueError(
+            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
+        )
+
+
+def _rooms(
+    model: PreTrainedModel, lengths: Sequence[int], counts: Sequence[int], options: BatchOptions
+) -> list[int]:
+    """Tokens behind each prompt that have their pages from the beginning."""
+    is_limited = options.cache_bytes is not None or model.device.type == "cuda"
+    pairs = zip(lengths, counts, strict=True)
+    return [first_tokens(model, *pair, is_limited=is_limited) for pair in pairs]
+
+
 def _waiting(
-    model: PreTrainedModel,
     prompts: Sequence[Tensor],
     counts: Sequence[int],
+    rooms: Sequence[int],
     protection: Protection,
     need_of: Callable[[int, int], Need],
-    *,
-    is_limited: bool,
 ) -> list[_Sequence]:
     """The prompts in their order, with what each one needs."""
     waiting = []
-    for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-        room = first_tokens(model, len(prompt), count, is_limited=is_limited)
+    for index, (prompt, count, room) in enumerate(zip(prompts, counts, rooms, strict=True)):
         need, protected = need_of(len(prompt), room), protection.of_one(index)
         waiting.append(_Sequence(index, prompt, count, room, need, protected))
     return waiting

@@ -93,7 +93,7 @@ class FullAttentionLayer(AttendingLayer):
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
             if kwargs.get("output_attentions") or cache.model_config.output_attentions:
-                cache.warn_of_attentions()
+                cache.notices.of_attentions()
         assert cache.step is not None
         if query.dtype is not key.dtype:
             query = query.to(key.dtype)
@@ -185,10 +185,11 @@ def contents(
     num_full = sum(isinstance(layer, FullAttentionLayer) for layer in layers)
     full = torch.zeros(num_full, len(seen), num_kv_heads, dtype=torch.int32)
     entry_bytes = bytes_used = pages_used = 0
+    kv_dtype = None
     if kv is not None:
         full = kv.all_layers.lengths[:, slots].cpu()
         entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
-        bytes_used, pages_used = kv.bytes_used, kv.pages_used
+        bytes_used, pages_used, kv_dtype = kv.bytes_used, kv.pages_used, kv.kv_dtype
     lengths = [
         full[layer.index]
         if isinstance(layer, FullAttentionLayer)
@@ -202,5 +203,6 @@ def contents(
         "bytes": bytes_used,
         "full_bytes": sum(seen) * num_full * num_kv_heads * entry_bytes,
         "pages_used": pages_used,
+        "kv_dtype": kv_dtype,
         "seen": list(seen),
     }

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from adakv.cache import KVCache, check_kv_dtype
+from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
-from adakv.policy import Budget
+from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
 from adakv.reselection import Rule
+from adakv.shape import Footprint, Shape, unit_bytes
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096
@@ -25,56 +26,22 @@ _PROBE = 1024  # tokens whose prefill tells what a token takes
 _SHARE = 0.9  # of the memory that a prefill leaves free
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a model's layers put into a cache."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-    kv_dtype: str = "auto"
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, kv_dtype: str = "auto") -> Shape:
-        """Found by reading one token. Raises ``ValueError`` for layers that can't share pages."""
-        layers = cache_layers(decoder_of(model))
-        if any(type(layer) is not DynamicLayer for layer in layers):
-            raise ValueError(
-                f"model: {type(model).__name__} has layers without full attention, which "
-                "many prompts can't share; run them one by one through adakv.Cache"
-            )
-        look = _Look(config=model.config)
-        with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: look})
-        shapes = set(look.shapes)
-        if len(shapes) > 1:
-            raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-        shape = cls(len(look.shapes), *shapes.pop(), kv_dtype)
-        check_kv_dtype(kv_dtype, shape.dtype, shape.device)
-        return shape
-
-    def cache(
-        self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
-    ) -> KVCache:
-        """An empty cache for it."""
-        return KVCache(
-            num_layers=self.num_layers,
-            num_sequences=num_sequences,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            num_pages=num_pages,
-            max_row_pages=max_row_pages,
-            page_size=page_size,
-            dtype=self.dtype,
-            device=self.device,
-            kv_dtype=self.kv_dtype,
+def shape_of(model: PreTrainedModel) -> Shape:
+    """What a model's layers put into a cache, found by reading one token. Raises ``ValueError`` for
+    layers that can't share pages."""
+    layers = cache_layers(decoder_of(model))
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        raise ValueError(
+            f"model: {type(model).__name__} has layers without full attention, which "
+            "many prompts can't share; run them one by one through adakv.Cache"
         )
-
-    def small_cache(self, page_size: int) -> KVCache:
-        """One that says how many bytes a page and a sequence take."""
-        return replace(self, device=torch.device("cpu")).cache(1, 1, 1, page_size)
+    look = _Look(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: look})
+    shapes = set(look.shapes)
+    if len(shapes) > 1:
+        raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
+    return Shape(len(look.shapes), *shapes.pop())
 
 
 class _Look(DynamicCache):
@@ -90,6 +57,59 @@ class _Look(DynamicCache):
         _, heads, _, head_dim = key_states.shape
         self.shapes.append((heads, head_dim, value_states.dtype, value_states.device))
         return key_states, value_states
+
+
+def decided(
+    budget: ByteBudget,
+    shape: Shape,
+    prompt_lens: Sequence[int],
+    *,
+    formats: Sequence[tuple[str, int]],
+    new: int,
+    rule: Rule | None,
+    row_pages: int = 0,
+) -> ByteBudget:
+    """A budget in bytes as so many entries, in one of some formats of pages.
+
+    Parameters
+    ----------
+    prompt_lens : ints
+        Tokens of the prompts in one cache.
+    formats : pairs of format and page size
+        Those of :meth:`adakv.shape.Shape.formats`.
+    new : int
+        Tokens behind each prompt that rows have room for.
+    rule : :class:`adakv.reselection.Rule`, optional
+        How the text is evicted from; its entries count, too.
+    row_pages : int
+        Columns that the block table has already.
+    """
+    text: tuple[int, ...] = ()
+    if rule is not None:
+        heads, longest = shape.num_kv_heads, 2**31 - 1
+        limit = Budget(rule.policy, rule.budget)
+        text = tuple(limit.totals(longest, num_kv_heads=heads, num_layers=shape.num_layers))
+    footprints = [
+        Footprint(
+            replace(shape, kv_dtype=name),
+            page_size,
+            max(row_pages, row_pages_for(max(prompt_lens), new, shape, page_size, rule)),
+            text,
+            every=0 if rule is None else rule.every,
+            first=0 if rule is None else rule.most,
+        )
+        for name, page_size in formats
+    ]
+    return budget.decided(footprints, prompt_lens)
+
+
+def row_pages_for(
+    prompt_len: int, new: int, shape: Shape, page_size: int, rule: Rule | None = None
+) -> int:
+    """Most pages of a row of a prompt and of ``new`` tokens behind it."""
+    if rule is not None:  # all that stays of a layer's text may lie in one row
+        new = min(new, shape.num_kv_heads * rule.budget + rule.every)
+    return (prompt_len + new) // page_size + 2
 
 
 @dataclass(frozen=True)
@@ -161,34 +181,42 @@ def cache_for(
     slots = min(max_batch, len(needs))
     spare = max(need.again for need in needs)
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
-    small = shape.small_cache(page_size)
+    unit = unit_bytes(shape, page_size)
     if cache_bytes is None and shape.device.type == "cuda":
         longest = max(prompts, key=len)
         waiting = waiting_bytes(budget, len(longest), shape)
         cache_bytes = _free_bytes(model, longest, waiting)
     if cache_bytes is not None:
-        pages = min(pages, max(cache_bytes - slots * small.tail_bytes, 0) // small.page_bytes)
+        pages = min(pages, max(cache_bytes - slots * unit.tails, 0) // unit.page)
     for index, need in enumerate(needs):
         if need.pages + spare > pages:
             raise Error(
                 f"prompts[{index}] can never fit: it needs {need.pages + spare} pages of "
-                f"{small.page_bytes} bytes, and the cache has {pages}"
+                f"{unit.page} bytes, and the cache has {pages}"
             )
     return shape.cache(slots, pages, max(need.row_pages for need in needs), page_size)
 
 
 def cache_of(
-    reader: Reader, shape: Shape, *, num_sequences: int, new: int, page_size: int
+    reader: Reader,
+    shape: Shape,
+    *,
+    num_sequences: int,
+    new: int,
+    page_size: int,
+    rule: Rule | None = None,
 ) -> KVCache:
-    """A cache for what is kept of a reader's prompts, and for ``new`` tokens behind each."""
+    """A cache for what is kept of a reader's prompts, and for ``new`` tokens behind each, or for
+    what a rule leaves of them."""
     heads = shape.num_kv_heads
+    stored = new if rule is None else min(new, rule.most)
     pages = sum(
-        KVCache.pages_for(total, new, num_kv_heads=heads, page_size=page_size)
+        KVCache.pages_for(total, stored, num_kv_heads=heads, page_size=page_size)
         for totals in reader.totals(heads)
         for total in totals
     )
-    row_pages = (max(reader.lengths) + new) // page_size + 2  # the pool decides what is full
-    return shape.cache(num_sequences, pages, row_pages, page_size)
+    row_pages = row_pages_for(max(reader.lengths), new, shape, page_size, rule)
+    return shape.cache(num_sequences, pages, row_pages, page_size)  # the pool decides what is full
 
 
 def make_room(kv: KVCache, num_new: Sequence[int]) -> None:
@@ -213,8 +241,8 @@ def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:
     entries = budget.waiting(prompt_len)
     if entries == 0:
         return 0
-    entry_bytes = 2 * shape.head_dim * shape.dtype.itemsize
-    return shape.num_layers * shape.num_kv_heads * (entries * entry_bytes + 2 * 4 * prompt_len)
+    rows = shape.num_layers * shape.num_kv_heads
+    return rows * (entries * shape.entry_bytes + 2 * 4 * prompt_len)
 
 
 def _free_bytes(model: PreTrainedModel, prompt: Tensor, waiting: int) -> int:

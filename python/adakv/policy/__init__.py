@@ -17,7 +17,8 @@ from adakv.policy.base import (
     Scorer,
     Selector,
 )
-from adakv.policy.budget import Budget
+from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
@@ -46,6 +47,7 @@ __all__ = [
     "Adaptive",
     "Allocator",
     "Budget",
+    "ByteBudget",
     "ColumnMax",
     "Defensive",
     "EveryTokens",
@@ -61,6 +63,7 @@ __all__ = [
     "LayerInputs",
     "LayerSchedule",
     "ModelWide",
+    "MoreTokens",
     "Need",
     "Policy",
     "PressScorer",

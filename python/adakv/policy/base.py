@@ -25,6 +25,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.ops import Kept
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
+from adakv.policy.more_tokens import MoreTokens
 
 __all__ = [
     "Allocator",
@@ -173,13 +174,14 @@ class Policy:
     turns it into each layer's.
 
     Prompts are chosen from at their end. ``when`` says how often the text behind one is, if it is
-    (docs/texts.md).
+    (docs/texts.md). ``bits`` has the budget counted in bytes (docs/bits.md).
     """
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
     when: EveryTokens | None = None
+    bits: MoreTokens | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)

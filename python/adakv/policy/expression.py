@@ -10,6 +10,7 @@ from typing import Any
 from adakv.policy import allocators, prompt_scorers, scorers, selectors, text_scorers
 from adakv.policy.base import EveryTokens, Policy
 from adakv.policy.inputs import did_you_mean
+from adakv.policy.more_tokens import MoreTokens
 
 _PARTS = {
     name: part
@@ -17,14 +18,15 @@ _PARTS = {
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
 }
-_PARTS["EveryTokens"] = EveryTokens
+_PARTS |= {"EveryTokens": EveryTokens, "MoreTokens": MoreTokens}
 
 _MOST_SHOWN = 200  # characters of a text in a message
 
 
 def parse(text: str) -> Policy:
     """``scorer * allocator * selector``, each a part of the library with settings by name; behind
-    them ``* EveryTokens(128)`` if texts are chosen from, too.
+    them ``* EveryTokens(every=128)`` if texts are chosen from, too, and last ``* MoreTokens()`` if
+    the budget is one of bytes.
 
     Settings are numbers, strings, truth values or parts, as in ``Adaptive(layers=Pyramid())``.
     Raises ``ValueError`` with the reason if the text is anything else, or a setting is refused.
@@ -34,10 +36,8 @@ def parse(text: str) -> Policy:
         with warnings.catch_warnings():  # the parser warns of texts that are refused anyway
             warnings.simplefilter("ignore")
             body = ast.parse(text, mode="eval").body
-        when = None
-        match body:
-            case ast.BinOp(parts, ast.Mult(), ast.Call(ast.Name("EveryTokens")) as last):
-                body, when = parts, _part(last, "every")
+        body, bits = _without(body, "MoreTokens", "kv_dtype")
+        body, when = _without(body, "EveryTokens", "every")
         match body:
             case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
                 return Policy(
@@ -45,12 +45,21 @@ def parse(text: str) -> Policy:
                     _part(allocator, "allocate"),
                     _part(selector, "select"),
                     when,
+                    bits,
                 )
         raise ValueError("not of the form scorer * allocator * selector")
     except (RecursionError, MemoryError) as error:  # what Python's parser says of a deep text
         raise ValueError(f"policy {shown}: too many parts within each other") from error
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"policy {shown}: {error}") from error
+
+
+def _without(body: ast.expr, name: str, does: str) -> tuple[ast.expr, Any]:
+    """A text without its last part, and that part, if it is the one of that name."""
+    match body:
+        case ast.BinOp(parts, ast.Mult(), ast.Call(ast.Name(last)) as part) if last == name:
+            return parts, _part(part, does)
+    return body, None
 
 
 def _part(node: ast.expr, does: str) -> Any:

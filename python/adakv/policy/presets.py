@@ -11,6 +11,7 @@ from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Un
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
 from adakv.policy.inputs import did_you_mean
+from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.prompt_scorers import (
     ColumnMax,
     ExpectedAttention,
@@ -69,6 +70,7 @@ _PRESETS: dict[str, Policy] = {
     "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
     "r_kv":                        Policy(RKV(), Uniform(), TopScore()),
     "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
+    "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),

@@ -114,6 +114,8 @@ def why_not(policy: Policy) -> str | None:
     """
     allocator = policy.allocator
     layers = allocator.layers
+    if policy.bits is not None:
+        return "its budget is one of bytes, and an engine's blocks hold entries as the model does"
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
     if isinstance(layers, Everything):

@@ -1,0 +1,146 @@
+"""Which pages a :class:`adakv.Cache` has, and how many: known when its first keys come, and with a
+budget in bytes when its prompts' lengths do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from adakv.cache import KVCache, check_kv_dtype, check_page_size, page_size_for
+from adakv.errors import integer
+from adakv.hf import pool_size
+from adakv.policy import Budget, ByteBudget
+from adakv.reading import Reader
+from adakv.reselection import Rule
+from adakv.shape import Shape
+
+
+class Allocation:
+    """How the pages of a cache are made.
+
+    Parameters
+    ----------
+    budget : :class:`adakv.policy.Budget`
+        How much is kept of its prompts.
+    kv_dtype : str, optional
+        The format of the pages. Default: as the model has keys and values, or what a budget in
+        bytes finds.
+    page_size : int, optional
+        Entries of a page.
+    max_new_tokens : int
+        Tokens behind the prompts that there is room for.
+    is_chunked : bool
+        Whether pages are made before all of a prompt is there.
+
+    Raises
+    ------
+    ValueError
+        For what makes no sense, and if the format is still to be found when pages are made.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        kv_dtype: str | None,
+        page_size: int | None,
+        max_new_tokens: int = 1,
+        *,
+        is_chunked: bool = False,
+    ) -> None:
+        bits = budget.policy.bits
+        if bits is not None and bits.kv_dtype is not None:
+            if kv_dtype not in (None, bits.kv_dtype):
+                raise ValueError(
+                    f"kv_dtype must be that of the policy, {bits.kv_dtype!r}, got {kv_dtype!r}"
+                )
+            kv_dtype = bits.kv_dtype
+        if isinstance(budget, ByteBudget):
+            if is_chunked and kv_dtype is None:
+                raise ValueError(
+                    "kv_dtype must be given with chunk_budget and bytes to keep: pages are made "
+                    "before the prompt's length is known, by which a format could be chosen"
+                )
+        elif kv_dtype is None:
+            kv_dtype = "auto"
+        self._kv_dtype = None if kv_dtype is None else check_kv_dtype(kv_dtype)
+        self._page_size = None if page_size is None else check_page_size(page_size)
+        if kv_dtype is not None:
+            page_size_for(kv_dtype, page_size)
+        self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+
+    def check_keys(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ``ValueError`` if pages of its format don't take keys and values like these."""
+        if self._kv_dtype is not None:
+            check_kv_dtype(self._kv_dtype, dtype, device)
+
+    def decide(
+        self,
+        budget: Budget,
+        shape: Shape,
+        prompt_lens: Sequence[int],
+        rule: Rule | None,
+        *,
+        kv: KVCache | None = None,
+        new: int | None = None,
+    ) -> Budget:
+        """The same, but one in bytes as so many entries of one format.
+
+        Parameters
+        ----------
+        budget : :class:`adakv.policy.Budget`
+        shape : :class:`adakv.shape.Shape`
+            That of plain pages.
+        prompt_lens : ints
+            Tokens of the prompts in one cache.
+        rule : :class:`adakv.reselection.Rule`, optional
+            How their texts are evicted from.
+        kv : :class:`adakv.cache.KVCache`, optional
+            Where there are pages already, which stay.
+        new : int, optional
+            Tokens behind the prompts that rows have room for. Default: as :meth:`make` has it.
+        """
+        self.check_keys(shape.dtype, shape.device)
+        if not isinstance(budget, ByteBudget):
+            return budget
+        formats, columns = shape.formats(self._kv_dtype, self._page_size), 0
+        if kv is not None:
+            formats, columns = [(kv.kv_dtype, kv.page_size)], kv.max_row_pages
+        return pool_size.decided(
+            budget,
+            shape,
+            prompt_lens,
+            formats=formats,
+            new=self._new(rule) if new is None else new,
+            rule=rule,
+            row_pages=columns,
+        )
+
+    def pages(self, budget: Budget, shape: Shape) -> tuple[Shape, int]:
+        """The shape with the format of the pages, and the entries of a page."""
+        if isinstance(budget, ByteBudget):
+            return budget.footprint.shape, budget.footprint.page_size
+        assert self._kv_dtype is not None
+        page_size = page_size_for(self._kv_dtype, self._page_size)
+        return replace(shape, kv_dtype=self._kv_dtype), page_size
+
+    def make(
+        self, reader: Reader, budget: Budget, shape: Shape, num_sequences: int, rule: Rule | None
+    ) -> KVCache:
+        """Pages for what is kept of a reader's prompts, and for the tokens to come."""
+        shape, page_size = self.pages(budget, shape)
+        return pool_size.cache_of(
+            reader,
+            shape,
+            num_sequences=num_sequences,
+            new=self._new(rule),
+            page_size=page_size,
+            rule=rule,
+        )
+
+    def _new(self, rule: Rule | None) -> int:
+        """Tokens behind each prompt that rows have room for at first."""
+        if rule is not None:
+            return self._max_new_tokens
+        return min(self._max_new_tokens, pool_size.FIRST_TOKENS)
