@@ -75,10 +75,9 @@ class Layers:
             device=device, kv_dtype=case.kv_dtype,
         ).layer(0)  # fmt: skip
         self.pool, self.scales = memory.pages, (memory.key_scales, memory.value_scales)
-        rows_of_tails = (layers, case.batch, case.kv_heads, 2 * case.page_size, case.head_dim)
-        self.tails = (
-            torch.randn(rows_of_tails, device=device).to(dtype) if case.kv_dtype == "int4" else None
-        )
+        shape = (layers, case.batch, case.kv_heads, 2 * case.page_size, case.head_dim)
+        tails = torch.randn(shape, device=device).to(dtype) if case.kv_dtype == "int4" else None
+        self.tails = tails
         if case.kv_dtype == "auto":
             for part in self.pool.split(1 << 14):
                 part.normal_()

@@ -60,7 +60,7 @@ class KVCache:
         Of keys and values.
     kv_dtype : "auto", "int8", "fp8" or "int4"
         How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
-        float16 or bfloat16; int4 on the CPU only.
+        float16 or bfloat16.
 
     Raises
     ------
@@ -86,7 +86,7 @@ class KVCache:
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
         device = _device(device)
-        kv_dtype = check_kv_dtype(kv_dtype, dtype, device)
+        kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
         num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
@@ -427,11 +427,8 @@ def check_page_size(page_size: int) -> int:
     return size
 
 
-def check_kv_dtype(
-    kv_dtype: str, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> str:
-    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype`` on
-    ``device``."""
+def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
+    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype``."""
     if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
         names = ", ".join(map(repr, KV_DTYPES))
         raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")

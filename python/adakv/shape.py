@@ -59,15 +59,15 @@ class Shape:
 
     def formats(self, kv_dtype: str | None, page_size: int | None) -> list[tuple[str, int]]:
         """Formats of pages that may be chosen from, with their page sizes: the one that was given,
-        or those of :data:`FROM_MANY_BITS` that keys and values of this dtype, on this device and in
-        pages of this size, can have."""
+        or those of :data:`FROM_MANY_BITS` that keys and values of this dtype can have in pages of
+        this size."""
         if kv_dtype is not None:
-            check_kv_dtype(kv_dtype, self.dtype, self.device)
+            check_kv_dtype(kv_dtype, self.dtype)
             return [(kv_dtype, page_size_for(kv_dtype, page_size))]
         found = []
         for name in FROM_MANY_BITS:
             try:
-                check_kv_dtype(name, self.dtype, self.device)
+                check_kv_dtype(name, self.dtype)
                 found.append((name, page_size_for(name, page_size)))
             except ValueError:
                 continue

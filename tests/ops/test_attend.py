@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import cases
 import reference
 from adakv import ops
 from cases import DTYPES, FORMATS, INT4, copied, int32, noncontiguous, paged_layer

@@ -23,7 +23,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 
 def written(x: Tensor, device: torch.device, values: Tensor | None = None) -> ops.Layer:
     """A layer whose one row was given entries ``[n, D]``: keys, and values, else those negated."""
-    keys, values = x[None, None].to(device), (-x if values is None else values)[None, None].to(device)
+    keys, values = (
+        x[None, None].to(device),
+        (-x if values is None else values)[None, None].to(device),
+    )
     layer = cases.paged_layer(
         [[0]],
         head_dim=x.shape[-1],
@@ -114,9 +117,7 @@ def test_a_page_without_a_finite_key(dtype: torch.dtype, device: torch.device) -
 
 
 @DTYPES
-def test_attend_gives_nan_where_the_entry_counts(
-    dtype: torch.dtype, device: torch.device
-) -> None:
+def test_attend_gives_nan_where_the_entry_counts(dtype: torch.dtype, device: torch.device) -> None:
     """In the row that has it, for the queries that see it."""
     layer = cases.paged_layer([[61, 61]], dtype=dtype, new_tokens=8, kv_dtype="int4", device=device)
     keys, values = torch.randn(2, 1, 2, 8, 64).to(device, dtype)
@@ -164,9 +165,7 @@ def test_attend_reads_a_page_before_one_token_fills_it(
 
 
 @DTYPES
-def test_entries_are_read_out_of_pages_and_tails(
-    dtype: torch.dtype, device: torch.device
-) -> None:
+def test_entries_are_read_out_of_pages_and_tails(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [[5, 64, 0], [95, 32, 200]]
     layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4", device=device)
     held = Held(layer, 200, dtype)

@@ -38,7 +38,7 @@ namespace adakv {
 ///   kPlain  as they are
 ///   kInt8   x = scale * code + zero, code 0 .. 255
 ///   kFp8    x = scale * code, code float8_e4m3fn
-///   kInt4   x = scale * code + zero, code 0 .. 15; on the CPU so far
+///   kInt4   x = scale * code + zero, code 0 .. 15
 /// Quantised entries have their own scale (and zero) for each group of 64 dimensions of the key, and
 /// of the value; in kInt4 a dimension of the keys has one for all 32 entries of a page, and a row's
 /// last page stays in 16 bits until it is full. ops/quantise.h says which codes and scales they get.

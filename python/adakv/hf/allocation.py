@@ -70,10 +70,10 @@ class Allocation:
             page_size_for(kv_dtype, page_size)
         self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
 
-    def check_keys(self, dtype: torch.dtype, device: torch.device) -> None:
+    def check_keys(self, dtype: torch.dtype) -> None:
         """Raises ``ValueError`` if pages of its format don't take keys and values like these."""
         if self._kv_dtype is not None:
-            check_kv_dtype(self._kv_dtype, dtype, device)
+            check_kv_dtype(self._kv_dtype, dtype)
 
     def decide(
         self,
@@ -101,7 +101,7 @@ class Allocation:
         new : int, optional
             Tokens behind the prompts that rows have room for. Default: as :meth:`make` has it.
         """
-        self.check_keys(shape.dtype, shape.device)
+        self.check_keys(shape.dtype)
         if not isinstance(budget, ByteBudget):
             return budget
         formats, columns = shape.formats(self._kv_dtype, self._page_size), 0

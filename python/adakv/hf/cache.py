@@ -340,7 +340,7 @@ class Cache(OneWayCache):
                 f"prompt, {self._signature}, got {signature}"
             )
         if self._signature is None:
-            self._allocation.check_keys(dtype, keys.device)
+            self._allocation.check_keys(dtype)
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
