@@ -199,7 +199,7 @@ class HeldInputs(LayerInputs):
         w_o: Tensor | None,
         carried: Tensor | None,
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
@@ -226,15 +226,15 @@ class HeldInputs(LayerInputs):
         return self.held.lengths.device
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         return self.held.keys
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         return self.held.values
 
     @property
-    def positions(self) -> Tensor:  # type: ignore[override]
+    def positions(self) -> Tensor:
         return self.held.positions
 
     def attended(self, count: int, **how: Any) -> Tensor:
