@@ -10,7 +10,6 @@
 #include "common/divisor.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
-#include "compact_in_place.h"
 #include "cuda_backend.h"
 #include "ops/schedule.h"
 

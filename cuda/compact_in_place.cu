@@ -11,7 +11,7 @@
 #include "common/divisor.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
-#include "compact_in_place.h"
+#include "cuda_backend.h"
 #include "ops/schedule.h"
 #include "ops/slot_parts.h"
 
