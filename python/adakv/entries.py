@@ -227,14 +227,17 @@ class HeldInputs(LayerInputs):
 
     @property
     def keys(self) -> Tensor:
+        """``[B, Hkv, T, D]``, copied out of the pages."""
         return self.held.keys
 
     @property
     def values(self) -> Tensor:
+        """``[B, Hkv, T, D]``, copied out of the pages."""
         return self.held.values
 
     @property
     def positions(self) -> Tensor:
+        """``[B, Hkv, T]``, those of the entries."""
         return self.held.positions
 
     def attended(self, count: int, **how: Any) -> Tensor:
