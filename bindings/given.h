@@ -80,7 +80,7 @@ constexpr auto python_name() {
   if constexpr (std::is_same_v<T, TensorView>) {
     return const_name("torch.Tensor | None");
   } else if constexpr (std::is_same_v<T, LayerView>) {
-    return const_name("tuple[torch.Tensor | None, ...]");
+    return const_name("tuple[torch.Tensor | None, ...] | None");
   } else if constexpr (std::is_same_v<T, bool>) {
     return const_name("bool");
   } else if constexpr (std::is_integral_v<T>) {

@@ -11,7 +11,6 @@
 #include "common/int4_page.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
-#include "compact_in_place.h"
 #include "cuda_backend.h"
 #include "ops/schedule.h"
 

@@ -6,12 +6,13 @@
 // Entries before the first one that leaves are not touched.
 #include <algorithm>
 
-#include "common/check.cuh"
+#include "common/async_copy.cuh"
 #include "common/device_guard.h"
 #include "common/divisor.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/rows.cuh"
-#include "compact_in_place.h"
+#include "cuda_backend.h"
 #include "ops/schedule.h"
 #include "ops/slot_parts.h"
 
@@ -79,23 +80,64 @@ __device__ int32_t first_moved(const int32_t* slots, int32_t count) {
 
 /// Where tiles' entries come from and go to: page and slot of each, as page << 8 | slot.
 struct TilePlaces {
-  static constexpr int kStages = 4;  // found two tiles ahead, and used until all have stored a tile
+  static constexpr int kStages = 4;  // put two tiles ahead, and used until all have stored a tile
   int64_t from[kStages][kMostSlots], to[kStages][kMostSlots];
-
-  __device__ void find(const InPlaceParams& p,
-                       const int32_t* table,
-                       const int32_t* slots,
-                       int32_t first,
-                       int32_t count,
-                       int stage) {
-    const int32_t shift = p.layer.page_shift, mask = p.layer.page_size - 1;
-    for (int32_t i = threadIdx.x; i < count; i += kThreads) {
-      const int32_t slot = slots[first + i], target = first + i;
-      from[stage][i] = int64_t{table[slot >> shift]} << 8 | (slot & mask);
-      to[stage][i] = int64_t{table[target >> shift]} << 8 | (target & mask);
-    }
-  }
 };
+
+/// Finds the places of tile after tile, a thread those of one entry. A tile's slots are read two
+/// tiles before its places are put, and the table one tile before, so that nobody waits for them.
+class PlaceFinder {
+ public:
+  __device__ PlaceFinder(const LayerRows& layer,
+                         const int32_t* table,
+                         const int32_t* slots,
+                         int32_t first,
+                         int32_t kept,
+                         int32_t tile,
+                         TilePlaces& places)
+      : places_(places),
+        table_(table),
+        slots_(slots),
+        shift_(layer.page_shift),
+        target_(first + static_cast<int32_t>(threadIdx.x)),
+        end_(static_cast<int32_t>(threadIdx.x) < tile ? kept : 0),
+        tile_(tile) {
+    read_slot(target_);
+    read_pages(target_);
+    read_slot(target_ + tile_);
+  }
+
+  /// Puts the next tile's places, to be seen behind a barrier.
+  __device__ void put() {
+    if (target_ < end_) {
+      const int32_t mask = (1 << shift_) - 1;
+      places_.from[stage_][threadIdx.x] = int64_t{from_page_} << 8 | (found_ & mask);
+      places_.to[stage_][threadIdx.x] = int64_t{to_page_} << 8 | (target_ & mask);
+    }
+    target_ += tile_;
+    stage_ = (stage_ + 1) % TilePlaces::kStages;
+    read_pages(target_);
+    read_slot(target_ + tile_);
+  }
+
+ private:
+  __device__ void read_slot(int32_t target) {
+    if (target < end_) slot_ = slots_[target];
+  }
+
+  __device__ void read_pages(int32_t target) {
+    found_ = slot_;
+    if (target >= end_) return;
+    from_page_ = table_[found_ >> shift_];
+    to_page_ = table_[target >> shift_];
+  }
+
+  TilePlaces& places_;
+  const int32_t *table_, *slots_;
+  int32_t shift_, target_, end_, tile_, stage_ = 0;
+  int32_t slot_ = 0, found_ = 0, from_page_ = 0, to_page_ = 0;
+};
+static_assert(kMostSlots <= kThreads, "a thread finds one entry of a tile");
 
 /// Chunk k of a thread in a tile of `count` entries.
 template <typename Chunk>
@@ -151,14 +193,11 @@ __device__ void move_strip(const InPlaceParams& p,
   const int32_t first = first_moved(slots, kept);
   const int32_t tile = min(kMostSlots, kAtOnce * kThreads / strip.chunks.value);
   const int32_t num_tiles = (kept - first + tile - 1) / tile;
-  const auto begin = [&](int32_t i) { return first + i * tile; };
-  const auto count = [&](int32_t i) { return min(tile, kept - begin(i)); };
-  const auto find = [&](int32_t i) {
-    if (i < num_tiles) places.find(p, table, slots, begin(i), count(i), i % TilePlaces::kStages);
-  };
+  const auto count = [&](int32_t i) { return min(tile, kept - first - i * tile); };
+  PlaceFinder finder(p.layer, table, slots, first, kept, tile, places);
   Chunk data[2][kAtOnce];
-  find(0);
-  find(1);
+  finder.put();
+  finder.put();
   __syncthreads();
   if (num_tiles > 0) load_tile(strip, places.from[0], count(0), data[0]);
 #pragma unroll 1
@@ -171,7 +210,7 @@ __device__ void move_strip(const InPlaceParams& p,
         load_tile(strip, places.from[(now + 1) % TilePlaces::kStages], count(now + 1),
                   data[1 - odd]);
       }
-      find(now + 2);
+      finder.put();  // of tile now + 2
       __syncthreads();
       store_tile(strip, places.to[now % TilePlaces::kStages], count(now), data[odd]);
     }
@@ -182,6 +221,7 @@ __device__ void move_strip(const InPlaceParams& p,
 __global__ void __launch_bounds__(kThreads, 3)
     move_kernel(const __grid_constant__ InPlaceParams p) {
   __shared__ TilePlaces places;
+  wait_for_previous_kernel();
   const int32_t row = blockIdx.y, b = row / p.layer.num_heads, h = row % p.layer.num_heads;
   const Strip strip = p.strips[blockIdx.x];
   const int32_t* slots = p.slots + p.indptr[row];
@@ -200,6 +240,10 @@ class Deal {
     b_ = blockIdx.x;
     first_ = p.page_indptr[b_];
     count_ = p.page_indptr[b_ + 1] - first_;
+    widest_ = 0;
+    for (int32_t h = 0; h < p.layer.num_heads; ++h) {
+      widest_ = max(widest_, p.num_pages(b_ * p.layer.num_heads + h));
+    }
   }
 
   __device__ void run() {
@@ -213,13 +257,18 @@ class Deal {
  private:
   enum Mark : int32_t { kNotNamed, kNamed, kKept };
 
+  /// Page i % widest_ of row i / widest_, in the table; null if the row keeps fewer.
+  __device__ int32_t* kept_page(int32_t i) const {
+    const int32_t h = i / widest_, k = i - h * widest_;
+    const bool is_kept = k < p_.num_pages(b_ * p_.layer.num_heads + h);
+    return is_kept ? p_.layer.block_table.at(b_, h) + k : nullptr;
+  }
+
   /// Calls body(page, in the table) for every page that a row keeps.
   template <typename Body>
   __device__ void for_each_kept(const Body& body) const {
-    for (int32_t h = 0; h < p_.layer.num_heads; ++h) {
-      int32_t* table = p_.layer.block_table.at(b_, h);
-      const int32_t pages = p_.num_pages(b_ * p_.layer.num_heads + h);
-      for (int32_t i = threadIdx.x; i < pages; i += kDealThreads) body(table + i);
+    for (int32_t i = threadIdx.x; i < p_.layer.num_heads * widest_; i += kDealThreads) {
+      if (int32_t* page = kept_page(i)) body(page);
     }
   }
 
@@ -251,53 +300,55 @@ class Deal {
 
   /// Puts others in the place of kept pages that are not named; their number.
   __device__ int32_t replace(int32_t num_others) const {
-    int32_t replaced = 0;
-    for (int32_t h = 0; h < p_.layer.num_heads; ++h) {
-      int32_t* table = p_.layer.block_table.at(b_, h);
-      const auto leaves = [&](int32_t i) -> int32_t { return p_.marks[table[i]] == kNotNamed; };
-      replaced += block_exclusive_sum<kDealThreads>(
-          p_.num_pages(b_ * p_.layer.num_heads + h), leaves,
-          [&](int32_t i, int32_t before) {
-            const int32_t k = replaced + before;
-            if (!leaves(i) || k >= num_others) return;
-            p_.moved[first_ + k] = table[i];
-            table[i] = p_.others[first_ + k];
-          },
-          scratch_);
-    }
-    return replaced;
+    const auto leaves = [&](int32_t i) -> int32_t {
+      const int32_t* page = kept_page(i);
+      return page && p_.marks[*page] == kNotNamed;
+    };
+    return block_exclusive_sum<kDealThreads>(
+        p_.layer.num_heads * widest_, leaves,
+        [&](int32_t i, int32_t before) {
+          if (before >= num_others || !leaves(i)) return;
+          int32_t* page = kept_page(i);
+          p_.moved[first_ + before] = *page;
+          *page = p_.others[first_ + before];
+        },
+        scratch_);
   }
 
+  /// A warp writes what is behind a row's pages, its fresh pages and its length.
   __device__ void write_rows(int32_t num_moved, int32_t num_others) const {
     const LayerRows& layer = p_.layer;
-    for (int32_t h = 0; h < layer.num_heads; ++h) {
-      const int32_t row = b_ * layer.num_heads + h;
-      for (int32_t i = p_.num_pages(row) + threadIdx.x; i < p_.num_columns; i += kDealThreads) {
-        layer.block_table.at(b_, h)[i] = -1;
+    const int lane = threadIdx.x % kWarpSize;
+    for (int32_t h = threadIdx.x / kWarpSize; h < layer.num_heads; h += kDealThreads / kWarpSize) {
+      const int32_t kept = p_.num_kept(b_ * layer.num_heads + h), k = num_moved + h;
+      int32_t *table = layer.block_table.at(b_, h), *fresh = layer.fresh_pages.at(b_, h);
+      const int32_t next = k < num_others ? p_.others[first_ + k] : -1;
+      for (int32_t i = layer.num_pages(kept) + lane; i < p_.num_columns; i += kWarpSize) {
+        table[i] = -1;
       }
-      const int32_t k = num_moved + h;
-      for (int32_t i = threadIdx.x; i < p_.num_fresh; i += kDealThreads) {
-        layer.fresh_pages.at(b_, h)[i] = i == 0 && k < num_others ? p_.others[first_ + k] : -1;
-      }
-      if (threadIdx.x == 0) *layer.lengths.at(b_, h) = p_.num_kept(row);
+      for (int32_t i = lane; i < p_.num_fresh; i += kWarpSize) fresh[i] = i == 0 ? next : -1;
+      if (lane == 0) *layer.lengths.at(b_, h) = kept;
     }
   }
 
   const InPlaceParams& p_;
   int32_t* scratch_;  // shared
   int32_t b_, first_, count_;
+  int32_t widest_;  // pages of the row that keeps most
 };
 
 // Launch 2. grid: [B]
-__global__ void __launch_bounds__(kDealThreads)
+__global__ void __launch_bounds__(kDealThreads, 1)
     deal_kernel(const __grid_constant__ InPlaceParams p) {
   __shared__ int32_t scratch[kDealThreads / kWarpSize + 1];
+  wait_for_previous_kernel();
   Deal(p, scratch).run();
 }
 
 // Launch 3. grid: [kCopiers * parts, B]; one block: a part of some pages.
 __global__ void __launch_bounds__(kThreads, 4)
     copy_kernel(const __grid_constant__ InPlaceParams p) {
+  wait_for_previous_kernel();
   const int32_t b = blockIdx.y, first = p.page_indptr[b], count = p.num_moved[b];
   const SlotPart& part = p.parts[blockIdx.x / kCopiers];
   const int32_t chunks = p.layer.page_size * part.slot_bytes / 16;
@@ -360,14 +411,13 @@ void cuda_compact_in_place(const CompactArgs& args) {
   p.others = p.marks + num_pages(args);
   p.moved = p.others + p.num_ids;
   p.num_moved = p.moved + p.num_ids;
-  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const bool early = has_sm90("compact", args.positions.device.index);
   const auto sequences = static_cast<unsigned>(batch);
   const dim3 rows(static_cast<unsigned>(p.num_strips), static_cast<unsigned>(batch * num_heads));
-  move_kernel<<<rows, kThreads, 0, stream>>>(p);
-  deal_kernel<<<sequences, kDealThreads, 0, stream>>>(p);
-  copy_kernel<<<dim3(static_cast<unsigned>(kCopiers * p.num_parts), sequences), kThreads, 0,
-                stream>>>(p);
-  ADAKV_CUDA_CHECK("compact", cudaGetLastError());
+  const dim3 copiers(static_cast<unsigned>(kCopiers * p.num_parts), sequences);
+  launch("compact", move_kernel, {rows, kThreads, 0, early}, args.stream, p);
+  launch("compact", deal_kernel, {dim3(sequences), kDealThreads, 0, early}, args.stream, p);
+  launch("compact", copy_kernel, {copiers, kThreads, 0, early}, args.stream, p);
 }
 
 size_t cuda_compact_in_place_workspace_bytes(const CompactArgs& args) {

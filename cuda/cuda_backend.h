@@ -28,4 +28,8 @@ class CudaBackend final : public Backend {
   size_t workspace_bytes(const AttendArgs& args) const override;
 };
 
+/// compact without keys and values (compact_in_place.cu).
+void cuda_compact_in_place(const CompactArgs& args);
+size_t cuda_compact_in_place_workspace_bytes(const CompactArgs& args);
+
 }  // namespace adakv

@@ -145,7 +145,8 @@ class KeptRows {
   uint32_t rows_[kTiles][kSteps][4];
 };
 
-/// The same for float32; the rows stay in shared memory.
+/// The same for float32; the rows stay in shared memory. Sums of sums of a few products round less
+/// than one long sum does.
 template <int kDim, int kTiles>
 class KeptRows<float, kDim, kTiles> {
  public:
@@ -170,23 +171,14 @@ class KeptRows<float, kDim, kTiles> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[m][0][i] = sums[m][1][i] = 0.f;
     }
+#pragma unroll 1
+    for (int k = 0; k < kDim; k += kBlock) {
+      float block[kTiles][2][4] = {};
 #pragma unroll 2
-    for (int k = 0; k < kDim; k += 4) {
-      float4 b[2][2];
+      for (int i = k; i < k + kBlock; i += 4) add_products(columns + i, i, block);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        b[i / 2][i % 2] = load4(columns + (i / 2 * 8 + i % 2) * kPitch + k);
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 a = load4(rows_ + (16 * m + 8 * i) * kPitch + k);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            add_product(sums[m][n][2 * i], a, b[n][0]);
-            add_product(sums[m][n][2 * i + 1], a, b[n][1]);
-          }
-        }
+      for (int i = 0; i < 8 * kTiles; ++i) {
+        sums[i / 8][i / 4 % 2][i % 4] += block[i / 8][i / 4 % 2][i % 4];
       }
     }
   }
@@ -201,6 +193,26 @@ class KeptRows<float, kDim, kTiles> {
 
  private:
   static constexpr int kPitch = kRowPitch<float, kDim>;
+  static constexpr int kBlock = 16;  // products that are summed before they come to the others
+
+  /// Adds the products of four columns from `k` on.
+  __device__ void add_products(const float* columns, int k, float (&sums)[kTiles][2][4]) const {
+    float4 b[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = load4(columns + (i / 2 * 8 + i % 2) * kPitch);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 a = load4(rows_ + (16 * m + 8 * i) * kPitch + k);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          add_product(sums[m][n][2 * i], a, b[n][0]);
+          add_product(sums[m][n][2 * i + 1], a, b[n][1]);
+        }
+      }
+    }
+  }
 
   __device__ static float4 load4(const float* x) { return *reinterpret_cast<const float4*>(x); }
 

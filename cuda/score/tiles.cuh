@@ -87,17 +87,10 @@ class KeyLoader {
     if (threadIdx.x % kLanes * kChunk >= Tile::kDim) return;
     Element* to = stages_ + stage * Tile::kStageElements + thread_row() * Tile::kPitch + column();
     const bool has_column = column() < params_.head_dim;
+    if (params_.held.pages) return load_held(to, has_column);
 #pragma unroll
-    for (int i = 0; i < Tile::kEntries / kRowStep; ++i) {
-      const bool is_valid = has_column && static_cast<uint32_t>(entry_) < limit_;
-      if (params_.held.pages) {
-        const KeyRow<Element> key =
-            key_row<Element>(params_, row_.b, row_.h, is_valid ? entry_ : 0);
-        copy_chunk(to + i * kRowStep * Tile::kPitch, key, column(), is_valid, params_.is_aligned,
-                   params_.keys);
-      } else {
-        copy(to + i * kRowStep * Tile::kPitch, is_valid);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      copy(to + i * kRowStep * Tile::kPitch, has_column && is_inside(entry_));
       entry_ += kRowStep;
       source_ += step_;
     }
@@ -110,10 +103,45 @@ class KeyLoader {
                                 : Tile::kDim / kChunk <= 32 ? 32
                                                             : 64;
   static constexpr int kRowStep = Tile::kThreads / kLanes;
+  static constexpr int kRows = Tile::kEntries / kRowStep;  // of a thread in a tile
   static_assert(Tile::kThreads % kLanes == 0 && Tile::kEntries % kRowStep == 0, "whole rows");
 
   __device__ static int thread_row() { return threadIdx.x / kLanes; }
   __device__ static int column() { return threadIdx.x % kLanes * kChunk; }
+
+  __device__ bool is_inside(int32_t entry) const { return static_cast<uint32_t>(entry) < limit_; }
+
+  /// Copies a tile's rows of pages. All that a thread waits for is on its way before the first is
+  /// used: the numbers of the pages, then codes.
+  __device__ void load_held(Element* to, bool has_column) {
+    int32_t pages[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t t = entry_ + i * kRowStep;
+      pages[i] = has_column && is_inside(t) ? page_of(params_.held, row_.b, row_.h, t) : -1;
+    }
+    const auto key = [&](int i) {
+      return key_in_page<Element>(params_, max(pages[i], 0), entry_ + i * kRowStep);
+    };
+    const auto target = [&](int i) { return to + i * kRowStep * Tile::kPitch; };
+    if (params_.held.key_scales.data == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        copy_chunk(target(i), key(i), column(), pages[i] >= 0, params_.is_aligned, params_.keys);
+      }
+    } else if constexpr (sizeof(Element) == 2) {
+      KeyCodes codes[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        codes[i] = pages[i] >= 0 ? codes_of(key(i), column()) : KeyCodes{};
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        *reinterpret_cast<uint4*>(target(i)) = decoded<Element>(codes[i], params_.is_fp8);
+      }
+    }
+    entry_ += kRows * kRowStep;
+  }
 
   __device__ void copy(Element* to, bool is_valid) const {
     if (params_.is_aligned) {
@@ -180,6 +208,13 @@ __device__ void for_each_tile(const ScoreParams& params,
   }
 }
 
+/// tanh(x) as exact as elements are: tanhf is off by two units in the last place, which a cap makes
+/// more of.
+template <typename Element>
+__device__ inline float capped(float x) {
+  return sizeof(Element) == 4 ? static_cast<float>(tanh(static_cast<double>(x))) : tanhf(x);
+}
+
 /// The logits of a warp's kept rows (queries, or keys) and 16 rows in shared memory, still to be
 /// multiplied to get z.
 template <typename Tile>
@@ -192,7 +227,7 @@ __device__ inline void logits(const ScoreParams& params,
 #pragma unroll
   for (int i = 0; i < 8 * Tile::kTiles; ++i) {
     float& logit = x[i / 8][i / 4 % 2][i % 4];
-    logit = params.softcap * tanhf(logit * params.cap_scale);
+    logit = params.softcap * capped<typename Tile::Element>(logit * params.cap_scale);
   }
 }
 

@@ -54,7 +54,8 @@ def verb(
 
         def in_graph(*args: P.args, **kwargs: P.kwargs) -> R:
             fields: list[Any] = []
-            for arg, kind in zip(args, kinds, strict=False):
+            given_args: tuple[Any, ...] = args
+            for arg, kind in zip(given_args, kinds, strict=False):
                 fields += [arg] if kind is None else arg or (None,) * len(kind._fields)
             given = operator(*fields, **kwargs)
             return result(*given) if is_named else given  # type: ignore[no-any-return]

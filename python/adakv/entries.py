@@ -199,7 +199,7 @@ class HeldInputs(LayerInputs):
         w_o: Tensor | None,
         carried: Tensor | None,
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
@@ -226,15 +226,18 @@ class HeldInputs(LayerInputs):
         return self.held.lengths.device
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
+        """``[B, Hkv, T, D]``, copied out of the pages."""
         return self.held.keys
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
+        """``[B, Hkv, T, D]``, copied out of the pages."""
         return self.held.values
 
     @property
-    def positions(self) -> Tensor:  # type: ignore[override]
+    def positions(self) -> Tensor:
+        """``[B, Hkv, T]``, those of the entries."""
         return self.held.positions
 
     def attended(self, count: int, **how: Any) -> Tensor:

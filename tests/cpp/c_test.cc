@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "embedder_c.h"
 
@@ -177,6 +178,103 @@ TEST(CFace, BeginsAgainInAllLayers) {
   EXPECT_EQ(pages[1].indptr[1], pages[1].num_ids);
   adakv_cache_destroy(cache);
 }
+
+// Runs a verb with scratch memory of its own.
+#define RUN(verb, args)                                                              \
+  do {                                                                               \
+    ASSERT_EQ(adakv_##verb##_workspace(&(args), &(args).workspace_bytes), ADAKV_OK); \
+    std::vector<int32_t> scratch((args).workspace_bytes / sizeof(int32_t) + 1);      \
+    (args).workspace = scratch.data();                                               \
+    ASSERT_EQ(adakv_##verb(&(args)), ADAKV_OK) << adakv_last_error();                \
+  } while (0)
+
+// What a row holds is scored where it lies, and moves in place: every third of 20 entries leaves.
+TEST(CFace, ChoosesFromWhatRowsHold) {
+  constexpr int kHeld = 20, kDim = 8, kPage = 8, kWindow = 2;
+  AdakvCacheConfig config = small_config({2, 32, 1});
+  config.num_pages = 8;
+  config.max_row_pages = 4;
+  AdakvCache* cache = nullptr;
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK) << adakv_last_error();
+  const auto ints = [](const void* values, int32_t ndim, int64_t* sizes) {
+    AdakvTensor tensor = floats(nullptr, ndim, sizes);
+    tensor.data = const_cast<void*>(values);
+    tensor.dtype = {0, 32, 1};
+    return tensor;
+  };
+  float keys[kHeld * kDim], values[kHeld * kDim];
+  for (int i = 0; i < kHeld * kDim; ++i) keys[i] = float(i * 7 % 11) / 8, values[i] = float(i);
+  int64_t prompt[4] = {1, 1, kHeld, kDim}, all[1] = {kHeld}, two[1] = {2}, num_ids[1];
+  std::vector<int32_t> slots, indptr = {0, kHeld};
+  for (int i = 0; i < kHeld; ++i) slots.push_back(i);
+  const AdakvTensor t_keys = floats(keys, 4, prompt), t_values = floats(values, 4, prompt),
+                    t_indptr = ints(indptr.data(), 1, two);
+
+  // 1. The prompt comes into pages.
+  const int64_t longest = kHeld;
+  AdakvPageList list = {};
+  AdakvCompactArgs compact = adakv_compact_defaults();
+  ASSERT_EQ(adakv_cache_layer(cache, 0, &compact.layer), ADAKV_OK);
+  ASSERT_EQ(adakv_cache_begin(cache, 0, 0, 1, all, &longest, &list), ADAKV_OK);
+  AdakvTensor t_slots = ints(slots.data(), 1, all), t_ids = ints(list.ids, 1, num_ids),
+              t_page_indptr = ints(list.indptr, 1, two);
+  num_ids[0] = list.num_ids;
+  compact.keys = &t_keys, compact.values = &t_values, compact.positions = &t_slots;
+  compact.indptr = &t_indptr, compact.page_ids = &t_ids, compact.page_indptr = &t_page_indptr;
+  RUN(compact, compact);
+
+  // 2. Its scores are the same from there.
+  float queries[kWindow * kDim], expected[kHeld], scores[kHeld];
+  for (int i = 0; i < kWindow * kDim; ++i) queries[i] = float(i % 5) / 4;
+  int64_t of_queries[4] = {1, 1, kWindow, kDim}, of_scores[3] = {1, 1, kHeld};
+  const AdakvTensor t_queries = floats(queries, 4, of_queries);
+  AdakvTensor t_scores = floats(expected, 3, of_scores);
+  AdakvScoreArgs score = adakv_score_defaults();
+  score.queries = &t_queries, score.keys = &t_keys, score.scores = &t_scores;
+  RUN(score, score);
+  score.keys = nullptr;
+  EXPECT_EQ(adakv_score(&score), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "score: keys or a layer must be given");
+  score.layer = compact.layer;
+  t_scores.data = scores;
+  RUN(score, score);
+  for (int i = 0; i < kHeld; ++i) EXPECT_EQ(scores[i], expected[i]) << i;
+
+  // 3. What stays goes to lower slots of the same pages, and a page is free again.
+  slots.clear();
+  for (int i = 0; i < kHeld; ++i) {
+    if (i % 3) slots.push_back(i);
+  }
+  const int64_t num_kept = indptr[1] = static_cast<int32_t>(slots.size());
+  const int32_t num_free = adakv_cache_num_free(cache);
+  ASSERT_EQ(adakv_cache_begin_again(cache, 0, 1, &num_kept, &longest, &list), ADAKV_OK);
+  EXPECT_EQ(adakv_cache_num_free(cache), num_free + 1);
+  all[0] = num_kept, num_ids[0] = list.num_ids;
+  t_slots.data = slots.data(), t_ids.data = const_cast<int32_t*>(list.ids);
+  t_page_indptr.data = const_cast<int32_t*>(list.indptr);
+  compact.keys = nullptr;
+  EXPECT_EQ(adakv_compact(&compact), ADAKV_INVALID_ARGUMENT);
+  EXPECT_STREQ(adakv_last_error(), "compact: keys and values must be given together");
+  compact.values = nullptr;
+  RUN(compact, compact);
+  const AdakvLayer& layer = compact.layer;
+  const auto* table = static_cast<const int32_t*>(layer.block_table->data);
+  EXPECT_EQ(*static_cast<const int32_t*>(layer.lengths->data), num_kept);
+  for (int i = 0; i < num_kept; ++i) {
+    const int64_t slot = int64_t{table[i / kPage]} * kPage + i % kPage;
+    EXPECT_EQ(static_cast<const int32_t*>(layer.page_positions->data)[slot], slots[i]);
+    const auto* page =
+        static_cast<const float*>(layer.pages->data) + int64_t{table[i / kPage]} * 2 * kPage * kDim;
+    for (int d = 0; d < kDim; ++d) {
+      EXPECT_EQ(page[i % kPage * kDim + d], keys[slots[i] * kDim + d]);
+      EXPECT_EQ(page[(kPage + i % kPage) * kDim + d], values[slots[i] * kDim + d]);
+    }
+  }
+  EXPECT_EQ(table[2], -1);
+  adakv_cache_destroy(cache);
+}
+
+#undef RUN
 
 TEST(CFace, QuantisedPagesHaveScales) {
   AdakvCacheConfig config = small_config({4, 16, 1});

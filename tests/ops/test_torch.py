@@ -134,7 +134,8 @@ def test_torch_operator_takes_what_the_function_takes(verb: str) -> None:
     parameters = inspect.signature(getattr(ops, verb)).parameters.values()
     names = [x for p in parameters for x in packed.get(p.name, (p.name,))]
     assert [a.name for a in schema.arguments] == names
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given = [p for p in parameters if p.default is not p.empty]
+    defaults = {x: p.default for p in given for x in packed.get(p.name, (p.name,))}
     assert {a.name: a.default_value for a in schema.arguments if a.has_default_value()} == defaults
 
 

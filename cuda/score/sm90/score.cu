@@ -50,6 +50,11 @@ struct Place {
   }
 };
 
+// Rows of a chunk that there are queries for, or may be. Those behind them add nothing.
+__device__ int num_rows(const ScoreParams& params, const Place& place) {
+  return min(kRows, params.group * params.head_rows - place.chunk * kRows);
+}
+
 // Boxes that a tile comes in: a panel's entries, or those of a page.
 template <typename Tile>
 __device__ int num_boxes(const ScoreParams& params) {
@@ -193,16 +198,21 @@ __global__ void __launch_bounds__(kThreads, kCtas)
       true};
   begin_tiles(params, place, stages, memory);
   const int r = place.group * 64 + place.warp * 16 + place.lane / 4;
+  const int rows = num_rows(params, place);
+  const bool group_has_rows = place.group * 64 < rows, has_rows = r - place.lane / 4 < rows;
   const int32_t visible = visible_entries(params, place.row, place.chunk * kRows + r);
   const int32_t visible_below = visible_entries(params, place.row, place.chunk * kRows + r + 8);
   float2 sum = {kLowest, 0.f}, sum_below = {kLowest, 0.f};  // of rows r and r + 8
   for (int32_t i = 0; i < count; ++i) {
     float x[64];
     stages.wait(i);
-    multiply_tiles<Tile>(x, shared_address(memory) + place.group * 64 * kPanelRowBytes,
-                         stages.tile(i));
+    if (group_has_rows) {
+      multiply_tiles<Tile>(x, shared_address(memory) + place.group * 64 * kPanelRowBytes,
+                           stages.tile(i));
+    }
     __syncthreads();
     if (threadIdx.x < num_loaders<Tile>(params)) stages.load(params, place, i + Tile::kStages);
+    if (!has_rows) continue;
     const int32_t tile = range.end - 1 - i;
     if ((tile + 1) * kEntries > place.row.candidates) {
       const int32_t first = tile * kEntries + place.lane % 4 * 2;
@@ -232,16 +242,20 @@ __global__ void __launch_bounds__(kThreads, kCtas)
 
 // The sums of an entry's probabilities over all rows, from products x of entries g and g + 8 in
 // lanes 4 g + t. All four lanes get both.
-__device__ float2 sum_rows(const float (&x)[64], const float* lse, float multiplier) {
+__device__ float2 sum_rows(const float (&x)[64], const float* lse, float multiplier, int num_rows) {
   const float* lane_lse = lse + threadIdx.x % 4 * 2;
   float even = 0.f, odd = 0.f, even_below = 0.f, odd_below = 0.f;
 #pragma unroll
-  for (int j = 0; j < 64; j += 4) {
-    const float2 l = *reinterpret_cast<const float2*>(lane_lse + j * 2);
-    even += fast_exp2(fmaf(x[j], multiplier, -l.x));
-    odd += fast_exp2(fmaf(x[j + 1], multiplier, -l.y));
-    even_below += fast_exp2(fmaf(x[j + 2], multiplier, -l.x));
-    odd_below += fast_exp2(fmaf(x[j + 3], multiplier, -l.y));
+  for (int u = 0; u < kUnits; ++u) {
+    if (u * kUnit >= num_rows) break;
+#pragma unroll
+    for (int j = u * kUnit / 2; j < (u + 1) * kUnit / 2; j += 4) {
+      const float2 l = *reinterpret_cast<const float2*>(lane_lse + j * 2);
+      even += fast_exp2(fmaf(x[j], multiplier, -l.x));
+      odd += fast_exp2(fmaf(x[j + 1], multiplier, -l.y));
+      even_below += fast_exp2(fmaf(x[j + 2], multiplier, -l.x));
+      odd_below += fast_exp2(fmaf(x[j + 3], multiplier, -l.y));
+    }
   }
   float2 sum = {even + odd, even_below + odd_below};
 #pragma unroll
@@ -310,6 +324,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
   const Place place(params);
   const Span span(params, place.row, kEntries, blockIdx.x);
   const int32_t count = span.num_tiles;
+  const int rows = num_rows(params, place);
   KeyStages<Tile> stages = {&keys, memory + Tile::kTileBytes, arrived, span.first, kEntries, count,
                             false};
   float* to = score_row(params, place.row);
@@ -331,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     if (threadIdx.x < num_loaders<Tile>(params)) stages.load(params, place, i + Tile::kStages);
     const float2 values =
         kIsMax ? reduce_heads(x, lse, params.multiplier, params.head_rows / kUnit, params.is_max)
-               : sum_rows(x, lse, params.multiplier);
+               : sum_rows(x, lse, params.multiplier, rows);
     const int lane_row = place.lane % 4;
     if (lane_row < 2) {
       const int32_t t = span.first + i * kEntries + place.group * 64 + place.warp * 16;
