@@ -56,13 +56,18 @@ def tasks_of(given: argparse.Namespace, tokenizer: Any) -> dict[str, list[Item]]
     return tasks
 
 
+def rounded(record: dict[str, Any]) -> Any:
+    """With four digits of each number."""
+    return json.loads(json.dumps(record), parse_float=lambda x: float(f"{float(x):.4g}"))
+
+
 def write(out: str, about: dict[str, Any], cells: list[summary.Cell]) -> None:
     """The cells as tables, lines of JSON and a picture."""
     tables = summary.tables(cells)
     print_tables(output.plain_console(), tables)
     output.write_text(f"{out}.md", "\n".join(table.markdown() for table in tables))
     lines = [about | {"machine": output.machine()}, *(cell.as_dict() for cell in cells)]
-    compact = (json.dumps(line, separators=(",", ":")) for line in lines)
+    compact = (json.dumps(rounded(line), separators=(",", ":")) for line in lines)
     output.write_text(f"{out}.jsonl", "\n".join(compact) + "\n")
     output.write_figure(f"{out}.png", plot.curves(cells))
 

@@ -15,15 +15,22 @@ _PANELS = {
 
 
 def curves(cells: Sequence[Cell]) -> Any:
-    """A matplotlib figure: panels for each task, a line with standard errors for each policy."""
+    """A matplotlib figure: panels for each task, a line with standard errors for each policy.
+
+    Where no answer is exact, not even with the full cache, there are no panels for that.
+    """
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     shares = sorted({cell.share for cell in cells})
-    figure = Figure(figsize=(12, 0.5 + 3 * len(tasks)), layout="constrained", dpi=110)
-    axes = figure.subplots(len(tasks), len(_PANELS), squeeze=False)
+    names = ("exact", "exact_full")
+    some = any(cell.metrics[name].mean for cell in cells for name in names)
+    panels = {metric: label for metric, label in _PANELS.items() if some or metric != "exact"}
+    size = (4 * len(panels), 0.5 + 3 * len(tasks))
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    axes = figure.subplots(len(tasks), len(panels), squeeze=False)
     for task, row in zip(tasks, axes, strict=True):
-        for (metric, label), axis in zip(_PANELS.items(), row, strict=True):
+        for (metric, label), axis in zip(panels.items(), row, strict=True):
             for policy in dict.fromkeys(cell.policy for cell in cells):
                 line = [c for c in cells if (c.task, c.policy) == (task, policy)]
                 axis.errorbar(
