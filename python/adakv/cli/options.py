@@ -133,7 +133,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
         command(setting=setting, **rest)
 
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
-    policy_help = "What chooses the entries that stay: `adakv info` lists names."
+    policy_help = "What chooses the entries that stay: see `adakv policies`."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
     bits_help = "How pages hold entries: as the model has them, or in half or a third of the bytes."
     for option in (
@@ -154,10 +154,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def check_setting(policy: str, budget: int | None, ratio: float | None) -> Setting:
     """The policy and its budget, checked before anything is loaded."""
-    try:
-        adakv.policy.get(policy)
-    except ValueError as error:
-        raise InputError(f"--policy: {error}") from error
+    output.find_policy(policy, "--policy")
     if budget is not None and ratio is not None:
         raise InputError("give --budget or --ratio, not both")
     if budget is not None and budget < 1:
