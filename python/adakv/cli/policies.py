@@ -73,7 +73,8 @@ def policies(name: str | None) -> None:
         names = ", ".join(n for n in adakv.policies() if n.endswith(f"@{suffix}"))
         click.echo(textwrap.fill(f"{project}: {names}", 79, subsequent_indent="    "))
     told = (
-        "Measured, choosing adds to a prefill: ada_snapkv up to 1.4 %, critical_ada_snapkv 1 to 7 %, "
-        "model_column_max 15 to 30 % (docs/performance.md). docs/policies.md says which one to take."
+        "Measured, choosing adds to a prefill: ada_snapkv up to 1.4 %, critical_ada_snapkv "
+        "1 to 7 %, model_column_max 15 to 30 % (docs/performance.md). docs/policies.md says which "
+        "one to take."
     )
     click.echo("\n" + textwrap.fill(told, 79))
