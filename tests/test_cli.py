@@ -146,14 +146,29 @@ def test_generate_in_half_of_the_bytes(model: str, text: str, tmp_path: Path, kv
 
 
 def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "demo.json"
+    path, plot_path = tmp_path / "demo.json", tmp_path / "kept.png"
     options = ["--tokens", "600", "--max-new-tokens", "4", "--ratio", "0.2", "--json", str(path)]
-    assert run_command_line(["demo", model, *options]) == 0
-    full, *runs = json.loads(path.read_text())["runs"]
+    assert run_command_line(["demo", model, *options, "--plot", str(plot_path)]) == 0
+    content = json.loads(path.read_text())
+    full, *runs = content["runs"]
     assert [run["title"] for run in runs] == ["critical_ada_snapkv", "model_column_max"]
     assert max(run["cache_bytes"] for run in runs) < full["cache_bytes"] / 3
+    for run in (full, *runs):
+        assert len(run["texts"]) == len(content["questions"]) == len(run["right"])
+        assert run["tokens_per_second"] > 0
     out = capsys.readouterr().out
     assert all(run["title"] in out for run in (full, *runs))
+    assert all(question in out for question, _ in content["questions"])
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_counts_the_answers_of_the_cache_that_it_names(model: str, tmp_path: Path):
+    """With everything kept, compressed caches say what the full one says."""
+    path = tmp_path / "demo.json"
+    options = ["--tokens", "300", "--max-new-tokens", "5", "--ratio", "1", "--json", str(path)]
+    assert run_command_line(["demo", model, *options, "--dtype", "float32"]) == 0
+    full, *runs = json.loads(path.read_text())["runs"]
+    assert all(run["texts"] == full["texts"] for run in runs)
 
 
 @pytest.mark.parametrize(
