@@ -154,7 +154,7 @@ test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitize
 stubs: build ## write python/adakv/_C.pyi from what bindings/ defines
 	python bindings/stubs.py
 
-lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
+lint: build ## ruff, mypy --strict, clang-format, workflows, spelling and links; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
@@ -163,6 +163,8 @@ lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
 	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	zizmor -q --offline .github
 	shellcheck .ci/run
+	codespell *.md Makefile docs python bindings cpp cuda examples benchmarks/*.py
+	md-dead-link-check --no-color $$(git ls-files '*.md')
 
 format: setup ## let the formatters decide
 	ruff check --fix $(PYTHON_DIRS)
