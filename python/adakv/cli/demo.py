@@ -41,9 +41,18 @@ from adakv.hf.attachment import CACHE
 POLICIES = ("critical_ada_snapkv", adakv.policy.DEFAULT)
 GUIDE = Path(__file__).with_name("demo.txt")  # about an island that there isn't
 
-#: Questions about the guide, and what a right answer has in it. They were chosen for answers that a
-#: model of 135 million parameters finds with its full cache, in float32 and in bfloat16.
-QUESTIONS = (("What is the ferry to Torvay called?", "Grey Swan"),)
+#: Questions about the guide, and what a right answer has in it. Each answer stands in it twice, so
+#: that a model of 135 million parameters finds it in its full cache, in float32 and in bfloat16.
+QUESTIONS = (
+    ("What is the ferry to Torvay called?", "Grey Swan"),
+    ("What is the best hotel on the island called?", "Golden Anchor"),
+    ("What is the newspaper of the island called?", "Morning Gull"),
+    ("What is the highest hill of the island called?", "Raven's Seat"),
+    ("What was the ship that brought the ponies called?", "Northern Star"),
+    ("In which month is the Night of Lanterns held?", "September"),
+    ("Who is the police officer of the island?", "Thomas Gray"),
+    ("What is the telephone number of the doctor?", "4417"),
+)
 
 
 @dataclass
@@ -201,8 +210,13 @@ def _save(
 ) -> None:
     """Writes the files that were asked for."""
     if place.json_path:
-        content = {"model": source, "dtype": dtype_name(model), "machine": output.machine()}
-        content |= {"prompt_tokens": prompt_tokens, "read_seconds": read_seconds}
+        content: dict[str, Any] = {
+            "model": source,
+            "dtype": dtype_name(model),
+            "machine": output.machine(),
+            "prompt_tokens": prompt_tokens,
+            "read_seconds": read_seconds,
+        }
         runs = [asdict(r) | {"tokens_per_second": r.tokens_per_second} for r in results]
         output.write_json(place.json_path, content | {"questions": QUESTIONS, "runs": runs})
     if place.plot_path:
