@@ -225,7 +225,7 @@ def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):
         (["--text", "no.txt"], "no.txt can't be read: No such file"),
         (
             ["--text", "{text}", "--policies", "adasnap"],
-            "--policies: policy must be one of",
+            "--policies: there is no policy 'adasnap': did you mean 'ada_snapkv'?",
         ),
         (["--text", "{text}", "--policies", ","], "got none"),
         (["--text", "{text}", "--shares", "1/0"], "--shares must be numbers like 1/8 or 0.125"),

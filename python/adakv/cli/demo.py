@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,18 @@ from adakv.cli.options import (
     place_options,
 )
 from adakv.cli.progress import progress_bar
-from adakv.cli.types import FILE
+from adakv.cli.types import FILE, TEXT
 from adakv.eval import plot
 from adakv.hf.attachment import CACHE
 
 POLICIES = ("critical_ada_snapkv", adakv.policy.DEFAULT)
 GUIDE = Path(__file__).with_name("demo.txt")  # about an island that there isn't
 
+Questions = tuple[tuple[str, str | None], ...]
+
 #: Questions about the guide, and what a right answer has in it. Each answer stands in it twice, so
 #: that a model of 135 million parameters finds it in its full cache, in float32 and in bfloat16.
-QUESTIONS = (
+QUESTIONS: Questions = (
     ("What is the ferry to Torvay called?", "Grey Swan"),
     ("What is the best hotel on the island called?", "Golden Anchor"),
     ("What is the newspaper of the island called?", "Morning Gull"),
@@ -81,6 +84,7 @@ class Answers:
     type=click.IntRange(min=256),
     help="Read so many tokens of the text.  [default: all]",
 )
+@click.option("--question", type=TEXT, help="Ask this instead of the questions about the text.")
 @click.option(
     "--ratio",
     type=float,
@@ -90,7 +94,14 @@ class Answers:
 )
 @max_new_tokens_option(default=16, least=2)
 @place_options
-def demo(model: str, tokens: int | None, ratio: float, max_new_tokens: int, place: Place) -> None:
+def demo(
+    model: str,
+    tokens: int | None,
+    question: str | None,
+    ratio: float,
+    max_new_tokens: int,
+    place: Place,
+) -> None:
     """Compare the full cache with compressed ones: right answers, memory and time.
 
     MODEL (a folder, a GGUF file or a name on the Hugging Face hub) reads a guide to an island once,
@@ -101,9 +112,8 @@ def demo(model: str, tokens: int | None, ratio: float, max_new_tokens: int, plac
     settings = [FULL, *(check_setting(policy, None, ratio) for policy in POLICIES)]
     click.echo("loading the model", err=True)
     network, tokenizer = place.load(model)
-    prompts = [encode_prompt(tokenizer, GUIDE.read_text().strip(), q)[0] for q, _ in QUESTIONS]
-    text = _common(prompts)
-    prompts = [prompt[len(text) :] for prompt in prompts]
+    questions: Questions = QUESTIONS if question is None else ((question, None),)
+    text, prompts = _split(tokenizer, questions)
     text = text[:tokens]
     longest = len(text) + max(map(len, prompts))
     check_prompt_length(network, longest, max_new_tokens)
@@ -116,28 +126,27 @@ def demo(model: str, tokens: int | None, ratio: float, max_new_tokens: int, plac
         start = time.perf_counter()
         read = Prefill(network, text[None])
         read_seconds = time.perf_counter() - start
-        for prompt, (question, expected) in zip(prompts, QUESTIONS, strict=True):
-            console.print(f"\n{question}", style="bold")
-            asked = read.followed_by(prompt[None])
+        for prompt, (asked, expected) in zip(prompts, questions, strict=True):
+            console.print(f"\n{asked}", style="bold")
+            prefill = read.followed_by(prompt[None])
             for setting, result in zip(settings, results, strict=True):
                 with progress_bar(setting.title, max_new_tokens) as advance:
-                    _answer(network, tokenizer, asked, setting, result, max_new_tokens, advance)
-                result.right.append(expected.lower() in result.texts[-1].lower())
-                mark = "right" if result.right[-1] else "wrong"
-                console.print(f"  {result.title:20} {mark}  {result.texts[-1]}", soft_wrap=True)
+                    _answer(network, tokenizer, prefill, setting, result, max_new_tokens, advance)
+                _print_answer(console, result, expected)
     console.print()
     _print_table(console, results, longest, read_seconds)
-    _save(place, model, network, results, longest, read_seconds)
+    _save(place, model, network, results, questions, longest, read_seconds)
 
 
-def _common(prompts: list[Tensor]) -> Tensor:
-    """The tokens that all begin with."""
-    length = 0
-    for tokens in zip(*(prompt.tolist() for prompt in prompts), strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return prompts[0][:length]
+def _split(tokenizer: Any, questions: Questions) -> tuple[Tensor, list[Tensor]]:
+    """Tokens of the guide, and behind it those of each question: at least one."""
+    guide = GUIDE.read_text().strip()
+    asked = [question for question, _ in (*questions, QUESTIONS[0])]
+    prompts = [encode_prompt(tokenizer, guide, question)[0] for question in asked]
+    columns = zip(*(prompt.tolist() for prompt in prompts), strict=False)
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    common = min(common, min(map(len, prompts)) - 1)
+    return prompts[0][:common], [prompt[common:] for prompt in prompts[:-1]]
 
 
 def _answer(
@@ -174,6 +183,15 @@ def _answer(
     result.cache_bytes, result.full_bytes = cache_bytes(cache)
 
 
+def _print_answer(console: Console, result: Answers, expected: str | None) -> None:
+    """The newest one, and whether it is right, if that can be told."""
+    mark = ""
+    if expected is not None:
+        result.right.append(expected.lower() in result.texts[-1].lower())
+        mark = "right  " if result.right[-1] else "wrong  "
+    console.print(f"  {result.title:20} {mark}{result.texts[-1]}", soft_wrap=True)
+
+
 def _print_table(
     console: Console, results: list[Answers], prompt_tokens: int, read_seconds: float
 ) -> None:
@@ -185,7 +203,7 @@ def _print_table(
     for result in results:
         table.add_row(
             result.title,
-            f"{sum(result.right)} of {len(result.right)}",
+            f"{sum(result.right)} of {len(result.right)}" if result.right else "",
             f"{result.cache_bytes / 2**20:.1f}",
             f"{result.cache_bytes / result.full_bytes:.1%}",
             f"{statistics.median(result.choose_seconds):.2f}" if result.kept else "",
@@ -205,6 +223,7 @@ def _save(
     source: str,
     model: Any,
     results: list[Answers],
+    questions: Questions,
     prompt_tokens: int,
     read_seconds: float,
 ) -> None:
@@ -218,7 +237,7 @@ def _save(
             "read_seconds": read_seconds,
         }
         runs = [asdict(r) | {"tokens_per_second": r.tokens_per_second} for r in results]
-        output.write_json(place.json_path, content | {"questions": QUESTIONS, "runs": runs})
+        output.write_json(place.json_path, content | {"questions": questions, "runs": runs})
     if place.plot_path:
         kept = {f"{r.title}: entries kept of {prompt_tokens}": r.kept for r in results if r.kept}
         with output.drawing():

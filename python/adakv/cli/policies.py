@@ -64,10 +64,10 @@ def policies(name: str | None) -> None:
         parts = map(output.brief, (policy.scorer, policy.allocator, policy.selector))
         click.echo(" * ".join(parts))
         return
-    click.echo(f"{'policy':23}{'what it keeps':36}what choosing reads\n{'-' * 79}")
+    click.echo(f"{'policy':23}{'what it keeps':35}what choosing reads\n{'-' * 79}")
     for preset, (keeps, reads) in ABOUT.items():
         mark = " *" if preset == adakv.policy.DEFAULT else ""
-        click.echo(f"{preset + mark:23}{keeps:36}{reads}")
+        click.echo(f"{preset + mark:23}{keeps:35}{reads}")
     click.echo("* the default\n\nAs other implementations do it, to reproduce their numbers:")
     for suffix, project in OTHERS.items():
         names = ", ".join(n for n in adakv.policies() if n.endswith(f"@{suffix}"))
