@@ -106,7 +106,7 @@ test-cpp: build ## those of the C++ core; left out where GoogleTest is missing
 	ctest --test-dir $(BUILD) --output-on-failure $(if $(CI),--no-tests=error)
 
 test-python: build
-	OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-asan: setup ## the C++ tests under AddressSanitizer
 	$(call core,asan,$(SANITIZED)=address)
