@@ -135,7 +135,8 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 
 vllm: setup $(VLLM_VENV)/.ready ## an environment with vLLM for the CPU and this adakv
 	$(VLLM_VENV)/bin/pip install -q --no-compile --no-build-isolation --no-deps -e . \
-		-C build-dir=build/vllm -C cmake.define.ADAKV_NATIVE=ON -C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
+		-C build-dir=build/vllm -C cmake.define.ADAKV_NATIVE=ON \
+		-C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
 
 # vLLM's wheel wants packages for images and sound, too: only what it needs for text is installed.
 $(VLLM_VENV)/.ready: tests/vllm/requirements.txt
