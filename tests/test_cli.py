@@ -11,15 +11,82 @@ import torch
 import adakv
 from adakv.cli.inputs import InputError, load_model
 from adakv.cli.main import run_command_line
+from adakv.cli.measure import Setting, run_all
 from adakv.cli.prompts import read_prompts
 from small_model import LIMIT
 
 
-def test_info_names_backends_and_policies(capsys: pytest.CaptureFixture[str]):
-    assert run_command_line(["info"]) == 0
+@pytest.mark.parametrize("command", ["info", "policies"])
+def test_what_is_there_fits_eighty_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_command_line([command]) == 0
     out = capsys.readouterr().out
-    for word in (*adakv.policies(), *adakv.backends(), adakv.__version__, torch.__version__):
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\u2026" not in out, "something is cut off"
+    expected = {
+        "info": (*adakv.backends(), adakv.__version__, torch.__version__),
+        "policies": adakv.policies(),
+    }
+    for word in expected[command]:
         assert word in out
+
+
+def test_every_policy_has_one_line(capsys: pytest.CaptureFixture[str]):
+    assert run_command_line(["policies"]) == 0
+    lines = capsys.readouterr().out.partition("* the default")[0].splitlines()
+    for name in adakv.policies():
+        if "@" not in name:
+            assert len([line for line in lines if line.strip().startswith(f"{name} ")]) == 1
+    assert run_command_line(["policies", "ada_snapkv"]) == 0
+    assert capsys.readouterr().out == "WindowAttention() * Adaptive() * TopScore()\n"
+
+
+def test_generate_shows_its_text_while_it_writes(model: str):
+    class Numbers:
+        """Decodes tokens to words."""
+
+        def decode(self, tokens: list[int], **kwargs: object) -> str:
+            return " ".join(map(str, tokens))
+
+    network, _ = load_model(model, dtype=torch.float32, device=torch.device("cpu"))
+    pieces: list[str] = []
+    settings = [Setting("snapkv", budget=48), Setting("ada_snapkv", budget=48)]
+    prompt = torch.arange(100)[None]
+    runs = run_all(network, Numbers(), prompt, settings, 9, on_text=pieces.append)
+    assert len(pieces) >= 8
+    assert "".join(pieces).split() == list(map(str, runs[-1].tokens))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "MODEL", "TEXT", "--policy", "adasnapkv"], "did you mean 'ada_snapkv'?"),
+        (["generate", "MODEL", "TEXT", "--policy", "best"], "`adakv policies` lists them"),
+        (["generate", "MODEL", "TEXT", "--polcy", "snapkv"], "--policy"),
+        (["eval", "MODEL", "--text", "TEXT", "--policies", "tovas"], "did you mean 'tova'?"),
+        (["policies", "critical_ada"], "did you mean 'critical_ada_snapkv'?"),
+        (["polices"], "did you mean 'policies'?"),
+        (["generate", "FOLDER/smollm.gguf", "TEXT"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+        (["generate", "FOLDER/SmolLM", "TEXT"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+    ],
+)
+def test_mistyped_names_are_told_the_nearest(
+    arguments: list[str],
+    message: str,
+    model: str,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "SmolLM2.gguf").touch()
+
+    def placed(word: str) -> str:
+        word = word.replace("FOLDER", str(tmp_path))
+        return {"MODEL": model, "TEXT": text}.get(word, word)
+
+    assert_refused(list(map(placed, arguments)), placed(message), capsys)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["generate", "--help"], ["--version"]])
@@ -102,20 +169,49 @@ def test_generate_within_bytes(model: str, text: str, tmp_path: Path):
 
 
 def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "demo.json"
+    path, plot_path = tmp_path / "demo.json", tmp_path / "kept.png"
     options = ["--tokens", "600", "--max-new-tokens", "4", "--ratio", "0.2", "--json", str(path)]
-    assert run_command_line(["demo", model, *options]) == 0
-    full, *runs = json.loads(path.read_text())["runs"]
+    assert run_command_line(["demo", model, *options, "--plot", str(plot_path)]) == 0
+    content = json.loads(path.read_text())
+    full, *runs = content["runs"]
     assert [run["title"] for run in runs] == ["critical_ada_snapkv", "model_column_max"]
     assert max(run["cache_bytes"] for run in runs) < full["cache_bytes"] / 3
+    for run in (full, *runs):
+        assert len(run["texts"]) == len(content["questions"]) == len(run["right"])
+        assert run["tokens_per_second"] > 0
     out = capsys.readouterr().out
     assert all(run["title"] in out for run in (full, *runs))
+    assert all(question in out for question, _ in content["questions"])
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_counts_the_answers_of_the_cache_that_it_names(model: str, tmp_path: Path):
+    """With everything kept, compressed caches say what the full one says."""
+    path = tmp_path / "demo.json"
+    options = ["--tokens", "300", "--max-new-tokens", "5", "--ratio", "1", "--json", str(path)]
+    assert run_command_line(["demo", model, *options, "--dtype", "float32"]) == 0
+    full, *runs = json.loads(path.read_text())["runs"]
+    assert all(run["texts"] == full["texts"] for run in runs)
+
+
+def test_demo_asks_another_question(model: str, tmp_path: Path, capsys):
+    path = tmp_path / "demo.json"
+    options = ["--tokens", "300", "--max-new-tokens", "2", "--json", str(path)]
+    assert run_command_line(["demo", model, *options, "--question", "Who is who?"]) == 0
+    assert "Who is who?" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["questions"] == [["Who is who?", None]]
+    assert [len(run["texts"]) for run in content["runs"]] == [1, 1, 1]
+    assert all(run["right"] == [] for run in content["runs"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policy", "adasnap"], "policy must be one of streaming, random, snapkv"),
+        (
+            ["--policy", "adasnap"],
+            "--policy: there is no policy 'adasnap': did you mean 'ada_snapkv'?",
+        ),
         (["--budget", "64", "--ratio", "0.5"], "give --budget or --ratio, not both"),
         (["--budget", "64", "--budget-bytes", "1MB"], "give --budget or --budget-bytes, not both"),
         (["--budget-bytes", "lots"], "--budget-bytes must be bytes, as an integer or a text such"),

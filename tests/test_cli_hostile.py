@@ -167,14 +167,17 @@ def test_an_output_that_cannot_show_a_character_escapes_it(
 def test_info_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert run_command_line(["info"]) == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-    shown = " ".join(out.split())
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_policies_shows_how_each_is_written_down(capsys):
     for name in adakv.policies():
         policy = adakv.policy.get(name)
-        parts = map(output.brief, (policy.scorer, policy.allocator, policy.selector))
-        assert f"{name} {' * '.join(parts)}" in shown
-        assert adakv.policy.get(" * ".join(map(output.brief, parts)) or name) == policy
+        assert run_command_line(["policies", name]) == 0
+        shown = capsys.readouterr().out.strip()
+        parts = (policy.scorer, policy.allocator, policy.selector)
+        assert shown == " * ".join(map(output.brief, parts))
+        assert adakv.policy.get(shown) == policy
 
 
 @pytest.fixture

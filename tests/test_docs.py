@@ -128,3 +128,44 @@ def test_docs_of_all_that_is_public(module: ModuleType):
 def test_docs_name_every_parameter(function: Any):
     words = re.findall(r"\w+", inspect.getdoc(function) or "")
     assert set(inspect.signature(function).parameters) - {"self", "cls"} <= set(words)
+
+
+REAL_MODEL = ROOT / "demo/model/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.skipif(not REAL_MODEL.exists(), reason="`make model` gets the model")
+def test_docs_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
+    """The first block, as it stands but for where the model is."""
+    page = (ROOT / "README.md").read_text()
+    block, *_ = blocks(ROOT / "README.md")
+    name = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    assert block.count(name) == 1
+    capsys.readouterr()
+    exec(compile(block.replace(name, repr(str(REAL_MODEL))), "README.md", "exec"), {})
+    told = re.findall(r"^    (The ferry.*)\n    (.*)$", page, re.M)
+    assert [tuple(capsys.readouterr().out.splitlines())] == told
+
+
+def test_docs_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_docs_picture_is_drawn_from_what_is_committed(tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("gain", ROOT / "benchmarks/plot_gain.py")
+    assert spec is not None and spec.loader is not None
+    gain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gain)
+    gain.draw(str(tmp_path / "gain.png"))
+    assert (tmp_path / "gain.png").read_bytes()[25] == 3  # a palette
+    page = (ROOT / "README.md").read_text()
+    (memory, less), (slow, fast) = gain.on_cpu()
+    assert f"{memory:.1f} MB | {slow:.0f} ms" in page
+    assert f"{less:.1f} MB | {fast:.0f} ms" in page
+    (few, before), (many, after) = gain.on_gpu()
+    assert f"| {few} |" in page and f"| {before:.0f} |" in page
+    assert f"| {many} |" in page and f"| {after:.0f} |" in page
+    for policy in gain.CURVES:
+        (row,) = re.findall(rf"^\| `{policy}`.*%.*%.*%.*%.*$", page, re.M)
+        for task in ("qa_aware", "qa", "needles_aware", "text"):
+            same = dict((round(s, 2), x) for s, x in gain.agreement(policy, task))[0.15]
+            assert f" {100 * same:.0f} % " in row

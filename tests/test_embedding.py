@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "embed_cpp"
 
 cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-pytestmark = pytest.mark.skipif(cmake is None, reason="no CMake")
+# In one process of xdist: each would build the example for itself.
+pytestmark = [
+    pytest.mark.skipif(cmake is None, reason="no CMake"),
+    pytest.mark.xdist_group("embedding"),
+]
 
 
 def run(*command: Any) -> str:

@@ -193,6 +193,26 @@ def test_prefill_fills_caches_as_the_model_would(policy: str, model: Any):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("policy", ["critical_ada_snapkv", "model_column_max", "expected"])
+def test_prefill_goes_on_from_what_it_has_read(policy: str, model: Any):
+    prompt = torch.arange(160)[None] * 7 % 250
+    tokens = torch.tensor([5, 6, 7, 8])
+    with adakv.attach(model):
+        whole, text = Prefill(model, prompt), Prefill(model, prompt[:, :140])
+        before = text.logits
+        for _ in range(2):  # the text is as it was, for the next question
+            longer = text.followed_by(prompt[:, 140:])
+            torch.testing.assert_close(longer.logits, whole.logits)
+            full = [metrics.follow(model, p.full_cache(), tokens) for p in (longer, whole)]
+            torch.testing.assert_close(*full)
+            caches = [p.cache(policy, ratio=0.5) for p in (longer, whole)]
+            for layer in range(2):
+                kept = [cache.kept(layer)[0] for cache in caches]
+                assert all(torch.equal(*heads) for heads in zip(*kept, strict=True))
+            torch.testing.assert_close(*(metrics.follow(model, c, tokens) for c in caches))
+        assert torch.equal(text.logits, before)
+
+
 def test_prefill_fills_the_full_cache(model: Any):
     prompt, tokens = torch.arange(100)[None], torch.tensor([1, 2, 3])
     read = DynamicCache(config=model.config)

@@ -256,7 +256,7 @@ def test_the_quality_of_bits_is_measured(
         (["--text", "no.txt"], "no.txt can't be read: No such file"),
         (
             ["--text", "{text}", "--policies", "adasnap"],
-            "--policies: policy must be one of",
+            "--policies: there is no policy 'adasnap': did you mean 'ada_snapkv'?",
         ),
         (["--text", "{text}", "--policies", ","], "got none"),
         (

@@ -1,67 +1,44 @@
 #include "cpu/kernels.h"
 
-#if defined(ADAKV_X86_64)
-#include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#endif
+#include "adakv/error.h"
+#include "cpu/isa.h"
 
 namespace adakv {
 
 // One per simd_<isa>.cc.
-namespace baseline {
-extern const Kernels kKernels;
-}
-#if defined(ADAKV_X86_64)
-namespace x86_64_v3 {
-extern const Kernels kKernels;
-}
-namespace x86_64_v4 {
-extern const Kernels kKernels;
-}
-namespace x86_64_amx {
-extern const Kernels kKernels;
-}
-#endif
+#define ADAKV_DECLARE(name)      \
+  namespace name {               \
+  extern const Kernels kKernels; \
+  }
+ADAKV_DECLARE(baseline)
+ADAKV_DECLARE(x86_64_v3)
+ADAKV_DECLARE(x86_64_v4)
+ADAKV_DECLARE(x86_64_amx)
 
 namespace {
 
-#if defined(ADAKV_X86_64)
-// Two features that __builtin_cpu_supports of Clang doesn't know.
-bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-}
-
-bool has_amx() {
-  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBFloat16);
-}
-
-/// Whether the machine has AMX and the system lets this process use it.
-bool may_use_amx() {
-#if defined(__linux__)
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return has_amx() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 const Kernels& choose_kernels() {
-#if defined(ADAKV_X86_64)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return may_use_amx() ? x86_64_amx::kKernels : x86_64_v4::kKernels;
+  const Isa isa = isa_of_this_machine();
+#if defined(ADAKV_ONLY_ISA)
+  if (isa < Isa::ADAKV_ONLY_ISA) {
+    throw Error(detail::concat("this adakv was built with ADAKV_NATIVE for a machine with ",
+                               ADAKV_ONLY_ISA::kKernels.isa,
+                               ", which this one lacks: build it here"));
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    return x86_64_v3::kKernels;
+  return ADAKV_ONLY_ISA::kKernels;
+#elif defined(ADAKV_X86_64)
+  switch (isa) {
+    case Isa::x86_64_amx:
+      return x86_64_amx::kKernels;
+    case Isa::x86_64_v4:
+      return x86_64_v4::kKernels;
+    case Isa::x86_64_v3:
+      return x86_64_v3::kKernels;
+    case Isa::baseline:
+      break;
   }
+#else
+  (void)isa;
 #endif
   return baseline::kKernels;
 }

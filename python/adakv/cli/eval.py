@@ -284,12 +284,9 @@ def check_policies(names: str) -> list[str]:
     pieces = re.split(r",(?![^()]*(?:\([^()]*\)[^()]*)*\))", names)  # not inside of parentheses
     found = list(dict.fromkeys(name.strip() for name in pieces if name.strip()))
     if not found:
-        raise InputError(f"--policies must name some of {', '.join(adakv.policies())}; got none")
+        raise InputError("--policies must name some of those that `adakv policies` lists, got none")
     for name in found:
-        try:
-            adakv.policy.get(name)
-        except ValueError as error:
-            raise InputError(f"--policies: {error}") from error
+        output.find_policy(name, "--policies")
     return found
 
 

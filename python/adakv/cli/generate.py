@@ -132,7 +132,8 @@ def generate(
 ) -> None:
     """Read TEXT (a file, or - for standard input) with MODEL and go on writing.
 
-    MODEL is a folder, a GGUF file or a name on the Hugging Face hub.
+    The text appears as it is written; a table of memory and time follows it. MODEL is a folder, a
+    GGUF file or a name on the Hugging Face hub.
 
     With --prompts many texts are read and decoded together. Each line of the file has either
     "prompt", "messages" (for the chat template) or "input_ids", and "max_new_tokens" if it isn't
@@ -152,10 +153,11 @@ def generate(
         spans = system_spans(tokenizer, messages_of(content, question))
         setting = replace(setting, protect=(*setting.protect, *spans))
     full = [FULL] if compare_full else []
-    runs = run_all(network, tokenizer, prompt, [*full, setting], max_new_tokens)
-    console = output.plain_console()
-    console.print(runs[-1].text, soft_wrap=True)
-    output.print_runs(console, runs, network)
+    runs = run_all(
+        network, tokenizer, prompt, [*full, setting], max_new_tokens, on_text=output.write_piece
+    )
+    click.echo()
+    output.print_runs(output.plain_console(), runs, network)
     place.save(runs, model, network)
 
 

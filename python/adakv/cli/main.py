@@ -14,6 +14,7 @@ from adakv.cli.demo import demo
 from adakv.cli.eval import evaluate
 from adakv.cli.generate import generate
 from adakv.cli.info import info
+from adakv.cli.policies import policies
 from adakv.cli.report import report
 
 _MOST_SHOWN = 1000  # characters of the beginning and of the end of a message
@@ -93,5 +94,5 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, evaluate, report, info):
+for command in (demo, generate, evaluate, report, policies, info):
     cli.add_command(command)

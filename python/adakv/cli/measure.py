@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from adakv.eval.metrics import follow, same_start
 from adakv.hf.attachment import CACHE
 
 OnToken = Callable[[], None]
+OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,31 @@ class Run:
 class _Clock:
     """A streamer: ``generate`` calls ``put`` with the prompt, then with each new token."""
 
-    def __init__(self, on_token: OnToken) -> None:
+    def __init__(self, on_token: OnToken, text: Any = None) -> None:
         self.times: list[float] = []
-        self._on_token = on_token
+        self._on_token, self._text = on_token, text
 
     def put(self, tokens: Tensor) -> None:
         self.times.append(time.perf_counter())
         self._on_token()
+        if self._text is not None:
+            self._text.put(tokens)
 
     def end(self) -> None:
-        pass
+        if self._text is not None:
+            self._text.end()
+
+
+def _text_streamer(tokenizer: Any, on_text: OnText) -> Any:
+    """A streamer that hands over what is written, as soon as its characters are complete."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -105,17 +121,36 @@ FULL = Setting(policy=None)
 
 
 def run_all(
-    model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int
+    model: Any,
+    tokenizer: Any,
+    prompt: Tensor,
+    settings: list[Setting],
+    new: int,
+    *,
+    on_text: OnText | None = None,
 ) -> list[Run]:
-    """Runs each setting in turn; those after the full cache are compared with it."""
+    """Runs each setting in turn; those after the full cache are compared with it.
+
+    ``on_text`` is handed what the last one writes, piece by piece.
+    """
     check_prompt_length(model, prompt.shape[1], new)
     with refusals():
         for setting in settings:
             setting.cache(model)  # what is wrong shows before the long work
     runs: list[Run] = []
     for setting in settings:
-        with progress_bar(setting.title, new + 1) as advance, refusals():
-            runs.append(run(model, tokenizer, prompt, setting, new=new, on_token=advance))
+        with ExitStack() as bar, refusals():
+            advance = bar.enter_context(progress_bar(setting.title, new + 1))
+            streamer = None
+            if on_text is not None and setting is settings[-1]:
+
+                def show(piece: str, bar: ExitStack = bar) -> None:
+                    bar.close()  # it would stand on the line that is written
+                    on_text(piece)
+
+                streamer = _text_streamer(tokenizer, show)
+            clock = _Clock(advance, streamer)
+            runs.append(run(model, tokenizer, prompt, setting, new=new, clock=clock))
         if settings[0] == FULL and len(runs) > 1:
             with progress_bar(f"{setting.title}: comparing") as advance, refusals():
                 runs[-1] = compare(model, prompt, setting, run=runs[-1], full=runs[0])
@@ -124,11 +159,11 @@ def run_all(
 
 
 def run(
-    model: Any, tokenizer: Any, prompt: Tensor, setting: Setting, *, new: int, on_token: OnToken
+    model: Any, tokenizer: Any, prompt: Tensor, setting: Setting, *, new: int, clock: _Clock
 ) -> Run:
     """Reads the prompt, ``[1, T]``, and writes up to ``new`` tokens greedily."""
     prompt = prompt.to(model.device)
-    cache, clock = setting.cache(model), _Clock(on_token)
+    cache = setting.cache(model)
     with _attached(model, setting):
         output = model.generate(
             prompt,

@@ -146,7 +146,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
         command(setting=check_setting(policy, budget, ratio, budget_bytes, kv_dtype), **rest)
 
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
-    policy_help = "What chooses the entries that stay: `adakv info` lists names."
+    policy_help = "What chooses the entries that stay: see `adakv policies`."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
     bytes_help = (
         "Let a prompt's cache take so many bytes, as 512MiB or 10% (of the full cache): fewer bits "
@@ -179,10 +179,7 @@ def check_setting(
     kv_dtype: str | None = None,
 ) -> Setting:
     """The policy and its budget, checked before anything is loaded."""
-    try:
-        bits = adakv.policy.get(policy).bits
-    except ValueError as error:
-        raise InputError(f"--policy: {error}") from error
+    bits = output.find_policy(policy, "--policy").bits
     given = {"--budget": budget, "--ratio": ratio, "--budget-bytes": budget_bytes}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.metadata
 import io
 import json
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich import box
 from rich.console import Console
@@ -71,6 +73,24 @@ def print_texts(console: Console, runs: list[Run]) -> None:
     for run in runs:
         console.print(f"\n{run.title}", style="bold")
         console.print(run.text, soft_wrap=True)
+
+
+def find_policy(name: str, option: str) -> adakv.policy.Policy:
+    """The preset of that name, or the policy written down so, as an option's value."""
+    try:
+        return adakv.policy.get(name)
+    except ValueError as error:
+        if "(" in name:
+            raise InputError(f"{option}: {error}") from error
+    near = difflib.get_close_matches(name, adakv.policies(), 1)
+    hint = f"did you mean {near[0]!r}?" if near else "`adakv policies` lists them"
+    raise InputError(f"{option}: there is no policy {name!a}: {hint}")
+
+
+def write_piece(text: str) -> None:
+    """Some of a text that is being written, shown at once."""
+    click.echo(text, nl=False)
+    sys.stdout.flush()
 
 
 def brief(part: object) -> str:

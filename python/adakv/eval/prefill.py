@@ -6,6 +6,7 @@ of a prompt are the same for every policy, and reading the prompt once serves th
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from adakv.reading import Part
 class _RecordingLayer(AttendingLayer):
     """A full-attention layer that remembers all that any policy asks of a prompt."""
 
-    part: Part
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: tuple[Part, ...] = ()
 
     def attend(
         self,
@@ -40,16 +43,25 @@ class _RecordingLayer(AttendingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention."""
         needs = frozenset({"all_queries"})
-        result, self.part = attend_to_prompt(
-            inner, module, query, key, value, mask, needs, **kwargs
-        )
+        result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)
+        self.parts += (part,)
         return result
+
+    def get_seq_length(self) -> int:
+        return sum(part.queries.shape[2] for part in self.parts)
+
+    def part(self) -> Part:
+        """The prompt as if it had come at once."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        queries = torch.cat([part.queries for part in self.parts], 2)
+        return self.parts[-1]._replace(queries=queries, lse=None)
 
 
 class _Recorder(TransformersCache):
-    """A cache that remembers one prompt, with the queries."""
+    """A cache that remembers one prompt, with the queries; it may begin as another one ended."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, before: _Recorder | None = None) -> None:
         own = cache_layers(decoder_of(model))
         if any(
             not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states") for layer in own
@@ -59,13 +71,21 @@ class _Recorder(TransformersCache):
                 "prompt can't give to many caches"
             )
         layers = [_RecordingLayer() if type(layer) is DynamicLayer else layer for layer in own]
-        self.entries: list[tuple[Tensor, Tensor]] = []  # [1, Hkv, T, D] keys and values of a layer
+        self.entries: dict[int, tuple[Tensor, Tensor]] = {}  # [1, Hkv, T, D] keys and values
         super().__init__(layers=layers)
+        if before is not None:
+            self.entries |= before.entries
+            for layer, ended in zip(layers, before.layers, strict=True):
+                layer.parts = ended.parts
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.entries.append((key_states, value_states))
+        if layer_idx in self.entries:
+            before = self.entries[layer_idx]
+            key_states = torch.cat([before[0], key_states], 2)
+            value_states = torch.cat([before[1], value_states], 2)
+        self.entries[layer_idx] = key_states, value_states
         # A view, as what is handed back may be tagged.
         return super().update(key_states[:], value_states, layer_idx, *args, **kwargs)
 
@@ -89,25 +109,45 @@ class Prefill:
     """
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
-        if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0:
-            raise ValueError(f"prompt must be [1, T] with T > 0, got {list(prompt.shape)}")
+        self._model = model
         self._recorder = _Recorder(model)
+        self._prompt = torch.empty(1, 0, dtype=torch.int64, device=model.device)
+        self._read(prompt)
+
+    def followed_by(self, more: Tensor) -> Prefill:
+        """The prompt with ``[1, S]`` more tokens behind it, of which only these are read.
+
+        Raises
+        ------
+        ValueError
+            If the model has layers without full attention.
+        """
+        if not all(isinstance(layer, _RecordingLayer) for layer in self._recorder.layers):
+            raise ValueError(
+                f"model: {type(self._model).__name__} has layers without full attention, which "
+                "read a prompt as a whole"
+            )
+        longer = copy.copy(self)
+        longer._recorder = _Recorder(self._model, self._recorder)
+        longer._read(more)
+        return longer
+
+    def _read(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+            raise ValueError(f"prompt must be [1, T] with T > 0, got {list(tokens.shape)}")
+        tokens = tokens.to(self._model.device)
         with torch.inference_mode():
-            output = model(
-                prompt.to(model.device),
-                logits_to_keep=1,
-                use_cache=True,
-                **{CACHE: self._recorder},
+            output = self._model(
+                tokens, logits_to_keep=1, use_cache=True, **{CACHE: self._recorder}
             )
         self.logits: Tensor = output.logits[0, -1]
-        self._model = model
-        self._prompt = prompt.to(model.device)
+        self._prompt = torch.cat([self._prompt, tokens], 1)
 
     def full_cache(self) -> DynamicCache:
         """transformers' own cache, holding the whole prompt."""
         cache = DynamicCache(config=self._model.config)
         with torch.inference_mode():
-            for index, entries in enumerate(self._recorder.entries):
+            for index, entries in self._recorder.entries.items():
                 cache.update(*entries, index)
         return cache
 
@@ -131,11 +171,11 @@ class Prefill:
         settings["budget_bytes"] = budget_bytes
         cache = adakv.Cache(self._model, policy, budget, ratio, protect=protect, **settings)
         with torch.inference_mode():
-            for index, (keys, values) in enumerate(self._recorder.entries):
+            for index, (keys, values) in self._recorder.entries.items():
                 cache.update(keys[:], values, index)
                 recorded = self._recorder.layers[index]
                 if isinstance(recorded, _RecordingLayer):
-                    cache.layers[index].take(recorded.part, None)
+                    cache.layers[index].take(recorded.part(), None)
         if "repeat" in policies.get(policy).needs:
             with torch.inference_mode():
                 cache.repeat(self._prompt)

@@ -1,0 +1,81 @@
+"""``adakv policies``: what each keeps, and what it costs."""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+
+import adakv
+from adakv.cli import output
+
+# What a policy reads beside the prompt's keys and values, cheapest first.
+FREE = "nothing"
+KEYS = "a pass over the keys"
+VALUES = "a pass over the values"
+WINDOW = "32 queries"
+NORMS = "32 queries, values"
+QUERIES = "all queries"
+ALL = "all queries, values"
+TWICE = "a second prefill"
+
+#: What it keeps, and what choosing reads, by the name of the policy.
+ABOUT = {
+    "streaming": ("the first 4 tokens and the newest", FREE),
+    "random": ("any tokens, to compare with", FREE),
+    "snapkv": ("what the last tokens look at", WINDOW),
+    "pyramidkv": ("the same, more in the first layers", WINDOW),
+    "ada_snapkv": ("the same, a length for each head", WINDOW),
+    "ada_pyramidkv": ("both of that", WINDOW),
+    "critical_snapkv": ("snapkv, weighed by the output", NORMS),
+    "critical_ada_snapkv": ("ada_snapkv weighed: both papers", NORMS),
+    "critical_ada_pyramidkv": ("ada_pyramidkv, so weighed", NORMS),
+    "defensive": ("what one query looks at, weighed", NORMS),
+    "layer_defensive": ("the same, layers compete, too", NORMS),
+    "ada_column_max": ("what any query looks at, weighed", ALL),
+    "model_column_max": ("the same, layers compete, too", ALL),
+    "kvzip": ("what repeating the prompt looks at", TWICE),
+    "expected": ("what coming queries may look at", QUERIES),
+    "ada_expected": ("the same, a length for each head", QUERIES),
+    "keydiff": ("keys unlike the others", KEYS),
+    "knorm": ("short keys", KEYS),
+    "tova": ("what the last token looks at", "1 query"),
+    "h2o": ("what all queries together look at", QUERIES),
+    "r_kv": ("what the last 8 look at, once", "8 queries, keys"),
+    "vase": ("values that stand out, a sample", VALUES),
+    "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
+    "full": ("all: nothing is evicted", FREE),
+}
+OTHERS = {
+    "ffy0": "FFY0/AdaKV",
+    "kvpress": "NVIDIA/kvpress",
+    "kvcache_factory": "Zefan-Cai/KVCache-Factory",
+}
+
+
+@click.command()
+@click.argument("name", required=False)
+def policies(name: str | None) -> None:
+    """List the policies: what each keeps of a prompt, and what choosing reads.
+
+    With NAME, show the parts that a policy is made of: scorer * allocator * selector.
+    """
+    if name is not None:
+        policy = output.find_policy(name, "NAME")
+        parts = (policy.scorer, policy.allocator, policy.selector, policy.when, policy.bits)
+        click.echo(" * ".join(output.brief(part) for part in parts if part is not None))
+        return
+    click.echo(f"{'policy':23}{'what it keeps':35}what choosing reads\n{'-' * 79}")
+    for preset, (keeps, reads) in ABOUT.items():
+        mark = " *" if preset == adakv.policy.DEFAULT else ""
+        click.echo(f"{preset + mark:23}{keeps:35}{reads}")
+    click.echo("* the default\n\nAs other implementations do it, to reproduce their numbers:")
+    for suffix, project in OTHERS.items():
+        names = ", ".join(n for n in adakv.policies() if n.endswith(f"@{suffix}"))
+        click.echo(textwrap.fill(f"{project}: {names}", 79, subsequent_indent="    "))
+    told = (
+        "Measured, choosing adds to a prefill: ada_snapkv up to 1.4 %, critical_ada_snapkv "
+        "1 to 7 %, model_column_max 15 to 30 % (docs/performance.md). docs/policies.md says which "
+        "one to take."
+    )
+    click.echo("\n" + textwrap.fill(told, 79))
