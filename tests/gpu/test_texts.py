@@ -15,7 +15,8 @@ from hf.test_texts import POLICIES, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
-# Two of them draw; keys of the same token are equally long but for rounding, which is each device's own.
+# Two of them draw. Keys of the same token are equally long but for rounding, which is each device's
+# own.
 REPEATABLE = [policy for policy in POLICIES if policy not in ("random", "vase", "knorm")]
 
 
