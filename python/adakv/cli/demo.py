@@ -45,9 +45,9 @@ GUIDE = Path(__file__).with_name("demo.txt")  # about an island that there isn't
 Questions = tuple[tuple[str, str | None], ...]
 
 #: Questions about the guide, and what a right answer has in it. Each answer stands in it twice, so
-#: that a model of 135 million parameters finds it in its full cache, in float32 and in bfloat16. Text
-#: and questions were chosen seeing what all three caches answer: how many are right says that a
-#: cache works, and nothing about which policy is better.
+#: that a model of 135 million parameters finds it in its full cache, in float32 and in bfloat16.
+#: Text and questions were chosen seeing what all three caches answer: how many are right says that
+#: a cache works, and nothing about which policy is better.
 QUESTIONS: Questions = (
     ("What is the ferry to Torvay called?", "Grey Swan"),
     ("What is the best hotel on the island called?", "Golden Anchor"),
