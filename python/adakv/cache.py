@@ -295,7 +295,7 @@ class KVCache:
         return both[num_starts:], both[:num_starts].view(self.num_layers, -1)
 
     def num_owned(self, layer: int, first_sequence: int = 0) -> list[int]:
-        """Pages that sequences own in a layer, from ``first_sequence`` on; 0 if only the device knows."""
+        """Pages that sequences own in a layer, from ``first_sequence`` on; 0 if they are shared."""
         sequences = range(first_sequence, self.num_sequences)
         return [0 if b in self._shared else int(self._cache.num_pages(layer, b)) for b in sequences]
 
