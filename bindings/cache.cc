@@ -85,11 +85,12 @@ py::typing::Tuple<py::typing::List<py::int_>, py::typing::List<py::int_>> begin(
 py::bytes begin_again(KVCache& self,
                       Int first_sequence,
                       LongIntLists num_kept,
-                      LongInts longest_row) {
+                      LongInts longest_row,
+                      bool own_pages) {
   std::vector<int32_t> starts, ids;
   for (const PageList& pages :
        self.begin_again(take("first_sequence", first_sequence), take("totals", num_kept),
-                        take("longest", longest_row))) {
+                        take("longest", longest_row), own_pages)) {
     for (int32_t start : pages.indptr) starts.push_back(static_cast<int32_t>(ids.size()) + start);
     ids.insert(ids.end(), pages.ids.begin(), pages.ids.end());
   }
@@ -132,7 +133,8 @@ void bind_cache(py::module_& module) {
           },
           arg("num_pages"), arg("max_row_pages"))
       .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"), arg("longest"))
-      .def("begin_again", &begin_again, arg("first_sequence"), arg("totals"), arg("longest"))
+      .def("begin_again", &begin_again, arg("first_sequence"), arg("totals"), arg("longest"),
+           arg("own_pages"))
       .def(
           "grow",
           [](KVCache& self, Ints num_new, Int columns) {

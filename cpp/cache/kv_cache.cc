@@ -275,7 +275,8 @@ PageList KVCache::begin(int32_t layer,
 
 std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
                                            const std::vector<std::vector<int64_t>>& num_kept,
-                                           const std::vector<int64_t>& longest_row) {
+                                           const std::vector<int64_t>& longest_row,
+                                           bool own_pages) {
   ADAKV_CHECK(static_cast<int32_t>(num_kept.size()) == config_.num_layers, "num_kept must have ",
               config_.num_layers, " elements, one for each layer, got ", num_kept.size());
   for (const std::vector<int64_t>& of_layer : num_kept) {
@@ -287,7 +288,7 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
       const auto owned = static_cast<int64_t>(sequences_[first_sequence + i].num_pages(l));
       ADAKV_CHECK(owned > 0, "sequence ", first_sequence + i, " holds nothing in layer ", l,
                   ": begin() it first");
-      missing += std::max<int64_t>(0, pages_of(num_kept[l][i]) - owned);
+      missing += std::max<int64_t>(0, pages_of(num_kept[l][i]) - (own_pages ? owned : 0));
     }
   }
   pool_.check_free(missing);
@@ -299,6 +300,10 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
     for (size_t i = 0; i < longest_row.size(); ++i) {
       std::vector<int32_t>& pages = sequences_[first_sequence + i].pages[l];
       const auto needed = static_cast<size_t>(pages_of(num_kept[l][i]));
+      if (!own_pages) {
+        leaving.insert(leaving.end(), pages.begin(), pages.end());
+        pages.clear();
+      }
       if (pages.size() > needed) {  // the newest ones leave, which rows hold their last entries in
         leaving.insert(leaving.end(), pages.begin() + needed, pages.end());
         pages.resize(needed);

@@ -107,6 +107,9 @@ class KVCache:
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.device = device
+        self._shared: set[int] = (
+            set()
+        )  # sequences whose pages went to layers as only the device knows
         self._cache = _C.KVCache(
             num_layers=num_layers,
             num_sequences=num_sequences,
@@ -247,6 +250,7 @@ class KVCache:
                 for n in counts
             ]
             taken.append(torch.split(page_ids, sizes))
+        self._shared.update(range(first_sequence, first_sequence + len(longest)))
         pages = [torch.cat(sequence) for sequence in zip(*taken, strict=True)]
         ends = torch.tensor([0, *map(len, pages)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return torch.cat(pages), ends.to(self.device, non_blocking=True)
@@ -258,7 +262,9 @@ class KVCache:
 
         They are the sequences' own as far as possible; free ones come to them only where hardly
         anything leaves. The others are free at once, and hold their entries until the next call
-        that takes pages: compact every layer before, in place or from a copy.
+        that takes pages: compact every layer before, in place or from a copy. After
+        :meth:`begin_layers` only the device knows which layer has which pages, and all are free
+        ones.
 
         Parameters
         ----------
@@ -280,15 +286,18 @@ class KVCache:
         ValueError
             If a sequence holds nothing. Nothing changes.
         """
-        pages = bytearray(self._cache.begin_again(first_sequence, totals, longest))
+        sequences = range(first_sequence, first_sequence + len(longest))
+        own_pages = self._shared.isdisjoint(sequences)
+        pages = bytearray(self._cache.begin_again(first_sequence, totals, longest, own_pages))
+        self._shared.difference_update(sequences)
         both = torch.frombuffer(pages, dtype=torch.int32).to(self.device, non_blocking=True)
         num_starts = self.num_layers * (len(longest) + 1)
         return both[num_starts:], both[:num_starts].view(self.num_layers, -1)
 
     def num_owned(self, layer: int, first_sequence: int = 0) -> list[int]:
-        """Pages that sequences own in a layer, from ``first_sequence`` on."""
+        """Pages that sequences own in a layer, from ``first_sequence`` on; 0 if they are shared."""
         sequences = range(first_sequence, self.num_sequences)
-        return [int(self._cache.num_pages(layer, b)) for b in sequences]
+        return [0 if b in self._shared else int(self._cache.num_pages(layer, b)) for b in sequences]
 
     def advance_pages(self, next_page: Tensor, lengths: Tensor) -> None:
         """Moves ``next_page`` of :meth:`begin_layers` past the pages of a layer that was compacted
@@ -365,6 +374,7 @@ class KVCache:
     def remove(self, sequence: int) -> None:
         """Gives all pages of a sequence back and empties its rows."""
         self._cache.remove(sequence)
+        self._shared.discard(sequence)
 
     @property
     def page_bytes(self) -> int:

@@ -347,6 +347,24 @@ TEST(KVCache, BeginsAgainWithItsOwnPages) {
   EXPECT_EQ(cache.pool().num_used(), 0);
 }
 
+// Layers that were dealt pages of one another must not overwrite what the others still hold.
+TEST(KVCache, BeginsAgainWithFreePages) {
+  KVCache cache(small_config(), device_memory({}));
+  std::vector<int32_t> held;
+  for (int32_t layer : {0, 1}) {
+    const std::vector<int32_t> ids = cache.begin(layer, 0, {40}, {40}).ids;
+    held.insert(held.end(), ids.begin(), ids.end());
+  }
+  const std::vector<PageList> pages = cache.begin_again(0, {{30}, {20}}, {40}, false);
+  EXPECT_EQ(pages[0].ids.size(), 7u);
+  EXPECT_EQ(pages[1].ids.size(), 6u);
+  for (const PageList& list : pages) {
+    for (int32_t id : list.ids) EXPECT_EQ(std::count(held.begin(), held.end(), id), 0);
+  }
+  EXPECT_EQ(cache.pool().num_used(), 13);
+  EXPECT_EQ(cache.num_pages(1, 0), 6);
+}
+
 TEST(KVCache, GrowNeedsABeginInEveryLayer) {
   KVCache cache(small_config(), device_memory({}));
   cache.begin(0, 0, {10}, {10});

@@ -199,7 +199,8 @@ AdakvStatus adakv_cache_begin(AdakvCache* cache,
 /** The pages for what the sequences first_sequence + i keep of all that they hold: of layer l
  * num_kept[l * num_sequences + i] entries over all rows, at most longest_row[i] in one. `pages` has
  * an element for each layer: as far as possible the sequences' own. The others are free at once, and
- * hold their entries until the next call that takes pages: adakv_compact() every layer before. */
+ * hold their entries until the next call that takes pages: adakv_compact() every layer before. Each
+ * layer must have been compacted into its own pages. */
 AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
                                     int32_t first_sequence,
                                     int32_t num_sequences,

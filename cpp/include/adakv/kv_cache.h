@@ -191,10 +191,12 @@ class KVCache {
   /// and hold their entries until the first begin, begin_again or grow after this one: compact()
   /// every layer before that. Throws Error if too few pages are free or a row might outgrow
   /// max_row_pages, and InvalidArgument for a sequence that no begin() was called for in every layer.
-  /// Then nothing changes.
+  /// Then nothing changes. Where compact() put a layer's entries into pages of another layer (as what
+  /// is chosen over all layers at once is dealt out), `own_pages` must be false: all are free ones.
   std::vector<PageList> begin_again(int32_t first_sequence,
                                     const std::vector<std::vector<int64_t>>& num_kept,
-                                    const std::vector<int64_t>& longest_row);
+                                    const std::vector<int64_t>& longest_row,
+                                    bool own_pages = true);
 
   /// Makes room for appending tokens, in all layers. A batch of `num_columns` columns comes, of
   /// which the last num_new[b] are tokens of sequence b (right-aligned). Returns how many columns,
