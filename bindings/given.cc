@@ -72,7 +72,6 @@ void take(const char* name, py::handle given, const char*& to) {
 
 void take(const char* name, py::handle given, LayerView& to) {
   constexpr size_t kNumTensors = std::tuple_size_v<decltype(MembersOf<LayerView>::kAll)>;
-  if (given.is_none()) return;  // a verb that needs one says so
   if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != kNumTensors) {
     throw InvalidArgument(detail::concat(name, " must be an adakv.ops.Layer, a tuple of ",
                                          kNumTensors, " tensors, got ", description(given)));

@@ -46,6 +46,14 @@ template <typename Args>
 constexpr bool kIsOfStep = std::is_same_v<Args, AppendArgs> || std::is_same_v<Args, PlanArgs> ||
                            std::is_same_v<Args, AttendArgs>;
 
+/// What was given becomes a member; score has a layer or keys.
+template <typename Args, typename T>
+void take_for(const char* name, py::handle given, T& to) {
+  constexpr bool kMayLack = std::is_same_v<Args, ScoreArgs> && std::is_same_v<T, LayerView>;
+  if (kMayLack && given.is_none()) return;
+  take(name, given, to);
+}
+
 template <typename T>
 void check_given_signs(const char* name, Given<T> given, const T& taken) {
   if constexpr (std::is_same_v<T, TensorView>) {
@@ -61,7 +69,7 @@ void define(py::module_& module, const char* name, void (*verb)(const Args&)) {
   const auto define_with = [&](const auto&... members) {
     const auto call = [=](decltype(given_for(members))... given) {
       Args args;
-      (take(members.name, given.object, args.*members.cpp), ...);
+      (take_for<Args>(members.name, given.object, args.*members.cpp), ...);
       if constexpr (!kIsOfStep<Args>) {
         (check_given_signs(members.name, given, args.*members.cpp), ...);
       }

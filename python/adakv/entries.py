@@ -199,11 +199,16 @@ class HeldInputs(LayerInputs):
         w_o: Tensor | None,
         carried: Tensor | None,
     ) -> None:
+        batch, heads = held.lengths.shape
         given: dict[str, Any] = {
+            "shape": (batch, heads, held.longest),
+            "num_kv_heads": heads,
+            "length": held.longest,
+            "device": held.lengths.device,
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
-            "prompt_lens": (held.longest,) * len(held.lengths),
+            "prompt_lens": (held.longest,) * batch,
             "layer": layer,
             "num_layers": num_layers,
             "seq_lens": held.lengths,
@@ -215,15 +220,6 @@ class HeldInputs(LayerInputs):
         self.__dict__.update(given)
 
     held: Held
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        batch, heads = self.held.lengths.shape
-        return batch, heads, self.held.longest
-
-    @cached_property
-    def device(self) -> torch.device:
-        return self.held.lengths.device
 
     @property
     def keys(self) -> Tensor:

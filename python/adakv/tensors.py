@@ -1,28 +1,10 @@
-"""Tensors that belong together: what is kept of a layer, and a layer's part of a cache."""
+"""The tensors of a layer of a cache, which belong together."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-
-class Kept(NamedTuple):
-    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r +
-    1]]``, ascending.
-
-    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1.
-    ``indptr`` is ``[B * Hkv + 1]`` int32.
-    """
-
-    positions: Tensor
-    indptr: Tensor
-
-    def rows(self, num_rows: int) -> Tensor:
-        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
-        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
-        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
 
 
 class Layer(NamedTuple):

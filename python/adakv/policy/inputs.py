@@ -118,15 +118,15 @@ class LayerInputs:
         """Where everything lies."""
         return self.keys.device
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
         """Hkv."""
-        return self.shape[1]
+        return self.keys.shape[1]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """T, the padded length of the prompts."""
-        return self.shape[2]
+        return self.keys.shape[2]
 
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
