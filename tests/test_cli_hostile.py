@@ -175,8 +175,8 @@ def test_policies_shows_how_each_is_written_down(capsys):
         policy = adakv.policy.get(name)
         assert run_command_line(["policies", name]) == 0
         shown = capsys.readouterr().out.strip()
-        parts = (policy.scorer, policy.allocator, policy.selector)
-        assert shown == " * ".join(map(output.brief, parts))
+        parts = (policy.scorer, policy.allocator, policy.selector, policy.when, policy.bits)
+        assert shown == " * ".join(output.brief(part) for part in parts if part is not None)
         assert adakv.policy.get(shown) == policy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
+import uuid
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -216,7 +217,7 @@ def test_requests_protect_nothing_in_layers_of_unequal_budgets():
 
 @pytest.fixture
 def ledger() -> Any:
-    name = f"test-{random.getrandbits(60)}"
+    name = f"test-{uuid.uuid4().hex}"
     yield name, Ledger(name, 10)
     path_of(name).unlink(missing_ok=True)
 
@@ -281,7 +282,7 @@ def test_ledger_of_a_killed_process_is_removed_and_those_in_use_are_not(
     ledger: tuple[str, Ledger],
 ):
     context = multiprocessing.get_context("spawn")
-    name, is_open = f"test-{random.getrandbits(60)}", context.Event()
+    name, is_open = f"test-{uuid.uuid4().hex}", context.Event()
     process = context.Process(target=open_and_die, args=(name, is_open))
     process.start()
     assert is_open.wait(timeout=60)
