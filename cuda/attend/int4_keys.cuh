@@ -13,6 +13,7 @@
 
 #include "attend/codes.cuh"
 #include "attend/tiles.cuh"
+#include "common/int4_page.cuh"
 
 namespace adakv {
 
@@ -31,9 +32,7 @@ struct OrderedChunk {
 /// Products of two pairs of elements.
 template <typename Element>
 __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>, __nv_bfloat162, __half2>;
-  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(product);
+  return bits_of(__hmul2(pair_of<Element>(a), pair_of<Element>(b)));
 }
 
 __device__ inline uint4 load_shared_16_bytes(uint32_t address) {
