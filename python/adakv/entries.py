@@ -204,7 +204,6 @@ class HeldInputs(LayerInputs):
             "shape": (batch, heads, held.longest),
             "num_kv_heads": heads,
             "length": held.longest,
-            "device": held.lengths.device,
             "queries": queries,
             "w_o": w_o,
             "carried": carried,

@@ -113,10 +113,10 @@ class LayerInputs:
         batch, heads, length, _ = self.keys.shape
         return batch, heads, length
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Where everything lies."""
-        return self.keys.device
+        return self.queries.device
 
     @cached_property
     def num_kv_heads(self) -> int:
@@ -200,12 +200,12 @@ class LayerInputs:
         """``[B or 1, Hkv or 1]``: how many entries there are, on the keys' device."""
         if self.seq_lens is not None:
             return self.seq_lens.view(len(self.seq_lens), -1)
-        return torch.full((1, 1), self.length, dtype=torch.int32, device=self.device)
+        return torch.full((1, 1), self.length, dtype=torch.int32, device=self.queries.device)
 
     def candidates(self, window: int) -> Tensor:
         """``[B or 1, Hkv or 1, T]`` bool: the entries that compete, not those of window and
         padding."""
-        positions = torch.arange(self.length, device=self.device)
+        positions = torch.arange(self.length, device=self.queries.device)
         return positions < self.ends[:, :, None] - window
 
     def pin_protected(self, scores: Tensor) -> Tensor:
