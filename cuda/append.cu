@@ -11,6 +11,7 @@
 #include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/divisor.cuh"
+#include "common/int4_page.cuh"
 #include "cuda_backend.h"
 
 namespace adakv {
@@ -26,6 +27,93 @@ struct Steps {
   Divisor heads;
   int32_t tokens;
 };
+
+/// New entries of a row (b, h) with a tail: those that fill a page are its codes, others go to the
+/// tail. By warps.
+template <typename Element>
+class TailAppender {
+ public:
+  __device__ TailAppender(const AppendParams& p, int32_t b, int32_t h, FullTails full)
+      : p_(p),
+        b_(b),
+        h_(h),
+        full_(full),
+        length_(*p.layer.lengths.at(b, h)),
+        end_(length_ + p.count(b)),
+        used_(p.layer.num_pages(length_)) {}
+
+  /// Job `job` of `num_jobs` that share the row. The first has both the page that the tail belongs to
+  /// and what goes to the tail behind it.
+  __device__ void run(int32_t job, int32_t num_jobs) const {
+    const int32_t first = length_ / kPageSlots, last = end_ / kPageSlots;
+    if (job == 0) fill(first);
+#pragma unroll 1
+    for (int32_t column = first + 1 + job; column < last; column += num_jobs) fill(column);
+    if (job == 0 && last > first) fill(last);
+  }
+
+ private:
+  __device__ void fill(int32_t column) const {
+    const LayerRows& layer = p_.layer;
+    const int32_t lane = threadIdx.x % kWarpSize, page_begin = column * kPageSlots;
+    const int32_t begin = max(length_, page_begin), end = min(end_, page_begin + kPageSlots);
+    if (begin >= end) return;
+    int32_t* table = layer.block_table.at(b_, h_);
+    const int32_t page =
+        column < used_ ? table[column] : layer.fresh_pages.at(b_, h_)[column - used_];
+    if (lane == 0) table[column] = page;
+    if (page_begin + lane >= begin && page_begin + lane < end) {
+      layer.page_positions[page * layer.positions_stride + lane] =
+          layer.seen[b_] + page_begin + lane - length_;
+    }
+    if (end == page_begin + kPageSlots && full_ == FullTails::kQuantise) {
+      const auto of_page = [&](bool is_value, int32_t slot, int32_t element) {
+        return load(is_value, page_begin + slot, element);
+      };
+      quantise_page<Element>(layer, page, of_page, 0, 1);
+      __syncwarp();  // the tail has been read
+      return;
+    }
+    const int32_t chunks = layer.head_dim / kChunkElements;
+#pragma unroll 1
+    for (int32_t i = lane; i < 2 * (end - begin) * chunks; i += kWarpSize) {
+      const bool is_value = i >= (end - begin) * chunks;
+      const int32_t entry = i / chunks - (is_value ? end - begin : 0);
+      const int32_t element = i % chunks * kChunkElements;
+      char* to = layer.tail(b_, h_, is_value, begin + entry - page_begin, element);
+      *reinterpret_cast<uint4*>(to) = load(is_value, begin + entry, element);
+    }
+  }
+
+  /// Elements of an entry of the row, which is in the tail or new.
+  __device__ uint4 load(bool is_value, int32_t entry, int32_t element) const {
+    if (entry < length_) {
+      const char* from = p_.layer.tail(b_, h_, is_value, entry % kPageSlots, element);
+      return *reinterpret_cast<const uint4*>(from);
+    }
+    const EntryRows& source = is_value ? p_.values : p_.keys;
+    const int32_t token = p_.num_tokens - (end_ - entry);
+    return load_chunk<Element>(source.at(b_, h_, token) + element * 2);
+  }
+
+  const AppendParams& p_;
+  const int32_t b_, h_;
+  const FullTails full_;
+  const int32_t length_, end_, used_;  // entries before and after, pages before
+};
+
+/// Quantises the tail of a row that one new token has filled, if it has; `length` entries are in it
+/// with that. By warps.
+template <typename Element>
+__device__ void quantise_tail(
+    const LayerRows& layer, int32_t b, int32_t h, int32_t length, int32_t warp, int32_t num_warps) {
+  if (length % kPageSlots != 0) return;
+  const int32_t page = layer.block_table.at(b, h)[length / kPageSlots - 1];
+  const auto load = [&](bool is_value, int32_t slot, int32_t element) {
+    return *reinterpret_cast<const uint4*>(layer.tail(b, h, is_value, slot, element));
+  };
+  quantise_page<Element>(layer, page, load, warp, num_warps);
+}
 
 /// What one warp does: some rows of the sequence, some of its tokens.
 template <typename Batch>

@@ -10,6 +10,7 @@
 #include "append.cuh"
 #include "common/codes.cuh"
 #include "common/divisor.cuh"
+#include "common/int4_page.cuh"
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "ops/schedule.h"

@@ -35,15 +35,6 @@ __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return bits_of(__hmul2(pair_of<Element>(a), pair_of<Element>(b)));
 }
 
-__device__ inline uint4 load_shared_16_bytes(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
 /// Where this lane's row of the matrices of codes lies: 16 slots, chunks `chunk` and `chunk` + 1.
 template <typename Config>
 __device__ inline uint32_t code_offset(int block, int chunk) {
