@@ -157,7 +157,7 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        """Of the compressed caches, or of the only ones."""
+        """What manages the compressed caches, or the only ones."""
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return next(filter(is_compressed, managers), managers[0])
 

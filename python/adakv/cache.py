@@ -107,9 +107,8 @@ class KVCache:
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.device = device
-        self._shared: set[int] = (
-            set()
-        )  # sequences whose pages went to layers as only the device knows
+        # Sequences whose pages went to layers as only the device knows.
+        self._shared: set[int] = set()
         self._cache = _C.KVCache(
             num_layers=num_layers,
             num_sequences=num_sequences,

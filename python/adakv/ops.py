@@ -90,7 +90,7 @@ def _scores(
     length: int = 0,
     **_options: Any,
 ) -> Tensor:
-    if layer is None or layer[0] is None:
+    if layer is None:
         return _per_entry(keys)  # type: ignore[arg-type]
     return layer.lengths.new_empty((*layer.lengths.shape, length), dtype=torch.float32)
 

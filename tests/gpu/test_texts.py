@@ -11,7 +11,7 @@ import torch
 
 import adakv
 from hf.families import LLAMA, VOCAB
-from hf.test_texts import POLICIES, write
+from hf.test_texts import POLICIES, evicting, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
@@ -30,15 +30,7 @@ def both() -> dict[str, Any]:
 def test_texts_equal_the_cpu(policy: str, pin_prompt: bool) -> None:
     prompt, written = torch.randint(3, VOCAB, (2, 70)), {}
     for device, model in both().items():
-        cache = adakv.Cache(
-            model,
-            "ada_snapkv",
-            48,
-            decode_policy=policy,
-            decode_budget=40,
-            every=8,
-            pin_prompt=pin_prompt,
-        )
+        cache = evicting(model, policy, pin_prompt=pin_prompt)
         written[device] = write(model, cache, prompt.to(device), 90).cpu()
     assert written["cuda"].equal(written["cpu"])
 
@@ -69,15 +61,7 @@ def test_batches_equal_the_cpu(policy: str, cuda_graph: bool) -> None:
 def test_quantised_pages_are_evicted_from(policy: str, kv_dtype: str) -> None:
     model = both()["cuda"].bfloat16()
     prompt = torch.randint(3, VOCAB, (2, 70), device="cuda")
-    cache = adakv.Cache(
-        model,
-        "ada_snapkv",
-        48,
-        decode_policy=policy,
-        decode_budget=40,
-        every=8,
-        kv_dtype=kv_dtype,
-    )
+    cache = evicting(model, policy, kv_dtype=kv_dtype)
     write(model, cache, prompt, 80)
     assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
     assert cache.seen == [149, 149]

@@ -36,6 +36,12 @@ def write(model: Any, cache: Any, ids: Tensor, count: int, mask: Tensor | None =
     return written
 
 
+def evicting(model: Any, policy: str, **settings: Any) -> adakv.Cache:
+    """A cache that keeps 48 entries of a prompt by Ada-SnapKV, and 40 of the text by ``policy``."""
+    text = {"decode_policy": policy, "decode_budget": 40, "every": 8}
+    return adakv.Cache(model, "ada_snapkv", 48, **text, **settings)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_budget_for_all_of_a_text_changes_nothing(policy: str):
@@ -56,15 +62,7 @@ def test_a_budget_for_all_of_a_text_changes_nothing(policy: str):
 def test_rows_stay_within_their_budget(policy: str, pin_prompt: bool):
     model = LLAMA.model()
     ids = torch.randint(3, VOCAB, (1, 70))
-    cache = adakv.Cache(
-        model,
-        "ada_snapkv",
-        48,
-        decode_policy=policy,
-        decode_budget=40,
-        every=8,
-        pin_prompt=pin_prompt,
-    )
+    cache = evicting(model, policy, pin_prompt=pin_prompt)
     held = []
     for _ in range(12):
         ids = write(model, cache, ids, 16)

@@ -38,7 +38,7 @@ from vllm_reference import Reference, comparable
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Of processes that find what this one finds."""
+    """The variables of processes that find what this one finds."""
     return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 

@@ -34,7 +34,7 @@ class Eviction:
         self.reads_chunks = False
         """Whether more of the prompts may come."""
         self.budget = budget
-        """Of the prompts; one in bytes is replaced when their lengths are known."""
+        """That of the prompts; one in bytes is replaced when their lengths are known."""
         self._chunks: Rule | None = None
         if chunk_budget is not None:
             name = "chunk_budget"
