@@ -56,7 +56,7 @@ def verb(
             fields: list[Any] = []
             given_args: tuple[Any, ...] = args
             for arg, kind in zip(given_args, kinds, strict=False):
-                fields += [arg] if kind is None else arg or (None,) * len(kind._fields)
+                fields += [arg] if kind is None else [*(arg or (None,) * len(kind._fields))]
             given = operator(*fields, **kwargs)
             return result(*given) if is_named else given  # type: ignore[no-any-return]
 
