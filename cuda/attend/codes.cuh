@@ -3,8 +3,11 @@
 // A register of ldmatrix has four codes. They become two operands of two f16 elements each: `first`
 // and `second`. Along the head dim any order will do, as long as queries have it, too.
 //
-// In int8 a byte only gets an exponent, which makes it 1024 + code: with keys that is put right
-// behind the sum. Values lose 1152 at once and are code - 128, so that their products are small.
+// As f16, a code in the low bits of an element is that many times the least number: codes of values,
+// and those of four bits, need no more than a mask. Four bits from bit 4 on are 16 times as much, in
+// bf16 too, where they reach the exponent: the least normal numbers are as far apart as subnormal ones.
+// Sums are in these units, of which products with queries' f16 would lose what floats can't hold; so
+// keys of int8 get an exponent, which makes them 1024 + code, and that is put right behind the sum.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +26,8 @@ struct CodeReader;
 
 template <>
 struct CodeReader<Int8> {
-  static constexpr float kKeyOffset = 1024, kValueOffset = -128;  // operands less codes
-  static constexpr float kHighUnit = 1;                           // of second operands of values
+  static constexpr float kKeyOffset = 1024;                 // operands less codes
+  static constexpr float kLowUnit = 0x1p24f, kHighUnit = kLowUnit;  // codes by operands of values
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands keys(uint32_t codes) {
@@ -39,21 +42,13 @@ struct CodeReader<Int8> {
 
   /// Codes 0 and 2, then codes 1 and 3.
   static __device__ Operands values(uint32_t codes, int) {
-    const Operands pairs = keys(codes);
-    return {less_1152(pairs.first), less_1152(pairs.second)};
-  }
-
- private:
-  static __device__ uint32_t less_1152(uint32_t pair) {
-    uint32_t result;
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x64806480));
-    return result;
+    return {codes & 0x00ff00ff, __byte_perm(codes, 0, 0x4341)};
   }
 };
 
 template <>
 struct CodeReader<Fp8> {
-  static constexpr float kKeyOffset = 0, kValueOffset = 0, kHighUnit = 1;
+  static constexpr float kKeyOffset = 0, kLowUnit = 1, kHighUnit = 1;
 
   /// Codes 0 and 1, then codes 2 and 3.
   static __device__ Operands keys(uint32_t codes) { return {pair(codes), pair(codes >> 16)}; }
@@ -76,40 +71,23 @@ struct CodeReader<Fp8> {
   }
 };
 
-/// (x & kMask) | bits, in one instruction, which ptxas doesn't find by itself.
-template <uint32_t kMask>
-__device__ inline uint32_t mask_and_set(uint32_t x, uint32_t bits) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "n"(kMask), "r"(bits));
-  return result;
-}
-
 template <>
 struct CodeReader<Int4> {
-  static constexpr float kValueOffset = -8;  // operands less codes, with the lines below
-  // What values() adds to codes - 8 and to 16 (codes - 8), the other way round: -1032 and -1152.
-  static constexpr uint32_t kLessLow = 0xe408e408, kLessHigh = 0xe480e480;
-  static constexpr float kHighUnit = 1.f / 16;
+  static constexpr float kLowUnit = 0x1p24f, kHighUnit = kLowUnit / 16;
 
-  /// Of two entries' four codes each: 1024 + codes 2 * half of both; 1024 + 16 times codes
-  /// 2 * half + 1.
+  /// Of two entries' four codes each: codes 2 * half of both, then codes 2 * half + 1.
   static __device__ Operands values(uint32_t codes, int half) {
     const uint32_t pair = half == 0 ? codes : codes >> 8;
-    return {mask_and_set<0x000f000f>(pair, 0x64006400), mask_and_set<0x00f000f0>(pair, 0x64006400)};
+    return {pair & 0x000f000f, pair & 0x00f000f0};
   }
 
-  /// A pair of what keys() adds to codes, the other way round.
-  template <typename Element>
-  static constexpr uint32_t kLessKeyOffset =
-      std::is_same_v<Element, __half> ? 0xe400e400 : 0xc300c300;
-
-  /// Codes 0 and 4, 1 and 5, 2 and 6, 3 and 7, and to each 1024 (float16) or 128 (bfloat16).
-  template <typename Element>
+  /// Codes 0 and 4, 1 and 5, 2 and 6, 3 and 7.
   static __device__ void keys(uint32_t codes, uint32_t (&operands)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      constexpr uint32_t kOffset = kLessKeyOffset<Element> & 0x7fff7fff;
-      operands[i] = mask_and_set<0x000f000f>(codes >> 4 * i, kOffset);
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t pairs = i == 0 ? codes : codes >> 8;
+      operands[i] = pairs & 0x000f000f;
+      operands[i + 1] = pairs & 0x00f000f0;
     }
   }
 };

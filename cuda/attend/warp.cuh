@@ -71,7 +71,7 @@ struct WarpState {
   int32_t visible[kTiles][2];                   // slots before this are seen
   float max[kTiles][2], sum[kTiles][2];         // of the exponents of 2; the sum is of this lane's
   float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
-  // Of codes: what zeros add, this lane's. Rows of out are head dim 16 step + 2 g and + 1; in int4 of
+  // Of codes: what zeros add, this lane's (NaN where a value is). Rows of out are head dim 16 step + 2 g and + 1; in int4 of
   // each two steps 4 g to 4 g + 3.
   float from_zeros[kTiles][kGroups][2];
   float bound = FLT_MIN;  // out is relative to it
@@ -105,10 +105,8 @@ struct WarpState {
 #pragma unroll
         for (int chunk = 0; chunk < Config::kHeadDim / 32; ++chunk) {
           const char* from = query_data[tile] + chunk * 64;
-          const OrderedChunk ordered(__ldg(reinterpret_cast<const uint4*>(from)));
-          const uint32_t(&pairs)[4] = ordered.pairs;
           reinterpret_cast<uint4*>(operands)[(chunk * kTiles + tile) * kWarpSize + lane] =
-              make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+              KeyUnits<Element>::query(__ldg(reinterpret_cast<const uint4*>(from)));
         }
       } else if constexpr (Config::kIsCoded) {
 #pragma unroll
@@ -185,13 +183,16 @@ struct WarpState {
       multiply_keys(data.entries, logits);
     }
     float factors[kTiles][2];
+    bool has_new_max = false;
     const bool sees_all = first_slot + Config::kTileSlots <= length - p.num_tokens + 1;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       soften(p, first_slot, sees_all, tile, logits[tile], factors[tile]);
+      has_new_max |= factors[tile][0] != 1 || factors[tile][1] != 1;
     }
+    if (__any_sync(kFullWarp, has_new_max)) rescale(factors);
     if constexpr (Config::kIsCoded) {
-      add_value_codes(data, length - first_slot, logits, factors);
+      add_value_codes(data, length - first_slot, logits);
     } else {
       add_values(data.entries, length - first_slot, logits);
     }
@@ -234,19 +235,17 @@ struct WarpState {
   /// for queries that don't see them.
   __device__ void add_value_codes(const TileData& data,
                                   int32_t count,
-                                  const float (&shares)[kTiles][kBlocks][4],
-                                  const float (&factors)[kTiles][2]);
+                                  const float (&shares)[kTiles][kBlocks][4]);
 
-  /// Rescales the outputs of group z, and takes from them what operands of a tile's values are more
-  /// than codes: the same for all dimensions.
-  __device__ void take_offsets(int z,
-                               const uint32_t (&probabilities)[kTiles][kBlocks][2],
-                               const float (&factors)[kTiles][2]);
+  /// Values of scale NaN, in group z: NaN for the queries that see the slot, nothing for the others.
+  __device__ void settle_nan(int z,
+                             const float (&shares)[kTiles][kBlocks][4],
+                             Scale (&numbers)[2 * kBlocks]);
 
-  /// Makes the bound a power of 2 that is at least `most` of every lane.
-  __device__ void raise_bound(float most);
+  /// Makes the bound a power of 2 that no scale of the tile's values exceeds.
+  __device__ void raise_bound(const TileData& data, int32_t count);
 
-  /// The numbers of group z of slot lane / 4 + 8 i, for operands instead of codes.
+  /// The numbers of group z of slot lane / 4 + 8 i.
   static __device__ Scale value_scale(const TileData& data, int32_t count, int z, int i);
 
   static __device__ Scale load_slot_scale(uint32_t scales, int slot, int group);
@@ -277,8 +276,8 @@ struct WarpState {
     }
   }
 
-  /// Logits to powers of 2 relative to the maximum so far; what is there already is rescaled by
-  /// `factor`, but for outputs of int4.
+  /// Logits to powers of 2 relative to the maximum so far; of what is there already only the sum is
+  /// rescaled by `factor`.
   __device__ void soften(const AttendParams& p,
                          int32_t first_slot,
                          bool sees_all,
@@ -326,16 +325,21 @@ struct WarpState {
       }
       sum[tile][c] = sum[tile][c] * factor[c] + total;
     }
-    if constexpr (!Config::kHasTails) {
+  }
+
+  /// Makes what is there relative to a new maximum.
+  __device__ void rescale(const float (&factors)[kTiles][2]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int step = 0; step < Config::kSteps; ++step) {
-        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factor[i % 2];
+        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factors[tile][i % 2];
       }
-    }
-    if constexpr (Config::kIsCoded) {
+      if constexpr (Config::kIsCoded) {
 #pragma unroll
-      for (int z = 0; z < kGroups; ++z) {
-        for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] *= factor[c];
+        for (int z = 0; z < kGroups; ++z) {
+          for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] *= factors[tile][c];
+        }
       }
     }
   }
@@ -350,7 +354,7 @@ struct WarpState {
       for (int c = 0; c < 2; ++c) {
         const float total = sum_of_slots(sum[tile][c]);
         float zeros[kGroups] = {};
-        if constexpr (Config::Format::kScales == 2) {
+        if constexpr (Config::kIsCoded) {
 #pragma unroll
           for (int z = 0; z < kGroups; ++z) zeros[z] = sum_of_slots(from_zeros[tile][z][c]);
         }
@@ -364,7 +368,7 @@ struct WarpState {
             const float from_zero = zeros[step / kGroupSteps];
             constexpr int kRows = 2 * kChunkSteps;  // of a chunk, one behind the other
             const int column = step / kChunkSteps * 8 * kRows + kRows * g + step % kChunkSteps * 2;
-            image[query][column] = first * bound + from_zero;
+            image[query][column] = first * Codes::kLowUnit * bound + from_zero;
             image[query][column + 1] = second * Codes::kHighUnit * bound + from_zero;
           } else {
             image[query][16 * step + g] = first;

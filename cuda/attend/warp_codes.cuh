@@ -25,40 +25,45 @@ __device__ inline void WarpState<Config>::sum_queries(int tile) {
 }
 
 template <typename Config>
-__device__ inline void WarpState<Config>::add_value_codes(const TileData& data,
-                                                          int32_t count,
-                                                          const float (&shares)[kTiles][kBlocks][4],
-                                                          const float (&factors)[kTiles][2]) {
+__device__ inline void WarpState<Config>::add_value_codes(
+    const TileData& data, int32_t count, const float (&shares)[kTiles][kBlocks][4]) {
   constexpr int kHeld = kGroups * kBlocks <= 4 ? kGroups : 1;  // groups, as registers allow
   Scale scales[kHeld][2 * kBlocks];
-  float most = 0;
+  uint32_t most = 0;  // as bits, of which NaN has more than any number
 #pragma unroll
   for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
     const int z = i / (2 * kBlocks), in_group = i % (2 * kBlocks);
     scales[z % kHeld][in_group] = value_scale(data, count, z, in_group);
-    most = fmaxf(most, scales[z % kHeld][in_group].scale);
+    most = ::max(most, __float_as_uint(scales[z % kHeld][in_group].scale));
   }
-  if (__any_sync(kFullWarp, most > bound)) raise_bound(most);
+  bool is_any_nan = false;
+  if (__any_sync(kFullWarp, most > __float_as_uint(bound))) {
+    raise_bound(data, count);
+    is_any_nan = __any_sync(kFullWarp, isnan(__uint_as_float(most)));
+  }
   const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
 #pragma unroll
   for (int z = 0; z < kGroups; ++z) {
+    Scale(&numbers)[2 * kBlocks] = scales[z % kHeld];
+#pragma unroll
+    for (int i = 0; kHeld < kGroups && i < 2 * kBlocks; ++i) {
+      numbers[i] = value_scale(data, count, z, i);
+    }
+    if (is_any_nan) settle_nan(z, shares, numbers);
     uint32_t probabilities[kTiles][kBlocks][2];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
-      const Scale number = kHeld == kGroups ? scales[z % kHeld][i] : value_scale(data, count, z, i);
-      const float scale = number.scale * inverse;
+      const float scale = numbers[i].scale * inverse;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const float* share = &shares[tile][i / 2][i % 2 * 2];
-        const float first = share[0] == 0 ? 0 : share[0] * scale;
-        const float second = share[1] == 0 ? 0 : share[1] * scale;
-        probabilities[tile][i / 2][i % 2] = transpose_matrix(pack<__half>(first, second));
+        probabilities[tile][i / 2][i % 2] =
+            transpose_matrix(pack<__half>(share[0] * scale, share[1] * scale));
         if constexpr (Config::Format::kScales == 2) {
-          for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * number.zero;
+          for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] += share[c] * numbers[i].zero;
         }
       }
     }
-    if constexpr (Config::kHasTails) take_offsets(z, probabilities, factors);
 #pragma unroll
     for (int step = z * kGroupSteps; step < min((z + 1) * kGroupSteps, Config::kSteps);
          step += 2 * kChunkSteps) {
@@ -84,28 +89,30 @@ __device__ inline void WarpState<Config>::add_value_codes(const TileData& data,
 }
 
 template <typename Config>
-__device__ inline void WarpState<Config>::take_offsets(
-    int z, const uint32_t (&probabilities)[kTiles][kBlocks][2], const float (&factors)[kTiles][2]) {
-  constexpr uint32_t kLow = CodeReader<Int4>::kLessLow, kHigh = CodeReader<Int4>::kLessHigh;
+__device__ inline void WarpState<Config>::settle_nan(int z,
+                                                     const float (&shares)[kTiles][kBlocks][4],
+                                                     Scale (&numbers)[2 * kBlocks]) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    float offset[4] = {};
+  for (int i = 0; i < 2 * kBlocks; ++i) {
+    if (!isnan(numbers[i].scale)) continue;
+    numbers[i] = {0, 0};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      mma_16x8x16<__half>(offset, {kLow, kHigh, kLow, kHigh}, probabilities[tile][block]);
-    }
-#pragma unroll
-    for (int step = z * kGroupSteps; step < (z + 1) * kGroupSteps; ++step) {
-      for (int i = 0; i < 4; ++i) {
-        out[tile][step][i] = out[tile][step][i] * factors[tile][i % 2] + offset[i];
+    for (int tile = 0; tile < kTiles; ++tile) {
+      for (int c = 0; c < 2; ++c) {
+        if (shares[tile][i / 2][i % 2 * 2 + c] > 0) from_zeros[tile][z][c] = NAN;
       }
     }
   }
 }
 
 template <typename Config>
-__device__ inline void WarpState<Config>::raise_bound(float most) {
-  const uint32_t top = __float_as_uint(fmaxf(warp_max(most), 4 * FLT_MIN));
+__device__ inline void WarpState<Config>::raise_bound(const TileData& data, int32_t count) {
+  float most = 4 * FLT_MIN;
+#pragma unroll
+  for (int i = 0; i < kGroups * 2 * kBlocks; ++i) {
+    most = fmaxf(most, value_scale(data, count, i / (2 * kBlocks), i % (2 * kBlocks)).scale);
+  }
+  const uint32_t top = __float_as_uint(fmaxf(warp_max(most), bound));
   const float raised = __uint_as_float((top + 0x7fffff) & 0x7f800000);
   const float factor = bound / raised;
   bound = raised;
@@ -124,11 +131,8 @@ __device__ inline Scale WarpState<Config>::value_scale(const TileData& data,
                                                        int z,
                                                        int i) {
   const int slot = threadIdx.x % kWarpSize / 4 + 8 * i;
-  if (slot >= count) return {0, 0};
-  Scale scale = load_slot_scale(data.scales + Config::kKeyScaleBytes, slot, z);
-  // Where the scale is NaN, so are shares times it, but for those who don't see the slot.
-  if (!isnan(scale.scale)) scale.zero -= Codes::kValueOffset * scale.scale;
-  return scale;
+  if (!Config::kHasTails && slot >= count) return {0, 0};  // pages with tails are full
+  return load_slot_scale(data.scales + Config::kKeyScaleBytes, slot, z);
 }
 
 template <typename Config>
