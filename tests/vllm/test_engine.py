@@ -17,12 +17,14 @@ from vllm_engine import (
     DRAFTS,
     SMALL,
     Run,
+    elsewhere,
     engine,
     run_elsewhere,
     save_gemma2,
     save_llama,
 )
 from vllm_reference import Reference
+from vllm_two_backends import FULL_ATTENTION, run_with_two_backends
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,37 @@ def test_engine_leaves_sliding_windows_to_vllm(tmp_path: Path, policy: str):
         assert it.cache.num_layers == 2
         assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
     check_against_reference(model, settings, prompts, run)
+
+
+def test_backend_for_cuda_leaves_sliding_windows_to_another_one(tmp_path: Path):
+    """It is asked for by the kind of a layer; the others have vLLM's own."""
+    even, uneven = save_gemma2(tmp_path / "even"), save_gemma2(tmp_path / "uneven", "ssfsss")
+    prompts = random_prompts(6, [60, 200, 333])
+    caching = FULL_ATTENTION | {"enable_prefix_caching": True}
+    small = Settings(budget=64)
+    plain, whole, *runs, wrong, none, joined = elsewhere(
+        run_with_two_backends,
+        [
+            (even, None, {}),
+            (even, Settings(budget=400), FULL_ATTENTION),
+            (even, small, caching),
+            (uneven, small, FULL_ATTENTION),
+            (even, small, {"attention_backend": "CUSTOM"}),
+            (even, small, {}),
+            (even, small, FULL_ATTENTION | {"disable_hybrid_kv_cache_manager": True}),
+        ],
+        prompts,
+        20,
+    )
+    assert (plain[1], whole[1]) == ({"CPU_ATTN": 4}, {"CPU_ATTN": 2, "CUSTOM": 2})
+    assert whole[0].tokens == plain[0].tokens
+    assert [counts["CUSTOM"] for _, counts in runs] == [2, 1]
+    for model, (run, _) in zip((even, uneven), runs, strict=True):
+        assert [c.lengths.any() for cs in run.compressions for c in cs] == [False, True, True]
+        check_against_reference(model, small, prompts, run)
+    assert "instead of attention_backend" in wrong and "full_attention" in wrong
+    assert "instead of CPU_ATTN" in none and "full_attention" in none
+    assert "disable_hybrid_kv_cache_manager must be off" in joined
 
 
 def test_engine_refuses_a_policy_of_all_layers_whose_layers_it_splits(tmp_path: Path):

@@ -48,7 +48,7 @@ def engine(**changes: Any) -> SimpleNamespace:
             enable_elastic_ep=False,
         ),
         speculative_config=None,
-        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
+        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto", sliding_window=None),
         model_config=SimpleNamespace(use_mla=False),
         scheduler_config=SimpleNamespace(scheduler_reserve_full_isl=True),
     )
@@ -98,6 +98,7 @@ def test_settings_say_what_is_wrong(given: Any, message: str):
         ({"parallel_config__enable_elastic_ep": True}, "enable_elastic_ep must be off"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts must come from n-grams"),
         ({"model_config__use_mla": True}, "MLA"),
+        ({"cache_config__sliding_window": 4096}, "all layers of the model have sliding windows"),
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype must be that of the model, got fp8"),
         ({"cache_config__block_size": 48}, "power of two from 8 to 256, got 48"),
         ({"scheduler_config__scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl"),

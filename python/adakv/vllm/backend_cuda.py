@@ -1,5 +1,8 @@
 """A backend for CUDA, under vLLM's name for those of others: ``attention_backend="CUSTOM"``.
 
+It is one for layers that attend to all tokens. vLLM takes another one for layers with sliding
+windows, and gives them caches of their own, if ``backend_per_kind`` names this one for the former.
+
 Blocks are head-major, so that one block of one kv head is one page. Prompts are read by vLLM's
 FlashAttention where it can, decode steps by adakv, also from CUDA graphs. The tables of a step are
 made in ``build``, outside of any graph, where prompts that have ended are compressed, too.
@@ -30,7 +33,7 @@ from adakv.vllm.steps import Buffers, Step
 
 
 class CudaBackend(AttentionBackend):
-    """For models all of whose layers are compressed."""
+    """For layers that are compressed."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "float32"]
@@ -67,6 +70,19 @@ class CudaBackend(AttentionBackend):
     def supports_pcp(cls) -> bool:
         return False
 
+    @classmethod
+    def validate_configuration(
+        cls, *args: Any, has_sliding_window: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Also says what to ask for where some layers have sliding windows."""
+        reasons = super().validate_configuration(*args, **kwargs)
+        if has_sliding_window:
+            reasons.append(
+                "adakv leaves layers with sliding windows to another backend: instead of "
+                f'attention_backend="CUSTOM" give the engine {hooks.BACKEND_OF_FULL_ATTENTION}'
+            )
+        return reasons
+
     @staticmethod
     def get_impl_cls() -> type[CudaAttention]:
         if hooks.current_settings() is None:
@@ -82,8 +98,8 @@ class CudaBackend(AttentionBackend):
         customized = hooks.customized(spec)
         if customized is spec:
             raise ValueError(
-                "adakv can't compress this model on CUDA: all layers must attend to all tokens, "
-                f"got {spec}"
+                'adakv can\'t compress a layer with the backend "CUSTOM": it must attend to all '
+                f"tokens, got {spec}"
             )
         return customized
 

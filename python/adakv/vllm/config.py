@@ -167,6 +167,9 @@ def check_engine(config: Any) -> None:
             drafts is not None and "ngram" not in str(drafts.method)
         ),
         "the model has latent attention (MLA)": config.model_config.use_mla,
+        "all layers of the model have sliding windows, which stay as they are": (
+            cache.sliding_window is not None
+        ),
         f"kv_cache_dtype must be that of the model, got {cache.cache_dtype}": (
             cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
         ),

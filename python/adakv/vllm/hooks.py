@@ -40,6 +40,9 @@ from adakv.vllm.spec import CompressedSpec
 
 _logger = logging.getLogger("adakv")
 
+#: What a CUDA engine needs where only some layers are compressed; vLLM chooses for the others.
+BACKEND_OF_FULL_ATTENTION = 'attention_config={"backend_per_kind": {"full_attention": "CUSTOM"}}'
+
 #: Of the engine whose layers were made last: customize_spec() is called without a configuration.
 _engine: tuple[VllmConfig, Settings] | None = None
 
@@ -101,13 +104,25 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
         return
     if isinstance(layer, AttentionLayer):
         _parents[layer] = weakref.ref(parent)
-        if not isinstance(layer.impl, Compressing):
+        if layer.sliding_window is not None:
+            _check_sliding_window(_engine[0])
+        elif not isinstance(layer.impl, Compressing):
             raise ValueError(
                 "adakv needs its own attention backend here: give the engine "
-                f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}'
+                f'attention_backend="CUSTOM" instead of {layer.attn_backend.get_name()}, or, where '
+                f"some layers have sliding windows, {BACKEND_OF_FULL_ATTENTION}"
             )
         if "rotate" in settings.preset.needs:
             rotation(parent, _model_type(_engine[0]), torch.device("cpu"))
+
+
+def _check_sliding_window(config: VllmConfig) -> None:
+    """Raises ``ValueError`` if layers with sliding windows would have blocks with ours."""
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "adakv leaves layers with sliding windows to vLLM, and they need blocks of their own: "
+            "disable_hybrid_kv_cache_manager must be off, got on"
+        )
 
 
 def customized(spec: Any) -> Any:
