@@ -232,13 +232,11 @@ def evaluate(
             **({"equal_bytes": True} if equal_bytes else {}),
         }
         file = RecordFile(records, about)
-    from adakv.eval import processes as shared
-    from adakv.eval import runner  # these need transformers
+    from adakv.eval import runner  # needs transformers
 
     measure: Callable[..., Iterator[Record]] = functools.partial(runner.run, network)
     if processes > 1:
-        load = functools.partial(_load_again, place, model, *pages)
-        measure = functools.partial(shared.run, load, processes)
+        measure = shared_out(processes, place, model, *pages)
     run_all(measure, file, tasks, chosen, kept, protect, written)
     places = {key: place for place, key in enumerate(runner.missing(tasks, names, kept, ()))}
     wanted = [record for record in file.records if record.key in places]
@@ -359,6 +357,16 @@ def check_shares(shares: str) -> list[float]:
 def _share(text: str) -> float:
     above, _, below = text.partition("/")
     return float(above) / float(below or 1)
+
+
+def shared_out(
+    num_processes: int, place: Place, source: str, *kv_dtypes: str
+) -> Callable[..., Iterator[Record]]:
+    """What measures by several processes, each with a model from ``place``."""
+    from adakv.eval import processes  # needs transformers
+
+    load = functools.partial(_load_again, place, source, *kv_dtypes)
+    return functools.partial(processes.run, load, num_processes)
 
 
 def _load_again(place: Place, source: str, *kv_dtypes: str) -> Any:
