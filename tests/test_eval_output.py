@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adakv
 from adakv.cli.main import run_command_line
-from adakv.eval import page, summary
+from adakv.eval import data, page, processes, summary
 from adakv.eval.metrics import Quality
 from adakv.eval.records import Key, Record, RecordFile
 from small_model import save_model
@@ -170,6 +171,33 @@ def test_eval_goes_on_and_writes_everything(folder: str, text: str, tmp_path: Pa
     assert "exact answers by depth" in table
     assert "KL to the full cache" in capsys.readouterr().out
     assert files["out.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_by_several_processes_finds_the_same(folder: str, text: str, tmp_path: Path):
+    """They go on with a file of records that one began; tables have the same order."""
+    command = ["eval", folder, "--text", text, "--needles", text, "--tokens", "300"]
+    command += ["--prompts", "2", "--dtype", "float32", "--shares", "1/2,1/8"]
+    command += ["--policies", "snapkv,streaming,ada_snapkv"]
+    one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    results = [tmp_path / "1.json", tmp_path / "2.json"]
+    assert run_command_line([*command, "--records", str(one), "--json", str(results[0])]) == 0
+    lines = one.read_text().splitlines(keepends=True)
+    two.write_text("".join(lines[:5]))
+    command += ["--records", str(two), "--json", str(results[1]), "--processes", "2"]
+    assert run_command_line(command) == 0
+    again = two.read_text().splitlines(keepends=True)
+    assert again[:5] == lines[:5]
+    assert sorted(again) == sorted(lines)
+    assert len({path.read_text() for path in results}) == 1
+
+
+def test_processes_that_are_killed_are_told(text: str, folder: str):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tasks = {"text": data.continuations(text, tokenizer, data.Size(100, 1, 1))}
+    policies = {"streaming": adakv.policy.get("streaming")}
+    begin_and_die = functools.partial(os._exit, 3)
+    with pytest.raises(adakv.Error, match="processes: one of 2 was killed or ran out of memory"):
+        list(processes.run(begin_and_die, 2, tasks, policies, [0.5]))
 
 
 def test_report_shows_one_prompt(folder: str, tmp_path: Path):

@@ -155,6 +155,11 @@ def test_kvpress_scores_are_ours() -> None:
             (KeyDiff().score(inputs), kvpress.KeyDiffPress(), slice(None)),
             (KeyNorm().score(inputs), kvpress.KnormPress(), slice(None)),
             (ExpectedAttention().score(inputs), kvpress.ExpectedAttentionPress(), sinks),
+            (
+                ExpectedAttention(epsilon=0.01).score(inputs),
+                kvpress.ExpectedAttentionPress(epsilon=0.01),
+                sinks,
+            ),
         ]
         for ours, press, where in pairs:
             theirs = layer.score(press)

@@ -252,6 +252,8 @@ def test_expected_attention_turns_the_queries_on(device, settings, logit):
     check(scores, [[5 / (1 + weight), weight / (1 + weight)]])
     plain = ExpectedAttention(window=1, pinned=0, value_norm=False, **settings).score(inputs)
     check(plain, [[1 / (1 + weight), weight / (1 + weight)]])
+    raised = ExpectedAttention(window=1, pinned=0, epsilon=0.25, **settings).score(inputs)
+    check(raised, [[5 / (1 + weight) + 1.25, weight / (1 + weight) + 0.25]])
 
 
 def test_expected_attention_leaves_the_pinned_out(device):
@@ -410,6 +412,7 @@ def test_scorers_name_what_is_missing(device):
         (lambda: PromptAttention(distance=-1), "distance must be at least 0, got -1"),
         (lambda: PromptAttention(stride=0), "stride must be at least 1, got 0"),
         (lambda: ExpectedAttention(num_future=0), "num_future must be at least 1, got 0"),
+        (lambda: ExpectedAttention(epsilon=-1), "epsilon must be at least 0, got -1"),
     ],
 )
 def test_scorer_settings_are_checked(make, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from adakv.cli.protect import Span, protect_option
 from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
-from adakv.eval.records import RecordFile
+from adakv.eval.records import Record, RecordFile
 from adakv.policy import MoreTokens, Policy
 
 POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"
@@ -176,6 +176,13 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @protect_option
 @written_options
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Share the prompts and policies out to so many processes, each with its own model.",
+)
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")
 @file_option("--markdown", help="Write the tables as Markdown.")
 @place_options
@@ -189,6 +196,7 @@ def evaluate(
     equal_bytes: bool,
     protect: tuple[Span, ...],
     written: dict[str, Any],
+    processes: int,
     records: str | None,
     markdown: str | None,
     place: Place,
@@ -224,9 +232,16 @@ def evaluate(
             **({"equal_bytes": True} if equal_bytes else {}),
         }
         file = RecordFile(records, about)
-    run_all(network, file, tasks, chosen, kept, protect, written)
-    wanted = [r for r in file.records if r.key.policy in names and r.key.share in kept]
-    cells = summary.summarize(sorted(wanted, key=lambda r: names.index(r.key.policy)))
+    from adakv.eval import runner  # needs transformers
+
+    measure: Callable[..., Iterator[Record]] = functools.partial(runner.run, network)
+    if processes > 1:
+        measure = shared_out(processes, place, model, *pages)
+    run_all(measure, file, tasks, chosen, kept, protect, written)
+    places = {key: place for place, key in enumerate(runner.missing(tasks, names, kept, ()))}
+    wanted = [record for record in file.records if record.key in places]
+    wanted.sort(key=lambda record: places[record.key])
+    cells = summary.summarize(wanted)
     tables = summary.tables(cells)
     tables += [summary.depth_table(wanted, name) for name in tasks if name.startswith("needles")]
     console = output.plain_console()
@@ -243,7 +258,7 @@ def evaluate(
 
 
 def run_all(
-    model: Any,
+    measure: Callable[..., Iterator[Record]],
     file: RecordFile,
     tasks: dict[str, list[Item]],
     chosen: dict[str, tuple[Policy, str | None]],
@@ -251,7 +266,8 @@ def run_all(
     protect: tuple[Span, ...],
     written: dict[str, Any],
 ) -> None:
-    """Measures what the file lacks, with a progress bar; ``chosen`` are policies and formats."""
+    """Measures what the file lacks, with a progress bar; ``chosen`` are policies and formats, and
+    ``measure`` is :func:`adakv.eval.runner.run`, its model given."""
     from adakv.eval import runner  # needs transformers
     from adakv.eval.written import Written
 
@@ -262,7 +278,7 @@ def run_all(
     kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in chosen.items()}
     options: dict[str, Any] = {"protect": protect, "written": text}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in runner.run(model, tasks, policies, shares, done, kv_dtypes, **options):
+        for record in measure(tasks, policies, shares, done, kv_dtypes, **options):
             file.add(record)
             advance()
 
@@ -341,6 +357,21 @@ def check_shares(shares: str) -> list[float]:
 def _share(text: str) -> float:
     above, _, below = text.partition("/")
     return float(above) / float(below or 1)
+
+
+def shared_out(
+    num_processes: int, place: Place, source: str, *kv_dtypes: str
+) -> Callable[..., Iterator[Record]]:
+    """What measures by several processes, each with a model from ``place``."""
+    from adakv.eval import processes  # needs transformers
+
+    load = functools.partial(_load_again, place, source, *kv_dtypes)
+    return functools.partial(processes.run, load, num_processes)
+
+
+def _load_again(place: Place, source: str, *kv_dtypes: str) -> Any:
+    """The model once more, in another process."""
+    return place.load_silently(source, *kv_dtypes)[0]
 
 
 def _fingerprint(path: str) -> str:

@@ -52,19 +52,20 @@ class Place:
     def load(self, source: str, *kv_dtypes: str | None) -> tuple[Any, Any]:
         """Model and tokenizer, for caches with pages of some formats, None for whichever fits:
         codes stand for 16-bit numbers, also on CPUs where float32 is faster."""
+        with progress_bar("loading the model") as advance:
+            loaded = self.load_silently(source, *kv_dtypes)
+            advance()
+        return loaded
+
+    def load_silently(self, source: str, *kv_dtypes: str | None) -> tuple[Any, Any]:
+        """The same, without a progress bar."""
         device = choose_device(self.device)
         dtype = DTYPES.get(self.dtype)
         if dtype is None and set(kv_dtypes) - {"auto"} and device.type == "cpu":
             dtype = DTYPES["bfloat16"]
-        with progress_bar("loading the model") as advance:
-            loaded = load_model(
-                source,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=self.trust_remote_code,
-            )
-            advance()
-        return loaded
+        return load_model(
+            source, dtype=dtype, device=device, trust_remote_code=self.trust_remote_code
+        )
 
     def save(self, runs: list[Run], source: str, model: Any) -> None:
         """Writes the files that were asked for."""

@@ -307,17 +307,19 @@ class ExpectedAttention:
     ``num_future`` positions::
 
         z[q, t] = scale * k[t] . R m[q] + scale^2 / 2 * k[t]^T R C[q] R^T k[t]
-        S[h, t] = (mean over the group of h(softmax_t(z[q, t]))) * |v[h, t]|_2
+        S[h, t] = (mean over the group of h(softmax_t(z[q, t])) + epsilon) * |v[h, t]|_2
 
     which is the expectation of the attention's exponentials. ``covariance=False`` leaves out the
-    second term, ``value_norm=False`` the factor ``|v|``. The first ``pinned`` entries always stay
-    and are left out of all statistics, as their queries are unlike the others.
+    second term, ``value_norm=False`` the factor ``|v|``. With an ``epsilon`` values decide among
+    entries that hardly any attention is expected for. The first ``pinned`` entries always stay and
+    are left out of all statistics, as their queries are unlike the others.
     """
 
     window: int = 32
     num_future: int = 512
     covariance: bool = True
     value_norm: bool = True
+    epsilon: float = 0.0
     pinned: int = 4
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "rotate"})
 
@@ -326,6 +328,7 @@ class ExpectedAttention:
         check_range("window", self.window, 1)
         check_range("num_future", self.num_future, 1)
         check_at_most("num_future", self.num_future, _MOST_FUTURE)
+        check_range("epsilon", self.epsilon, 0)
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
@@ -370,7 +373,7 @@ class ExpectedAttention:
         position = torch.arange(inputs.length, device=keys.device)
         competes = inputs.candidates(0) & (position >= self.pinned)  # [B or 1, 1, T]
         z = z.masked_fill(~competes[:, :, None], -torch.inf)
-        scores = z.softmax(-1).mean(2)
+        scores = z.softmax(-1).mean(2) + self.epsilon
         if self.value_norm:
             scores *= torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
         return pin_first(scores, self.pinned)
