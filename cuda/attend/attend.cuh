@@ -144,10 +144,12 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
       for (int32_t t = warp + tile * Config::kWarps; t < end_tile; t += Config::kWarps, ++tile) {
         const TileData data = pipeline.wait(tile);
         const int32_t first_slot = (row_tile + t) * Config::kTileSlots;
-        if constexpr (!Config::kHasTails) {
+        if constexpr (Config::kHasTails) {
+          if (first_slot < tail_begin) state.add_tile(p, data, first_slot, row.length);
+        } else {
           if (new_slots.are_in(first_slot)) new_slots.patch(first_slot, data);
+          state.add_tile(p, data, first_slot, row.length);
         }
-        if (first_slot < tail_begin) state.add_tile(p, data, first_slot, row.length);
         pipeline.release(tile);
       }
       state.store(shared.image[image][warp], shared.max_sum[image][warp]);

@@ -26,7 +26,7 @@ struct CodeReader;
 
 template <>
 struct CodeReader<Int8> {
-  static constexpr float kKeyOffset = 1024;                 // operands less codes
+  static constexpr float kKeyOffset = 1024;                         // operands less codes
   static constexpr float kLowUnit = 0x1p24f, kHighUnit = kLowUnit;  // codes by operands of values
 
   /// Codes 0 and 2, then codes 1 and 3.

@@ -35,10 +35,9 @@ struct KeyUnits {
   /// Elements 0 and 1, 4 and 5, 2 and 3, 6 and 7: what products with zeros take at once is adjacent.
   static __device__ uint4 query(const uint4& x) {
     if constexpr (kIsHalf) return make_uint4(x.x, x.z, x.y, x.w);
-    return make_uint4(multiply_pairs<Element>(x.x, kQueryUnits),
-                      multiply_pairs<Element>(x.z, kQueryUnits),
-                      multiply_pairs<Element>(x.y, kQueryUnits),
-                      multiply_pairs<Element>(x.w, kQueryUnits));
+    return make_uint4(
+        multiply_pairs<Element>(x.x, kQueryUnits), multiply_pairs<Element>(x.z, kQueryUnits),
+        multiply_pairs<Element>(x.y, kQueryUnits), multiply_pairs<Element>(x.w, kQueryUnits));
   }
 };
 

@@ -91,7 +91,7 @@ struct AttendConfig {
 template <typename Config>
 struct alignas(1024) AttendShared {
   uint8_t tiles[Config::kWarps][Config::kStages][Config::kTileBytes];
-  alignas(1024) uint8_t tail[std::max(16, Config::kTailBytes)];
+  alignas(Config::kHasTails ? 1024 : 16) uint8_t tail[std::max(16, Config::kTailBytes)];
   // Scales of keys, then of values.
   uint8_t scales[Config::kIsCoded ? Config::kWarps : 1][Config::kStages]
                 [std::max(16, Config::kScaleBytes)];

@@ -36,20 +36,21 @@ __device__ inline void WarpState<Config>::add_value_codes(
     scales[z % kHeld][in_group] = value_scale(data, count, z, in_group);
     most = ::max(most, __float_as_uint(scales[z % kHeld][in_group].scale));
   }
-  bool is_any_nan = false;
+  const bool has_nan = isnan(__uint_as_float(most));  // this lane
   if (__any_sync(kFullWarp, most > __float_as_uint(bound))) {
     raise_bound(data, count);
-    is_any_nan = __any_sync(kFullWarp, isnan(__uint_as_float(most)));
+#pragma unroll
+    for (int z = 0; kHeld == kGroups && z < kGroups; ++z) settle_nan(z, shares, scales[z]);
   }
   const float inverse = __uint_as_float(0x7f000000 - __float_as_uint(bound));  // exactly
 #pragma unroll
   for (int z = 0; z < kGroups; ++z) {
     Scale(&numbers)[2 * kBlocks] = scales[z % kHeld];
+    if constexpr (kHeld < kGroups) {
 #pragma unroll
-    for (int i = 0; kHeld < kGroups && i < 2 * kBlocks; ++i) {
-      numbers[i] = value_scale(data, count, z, i);
+      for (int i = 0; i < 2 * kBlocks; ++i) numbers[i] = value_scale(data, count, z, i);
+      if (has_nan) settle_nan(z, shares, numbers);
     }
-    if (is_any_nan) settle_nan(z, shares, numbers);
     uint32_t probabilities[kTiles][kBlocks][2];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {

@@ -61,19 +61,20 @@ inline ScaleRows scale_rows(const TensorView& x) {
 
 /// A LayerView as kernels take it.
 struct LayerRows {
-  char* pages;                         // [N, 2, P, D], elements or codes
-  int64_t page_stride;                 // in bytes
-  ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
-  EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
-  int32_t* page_positions;             // [N, P]
-  int64_t positions_stride;            // of a page
-  IntRows block_table;                 // [B, Hkv, M]
-  IntRows lengths;                     // [B, Hkv]
-  IntRows fresh_pages;                 // [B, Hkv, F]
-  int32_t* seen;                       // [B]
+  char* pages;               // [N, 2, P, D], elements or codes
+  int64_t page_stride;       // in bytes
+  int32_t* page_positions;   // [N, P]
+  int64_t positions_stride;  // of a page
+  IntRows block_table;       // [B, Hkv, M]
+  IntRows lengths;           // [B, Hkv]
+  IntRows fresh_pages;       // [B, Hkv, F]
+  int32_t* seen;             // [B]
   int32_t num_heads, head_dim, page_size;
   int32_t entry_bytes;  // of a key or a value in a page
   int32_t page_shift;   // page_size is 1 << page_shift
+  // What plain pages don't need comes last: parameters come from memory a line at a time.
+  ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
+  EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
 
   /// The key in a slot of a page; its value is half_page_bytes() further.
   __device__ char* key(int32_t page, int32_t slot) const {
