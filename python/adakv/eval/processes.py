@@ -100,19 +100,24 @@ def _units(
     done: Collection[Key],
     least: int,
 ) -> Iterator[Unit]:
-    """What lacks something, in at least so many units where there are as many policies."""
+    """What lacks something, in at least so many units where there are as many policies.
+
+    The first prompts of all tasks come first, so that a stopped run has something of each.
+    """
     wanted = runner.missing(tasks, policies, shares, done)
     lacking: dict[tuple[str, str], dict[str, None]] = {}
     for key in wanted:
         lacking.setdefault((key.task, key.item), {})[key.policy] = None
     prompts = []
     for task, items in tasks.items():
-        for _, group in groupby(items, key=lambda item: item.prompt):
+        groups = groupby(items, key=lambda item: item.prompt)
+        for place, (_, group) in enumerate(groups):
             own = [item for item in group if (task, item.name) in lacking]
             names = [name for name in policies if any(name in lacking[task, i.name] for i in own)]
-            prompts += [(task, own, names)] if own else []
+            prompts += [(place, task, own, names)] if own else []
+    prompts.sort(key=lambda prompt: prompt[0])
     parts = -(-least // max(len(prompts), 1))
-    for task, own, names in prompts:
+    for _, task, own, names in prompts:
         for part in range(min(parts, len(names))):
             yield Unit(task, own, names[part::parts])
 
