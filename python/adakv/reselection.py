@@ -257,7 +257,8 @@ class Reselection:
         totals = [plan.totals for plan in plans]
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
-            inputs = self._inputs(kv, slots, layer, most)
+            budgets = tuple(total // kv.num_kv_heads for total in plan.totals)
+            inputs = self._inputs(kv, slots, layer, most, budgets)
             held = inputs.held
             scores = self.rule.policy.scorer.score(inputs)
             kept = choose_again(
@@ -307,8 +308,10 @@ class Reselection:
             plan.left.append(min(text, limit))
         return plan
 
-    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int) -> HeldInputs:
-        """What a layer's rows hold, as the policy takes it."""
+    def _inputs(
+        self, kv: KVCache, slots: slice, layer: int, most: int, budgets: tuple[int, ...] = ()
+    ) -> HeldInputs:
+        """What a layer's rows hold, as the policy takes it, and how much of it stays."""
         rule, attention = self.rule, self._attention[layer]
         held = Held(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
@@ -320,6 +323,7 @@ class Reselection:
             attention=attention,
             w_o=attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,
             carried=self._carried_to(layer, held) if rule.carries else None,
+            budgets=budgets,
         )
 
     def _carried_to(self, layer: int, held: Held) -> Tensor:

@@ -15,7 +15,7 @@ from adakv.policy import Policy, get
 from hf.families import FAMILIES, LLAMA, VOCAB
 
 POLICIES = (
-    *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm"),
+    *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm", "ahakv"),
     *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
 )
 GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
@@ -150,7 +150,7 @@ def test_quantised_pages_are_evicted_from(kv_dtype: str):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv"])
+@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv", "ahakv"])
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str):
     model = LLAMA.model()
     torch.manual_seed(2)

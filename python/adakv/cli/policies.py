@@ -43,6 +43,7 @@ ABOUT = {
     "h2o": ("what all queries together look at", QUERIES),
     "r_kv": ("what the last 8 look at, once", "8 queries, keys"),
     "vase": ("values that stand out, a sample", VALUES),
+    "ahakv": ("looked at, by a wider softmax", NORMS),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),
 }

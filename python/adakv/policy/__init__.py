@@ -38,13 +38,14 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import RKV, AhaKV, SampledRest, ValueRange
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
     "DEFAULT",
     "RKV",
     "Adaptive",
+    "AhaKV",
     "Allocator",
     "Budget",
     "ByteBudget",

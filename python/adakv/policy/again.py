@@ -23,7 +23,7 @@ def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
             "which is done once, for a whole prompt; take a policy that does so in each layer, "
             "such as 'r_kv' or 'ada_snapkv'"
         )
-    there = {"w_o", "all_queries"} if carries(policy) else {"w_o"}
+    there = {"w_o", "budget", *(("all_queries",) if carries(policy) else ())}
     if missing := policy.needs - there:
         raise ValueError(
             f"{name}: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, which "

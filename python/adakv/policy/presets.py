@@ -28,7 +28,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import RKV, AhaKV, SampledRest, ValueRange
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
@@ -70,6 +70,7 @@ _PRESETS: dict[str, Policy] = {
     "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
     "r_kv":                        Policy(RKV(), Uniform(), TopScore()),
     "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
+    "ahakv":                       Policy(AhaKV(), Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),

@@ -1,8 +1,9 @@
-"""Scorers made for texts that are chosen from while they are written; they take prompts, too."""
+"""Parts made for texts that are chosen from while they are written; they take prompts, too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
+from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_range, check_scorer, check_settings, pin_first
 from adakv.policy.scorers import Random, check_odd
 
@@ -64,6 +66,48 @@ class ValueRange:
     def score(self, inputs: LayerInputs) -> Tensor:
         values = inputs.values.float()
         return pin_first(values.amax(-1) - values.amin(-1), self.pinned)
+
+
+@dataclass(frozen=True)
+class AhaKV:
+    """Attention whose softmax is as wide as the budget, times the value (AhaKV, arXiv 2506.03762).
+
+    ``S[h, t] = G[h, t] * sum over the window of(mean over the group of h of softmax_t(gain * q .
+    k))`` with ``gain = sqrt(2 * ln(i / K) / D)`` for i tokens that were seen, of which K stay: the
+    entropy to be expected is then that of K equal entries. G is ``|v|^2``, mean-pooled over
+    ``pool_width`` candidates and divided by the largest of the head.
+
+    The gain takes the place of the model's scale, before a softcap. From a note of the paper, which
+    says neither how wide the pool is nor how a group is reduced.
+    """
+
+    window: int = 32
+    pool_width: int = 7
+    pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"budget"})
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+        check_odd("pool_width", self.pool_width)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        if not inputs.budgets:
+            raise ValueError("budgets must be given to a policy that needs them, got none")
+        head_dim = inputs.queries.shape[-1]
+        stay = torch.tensor(inputs.budgets, dtype=torch.float32)
+        stay = stay.to(inputs.device, non_blocking=True)
+        gain = (2 * (inputs.seen / stay).log().clamp(min=0) / head_dim).sqrt()
+        attention = inputs.attended(
+            self.window,
+            gain=gain / (inputs.attention.scale or head_dim**-0.5),
+            window_reduce="sum",
+            pool="none",
+        )
+        sizes = inputs.values.float().square().sum(-1)
+        sizes = sizes.masked_fill(~inputs.candidates(self.window), 0)
+        pooled = F.avg_pool1d(sizes, self.pool_width, 1, self.pool_width // 2)
+        prior = pooled / pooled.amax(-1, keepdim=True).clamp(min=1e-30)
+        return pin_first(attention * prior, self.pinned)
 
 
 @dataclass(frozen=True)
