@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adakv.policy import AhaKV, LayerInputs
+from adakv.policy import AhaKV, LastImportant, LayerInputs, get
+from adakv.policy.again import choose_again
 from adakv.step import Attention
+from policy.helpers import kept_rows
 
 FAR = -1000.0  # a logit of which nothing is left
 
@@ -79,3 +82,56 @@ def test_ahakv_of_a_prompt_counts_its_tokens(device):
     expected = (torch.tensor([8.0, 4, 0, -4]) * gain).softmax(0)
     scores = AhaKV(window=1, pool_width=1).score(inputs)[0, 0, :4].cpu()
     torch.testing.assert_close(scores, expected)
+
+
+def corm_inputs(rows: list[list[float]], device: torch.device, **options: Any) -> LayerInputs:
+    """One kv head whose window row w attends with ``rows[w]``, as far as its own entry."""
+    length = len(rows[-1])
+    logits = [[math.log(p) for p in row] + [FAR] * (length - len(row)) for row in rows]
+    return text_inputs(logits, device, head_dim=16, attention=Attention(1.0), **options)
+
+
+CORM = [[0.40, 0.10, 0.20, 0.30], [0.50, 0.05, 0.10, 0.15, 0.20]]
+
+
+@pytest.mark.parametrize("seen", [None, 5])
+def test_corm_drops_what_the_last_queries_found_unimportant(device, seen):
+    """Thresholds 1/4 and 1/5: entry 0 is important to both queries, 1 and 2 to none."""
+    inputs = corm_inputs(CORM, device, seen=seen)
+    scores = LastImportant(window=2).score(inputs)
+    assert scores[0, 0, :3].tolist() == [2, -math.inf, -math.inf]
+    policy = replace(get("corm"), scorer=LastImportant(window=2))
+    if seen is None:
+        assert kept_rows(policy.choose(inputs, 4), 1) == [[[0, 3, 4]]]
+    else:
+        kept = choose_again(policy, inputs, scores, (4,), total=4)
+        assert kept_rows(kept, 1) == [[[0, 3, 4]]]
+
+
+def test_corm_counts_tokens_that_have_left(device):
+    """Of 20 tokens: an attention of 1/20 is enough, which entry 1 gets of the newest."""
+    scores = LastImportant(window=2).score(corm_inputs(CORM, device, seen=20))
+    assert scores[0, 0, :3].tolist() == [2, 2, 2]
+
+
+def test_corm_keeps_the_newest_important_ones_of_all_heads_under_its_cap(device):
+    """What both heads found important is more than four entries, two of them the window's."""
+    rows = [[0.4, 0.05, 0.4, 0.15], [0.05, 0.4, 0.4, 0.05, 0.1]]
+    inputs = corm_inputs(rows, device)
+    other = corm_inputs([[0.9, 0.04, 0.03, 0.03], [0.9, 0.03, 0.03, 0.02, 0.02]], device)
+    both = [torch.cat([getattr(x, y) for x in (inputs, other)], 1) for y in ("queries", "keys")]
+    inputs = LayerInputs(*both, both[1], None, (5,), 0, 1, attention=Attention(1.0))
+    policy = replace(get("corm"), scorer=LastImportant(window=2))
+    assert policy.scorer.score(inputs)[0, :, :3].tolist() == [
+        [1, 2, 2],
+        [2, -math.inf, -math.inf],
+    ]
+    assert kept_rows(policy.choose(inputs, 4), 2) == [[[0, 1, 2, 3, 4], [0, 3, 4]]]
+    assert kept_rows(policy.choose(inputs, 3), 2) == [[[1, 3, 4], [0, 3, 4]]]
+
+
+def test_corm_takes_queries_that_have_not_come_for_all_alike(device):
+    """A ring begins with zeros, to which everything is as important as to the mean."""
+    inputs = corm_inputs([CORM[1]] * 2, device, seen=5)
+    inputs.queries.zero_()
+    assert LastImportant(window=2).score(inputs)[0, 0, :3].tolist() == [2, 2, 2]

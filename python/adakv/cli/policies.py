@@ -44,6 +44,7 @@ ABOUT = {
     "r_kv": ("what the last 8 look at, once", "8 queries, keys"),
     "vase": ("values that stand out, a sample", VALUES),
     "ahakv": ("looked at, by a wider softmax", NORMS),
+    "corm": ("important lately: up to the budget", "64 queries"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),
 }

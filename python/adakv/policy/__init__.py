@@ -3,7 +3,16 @@
 A policy is a scorer, an allocator and a selector; :func:`get` knows those that have a name.
 """
 
-from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Profile, Pyramid, Uniform
+from adakv.policy.allocators import (
+    Adaptive,
+    Capped,
+    Everything,
+    Flat,
+    ModelWide,
+    Profile,
+    Pyramid,
+    Uniform,
+)
 from adakv.policy.base import (
     Allocator,
     EveryTokens,
@@ -38,7 +47,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, AhaKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import RKV, AhaKV, LastImportant, SampledRest, ValueRange
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
@@ -49,6 +58,7 @@ __all__ = [
     "Allocator",
     "Budget",
     "ByteBudget",
+    "Capped",
     "ColumnMax",
     "Defensive",
     "EveryTokens",
@@ -59,6 +69,7 @@ __all__ = [
     "Kept",
     "KeyDiff",
     "KeyNorm",
+    "LastImportant",
     "LastQuery",
     "LayerBudget",
     "LayerInputs",

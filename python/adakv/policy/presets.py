@@ -7,7 +7,7 @@ Zefan-Cai/KVCache-Factory), to reproduce its numbers; docs/policies.md says wher
 from __future__ import annotations
 
 from adakv.errors import short
-from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
+from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
 from adakv.policy.inputs import did_you_mean
@@ -28,7 +28,7 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, AhaKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import RKV, AhaKV, LastImportant, SampledRest, ValueRange
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
@@ -71,6 +71,7 @@ _PRESETS: dict[str, Policy] = {
     "r_kv":                        Policy(RKV(), Uniform(), TopScore()),
     "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
     "ahakv":                       Policy(AhaKV(), Uniform(), TopScore()),
+    "corm":                        Policy(LastImportant(), Capped(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
+from adakv.policy.attention import attention
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_range, check_scorer, check_settings, pin_first
 from adakv.policy.scorers import Random, check_odd
+
+_ROWS = 8  # of the window whose attention LastImportant holds at a time
+_ROUNDING = 1e-6  # of an attention that is as large as the threshold
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,37 @@ class AhaKV:
         pooled = F.avg_pool1d(sizes, self.pool_width, 1, self.pool_width // 2)
         prior = pooled / pooled.amax(-1, keepdim=True).clamp(min=1e-30)
         return pin_first(attention * prior, self.pinned)
+
+
+@dataclass(frozen=True)
+class LastImportant:
+    """When an entry was important for the last time (CORM, arXiv 2404.15949).
+
+    ``S[h, t]`` is the number, from 1 to ``window``, of the newest of the window's queries for which
+    the entry is important, ``p >= 1 / i`` to a q head of the group where i tokens have been seen;
+    and ``-inf`` if it is to none: with the allocator :class:`adakv.policy.Capped` such entries
+    leave, however much room there is.
+
+    The threshold is from memory, and so is the paper's window, 256.
+    """
+
+    window: int = 64
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        inputs.check_window(self.window)
+        newest = torch.zeros(inputs.shape, device=inputs.device)
+        seen = inputs.seen[:, None] - self.window  # [B or 1, 1], before the window
+        for row in range(0, self.window, _ROWS):
+            p = attention(inputs, slice(row, row + _ROWS)).amax(2)  # [B, Hkv, R, T]
+            number = torch.arange(row + 1, row + 1 + p.shape[2], device=p.device)
+            least = (1 - _ROUNDING) / (seen + number).clamp(min=1)  # [B or 1, R]
+            is_important = p >= least[:, None, :, None]
+            newest = newest.maximum((is_important * number[:, None]).amax(2))
+        return pin_first(newest.masked_fill(newest == 0, -torch.inf), self.pinned)
 
 
 @dataclass(frozen=True)
