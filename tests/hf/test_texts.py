@@ -17,6 +17,7 @@ from hf.families import FAMILIES, LLAMA, VOCAB
 POLICIES = (
     *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm", "ahakv"),
     *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
+    "prefixkv_text",
     "LastImportant(window=32) * Capped() * TopScore()",
 )
 GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
@@ -93,6 +94,26 @@ def test_the_prompt_stays(policy: str, family: Any):
             assert len(text) < 100
             newest = get(policy).window
             assert text[-newest:] == [*range(text[-1] - newest + 1, text[-1] + 1)]
+
+
+@pytest.mark.model
+def test_prefixkv_drops_the_one_that_is_newest_no_more():
+    """Of a text of 50 tokens with room for 30: the first 6, and the last 24. What a layer holds
+    follows from the mass of its prompt."""
+    model = LLAMA.model()
+    cache = adakv.Cache(
+        model, "prefixkv", 40, decode_policy="prefixkv_text", decode_budget=30, every=1,
+        pin_prompt=False,
+    )  # fmt: skip
+    ids = write(model, cache, torch.randint(3, VOCAB, (1, 70)), 1)
+    of_prompt = cache.stats()["lengths"][:, 0]
+    assert len(of_prompt.unique()) > 1
+    assert of_prompt.float().mean() == 40
+    write(model, cache, ids, 50)
+    for layer in range(4):
+        for row, kept in zip(cache.kept(layer)[0], of_prompt[layer], strict=True):
+            assert [p for p in row.tolist() if p >= 70] == [*range(70, 76), *range(96, 120)]
+            assert len(row) == kept + 30
 
 
 @pytest.mark.model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adakv.policy import AhaKV, LastImportant, LayerInputs, get
+from adakv.policy import AhaKV, Earliest, LastImportant, LayerInputs, get
 from adakv.policy.again import choose_again
 from adakv.step import Attention
 from policy.helpers import kept_rows
@@ -135,3 +135,9 @@ def test_corm_takes_queries_that_have_not_come_for_all_alike(device):
     inputs = corm_inputs([CORM[1]] * 2, device, seen=5)
     inputs.queries.zero_()
     assert LastImportant(window=2).score(inputs)[0, 0, :3].tolist() == [2, 2, 2]
+
+
+def test_earliest_and_newest(device):
+    inputs = text_inputs([[0.0] * 8], device)
+    policy = replace(get("prefixkv_text"), scorer=Earliest(window=2))
+    assert kept_rows(policy.choose(inputs, 5), 1) == [[[0, 1, 2, 6, 7]]]

@@ -27,6 +27,7 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
@@ -47,7 +48,14 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, AhaKV, LastImportant, SampledRest, ValueRange
+from adakv.policy.text_scorers import (
+    RKV,
+    AhaKV,
+    Earliest,
+    LastImportant,
+    SampledRest,
+    ValueRange,
+)
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
@@ -61,6 +69,7 @@ __all__ = [
     "Capped",
     "ColumnMax",
     "Defensive",
+    "Earliest",
     "EveryTokens",
     "Everything",
     "ExpectedAttention",
@@ -74,6 +83,7 @@ __all__ = [
     "LayerBudget",
     "LayerInputs",
     "LayerSchedule",
+    "MassShare",
     "ModelWide",
     "MoreTokens",
     "Need",

@@ -11,6 +11,7 @@ from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyr
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
 from adakv.policy.inputs import did_you_mean
+from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.prompt_scorers import (
     ColumnMax,
@@ -28,10 +29,18 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, AhaKV, LastImportant, SampledRest, ValueRange
+from adakv.policy.text_scorers import (
+    RKV,
+    AhaKV,
+    Earliest,
+    LastImportant,
+    SampledRest,
+    ValueRange,
+)
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
+_prefixkv = PromptAttention(window=1, pinned=4, all_heads=True)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
 _ffy0_pyramid = Pyramid(rounding="official")
@@ -72,6 +81,9 @@ _PRESETS: dict[str, Policy] = {
     "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
     "ahakv":                       Policy(AhaKV(), Uniform(), TopScore()),
     "corm":                        Policy(LastImportant(), Capped(), TopScore()),
+    "prefixkv":                    Policy(_prefixkv, MassShare(), TopScore()),
+    "prefixkv_heads":              Policy(PromptAttention(), MassShare(of_heads=True), TopScore()),
+    "prefixkv_text":               Policy(Earliest(), Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),

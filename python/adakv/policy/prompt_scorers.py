@@ -43,7 +43,8 @@ class PromptAttention:
 
     ``reduce="sum"`` is H2O's accumulated attention, which favours early entries; ``"mean"`` divides
     it by the number of queries that could see the entry; ``"max"`` asks whether any of them ever
-    needed it. ``distance`` leaves out what every token gives to its neighbours.
+    needed it. ``distance`` leaves out what every token gives to its neighbours. ``all_heads`` gives
+    all kv heads of the layer their mean, so that whole tokens of a prompt go.
 
     While a text is written ``"sum"`` and ``"max"`` go on with what its queries attend to; entries
     of the prompt begin with 0.
@@ -55,6 +56,7 @@ class PromptAttention:
     distance: int = 0
     stride: int = 1
     pinned: int = 0
+    all_heads: bool = False
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class PromptAttention:
                 self.reduce,
                 lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
-        return pin_first(scores, self.pinned)
+        return self._of_all_heads(scores)
 
     def _with_new(self, inputs: LayerInputs) -> Tensor:
         assert inputs.carried is not None
@@ -145,7 +147,12 @@ class PromptAttention:
                 columns = heads.amax(2)
             else:
                 columns = heads.mean(2) if self.group_reduce == "mean" else heads.sum(2)
-        return pin_first(columns, self.pinned)
+        return self._of_all_heads(columns)
+
+    def _of_all_heads(self, scores: Tensor) -> Tensor:
+        if self.all_heads:
+            scores = scores.mean(1, keepdim=True).expand_as(scores).clone()
+        return pin_first(scores, self.pinned)
 
     def _columns(
         self,

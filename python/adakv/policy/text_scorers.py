@@ -14,7 +14,7 @@ from adakv.ops import Kept
 from adakv.policy.attention import attention
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_range, check_scorer, check_settings, pin_first
-from adakv.policy.scorers import Random, check_odd
+from adakv.policy.scorers import Random, Recency, check_odd
 
 _ROWS = 8  # of the window whose attention LastImportant holds at a time
 _ROUNDING = 1e-6  # of an attention that is as large as the threshold
@@ -143,6 +143,24 @@ class LastImportant:
             is_important = p >= least[:, None, :, None]
             newest = newest.maximum((is_important * number[:, None]).amax(2))
         return pin_first(newest.masked_fill(newest == 0, -torch.inf), self.pinned)
+
+
+@dataclass(frozen=True)
+class Earliest:
+    """The first entries and the newest (PrefixKV's rule for texts, arXiv 2412.03409).
+
+    ``S[h, t] = -t``. A row that has its budget drops one entry a token: that which is no longer one
+    of the newest ``window``.
+    """
+
+    window: int = 24
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        return pin_first(-Recency(pinned=0).score(inputs), self.pinned)
 
 
 @dataclass(frozen=True)
