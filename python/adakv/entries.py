@@ -197,8 +197,9 @@ class HeldInputs(LayerInputs):
         num_layers: int,
         *,
         attention: Attention,
-        w_o: Tensor | None,
-        carried: Tensor | None,
+        w_o: Tensor | None = None,
+        carried: Tensor | None = None,
+        repeat: tuple[Tensor, Tensor] | None = None,
         budgets: tuple[int, ...] = (),
     ) -> None:
         batch, heads = held.lengths.shape
@@ -209,13 +210,14 @@ class HeldInputs(LayerInputs):
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
+            "repeat": repeat,
             "budgets": budgets,
             "prompt_lens": (held.longest,) * batch,
             "layer": layer,
             "num_layers": num_layers,
             "seq_lens": held.lengths,
             "attention": attention,
-            **dict.fromkeys(("lse", "repeat", "protected", "sequence_lens")),
+            **dict.fromkeys(("lse", "protected", "sequence_lens")),
             "_norms": {},
             "held": held,
         }

@@ -12,7 +12,7 @@ pages, and those that are left over are free again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +27,10 @@ from adakv.policy import EveryTokens, Policy, get
 from adakv.policy.again import carries, check_chooses_again, choose_again
 from adakv.policy.protection import Spans, mask_of
 from adakv.step import Attention
+
+#: Has something read behind what the sequences in some slots hold, of which nothing stays: its
+#: queries and keys in each layer, as :attr:`adakv.policy.LayerInputs.repeat`.
+Ask = Callable[[KVCache, slice], Sequence[tuple[Tensor, Tensor]]]
 
 
 class Recent(Protocol):
@@ -181,6 +185,8 @@ class Reselection:
         Tokens of the texts that were read and chosen from already. Default: none.
     protected : spans of each sequence, optional
         Tokens that stay, counted from the beginning of the sequence.
+    ask : callable, optional
+        For policies that need "repeat". Then ``written`` were not chosen from yet.
     """
 
     def __init__(
@@ -191,11 +197,13 @@ class Reselection:
         *,
         written: Sequence[int] = (),
         protected: Sequence[Spans] = (),
+        ask: Ask | None = None,
     ) -> None:
         num_layers = len(attention)
         self.rule = rule
         self.recent: Recent = RecentQueries(rule.num_queries, num_layers)
         """The newest queries of the texts."""
+        self._ask = ask
         self._attention = attention
         self._num_layers = num_layers
         self._protected = protected if any(protected) else ()
@@ -204,7 +212,8 @@ class Reselection:
         self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
         self._written = [*written] or [0] * len(prompt_lens)  # tokens of the texts
         # By the last choice, in each layer.
-        self._left = [[min(n, rule.budget) for n in self._written] for _ in attention]
+        most = max(self._written) if ask else rule.budget
+        self._left = [[min(n, most) for n in self._written] for _ in attention]
         if written:
             self._prompt_totals = [[0] * len(prompt_lens) for _ in attention]
         self._held = list(self._left[0])  # entries of a text, mean over heads and layers
@@ -255,10 +264,12 @@ class Reselection:
             self._check_room(kv.num_kv_heads)
         plans = [self._plan(layer, rows, most) for layer, rows in enumerate(lengths)]
         totals = [plan.totals for plan in plans]
+        asked = None if self._ask is None else self._ask(kv, slots)
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
             budgets = tuple(total // kv.num_kv_heads for total in plan.totals)
-            inputs = self._inputs(kv, slots, layer, most, budgets)
+            repeat = None if asked is None else asked[layer]
+            inputs = self._inputs(kv, slots, layer, most, budgets=budgets, repeat=repeat)
             held = inputs.held
             scores = self.rule.policy.scorer.score(inputs)
             kept = choose_again(
@@ -308,10 +319,8 @@ class Reselection:
             plan.left.append(min(text, limit))
         return plan
 
-    def _inputs(
-        self, kv: KVCache, slots: slice, layer: int, most: int, budgets: tuple[int, ...] = ()
-    ) -> HeldInputs:
-        """What a layer's rows hold, as the policy takes it, and how much of it stays."""
+    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int, **known: Any) -> HeldInputs:
+        """What a layer's rows hold, as the policy takes it, with what else is ``known``."""
         rule, attention = self.rule, self._attention[layer]
         held = Held(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
@@ -323,7 +332,7 @@ class Reselection:
             attention=attention,
             w_o=attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,
             carried=self._carried_to(layer, held) if rule.carries else None,
-            budgets=budgets,
+            **known,
         )
 
     def _carried_to(self, layer: int, held: Held) -> Tensor:

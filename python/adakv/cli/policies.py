@@ -48,6 +48,7 @@ ABOUT = {
     "prefixkv": ("as h2o: one share for each layer", QUERIES),
     "prefixkv_heads": ("the same, a share for each head", QUERIES),
     "prefixkv_text": ("the first and the newest tokens", FREE),
+    "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),
 }

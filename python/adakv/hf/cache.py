@@ -146,7 +146,8 @@ class Cache(OneWayCache):
         self._chunk_budget = chunk_budget
         needs = chosen.needs
         self._is_chunked = chunked_prefill
-        self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
+        # For more of the prompt.
+        self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
@@ -166,7 +167,9 @@ class Cache(OneWayCache):
 
     def _begin(self) -> None:
         """Holds nothing."""
-        self.eviction = Eviction(self.budget, self._chunk_budget, self._rule)
+        self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
+        ask = self._repetition.read_behind
+        self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
         first_budget = self.eviction.first_budget
         self.reading = Reader(first_budget, len(self._full), protection=self.protection)
         self.step: PlannedStep | None = None  # that is running
@@ -174,7 +177,6 @@ class Cache(OneWayCache):
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
-        self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
@@ -275,7 +277,8 @@ class Cache(OneWayCache):
 
     def repeat_after_prompt(self, input_ids: Tensor) -> None:
         """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
-        transformers' ``generate``, which reads a prompt and goes on."""
+        transformers' ``generate``, which reads a prompt and goes on. With a ``chunk_budget`` the
+        tokens are an instruction, such as the question, that is read behind every chunk."""
         self._repetition.wait_for(input_ids)
 
     def reset(self) -> None:
@@ -346,7 +349,7 @@ class Cache(OneWayCache):
         self._was_asked = False
         is_after_prompt = columns == 1 and had > 0 and not LAST_TOKEN_COMES_ALONE
         if is_after_prompt or not self._is_chunked:
-            self._repetition.read_waiting()
+            self._repetition.read_waiting(batch)
         if self.reading is None:
             self.make_room(columns)
             if not self.eviction.reads_chunks:

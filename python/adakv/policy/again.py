@@ -24,6 +24,8 @@ def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
             "such as 'r_kv' or 'ada_snapkv'"
         )
     there = {"w_o", "budget", *(("all_queries",) if carries(policy) else ())}
+    if name == "chunk_budget":  # an instruction is read behind every chunk
+        there.add("repeat")
     if missing := policy.needs - there:
         raise ValueError(
             f"{name}: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, which "

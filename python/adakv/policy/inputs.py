@@ -187,6 +187,33 @@ class LayerInputs:
                 f"got {self.queries.shape[2]}"
             )
 
+    def followed_by(
+        self, queries: Tensor, keys: Tensor, values: Tensor | None = None
+    ) -> LayerInputs:
+        """A copy with R more tokens right behind what each kv head holds, and their queries.
+
+        Queries are ``[B, Hq, R, D]``, keys and values ``[B, Hkv, R, D]``; without values the copy
+        has none either.
+        """
+        count = keys.shape[2]
+        places = self.ends[..., None] + torch.arange(count, device=self.device)
+        places = places[..., None].expand_as(keys)
+        joined = torch.cat([self.keys, keys], 2).scatter_(2, places, keys)
+        of_values = joined
+        if values is not None:
+            of_values = torch.cat([self.values, values], 2).scatter_(2, places, values)
+        return LayerInputs(
+            queries,
+            joined,
+            of_values,
+            None,
+            (joined.shape[2],) * len(keys),
+            self.layer,
+            self.num_layers,
+            seq_lens=(self.ends + count).expand(keys.shape[:2]).contiguous(),
+            attention=self.attention,
+        )
+
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
         return self._with(queries=self.queries[..., :0].clone(), lse=None)

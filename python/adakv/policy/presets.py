@@ -40,6 +40,7 @@ from adakv.policy.text_scorers import (
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
+_citrus = RepeatAttention(window=32, pinned=0, reduce="mean", all_heads=True)
 _prefixkv = PromptAttention(window=1, pinned=4, all_heads=True)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
@@ -84,6 +85,7 @@ _PRESETS: dict[str, Policy] = {
     "prefixkv":                    Policy(_prefixkv, MassShare(), TopScore()),
     "prefixkv_heads":              Policy(PromptAttention(), MassShare(of_heads=True), TopScore()),
     "prefixkv_text":               Policy(Earliest(), Uniform(), TopScore()),
+    "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),

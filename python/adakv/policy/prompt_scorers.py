@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -416,22 +416,41 @@ class RepeatAttention:
     in pieces of 2000 tokens and leaves the other pieces out of the softmax.)
 
     What the model needs in order to say its prompt again it may need for any question about it.
-    Costs a second prefill: :meth:`adakv.Cache.repeat`.
+    Costs a second prefill: :meth:`adakv.Cache.repeat`. If an instruction is read in the place of
+    the repetition, and its ``reduce`` is ``"mean"``, what the instruction looks at stays (CItruS,
+    arXiv 2406.12018). ``all_heads`` gives all kv heads of the layer the mean of their scores.
     """
 
     window: int = 1
     pinned: int = 4
+    reduce: ops.Reduce = "max"
+    all_heads: bool = False
     needs: ClassVar[frozenset[Need]] = frozenset({"repeat"})
 
     def __post_init__(self) -> None:
         check_scorer(self)
+        check_choice("reduce", self.reduce, get_args(ops.Reduce))
 
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.repeat is None:
             raise ValueError("repeat must be given: call Cache.repeat after the prompt")
+        if inputs.positions is not None:
+            joined = inputs.followed_by(*inputs.repeat)
+            attended = joined.attended(joined.queries.shape[2], **self._how)
+            return self._of_all_heads(attended[..., : inputs.length].contiguous())
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for b, length in enumerate(inputs.prompt_lens):  # each repetition follows its own prompt
             scores[b, :, :length] = self._score_one(inputs, slice(b, b + 1), length)
+        return self._of_all_heads(scores)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What :func:`adakv.ops.score` is told."""
+        return {"window_reduce": self.reduce, "group_reduce": self.reduce, "pool": "none"}
+
+    def _of_all_heads(self, scores: Tensor) -> Tensor:
+        if self.all_heads:
+            scores = scores.mean(1, keepdim=True).expand_as(scores).clone()
         return pin_first(scores, self.pinned)
 
     def _score_one(self, inputs: LayerInputs, one: slice, length: int) -> Tensor:
@@ -442,9 +461,7 @@ class RepeatAttention:
             queries[one],
             torch.cat([inputs.keys[one, :, :length], more[one]], 2),
             **inputs.attention.logits,
-            window_reduce="max",
-            group_reduce="max",
-            pool="none",
+            **self._how,
         )
         return scores[0, :, :length]
 
