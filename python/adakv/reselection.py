@@ -24,8 +24,9 @@ from adakv.entries import Held, HeldInputs
 from adakv.errors import Error, integer
 from adakv.ops import Kept
 from adakv.policy import EveryTokens, Policy, get
-from adakv.policy.again import carries, check_chooses_again, choose_again
+from adakv.policy.again import Competing, carries, check_chooses_again, shares_of_all
 from adakv.policy.protection import Spans, mask_of
+from adakv.shape import Shape
 from adakv.step import Attention
 
 #: Has something read behind what the sequences in some slots hold, of which nothing stays: its
@@ -100,7 +101,7 @@ class Rule:
     ----------
     policy : :class:`adakv.Policy`
         One whose scorer needs no more than the newest queries, keys, values and the output
-        projection, and that shares budgets out layer by layer.
+        projection.
     budget : int
         Mean entries per kv head that stay of the text, its newest ``policy.window`` included.
     every : int
@@ -160,6 +161,12 @@ class Rule:
     def most(self) -> int:
         """Tokens of a text that rows hold at most, all kv heads on average."""
         return self.budget + self.every
+
+    def most_in_row(self, shape: Shape) -> int:
+        """Tokens of a text that one row holds at most: all that stays of it where one budget is
+        shared out."""
+        layers = shape.num_layers if self.policy.is_model_wide else 1
+        return layers * shape.num_kv_heads * self.budget + self.every
 
     @property
     def carries(self) -> bool:
@@ -262,32 +269,47 @@ class Reselection:
         self._count_prompts(lengths)
         if not self.rule.pins_prompt:
             self._check_room(kv.num_kv_heads)
+        policy = self.rule.policy
         plans = [self._plan(layer, rows, most) for layer, rows in enumerate(lengths)]
-        totals = [plan.totals for plan in plans]
         asked = None if self._ask is None else self._ask(kv, slots)
+
+        def inputs_of(layer: int) -> HeldInputs:
+            means = tuple(total // kv.num_kv_heads for total in plans[layer].totals)
+            repeat = None if asked is None else asked[layer]
+            return self._inputs(kv, slots, layer, most, budgets=means, repeat=repeat)
+
+        totals = [plan.totals for plan in plans]
+        scored: list[_Scored] = []
+        shares: list[Tensor] = []
+        if policy.is_model_wide:
+            scored = [self._scored(inputs_of(layer)) for layer in range(len(plans))]
+            layers = [of_layer.competing for of_layer in scored]
+            shares = shares_of_all(policy, layers, tuple(plans[0].budgets))
+            totals = torch.stack(shares).sum(-1).tolist()  # waits for the device
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
-            budgets = tuple(total // kv.num_kv_heads for total in plan.totals)
-            repeat = None if asked is None else asked[layer]
-            inputs = self._inputs(kv, slots, layer, most, budgets=budgets, repeat=repeat)
-            held = inputs.held
-            scores = self.rule.policy.scorer.score(inputs)
-            kept = choose_again(
-                self.rule.policy,
-                inputs,
-                scores,
-                tuple(plan.budgets),
-                pinned=self._pinned(held),
-                protected=self._marked(held),
-                total=sum(plan.totals),
-            )
-            held.compact(kept, page_ids, page_indptr[layer])
-            if self.rule.carries:
-                self._carried[layer] = _moved(scores, kept)
+            inputs = inputs_of(layer)
+            competing, carried = scored[layer] if scored else self._scored(inputs)
+            if shares:
+                share = shares[layer]
+            else:
+                share = competing.shares(policy, inputs, tuple(plan.budgets))
+            kept = competing.pick(policy, inputs, share, sum(totals[layer]))
+            inputs.held.compact(kept, page_ids, page_indptr[layer])
+            if carried is not None:
+                self._carried[layer] = _moved(carried, kept)
             self._left[layer] = plan.left
         self._held = [min(n, self.rule.budget) for n in self._held]
         self._new = [0] * len(self._new)
         self._unheard = 0
+
+    def _scored(self, inputs: HeldInputs) -> _Scored:
+        """What rows hold, with its scores."""
+        policy, held = self.rule.policy, inputs.held
+        scores = policy.scorer.score(inputs)
+        marks = {"pinned": self._pinned(held), "protected": self._marked(held)}
+        competing = Competing.of(policy, inputs, scores, **marks)
+        return _Scored(competing, scores if self.rule.carries else None)
 
     def _count_prompts(self, lengths: Sequence[Sequence[Sequence[int]]]) -> None:
         """What was kept of the prompts, before anything of the texts is evicted."""
@@ -310,7 +332,9 @@ class Reselection:
                 layer=layer,
                 num_layers=self._num_layers,
             )
-            budget = limit if self.rule.pins_prompt else limit + prompt // len(row)
+            budget = limit
+            if not self.rule.pins_prompt:
+                budget += self._of_prompt(layer, b) // len(row)
             budget = most if text <= limit else budget
             total = allocator.total(budget, window=0, prompt_len=max(row), num_kv_heads=len(row))
             pinned = prompt if self.rule.pins_prompt else 0
@@ -318,6 +342,13 @@ class Reselection:
             plan.totals.append(min(sum(row), pinned + total))
             plan.left.append(min(text, limit))
         return plan
+
+    def _of_prompt(self, layer: int, b: int) -> int:
+        """Entries kept of a prompt for which a layer has room if they may leave: its own, or the
+        mean over the layers if these share."""
+        totals = [of_layer[b] for of_layer in self._prompt_totals]
+        is_wide = self.rule.policy.is_model_wide
+        return sum(totals) // self._num_layers if is_wide else totals[layer]
 
     def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int, **known: Any) -> HeldInputs:
         """What a layer's rows hold, as the policy takes it, with what else is ``known``."""
@@ -355,7 +386,7 @@ class Reselection:
     def _check_room(self, num_kv_heads: int) -> None:
         """Raises ``ValueError`` if more is protected than a kv head has room for."""
         for b, spans in enumerate(self._protected):
-            of_prompt = min(totals[b] for totals in self._prompt_totals) // num_kv_heads
+            of_prompt = min(self._of_prompt(x, b) for x in range(self._num_layers)) // num_kv_heads
             room = self.rule.budget + of_prompt
             seen = self._prompt_lens[b] + self._written[b]
             count = sum(max(min(end, seen) - begin, 0) for begin, end in spans)
@@ -375,6 +406,13 @@ class Reselection:
         mask = mask_of(self._protected, length, held.positions.device)
         places = held.positions.clamp(0, length - 1).long()
         return mask[:, None].expand(-1, places.shape[1], -1).gather(2, places)
+
+
+class _Scored(NamedTuple):
+    """What rows of a layer hold, with its scores."""
+
+    competing: Competing
+    carried: Tensor | None  # the scores themselves, if they are needed again
 
 
 class _Plan(NamedTuple):

@@ -17,7 +17,7 @@ from hf.families import FAMILIES, LLAMA, VOCAB
 POLICIES = (
     *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm", "ahakv"),
     *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
-    "prefixkv_text",
+    *("prefixkv_text", "layer_defensive", "prefixkv"),
     "LastImportant(window=32) * Capped() * TopScore()",
 )
 GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
@@ -119,7 +119,7 @@ def test_prefixkv_drops_the_one_that_is_newest_no_more():
 @pytest.mark.model
 def test_the_default_policy_has_its_prompt_and_another_its_text():
     model = LLAMA.model()
-    with pytest.raises(ValueError, match=r"decode_budget: ModelWide shares .* among all layers"):
+    with pytest.raises(ValueError, match=r"decode_budget: ColumnMax needs all_queries, which"):
         adakv.Cache(model, budget=48, decode_budget=40)
     cache = adakv.Cache(model, budget=48, decode_policy="r_kv", decode_budget=16, every=4)
     write(model, cache, torch.randint(3, VOCAB, (1, 100)), 50)
@@ -136,7 +136,10 @@ def test_the_default_policy_has_its_prompt_and_another_its_text():
         ({"every": 8}, "decode_budget must be given"),
         ({"decode_policy": "r_kv"}, "decode_budget must be given"),
         ({"decode_policy": "r_kvv", "decode_budget": 40}, "did you mean 'r_kv'"),
-        ({"decode_policy": "kvzip", "decode_budget": 40}, "decode_budget: ModelWide"),
+        (
+            {"decode_policy": "kvzip", "decode_budget": 40},
+            "decode_budget: RepeatAttention needs repeat",
+        ),
         ({"decode_policy": "ada_expected", "decode_budget": 40}, "all_queries, rotate, which"),
         ({"decode_budget": 40, "pin_prompt": 1}, "pin_prompt must be True or False, got 1"),
     ],
@@ -172,7 +175,10 @@ def test_quantised_pages_are_evicted_from(kv_dtype: str):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv", "ahakv"])
+@pytest.mark.parametrize(
+    "policy",
+    ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv", "ahakv", "layer_defensive", "prefixkv"],
+)
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str):
     model = LLAMA.model()
     torch.manual_seed(2)
@@ -252,7 +258,7 @@ def test_a_prompt_in_chunks_is_never_held_whole(policy: str):
     [
         ({"chunk_budget": 20}, "chunk_budget must be at least 32, got 20"),
         ({"chunk_budget": 80, "chunked_prefill": True}, "chunk_budget must not be given with"),
-        ({"chunk_budget": 80, "policy": "model_column_max"}, "chunk_budget: ModelWide shares"),
+        ({"chunk_budget": 80, "policy": "model_column_max"}, "chunk_budget: ColumnMax needs"),
         ({"chunk_budget": 80, "policy": "expected"}, "chunk_budget: ExpectedAttention needs"),
     ],
 )

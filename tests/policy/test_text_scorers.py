@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adakv.policy import AhaKV, Earliest, LastImportant, LayerInputs, get
-from adakv.policy.again import choose_again
+from adakv.policy.again import Competing
 from adakv.step import Attention
 from policy.helpers import kept_rows
 
@@ -104,7 +104,8 @@ def test_corm_drops_what_the_last_queries_found_unimportant(device, seen):
     if seen is None:
         assert kept_rows(policy.choose(inputs, 4), 1) == [[[0, 3, 4]]]
     else:
-        kept = choose_again(policy, inputs, scores, (4,), total=4)
+        rows = Competing.of(policy, inputs, scores)
+        kept = rows.pick(policy, inputs, rows.shares(policy, inputs, (4,)), 4)
         assert kept_rows(kept, 1) == [[[0, 3, 4]]]
 
 

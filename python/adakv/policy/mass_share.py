@@ -41,7 +41,7 @@ class MassShare:
         ranked = candidates.sort(-1, descending=True).values
         stays, is_there = ranked == torch.inf, ranked > -torch.inf
         mass = ranked.clamp(min=0).masked_fill(stays, 0).double()  # [B, L * Hkv, T]
-        heads = inputs.num_kv_heads
+        heads = scores.shape[1] // inputs.num_layers
         if not self.of_heads:
             by_layer = len(mass), -1, heads, mass.shape[2]
             mass = mass.view(by_layer).mean(2)
