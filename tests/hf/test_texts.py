@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +253,58 @@ def test_a_prompt_in_chunks_is_never_held_whole(policy: str):
     assert cache.stats()["lengths"].sum(-1).tolist() == [[heads * (48 + 2 + 1)]] * 4
     newest = get(policy).window
     assert set(range(899 - newest, 902)) <= {*cache.kept(0)[0][0].tolist()}
+
+
+@pytest.mark.model
+def test_padded_prompts_in_chunks_keep_what_each_keeps_alone():
+    """With masks of the chunk's own columns."""
+    model = LLAMA.model()
+    prompt, padding = torch.randint(3, VOCAB, (3, 131)), (0, 17, 31)
+    mask = torch.stack([torch.arange(131) >= n for n in padding]).long()
+    widths = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("attention_mask") is not None:
+            widths.append(kwargs["attention_mask"].shape[-1])
+
+    def kept(cache: Any, ids: Tensor, mask: Tensor, size: int) -> list[list[list[int]]]:
+        with torch.no_grad(), adakv.attach(model):
+            for start in range(0, 130, size):
+                part = slice(start, min(start + size, ids.shape[1] - 1))
+                shown = mask[:, : part.stop]
+                positions = (shown.cumsum(-1) - 1).clamp(min=0)[:, part]
+                model(ids[:, part], attention_mask=shown, position_ids=positions,
+                      past_key_values=cache)  # fmt: skip
+            write(model, cache, ids, 3, mask)
+        return [[row.tolist() for rows in cache.kept(i) for row in rows] for i in range(4)]
+
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    together = adakv.Cache(model, "ada_snapkv", 40, chunk_budget=48)
+    rows = kept(together, prompt, mask, 40)
+    hook.remove()
+    assert max(widths[:4]) == 40
+    for b, pad in enumerate(padding):
+        alone = adakv.Cache(model, "ada_snapkv", 40, chunk_budget=48)
+        with torch.no_grad(), adakv.attach(model):
+            for start, end in ((0, 40), (40, 80), (80, 120), (120, 130)):
+                if end > pad:
+                    model(prompt[b : b + 1, max(start, pad) : end], past_key_values=alone)
+        write(model, alone, prompt[b : b + 1, pad:], 3)
+        assert alone.seen == [together.seen[b]]
+        for layer in range(4):
+            mine = [row.tolist() for row in alone.kept(layer)[0]]
+            assert rows[layer][2 * b : 2 * b + 2] == mine
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_memory_is_flat_in_the_length_of_a_prompt_in_chunks():
+    """With torch, transformers and the model; a prompt of 1,048,576 tokens takes as much."""
+    script = Path(__file__).parents[2] / "benchmarks" / "long_prompt.py"
+    told = subprocess.run(
+        [sys.executable, str(script), "131072"], check=True, capture_output=True, text=True
+    ).stdout
+    assert float(told.split()[2]) < 1
 
 
 @pytest.mark.model

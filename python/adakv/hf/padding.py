@@ -34,7 +34,7 @@ class Padding:
         mask
             What the model gives its attention: ``[B, 1, columns, before + columns]``, boolean or
             additive, or ``[B, before + columns]``; or None, which shows everything. A new column
-            that the last row hides is padding.
+            that the last row hides is padding. ``[B, 1, columns, columns]`` shows all tokens seen.
         seen : ints
             Tokens of each sequence in the ``before`` columns.
         prompt : bool
@@ -49,6 +49,8 @@ class Padding:
         if mask is None:
             self.order = None
             return [columns] * len(seen)
+        if mask.dim() == 4 and mask.shape[-1] == columns < before + columns:
+            return self._count_newest(mask, len(seen), before, columns, prompt)
         total = before + columns
         if mask.dim() not in (2, 4) or mask.shape[-1] < total:
             raise ValueError(
@@ -85,6 +87,20 @@ class Padding:
         self.order = new.argsort(stable=True) if any(is_mixed) else None
         self._shown = shown.clone()
         return [int(n) for n in num_new]
+
+    def _count_newest(
+        self, mask: Tensor, batch: int, before: int, columns: int, prompt: bool
+    ) -> list[int]:
+        """From a mask of the newest columns."""
+        newest = Padding()
+        num_new = newest.count(mask, [0] * batch, 0, columns, prompt=prompt)
+        assert newest._shown is not None
+        shown = newest._shown.new_ones(batch, before)
+        if self._shown is not None:
+            earlier = self._shown[:, :before]
+            shown[:, : earlier.shape[1]] = earlier
+        self.order, self._shown = newest.order, torch.cat([shown, newest._shown], 1)
+        return num_new
 
 
 _PROMPTS = "several texts in one sequence, biases and masks that differ between heads"

@@ -189,3 +189,7 @@ class InstructionLayer(AttendingLayer):
 
     def get_seq_length(self) -> int:
         return self._length
+
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """Of the instruction alone; nobody reads the mask."""
+        return super().get_mask_sizes(queries)[0] - self._length, self._length
