@@ -429,7 +429,10 @@ class Cache(OneWayCache):
         """Makes room for a step in all layers and plans it, before the first one attends."""
         assert self._kv is not None
         before = self._full[0].num_seen
-        num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
+        if self.eviction.reads_chunks:
+            num_new = self.padding.count_newest(mask, self._seen, before, columns)
+        else:
+            num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
         self.is_midway = True
         watcher = self.eviction.watcher
         self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)

@@ -34,7 +34,7 @@ class Padding:
         mask
             What the model gives its attention: ``[B, 1, columns, before + columns]``, boolean or
             additive, or ``[B, before + columns]``; or None, which shows everything. A new column
-            that the last row hides is padding. ``[B, 1, columns, columns]`` shows all tokens seen.
+            that the last row hides is padding.
         seen : ints
             Tokens of each sequence in the ``before`` columns.
         prompt : bool
@@ -49,8 +49,6 @@ class Padding:
         if mask is None:
             self.order = None
             return [columns] * len(seen)
-        if mask.dim() == 4 and mask.shape[-1] == columns < before + columns:
-            return self._count_newest(mask, len(seen), before, columns, prompt)
         total = before + columns
         if mask.dim() not in (2, 4) or mask.shape[-1] < total:
             raise ValueError(
@@ -88,14 +86,17 @@ class Padding:
         self._shown = shown.clone()
         return [int(n) for n in num_new]
 
-    def _count_newest(
-        self, mask: Tensor, batch: int, before: int, columns: int, prompt: bool
+    def count_newest(
+        self, mask: Tensor | None, seen: Sequence[int], before: int, columns: int
     ) -> list[int]:
-        """From a mask of the newest columns."""
+        """:meth:`count` of a step, for which a mask ``[B, 1, columns, columns]`` will do: it shows
+        all tokens seen."""
+        if mask is None or mask.dim() != 4 or mask.shape[-1] != columns:
+            return self.count(mask, seen, before, columns, prompt=False)
         newest = Padding()
-        num_new = newest.count(mask, [0] * batch, 0, columns, prompt=prompt)
+        num_new = newest.count(mask, [0] * len(seen), 0, columns, prompt=False)
         assert newest._shown is not None
-        shown = newest._shown.new_ones(batch, before)
+        shown = newest._shown.new_ones(len(seen), before)
         if self._shown is not None:
             earlier = self._shown[:, :before]
             shown[:, : earlier.shape[1]] = earlier

@@ -346,7 +346,9 @@ class Policy:
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
         means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
-        scores = inputs.pin_protected(self.score(inputs, budgets) if scores is None else scores)
+        scores = self.score(inputs, budgets) if scores is None else scores
+        if inputs.protected is not None:
+            scores = inputs.pin_protected(scores)
         shares = self.allocator.allocate(scores, inputs, means, window=window)
         total = sum(
             self.allocator.total(mean, window=window, prompt_len=n, num_kv_heads=heads)

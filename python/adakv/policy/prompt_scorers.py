@@ -86,7 +86,9 @@ class PromptAttention:
                 self.reduce,
                 lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
-        return self._of_all_heads(scores)
+        if self.all_heads:
+            scores = _of_all_heads(scores)
+        return pin_first(scores, self.pinned)
 
     def _with_new(self, inputs: LayerInputs) -> Tensor:
         assert inputs.carried is not None
@@ -147,12 +149,9 @@ class PromptAttention:
                 columns = heads.amax(2)
             else:
                 columns = heads.mean(2) if self.group_reduce == "mean" else heads.sum(2)
-        return self._of_all_heads(columns)
-
-    def _of_all_heads(self, scores: Tensor) -> Tensor:
         if self.all_heads:
-            scores = scores.mean(1, keepdim=True).expand_as(scores).clone()
-        return pin_first(scores, self.pinned)
+            columns = _of_all_heads(columns)
+        return pin_first(columns, self.pinned)
 
     def _columns(
         self,
@@ -437,21 +436,19 @@ class RepeatAttention:
         if inputs.positions is not None:
             joined = inputs.followed_by(*inputs.repeat)
             attended = joined.attended(joined.queries.shape[2], **self._how)
-            return self._of_all_heads(attended[..., : inputs.length].contiguous())
+            return self._pinned(attended[..., : inputs.length].contiguous())
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for b, length in enumerate(inputs.prompt_lens):  # each repetition follows its own prompt
             scores[b, :, :length] = self._score_one(inputs, slice(b, b + 1), length)
-        return self._of_all_heads(scores)
+        return self._pinned(scores)
 
     @property
     def _how(self) -> dict[str, Any]:
         """What :func:`adakv.ops.score` is told."""
         return {"window_reduce": self.reduce, "group_reduce": self.reduce, "pool": "none"}
 
-    def _of_all_heads(self, scores: Tensor) -> Tensor:
-        if self.all_heads:
-            scores = scores.mean(1, keepdim=True).expand_as(scores).clone()
-        return pin_first(scores, self.pinned)
+    def _pinned(self, scores: Tensor) -> Tensor:
+        return pin_first(_of_all_heads(scores) if self.all_heads else scores, self.pinned)
 
     def _score_one(self, inputs: LayerInputs, one: slice, length: int) -> Tensor:
         """``[Hkv, length]`` of one sequence."""
@@ -464,6 +461,11 @@ class RepeatAttention:
             **self._how,
         )
         return scores[0, :, :length]
+
+
+def _of_all_heads(scores: Tensor) -> Tensor:
+    """The mean over the kv heads, for each of them."""
+    return scores.mean(1, keepdim=True).expand_as(scores).clone()
 
 
 def _same_lengths(prompt_lens: tuple[int, ...]) -> list[tuple[slice, int]]:
