@@ -53,12 +53,15 @@ class Recent(Protocol):
 class RecentQueries(Recent):
     """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to.
 
-    Before so many have come the others are 0, which look at all entries alike.
+    Before so many have come the others are 0, which look at all entries alike. ``given`` are those
+    of each layer ``[B, Hq, W, D]``, the oldest first, if there are any.
     """
 
-    def __init__(self, window: int, num_layers: int) -> None:
+    def __init__(
+        self, window: int, num_layers: int, given: Sequence[Tensor | None] | None = None
+    ) -> None:
         self._window = window
-        self._rings: list[Tensor | None] = [None] * num_layers
+        self._rings: list[Tensor | None] = [*given] if given else [None] * num_layers
         self._next = 0  # where the next query goes
         self._num_new: list[int] | None = None  # of the step, if some columns are padding
 
@@ -91,6 +94,13 @@ class RecentQueries(Recent):
         ring = self._rings[layer]
         assert ring is not None
         return ring.roll(-self._next, 2)[:, :, -count:]
+
+    def all_layers(self) -> list[Tensor | None]:
+        """The last W of each layer, the oldest first; None where none have come."""
+        return [
+            None if ring is None else self.last(layer, self._window)
+            for layer, ring in enumerate(self._rings)
+        ]
 
 
 @dataclass(frozen=True)
@@ -237,9 +247,19 @@ class Reselection:
         self._unheard += max(num_new)
 
     @property
+    def num_sequences(self) -> int:
+        """How many texts there are."""
+        return len(self._prompt_lens)
+
+    @property
     def _is_full(self) -> bool:
         """Whether a text holds ``every`` entries more than its budget."""
-        return max(self._held, default=0) >= self.rule.most
+        return self.num_until_full <= 0
+
+    @property
+    def num_until_full(self) -> int:
+        """Tokens until a text holds ``every`` more than its budget."""
+        return self.rule.most - max(self._held)
 
     @property
     def is_due(self) -> bool:

@@ -300,9 +300,9 @@ class Cache(OneWayCache):
         self.reset()
         self._kv, self._first = kv, slot
 
-    def decoded_pages(self, num_tokens: int = 0) -> tuple[KVCache, list[int]]:
-        """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
-        a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
+    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+        """The pages, and the tokens that each sequence has seen: for a
+        :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self.check_recordable(
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
@@ -311,10 +311,6 @@ class Cache(OneWayCache):
             self._finish_all()
         assert self._kv is not None
         self._end_prompt()
-        if self.eviction.text is not None:
-            raise ValueError("decode_budget: texts are evicted from without custom_generate only")
-        if num_tokens:
-            self.make_room(num_tokens)
         return self._kv, self.seen
 
     def advance(self, num_tokens: int) -> None:
