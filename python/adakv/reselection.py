@@ -259,7 +259,7 @@ class Reselection:
     @property
     def num_until_full(self) -> int:
         """Tokens until a text holds ``every`` more than its budget."""
-        return self.rule.most - max(self._held)
+        return self.rule.most - max(self._held, default=0)
 
     @property
     def is_due(self) -> bool:

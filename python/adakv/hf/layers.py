@@ -138,8 +138,8 @@ class FullAttentionLayer(AttendingLayer):
         return self.num_seen
 
     def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
-        """Of a chunk that is evicted from, its own columns: a mask of a long prompt's would take
-        more memory than the cache."""
+        """A chunk that is evicted from has a mask of its own columns: one of all tokens seen would
+        take more memory than the cache."""
         length, offset = super().get_mask_sizes(queries)
         columns = length - self.num_seen
         if self._cache.eviction.reads_chunks and columns > 1:

@@ -191,5 +191,5 @@ class InstructionLayer(AttendingLayer):
         return self._length
 
     def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
-        """Of the instruction alone; nobody reads the mask."""
+        """The mask is that of the instruction alone, and nobody reads it."""
         return super().get_mask_sizes(queries)[0] - self._length, self._length
