@@ -146,8 +146,8 @@ class Cache(OneWayCache):
         self._chunk_budget = chunk_budget
         needs = chosen.needs
         self._is_chunked = chunked_prefill
-        # For more of the prompt.
-        self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)
+        repeats = "repeat" in needs and chunk_budget is None
+        self.waits = chunked_prefill or repeats  # for more of the prompt
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
@@ -425,10 +425,8 @@ class Cache(OneWayCache):
         """Makes room for a step in all layers and plans it, before the first one attends."""
         assert self._kv is not None
         before = self._full[0].num_seen
-        if self.eviction.reads_chunks:
-            num_new = self.padding.count_newest(mask, self._seen, before, columns)
-        else:
-            num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
+        is_chunk = self.eviction.reads_chunks
+        num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
         watcher = self.eviction.watcher
         self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)

@@ -86,12 +86,18 @@ class Padding:
         self._shown = shown.clone()
         return [int(n) for n in num_new]
 
-    def count_newest(
-        self, mask: Tensor | None, seen: Sequence[int], before: int, columns: int
+    def count_step(
+        self,
+        mask: Tensor | None,
+        seen: Sequence[int],
+        before: int,
+        columns: int,
+        *,
+        is_chunk: bool,
     ) -> list[int]:
-        """:meth:`count` of a step, for which a mask ``[B, 1, columns, columns]`` will do: it shows
-        all tokens seen."""
-        if mask is None or mask.dim() != 4 or mask.shape[-1] != columns:
+        """:meth:`count` of a step. For a chunk a mask ``[B, 1, columns, columns]`` will do, which
+        shows all tokens seen."""
+        if not is_chunk or mask is None or mask.dim() != 4 or mask.shape[-1] != columns:
             return self.count(mask, seen, before, columns, prompt=False)
         newest = Padding()
         num_new = newest.count(mask, [0] * len(seen), 0, columns, prompt=False)
