@@ -15,6 +15,7 @@ from adakv.cache import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
+from adakv.policy.inputs import scaled
 from adakv.step import Attention
 
 
@@ -64,7 +65,7 @@ class Whole(NamedTuple):
         """With scores, unless all of it is kept; without the queries, which are done with."""
         scores = self.scores
         if scores is None and not self.budgets[0].keeps_everything:
-            scores = policy.scorer.score(self.inputs)
+            scores = policy.score(self.inputs, self.budgets)
         return Whole(self.inputs.without_queries(), self.budgets, scores)
 
     def without_entries(self, policy: Policy) -> Whole:
@@ -196,8 +197,10 @@ class HeldInputs(LayerInputs):
         num_layers: int,
         *,
         attention: Attention,
-        w_o: Tensor | None,
-        carried: Tensor | None,
+        w_o: Tensor | None = None,
+        carried: Tensor | None = None,
+        repeat: tuple[Tensor, Tensor] | None = None,
+        budgets: tuple[int, ...] = (),
     ) -> None:
         batch, heads = held.lengths.shape
         given: dict[str, Any] = {
@@ -207,12 +210,14 @@ class HeldInputs(LayerInputs):
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
+            "repeat": repeat,
+            "budgets": budgets,
             "prompt_lens": (held.longest,) * batch,
             "layer": layer,
             "num_layers": num_layers,
             "seq_lens": held.lengths,
             "attention": attention,
-            **dict.fromkeys(("lse", "repeat", "protected", "sequence_lens")),
+            **dict.fromkeys(("lse", "protected", "sequence_lens")),
             "_norms": {},
             "held": held,
         }
@@ -235,13 +240,14 @@ class HeldInputs(LayerInputs):
         """``[B, Hkv, T]``, those of the entries."""
         return self.held.positions
 
-    def attended(self, count: int, **how: Any) -> Tensor:
+    def attended(self, count: int, *, gain: Tensor | None = None, **how: Any) -> Tensor:
         if self.held.is_int4:
-            return super().attended(count, **how)
+            return super().attended(count, gain=gain, **how)
         if self.queries.shape[2] != count:
             self.check_window(count)
         held, logits = self.held, self.attention.logits
-        return ops.score(self.queries, None, held.view, held.longest, **logits, **how)
+        queries = self.queries if gain is None else scaled(self.queries, gain)
+        return ops.score(queries, None, held.view, held.longest, **logits, **how)
 
 
 def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

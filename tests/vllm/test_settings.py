@@ -76,6 +76,7 @@ def test_settings_are_none_without_an_entry():
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
+        ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),
     ],
 )

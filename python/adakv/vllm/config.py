@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from adakv.policy import (
     Adaptive,
+    Capped,
     Everything,
     Flat,
     FoldingScorer,
@@ -124,6 +125,8 @@ def why_not(policy: Policy) -> str | None:
         return "its rounding drifts, so that layers keep more than the budget in sum"
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
+    if isinstance(allocator, Capped):
+        return "its budget is the most that stays, so how much a layer keeps isn't fixed"
     if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None
