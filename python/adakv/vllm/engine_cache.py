@@ -36,7 +36,7 @@ from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import OwnPages, Pages, SharedPages, kept_of_all, spans_layers
 from adakv.vllm.plan import Order, Scheduler
-from adakv.vllm.prompt_attention import FlashAttention, Whole, whole
+from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
     BlockBudget,
@@ -45,17 +45,7 @@ from adakv.vllm.prompts import (
     is_plain,
     read_by_torch,
 )
-from adakv.vllm.steps import (
-    Appended,
-    Batch,
-    Buffers,
-    Group,
-    Reading,
-    Step,
-    Tables,
-    equal_runs,
-    sent,
-)
+from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
 
 
 class EngineCache:
@@ -147,7 +137,13 @@ class EngineCache:
         if self._flash is not None and reads and buffers is None:
             step.whole = whole(batch, reads)
             if self._has_codes:
-                self._describe_copies(step, batch, reads)
+                others = set(range(len(batch.computed))) - set(reads)
+                appended = [
+                    Appended(tokens, count, self._layers(self._tables(batch, rows, count)[0]))
+                    for rows, tokens, count in equal_runs(batch, others)
+                ]
+                sizes = self.block_size, self.num_kv_heads
+                step.whole = step.whole.of_copies(batch, reads, appended, *sizes)
             without |= set(reads)
         for rows, tokens, new_tokens in equal_runs(batch, without):
             planned = self._planned(batch, rows, new_tokens, buffers)
@@ -195,11 +191,10 @@ class EngineCache:
             return
         lse = None
         if step.whole is not None and self._flash is not None:
-            pages = self._appended(layer, step, step.whole, keys, values)
-            wants_lse = self._folds and is_plain(attention)
-            lse = self._flash.attend(
-                step.whole, pages, keys.shape[1], queries, out, attention, wants_lse=wants_lse
-            )
+            pages = self._flash.append(layer, step.whole, self.pages[layer], keys, values)
+            wants = self._folds and is_plain(attention)
+            given = pages, self.num_kv_heads, queries, out, attention
+            lse = self._flash.attend(step.whole, *given, wants_lse=wants)
         for row, reading in step.reading.items():
             new = reading.tokens
             if row in step.read_by_torch:
@@ -209,30 +204,6 @@ class EngineCache:
                 self._observe(layer, reading, queries[new])
             else:
                 self._observe(layer, reading, queries[new], lse[:, step.whole.of_row[row]])
-
-    def _appended(
-        self, layer: int, step: Step, whole: Whole, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """Appends what FlashAttention will read; the pages that it reads."""
-        if whole.copied is None:
-            assert self._flash is not None
-            pages = self.pages[layer].entries
-            self._flash.append(whole, pages, keys, values)
-            return pages
-        for group in step.appended:
-            group.append(layer, keys, values)
-        return self.pages[layer].read(whole.copied)
-
-    def _describe_copies(self, step: Step, batch: Batch, reads: list[int]) -> None:
-        """Has FlashAttention read copies of pages of codes."""
-        assert step.whole is not None
-        start = batch.query_start
-        lengths = [batch.computed[row] + start[row + 1] - start[row] for row in reads]
-        step.whole = step.whole.of_copies(lengths, self.block_size, self.num_kv_heads)
-        others = set(range(len(start) - 1)) - set(reads)
-        for rows, tokens, new_tokens in equal_runs(batch, others):
-            layers = self._layers(self._tables(batch, rows, new_tokens)[0])
-            step.appended.append(Appended(tokens, new_tokens, layers))
 
     def _observe(
         self, layer: int, reading: Reading, queries: Tensor, lse: Tensor | None = None
@@ -262,21 +233,8 @@ class EngineCache:
 
     def _layers(self, tables: Tables) -> list[Layer]:
         """What ``attend`` takes of some rows, in each layer."""
-        return [
-            Layer(
-                pages.entries,
-                self._positions,
-                table,
-                lengths,
-                seen,
-                fresh,
-                pages.key_scales,
-                pages.value_scales,
-            )
-            for pages, lengths, table, fresh, seen in zip(
-                self._pages.of_layers, *tables, strict=True
-            )
-        ]
+        layers = zip(self._pages.of_layers, *tables, strict=True)
+        return [pages.layer(self._positions, *of_layer) for pages, *of_layer in layers]
 
     def _may_be_compressed(self) -> bool:
         """Whether a prompt may be compressed in this step."""

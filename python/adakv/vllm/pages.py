@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adakv.cache import SCALE_GROUP
 from adakv.entries import dequantised
-from adakv.ops import Kept
+from adakv.ops import Kept, Layer
 from adakv.policy import Flat, Policy
 from adakv.reading import Reader
 from adakv.vllm.steps import sent
@@ -71,6 +71,13 @@ class Pages(NamedTuple):
             entries = entries.view(torch.uint8)  # torch moves bytes on every device
         scales = [x for x in (self.key_scales, self.value_scales) if x is not None]
         return [entries[:, 0], entries[:, 1], *scales]
+
+    def layer(self, positions: Tensor, *tables: Tensor) -> Layer:
+        """What ``attend`` takes of some rows, with their ``tables``: lengths, block table, fresh
+        pages and tokens seen."""
+        lengths, block_table, fresh, seen = tables
+        held = self.entries, positions, block_table, lengths, seen, fresh
+        return Layer(*held, self.key_scales, self.value_scales)
 
     def spread(self, count: int) -> Pages:
         """The first ``count`` pages from this layer's first one on, as far apart as its own."""

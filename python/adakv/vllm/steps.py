@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.ops import Layer, append
+from adakv.ops import Layer
 from adakv.reading import Reader
 from adakv.step import PlannedStep
 
@@ -79,22 +79,6 @@ class Group(NamedTuple):
     planned: PlannedStep
 
 
-class Appended(NamedTuple):
-    """Requests of a step that have the same number of new tokens, which are only appended."""
-
-    tokens: slice | Tensor  # of the step
-    new_tokens: int
-    layers: Sequence[Layer]
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Those of a layer; ``keys`` and ``values`` ``[tokens, Hkv, D]`` are of the whole step."""
-        k, v = (
-            x[self.tokens].unflatten(0, (-1, self.new_tokens)).transpose(1, 2)
-            for x in (keys, values)
-        )
-        append(k, v, self.layers[layer])
-
-
 class Reading(NamedTuple):
     """New tokens of a prompt."""
 
@@ -112,7 +96,6 @@ class Step:
     reading: dict[int, Reading] = field(default_factory=dict)  # by row of the batch
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
     whole: Whole | None = None  # more that are in no group: read by FlashAttention
-    appended: list[Appended] = field(default_factory=list)  # these, where pages hold codes
     queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to observe
 
 
