@@ -212,12 +212,11 @@ def make_cache(
 
 def _pages(layer: AttentionLayer, spec: CompressedSpec, kv_dtype: str) -> Pages:
     """A layer's part of the engine's memory ``[blocks, Hkv, P, bytes of an entry]``."""
-    memory = layer.kv_cache
+    memory, head_dim = layer.kv_cache, spec.head_size
     if kv_dtype == "auto":
-        shape = -1, 2, spec.block_size, spec.head_size
-        return Pages(memory.view(shape))
-    dtype = layer.kv_cache_torch_dtype
-    return Pages.within(memory.flatten(0, 1), kv_dtype, head_dim=spec.head_size, dtype=dtype)
+        return Pages(memory.view(-1, 2, spec.block_size, head_dim))
+    memory, dtype = memory.view(-1, *memory.shape[2:]), layer.kv_cache_torch_dtype
+    return Pages.within(memory, kv_dtype, head_dim=head_dim, dtype=dtype)
 
 
 def layers_of(config: VllmConfig, names: list[str]) -> list[AttentionLayer]:

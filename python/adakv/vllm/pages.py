@@ -45,8 +45,9 @@ class Pages(NamedTuple):
     def within(cls, memory: Tensor, kv_dtype: str, *, head_dim: int, dtype: torch.dtype) -> Pages:
         """Pages of codes in ``memory`` ``[N, P, entry_bytes(...)]`` uint8: codes of keys, codes of
         values, scales of keys, scales of values."""
-        page_size = memory.shape[1]
-        codes, rest = memory.flatten(1).tensor_split([2 * page_size * head_dim], 1)
+        num_pages, page_size, _ = memory.shape
+        bytes_ = memory.view(num_pages, -1)  # fails rather than copies
+        codes, rest = bytes_.tensor_split([2 * page_size * head_dim], 1)
         if kv_dtype == "fp8":
             codes = codes.view(torch.float8_e4m3fn)
         width = num_scales(kv_dtype, head_dim)
@@ -117,9 +118,7 @@ def num_scales(kv_dtype: str, head_dim: int) -> int:
 
 
 def entry_bytes(kv_dtype: str, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a key and a value in pages."""
-    if kv_dtype == "auto":
-        return 2 * head_dim * dtype.itemsize
+    """Bytes of a key and a value in pages of codes."""
     return 2 * (head_dim + num_scales(kv_dtype, head_dim) * dtype.itemsize)
 
 
