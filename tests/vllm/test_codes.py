@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 import codes
 from adakv.vllm.config import Settings
-from vllm_engine import BLOCK, engine, random_text, save_gemma2, save_llama
+from vllm_engine import BLOCK, elsewhere, engine, random_text, save_gemma2, save_llama
+from vllm_two_backends import run_with_two_backends
 
 HEADS, DIM = 2, 32  # of a random model
 
@@ -95,6 +96,17 @@ def test_engine_compresses_codes(model: str, policy: str):
         assert any(again.cached) == (policy == "ada_snapkv")
         kept.append([c.lengths.sum() for of_request in run.compressions for c in of_request])
     assert kept[0] == kept[1] and [bool(n) for n in kept[0]] == [False, True, True]
+
+
+def test_backend_for_cuda_writes_the_same(model: str):
+    """Whose decode steps lie in buffers that CUDA graphs read."""
+    settings, given = Settings(budget=64, kv_dtype="int8"), prompts(60, 200, 333)
+    options = {"dtype": "float16"}
+    with engine(model, settings, max_num_batched_tokens=100, **options) as it:
+        expected = it.run(given, 24)
+    options |= {"attention_backend": "CUSTOM"}
+    ((run, backends),) = elsewhere(run_with_two_backends, [(model, settings, options)], given, 24)
+    assert run.tokens == expected.tokens and backends == {"CUSTOM": 3}
 
 
 def test_engine_compresses_codes_under_pressure(model: str):
