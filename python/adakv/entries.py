@@ -171,7 +171,7 @@ class Held:
     def _side_by_side(self, half: int, scales: Tensor | None) -> Tensor:
         entries = self.view.pages[self._pages, half]  # [B, Hkv, m, P, D]
         if scales is not None:
-            entries = _dequantised(entries, scales[self._pages], self._dtype)
+            entries = dequantised(entries, scales[self._pages], self._dtype)
         return entries.flatten(2, 3)
 
     def compact(self, kept: Kept, page_ids: Tensor, page_indptr: Tensor) -> None:
@@ -258,7 +258,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     codes = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
     scale, zero = view.key_scales[pages].float()[..., None, :].unbind(3)  # [B, Hkv, m, 1, D] each
     keys = (codes[:, :, :, 0].float() * scale + zero).to(dtype)
-    values = _dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
+    values = dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
     page_size = codes.shape[4]
     in_tail = view.lengths % page_size  # [B, Hkv]
     last = view.lengths // page_size * (in_tail > 0)
@@ -270,7 +270,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return keys.flatten(2, 3), values.flatten(2, 3)
 
 
-def _dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., P, D]`` of codes and their scales (docs/bits.md)."""
     head_dim = codes.shape[-1]
     if codes.dtype is torch.uint8:

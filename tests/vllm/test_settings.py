@@ -66,7 +66,7 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, when, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
