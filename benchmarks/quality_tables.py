@@ -9,7 +9,9 @@ standard error, and p of the paired test against the default; with --formats aga
 in 16 bits, and with the share of bytes. `show` prints a table for each task, policies by shares;
 those come first whose geometric mean over all is lowest. Bold is the lowest of those that read a
 prompt once, and a dagger marks p below .05, a difference from the default in either direction that
-chance rarely gives. With --formats bold is better than 16 bits by p below .05.
+chance rarely gives. With --formats bold is better than 16 bits by p below .05. With --compare one
+table has the geometric mean over shares of what each KL is of the default's, and in how many tasks
+and shares it is better and worse by p below .05.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from adakv.eval.summary import Table, difference, mean, share_name
 from adakv.policy import DEFAULT
 
 READS_TWICE = "kvzip"
+LEAST = 1e-6  # nats, for logarithms
 RARELY = 0.05  # p below which a difference is named
 
 Cell = dict[str, Any]  # task, policy, share, texts, kl, error, and where they are known more
@@ -78,17 +81,19 @@ def order(results: list[Cell]) -> list[str]:
     """Policies, those of the lowest geometric mean of KL over all tasks and shares first."""
     logs: dict[str, list[float]] = defaultdict(list)
     for cell in results:
-        logs[cell["policy"]].append(math.log(max(cell["kl"], 1e-6)))
+        logs[cell["policy"]].append(math.log(max(cell["kl"], LEAST)))
     return sorted(logs, key=lambda policy: statistics.fmean(logs[policy]))
 
 
-def tables(results: list[Cell], *, formats: bool) -> list[Table]:
+def tables(
+    results: list[Cell], *, formats: bool, shown_only: list[str] | None = None
+) -> list[Table]:
     """A table for each task, its policies in the order of all tasks together."""
     found = []
     for task in dict.fromkeys(cell["task"] for cell in results):
         own = {(c["policy"], c["share"]): c for c in results if c["task"] == task}
         shares = sorted({share for _, share in own}, reverse=True)
-        policies = [policy for policy in order(results) if (policy, shares[0]) in own]
+        policies = [x for x in order(results) if shown_only is None or x in shown_only]
         rows = []
         for policy in policies:
             row = [own[policy, share] for share in shares]
@@ -97,6 +102,26 @@ def tables(results: list[Cell], *, formats: bool) -> list[Table]:
         prompts = f"`{task}`, {own[policies[0], shares[0]]['texts']} prompts"
         found.append(Table(task, (prompts, *map(share_name, shares)), tuple(rows)))
     return found
+
+
+def comparison(results: list[Cell]) -> Table:
+    """What each policy has of the default's KL, by task."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in results))
+    default = {(c["task"], c["share"]): c["kl"] for c in results if c["policy"] == DEFAULT}
+    rows = []
+    for policy in order(results):
+        own = [cell for cell in results if cell["policy"] == policy]
+        logs: dict[str, list[float]] = {task: [] for task in tasks}
+        for cell in own:
+            ratio = max(cell["kl"], LEAST) / max(default[cell["task"], cell["share"]], LEAST)
+            logs[cell["task"]].append(math.log(ratio))
+        ratios = [f"{math.exp(statistics.fmean(logs[task])):.2f}" for task in tasks]
+        clear = [c["kl"] < default[c["task"], c["share"]] for c in own if c.get("p", 1) < RARELY]
+        counts = (f"{clear.count(True)}", f"{clear.count(False)}")
+        if policy != DEFAULT:
+            rows.append((f"`{policy}`", *ratios, *counts))
+    names = (f"`{task}`" for task in tasks)
+    return Table("", ("times the default's KL", *names, "better", "worse"), tuple(rows))
 
 
 def is_better(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
@@ -118,13 +143,13 @@ def is_lowest(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
 def shown(cell: Cell, bold: bool, marked: bool) -> str:
     """KL with the digits that matter."""
     kl = cell["kl"]
-    number = f"{kl:.2f}" if kl >= 0.1 else f"{kl:.3f}" if kl >= 0.01 else f"{kl:.4f}"
-    number = f"**{number}**" if bold else number
+    digits = 1 if kl >= 10 else 2 if kl >= 0.1 else 3 if kl >= 0.01 else 4
+    number = f"**{kl:.{digits}f}**" if bold else f"{kl:.{digits}f}"
     return number + (" †" if marked and cell.get("p", 1) < RARELY else "")
 
 
 def markdown(table: Table) -> str:
-    """Without the title, which the first column says."""
+    """Without the title: the first column says it."""
     return table.markdown().partition("\n\n")[2]
 
 
@@ -139,12 +164,16 @@ def main() -> None:
     collect.add_argument("--about", type=json.loads, default={}, help="more for the first line")
     show = commands.add_parser("show")
     show.add_argument("results", type=Path)
+    show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
+    show.add_argument("--compare", action="store_true")
     for command in (collect, show):
         command.add_argument("--formats", action="store_true")
     given = options.parse_args()
     if given.command == "show":
         _, *results = map(json.loads, given.results.read_text().splitlines())
-        print("\n".join(markdown(table) for table in tables(results, formats=given.formats)))
+        found = tables(results, formats=given.formats, shown_only=given.policies)
+        for table in [comparison(results)] if given.compare else found:
+            print(markdown(table))
         return
     first, *lines = map(json.loads, given.records.read_text().splitlines())
     records = [Record.from_dict(line) for line in lines]

@@ -13,6 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
+#: What docs/quality.md shows of other texts.
+OTHERS = (
+    "model_column_max,layer_defensive,critical_ada_snapkv,ada_expected,r_kv,keydiff,kvzip,"
+    "critical_ada_snapkv@kvpress"
+)
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def test_quality_tables_of_formats_compare_with_16_bits(
         "snapkv in int4": [4.0] * 6,
     }
     cells = collected(script, tmp_path, monkeypatch, kl, "--formats")
-    assert [cell.get("p") for cell in cells] == [None, 2 / 64, 2 / 64] == [None, 0.03125, 0.03125]
+    assert [cell.get("p") for cell in cells] == [None, 0.0312, 0.0312]  # 2 of 64, in three digits
     assert all(cell["bytes_share"] == 0.25 for cell in cells)
     run(script, monkeypatch, "show", str(tmp_path / "results.jsonl"), "--formats")
     assert capsys.readouterr().out == (
@@ -101,3 +106,48 @@ def test_quality_tables_name_the_lowest_that_reads_once(script: ModuleType):
         ("`snapkv`", "**0.020**"),
         ("`keydiff`", "0.50 †"),
     )
+
+
+def test_quality_tables_compare_with_the_default(script: ModuleType):
+    """By geometric means over shares: (2 * 8) ** .5 and 0.5."""
+
+    def cell(task: str, policy: str, share: float, kl: float, **more: float) -> dict[str, Any]:
+        return {"task": task, "policy": policy, "share": share, "texts": 8, "kl": kl, **more}
+
+    cells = [
+        cell("qa", "model_column_max", 0.5, 1.0),
+        cell("qa", "model_column_max", 0.25, 1.0),
+        cell("text", "model_column_max", 0.5, 2.0),
+        cell("qa", "snapkv", 0.5, 2.0, p=0.01),
+        cell("qa", "snapkv", 0.25, 8.0, p=0.05),
+        cell("text", "snapkv", 0.5, 1.0, p=0.02),
+    ]
+    table = script.comparison(cells)
+    assert table.columns == ("times the default's KL", "`qa`", "`text`", "better", "worse")
+    assert table.rows == (("`snapkv`", "4.00", "0.50", "1", "1"),)
+
+
+@pytest.mark.parametrize(
+    ("page", "results", "options"),
+    [
+        ("quality.md", "quality-qwen-05b", ()),
+        ("quality.md", "quality-qwen-05b-other-texts", ("--policies", "OTHERS")),
+        ("quality.md", "quality-qwen-05b-tried", ("--compare",)),
+        ("bits.md", "quality-qwen-05b-bits", ("--formats",)),
+        ("texts.md", "quality-qwen-05b-written", ()),
+    ],
+)
+def test_quality_tables_are_those_of_the_documents(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    page: str,
+    results: str,
+    options: tuple[str, ...],
+):
+    options = tuple(OTHERS if option == "OTHERS" else option for option in options)
+    run(script, monkeypatch, "show", str(FOLDER / "results" / f"{results}.jsonl"), *options)
+    document = (ROOT / "docs" / page).read_text()
+    shown = capsys.readouterr().out.strip().split("\n\n")
+    assert all(f"\n\n{table}\n\n" in document for table in shown)
+    assert shown[0].startswith("|")
