@@ -55,7 +55,7 @@ comma := ,
 help: ## list the words
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(VENV)/.ready ## make the environment: torch and the tools
+setup: $(VENV)/.tools ## make the environment: torch and the tools
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
@@ -64,7 +64,11 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) $(TORCH)
-	$(call say,installing the tools)
+	$(PIP) --group build
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.ready
+	$(call say,installing what checks code)
 	$(PIP) --group dev
 	@touch $@
 
@@ -119,12 +123,12 @@ embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Py
 
 test: lint test-cpp test-python ## lint, C++ tests, Python tests
 
-test-cpp: build ## those of the C++ core; left out where GoogleTest is missing
+test-cpp: build setup ## those of the C++ core; left out where GoogleTest is missing
 	$(call say,compiling the C++ tests$(comma) and inner loops for other machines)
 	cmake --build $(BUILD) --target adakv_checks
 	ctest --test-dir $(BUILD) --output-on-failure $(if $(CI),--no-tests=error)
 
-test-python: build
+test-python: build setup
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-asan: setup ## the C++ tests under AddressSanitizer
@@ -152,7 +156,7 @@ fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else r
 			-artifact_prefix=build/fuzz/$$target- \
 			$(if $(CLANG),build/fuzz/corpus/$$target) || exit 1; done
 
-vllm: setup $(VLLM_VENV)/.ready ## an environment with vLLM for the CPU and this adakv
+vllm: $(VENV)/.ready $(VLLM_VENV)/.ready ## an environment with vLLM for the CPU and this adakv
 	$(VLLM_VENV)/bin/pip install -q --no-compile --no-build-isolation --no-deps -e . \
 		-C build-dir=build/vllm -C cmake.define.ADAKV_NATIVE=ON \
 		-C cmake.define.ADAKV_CUDA=OFF -C cmake.define.ADAKV_TESTS=OFF
@@ -168,13 +172,13 @@ $(VLLM_VENV)/.ready: tests/vllm/requirements.txt
 test-vllm: vllm ## whole engines of vLLM on the CPU, over HTTP and on two ranks, too
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -W ignore
 
-test-gpu: build ## the op suite on a CUDA device, graphs, random steps, sanitizers
+test-gpu: build setup ## the op suite on a CUDA device, graphs, random steps, sanitizers
 	ADAKV_MODEL=$(MODEL) python -m pytest tests -k "cuda or gpu"
 
-stubs: build ## write python/adakv/_C.pyi from what bindings/ defines
+stubs: build setup ## write python/adakv/_C.pyi from what bindings/ defines
 	python bindings/stubs.py
 
-lint: build ## ruff, mypy --strict, clang-format, workflows, spelling and links; changes nothing
+lint: build setup ## ruff, mypy --strict, clang-format, workflows, spelling and links; changes nothing
 	ruff check $(PYTHON_DIRS)
 	ruff format --check $(PYTHON_DIRS)
 	mypy
@@ -204,13 +208,13 @@ quality: build model ## every preset against the full cache on TEXT=book.txt, in
 		--records build/quality/records.jsonl --json build/quality/quality.json \
 		--markdown build/quality/quality.md --plot build/quality/quality.png $(EVAL_OPTIONS)
 
-docs: build ## check the documentation and make the site, into build/site; needs Doxygen
+docs: build setup ## check the documentation and make the site, into build/site; needs Doxygen
 	python -m pytest tests/test_docs.py
 	python -m pip install -q --group docs
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
 	doxygen docs/Doxyfile
 
-cuda-check: setup ## compile the CUDA code for one architecture; needs nvcc, but no GPU
+cuda-check: $(VENV)/.ready ## compile the CUDA code for one architecture; needs nvcc, but no GPU
 	cmake -S . -B build/cuda -G Ninja -DADAKV_CUDA=ON -DADAKV_CUDA_ARCHS=90 -DADAKV_PYTHON=OFF \
 		-DADAKV_WERROR=ON
 	cmake --build build/cuda --target adakv_cuda

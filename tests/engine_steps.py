@@ -4,7 +4,7 @@ with queries, keys and values by chance in the place of a model; and what has to
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import codes
 from adakv.policy import Budget, LayerInputs, Policy, Protection
 from adakv.reading import Chosen, Part, Reader
 from adakv.step import Attention
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
-from adakv.vllm.pages import spans_layers
+from adakv.vllm.pages import Pages, entry_bytes, spans_layers
 from adakv.vllm.plan import Order, Plan, Scheduler, plan
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.steps import Step
@@ -48,8 +49,10 @@ class Request:
 
     prompt: int
     queries: Tensor  # [L, MAX_LEN, Hq, D]
-    keys: Tensor  # [L, MAX_LEN, Hkv, D]
+    keys: Tensor  # [L, MAX_LEN, Hkv, D], what pages hold of them
     values: Tensor
+    new_keys: Tensor  # as the model has them
+    new_values: Tensor
     computed: int = 0
     boundary: int = 0
     kept: list[list[Tensor]] = field(default_factory=list)  # [L][Hkv], where it was compressed
@@ -92,7 +95,8 @@ class Told(Scheduler):
 class Steps:
     """Requests on one device; their blocks in any order, unused memory full of NaN.
 
-    ``has_places``: the worker has a table of requests, as vLLM's second model runner.
+    ``kv_dtype``: what pages hold; ``has_places``: the worker has a table of requests, as vLLM's
+    second model runner.
     """
 
     def __init__(
@@ -103,11 +107,10 @@ class Steps:
         *,
         flash: FlashAttention | None = None,
         has_places: bool = False,
+        kv_dtype: str = "auto",
     ) -> None:
-        self.has_places = has_places
+        self.has_places, self.kv_dtype = has_places, kv_dtype
         self.policy, self.device, self.dtype = policy, device, dtype
-        shape = LAYERS, NUM_BLOCKS * HEADS, 2, BLOCK, DIM  # of all layers, one memory
-        pages = list(torch.full(shape, float("nan"), device=device, dtype=dtype))
         self.told = Told()
         width = HEADS * GROUP * DIM
         self.asked: list[int] = []  # layers whose output projection was asked for
@@ -115,7 +118,7 @@ class Steps:
         self.cache = EngineCache(
             policy,
             BUDGET,
-            pages,
+            self._pages(),
             num_kv_heads=HEADS,
             attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
             w_o=self._output_weight,
@@ -128,7 +131,9 @@ class Steps:
     def add(self, prompt: int) -> Request:
         """A new request."""
         made = [torch.randn(LAYERS, MAX_LEN, n, DIM) for n in (HEADS * GROUP, HEADS, HEADS)]
-        request = Request(prompt, *(x.to(self.device, self.dtype) for x in made))
+        queries, keys, values = (x.to(self.device, self.dtype) for x in made)
+        held = [self._held(x) for x in (keys, values)]
+        request = Request(prompt, queries, *held, keys, values)
         self.requests.append(request)
         return request
 
@@ -138,10 +143,12 @@ class Steps:
         request.computed = count
         self.told.running.add(request.blocks[0])
         for layer, pages in enumerate(self.cache.pages):
-            blocks = pages.unflatten(0, (NUM_BLOCKS, HEADS))
-            for i, x in enumerate((request.keys, request.values)):
-                found = x[layer, :count].unflatten(0, (-1, BLOCK)).transpose(1, 2)
-                blocks[request.blocks, :, i] = found
+            parts = [[x[layer, :count]] for x in (request.new_keys, request.new_values)]
+            if self.kv_dtype != "auto":
+                parts = [codes.quantise(x, self.kv_dtype) for (x,) in parts]
+            for part, x in zip(pages.parts, chain(*zip(*parts, strict=True)), strict=True):
+                found = x.view(part.dtype).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+                part.unflatten(0, (NUM_BLOCKS, HEADS))[request.blocks] = found
 
     def remove(self, request: Request) -> None:
         """It has finished, and its blocks are anybody's."""
@@ -214,7 +221,7 @@ class Steps:
                     for x in [getattr(r, name)]
                 ]
             )
-            for name in ("queries", "keys", "values")
+            for name in ("queries", "new_keys", "new_values")
         ]
 
     def end_prompts(self) -> None:
@@ -267,6 +274,24 @@ class Steps:
         for request, count in zip(self.requests, counts, strict=True):
             request.computed += count
 
+    def _pages(self) -> list[Pages]:
+        """Those of all layers, in one memory."""
+        sizes = LAYERS, NUM_BLOCKS * HEADS
+        if self.kv_dtype == "auto":
+            shape = *sizes, 2, BLOCK, DIM
+            nan = torch.full(shape, float("nan"), device=self.device, dtype=self.dtype)
+            return [Pages(x) for x in nan]
+        shape = *sizes, BLOCK, entry_bytes(self.kv_dtype, DIM, self.dtype)
+        ones = torch.full(shape, 255, device=self.device, dtype=torch.uint8)
+        kind = {"kv_dtype": self.kv_dtype, "head_dim": DIM, "dtype": self.dtype}
+        return [Pages.within(x, **kind) for x in ones]
+
+    def _held(self, x: Tensor) -> Tensor:
+        """What pages hold of keys or values, in float32 if they hold codes."""
+        if self.kv_dtype == "auto":
+            return x
+        return codes.dequantise(*codes.quantise(x, self.kv_dtype), torch.float32)
+
     def _output_weight(self, layer: int) -> Tensor:
         self.asked.append(layer)
         return self.w_o[layer]
@@ -283,7 +308,7 @@ class Steps:
                 x[layer, :n].transpose(0, 1)[None]
                 for x in (request.queries, request.keys, request.values)
             )
-            entries, w_o = (k, v), self.w_o[layer]
+            entries, w_o = (k.to(self.dtype), v.to(self.dtype)), self.w_o[layer]
             attention = Attention(SCALE, rotate=rotate)
             part = Part(q, lambda x=entries: x, attention, lambda x=w_o: x)
             chosen |= reader.finish(layer, part)

@@ -9,7 +9,7 @@ from torch import Tensor
 import reference
 from adakv import ops
 from adakv.cache import KVCache
-from adakv.policy import Adaptive, Policy, TopScore, Uniform, WindowAttention
+from adakv.policy import Adaptive, ModelWide, Policy, TopScore, Uniform, WindowAttention
 from adakv.reselection import Reselection, Rule
 from adakv.step import Attention, PlannedStep
 
@@ -34,6 +34,7 @@ class Lists:
             for layer in range(LAYERS)
         ]
         self.queries: list[list[list[Tensor]]] = [[[] for _ in lengths] for _ in range(LAYERS)]
+        self.in_prompt: dict[tuple[int, int], int] = {}  # by layer and sequence
 
     def append(self, layer: int, b: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One token: query ``[Hq, D]``, key and value ``[Hkv, D]``."""
@@ -50,12 +51,13 @@ class Lists:
             outs.append((keys @ vector.double() * 0.5).softmax(0) @ values)
         return torch.stack(outs)
 
-    def choose(self, layer: int, b: int, floor: float | None, pins_prompt: bool) -> None:
-        """Ada-KV's shares of what competes; everyone's newest stay."""
+    def scored(
+        self, layer: int, b: int, pins_prompt: bool
+    ) -> tuple[list[list[tuple[float, int]]], list[set[int]]]:
+        """Scores and places of what competes in each head, and what stays; the newest do."""
         queries = torch.stack(self.queries[layer][b][-WINDOW:], 1).double()  # [Hq, W, D]
         scores: list[list[tuple[float, int]]] = []  # of each head, of what competes
         stays = []
-        budget = BUDGET - WINDOW
         prompt = self.prompt_lens[b] if pins_prompt else 0
         for h, row in enumerate(self.rows[layer][b]):
             keys = torch.stack([key for _, key, _ in row]).double()
@@ -68,11 +70,17 @@ class Lists:
             places = [i for i in range(len(row) - WINDOW) if row[i][0] >= prompt]
             scores.append([(of_row[i], i) for i in places])
             stays.append({*range(len(row))} - {*places})
+        text = self.seen[b] - self.prompt_lens[b]
+        held = sum(len(row) for row in self.rows[layer][b])
+        self.in_prompt.setdefault((layer, b), held - HEADS * text)
+        return scores, stays
+
+    def choose(self, layer: int, b: int, floor: float | None, pins_prompt: bool) -> None:
+        """Ada-KV's shares of what competes."""
+        scores, stays = self.scored(layer, b, pins_prompt)
+        budget = BUDGET - WINDOW
         if not pins_prompt:
-            text = self.seen[b] - self.prompt_lens[b]
-            held = sum(len(row) for row in self.rows[layer][b])
-            self.in_prompt = getattr(self, "in_prompt", {})
-            budget += self.in_prompt.setdefault((layer, b), held - HEADS * text) // HEADS
+            budget += self.in_prompt[layer, b] // HEADS
         shares = [float(budget)] * HEADS
         if floor is not None:
             ranked = sorted((-s, i, h) for h, row in enumerate(scores) for s, i in row)
@@ -81,9 +89,30 @@ class Lists:
             shares = [(1 - floor) * win + floor * budget for win in wins]
         counts = reference.largest_remainder(shares, HEADS * budget)
         for h, (row, count) in enumerate(zip(scores, counts, strict=True)):
-            best = sorted((-s, i) for s, i in row)[:count]
-            chosen = stays[h] | {i for _, i in best}
-            self.rows[layer][b][h] = [self.rows[layer][b][h][i] for i in sorted(chosen)]
+            best = {i for _, i in sorted((-s, i) for s, i in row)[:count]}
+            self.keep(layer, b, h, stays[h] | best)
+
+    def choose_in_all_layers(self, b: int, pins_prompt: bool) -> None:
+        """The best of what competes in all layers."""
+        layers = [self.scored(layer, b, pins_prompt) for layer in range(LAYERS)]
+        budget = BUDGET - WINDOW
+        if not pins_prompt:
+            budget += sum(self.in_prompt[layer, b] for layer in range(LAYERS)) // LAYERS // HEADS
+        ranked = sorted(
+            (-s, i, layer, h)
+            for layer, (scores, _) in enumerate(layers)
+            for h, row in enumerate(scores)
+            for s, i in row
+        )
+        best = ranked[: LAYERS * HEADS * budget]
+        for layer, (_, stays) in enumerate(layers):
+            for h in range(HEADS):
+                mine = {i for _, i, of_layer, of_head in best if (of_layer, of_head) == (layer, h)}
+                self.keep(layer, b, h, stays[h] | mine)
+
+    def keep(self, layer: int, b: int, h: int, places: set[int]) -> None:
+        row = self.rows[layer][b][h]
+        self.rows[layer][b][h] = [row[i] for i in sorted(places)]
 
 
 def check(kv: KVCache, lists: Lists) -> None:
@@ -128,16 +157,17 @@ def begin(lengths: list[int], kv_dtype: str = "auto") -> tuple[KVCache, Lists]:
 
 
 @pytest.mark.parametrize("pins_prompt", [True, False])
-@pytest.mark.parametrize("floor", [None, 0.2], ids=["uniform", "adaptive"])
+@pytest.mark.parametrize(
+    "allocator", [Uniform(), Adaptive(floor=0.2), ModelWide()], ids=lambda x: type(x).__name__
+)
 @pytest.mark.parametrize("steps", [[1] * 60, [3, 1, 1, 9, 1, 1, 20, 5, *[1] * 20]])
 def test_rows_go_back_to_their_budget(
-    pins_prompt: bool, floor: float | None, steps: list[int]
+    pins_prompt: bool, allocator: Uniform | Adaptive | ModelWide, steps: list[int]
 ) -> None:
     torch.manual_seed(3)
     lengths = [23, 14]
     kv, lists = begin(lengths)
     check(kv, lists)
-    allocator = Uniform() if floor is None else Adaptive(floor=floor)
     policy = Policy(WindowAttention(window=WINDOW), allocator, TopScore())
     rule = Rule(policy, BUDGET, every=EVERY, pins_prompt=pins_prompt)
     text = Reselection(rule, lengths, [ATTENTION] * LAYERS)
@@ -163,9 +193,12 @@ def test_rows_go_back_to_their_budget(
         if text.is_due:
             text.choose(kv, slice(0, 2))
             left = BUDGET
-            for layer in range(LAYERS):
-                for b in range(2):
-                    lists.choose(layer, b, floor, pins_prompt)
+            for b in range(2):
+                if allocator.is_model_wide:
+                    lists.choose_in_all_layers(b, pins_prompt)
+                    continue
+                for layer in range(LAYERS):
+                    lists.choose(layer, b, getattr(allocator, "floor", None), pins_prompt)
         check(kv, lists)
     assert written > left
     for sequence in range(2):

@@ -15,6 +15,7 @@ from adakv.cache import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
+from adakv.policy.inputs import scaled
 from adakv.step import Attention
 
 
@@ -64,7 +65,7 @@ class Whole(NamedTuple):
         """With scores, unless all of it is kept; without the queries, which are done with."""
         scores = self.scores
         if scores is None and not self.budgets[0].keeps_everything:
-            scores = policy.scorer.score(self.inputs)
+            scores = policy.score(self.inputs, self.budgets)
         return Whole(self.inputs.without_queries(), self.budgets, scores)
 
     def without_entries(self, policy: Policy) -> Whole:
@@ -170,7 +171,7 @@ class Held:
     def _side_by_side(self, half: int, scales: Tensor | None) -> Tensor:
         entries = self.view.pages[self._pages, half]  # [B, Hkv, m, P, D]
         if scales is not None:
-            entries = _dequantised(entries, scales[self._pages], self._dtype)
+            entries = dequantised(entries, scales[self._pages], self._dtype)
         return entries.flatten(2, 3)
 
     def compact(self, kept: Kept, page_ids: Tensor, page_indptr: Tensor) -> None:
@@ -196,8 +197,10 @@ class HeldInputs(LayerInputs):
         num_layers: int,
         *,
         attention: Attention,
-        w_o: Tensor | None,
-        carried: Tensor | None,
+        w_o: Tensor | None = None,
+        carried: Tensor | None = None,
+        repeat: tuple[Tensor, Tensor] | None = None,
+        budgets: tuple[int, ...] = (),
     ) -> None:
         batch, heads = held.lengths.shape
         given: dict[str, Any] = {
@@ -207,12 +210,14 @@ class HeldInputs(LayerInputs):
             "queries": queries,
             "w_o": w_o,
             "carried": carried,
+            "repeat": repeat,
+            "budgets": budgets,
             "prompt_lens": (held.longest,) * batch,
             "layer": layer,
             "num_layers": num_layers,
             "seq_lens": held.lengths,
             "attention": attention,
-            **dict.fromkeys(("lse", "repeat", "protected", "sequence_lens")),
+            **dict.fromkeys(("lse", "protected", "sequence_lens")),
             "_norms": {},
             "held": held,
         }
@@ -235,13 +240,14 @@ class HeldInputs(LayerInputs):
         """``[B, Hkv, T]``, those of the entries."""
         return self.held.positions
 
-    def attended(self, count: int, **how: Any) -> Tensor:
+    def attended(self, count: int, *, gain: Tensor | None = None, **how: Any) -> Tensor:
         if self.held.is_int4:
-            return super().attended(count, **how)
+            return super().attended(count, gain=gain, **how)
         if self.queries.shape[2] != count:
             self.check_window(count)
         held, logits = self.held, self.attention.logits
-        return ops.score(self.queries, None, held.view, held.longest, **logits, **how)
+        queries = self.queries if gain is None else scaled(self.queries, gain)
+        return ops.score(queries, None, held.view, held.longest, **logits, **how)
 
 
 def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -252,7 +258,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     codes = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
     scale, zero = view.key_scales[pages].float()[..., None, :].unbind(3)  # [B, Hkv, m, 1, D] each
     keys = (codes[:, :, :, 0].float() * scale + zero).to(dtype)
-    values = _dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
+    values = dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
     page_size = codes.shape[4]
     in_tail = view.lengths % page_size  # [B, Hkv]
     last = view.lengths // page_size * (in_tail > 0)
@@ -264,7 +270,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return keys.flatten(2, 3), values.flatten(2, 3)
 
 
-def _dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., P, D]`` of codes and their scales (docs/bits.md)."""
     head_dim = codes.shape[-1]
     if codes.dtype is torch.uint8:

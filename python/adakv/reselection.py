@@ -12,7 +12,7 @@ pages, and those that are left over are free again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -24,9 +24,14 @@ from adakv.entries import Held, HeldInputs
 from adakv.errors import Error, integer
 from adakv.ops import Kept
 from adakv.policy import EveryTokens, Policy, get
-from adakv.policy.again import carries, check_chooses_again, choose_again
+from adakv.policy.again import Competing, carries, check_chooses_again, shares_of_all
 from adakv.policy.protection import Spans, mask_of
+from adakv.shape import Shape
 from adakv.step import Attention
+
+#: Has something read behind what the sequences in some slots hold, of which nothing stays: its
+#: queries and keys in each layer, as :attr:`adakv.policy.LayerInputs.repeat`.
+Ask = Callable[[KVCache, slice], Sequence[tuple[Tensor, Tensor]]]
 
 
 class Recent(Protocol):
@@ -48,12 +53,15 @@ class Recent(Protocol):
 class RecentQueries(Recent):
     """The last W queries of each layer, in a ring ``[B, Hq, W, D]`` that steps write to.
 
-    Before so many have come the others are 0, which look at all entries alike.
+    Before so many have come the others are 0, which look at all entries alike. ``given`` are those
+    of each layer ``[B, Hq, W, D]``, the oldest first, if there are any.
     """
 
-    def __init__(self, window: int, num_layers: int) -> None:
+    def __init__(
+        self, window: int, num_layers: int, given: Sequence[Tensor | None] | None = None
+    ) -> None:
         self._window = window
-        self._rings: list[Tensor | None] = [None] * num_layers
+        self._rings: list[Tensor | None] = [*given] if given else [None] * num_layers
         self._next = 0  # where the next query goes
         self._num_new: list[int] | None = None  # of the step, if some columns are padding
 
@@ -87,6 +95,13 @@ class RecentQueries(Recent):
         assert ring is not None
         return ring.roll(-self._next, 2)[:, :, -count:]
 
+    def all_layers(self) -> list[Tensor | None]:
+        """The last W of each layer, the oldest first; None where none have come."""
+        return [
+            None if ring is None else self.last(layer, self._window)
+            for layer, ring in enumerate(self._rings)
+        ]
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -96,7 +111,7 @@ class Rule:
     ----------
     policy : :class:`adakv.Policy`
         One whose scorer needs no more than the newest queries, keys, values and the output
-        projection, and that shares budgets out layer by layer.
+        projection.
     budget : int
         Mean entries per kv head that stay of the text, its newest ``policy.window`` included.
     every : int
@@ -157,6 +172,12 @@ class Rule:
         """Tokens of a text that rows hold at most, all kv heads on average."""
         return self.budget + self.every
 
+    def most_in_row(self, shape: Shape) -> int:
+        """Tokens of a text that one row holds at most: all that stays of it where one budget is
+        shared out."""
+        layers = shape.num_layers if self.policy.is_model_wide else 1
+        return layers * shape.num_kv_heads * self.budget + self.every
+
     @property
     def carries(self) -> bool:
         """Whether scores are those of before and what the new queries add."""
@@ -181,6 +202,8 @@ class Reselection:
         Tokens of the texts that were read and chosen from already. Default: none.
     protected : spans of each sequence, optional
         Tokens that stay, counted from the beginning of the sequence.
+    ask : callable, optional
+        For policies that need "repeat". Then ``written`` were not chosen from yet.
     """
 
     def __init__(
@@ -191,11 +214,13 @@ class Reselection:
         *,
         written: Sequence[int] = (),
         protected: Sequence[Spans] = (),
+        ask: Ask | None = None,
     ) -> None:
         num_layers = len(attention)
         self.rule = rule
         self.recent: Recent = RecentQueries(rule.num_queries, num_layers)
         """The newest queries of the texts."""
+        self._ask = ask
         self._attention = attention
         self._num_layers = num_layers
         self._protected = protected if any(protected) else ()
@@ -204,7 +229,8 @@ class Reselection:
         self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
         self._written = [*written] or [0] * len(prompt_lens)  # tokens of the texts
         # By the last choice, in each layer.
-        self._left = [[min(n, rule.budget) for n in self._written] for _ in attention]
+        most = max(self._written) if ask else rule.budget
+        self._left = [[min(n, most) for n in self._written] for _ in attention]
         if written:
             self._prompt_totals = [[0] * len(prompt_lens) for _ in attention]
         self._held = list(self._left[0])  # entries of a text, mean over heads and layers
@@ -221,9 +247,19 @@ class Reselection:
         self._unheard += max(num_new)
 
     @property
+    def num_sequences(self) -> int:
+        """How many texts there are."""
+        return len(self._prompt_lens)
+
+    @property
     def _is_full(self) -> bool:
         """Whether a text holds ``every`` entries more than its budget."""
-        return max(self._held, default=0) >= self.rule.most
+        return self.num_until_full <= 0
+
+    @property
+    def num_until_full(self) -> int:
+        """Tokens until a text holds ``every`` more than its budget."""
+        return self.rule.most - max(self._held, default=0)
 
     @property
     def is_due(self) -> bool:
@@ -253,29 +289,47 @@ class Reselection:
         self._count_prompts(lengths)
         if not self.rule.pins_prompt:
             self._check_room(kv.num_kv_heads)
+        policy = self.rule.policy
         plans = [self._plan(layer, rows, most) for layer, rows in enumerate(lengths)]
+        asked = None if self._ask is None else self._ask(kv, slots)
+
+        def inputs_of(layer: int) -> HeldInputs:
+            means = tuple(total // kv.num_kv_heads for total in plans[layer].totals)
+            repeat = None if asked is None else asked[layer]
+            return self._inputs(kv, slots, layer, most, budgets=means, repeat=repeat)
+
         totals = [plan.totals for plan in plans]
+        scored: list[_Scored] = []
+        shares: list[Tensor] = []
+        if policy.is_model_wide:
+            scored = [self._scored(inputs_of(layer)) for layer in range(len(plans))]
+            layers = [of_layer.competing for of_layer in scored]
+            shares = shares_of_all(policy, layers, tuple(plans[0].budgets))
+            totals = torch.stack(shares).sum(-1).tolist()  # waits for the device
         page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
         for layer, plan in enumerate(plans):
-            inputs = self._inputs(kv, slots, layer, most)
-            held = inputs.held
-            scores = self.rule.policy.scorer.score(inputs)
-            kept = choose_again(
-                self.rule.policy,
-                inputs,
-                scores,
-                tuple(plan.budgets),
-                pinned=self._pinned(held),
-                protected=self._marked(held),
-                total=sum(plan.totals),
-            )
-            held.compact(kept, page_ids, page_indptr[layer])
-            if self.rule.carries:
-                self._carried[layer] = _moved(scores, kept)
+            inputs = inputs_of(layer)
+            competing, carried = scored[layer] if scored else self._scored(inputs)
+            if shares:
+                share = shares[layer]
+            else:
+                share = competing.shares(policy, inputs, tuple(plan.budgets))
+            kept = competing.pick(policy, inputs, share, sum(totals[layer]))
+            inputs.held.compact(kept, page_ids, page_indptr[layer])
+            if carried is not None:
+                self._carried[layer] = _moved(carried, kept)
             self._left[layer] = plan.left
         self._held = [min(n, self.rule.budget) for n in self._held]
         self._new = [0] * len(self._new)
         self._unheard = 0
+
+    def _scored(self, inputs: HeldInputs) -> _Scored:
+        """What rows hold, with its scores."""
+        policy, held = self.rule.policy, inputs.held
+        scores = policy.scorer.score(inputs)
+        marks = {"pinned": self._pinned(held), "protected": self._marked(held)}
+        competing = Competing.of(policy, inputs, scores, **marks)
+        return _Scored(competing, scores if self.rule.carries else None)
 
     def _count_prompts(self, lengths: Sequence[Sequence[Sequence[int]]]) -> None:
         """What was kept of the prompts, before anything of the texts is evicted."""
@@ -298,7 +352,9 @@ class Reselection:
                 layer=layer,
                 num_layers=self._num_layers,
             )
-            budget = limit if self.rule.pins_prompt else limit + prompt // len(row)
+            budget = limit
+            if not self.rule.pins_prompt:
+                budget += self._of_prompt(layer, b) // len(row)
             budget = most if text <= limit else budget
             total = allocator.total(budget, window=0, prompt_len=max(row), num_kv_heads=len(row))
             pinned = prompt if self.rule.pins_prompt else 0
@@ -307,8 +363,15 @@ class Reselection:
             plan.left.append(min(text, limit))
         return plan
 
-    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int) -> HeldInputs:
-        """What a layer's rows hold, as the policy takes it."""
+    def _of_prompt(self, layer: int, b: int) -> int:
+        """Entries kept of a prompt for which a layer has room if they may leave: its own, or the
+        mean over the layers if these share."""
+        totals = [of_layer[b] for of_layer in self._prompt_totals]
+        is_wide = self.rule.policy.is_model_wide
+        return sum(totals) // self._num_layers if is_wide else totals[layer]
+
+    def _inputs(self, kv: KVCache, slots: slice, layer: int, most: int, **known: Any) -> HeldInputs:
+        """What a layer's rows hold, as the policy takes it, with what else is ``known``."""
         rule, attention = self.rule, self._attention[layer]
         held = Held(sequences(kv.layers[layer], slots), most, kv.dtype)
         count = min(self._unheard, rule.num_queries) if rule.carries else rule.policy.window
@@ -320,6 +383,7 @@ class Reselection:
             attention=attention,
             w_o=attention.w_o() if attention.w_o and "w_o" in rule.policy.needs else None,
             carried=self._carried_to(layer, held) if rule.carries else None,
+            **known,
         )
 
     def _carried_to(self, layer: int, held: Held) -> Tensor:
@@ -342,7 +406,7 @@ class Reselection:
     def _check_room(self, num_kv_heads: int) -> None:
         """Raises ``ValueError`` if more is protected than a kv head has room for."""
         for b, spans in enumerate(self._protected):
-            of_prompt = min(totals[b] for totals in self._prompt_totals) // num_kv_heads
+            of_prompt = min(self._of_prompt(x, b) for x in range(self._num_layers)) // num_kv_heads
             room = self.rule.budget + of_prompt
             seen = self._prompt_lens[b] + self._written[b]
             count = sum(max(min(end, seen) - begin, 0) for begin, end in spans)
@@ -362,6 +426,13 @@ class Reselection:
         mask = mask_of(self._protected, length, held.positions.device)
         places = held.positions.clamp(0, length - 1).long()
         return mask[:, None].expand(-1, places.shape[1], -1).gather(2, places)
+
+
+class _Scored(NamedTuple):
+    """What rows of a layer hold, with its scores."""
+
+    competing: Competing
+    carried: Tensor | None  # the scores themselves, if they are needed again
 
 
 class _Plan(NamedTuple):

@@ -65,3 +65,24 @@ def test_quantised_pages_are_evicted_from(policy: str, kv_dtype: str) -> None:
     write(model, cache, prompt, 80)
     assert cache.stats()["lengths"].float().mean() <= 48 + 40 + 8
     assert cache.seen == [149, 149]
+
+
+@pytest.mark.parametrize("policy", REPEATABLE)
+def test_recorded_loops_equal_the_cpu(policy: str) -> None:
+    """Choices lie between replays; and the pool may grow, which has the step recorded anew."""
+    prompt, written = torch.randint(3, VOCAB, (2, 70)), {}
+    for device, model in both().items():
+        cache, ids = evicting(model, policy), prompt.to(device)
+        with adakv.attach(model):
+            for _ in range(2):
+                ids = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    past_key_values=cache,
+                    custom_generate=adakv.cuda_graph_sample,
+                    max_new_tokens=70,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
+        written[device] = ids.cpu()
+    assert written["cuda"].equal(written["cpu"])

@@ -142,3 +142,44 @@ def test_a_cache_takes_what_it_needs_if_more_cannot_be_had() -> None:
             model(prompt[:, :1], past_key_values=cache)
     assert tight.refused
     assert cache.stats()["seen"] == [100]
+
+
+@pytest.mark.parametrize("pin_prompt", [True, False])
+@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "layer_defensive"])
+def test_texts_are_evicted_from_as_in_transformers_own_loop(policy: str, pin_prompt: bool) -> None:
+    """In a second turn, too, before and behind loops of the other kind."""
+    model, texts, held = LLAMA.model(), [], []
+    ids, more = torch.randint(3, VOCAB, (2, 80)), torch.randint(3, VOCAB, (2, 7))
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 60}
+    with adakv.attach(model):
+        for loops in (({}, {}, {}), (LOOP, LOOP, LOOP), ({}, LOOP, {}), (LOOP, {}, LOOP)):
+            cache = adakv.Cache(
+                model, "ada_snapkv", 40, decode_policy=policy, decode_budget=36, every=8,
+                pin_prompt=pin_prompt,
+            )  # fmt: skip
+            turn = ids
+            for loop in loops:
+                mask = torch.ones_like(turn)
+                mask[1, :11] = 0
+                given = {"attention_mask": mask, "past_key_values": cache}
+                turn = torch.cat([model.generate(turn, **given, **options, **loop), more], 1)
+            texts.append(turn)
+            held.append([cache.seen, cache.stats()["lengths"].tolist(), str(cache.kept(1))])
+            assert cache.stats()["lengths"].float().mean() <= 40 + 36 + 8
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    assert all(x == held[0] for x in held)
+
+
+def test_a_loop_over_an_evicted_text_takes_no_more_pages_than_it_holds() -> None:
+    model, pages = LLAMA.model(), []
+    ids = torch.randint(3, VOCAB, (2, 80))
+    for length in (100, 400):
+        with adakv.attach(model):
+            cache = adakv.Cache(model, "ada_snapkv", 40, decode_budget=36, every=8)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+                do_sample=False, eos_token_id=None, max_new_tokens=length, **LOOP,
+            )  # fmt: skip
+        pages.append(cache.pages.num_pages)
+        assert cache.stats()["lengths"].float().mean() <= 40 + 36 + 8
+    assert pages[0] == pages[1]

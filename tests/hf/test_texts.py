@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +18,10 @@ from adakv.policy import Policy, get
 from hf.families import FAMILIES, LLAMA, VOCAB
 
 POLICIES = (
-    *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm"),
+    *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm", "ahakv"),
     *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
+    *("prefixkv_text", "layer_defensive", "prefixkv"),
+    "LastImportant(window=32) * Capped() * TopScore()",
 )
 GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")
 
@@ -95,9 +100,29 @@ def test_the_prompt_stays(policy: str, family: Any):
 
 
 @pytest.mark.model
+def test_prefixkv_drops_the_one_that_is_newest_no_more():
+    """Of a text of 50 tokens with room for 30: the first 6, and the last 24. What a layer holds
+    follows from the mass of its prompt."""
+    model = LLAMA.model()
+    cache = adakv.Cache(
+        model, "prefixkv", 40, decode_policy="prefixkv_text", decode_budget=30, every=1,
+        pin_prompt=False,
+    )  # fmt: skip
+    ids = write(model, cache, torch.randint(3, VOCAB, (1, 70)), 1)
+    of_prompt = cache.stats()["lengths"][:, 0]
+    assert len(of_prompt.unique()) > 1
+    assert of_prompt.float().mean() == 40
+    write(model, cache, ids, 50)
+    for layer in range(4):
+        for row, kept in zip(cache.kept(layer)[0], of_prompt[layer], strict=True):
+            assert [p for p in row.tolist() if p >= 70] == [*range(70, 76), *range(96, 120)]
+            assert len(row) == kept + 30
+
+
+@pytest.mark.model
 def test_the_default_policy_has_its_prompt_and_another_its_text():
     model = LLAMA.model()
-    with pytest.raises(ValueError, match=r"decode_budget: ModelWide shares .* among all layers"):
+    with pytest.raises(ValueError, match=r"decode_budget: ColumnMax needs all_queries, which"):
         adakv.Cache(model, budget=48, decode_budget=40)
     cache = adakv.Cache(model, budget=48, decode_policy="r_kv", decode_budget=16, every=4)
     write(model, cache, torch.randint(3, VOCAB, (1, 100)), 50)
@@ -114,7 +139,10 @@ def test_the_default_policy_has_its_prompt_and_another_its_text():
         ({"every": 8}, "decode_budget must be given"),
         ({"decode_policy": "r_kv"}, "decode_budget must be given"),
         ({"decode_policy": "r_kvv", "decode_budget": 40}, "did you mean 'r_kv'"),
-        ({"decode_policy": "kvzip", "decode_budget": 40}, "decode_budget: ModelWide"),
+        (
+            {"decode_policy": "kvzip", "decode_budget": 40},
+            "decode_budget: RepeatAttention needs repeat",
+        ),
         ({"decode_policy": "ada_expected", "decode_budget": 40}, "all_queries, rotate, which"),
         ({"decode_budget": 40, "pin_prompt": 1}, "pin_prompt must be True or False, got 1"),
     ],
@@ -150,7 +178,10 @@ def test_quantised_pages_are_evicted_from(kv_dtype: str):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("policy", ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv"])
+@pytest.mark.parametrize(
+    "policy",
+    ["ada_snapkv", "r_kv", "h2o", "critical_ada_snapkv", "ahakv", "layer_defensive", "prefixkv"],
+)
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str):
     model = LLAMA.model()
     torch.manual_seed(2)
@@ -225,12 +256,64 @@ def test_a_prompt_in_chunks_is_never_held_whole(policy: str):
 
 
 @pytest.mark.model
+def test_padded_prompts_in_chunks_keep_what_each_keeps_alone():
+    """With masks of the chunk's own columns."""
+    model = LLAMA.model()
+    prompt, padding = torch.randint(3, VOCAB, (3, 131)), (0, 17, 31)
+    mask = torch.stack([torch.arange(131) >= n for n in padding]).long()
+    widths = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("attention_mask") is not None:
+            widths.append(kwargs["attention_mask"].shape[-1])
+
+    def kept(cache: Any, ids: Tensor, mask: Tensor, size: int) -> list[list[list[int]]]:
+        with torch.no_grad(), adakv.attach(model):
+            for start in range(0, 130, size):
+                part = slice(start, min(start + size, ids.shape[1] - 1))
+                shown = mask[:, : part.stop]
+                positions = (shown.cumsum(-1) - 1).clamp(min=0)[:, part]
+                model(ids[:, part], attention_mask=shown, position_ids=positions,
+                      past_key_values=cache)  # fmt: skip
+            write(model, cache, ids, 3, mask)
+        return [[row.tolist() for rows in cache.kept(i) for row in rows] for i in range(4)]
+
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(look, with_kwargs=True)
+    together = adakv.Cache(model, "ada_snapkv", 40, chunk_budget=48)
+    rows = kept(together, prompt, mask, 40)
+    hook.remove()
+    assert max(widths[:4]) == 40
+    for b, pad in enumerate(padding):
+        alone = adakv.Cache(model, "ada_snapkv", 40, chunk_budget=48)
+        with torch.no_grad(), adakv.attach(model):
+            for start, end in ((0, 40), (40, 80), (80, 120), (120, 130)):
+                if end > pad:
+                    model(prompt[b : b + 1, max(start, pad) : end], past_key_values=alone)
+        write(model, alone, prompt[b : b + 1, pad:], 3)
+        assert alone.seen == [together.seen[b]]
+        for layer in range(4):
+            mine = [row.tolist() for row in alone.kept(layer)[0]]
+            assert rows[layer][2 * b : 2 * b + 2] == mine
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_memory_is_flat_in_the_length_of_a_prompt_in_chunks():
+    """With torch, transformers and the model; a prompt of 1,048,576 tokens takes as much."""
+    script = Path(__file__).parents[2] / "benchmarks" / "long_prompt.py"
+    told = subprocess.run(
+        [sys.executable, str(script), "131072"], check=True, capture_output=True, text=True
+    ).stdout
+    assert float(told.split()[2]) < 1
+
+
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"chunk_budget": 20}, "chunk_budget must be at least 32, got 20"),
         ({"chunk_budget": 80, "chunked_prefill": True}, "chunk_budget must not be given with"),
-        ({"chunk_budget": 80, "policy": "model_column_max"}, "chunk_budget: ModelWide shares"),
+        ({"chunk_budget": 80, "policy": "model_column_max"}, "chunk_budget: ColumnMax needs"),
         ({"chunk_budget": 80, "policy": "expected"}, "chunk_budget: ExpectedAttention needs"),
     ],
 )

@@ -65,7 +65,7 @@ def test_preset_keeps_what_its_totals_say(device, name, prompt):
     else:
         assert [len(kept.positions) for kept in choices] == list(map(sum, totals))
     for count, total in zip(counts, totals, strict=True):
-        if "official_round" in repr(preset):  # its sums drift
+        if "official_round" in repr(preset) or name == "corm":  # sums drift; it is a cap
             assert all(c <= t for c, t in zip(count, total, strict=True))
         else:
             assert count == list(total)

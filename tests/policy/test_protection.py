@@ -174,7 +174,7 @@ def test_every_policy_keeps_what_is_protected(device: torch.device, name: str, c
     total, expected = (sum(len(head) for row in kept for head in row) for kept in (rows, free))
     drifts = getattr(policy.allocator, "safeguard", None) == "official_round"
     assert abs(total - expected) <= 2 * len(rows) * drifts
-    if name != "streaming":
+    if name not in ("streaming", "prefixkv", "prefixkv_text"):  # they keep early ones anyway
         assert any(not {*head} >= PROTECTED for row in free for head in row)
 
 

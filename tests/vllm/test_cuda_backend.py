@@ -15,9 +15,9 @@ from engine_steps import BLOCK, BUDGET, GROUP, HEADS, LAYERS, MAX_LEN, Steps
 MOST = 6
 
 
-def prompts_read(device: torch.device, dtype: torch.dtype) -> Steps:
+def prompts_read(device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto") -> Steps:
     """Four requests whose prompts have just been read."""
-    steps = Steps(Settings(budget=BUDGET).policy_for(BLOCK), device, dtype)
+    steps = Steps(Settings(budget=BUDGET).policy_for(BLOCK), device, dtype, kv_dtype=kv_dtype)
     for prompt in (200, 30, 161, 100):
         steps.add(prompt)
     read(steps, [r.prompt for r in steps.requests])
@@ -39,9 +39,10 @@ def padded(steps: Steps, layer: int) -> list[torch.Tensor]:
     return [torch.cat([x, x.new_ones(MOST - len(x), *x.shape[1:])]) for x in inputs]
 
 
-def test_padded_decode_steps_equal_the_reference(device: torch.device):
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    steps = prompts_read(device, dtype)
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+def test_padded_decode_steps_equal_the_reference(device: torch.device, kv_dtype: str):
+    is_exact = device.type == "cpu" and kv_dtype == "auto"
+    steps = prompts_read(device, torch.float32 if is_exact else torch.bfloat16, kv_dtype)
     buffers = steps.cache.buffers(MOST + 3, MAX_LEN, HEADS * GROUP)
     for number in range(40):
         if number == 30:
@@ -92,9 +93,10 @@ def test_prompt_tokens_in_replayed_decode_steps_are_observed(name: str, has_plac
 
 
 @pytest.mark.gpu
-def test_decode_steps_replayed_from_a_graph_equal_the_reference():
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+def test_decode_steps_replayed_from_a_graph_equal_the_reference(kv_dtype: str):
     device = torch.device("cuda")
-    steps = prompts_read(device, torch.bfloat16)
+    steps = prompts_read(device, torch.bfloat16, kv_dtype)
     buffers = steps.cache.buffers(MOST + 3, MAX_LEN, HEADS * GROUP)
     counts = [1] * len(steps.requests)
     # Recorded on padding alone, as vLLM does before there are requests.

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from adakv.cache import KVCache
 from adakv.policy import Policy, get
 from adakv.step import Attention
 from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
+from adakv.vllm.pages import Pages, entry_bytes, num_scales
 from adakv.vllm.plan import Order
+from adakv.vllm.prompt_attention import FlashAttention
 from engine_steps import (
     BLOCK,
     BUDGET,
@@ -92,6 +95,53 @@ def test_engine_cache_compresses_requests_that_have_written(
     steps = Steps(chosen, device, torch.float32, has_places=has_places)
     run_random_steps(steps, 45, waits=True)
     assert len(steps.told.entries) > 2 and steps.told.num_late > 2
+
+
+@pytest.mark.parametrize(("kv_dtype", "dtype"), [("int8", torch.float16), ("fp8", torch.bfloat16)])
+@pytest.mark.parametrize("name", ["ada_snapkv", "critical_ada_snapkv", "h2o", "model_column_max"])
+@pytest.mark.parametrize("flash", [None, FLASH])
+def test_engine_cache_attends_to_codes(
+    device: torch.device,
+    name: str,
+    kv_dtype: str,
+    dtype: torch.dtype,
+    flash: FlashAttention | None,
+):
+    """From the first token on: the text doesn't depend on how a prompt is cut into chunks."""
+    chosen = Settings(name, BUDGET, "exact").policy_for(BLOCK)
+    steps = Steps(chosen, device, dtype, flash=flash, kv_dtype=kv_dtype)
+    run_random_steps(steps, 24)
+    assert len(steps.told.planned) > 4 and len(steps.told.entries) > 2
+
+
+@pytest.mark.parametrize("name", ["ada_snapkv", "model_column_max"])
+def test_engine_cache_moves_codes_behind_what_is_kept(device: torch.device, name: str):
+    """What requests wrote before they were compressed, bit for bit."""
+    chosen = Settings(name, BUDGET).policy_for(BLOCK)
+    steps = Steps(chosen, device, torch.float16, kv_dtype="int8")
+    run_random_steps(steps, 45, waits=True)
+    assert len(steps.told.entries) > 2 and steps.told.num_late > 2
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_pages_of_codes_are_those_of_a_cache(kv_dtype: str, dim: int):
+    """In bytes, and where they lie in them; but for positions, which an engine doesn't keep."""
+    sizes = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 1, "max_row_pages": 1}
+    cache = KVCache(
+        num_pages=5, head_dim=dim, page_size=32, dtype=torch.float16, kv_dtype=kv_dtype, **sizes
+    )
+    size = entry_bytes(kv_dtype, dim, torch.float16)
+    assert cache.page_bytes == 32 * (size + 4)
+    memory = torch.zeros(5, 32, size, dtype=torch.uint8)
+    pages = Pages.within(memory, kv_dtype, head_dim=dim, dtype=torch.float16)
+    (layer,) = cache.layers
+    held = layer.pages, layer.key_scales, layer.value_scales
+    assert [(x.shape, x.dtype) for x in pages] == [(x.shape, x.dtype) for x in held]
+    assert pages.key_scales.shape[2] == num_scales(kv_dtype, dim)
+    ends = [x.data_ptr() - memory.data_ptr() for x in pages]
+    assert ends == [x.data_ptr() - layer.pages.data_ptr() for x in held]
+    assert pages.page_size == 32 and pages.dtype is torch.float16
 
 
 def test_engine_cache_waits_for_the_step_that_an_order_names(device: torch.device):
@@ -245,9 +295,10 @@ def test_engine_cache_copies_no_prompts_of_layers_that_wait(device: torch.device
 def test_engine_cache_wants_one_memory_for_layers_that_keep_unequally_much():
     chosen, pages = get("layer_defensive"), torch.zeros(2, 6, 2, BLOCK, DIM)
     shared = {"num_kv_heads": HEADS, "attentions": [Attention(scale=SCALE)] * LAYERS}
-    EngineCache(chosen, BUDGET, list(pages), **shared)
-    EngineCache(chosen, BUDGET, [pages[1], pages[0]], **shared)
+    EngineCache(chosen, BUDGET, [Pages(pages[0]), Pages(pages[1])], **shared)
+    EngineCache(chosen, BUDGET, [Pages(pages[1]), Pages(pages[0])], **shared)
     for apart in ([pages[0], pages[1].clone()], [pages[0], pages[:, :3].flatten(0, 1)[:, :1]]):
+        apart = [Pages(x) for x in apart]
         EngineCache(get("ada_snapkv"), BUDGET, apart, **shared)
         with pytest.raises(ValueError, match="the caches of all layers in one memory"):
             EngineCache(chosen, BUDGET, apart, **shared)
@@ -326,11 +377,11 @@ def test_engine_cache_changes_nothing_when_the_scheduler_planned_otherwise(devic
     steps.add(150)
     run_step(steps, [150])
     steps.told.refuses = True
-    before = [pages.clone() for pages in steps.cache.pages]
+    before = [pages.entries.clone() for pages in steps.cache.pages]
     with pytest.raises(RuntimeError, match="planned otherwise"):
         steps.cache.begin_step(batch_of(steps.describe([1])))
     for pages, was in zip(steps.cache.pages, before, strict=True):
-        assert torch.equal(pages.nan_to_num(), was.nan_to_num())
+        assert torch.equal(pages.entries.nan_to_num(), was.nan_to_num())
 
 
 def test_engine_cache_compresses_nothing_that_only_warms_the_engine_up(device: torch.device):

@@ -63,6 +63,31 @@ def test_prompts_beside_decodes_are_read_in_one_call():
     assert len(calls) == before and len(steps.told.planned) == 5
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_codes_of_prompts_are_read_from_copies(kv_dtype: str):
+    """One page behind the other, as many as the requests' tokens take."""
+    calls: list[dict[str, Any]] = []
+
+    def watched(*tensors: torch.Tensor, **options: Any) -> Any:
+        calls.append(options | {"k": tensors[1]})
+        return read(*tensors, **options)
+
+    flash = replace(FLASH, read=watched)
+    steps = Steps(policy(), CPU, torch.bfloat16, flash=flash, kv_dtype=kv_dtype)
+    for prompt in (150, 200, 90):
+        steps.add(prompt)
+    run_step(steps, [150, 70, 1])
+    run_step(steps, [1, 80, 50])
+    assert len(calls) == 2 * LAYERS
+    assert [len(call["k"]) for call in calls[::LAYERS]] == [10 + 5 + 1, 10 + 4]
+    tables = [call["block_table"].tolist() for call in calls[::LAYERS]]
+    assert tables[0] == [list(range(10)), [*range(10, 16), *[15] * 4], [15] * 10]
+    assert tables[1][0] == list(range(10)) and tables[1][1][:4] == [10, 11, 12, 13]
+    run_step(steps, [1, 50, 39])
+    run_step(steps, [1, 1, 1])
+    assert len(steps.told.planned) == 3
+
+
 @pytest.mark.parametrize("name", ["h2o", "ada_column_max"])
 def test_folding_policies_get_the_log_sum_exp(name: str):
     """Also of parts before a prompt was long enough to be looked at."""

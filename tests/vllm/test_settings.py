@@ -66,7 +66,7 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, when, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, got 'ada_snapkv'"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
@@ -76,6 +76,7 @@ def test_settings_are_none_without_an_entry():
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
+        ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),
     ],
 )

@@ -43,6 +43,12 @@ ABOUT = {
     "h2o": ("what all queries together look at", QUERIES),
     "r_kv": ("what the last 8 look at, once", "8 queries, keys"),
     "vase": ("values that stand out, a sample", VALUES),
+    "ahakv": ("looked at, by a wider softmax", NORMS),
+    "corm": ("important lately: up to the budget", "64 queries"),
+    "prefixkv": ("as h2o: one share for each layer", QUERIES),
+    "prefixkv_heads": ("the same, a share for each head", QUERIES),
+    "prefixkv_text": ("the first and the newest tokens", FREE),
+    "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),
 }

@@ -58,8 +58,8 @@ class Cache(OneWayCache):
     model : PreTrainedModel
         A decoder in eval mode, to be run under :func:`attach` and without gradients.
     policy : str or :class:`adakv.Policy`
-        One of :func:`adakv.policies`, or your own. The default is the best all-rounder of those that
-        read a prompt once; docs/quality.md has what it costs.
+        One of :func:`adakv.policies`, or your own. The default is the best all-rounder of
+        those that read a prompt once; docs/quality.md has what it costs.
     budget : int, optional
         Mean entries to keep per kv head, the policy's window included.
     ratio : float in (0, 1], optional
@@ -146,7 +146,8 @@ class Cache(OneWayCache):
         self._chunk_budget = chunk_budget
         needs = chosen.needs
         self._is_chunked = chunked_prefill
-        self.waits = chunked_prefill or "repeat" in needs  # for more of the prompt
+        repeats = "repeat" in needs and chunk_budget is None
+        self.waits = chunked_prefill or repeats  # for more of the prompt
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
@@ -166,7 +167,9 @@ class Cache(OneWayCache):
 
     def _begin(self) -> None:
         """Holds nothing."""
-        self.eviction = Eviction(self.budget, self._chunk_budget, self._rule)
+        self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
+        ask = self._repetition.read_behind
+        self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
         first_budget = self.eviction.first_budget
         self.reading = Reader(first_budget, len(self._full), protection=self.protection)
         self.step: PlannedStep | None = None  # that is running
@@ -174,7 +177,6 @@ class Cache(OneWayCache):
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
-        self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
@@ -275,7 +277,8 @@ class Cache(OneWayCache):
 
     def repeat_after_prompt(self, input_ids: Tensor) -> None:
         """:meth:`repeat`, by itself, when the first token after the next prompt comes: for
-        transformers' ``generate``, which reads a prompt and goes on."""
+        transformers' ``generate``, which reads a prompt and goes on. With a ``chunk_budget`` the
+        tokens are an instruction, such as the question, that is read behind every chunk."""
         self._repetition.wait_for(input_ids)
 
     def reset(self) -> None:
@@ -297,9 +300,9 @@ class Cache(OneWayCache):
         self.reset()
         self._kv, self._first = kv, slot
 
-    def decoded_pages(self, num_tokens: int = 0) -> tuple[KVCache, list[int]]:
-        """The pages, with room for so many tokens, and the tokens that each sequence has seen: for
-        a :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
+    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+        """The pages, and the tokens that each sequence has seen: for a
+        :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self.check_recordable(
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
@@ -308,10 +311,6 @@ class Cache(OneWayCache):
             self._finish_all()
         assert self._kv is not None
         self._end_prompt()
-        if self.eviction.text is not None:
-            raise ValueError("decode_budget: texts are evicted from without custom_generate only")
-        if num_tokens:
-            self.make_room(num_tokens)
         return self._kv, self.seen
 
     def advance(self, num_tokens: int) -> None:
@@ -346,7 +345,7 @@ class Cache(OneWayCache):
         self._was_asked = False
         is_after_prompt = columns == 1 and had > 0 and not LAST_TOKEN_COMES_ALONE
         if is_after_prompt or not self._is_chunked:
-            self._repetition.read_waiting()
+            self._repetition.read_waiting(batch)
         if self.reading is None:
             self.make_room(columns)
             if not self.eviction.reads_chunks:
@@ -426,7 +425,8 @@ class Cache(OneWayCache):
         """Makes room for a step in all layers and plans it, before the first one attends."""
         assert self._kv is not None
         before = self._full[0].num_seen
-        num_new = self.padding.count(mask, self._seen, before, columns, prompt=False)
+        is_chunk = self.eviction.reads_chunks
+        num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
         watcher = self.eviction.watcher
         self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)

@@ -117,7 +117,8 @@ def cuda_graph_sample(
     Greedy and sampled generation as transformers' own loop does it, with its logits processors and
     stopping criteria. The step over one token of each sequence is recorded in a CUDA graph once a
     call and then replayed, which takes the host microseconds instead of milliseconds; on the CPU it
-    runs as it is. (transformers gives no streamer to loops other than its own.)
+    runs as it is. With a ``decode_budget`` entries are chosen between replays. (transformers gives
+    no streamer to loops other than its own.)
 
     The cache given must be a :class:`adakv.Cache` of a model without sliding windows.
 
@@ -140,15 +141,14 @@ def cuda_graph_sample(
     long_rope.check_growth(cache.rope_limit, length, length + most - 1, what=what)
     logits = _read(model, input_ids, cache, model_kwargs.get("attention_mask"))
     chooser = _Logits()
-    # What a graph reads must stay where it is: room is made for many steps at once.
-    room = max(min(most, FIRST_TOKENS), 1)
-    pages, seen = cache.decoded_pages(room)
-    decoder = Decoder(unwrapped(model), pages, chooser)
-    decoder.take_over(seen)
+    pages, seen = cache.decoded_pages()
+    text, rule = cache.eviction.text, cache.eviction.decode
+    decoder = Decoder(unwrapped(model), pages, chooser, rule)
+    decoder.take_over(seen, text)
     steps = Steps(decoder)
     pad = generation_config._pad_token_tensor
     unfinished = torch.ones_like(input_ids[:, :1])
-    num_steps = 0
+    num_steps = room = 0
     try:
         while True:
             scores = logits_processor(input_ids, logits.float())
@@ -164,14 +164,17 @@ def cuda_graph_sample(
                 break
             decoder.slots.tokens.copy_(tokens)
             decoder.slots.written.zero_()  # the step leaves nothing to its own chance
-            if num_steps == room:
-                room += min(most - room, FIRST_TOKENS)
+            if num_steps == room:  # made for many steps, as what a graph reads must stay in place
+                ahead = FIRST_TOKENS if text is None else text.num_until_full
+                room += max(min(most - room, ahead), 1)
                 cache.make_room(room - num_steps)
             decoder.grow()
             steps.run(len(tokens))
             num_steps += 1
+            decoder.end_step()
             logits = chooser.kept
     finally:
+        decoder.hand_back()
         cache.advance(num_steps)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache})

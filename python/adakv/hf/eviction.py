@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adakv.cache import KVCache
-from adakv.policy import Budget, Protection
-from adakv.reselection import Recent, Reselection, Rule
+from adakv.policy import Budget, Protection, get
+from adakv.reselection import Ask, Recent, Reselection, Rule
 from adakv.step import Attention
 
 _ANY = 2**31 - 1  # tokens: how long a prompt in chunks will be is not known
@@ -25,9 +25,13 @@ class Eviction:
         prompts are chosen from when all of them is there.
     decode : :class:`adakv.reselection.Rule`, optional
         For the texts behind them.
+    ask : callable
+        Has an instruction read behind a chunk, for policies that need it.
     """
 
-    def __init__(self, budget: Budget, chunk_budget: int | None, decode: Rule | None) -> None:
+    def __init__(
+        self, budget: Budget, chunk_budget: int | None, decode: Rule | None, ask: Ask
+    ) -> None:
         self.decode = decode
         self.text: Reselection | None = None
         """What is chosen from now."""
@@ -36,6 +40,7 @@ class Eviction:
         self.budget = budget
         """That of the prompts; one in bytes is replaced when their lengths are known."""
         self._chunks: Rule | None = None
+        self._ask = ask if "repeat" in budget.policy.needs else None
         if chunk_budget is not None:
             name = "chunk_budget"
             self._chunks = Rule(budget.policy, chunk_budget, 1, pins_prompt=False, name=name)
@@ -45,7 +50,9 @@ class Eviction:
         """The budget of what comes first: the prompts, or their first chunks."""
         if self._chunks is None:
             return self.budget
-        return Budget(self.budget.policy, self._chunks.budget)
+        # An instruction can't be read before all layers have the first chunk.
+        policy = self.budget.policy if self._ask is None else get("full")
+        return Budget(policy, self._chunks.budget)
 
     @property
     def watcher(self) -> Recent | None:
@@ -68,6 +75,7 @@ class Eviction:
                 attention,
                 written=lengths,
                 protected=protection.spans([_ANY] * len(lengths)),
+                ask=self._ask,
             )
         else:
             self._begin_text(lengths)

@@ -137,6 +137,15 @@ class FullAttentionLayer(AttendingLayer):
     def get_seq_length(self) -> int:
         return self.num_seen
 
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """A chunk that is evicted from has a mask of its own columns: one of all tokens seen would
+        take more memory than the cache."""
+        length, offset = super().get_mask_sizes(queries)
+        columns = length - self.num_seen
+        if self._cache.eviction.reads_chunks and columns > 1:
+            return columns, self.num_seen
+        return length, offset
+
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""
         self.num_seen = 0

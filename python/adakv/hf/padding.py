@@ -86,6 +86,29 @@ class Padding:
         self._shown = shown.clone()
         return [int(n) for n in num_new]
 
+    def count_step(
+        self,
+        mask: Tensor | None,
+        seen: Sequence[int],
+        before: int,
+        columns: int,
+        *,
+        is_chunk: bool,
+    ) -> list[int]:
+        """:meth:`count` of a step. For a chunk a mask ``[B, 1, columns, columns]`` will do, which
+        shows all tokens seen."""
+        if not is_chunk or mask is None or mask.dim() != 4 or mask.shape[-1] != columns:
+            return self.count(mask, seen, before, columns, prompt=False)
+        newest = Padding()
+        num_new = newest.count(mask, [0] * len(seen), 0, columns, prompt=False)
+        assert newest._shown is not None
+        shown = newest._shown.new_ones(len(seen), before)
+        if self._shown is not None:
+            earlier = self._shown[:, :before]
+            shown[:, : earlier.shape[1]] = earlier
+        self.order, self._shown = newest.order, torch.cat([shown, newest._shown], 1)
+        return num_new
+
 
 _PROMPTS = "several texts in one sequence, biases and masks that differ between heads"
 _STEPS = "trees, blocks that look ahead, biases and masks that differ between heads"

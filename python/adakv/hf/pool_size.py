@@ -107,8 +107,8 @@ def row_pages_for(
     prompt_len: int, new: int, shape: Shape, page_size: int, rule: Rule | None = None
 ) -> int:
     """Most pages of a row of a prompt and of ``new`` tokens behind it."""
-    if rule is not None:  # all that stays of a layer's text may lie in one row
-        new = min(new, shape.num_kv_heads * rule.budget + rule.every)
+    if rule is not None:
+        new = min(new, rule.most_in_row(shape))
     return (prompt_len + new) // page_size + 2
 
 
@@ -147,9 +147,10 @@ class Need:
         if rule is None or new - 1 < rule.most:
             return cls(pages_for(0, new - 1), -(-(row + new) // page_size))
         most = max(pages_for(0, rule.most), pages_for(rule.budget, rule.every))
-        # All that stays of a layer's text may lie in one row.
-        row += min(new, heads * rule.budget + rule.every)
-        return cls(most, -(-row // page_size), pages_for(rule.budget, 0))
+        row += min(new, rule.most_in_row(shape))
+        # A model-wide policy may begin a page more in each layer.
+        more = shape.num_layers if rule.policy.is_model_wide else 0
+        return cls(most + more, -(-row // page_size), pages_for(rule.budget, 0) + more)
 
 
 def first_tokens(model: PreTrainedModel, prompt_len: int, new: int, *, is_limited: bool) -> int:

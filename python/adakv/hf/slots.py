@@ -25,7 +25,7 @@ from adakv.cache import KVCache, sequences
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
-from adakv.reselection import Reselection, Rule
+from adakv.reselection import RecentQueries, Reselection, Rule
 from adakv.step import PlannedStep
 
 _UNIFORMS = 256  # numbers of a sequence that are drawn at a time
@@ -100,9 +100,7 @@ class Decoder:
         is what comes behind the prompt, if there is a rule for it.
         """
         if text is not None:
-            assert self._queries is not None
-            text.recent = QueriesOfSlot(self._queries, slot, self.slots.positions[slot])
-            self._texts[slot] = text
+            self._listen(text, slice(slot, slot + 1))
         mine = Slots(*(tensor[slot] for tensor in self.slots))
         if generator is not None:
             self._generators[slot] = generator
@@ -114,11 +112,32 @@ class Decoder:
         self._num_new[slot] = 1
         self._num_used[slot] = 1
 
-    def take_over(self, seen: Sequence[int]) -> None:
-        """All slots hold sequences, of so many tokens; their newest ones are still to be given."""
+    def take_over(self, seen: Sequence[int], text: Reselection | None = None) -> None:
+        """All slots hold sequences, of so many tokens; their newest ones are still to be given.
+
+        They may have a text in common, until :meth:`hand_back`.
+        """
         self.slots.positions[:, 0] = torch.tensor(seen)
         self.slots.num_new.fill_(1)
         self._num_new = [1] * len(seen)
+        if text is not None:
+            assert isinstance(text.recent, RecentQueries) and self._queries is not None
+            self._queries.fill(text.recent.all_layers(), self.slots.positions)
+            self._listen(text, slice(0, len(seen)))
+
+    def hand_back(self) -> None:
+        """Gives the text of :meth:`take_over`, if there is one, its newest queries."""
+        for text in self._texts.values():
+            assert self._queries is not None
+            count, recent = self._queries.window, text.recent
+            layers = [recent.last(layer, count) for layer in range(self.kv.num_layers)]
+            text.recent = RecentQueries(count, len(layers), layers)
+
+    def _listen(self, text: Reselection, slots: slice) -> None:
+        """A text is chosen from by the queries of some slots."""
+        assert self._queries is not None
+        text.recent = QueriesOfSlots(self._queries, slots, self.slots.positions[slots])
+        self._texts[slots.start] = text
 
     def end(self, slot: int) -> None:
         """Gives the slot's pages back."""
@@ -150,19 +169,21 @@ class Decoder:
                 self._num_used[slot] = 0
             self._num_used[slot] += 1
         for text in self._texts.values():
-            text.begin_step([1], 1)
+            text.begin_step([1] * text.num_sequences, 1)
 
-    def end_step(self) -> None:
-        """Chooses from the texts for which it is time.
+    def end_step(self) -> bool:
+        """Chooses from the texts for which it is time, and says whether there is one.
 
         Raises
         ------
         adakv.Error
             If there is no memory for what stays. Nothing changes in that slot.
         """
-        for slot, text in self._texts.items():
-            if text.is_due:
-                text.choose(self.kv, slice(slot, slot + 1))
+        due = [slot for slot, text in self._texts.items() if text.is_due]
+        for slot in due:
+            text = self._texts[slot]
+            text.choose(self.kv, slice(slot, slot + text.num_sequences))
+        return bool(due)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -193,6 +214,21 @@ class SlotQueries:
         self.window = window
         self.rings = torch.zeros(shape, dtype=kv.dtype, device=kv.device).unbind()
 
+    def fill(self, layers: Sequence[Tensor | None], positions: Tensor) -> None:
+        """Takes the last W of each layer ``[B, Hq, W, D]``, which stand before ``positions``
+        ``[B, 1]``."""
+        places = _places(positions, self.window, self.window)
+        for ring, newest in zip(self.rings, layers, strict=True):
+            if newest is not None:
+                ring.scatter_(2, places.expand_as(newest), newest)
+
+
+def _places(positions: Tensor, count: int, window: int) -> Tensor:
+    """``[B, 1, count, 1]``: numbers in a ring of those that stand before ``positions`` ``[B, 1]``,
+    the oldest first."""
+    behind = torch.arange(-count, 0, device=positions.device)
+    return ((positions + behind) % window)[:, None, :, None]
+
 
 class StepQueries(NamedTuple):
     """Where the first slots' queries of a step go, which stand at ``positions`` ``[B, 1]``."""
@@ -206,12 +242,13 @@ class StepQueries(NamedTuple):
         self.queries.rings[layer][: len(queries)].scatter_(2, place, queries)
 
 
-class QueriesOfSlot(NamedTuple):
-    """The newest queries of a slot's text, whose next token will stand at ``position`` ``[1]``."""
+class QueriesOfSlots(NamedTuple):
+    """The newest queries of some slots' text, whose next tokens will stand at ``positions``
+    ``[B, 1]``."""
 
     queries: SlotQueries
-    slot: int
-    position: Tensor
+    slots: slice
+    positions: Tensor
 
     def advance(self, num_new: Sequence[int], columns: int) -> None:
         """Positions tell where queries go."""
@@ -221,10 +258,10 @@ class QueriesOfSlot(NamedTuple):
         raise NotImplementedError
 
     def last(self, layer: int, count: int) -> Tensor:
-        """The last ``count <= W``, ``[1, Hq, count, D]``, the oldest first."""
-        behind = torch.arange(-count, 0, device=self.position.device)
-        ring = self.queries.rings[layer][self.slot : self.slot + 1]
-        return ring.index_select(2, (self.position + behind) % self.queries.window)
+        """The last ``count <= W``, ``[B, Hq, count, D]``, the oldest first."""
+        ring = self.queries.rings[layer][self.slots]
+        places = _places(self.positions, count, self.queries.window)
+        return ring.gather(2, places.expand(*ring.shape[:2], count, ring.shape[3]))
 
 
 class Step:

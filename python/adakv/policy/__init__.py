@@ -3,7 +3,16 @@
 A policy is a scorer, an allocator and a selector; :func:`get` knows those that have a name.
 """
 
-from adakv.policy.allocators import Adaptive, Everything, Flat, ModelWide, Profile, Pyramid, Uniform
+from adakv.policy.allocators import (
+    Adaptive,
+    Capped,
+    Everything,
+    Flat,
+    ModelWide,
+    Profile,
+    Pyramid,
+    Uniform,
+)
 from adakv.policy.base import (
     Allocator,
     EveryTokens,
@@ -18,6 +27,7 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
 from adakv.policy.press import PressScorer
@@ -38,18 +48,28 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import (
+    RKV,
+    AhaKV,
+    Earliest,
+    LastImportant,
+    SampledRest,
+    ValueRange,
+)
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
     "DEFAULT",
     "RKV",
     "Adaptive",
+    "AhaKV",
     "Allocator",
     "Budget",
     "ByteBudget",
+    "Capped",
     "ColumnMax",
     "Defensive",
+    "Earliest",
     "EveryTokens",
     "Everything",
     "ExpectedAttention",
@@ -58,10 +78,12 @@ __all__ = [
     "Kept",
     "KeyDiff",
     "KeyNorm",
+    "LastImportant",
     "LastQuery",
     "LayerBudget",
     "LayerInputs",
     "LayerSchedule",
+    "MassShare",
     "ModelWide",
     "MoreTokens",
     "Need",

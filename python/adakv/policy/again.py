@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,13 +20,9 @@ def carries(policy: Policy) -> bool:
 
 def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
     """Raises ``ValueError`` if a policy can't choose again, as ``name`` wants it to."""
-    if policy.is_model_wide:
-        raise ValueError(
-            f"{name}: {type(policy.allocator).__name__} shares a budget out among all layers, "
-            "which is done once, for a whole prompt; take a policy that does so in each layer, "
-            "such as 'r_kv' or 'ada_snapkv'"
-        )
-    there = {"w_o", "all_queries"} if carries(policy) else {"w_o"}
+    there = {"w_o", "budget", *(("all_queries",) if carries(policy) else ())}
+    if name == "chunk_budget":  # an instruction is read behind every chunk
+        there.add("repeat")
     if missing := policy.needs - there:
         raise ValueError(
             f"{name}: {type(policy.scorer).__name__} needs {', '.join(sorted(missing))}, which "
@@ -32,54 +31,68 @@ def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
         )
 
 
-def choose_again(
-    policy: Policy,
-    inputs: LayerInputs,
-    scores: Tensor,
-    budgets: tuple[int, ...],
-    *,
-    pinned: Tensor | None = None,
-    protected: Tensor | None = None,
-    total: int,
-) -> Kept:
-    """Which entries of a layer stay, of those that its rows hold.
+class Competing(NamedTuple):
+    """What the rows of a layer hold, ready to be chosen from.
 
-    Shares a budget out and picks as :meth:`Policy.choose` does with a prompt. Rows differ in
-    length, so the window, which is each row's last entries, takes part with a score of ``+inf``,
-    and so does what is protected. What is pinned stays, too, and costs no budget.
-
-    Parameters
-    ----------
-    policy : :class:`Policy`
-        One that passes :func:`check_chooses_again`.
-    inputs : :class:`LayerInputs`
-        What rows hold, with ``positions`` and ``seq_lens`` ``[B, Hkv]``.
-    scores : ``[B, Hkv, T]`` float32
-        Those of the policy's scorer.
-    budgets : ints ``[B]``
-        Mean entries per kv head, window included, beside what is pinned; T for all of them.
-    pinned, protected : ``[B, Hkv, T]`` bool, optional
-        The budget must have room for what is protected. Behind a row's end they are not read.
-    total : int
-        Most entries that stay, of all sequences and kv heads together.
-
-    Returns
-    -------
-    kept : :class:`adakv.ops.Kept`
-        Places in the rows in the place of positions.
+    Rows differ in length, so the window, which is each row's last entries, takes part with a score
+    of ``+inf``, and so does what is protected. What is pinned stays, too, and costs no budget.
     """
-    held = inputs.candidates(0)
-    stays = held & ~inputs.candidates(policy.window)
-    if protected is not None:
-        stays |= protected & held
-    scores = scores.masked_fill(stays, torch.inf).masked_fill(~held, -torch.inf)
-    if pinned is None:
-        shares = policy.allocator.allocate(scores, inputs, budgets, window=0)
-    else:
+
+    scores: Tensor  # [B, Hkv, T]: +inf for what stays, -inf for what isn't there
+    rivals: Tensor  # the same, -inf for what is pinned
+    pinned: Tensor  # [B or 1, Hkv or 1] int32: how many are
+    ends: Tensor  # [B, Hkv] int32: how many there are
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        inputs: LayerInputs,
+        scores: Tensor,
+        *,
+        pinned: Tensor | None = None,
+        protected: Tensor | None = None,
+    ) -> Competing:
+        """From the scores of the policy's scorer, ``[B, Hkv, T]`` float32.
+
+        ``inputs`` are what rows hold, with ``positions`` and ``seq_lens`` ``[B, Hkv]``; ``pinned``
+        and ``protected`` are ``[B, Hkv, T]`` bool, not read behind a row's end. The budget must
+        have room for what is protected.
+        """
+        held = inputs.candidates(0)
+        stays = held & ~inputs.candidates(policy.window)
+        if protected is not None:
+            stays |= protected & held
+        scores = scores.masked_fill(stays, torch.inf).masked_fill(~held, -torch.inf)
+        ends = inputs.ends
+        if pinned is None:
+            return cls(scores, scores, ends.new_zeros(1, 1), ends)
         pinned = pinned & held
-        competing = scores.masked_fill(pinned, -torch.inf)
-        shares = policy.allocator.allocate(competing, inputs, budgets, window=0)
-        shares = shares + pinned.sum(-1, dtype=torch.int32)
+        rivals = scores.masked_fill(pinned, -torch.inf)
         scores = scores.masked_fill(pinned, torch.inf)
-    shares = shares.minimum(inputs.ends)
-    return policy.selector.select(scores, shares, inputs, window=0, total=total)
+        return cls(scores, rivals, pinned.sum(-1, dtype=torch.int32), ends)
+
+    def shares(self, policy: Policy, inputs: LayerInputs, budgets: tuple[int, ...]) -> Tensor:
+        """``[B, Hkv]`` int32: entries that stay, of mean ``budgets`` per kv head, window included,
+        beside what is pinned; T for all of them."""
+        shares = policy.allocator.allocate(self.rivals, inputs, budgets, window=0)
+        return (shares + self.pinned).minimum(self.ends)
+
+    def pick(self, policy: Policy, inputs: LayerInputs, shares: Tensor, total: int) -> Kept:
+        """Which entries stay, places in the rows in the place of positions; at most ``total`` of
+        all sequences and kv heads together."""
+        return policy.selector.select(self.scores, shares, inputs, window=0, total=total)
+
+
+def shares_of_all(
+    policy: Policy, layers: Sequence[Competing], budgets: tuple[int, ...]
+) -> list[Tensor]:
+    """:meth:`Competing.shares` of all layers, between which a model-wide policy shares out."""
+    joined = [torch.cat(x, 1) for x in zip(*((x.rivals, x.ends) for x in layers), strict=True)]
+    batch, _, length = joined[0].shape
+    hollow = joined[0].new_empty(*joined[0].shape, 0)
+    inputs = LayerInputs(
+        hollow, hollow, hollow, None, (length,) * batch, 0, len(layers), seq_lens=joined[1]
+    )
+    shares = policy.allocator.allocate(joined[0], inputs, budgets, window=0).chunk(len(layers), 1)
+    return [(of + x.pinned).minimum(x.ends) for of, x in zip(shares, layers, strict=True)]

@@ -187,6 +187,32 @@ class Adaptive:
 
 
 @dataclass(frozen=True)
+class Capped:
+    """As many entries as have a score: what is ``-inf`` leaves, however much room there is.
+
+    The budget is what a layer holds at most: where more entries have a score, the best of all its
+    kv heads stay (:class:`Adaptive`). ``floor`` of it is then given evenly.
+    """
+
+    floor: float = 0.0
+    layers: ClassVar[LayerSchedule] = Flat()
+    is_model_wide: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("floor", self.floor, 0, 1)
+
+    def allocate(
+        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
+    ) -> Tensor:
+        shares = Adaptive(floor=self.floor).allocate(scores, inputs, budgets, window=window)
+        return shares.minimum(_num_scored(scores, inputs, window))
+
+    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
+        return num_kv_heads * min(budget, prompt_len)
+
+
+@dataclass(frozen=True)
 class Profile:
     """Budgets in fixed proportions, measured beforehand, as HeadKV's (arXiv 2410.19258).
 
@@ -307,8 +333,7 @@ class ModelWide:
         shares = self._of_one_layer.allocate(scores, inputs, budgets, window=window)
         if self.reserve is None:
             return shares
-        held = inputs.candidates(0) & (~inputs.candidates(window) | (scores > -torch.inf))
-        return shares.minimum(held.sum(-1, dtype=torch.int32))
+        return shares.minimum(_num_scored(scores, inputs, window))
 
     @functools.cached_property
     def _of_one_layer(self) -> Adaptive:
@@ -317,6 +342,12 @@ class ModelWide:
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)
+
+
+def _num_scored(scores: Tensor, inputs: LayerInputs, window: int) -> Tensor:
+    """``[B, Hkv]`` int32: entries of the window, and those whose score is not ``-inf``."""
+    held = inputs.candidates(0) & (~inputs.candidates(window) | (scores > -torch.inf))
+    return held.sum(-1, dtype=torch.int32)
 
 
 def _for_sequences(run: Callable[[slice, int], Tensor], budgets: tuple[int, ...]) -> Tensor:

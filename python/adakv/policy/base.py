@@ -15,7 +15,7 @@ from integers that the host knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -45,8 +45,8 @@ __all__ = [
 #: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
-#: a repetition. An allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat"]
+#: a repetition; "budget": how many entries stay. An allocator that is model-wide needs nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:
@@ -309,6 +309,12 @@ class Policy:
         given = [None] * len(layers) if scores is None else scores
         return [self.choose(x, budget, scores=s) for x, s in zip(layers, given, strict=True)]
 
+    def score(self, inputs: LayerInputs, budgets: Sequence[LayerBudget]) -> Tensor:
+        """The scorer's scores ``[B, Hkv, T]`` of a layer with such budgets, one a sequence."""
+        if "budget" in self.needs:
+            inputs = replace(inputs, budgets=tuple(x.mean for x in budgets))
+        return self.scorer.score(inputs)
+
     @property
     def reserves(self) -> bool:
         """Whether layers drop a part of their prompts before the last one is there."""
@@ -340,7 +346,9 @@ class Policy:
             return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
         heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
         means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
-        scores = inputs.pin_protected(self.scorer.score(inputs) if scores is None else scores)
+        scores = self.score(inputs, budgets) if scores is None else scores
+        if inputs.protected is not None:
+            scores = inputs.pin_protected(scores)
         shares = self.allocator.allocate(scores, inputs, means, window=window)
         total = sum(
             self.allocator.total(mean, window=window, prompt_len=n, num_kv_heads=heads)
@@ -365,8 +373,9 @@ class Policy:
         budgets = budget if isinstance(budget, Sequence) else self.layer_budgets(first, budget)
         if all(x.keeps_everything for x in budgets):
             return [_keep_everything(x) for x in layers]
-        scores = scores or [self.scorer.score(x) for x in layers]
-        scores = [x.pin_protected(s) for s, x in zip(scores, layers, strict=True)]
+        scores = scores or [self.score(x, budgets) for x in layers]
+        if first.protected is not None:
+            scores = [x.pin_protected(s) for s, x in zip(scores, layers, strict=True)]
         joined = scores[0] if len(layers) == 1 else torch.cat(scores, dim=1)
         means = tuple(x.mean for x in budgets)
         shares = self.allocator.allocate(joined, first, means, window=self.window)

@@ -7,14 +7,28 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from adakv.policy import allocators, prompt_scorers, scorers, selectors, text_scorers
+from adakv.policy import (
+    allocators,
+    mass_share,
+    prompt_scorers,
+    scorers,
+    selectors,
+    text_scorers,
+)
 from adakv.policy.base import EveryTokens, Policy
 from adakv.policy.inputs import did_you_mean
 from adakv.policy.more_tokens import MoreTokens
 
 _PARTS = {
     name: part
-    for module in (allocators, prompt_scorers, scorers, selectors, text_scorers)
+    for module in (
+        allocators,
+        mass_share,
+        prompt_scorers,
+        scorers,
+        selectors,
+        text_scorers,
+    )
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
 }

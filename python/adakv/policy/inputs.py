@@ -54,6 +54,9 @@ class LayerInputs:
     carried : ``[B, Hkv, T]`` float32, optional
         The scores that the entries had when the text was last chosen from, 0 of newer ones, for a
         scorer that ``carries``: the queries are all since then.
+    budgets : tuple of int
+        Mean entries per kv head that stay of each sequence in this layer, if "budget" is in
+        :attr:`Policy.needs`.
     """
 
     queries: Tensor
@@ -70,6 +73,7 @@ class LayerInputs:
     protected: Tensor | None = None
     positions: Tensor | None = None
     carried: Tensor | None = None
+    budgets: tuple[int, ...] = ()
     sequence_lens: Tensor | None = field(init=False, repr=False)
     """``seq_lens`` as verbs take them, ``[B]`` int32; None where kv heads differ in length: there
     scores of ``-inf`` say what isn't there."""
@@ -139,20 +143,22 @@ class LayerInputs:
             self._norms[norm] = norms
         return self._norms[norm]
 
-    def attended(self, count: int, **how: Any) -> Tensor:
+    def attended(self, count: int, *, gain: Tensor | None = None, **how: Any) -> Tensor:
         """``[B, Hkv, T]`` float32: :func:`adakv.ops.score` of the last ``count`` queries, over what
         each kv head holds.
 
-        ``how`` are its options. Raises ``ValueError`` unless the queries are so many.
+        ``how`` are its options; each sequence's queries are multiplied by ``gain`` ``[B or 1]``
+        before. Raises ``ValueError`` unless the queries are so many.
         """
         if self.queries.shape[2] != count:
             self.check_window(count)
+        queries = self.queries if gain is None else scaled(self.queries, gain)
         if self.seq_lens is self.sequence_lens:
             return ops.score(
-                self.queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
+                queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
             )
         heads, sinks = self.num_kv_heads, self.attention.sink_logits
-        queries = self.queries.view(len(self.queries), heads, -1, *self.queries.shape[2:])
+        queries = queries.view(len(queries), heads, -1, *queries.shape[2:])
         lens, logits = self.seq_lens, self.attention.logits
         assert lens is not None
         if sinks is None:  # a row is as good as a sequence
@@ -181,6 +187,33 @@ class LayerInputs:
                 f"got {self.queries.shape[2]}"
             )
 
+    def followed_by(
+        self, queries: Tensor, keys: Tensor, values: Tensor | None = None
+    ) -> LayerInputs:
+        """A copy with R more tokens right behind what each kv head holds, and their queries.
+
+        Queries are ``[B, Hq, R, D]``, keys and values ``[B, Hkv, R, D]``; without values the copy
+        has none either.
+        """
+        count = keys.shape[2]
+        places = self.ends[..., None] + torch.arange(count, device=self.device)
+        places = places[..., None].expand_as(keys)
+        joined = torch.cat([self.keys, keys], 2).scatter_(2, places, keys)
+        of_values = joined
+        if values is not None:
+            of_values = torch.cat([self.values, values], 2).scatter_(2, places, values)
+        return LayerInputs(
+            queries,
+            joined,
+            of_values,
+            None,
+            (joined.shape[2],) * len(keys),
+            self.layer,
+            self.num_layers,
+            seq_lens=(self.ends + count).expand(keys.shape[:2]).contiguous(),
+            attention=self.attention,
+        )
+
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
         return self._with(queries=self.queries[..., :0].clone(), lse=None)
@@ -202,6 +235,13 @@ class LayerInputs:
             return self.seq_lens.view(len(self.seq_lens), -1)
         return torch.full((1, 1), self.length, dtype=torch.int32, device=self.queries.device)
 
+    @property
+    def seen(self) -> Tensor:
+        """``[B or 1]``: tokens of each sequence, those that have left included."""
+        if self.positions is None:
+            return self.ends[:, 0]
+        return self.positions[:, 0].gather(1, self.ends[:, :1].long() - 1)[:, 0] + 1
+
     def candidates(self, window: int) -> Tensor:
         """``[B or 1, Hkv or 1, T]`` bool: the entries that compete, not those of window and
         padding."""
@@ -218,6 +258,11 @@ class LayerInputs:
         """A copy of ``scores`` with ``+inf`` in the window, where it competes and always wins."""
         in_window = self.candidates(0) & ~self.candidates(window)
         return scores.masked_fill(in_window, torch.inf)
+
+
+def scaled(queries: Tensor, gain: Tensor) -> Tensor:
+    """Queries ``[B, Hq, W, D]`` times the ``gain`` ``[B or 1]`` of their sequence."""
+    return (queries * gain.view(-1, 1, 1, 1)).to(queries.dtype)
 
 
 def check_settings(part: Any) -> None:

@@ -7,10 +7,11 @@ Zefan-Cai/KVCache-Factory), to reproduce its numbers; docs/policies.md says wher
 from __future__ import annotations
 
 from adakv.errors import short
-from adakv.policy.allocators import Adaptive, Everything, ModelWide, Pyramid, Uniform
+from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
 from adakv.policy.inputs import did_you_mean
+from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.prompt_scorers import (
     ColumnMax,
@@ -28,10 +29,19 @@ from adakv.policy.scorers import (
     WindowAttention,
 )
 from adakv.policy.selectors import TopScore, TwoStage
-from adakv.policy.text_scorers import RKV, SampledRest, ValueRange
+from adakv.policy.text_scorers import (
+    RKV,
+    AhaKV,
+    Earliest,
+    LastImportant,
+    SampledRest,
+    ValueRange,
+)
 
 _snapkv = WindowAttention()
 _wide_column_max = ColumnMax(weigh_by="all", window_weight=4)
+_citrus = RepeatAttention(window=32, pinned=0, reduce="mean", all_heads=True)
+_prefixkv = PromptAttention(window=1, pinned=4, all_heads=True)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
 _ffy0_pyramid = Pyramid(rounding="official")
@@ -70,6 +80,12 @@ _PRESETS: dict[str, Policy] = {
     "h2o":                         Policy(PromptAttention(), Uniform(), TopScore()),
     "r_kv":                        Policy(RKV(), Uniform(), TopScore()),
     "vase":                        Policy(ValueRange(), Uniform(), SampledRest()),
+    "ahakv":                       Policy(AhaKV(), Uniform(), TopScore()),
+    "corm":                        Policy(LastImportant(), Capped(), TopScore()),
+    "prefixkv":                    Policy(_prefixkv, MassShare(), TopScore()),
+    "prefixkv_heads":              Policy(PromptAttention(), MassShare(of_heads=True), TopScore()),
+    "prefixkv_text":               Policy(Earliest(), Uniform(), TopScore()),
+    "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),

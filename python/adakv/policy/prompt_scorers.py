@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class PromptAttention:
 
     ``reduce="sum"`` is H2O's accumulated attention, which favours early entries; ``"mean"`` divides
     it by the number of queries that could see the entry; ``"max"`` asks whether any of them ever
-    needed it. ``distance`` leaves out what every token gives to its neighbours.
+    needed it. ``distance`` leaves out what every token gives to its neighbours. ``all_heads`` gives
+    all kv heads of the layer their mean, so that whole tokens of a prompt go.
 
     While a text is written ``"sum"`` and ``"max"`` go on with what its queries attend to; entries
     of the prompt begin with 0.
@@ -55,6 +56,7 @@ class PromptAttention:
     distance: int = 0
     stride: int = 1
     pinned: int = 0
+    all_heads: bool = False
     needs: ClassVar[frozenset[Need]] = frozenset({"all_queries"})
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class PromptAttention:
                 self.reduce,
                 lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
             )
+        if self.all_heads:
+            scores = _of_all_heads(scores)
         return pin_first(scores, self.pinned)
 
     def _with_new(self, inputs: LayerInputs) -> Tensor:
@@ -145,6 +149,8 @@ class PromptAttention:
                 columns = heads.amax(2)
             else:
                 columns = heads.mean(2) if self.group_reduce == "mean" else heads.sum(2)
+        if self.all_heads:
+            columns = _of_all_heads(columns)
         return pin_first(columns, self.pinned)
 
     def _columns(
@@ -409,23 +415,40 @@ class RepeatAttention:
     in pieces of 2000 tokens and leaves the other pieces out of the softmax.)
 
     What the model needs in order to say its prompt again it may need for any question about it.
-    Costs a second prefill: :meth:`adakv.Cache.repeat`.
+    Costs a second prefill: :meth:`adakv.Cache.repeat`. If an instruction is read in the place of
+    the repetition, and its ``reduce`` is ``"mean"``, what the instruction looks at stays (CItruS,
+    arXiv 2406.12018). ``all_heads`` gives all kv heads of the layer the mean of their scores.
     """
 
     window: int = 1
     pinned: int = 4
+    reduce: ops.Reduce = "max"
+    all_heads: bool = False
     needs: ClassVar[frozenset[Need]] = frozenset({"repeat"})
 
     def __post_init__(self) -> None:
         check_scorer(self)
+        check_choice("reduce", self.reduce, get_args(ops.Reduce))
 
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.repeat is None:
             raise ValueError("repeat must be given: call Cache.repeat after the prompt")
+        if inputs.positions is not None:
+            joined = inputs.followed_by(*inputs.repeat)
+            attended = joined.attended(joined.queries.shape[2], **self._how)
+            return self._pinned(attended[..., : inputs.length].contiguous())
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for b, length in enumerate(inputs.prompt_lens):  # each repetition follows its own prompt
             scores[b, :, :length] = self._score_one(inputs, slice(b, b + 1), length)
-        return pin_first(scores, self.pinned)
+        return self._pinned(scores)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What :func:`adakv.ops.score` is told."""
+        return {"window_reduce": self.reduce, "group_reduce": self.reduce, "pool": "none"}
+
+    def _pinned(self, scores: Tensor) -> Tensor:
+        return pin_first(_of_all_heads(scores) if self.all_heads else scores, self.pinned)
 
     def _score_one(self, inputs: LayerInputs, one: slice, length: int) -> Tensor:
         """``[Hkv, length]`` of one sequence."""
@@ -435,11 +458,14 @@ class RepeatAttention:
             queries[one],
             torch.cat([inputs.keys[one, :, :length], more[one]], 2),
             **inputs.attention.logits,
-            window_reduce="max",
-            group_reduce="max",
-            pool="none",
+            **self._how,
         )
         return scores[0, :, :length]
+
+
+def _of_all_heads(scores: Tensor) -> Tensor:
+    """The mean over the kv heads, for each of them."""
+    return scores.mean(1, keepdim=True).expand_as(scores).clone()
 
 
 def _same_lengths(prompt_lens: tuple[int, ...]) -> list[tuple[slice, int]]:

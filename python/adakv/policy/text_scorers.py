@@ -1,8 +1,9 @@
-"""Scorers made for texts that are chosen from while they are written; they take prompts, too."""
+"""Parts made for texts that are chosen from while they are written; they take prompts, too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,13 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.ops import Kept
+from adakv.policy.attention import attention
+from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_range, check_scorer, check_settings, pin_first
-from adakv.policy.scorers import Random, check_odd
+from adakv.policy.scorers import Random, Recency, check_odd
+
+_ROWS = 8  # of the window whose attention LastImportant holds at a time
+_ROUNDING = 1e-6  # of an attention that is as large as the threshold
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,97 @@ class ValueRange:
     def score(self, inputs: LayerInputs) -> Tensor:
         values = inputs.values.float()
         return pin_first(values.amax(-1) - values.amin(-1), self.pinned)
+
+
+@dataclass(frozen=True)
+class AhaKV:
+    """Attention whose softmax is as wide as the budget, times the value (AhaKV, arXiv 2506.03762).
+
+    ``S[h, t] = G[h, t] * sum over the window of(mean over the group of h of softmax_t(gain * q .
+    k))`` with ``gain = sqrt(2 * ln(i / K) / D)`` for i tokens that were seen, of which K stay: the
+    entropy to be expected is then that of K equal entries. G is ``|v|^2``, mean-pooled over
+    ``pool_width`` candidates and divided by the largest of the head.
+
+    The gain takes the place of the model's scale, before a softcap. From a note of the paper, which
+    says neither how wide the pool is nor how a group is reduced.
+    """
+
+    window: int = 32
+    pool_width: int = 7
+    pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"budget"})
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+        check_odd("pool_width", self.pool_width)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        if not inputs.budgets:
+            raise ValueError("budgets must be given to a policy that needs them, got none")
+        head_dim = inputs.queries.shape[-1]
+        stay = torch.tensor(inputs.budgets, dtype=torch.float32)
+        stay = stay.to(inputs.device, non_blocking=True)
+        gain = (2 * (inputs.seen / stay).log().clamp(min=0) / head_dim).sqrt()
+        attention = inputs.attended(
+            self.window,
+            gain=gain / (inputs.attention.scale or head_dim**-0.5),
+            window_reduce="sum",
+            pool="none",
+        )
+        sizes = inputs.values.float().square().sum(-1)
+        sizes = sizes.masked_fill(~inputs.candidates(self.window), 0)
+        pooled = F.avg_pool1d(sizes, self.pool_width, 1, self.pool_width // 2)
+        prior = pooled / pooled.amax(-1, keepdim=True).clamp(min=1e-30)
+        return pin_first(attention * prior, self.pinned)
+
+
+@dataclass(frozen=True)
+class LastImportant:
+    """When an entry was important for the last time (CORM, arXiv 2404.15949).
+
+    ``S[h, t]`` is the number, from 1 to ``window``, of the newest of the window's queries for which
+    the entry is important, ``p >= 1 / i`` to a q head of the group where i tokens have been seen;
+    and ``-inf`` if it is to none: with the allocator :class:`adakv.policy.Capped` such entries
+    leave, however much room there is.
+
+    The threshold is from memory, and so is the paper's window, 256.
+    """
+
+    window: int = 64
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        inputs.check_window(self.window)
+        newest = torch.zeros(inputs.shape, device=inputs.device)
+        seen = inputs.seen[:, None] - self.window  # [B or 1, 1], before the window
+        for row in range(0, self.window, _ROWS):
+            p = attention(inputs, slice(row, row + _ROWS)).amax(2)  # [B, Hkv, R, T]
+            number = torch.arange(row + 1, row + 1 + p.shape[2], device=p.device)
+            least = (1 - _ROUNDING) / (seen + number).clamp(min=1)  # [B or 1, R]
+            is_important = p >= least[:, None, :, None]
+            newest = newest.maximum((is_important * number[:, None]).amax(2))
+        return pin_first(newest.masked_fill(newest == 0, -torch.inf), self.pinned)
+
+
+@dataclass(frozen=True)
+class Earliest:
+    """The first entries and the newest (PrefixKV's rule for texts, arXiv 2412.03409).
+
+    ``S[h, t] = -t``. A row that has its budget drops one entry a token: that which is no longer one
+    of the newest ``window``.
+    """
+
+    window: int = 24
+    pinned: int = 0
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        return pin_first(-Recency(pinned=0).score(inputs), self.pinned)
 
 
 @dataclass(frozen=True)

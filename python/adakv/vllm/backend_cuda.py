@@ -137,7 +137,7 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
         m = common_attn_metadata
         if self.cache is None or self._buffers is None:
             config = self.vllm_config
-            flash = flash_attention(self._layers[0].impl, self.kv_cache_spec)
+            flash = flash_attention(self._layers[0], self.kv_cache_spec.block_size)
             self.cache = hooks.make_cache(self.kv_cache_spec, self._layers, config, flash)
             most = max(
                 config.scheduler_config.max_num_seqs,
@@ -152,16 +152,17 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
         return CudaMetadata(self.cache, step, m.num_actual_tokens)
 
 
-def flash_attention(impl: CudaAttention, spec: Any) -> FlashAttention | None:
+def flash_attention(layer: Any, block_size: int) -> FlashAttention | None:
     """vLLM's FlashAttention, if it reads prompts of such layers on this device."""
     from vllm.v1.attention.backends import fa_utils
 
+    impl, dtype = layer.impl, layer.kv_cache_torch_dtype
     version = fa_utils.get_flash_attn_version(
         head_size=impl.head_size,
         has_sinks=impl.sinks is not None,
         requires_softcap=bool(impl.logits_soft_cap),
     )
-    reads_pages = spec.dtype in (torch.float16, torch.bfloat16) and spec.block_size % 16 == 0
+    reads_pages = dtype in (torch.float16, torch.bfloat16) and block_size % 16 == 0
     if version not in (2, 3) or not reads_pages or (version == 2 and impl.sinks is not None):
         return None
     one = torch.ones((), device="cuda")  # what scales are where nothing is quantized

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from adakv.policy import (
     Adaptive,
+    Capped,
     Everything,
     Flat,
     FoldingScorer,
@@ -21,6 +22,11 @@ from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
 When = Literal["always", "pressure"]
+Format = Literal["auto", "int8", "fp8"]
+
+_CHOICES = {"mode": get_args(Mode), "when": get_args(When), "kv_dtype": get_args(Format)}
+
+_NO_INT4 = ": the last entries of its rows lie outside of pages, and an engine has no memory there"
 
 #: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))
@@ -42,6 +48,8 @@ class Settings:
     when : "always" or "pressure"
         Whether each prompt is compressed when it has been read, or requests only when blocks run
         short.
+    kv_dtype : "auto", "int8" or "fp8"
+        What blocks hold: keys and values as the model has them, or codes of them (docs/bits.md).
 
     Raises
     ------
@@ -53,12 +61,14 @@ class Settings:
     budget: int = 1024
     mode: Mode = "fill"
     when: When = "always"
+    kv_dtype: Format = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", get_args(Mode)), ("when", get_args(When))):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
-                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}")
+                why = _NO_INT4 if (name, given) == ("kv_dtype", "int4") else ""
+                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}{why}")
         if not isinstance(self.budget, int) or isinstance(self.budget, bool):
             raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
@@ -124,6 +134,8 @@ def why_not(policy: Policy) -> str | None:
         return "its rounding drifts, so that layers keep more than the budget in sum"
     if isinstance(allocator, Adaptive) and allocator.safeguard == "official_round":
         return "its rounding drifts, so how much a layer keeps isn't fixed"
+    if isinstance(allocator, Capped):
+        return "its budget is the most that stays, so how much a layer keeps isn't fixed"
     if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None

@@ -1,6 +1,6 @@
 """An engine's paged cache, described to the verbs: the worker's half, without a line of vLLM.
 
-The engine hands out blocks. A block of one layer is one page ``[2, P, D]`` for each kv head here:
+The engine hands out blocks. A block of one layer is one page of P entries for each kv head here:
 page ``block * Hkv + h``. A whole request's row h has the h-th pages of its blocks. In a compressed
 request, row h, which kept n entries, has pages of the first blocks, dealt row by row, and behind
 them the h-th pages of the blocks behind the prompt (see plan.py)::
@@ -34,9 +34,9 @@ from adakv.policy import FoldingScorer, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
-from adakv.vllm.pages import OwnPages, SharedPages, kept_of_all, spans_layers
+from adakv.vllm.pages import OwnPages, Pages, SharedPages, kept_of_all, spans_layers
 from adakv.vllm.plan import Order, Scheduler
-from adakv.vllm.prompt_attention import FlashAttention, whole
+from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
     BlockBudget,
@@ -56,7 +56,7 @@ class EngineCache:
     policy : :class:`adakv.policy.Policy`
     budget : int
         Mean entries per kv head.
-    pages : one ``[N, 2, P, D]`` for each layer
+    pages : one :class:`adakv.vllm.pages.Pages` for each layer
         The engine's memory, ``N = num_blocks * num_kv_heads``; one memory, if the policy's layers
         keep unequally much (see pages.py).
     num_kv_heads : int
@@ -73,7 +73,7 @@ class EngineCache:
         self,
         policy: Policy,
         budget: int,
-        pages: Sequence[Tensor],
+        pages: Sequence[Pages],
         *,
         num_kv_heads: int,
         attentions: Sequence[Attention],
@@ -81,11 +81,15 @@ class EngineCache:
         scheduler: Scheduler | None = None,
         flash: FlashAttention | None = None,
     ) -> None:
-        num_pages, _, self.block_size, _ = pages[0].shape
+        num_pages, self.block_size = len(pages[0].entries), pages[0].page_size
         self.num_kv_heads = num_kv_heads
-        self.pages, self.num_layers, self.device = list(pages), len(pages), pages[0].device
+        self.pages, self.num_layers = list(pages), len(pages)
+        self.device = pages[0].entries.device
         kind = SharedPages if spans_layers(policy) else OwnPages
         self._pages = kind(self.pages, num_kv_heads)
+        self._has_codes = pages[0].key_scales is not None
+        # Where entries are moved as they are, with their scales.
+        self._alone = [SharedPages([x], num_kv_heads) for x in pages if self._has_codes]
         self._budget = BlockBudget(
             policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
         )
@@ -93,7 +97,7 @@ class EngineCache:
         self._folds = isinstance(policy.scorer, FoldingScorer)
         self._torch_is_faster = (
             self.device.type == "cpu"
-            and pages[0].dtype == torch.bfloat16
+            and pages[0].entries.dtype == torch.bfloat16
             and all(map(is_plain, attentions))
         )
         num_blocks = num_pages // num_kv_heads
@@ -102,7 +106,7 @@ class EngineCache:
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
         # Nothing here reads positions: one tensor takes what all layers write.
-        self._positions = self._integers(len(self._pages.of_layers[0]), self.block_size)
+        self._positions = self._integers(len(self._pages.of_layers[0].entries), self.block_size)
         self.prompts: dict[int, Prompt] = {}  # that may be compressed, by request
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
@@ -132,6 +136,14 @@ class EngineCache:
         reads = [row for row, (begin, end) in spans if batch.is_prefilling[row] and begin != end]
         if self._flash is not None and reads and buffers is None:
             step.whole = whole(batch, reads)
+            if self._has_codes:
+                others = set(range(len(batch.computed))) - set(reads)
+                appended = [
+                    Appended(tokens, count, self._layers(self._tables(batch, rows, count)[0]))
+                    for rows, tokens, count in equal_runs(batch, others)
+                ]
+                sizes = self.block_size, self.num_kv_heads
+                step.whole = step.whole.of_copies(batch, reads, appended, *sizes)
             without |= set(reads)
         for rows, tokens, new_tokens in equal_runs(batch, without):
             planned = self._planned(batch, rows, new_tokens, buffers)
@@ -151,8 +163,9 @@ class EngineCache:
             self._integers(*rows, 1),
             self._integers(*rows[:2]),
         )
-        shape = (*rows[:2], num_q_heads, self.pages[0].shape[-1])
-        return Buffers(tables, self._layers, self.pages[0].new_zeros(shape))
+        shape = (*rows[:2], num_q_heads, self.pages[0].entries.shape[-1])
+        queries = torch.zeros(shape, dtype=self.pages[0].dtype, device=self.device)
+        return Buffers(tables, self._layers, queries)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -178,16 +191,10 @@ class EngineCache:
             return
         lse = None
         if step.whole is not None and self._flash is not None:
-            lse = self._flash.attend(
-                step.whole,
-                self.pages[layer],
-                queries,
-                keys,
-                values,
-                out,
-                attention,
-                wants_lse=self._folds and is_plain(attention),
-            )
+            pages = self._flash.append(layer, step.whole, self.pages[layer], keys, values)
+            wants = self._folds and is_plain(attention)
+            given = pages, self.num_kv_heads, queries, out, attention
+            lse = self._flash.attend(step.whole, *given, wants_lse=wants)
         for row, reading in step.reading.items():
             new = reading.tokens
             if row in step.read_by_torch:
@@ -226,12 +233,8 @@ class EngineCache:
 
     def _layers(self, tables: Tables) -> list[Layer]:
         """What ``attend`` takes of some rows, in each layer."""
-        return [
-            Layer(pages, self._positions, table, lengths, seen, fresh)
-            for pages, lengths, table, fresh, seen in zip(
-                self._pages.of_layers, *tables, strict=True
-            )
-        ]
+        layers = zip(self._pages.of_layers, *tables, strict=True)
+        return [pages.layer(self._positions, *of_layer) for pages, *of_layer in layers]
 
     def _may_be_compressed(self) -> bool:
         """Whether a prompt may be compressed in this step."""
@@ -326,6 +329,11 @@ class EngineCache:
         if isinstance(self._pages, SharedPages):
             most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
             lengths = self._pages.compact(kept_of_all(reader), page_ids, most)
+        elif self._has_codes:
+            totals = reader.totals(self.num_kv_heads)
+            kept = (reader.finish(layer)[layer][0].kept for layer in range(self.num_layers))
+            moves = zip(self._alone, kept, totals, strict=True)
+            lengths = torch.cat([x.compact([of], page_ids, sum(most)) for x, of, most in moves])
         else:
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
         if computed > boundary:
@@ -346,7 +354,7 @@ class EngineCache:
         for layer in range(self.num_layers):
             (chosen,) = reader.finish(layer)[layer]
             rows = Layer(
-                self.pages[layer],
+                self.pages[layer].entries,
                 self._positions,
                 self._integers(1, heads, usable.numel() - heads),
                 lengths[layer, None],
@@ -360,6 +368,17 @@ class EngineCache:
         self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None
     ) -> PlannedStep:
         """The step of some requests that have equally many new tokens."""
+        tables, num_new = self._tables(batch, rows, new_tokens)
+        if buffers is not None and num_new is not None:
+            return buffers.plan(tables, num_new)
+        layers, inputs = self._layers(tables), tables.plan_inputs
+        return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
+
+    def _tables(
+        self, batch: Batch, rows: slice | Tensor, new_tokens: int
+    ) -> tuple[Tables, Tensor | None]:
+        """Where the rows of some requests lie that have equally many new tokens, and how many of
+        these are no padding."""
         blocks, seq_lens = batch.block_table[rows], batch.seq_lens[rows].int()
         first_blocks = blocks[:, 0].long()
         boundaries = self.boundaries[first_blocks]  # [B]
@@ -376,8 +395,4 @@ class EngineCache:
         columns = used[..., None] + torch.arange(fresh, device=self.device)
         fresh_pages = table.gather(-1, columns.clamp(max=width - 1).long())
         seen = seen.expand(self.num_layers, -1).contiguous()
-        tables = Tables(lengths, table, fresh_pages, seen)
-        if buffers is not None and num_new is not None:
-            return buffers.plan(tables, num_new)
-        layers, inputs = self._layers(tables), tables.plan_inputs
-        return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
+        return Tables(lengths, table, fresh_pages, seen), num_new

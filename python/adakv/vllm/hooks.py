@@ -11,6 +11,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from adakv.cache import check_kv_dtype
 from adakv.step import Attention
 from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
-from adakv.vllm.pages import spans_layers
+from adakv.vllm.pages import Pages, entry_bytes, spans_layers
 from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation
@@ -82,6 +84,7 @@ def current_settings() -> Settings | None:
         set_limits(None)
         return None
     check_engine(config)
+    check_kv_dtype(settings.kv_dtype, config.model_config.dtype)
     if settings.when == "pressure" and config.speculative_config is not None:
         raise ValueError('adakv: drafts need "when": "always", got "pressure"')
     if config.cache_config.enable_prefix_caching and settings.window is None:
@@ -105,7 +108,7 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
     if isinstance(layer, AttentionLayer):
         _parents[layer] = weakref.ref(parent)
         if layer.sliding_window is not None:
-            _check_sliding_window(_engine[0])
+            _check_sliding_window(*_engine)
         elif not isinstance(layer.impl, Compressing):
             raise ValueError(
                 "adakv needs its own attention backend here: give the engine "
@@ -116,8 +119,13 @@ def layer_is_made(parent: torch.nn.Module, layer: torch.nn.Module) -> None:
             rotation(parent, _model_type(_engine[0]), torch.device("cpu"))
 
 
-def _check_sliding_window(config: VllmConfig) -> None:
-    """Raises ``ValueError`` if layers with sliding windows would have blocks with ours."""
+def _check_sliding_window(config: VllmConfig, settings: Settings) -> None:
+    """Raises ``ValueError`` if layers with sliding windows can't have blocks beside ours."""
+    if settings.kv_dtype != "auto":
+        raise ValueError(
+            "adakv leaves layers with sliding windows to vLLM, whose blocks must be as large as "
+            f'ours: kv_dtype must be "auto" for such models, got {settings.kv_dtype!r}'
+        )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "adakv leaves layers with sliding windows to vLLM, and they need blocks of their own: "
@@ -141,6 +149,9 @@ def customized(spec: Any) -> Any:
             "adakv can't compress this model: head size must be a multiple of 8, at most 256, and "
             f"that of values the same, got {spec.head_size} and {spec.head_size_v}"
         )
+    if settings.kv_dtype != "auto":
+        size = entry_bytes(settings.kv_dtype, spec.head_size, spec.dtype)
+        spec = replace(spec, dtype=torch.uint8, state_content_bytes=size)
     return CompressedSpec.of(
         spec,
         budget=settings.budget,
@@ -178,13 +189,11 @@ def make_cache(
     if settings is None:
         raise ValueError('additional_config must have an entry "adakv"')
     block, heads = spec.block_size, spec.num_kv_heads
-    pages = [
-        layer.kv_cache.view(-1, heads, 2, block, spec.head_size).flatten(0, 1) for layer in layers
-    ]
-    ledger = Ledger.open(spec.ledger, len(pages[0]) // heads)
+    pages = [_pages(layer, spec, settings.kv_dtype) for layer in layers]
+    ledger = Ledger.open(spec.ledger, len(pages[0].entries) // heads)
     attentions = [_attention(layer.impl) for layer in layers]
     if "rotate" in settings.preset.needs:
-        model_type, device = _model_type(config), pages[0].device
+        model_type, device = _model_type(config), pages[0].entries.device
         attentions = [
             attention._replace(rotate=rotation(_parents[layer](), model_type, device))
             for attention, layer in zip(attentions, layers, strict=True)
@@ -199,6 +208,15 @@ def make_cache(
         scheduler=_Scheduler(ledger, counts=get_tensor_model_parallel_rank() == 0),
         flash=flash,
     )
+
+
+def _pages(layer: AttentionLayer, spec: CompressedSpec, kv_dtype: str) -> Pages:
+    """A layer's part of the engine's memory ``[blocks, Hkv, P, bytes of an entry]``."""
+    memory, head_dim = layer.kv_cache, spec.head_size
+    if kv_dtype == "auto":
+        return Pages(memory.view(-1, 2, spec.block_size, head_dim))
+    memory, dtype = memory.view(-1, *memory.shape[2:]), layer.kv_cache_torch_dtype
+    return Pages.within(memory, kv_dtype, head_dim=head_dim, dtype=dtype)
 
 
 def layers_of(config: VllmConfig, names: list[str]) -> list[AttentionLayer]:

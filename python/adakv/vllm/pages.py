@@ -5,16 +5,21 @@ of its first blocks row by row. Where every layer keeps equally much, a layer's 
 that layer. Where it doesn't, only the sum over the layers is known beforehand: then the pages of
 all layers, block by block, are one list, of which any row of any layer may have any. For that the
 layers' memory has to be one.
+
+A page holds keys and values, or their codes with the scales behind them (docs/bits.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adakv.ops import Kept
+from adakv.cache import SCALE_GROUP
+from adakv.entries import dequantised
+from adakv.ops import Kept, Layer
 from adakv.policy import Flat, Policy
 from adakv.reading import Reader
 from adakv.vllm.steps import sent
@@ -25,19 +30,111 @@ def spans_layers(policy: Policy) -> bool:
     return policy.is_model_wide or not isinstance(policy.allocator.layers, Flat)
 
 
+#: Pages that are dequantised at a time, so that little of it is in float32.
+_AT_ONCE = 4096
+
+
+class Pages(NamedTuple):
+    """Pages of a layer, as :class:`adakv.ops.Layer` has them, without positions."""
+
+    entries: Tensor  # [N, 2, P, D], or their codes
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @classmethod
+    def within(cls, memory: Tensor, kv_dtype: str, *, head_dim: int, dtype: torch.dtype) -> Pages:
+        """Pages of codes in ``memory`` ``[N, P, entry_bytes(...)]`` uint8: codes of keys, codes of
+        values, scales of keys, scales of values."""
+        num_pages, page_size, _ = memory.shape
+        bytes_ = memory.view(num_pages, -1)  # fails rather than copies
+        codes, rest = bytes_.tensor_split([2 * page_size * head_dim], 1)
+        if kv_dtype == "fp8":
+            codes = codes.view(torch.float8_e4m3fn)
+        width = num_scales(kv_dtype, head_dim)
+        scales = rest.view(dtype).unflatten(1, (2, page_size, width))
+        return cls(codes.unflatten(1, (2, page_size, head_dim)), scales[:, 0], scales[:, 1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of keys and values."""
+        return self.entries.dtype if self.key_scales is None else self.key_scales.dtype
+
+    @property
+    def page_size(self) -> int:
+        """Entries of a page."""
+        return self.entries.shape[2]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What an entry consists of, ``[N, P, ...]`` each."""
+        entries = self.entries
+        if entries.dtype == torch.float8_e4m3fn:
+            entries = entries.view(torch.uint8)  # torch moves bytes on every device
+        scales = [x for x in (self.key_scales, self.value_scales) if x is not None]
+        return [entries[:, 0], entries[:, 1], *scales]
+
+    def layer(self, positions: Tensor, *tables: Tensor) -> Layer:
+        """What ``attend`` takes of some rows, with their ``tables``: lengths, block table, fresh
+        pages and tokens seen."""
+        lengths, block_table, fresh, seen = tables
+        held = self.entries, positions, block_table, lengths, seen, fresh
+        return Layer(*held, self.key_scales, self.value_scales)
+
+    def spread(self, count: int) -> Pages:
+        """The first ``count`` pages from this layer's first one on, as far apart as its own."""
+        entries, *scales = (
+            None if x is None else x.as_strided((count, *x.shape[1:]), x.stride()) for x in self
+        )
+        assert entries is not None
+        return Pages(entries, *scales)
+
+    def move(self, source: Tensor, source_slot: Tensor, to: Tensor, to_slot: Tensor) -> None:
+        """Copies entries in slots of ``source`` pages ``[n]`` to those of others, after all have
+        been read."""
+        if self.key_scales is not None:
+            for part in self.parts:
+                part[to, to_slot] = part[source, source_slot]
+            return
+        vectors, size = self.entries.view(-1, self.entries.shape[-1]), self.page_size
+        keys_from, keys_to = source * (2 * size) + source_slot, to * (2 * size) + to_slot
+        entries = vectors.index_select(0, torch.cat([keys_from, keys_from + size]))
+        vectors.index_copy_(0, torch.cat([keys_to, keys_to + size]), entries)
+
+    def read(self, page_ids: Tensor) -> Tensor:
+        """Keys and values ``[n, 2, P, D]`` of pages ``[n]``, copied."""
+        if self.key_scales is None or self.value_scales is None:
+            return self.entries[page_ids]
+        shape = len(page_ids), *self.entries.shape[1:]
+        found = torch.empty(shape, dtype=self.dtype, device=page_ids.device)
+        for into, ids in zip(found.split(_AT_ONCE), page_ids.split(_AT_ONCE), strict=True):
+            for half, scales in enumerate((self.key_scales, self.value_scales)):
+                into[:, half] = dequantised(self.entries[ids, half], scales[ids], self.dtype)
+        return found
+
+
+def num_scales(kv_dtype: str, head_dim: int) -> int:
+    """Scales, and zeros, of a key or a value."""
+    return -(-head_dim // SCALE_GROUP) * {"int8": 2, "fp8": 1}[kv_dtype]
+
+
+def entry_bytes(kv_dtype: str, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a key and a value in pages of codes."""
+    return 2 * (head_dim + num_scales(kv_dtype, head_dim) * dtype.itemsize)
+
+
 class OwnPages:
     """Rows of a layer have pages of that layer, ``block * Hkv + head``.
 
     Parameters
     ----------
-    layers : one ``[N, 2, P, D]`` for each layer
+    layers : one :class:`Pages` for each layer
     num_kv_heads : int
     """
 
-    def __init__(self, layers: Sequence[Tensor], num_kv_heads: int) -> None:
+    def __init__(self, layers: Sequence[Pages], num_kv_heads: int) -> None:
         self.of_layers = list(layers)
         """What page numbers of each layer's tables count in."""
-        self._heads, self._device = num_kv_heads, layers[0].device
+        self._heads, self._device = num_kv_heads, layers[0].entries.device
         self._dealt_of_block = num_kv_heads
         self._own = torch.arange(num_kv_heads, device=self._device)[:, None]
 
@@ -72,7 +169,7 @@ class OwnPages:
             Entries that its rows keep.
         begin, end : int
         """
-        size = self.of_layers[0].shape[2]
+        size = self.of_layers[0].page_size
         kept_pages = ((lengths + (size - 1)) // size)[:, None]
         tails = sent([0, tail], self._device)[:, None]
         width = -(-end // size)
@@ -84,7 +181,8 @@ class OwnPages:
         target = lengths.long()[..., None] + (source - begin)  # [L, Hkv, end - begin]
         into = after.gather(-1, target // size)
         for pages, old, new, place in zip(self.of_layers, before, into, target, strict=True):
-            pages[new, :, place % size] = pages[old[:, source // size], :, source % size]
+            for part in pages.parts:
+                part[new, place % size] = part[old[:, source // size], source % size]
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         """How many pages the rows before each row have."""
@@ -105,25 +203,27 @@ class SharedPages(OwnPages):
         If the layers are not in one memory, whole pages apart.
     """
 
-    def __init__(self, layers: Sequence[Tensor], num_kv_heads: int) -> None:
+    def __init__(self, layers: Sequence[Pages], num_kv_heads: int) -> None:
         super().__init__(layers, num_kv_heads)
-        lowest = min(layers, key=Tensor.data_ptr)
-        memory, size = lowest.untyped_storage().data_ptr(), lowest[0].nbytes
-        apart = [layer.data_ptr() - lowest.data_ptr() for layer in layers]
+        lowest = min(layers, key=lambda pages: pages.entries.data_ptr())
+        first, memory = lowest.entries, lowest.entries.untyped_storage().data_ptr()
+        size = first.stride(0) * first.itemsize
+        apart = [pages.entries.data_ptr() - first.data_ptr() for pages in layers]
         if any(
-            layer.untyped_storage().data_ptr() != memory
-            or not layer.is_contiguous()
+            pages.entries.untyped_storage().data_ptr() != memory
+            or pages.entries.stride() != first.stride()
+            or (pages.key_scales is None and not pages.entries.is_contiguous())
             or distance % size
-            for layer, distance in zip(layers, apart, strict=True)
+            for pages, distance in zip(layers, apart, strict=True)
         ):
             raise ValueError(
                 "adakv: a policy whose layers keep unequally much needs the caches of all layers "
                 f"in one memory, whole pages of {size} bytes apart, got strides of "
-                f"{sorted({layer.stride() for layer in layers})} and distances of {apart} bytes"
+                f"{sorted({pages.entries.stride() for pages in layers})} and distances of {apart} "
+                "bytes"
             )
         firsts = [distance // size for distance in apart]
-        count = max(firsts) + len(lowest)
-        all_pages = lowest.as_strided((count, *lowest.shape[1:]), lowest.stride())
+        all_pages = lowest.spread(max(firsts) + len(first))
         self.of_layers = [all_pages] * len(layers)
         self._layers = len(layers)
         self._dealt_of_block = len(layers) * num_kv_heads
@@ -158,7 +258,7 @@ class SharedPages(OwnPages):
         -------
         lengths : ``[L, Hkv]`` int32
         """
-        page_size = self.of_layers[0].shape[2]
+        page_size = self.of_layers[0].page_size
         starts = torch.stack([x.indptr for x in kept])
         lengths = starts.diff()  # [L, Hkv]
         rows = lengths.flatten()
@@ -178,11 +278,7 @@ class SharedPages(OwnPages):
         dealt = dealt + place // page_size
         target = page_ids[0, dealt // self._dealt_of_block]
         target = target + self._place(dealt % self._dealt_of_block)
-        vectors = self.of_layers[0].view(-1, self.of_layers[0].shape[-1])
-        keys_from = source * (2 * page_size) + position % page_size
-        keys_to = target * (2 * page_size) + place % page_size
-        entries = vectors.index_select(0, torch.cat([keys_from, keys_from + page_size]))
-        vectors.index_copy_(0, torch.cat([keys_to, keys_to + page_size]), entries)
+        self.of_layers[0].move(source, position % page_size, target, place % page_size)
         return lengths
 
 

@@ -5,7 +5,8 @@ A request that is still whole has the same blocks for all kv heads. So its pages
 
     pages [N, 2, P, D]  ->  [blocks, Hkv, 2, P, D]  ->  keys, values [blocks, P, Hkv, D]
 
-Nothing is copied, and it is as fast as from blocks of its own layout.
+Nothing is copied, and it is as fast as from blocks of its own layout. Pages of codes it can't read:
+then it reads copies of a layer's pages, dequantised, once the new entries are in theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from adakv.ops import Layer, append
 from adakv.step import Attention
+from adakv.vllm.pages import Pages
 from adakv.vllm.steps import Batch, sent
 
 
@@ -63,6 +66,22 @@ def write_by_torch(
     into_keys[where], into_values[where] = keys, values
 
 
+class Appended(NamedTuple):
+    """Requests of a step that have the same number of new tokens, which are only appended."""
+
+    tokens: slice | Tensor  # of the step
+    new_tokens: int
+    layers: Sequence[Layer]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Those of a layer; ``keys`` and ``values`` ``[tokens, Hkv, D]`` are of the whole step."""
+        k, v = (
+            x[self.tokens].unflatten(0, (-1, self.new_tokens)).transpose(1, 2)
+            for x in (keys, values)
+        )
+        append(k, v, self.layers[layer])
+
+
 class Whole(NamedTuple):
     """Requests of a step that are still whole and read their prompts, side by side."""
 
@@ -74,6 +93,32 @@ class Whole(NamedTuple):
     longest: int  # new tokens
     max_seq_len: int
     of_row: dict[int, slice]  # by row of the batch: its tokens among these
+    copied: Tensor | None = None  # [pages], which pages are copied, where block_table is of copies
+    appended: Sequence[Appended] = ()  # then the same requests, again
+
+    def of_copies(
+        self,
+        batch: Batch,
+        rows: Sequence[int],
+        appended: Sequence[Appended],
+        page_size: int,
+        num_kv_heads: int,
+    ) -> Whole:
+        """The same for copies of the pages that hold the requests' tokens."""
+        start, computed = batch.query_start, batch.computed
+        lengths = [computed[row] + start[row + 1] - start[row] for row in rows]
+        counts = [-(-length // page_size) for length in lengths]
+        blocks = [row[:count] for row, count in zip(self.block_table, counts, strict=True)]
+        device = self.block_table.device
+        heads = torch.arange(num_kv_heads, device=device)
+        page_ids = torch.cat(blocks).long()[:, None] * num_kv_heads + heads
+        firsts = torch.tensor([0, *counts]).cumsum(0)
+        table = (firsts[:-1, None] + torch.arange(max(counts))).clamp(max=int(firsts[-1]) - 1)
+        return self._replace(
+            block_table=sent(table.tolist(), device).int(),
+            copied=page_ids.flatten(),
+            appended=appended,
+        )
 
 
 def whole(batch: Batch, rows: Sequence[int]) -> Whole:
@@ -119,27 +164,52 @@ class FlashAttention:
     write: WriteKernel
     version: int = 3
 
+    def append(
+        self, layer: int, whole: Whole, pages: Pages, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Appends the requests' new tokens in one layer.
+
+        Parameters
+        ----------
+        layer : int
+        whole : :class:`Whole`
+        pages : :class:`adakv.vllm.pages.Pages`
+        keys, values : ``[tokens, Hkv, D]``
+            Of the whole step.
+
+        Returns
+        -------
+        pages : ``[N, 2, P, D]``
+            Those that ``whole.block_table`` counts in.
+        """
+        if whole.copied is not None:
+            for group in whole.appended:
+                group.append(layer, keys, values)
+            return pages.read(whole.copied)
+        into = blocks_of(pages.entries, keys.shape[1])
+        self.write(keys[whole.tokens], values[whole.tokens], *into, whole.slots)
+        return pages.entries
+
     def attend(
         self,
         whole: Whole,
         pages: Tensor,
+        num_kv_heads: int,
         queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
         out: Tensor,
         attention: Attention,
         *,
         wants_lse: bool,
     ) -> Tensor | None:
-        """Appends the requests' new tokens in one layer, and attends.
+        """Attends to the requests' tokens in one layer, the new ones included.
 
         Parameters
         ----------
         whole : :class:`Whole`
         pages : ``[N, 2, P, D]``
+        num_kv_heads : int
         queries, out : ``[tokens, Hq, D]``
             Of the whole step; only these requests' are read and written.
-        keys, values : ``[tokens, Hkv, D]``
         attention : :class:`adakv.step.Attention`
         wants_lse : bool
 
@@ -148,8 +218,7 @@ class FlashAttention:
         lse : ``[Hq, n]`` float32, or None
             Log-sum-exp of the logits of these requests' new tokens.
         """
-        all_keys, all_values = blocks_of(pages, keys.shape[1])
-        self.write(keys[whole.tokens], values[whole.tokens], all_keys, all_values, whole.slots)
+        all_keys, all_values = blocks_of(pages, num_kv_heads)
         sinks = attention.sink_logits
         in_place = isinstance(whole.tokens, slice)
         result = self.read(

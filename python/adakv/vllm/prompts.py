@@ -12,7 +12,7 @@ from adakv.policy import Budget
 from adakv.reading import Reader
 from adakv.step import Attention
 from adakv.vllm.later import Later
-from adakv.vllm.pages import spans_layers
+from adakv.vllm.pages import Pages, spans_layers
 from adakv.vllm.plan import Order, Plan, plan
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
@@ -59,10 +59,13 @@ class BlockBudget(Budget):
         return prompt_len if self.plan(prompt_len) is None else super().of(prompt_len)
 
 
-def entries_of(pages: Tensor, page_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, Hkv, length, D]`` in pages ``[Hkv, blocks]`` of ``[N, 2, P, D]``,
-    copied."""
-    keys, values = (pages[:, i][page_ids].flatten(1, 2)[None, :, :length] for i in (0, 1))
+def entries_of(pages: Pages, page_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, Hkv, length, D]`` in pages ``[Hkv, blocks]``, copied."""
+    if pages.key_scales is None:
+        found = [pages.entries[:, i][page_ids] for i in (0, 1)]
+    else:
+        found = list(pages.read(page_ids.flatten()).unflatten(0, page_ids.shape).unbind(2))
+    keys, values = (x.flatten(1, 2)[None, :, :length] for x in found)
     return keys, values
 
 
@@ -72,7 +75,7 @@ def is_plain(attention: Attention) -> bool:
 
 
 def read_by_torch(
-    pages: Tensor,
+    pages: Pages,
     page_ids: Tensor,
     length: int,
     queries: Tensor,
@@ -86,11 +89,11 @@ def read_by_torch(
     values side by side. ``queries`` and the result are ``[n, Hq, D]``, ``keys`` and ``values``
     ``[n, Hkv, D]``.
     """
-    page_size, past = pages.shape[2], length - len(keys)
+    page_size, past = pages.page_size, length - len(keys)
     new = torch.arange(past, length)
     into, slots = page_ids[:, new // page_size], new % page_size
     for i, x in enumerate((keys, values)):
-        pages[into, i, slots] = x.transpose(0, 1)
+        pages.entries[into, i, slots] = x.transpose(0, 1)
     all_keys, all_values = entries_of(pages, page_ids, length)
     mask = torch.ones(len(new), length, dtype=torch.bool).tril(past) if past else None
     result = F.scaled_dot_product_attention(
