@@ -58,8 +58,8 @@ class Cache(OneWayCache):
     model : PreTrainedModel
         A decoder in eval mode, to be run under :func:`attach` and without gradients.
     policy : str or :class:`adakv.Policy`
-        One of :func:`adakv.policies`, or your own. The default measured best of those that read a
-        prompt once; docs/quality.md has what it costs.
+        One of :func:`adakv.policies`, or your own. The default is the best all-rounder of
+        those that read a prompt once; docs/quality.md has what it costs.
     budget : int, optional
         Mean entries to keep per kv head, the policy's window included.
     ratio : float in (0, 1], optional

@@ -14,7 +14,6 @@ from adakv.policy import (
     scorers,
     selectors,
     text_scorers,
-    trials,
 )
 from adakv.policy.base import EveryTokens, Policy
 from adakv.policy.inputs import did_you_mean
@@ -29,7 +28,6 @@ _PARTS = {
         scorers,
         selectors,
         text_scorers,
-        trials,
     )
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")

@@ -102,7 +102,7 @@ _PRESETS: dict[str, Policy] = {
 # fmt: on
 
 
-#: Of everything that reads a prompt once, what measured best: docs/quality.md.
+#: The best all-rounder of what reads a prompt once: docs/quality.md.
 DEFAULT = "model_column_max"
 
 

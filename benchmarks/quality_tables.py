@@ -1,0 +1,186 @@
+"""Records of `adakv eval` become a small file of results, and such a file the tables of the docs.
+
+    python benchmarks/quality_tables.py collect RUN.records RESULTS.jsonl --about '{"machine": ...}'
+    python benchmarks/quality_tables.py show RESULTS.jsonl
+
+`collect` takes the prompts that all policies of a task have in common, so that a run may have been
+stopped, and writes a line for each task, policy and share: the mean of KL over prompts, its
+standard error, and p of the paired test against the default; with --formats against the same policy
+in 16 bits, and with the share of bytes. `show` prints a table for each task, policies by shares;
+those come first whose geometric mean over all is lowest. Bold is the lowest of those that read a
+prompt once, and a dagger marks p below .05, a difference from the default in either direction that
+chance rarely gives. With --formats bold is better than 16 bits by p below .05. With --compare one
+table has the geometric mean over shares of what each KL is of the default's, and in how many tasks
+and shares it is better and worse by p below .05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from adakv.eval.records import Record
+from adakv.eval.summary import Table, difference, mean, share_name
+from adakv.policy import DEFAULT
+
+READS_TWICE = "kvzip"
+LEAST = 1e-6  # nats, for logarithms
+RARELY = 0.05  # p below which a difference is named
+
+Cell = dict[str, Any]  # task, policy, share, texts, kl, error, and where they are known more
+Values = dict[tuple[str, float], dict[str, float]]  # KL by prompt, by policy and share
+
+
+def plain(policy: str) -> str:
+    """The same policy in 16 bits."""
+    return policy.rpartition(" in ")[0] or policy
+
+
+def common(records: list[Record]) -> Values:
+    """The prompts of one task that every policy has at every share."""
+    found: Values = defaultdict(dict)
+    for record in records:
+        found[record.key.policy, record.key.share][record.key.item] = record.quality.kl
+    items = set.intersection(*(set(kl) for kl in found.values()))
+    return {key: {item: kl[item] for item in sorted(items)} for key, kl in found.items()}
+
+
+def cells(records: list[Record], *, formats: bool) -> list[Cell]:
+    """A cell for each task, policy and share."""
+    found = []
+    for task in dict.fromkeys(record.key.task for record in records):
+        own = [record for record in records if record.key.task == task]
+        values = common(own)
+        for (policy, share), kl in values.items():
+            against = plain(policy) if formats else DEFAULT
+            cell = {"task": task, "policy": policy, "share": share, "texts": len(kl)}
+            cell |= {
+                "kl": rounded(mean(kl.values()).mean),
+                "error": rounded(mean(kl.values()).error),
+            }
+            if policy != against and (base := values.get((against, share))):
+                cell["p"] = rounded(difference(kl[item] - base[item] for item in kl).p)
+            if formats:
+                parts = [r.bytes / r.full_bytes for r in own if r.key[2:] == (policy, share)]
+                cell["bytes_share"] = rounded(statistics.fmean(parts))
+            found.append(cell)
+    return found
+
+
+def rounded(value: float) -> float:
+    """Its first three digits."""
+    return float(f"{value:.3g}")
+
+
+def order(results: list[Cell]) -> list[str]:
+    """Policies, those of the lowest geometric mean of KL over all tasks and shares first."""
+    logs: dict[str, list[float]] = defaultdict(list)
+    for cell in results:
+        logs[cell["policy"]].append(math.log(max(cell["kl"], LEAST)))
+    return sorted(logs, key=lambda policy: statistics.fmean(logs[policy]))
+
+
+def tables(
+    results: list[Cell], *, formats: bool, shown_only: list[str] | None = None
+) -> list[Table]:
+    """A table for each task, its policies in the order of all tasks together."""
+    found = []
+    for task in dict.fromkeys(cell["task"] for cell in results):
+        own = {(c["policy"], c["share"]): c for c in results if c["task"] == task}
+        shares = sorted({share for _, share in own}, reverse=True)
+        policies = [x for x in order(results) if shown_only is None or x in shown_only]
+        rows = []
+        for policy in policies:
+            row = [own[policy, share] for share in shares]
+            is_bold = is_better if formats else is_lowest
+            rows.append((f"`{policy}`", *(shown(x, is_bold(x, own), not formats) for x in row)))
+        prompts = f"`{task}`, {own[policies[0], shares[0]]['texts']} prompts"
+        found.append(Table(task, (prompts, *map(share_name, shares)), tuple(rows)))
+    return found
+
+
+def comparison(results: list[Cell]) -> Table:
+    """What each policy has of the default's KL, by task."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in results))
+    default = {(c["task"], c["share"]): c["kl"] for c in results if c["policy"] == DEFAULT}
+    rows = []
+    for policy in order(results):
+        own = [cell for cell in results if cell["policy"] == policy]
+        logs: dict[str, list[float]] = {task: [] for task in tasks}
+        for cell in own:
+            ratio = max(cell["kl"], LEAST) / max(default[cell["task"], cell["share"]], LEAST)
+            logs[cell["task"]].append(math.log(ratio))
+        ratios = [f"{math.exp(statistics.fmean(logs[task])):.2f}" for task in tasks]
+        clear = [c["kl"] < default[c["task"], c["share"]] for c in own if c.get("p", 1) < RARELY]
+        counts = (f"{clear.count(True)}", f"{clear.count(False)}")
+        if policy != DEFAULT:
+            rows.append((f"`{policy}`", *ratios, *counts))
+    names = (f"`{task}`" for task in tasks)
+    return Table("", ("times the default's KL", *names, "better", "worse"), tuple(rows))
+
+
+def is_better(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
+    """Whether it is better than the same policy with the same bytes in 16 bits."""
+    base = own[plain(cell["policy"]), cell["share"]]
+    return bool(cell["kl"] < base["kl"] and cell.get("p", 1) < RARELY)
+
+
+def is_lowest(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
+    """Whether nothing that reads a prompt once is lower."""
+    once = [
+        c["kl"]
+        for (policy, share), c in own.items()
+        if policy != READS_TWICE and share == cell["share"]
+    ]
+    return bool(cell["policy"] != READS_TWICE and cell["kl"] == min(once))
+
+
+def shown(cell: Cell, bold: bool, marked: bool) -> str:
+    """KL with the digits that matter."""
+    kl = cell["kl"]
+    digits = 1 if kl >= 10 else 2 if kl >= 0.1 else 3 if kl >= 0.01 else 4
+    number = f"**{kl:.{digits}f}**" if bold else f"{kl:.{digits}f}"
+    return number + (" †" if marked and cell.get("p", 1) < RARELY else "")
+
+
+def markdown(table: Table) -> str:
+    """Without the title: the first column says it."""
+    return table.markdown().partition("\n\n")[2]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = options.add_subparsers(dest="command", required=True)
+    collect = commands.add_parser("collect")
+    collect.add_argument("records", type=Path)
+    collect.add_argument("results", type=Path)
+    collect.add_argument("--about", type=json.loads, default={}, help="more for the first line")
+    show = commands.add_parser("show")
+    show.add_argument("results", type=Path)
+    show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
+    show.add_argument("--compare", action="store_true")
+    for command in (collect, show):
+        command.add_argument("--formats", action="store_true")
+    given = options.parse_args()
+    if given.command == "show":
+        _, *results = map(json.loads, given.results.read_text().splitlines())
+        found = tables(results, formats=given.formats, shown_only=given.policies)
+        for table in [comparison(results)] if given.compare else found:
+            print(markdown(table))
+        return
+    first, *lines = map(json.loads, given.records.read_text().splitlines())
+    records = [Record.from_dict(line) for line in lines]
+    written = [first | given.about, *cells(records, formats=given.formats)]
+    compact = (json.dumps(line, separators=(",", ":")) for line in written)
+    given.results.write_text("\n".join(compact) + "\n")
+
+
+if __name__ == "__main__":
+    main()
