@@ -299,7 +299,7 @@ def test_run_evicts_while_a_text_is_written(story: str, model: Any, tokenizer: A
     for record in runner.run(model, items, policies, [0.5], written=written):
         assert record.bytes < 0.8 * record.full_bytes
         assert record.quality.kl > 0
-    with pytest.raises(ValueError, match="decode_budget: ModelWide shares"):
+    with pytest.raises(ValueError, match="decode_budget: ColumnMax needs all_queries"):
         wide = {"wide": adakv.policy.get("model_column_max")}
         next(runner.run(model, items, wide, [0.5], written=written))
     with pytest.raises(ValueError, match="written: a prompt has 159 tokens, and 159 of them"):
