@@ -16,6 +16,7 @@ import pytest
 
 import adakv
 from adakv.policy import base
+from small_model import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -49,6 +50,71 @@ def test_docs_examples_compile(page: Path):
 def test_docs_examples_run(name: str):
     (block,) = blocks(ROOT / "docs" / name)
     exec(compile(block, name, "exec"), {"__name__": "__main__"})
+
+
+REAL_MODEL = ROOT / "demo/model/SmolLM2-135M-Instruct"
+
+#: Pages that teach; their snippets go on from those of the first one.
+QUICKSTART, *GUIDES = [ROOT / "docs/quickstart.md", *sorted(ROOT.glob("docs/howto/*.md"))]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder to load in the place of a page's model."""
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def run_blocks(page: Path, names: dict[str, Any], model: str) -> None:
+    for block in blocks(page):
+        block = re.sub(r'^name = ".*"$', f"name = {model!r}", block, flags=re.MULTILINE)
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_model: str) -> dict[str, Any]:
+    """What the quickstart's snippets leave."""
+    names: dict[str, Any] = {}
+    run_blocks(QUICKSTART, names, tiny_model)
+    return names
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [QUICKSTART, *GUIDES], ids=lambda p: p.stem)
+def test_docs_guides_run(
+    page: Path,
+    quickstart: dict[str, Any],
+    tiny_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    if page != QUICKSTART:
+        run_blocks(page, dict(quickstart), tiny_model)
+    cache = quickstart["cache"]
+    assert cache.stats()["bytes"] < 0.2 * cache.stats()["full_bytes"]
+
+
+@pytest.mark.skipif(not REAL_MODEL.exists(), reason="`make model` gets the model")
+def test_docs_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    run_blocks(QUICKSTART, {}, str(REAL_MODEL))
+    told = re.findall(r"^```\n\n((?:    .*\n)+)", QUICKSTART.read_text(), re.MULTILINE)
+    assert capsys.readouterr().out.split("\n")[:-1] == [
+        line.strip() for lines in told for line in lines.splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    "page", [QUICKSTART, ROOT / "docs/concepts.md", *GUIDES], ids=lambda p: p.stem
+)
+def test_docs_guides_are_short(page: Path):
+    assert len(page.read_text().splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", adakv.policies())
@@ -128,9 +194,6 @@ def test_docs_of_all_that_is_public(module: ModuleType):
 def test_docs_name_every_parameter(function: Any):
     words = re.findall(r"\w+", inspect.getdoc(function) or "")
     assert set(inspect.signature(function).parameters) - {"self", "cls"} <= set(words)
-
-
-REAL_MODEL = ROOT / "demo/model/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.skipif(not REAL_MODEL.exists(), reason="`make model` gets the model")
