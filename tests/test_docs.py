@@ -13,6 +13,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 import adakv
 from adakv.policy import base
@@ -70,6 +79,34 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def image_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a model that reads images, 16 pixels wide, its processor, and a photo."""
+    folder = tmp_path_factory.mktemp("images")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for x in messages[0].content %}{{ x.text or '<image>' }}{% endfor %}",
+    )
+    processor.save_pretrained(folder)
+    text = AutoConfig.from_pretrained(tiny_model, vocab_size=len(tokenizer))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "image_size": 16, "patch_size": 4, "projection_dim": 32}
+    config = LlavaConfig(
+        text_config=text,
+        vision_config={"model_type": "clip_vision_model", **sizes},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    Image.new("RGB", (40, 30)).save(folder / "photo.png")
+    return str(folder)
+
+
 def run_blocks(page: Path, names: dict[str, Any], model: str, letters: int = 10**6) -> None:
     """With another model, and with so much of the quickstart's text."""
     for block in blocks(page):
@@ -89,15 +126,11 @@ def quickstart(tiny_model: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", [QUICKSTART, *GUIDES], ids=lambda p: p.stem)
 def test_docs_guides_run(
-    page: Path,
-    quickstart: dict[str, Any],
-    tiny_model: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    page: Path, quickstart: dict[str, Any], image_model: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(image_model)
     if page != QUICKSTART:
-        run_blocks(page, dict(quickstart), tiny_model)
+        run_blocks(page, dict(quickstart), image_model)
     cache = quickstart["cache"]
     assert cache.stats()["bytes"] < 0.5 * cache.stats()["full_bytes"]
 
