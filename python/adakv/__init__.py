@@ -15,6 +15,7 @@ from adakv.errors import Error
 from adakv.policy import Policy, spans_of
 
 if TYPE_CHECKING:
+    from adakv.eval.comparison import compare
     from adakv.hf import (
         BatchOptions,
         Cache,
@@ -34,6 +35,7 @@ __all__ = [
     "attach",
     "backends",
     "cache",
+    "compare",
     "cpu_instruction_set",
     "cuda_graph_sample",
     "cuda_unavailable_reason",
@@ -92,6 +94,8 @@ def _installed(folder: str) -> str:
 
 def __getattr__(name: str) -> Any:
     # What needs transformers is loaded when it is first used.
+    if name == "compare":
+        return importlib.import_module("adakv.eval.comparison").compare
     if name in __all__:
         return getattr(importlib.import_module("adakv.hf"), name)
     raise AttributeError(f"module 'adakv' has no attribute {name!r}")

@@ -173,8 +173,8 @@ def make_page(
 
         cache = compressed()
         stats, kept = cache.stats(), _kept(cache)
-        full = _greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
-        own = _greedy(model, cache, prefill.logits, max_new_tokens)
+        full = greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
+        own = greedy(model, cache, prefill.logits, max_new_tokens)
         # The first token comes from the prefill and is always the same: the rest is compared.
         tokens = torch.tensor(full, device=model.device)
         quality = compare(
@@ -203,7 +203,7 @@ def _kept(cache: Cache) -> list[list[Tensor]]:
     return [cache.kept(layer)[0] for layer in layers]
 
 
-def _greedy(model: Any, cache: Any, logits: Tensor, max_new_tokens: int) -> list[int]:
+def greedy(model: Any, cache: Any, logits: Tensor, max_new_tokens: int) -> list[int]:
     """At least two tokens, up to the end of the text; the first is chosen from ``logits`` [V]."""
     end = model.generation_config.eos_token_id
     ends = end if isinstance(end, list) else [end]

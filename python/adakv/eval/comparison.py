@@ -1,0 +1,133 @@
+"""Several policies on one text and question, as a small table: :func:`adakv.compare`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import adakv
+from adakv.eval.metrics import compare as compare_logits
+from adakv.eval.metrics import follow
+from adakv.eval.page import greedy
+from adakv.eval.prefill import Prefill
+from adakv.policy import DEFAULT, Policy
+
+_HEADS = ("policy", "MiB", "of full", "KL", "agreement", "answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one policy held of the prompt, and what followed from it."""
+
+    policy: str
+    cache_bytes: int  #: of the prompt
+    full_bytes: int  #: of all of the prompt's entries
+    kl: float  #: to the full cache, in nats a token of its answer
+    agreement: float  #: share of the full cache's answer that is the first choice here, too
+    answer: str
+
+    def cells(self) -> tuple[str, ...]:
+        """For people."""
+        share = f"{self.cache_bytes / self.full_bytes:.1%}"
+        size = f"{self.cache_bytes / 2**20:.2f}"
+        return (self.policy, size, share, f"{self.kl:.3f}", f"{self.agreement:.0%}", self.answer)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row for the full cache, and one for each policy; a notebook shows it as a table."""
+
+    rows: tuple[Row, ...]
+
+    def __repr__(self) -> str:
+        """A text table; answers are on one line."""
+        lines = [_HEADS, *((*cells, repr(last)) for *cells, last in (x.cells() for x in self.rows))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: Sequence[str]) -> str:
+            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+        rows = "".join(f"<tr>{line('td', row.cells())}</tr>" for row in self.rows)
+        return f"<table><tr>{line('th', _HEADS)}</tr>{rows}</table>"
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    question: str,
+    *,
+    policies: Sequence[str | Policy] = (DEFAULT, "critical_ada_snapkv", "ada_snapkv", "snapkv"),
+    budget: int | None = None,
+    ratio: float | None = None,
+    budget_bytes: int | str | None = None,
+    max_new_tokens: int = 32,
+) -> Comparison:
+    """Asks one question about one text with the full cache and with several policies.
+
+    The prompt is read once for all of them. The question stands behind the text, in the chat
+    template if the tokenizer has one.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Of transformers; the model in eval mode.
+    text, question : str
+    policies : names or :class:`adakv.Policy`
+    budget, ratio, budget_bytes
+        As in :class:`adakv.Cache`.
+    max_new_tokens : int
+        Most tokens of an answer, at least 2.
+
+    Returns
+    -------
+    table : :class:`adakv.eval.comparison.Comparison`
+    """
+    if isinstance(policies, (str, Policy)) or not policies:
+        raise ValueError(f"policies must be a list of policies, got {policies!r}")
+    if max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
+    settings: dict[str, Any] = {"budget_bytes": budget_bytes, "max_new_tokens": max_new_tokens}
+    for policy in policies:  # what makes no sense is refused before the prompt is read
+        adakv.Cache(model, policy, budget, ratio, **settings)
+
+    def decoded(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    with adakv.attach(model):
+        prefill = Prefill(model, _prompt(tokenizer, text, question))
+        full = greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
+        # The first token comes from the prefill and is always the same: the rest is compared.
+        tokens = torch.tensor(full, device=model.device)
+        logits = follow(model, prefill.full_cache(), tokens[:-1])
+        rows = []
+        for policy in policies:
+            cache = prefill.cache(policy, budget, ratio, **settings)
+            stats = cache.stats()
+            answer = decoded(greedy(model, cache, prefill.logits, max_new_tokens))
+            fresh = prefill.cache(policy, budget, ratio, **settings)
+            far = compare_logits(logits, follow(model, fresh, tokens[:-1]), tokens[1:])
+            sizes = stats["bytes"], stats["full_bytes"]
+            rows.append(Row(str(policy), *sizes, far.kl, far.agreement, answer))
+    whole = rows[0].full_bytes
+    return Comparison((Row("full", whole, whole, 0.0, 1.0, decoded(full)), *rows))
+
+
+def _prompt(tokenizer: Any, text: str, question: str) -> Tensor:
+    prompt, plain = f"{text}\n\nQuestion: {question}\nAnswer:", not tokenizer.chat_template
+    if not plain:
+        message = {"role": "user", "content": f"{text}\n\n{question}"}
+        prompt = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=False
+        )
+    return torch.tensor([tokenizer(prompt, add_special_tokens=plain)["input_ids"]])
