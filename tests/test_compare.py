@@ -27,6 +27,7 @@ def test_a_table_has_the_full_cache_and_every_policy(both: tuple[Any, Any]) -> N
     assert 0 < snapkv.cache_bytes < 0.5 * snapkv.full_bytes == 0.5 * full.cache_bytes
     assert whole.answer == full.answer and whole.agreement == 1 and whole.kl < 1e-6
     lines = repr(table).splitlines()
+    assert lines[3].startswith("WindowAttention * Adaptive * TopScore ")
     assert len(lines) == 5 and lines[0].split()[0] == "policy" and "snapkv" in lines[2]
 
 

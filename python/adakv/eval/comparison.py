@@ -33,9 +33,9 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """For people."""
-        share = f"{self.cache_bytes / self.full_bytes:.1%}"
-        size = f"{self.cache_bytes / 2**20:.2f}"
-        return (self.policy, size, share, f"{self.kl:.3f}", f"{self.agreement:.0%}", self.answer)
+        size, share = self.cache_bytes / 2**20, self.cache_bytes / self.full_bytes
+        numbers = f"{size:.2f}", f"{share:.1%}", f"{self.kl:.3f}", f"{self.agreement:.0%}"
+        return (self.policy, *numbers, self.answer)
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,8 @@ def compare(
     The prompt is read once for all of them. The question stands behind the text, in the chat
     template if the tokenizer has one.
 
-    Parameters
-    ----------
-    model, tokenizer
-        Of transformers; the model in eval mode.
-    text, question : str
-    policies : names or :class:`adakv.Policy`
-    budget, ratio, budget_bytes
-        As in :class:`adakv.Cache`.
-    max_new_tokens : int
-        Most tokens of an answer, at least 2.
-
-    Returns
-    -------
-    table : :class:`adakv.eval.comparison.Comparison`
+    ``budget``, ``ratio`` and ``budget_bytes`` are those of :class:`adakv.Cache`; ``policies`` are
+    names or :class:`adakv.Policy`; answers have up to ``max_new_tokens``, at least 2.
     """
     if isinstance(policies, (str, Policy)) or not policies:
         raise ValueError(f"policies must be a list of policies, got {policies!r}")
@@ -118,16 +106,22 @@ def compare(
             fresh = prefill.cache(policy, budget, ratio, **settings)
             far = compare_logits(logits, follow(model, fresh, tokens[:-1]), tokens[1:])
             sizes = stats["bytes"], stats["full_bytes"]
-            rows.append(Row(str(policy), *sizes, far.kl, far.agreement, answer))
+            rows.append(Row(_name(policy), *sizes, far.kl, far.agreement, answer))
     whole = rows[0].full_bytes
     return Comparison((Row("full", whole, whole, 0.0, 1.0, decoded(full)), *rows))
 
 
+def _name(policy: str | Policy) -> str:
+    if isinstance(policy, str):
+        return policy
+    parts = (policy.scorer, policy.allocator, policy.selector)
+    return " * ".join(type(part).__name__ for part in parts)
+
+
 def _prompt(tokenizer: Any, text: str, question: str) -> Tensor:
-    prompt, plain = f"{text}\n\nQuestion: {question}\nAnswer:", not tokenizer.chat_template
-    if not plain:
-        message = {"role": "user", "content": f"{text}\n\n{question}"}
-        prompt = tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=False
-        )
-    return torch.tensor([tokenizer(prompt, add_special_tokens=plain)["input_ids"]])
+    if not tokenizer.chat_template:
+        asked = f"{text}\n\nQuestion: {question}\nAnswer:"
+        return torch.tensor([tokenizer(asked)["input_ids"]])
+    message = {"role": "user", "content": f"{text}\n\n{question}"}
+    chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return torch.tensor([tokenizer(chat, add_special_tokens=False)["input_ids"]])
