@@ -139,14 +139,14 @@ def test_docs_guides_run(
 def test_docs_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     run_blocks(QUICKSTART, {}, str(REAL_MODEL))
-    printed = capsys.readouterr().out
+    *printed, wrong = capsys.readouterr().out.splitlines()
     told = "".join(re.findall(r"^```\n\n((?:    .*\n)+)", QUICKSTART.read_text(), re.MULTILINE))
-    number = r"[\d.]+\d|\d"
-    assert re.sub(number, "_", printed) == re.sub(
-        number, "_", re.sub("^    ", "", told, flags=re.M)
-    )
-    pairs = zip(re.findall(number, printed), re.findall(number, told), strict=True)
-    assert all(float(ours) == pytest.approx(float(theirs), rel=0.05) for ours, theirs in pairs)
+    answer, *sizes = [line.strip() for line in told.splitlines()[:-1]]
+    assert printed[0] == answer
+    assert "Golden Anchor" not in wrong  # how it is wrong may differ from machine to machine
+    for ours, theirs in zip(printed[1:], sizes, strict=True):
+        pairs = zip(*(re.findall(r"[\d.]+", line) for line in (ours, theirs)), strict=True)
+        assert all(float(x) == pytest.approx(float(y), rel=0.05) for x, y in pairs)
 
 
 @pytest.mark.parametrize(
