@@ -27,7 +27,8 @@ __device__ inline void WarpState<Config>::sum_queries(int tile) {
 template <typename Config>
 __device__ inline void WarpState<Config>::add_value_codes(
     const TileData& data, int32_t count, const float (&shares)[kTiles][kBlocks][4]) {
-  constexpr int kHeld = kGroups * kBlocks <= 4 ? kGroups : 1;  // groups, as registers allow
+  // Groups whose numbers are held, as registers allow.
+  constexpr int kHeld = kGroups * kBlocks <= 4 && Config::kSteps * kTiles <= 16 ? kGroups : 1;
   Scale scales[kHeld][2 * kBlocks];
   uint32_t most = 0;  // as bits, of which NaN has more than any number
 #pragma unroll
