@@ -61,7 +61,7 @@ bool pools_heads(const ScoreArgs& args);
 /// What scores are multiplied by: 1 / (what means and the pool divide by).
 float score_weight(const ScoreArgs& args);
 
-/// Steps 1 and 2 (any.cu), and 3 (pool.cu).
+/// Steps 1 and 2 (any.cuh), and 3 (pool.cu).
 ScoreSizes any_score_sizes(const ScoreArgs& args);
 void any_score(const ScoreArgs& args, const ScoreParams& params);
 void pool_parts(const ScoreArgs& args, const ScoreParams& params);

@@ -1,0 +1,5 @@
+#include "score/any.cuh"
+
+namespace adakv {
+template void launch_any_score<float>(const ScoreArgs&, const ScoreParams&);
+}
