@@ -3,11 +3,13 @@
 // A register of ldmatrix has four codes. They become two operands of two f16 elements each: `first`
 // and `second`. Along the head dim any order will do, as long as queries have it, too.
 //
-// As f16, a code in the low bits of an element is that many times the least number: codes of values,
-// and those of four bits, need no more than a mask. Four bits from bit 4 on are 16 times as much, in
-// bf16 too, where they reach the exponent: the least normal numbers are as far apart as subnormal ones.
-// Sums are in these units, of which products with queries' f16 would lose what floats can't hold; so
-// keys of int8 get an exponent, which makes them 1024 + code, and that is put right behind the sum.
+// A code in the low bits of an f16 is that many times the least number that f16 has, which products take
+// exactly: codes of values, and those of four bits, need no more than a mask. Four bits from bit 4 on
+// are 16 times as much; in bf16, too, where they reach the exponent, because the least normal numbers
+// are as far apart as the subnormal ones. Sums are multiplied by these units at the end.
+//
+// Keys of int8 get an exponent instead, which makes them 1024 + code. What that adds to a logit is
+// taken back together with the zero; units would cost every logit one more product.
 #pragma once
 
 #include <cstdint>
