@@ -29,9 +29,10 @@ from adakv.policy.protection import Spans, mask_of
 from adakv.shape import Shape
 from adakv.step import Attention
 
-#: Has something read behind what the sequences in some slots hold, of which nothing stays: its
-#: queries and keys in each layer, as :attr:`adakv.policy.LayerInputs.repeat`.
-Ask = Callable[[KVCache, slice], Sequence[tuple[Tensor, Tensor]]]
+#: Has something read behind what the sequences in some slots hold, at most so many entries in a
+#: row, and nothing of it stays. Gives its queries and keys in each layer, as
+#: :attr:`adakv.policy.LayerInputs.repeat`.
+Ask = Callable[[KVCache, slice, int], Sequence[tuple[Tensor, Tensor]]]
 
 
 class Recent(Protocol):
@@ -291,7 +292,7 @@ class Reselection:
             self._check_room(kv.num_kv_heads)
         policy = self.rule.policy
         plans = [self._plan(layer, rows, most) for layer, rows in enumerate(lengths)]
-        asked = None if self._ask is None else self._ask(kv, slots)
+        asked = None if self._ask is None else self._ask(kv, slots, max(longest))
 
         def inputs_of(layer: int) -> HeldInputs:
             means = tuple(total // kv.num_kv_heads for total in plans[layer].totals)

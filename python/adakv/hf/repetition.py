@@ -73,14 +73,16 @@ class Repetition:
         repetition = TransformersCache(layers=[RepeatLayer(cache, i) for i in range(num_layers)])
         cache.model.base_model(input_ids, use_cache=True, **{CACHE: repetition})
 
-    def read_behind(self, kv: KVCache, slots: slice) -> Sequence[tuple[Tensor, Tensor]]:
+    def read_behind(
+        self, kv: KVCache, slots: slice, longest: int
+    ) -> Sequence[tuple[Tensor, Tensor]]:
         """Has the model read the instruction behind the chunks so far, and forgets it.
 
-        Gives its queries ``[B, Hq, R, D]`` and keys ``[B, Hkv, R, D]`` in each layer.
+        Gives its queries ``[B, Hq, R, D]`` and keys ``[B, Hkv, R, D]`` in each layer. No row holds
+        more than ``longest`` entries.
         """
         assert self._waiting is not None
         self._check_tokens(self._waiting)
-        longest = int(kv.all_layers.lengths[:, slots].max())
         layers = [
             InstructionLayer(
                 Held(sequences(layer, slots), longest, kv.dtype),
