@@ -101,7 +101,7 @@ def test_the_prompt_stays(policy: str, family: Any):
 
 @pytest.mark.model
 def test_prefixkv_drops_the_one_that_is_newest_no_more():
-    """Of a text of 50 tokens with room for 30: the first 6, and the last 24. What a layer holds
+    """A text of 50 tokens with room for 30 keeps its first 6 and its last 24. What a layer holds
     follows from the mass of its prompt."""
     model = LLAMA.model()
     cache = adakv.Cache(

@@ -47,7 +47,7 @@ def text_inputs(
 
 
 def test_ahakv_widens_the_softmax_and_weighs_by_values(device):
-    """Of 64 tokens 16 stay: gain .208139; squared norms 25 1 4 1, their means of three, with zeros
+    """16 of 64 tokens stay: gain .208139; squared norms 25 1 4 1, their means of three, with zeros
     beyond the ends, over the largest: .866667 1 .2 .166667."""
     values = torch.zeros(1, 1, 5, 64)
     values[0, 0, :, :2] = torch.tensor([[3.0, 4], [1, 0], [0, 2], [0, 1], [9, 9]])
@@ -110,7 +110,7 @@ def test_corm_drops_what_the_last_queries_found_unimportant(device, seen):
 
 
 def test_corm_counts_tokens_that_have_left(device):
-    """Of 20 tokens: an attention of 1/20 is enough, which entry 1 gets of the newest."""
+    """With 20 tokens an attention of 1/20 is enough, which entry 1 gets of the newest."""
     scores = LastImportant(window=2).score(corm_inputs(CORM, device, seen=20))
     assert scores[0, 0, :3].tolist() == [2, 2, 2]
 
