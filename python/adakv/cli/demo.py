@@ -23,7 +23,6 @@ from adakv.cli.inputs import (
     check_outputs,
     check_prompt_length,
     dtype_name,
-    encode_prompt,
     refusals,
 )
 from adakv.cli.measure import FULL, Setting, cache_bytes
@@ -37,6 +36,7 @@ from adakv.cli.options import (
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE, TEXT
 from adakv.eval import plot
+from adakv.eval.chat import encode_prompt
 from adakv.hf.attachment import CACHE
 
 POLICIES = ("critical_ada_snapkv", adakv.policy.DEFAULT)

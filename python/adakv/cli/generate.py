@@ -19,8 +19,6 @@ from adakv.cli.inputs import (
     InputError,
     check_outputs,
     dtype_name,
-    encode_prompt,
-    messages_of,
     read_text,
     refusals,
 )
@@ -39,6 +37,7 @@ from adakv.cli.prompts import read_prompts
 from adakv.cli.protect import protect_options, system_spans
 from adakv.cli.results import ResultFile
 from adakv.cli.types import FILE
+from adakv.eval.chat import encode_prompt, messages_of
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 from adakv.cli.inputs import (
     InputError,
     check_prompt_length,
-    encode_messages,
     read_text,
     refusals,
 )
 from adakv.cli.protect import system_spans
+from adakv.eval.chat import encode_messages
 from adakv.eval.files import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"  # also where files were joined

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from adakv.cli.inputs import InputError, encode_messages
+from adakv.cli.inputs import InputError
 from adakv.cli.measure import Setting
+from adakv.eval.chat import encode_messages
 
 Span = tuple[int, int]
 

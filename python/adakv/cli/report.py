@@ -14,7 +14,6 @@ from adakv.cli.inputs import (
     check_outputs,
     check_prompt_length,
     dtype_name,
-    encode_prompt,
     read_text,
     refusals,
 )
@@ -29,6 +28,7 @@ from adakv.cli.options import (
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE
 from adakv.eval import plot
+from adakv.eval.chat import encode_prompt
 
 
 @click.command()

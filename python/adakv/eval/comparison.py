@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import adakv
-from adakv.eval.metrics import compare as compare_logits
-from adakv.eval.metrics import follow
-from adakv.eval.page import greedy
+from adakv.eval.answers import FullAnswer, greedy
+from adakv.eval.chat import encode_prompt
 from adakv.eval.prefill import Prefill
 from adakv.policy import DEFAULT, Policy
 
@@ -93,22 +89,18 @@ def compare(
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     with adakv.attach(model):
-        prefill = Prefill(model, _prompt(tokenizer, text, question))
-        full = greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
-        # The first token comes from the prefill and is always the same: the rest is compared.
-        tokens = torch.tensor(full, device=model.device)
-        logits = follow(model, prefill.full_cache(), tokens[:-1])
+        prefill = Prefill(model, encode_prompt(tokenizer, text, question))
+        full = FullAnswer(model, prefill, max_new_tokens)
         rows = []
         for policy in policies:
             cache = prefill.cache(policy, budget, ratio, **settings)
             stats = cache.stats()
             answer = decoded(greedy(model, cache, prefill.logits, max_new_tokens))
-            fresh = prefill.cache(policy, budget, ratio, **settings)
-            far = compare_logits(logits, follow(model, fresh, tokens[:-1]), tokens[1:])
+            far = full.quality_of(prefill.cache(policy, budget, ratio, **settings))
             sizes = stats["bytes"], stats["full_bytes"]
             rows.append(Row(_name(policy), *sizes, far.kl, far.agreement, answer))
     whole = rows[0].full_bytes
-    return Comparison((Row("full", whole, whole, 0.0, 1.0, decoded(full)), *rows))
+    return Comparison((Row("full", whole, whole, 0.0, 1.0, decoded(full.tokens)), *rows))
 
 
 def _name(policy: str | Policy) -> str:
@@ -116,12 +108,3 @@ def _name(policy: str | Policy) -> str:
         return policy
     parts = (policy.scorer, policy.allocator, policy.selector)
     return " * ".join(type(part).__name__ for part in parts)
-
-
-def _prompt(tokenizer: Any, text: str, question: str) -> Tensor:
-    if not tokenizer.chat_template:
-        asked = f"{text}\n\nQuestion: {question}\nAnswer:"
-        return torch.tensor([tokenizer(asked)["input_ids"]])
-    message = {"role": "user", "content": f"{text}\n\n{question}"}
-    chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    return torch.tensor([tokenizer(chat, add_special_tokens=False)["input_ids"]])

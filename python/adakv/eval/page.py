@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import adakv
-from adakv.eval.metrics import compare, follow, same_start
+from adakv.eval.answers import FullAnswer, greedy
+from adakv.eval.metrics import same_start
 from adakv.eval.prefill import Prefill
 from adakv.hf import Cache
 from adakv.hf.layers import FullAttentionLayer
@@ -173,15 +174,9 @@ def make_page(
 
         cache = compressed()
         stats, kept = cache.stats(), _kept(cache)
-        full = greedy(model, prefill.full_cache(), prefill.logits, max_new_tokens)
+        full = FullAnswer(model, prefill, max_new_tokens)
         own = greedy(model, cache, prefill.logits, max_new_tokens)
-        # The first token comes from the prefill and is always the same: the rest is compared.
-        tokens = torch.tensor(full, device=model.device)
-        quality = compare(
-            follow(model, prefill.full_cache(), tokens[:-1]),
-            follow(model, compressed(), tokens[:-1]),
-            tokens[1:],
-        )
+        quality = full.quality_of(compressed())
     return Page(
         policy=policy,
         num_tokens=prompt.shape[1],
@@ -190,10 +185,10 @@ def make_page(
         cache_bytes=stats["bytes"],
         full_bytes=stats["full_bytes"],
         answer=tokenizer.decode(own, skip_special_tokens=True).strip(),
-        full_answer=tokenizer.decode(full, skip_special_tokens=True).strip(),
+        full_answer=tokenizer.decode(full.tokens, skip_special_tokens=True).strip(),
         kl=quality.kl,
         agreement=quality.agreement,
-        same_start=same_start(own, full),
+        same_start=same_start(own, full.tokens),
     )
 
 
@@ -201,17 +196,6 @@ def _kept(cache: Cache) -> list[list[Tensor]]:
     """Per full-attention layer and kv head the positions that are held."""
     layers = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FullAttentionLayer)]
     return [cache.kept(layer)[0] for layer in layers]
-
-
-def greedy(model: Any, cache: Any, logits: Tensor, max_new_tokens: int) -> list[int]:
-    """At least two tokens, up to the end of the text; the first is chosen from ``logits`` [V]."""
-    end = model.generation_config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    tokens = [int(logits.argmax())]
-    while len(tokens) < max_new_tokens and (len(tokens) < 2 or tokens[-1] not in ends):
-        logits = follow(model, cache, torch.tensor(tokens[-1:]))[-1]
-        tokens.append(int(logits.argmax()))
-    return tokens
 
 
 def _pieces(tokenizer: Any, tokens: list[int], kept: list[list[Tensor]]) -> list[Piece]:
