@@ -78,9 +78,14 @@ class Bench:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one token, over all layers."""
+        """Bytes of one token in 16 bits, over all layers."""
         entry = 2 * self.config.num_key_value_heads * self.head_dim * self.model.dtype.itemsize
         return entry * int(self.config.num_hidden_layers)
+
+    @property
+    def page_size(self) -> int:
+        """Entries of a page: codes lie in pages of 32."""
+        return 16 if self.args.kv_dtype == "auto" else 32
 
     def report(
         self, part: str, sizes: dict[str, Any], times: dict[str, list[float]], **derived: float

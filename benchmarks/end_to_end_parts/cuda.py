@@ -4,7 +4,8 @@
     python benchmarks/end_to_end.py --device cuda --model DIR --parts step --batches 32
 
 Without --model it is Llama-3.1-8B's shape with random weights. Each part is a module of
-end_to_end_parts: prefill, step, full (transformers' own step) and throughput (generate_batch).
+end_to_end_parts: prefill, step, full (transformers' own step), throughput (generate_batch) and text
+(long answers under a decode budget).
 With --plot the decode steps are drawn, too; plot_end_to_end.py does it from saved results.
 """
 
@@ -18,7 +19,7 @@ import torch
 import plot_end_to_end
 from adakv.cli.inputs import DTYPES, load_model
 from cuda_timing import device_times
-from end_to_end_parts import full, prefill, step, throughput
+from end_to_end_parts import full, prefill, step, text, throughput
 from end_to_end_parts.bench import Bench, free_memory, random_model
 
 
@@ -33,8 +34,8 @@ def copy_bandwidth() -> float:
 def add_options(options: argparse.ArgumentParser) -> None:
     """Those of a GPU."""
     group = options.add_argument_group("on a GPU")
-    parts = ["prefill", "step", "full", "throughput"]
-    group.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parts = ["prefill", "step", "full", "throughput", "text"]
+    group.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     group.add_argument("--layers", type=int, default=32, help="of the random model")
     group.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768, 131072])
     group.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.05, 0.2])
@@ -49,7 +50,15 @@ def add_options(options: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=int, default=8, help="of the part throughput; 0: the most that fit"
     )
-    group.add_argument("--new-tokens", type=int, default=64, help="of the part throughput")
+    group.add_argument(
+        "--new-tokens", type=int, default=64, help="of the parts throughput and text"
+    )
+    group.add_argument(
+        "--kv-dtype",
+        choices=["auto", "int8", "fp8", "int4"],
+        default="auto",
+        help="of the part step",
+    )
     group.add_argument("--plot", metavar="FILE.png", help="draw the decode steps")
 
 
@@ -89,5 +98,9 @@ def main(args: argparse.Namespace) -> None:
                 throughput.measure(
                     bench, prompts, length, ratio, args.new_tokens, args.steps == ["compiled"]
                 )
+    if "text" in args.parts:
+        for budget in args.entries:
+            for batch in args.batches:
+                text.measure(bench, batch or step.largest(bench, budget), budget, args.new_tokens)
     if args.plot:
         plot_end_to_end.draw(bench.records, args.plot)

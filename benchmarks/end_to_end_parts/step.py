@@ -38,17 +38,7 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
     free_memory()
     config, layers = bench.config, bench.config.num_hidden_layers
     heads = config.num_key_value_heads
-    pages = KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
-    kv = KVCache(
-        num_layers=layers,
-        num_sequences=batch,
-        num_kv_heads=heads,
-        head_dim=bench.head_dim,
-        num_pages=pages * layers * batch,
-        max_row_pages=(length + NEW_TOKENS) // 16 + 2,
-        dtype=bench.model.dtype,
-        device="cuda",
-    )
+    kv = memory(bench, batch, pages_of(bench, mean) * batch, length)
     shape = (1, heads, length, bench.head_dim)
     keys, values = (
         torch.randn(shape, dtype=bench.model.dtype, device="cuda").expand(batch, -1, -1, -1)
@@ -67,6 +57,32 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
     for slot in range(batch):
         decoder.begin(slot, logits, length)
     return decoder
+
+
+def memory(bench: Bench, batch: int, num_pages: int, length: int) -> KVCache:
+    """Pages for the model's layers, in the format under test."""
+    config, page_size = bench.config, bench.page_size
+    return KVCache(
+        num_layers=config.num_hidden_layers,
+        num_sequences=batch,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=bench.head_dim,
+        num_pages=num_pages,
+        max_row_pages=(length + NEW_TOKENS) // page_size + 2,
+        page_size=page_size,
+        dtype=bench.model.dtype,
+        device="cuda",
+        kv_dtype=bench.args.kv_dtype,
+    )
+
+
+def pages_of(bench: Bench, mean: int) -> int:
+    """Those of one sequence, in all layers."""
+    heads = bench.config.num_key_value_heads
+    pages = KVCache.pages_for(
+        mean * heads, NEW_TOKENS, num_kv_heads=heads, page_size=bench.page_size
+    )
+    return pages * int(bench.config.num_hidden_layers)
 
 
 def measure(bench: Bench, batch: int, length: int, mean: int) -> None:
@@ -88,7 +104,9 @@ def measure(bench: Bench, batch: int, length: int, mean: int) -> None:
             derived[f"first_step_s/{name}"] = time.perf_counter() - begin
             times[f"{name}/wall"] = wall_times(functools.partial(run, steps), STEPS)
             times[f"{name}/device"] = device_times(functools.partial(run, steps), STEPS)
-    kept = batch * mean * bench.entry_bytes
+    page = decoder.kv.page_bytes / bench.page_size - 4  # of an entry, without its position
+    rows = batch * bench.config.num_hidden_layers * bench.config.num_key_value_heads
+    kept = rows * mean * page
     floor = (bench.weight_bytes + kept) / bench.bandwidth * 1e6
     best = min(statistics.median(samples) for samples in times.values())
     derived |= {
@@ -99,12 +117,12 @@ def measure(bench: Bench, batch: int, length: int, mean: int) -> None:
         "weights_GB": bench.weight_bytes / 1e9,
         "copy_TB_per_s": bench.bandwidth / 1e12,
     }
-    bench.report("step", {"batch": batch, "tokens": length, "mean": mean}, times, **derived)
+    sizes = {"batch": batch, "tokens": length, "mean": mean, "kv_dtype": bench.args.kv_dtype}
+    bench.report("step", sizes, times, **derived)
 
 
 def largest(bench: Bench, mean: int) -> int:
-    """Sequences whose pages fit beside the model."""
-    layers, heads = bench.config.num_hidden_layers, bench.config.num_key_value_heads
-    pages = layers * KVCache.pages_for(mean * heads, NEW_TOKENS, num_kv_heads=heads)
-    page = 2 * 16 * bench.head_dim * bench.model.dtype.itemsize + 16 * 4
-    return int((free_memory() - SPARE_BYTES) // (pages * page))
+    """Sequences whose pages, tails and tables fit beside the model."""
+    one = memory(bench, 1, 1, mean)
+    sequence = pages_of(bench, mean) * one.page_bytes + one.tail_bytes + one.table_bytes
+    return int((free_memory() - SPARE_BYTES) // sequence)

@@ -13,11 +13,15 @@ from torch import Tensor
 
 
 class FlashInferDecode:
-    """One layer. ``tensor_cores`` chooses between its two kernels."""
+    """One layer. ``tensor_cores`` chooses between its two kernels.
+
+    ``kv_dtype`` is the pages', ``dtype`` the queries': fp8 pages have one scale for a whole layer,
+    1 here, and not one for each entry as ours.
+    """
 
     def __init__(
         self, table: Tensor, lengths: Tensor, page_size: int, group: int, head_dim: int,
-        *, dtype: torch.dtype, tensor_cores: bool, workspace: Tensor,
+        *, dtype: torch.dtype, kv_dtype: torch.dtype, tensor_cores: bool, workspace: Tensor,
     ) -> None:  # fmt: skip
         import flashinfer
 
@@ -31,12 +35,12 @@ class FlashInferDecode:
         self.indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
         self.last = (lengths - (pages - 1) * page_size).int()
         self.shape = (group, 1, head_dim, page_size)
-        self.dtype = dtype
+        self.dtype, self.kv_dtype = dtype, kv_dtype
 
     def plan(self) -> None:
         self.wrapper.plan(
             self.indptr, self.ids, self.last, *self.shape,
-            q_data_type=self.dtype, kv_data_type=self.dtype,
+            q_data_type=self.dtype, kv_data_type=self.kv_dtype,
         )  # fmt: skip
 
     def run(self, queries: Tensor, pages: Tensor, out: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class FlashInfer:
             workspace = torch.empty(64 << 20, dtype=torch.uint8, device=data.pool.device)
             decode = FlashInferDecode(
                 data.table[i], data.lengths[i], case.page_size, case.group, case.head_dim,
-                dtype=data.pool.dtype, tensor_cores=self.tensor_cores, workspace=workspace,
+                dtype=data.queries.dtype, kv_dtype=data.pool.dtype,
+                tensor_cores=self.tensor_cores, workspace=workspace,
             )  # fmt: skip
             decode.plan()
             self.decodes.append(decode)
@@ -73,9 +74,11 @@ class TorchAttention:
 
 
 def peers_of(layers: Layers) -> dict[str, FlashInfer | TorchAttention]:
-    """Those that there are for the case."""
+    """Those that there are for the case: of codes FlashInfer reads fp8, torch none."""
     peers: dict[str, FlashInfer | TorchAttention] = {}
-    for kind in ("varlen", "sdpa"):
+    if layers.case.kv_dtype in ("int8", "int4"):
+        return peers
+    for kind in ("varlen", "sdpa") if layers.case.kv_dtype == "auto" else ():
         try:
             peers[f"torch_{kind}"] = peer = TorchAttention(layers, kind)
             peer.run(0)

@@ -175,9 +175,13 @@ class Rule:
 
     def most_in_row(self, shape: Shape) -> int:
         """Tokens of a text that one row holds at most: all that stays of it where one budget is
-        shared out."""
-        layers = shape.num_layers if self.policy.is_model_wide else 1
-        return layers * shape.num_kv_heads * self.budget + self.every
+        shared out, and what is new."""
+        return self.shared(shape.num_kv_heads, shape.num_layers) + self.every
+
+    def shared(self, num_kv_heads: int, num_layers: int) -> int:
+        """Entries of a text that are shared out among the rows of a layer, or of the model."""
+        layers = num_layers if self.policy.is_model_wide else 1
+        return layers * num_kv_heads * self.budget
 
     @property
     def carries(self) -> bool:
@@ -227,6 +231,7 @@ class Reselection:
         self._protected = protected if any(protected) else ()
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
+        self._prompt_rows: list[int] = []  # [B] most that a row may hold of them
         self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
         self._written = [*written] or [0] * len(prompt_lens)  # tokens of the texts
         # By the last choice, in each layer.
@@ -234,6 +239,7 @@ class Reselection:
         self._left = [[min(n, most) for n in self._written] for _ in attention]
         if written:
             self._prompt_totals = [[0] * len(prompt_lens) for _ in attention]
+            self._prompt_rows = [0] * len(prompt_lens)
         self._held = list(self._left[0])  # entries of a text, mean over heads and layers
         self._new = [0] * len(prompt_lens)  # tokens since then
         self._unheard = 0  # tokens whose queries no score has heard
@@ -307,7 +313,9 @@ class Reselection:
             layers = [of_layer.competing for of_layer in scored]
             shares = shares_of_all(policy, layers, tuple(plans[0].budgets))
             totals = torch.stack(shares).sum(-1).tolist()  # waits for the device
-        page_ids, page_indptr = _begin_again(kv, totals, longest, slots.start)
+        shared = self.rule.shared(kv.num_kv_heads, self._num_layers)
+        after = [min(n, row + shared) for n, row in zip(longest, self._prompt_rows, strict=True)]
+        page_ids, page_indptr = _begin_again(kv, totals, after, slots.start)
         for layer, plan in enumerate(plans):
             inputs = inputs_of(layer)
             competing, carried = scored[layer] if scored else self._scored(inputs)
@@ -339,6 +347,12 @@ class Reselection:
                 [sum(row) - len(row) * n for row, n in zip(rows, self._written, strict=True)]
                 for rows in lengths
             ]
+            for b, written in enumerate(self._written):
+                row = max(max(rows[b]) for rows in lengths) - written
+                totals = [of_layer[b] for of_layer in self._prompt_totals]
+                if not self.rule.pins_prompt:  # one row may get all that is shared out
+                    row = sum(totals) if self.rule.policy.is_model_wide else max(totals)
+                self._prompt_rows.append(row)
 
     def _plan(self, layer: int, lengths: Sequence[Sequence[int]], most: int) -> _Plan:
         """What each sequence keeps in a layer, whose rows hold ``lengths`` ``[B][Hkv]``."""

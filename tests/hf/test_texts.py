@@ -219,6 +219,29 @@ def test_texts_of_a_batch_take_no_more_pages_than_were_promised():
     assert kv.pages_used == 0
 
 
+@pytest.mark.model
+@pytest.mark.parametrize("pin_prompt", [True, False])
+@pytest.mark.parametrize("policy", ["snapkv", "ada_snapkv", "layer_defensive"])
+def test_rows_of_a_batch_have_room_for_every_tokens_after_each_choice(
+    policy: str, pin_prompt: bool
+):
+    """More than all heads' budgets together: what a row holds before a choice says too little of
+    what it may hold behind it."""
+    model = LLAMA.model()
+    (result,) = adakv.generate_batch(
+        model,
+        [torch.randint(3, VOCAB, (60,))],
+        policy=policy,
+        budget=48,
+        decode_budget=48,
+        every=300,
+        pin_prompt=pin_prompt,
+        max_new_tokens=1000,
+        options=adakv.BatchOptions(eos_token_id=[]),
+    )
+    assert len(result.tokens) == 1000
+
+
 def read(model: Any, cache: Any, prompt: Tensor, size: int) -> list[int]:
     """Entries of the first layer after each chunk of so many tokens."""
     held = []

@@ -143,7 +143,9 @@ class Need:
                 for total in totals
             )
 
-        row = min(prompt_len, max(totals))
+        row = max(totals)
+        if rule is None or rule.pins_prompt:
+            row = min(prompt_len, row)
         if rule is None or new - 1 < rule.most:
             return cls(pages_for(0, new - 1), -(-(row + new) // page_size))
         most = max(pages_for(0, rule.most), pages_for(rule.budget, rule.every))
