@@ -20,6 +20,7 @@ from adakv.policy import (
     LayerInputs,
     Policy,
     PromptAttention,
+    RankFusion,
     TopScore,
     get,
     names,
@@ -38,6 +39,8 @@ SCORERS = [
     ColumnMax(window=8, stride=4, distance=0, weigh_by="all"),
     ColumnMax(window=8, stride=40, weigh_by="none", pinned=0),
     ColumnMax(window=8, weigh_by="all", window_weight=3),
+    RankFusion(window=8, distance=4),
+    RankFusion(window=8, stride=3, window_weight=0),
     ExpectedAttention(window=8, num_future=20),
     ExpectedAttention(window=8, num_future=20, covariance=False, pinned=0),
 ]
@@ -86,4 +89,4 @@ def test_scorers_of_all_queries_take_prompts_in_parts():
     policies = [get(name) for name in names()]
     found = [p for p in policies if "all_queries" in p.needs]
     assert found == [p for p in policies if isinstance(p.scorer, FoldingScorer)]
-    assert len(found) == 7
+    assert len(found) == 8

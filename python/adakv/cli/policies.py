@@ -17,6 +17,7 @@ WINDOW = "32 queries"
 NORMS = "32 queries, values"
 QUERIES = "all queries"
 ALL = "all queries, values"
+FOURTH = "1 query in 4, values"
 TWICE = "a second prefill"
 
 #: What it keeps, and what choosing reads, by the name of the policy.
@@ -34,6 +35,7 @@ ABOUT = {
     "layer_defensive": ("the same, layers compete, too", NORMS),
     "ada_column_max": ("what any query looks at, weighed", ALL),
     "model_column_max": ("the same, layers compete, too", ALL),
+    "model_rank_fusion": ("that, or keys unlike the others", FOURTH),
     "kvzip": ("what repeating the prompt looks at", TWICE),
     "expected": ("what coming queries may look at", QUERIES),
     "ada_expected": ("the same, a length for each head", QUERIES),

@@ -27,6 +27,7 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.fusion import RankFusion
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
@@ -94,6 +95,7 @@ __all__ = [
     "Protection",
     "Pyramid",
     "Random",
+    "RankFusion",
     "Recency",
     "RepeatAttention",
     "SampledRest",

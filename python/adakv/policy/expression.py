@@ -9,6 +9,7 @@ from typing import Any
 
 from adakv.policy import (
     allocators,
+    fusion,
     mass_share,
     prompt_scorers,
     scorers,
@@ -23,6 +24,7 @@ _PARTS = {
     name: part
     for module in (
         allocators,
+        fusion,
         mass_share,
         prompt_scorers,
         scorers,

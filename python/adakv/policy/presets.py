@@ -10,6 +10,7 @@ from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.expression import parse
+from adakv.policy.fusion import RankFusion
 from adakv.policy.inputs import did_you_mean
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
@@ -71,6 +72,7 @@ _PRESETS: dict[str, Policy] = {
     "layer_defensive":             Policy(Defensive(norm_share="entries"), ModelWide(), TopScore()),
     "ada_column_max":              Policy(ColumnMax(), Adaptive(), TopScore()),
     "model_column_max":            Policy(_wide_column_max, ModelWide(reserve=2), TopScore()),
+    "model_rank_fusion":           Policy(RankFusion(), ModelWide(reserve=2), TopScore()),
     "kvzip":                       Policy(RepeatAttention(), ModelWide(), TopScore()),
     "expected":                    Policy(ExpectedAttention(), Uniform(), TopScore()),
     "ada_expected":                Policy(ExpectedAttention(), Adaptive(), TopScore()),

@@ -251,7 +251,12 @@ class ColumnMax:
         """Scores from columns ``[B, Hkv, T]`` and the window's queries."""
         if self.window_weight == 0:
             return self._with_floor(prompt.columns, inputs)
-        asked = ops.score(
+        asked = self.window_weight * self._asked(prompt, inputs)
+        return self._with_floor(prompt.columns.maximum(asked), inputs)
+
+    def _asked(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: the most that a query of the window gives each entry."""
+        return ops.score(
             prompt.last,
             inputs.keys,
             seq_lens=inputs.seq_lens,
@@ -259,7 +264,6 @@ class ColumnMax:
             window_reduce="max",
             group_reduce="max",
         )
-        return self._with_floor(prompt.columns.maximum(self.window_weight * asked), inputs)
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.weigh_by == "none":
