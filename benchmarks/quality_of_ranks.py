@@ -10,53 +10,19 @@ one kv head per rank Ada-KV's budgets are SnapKV's. The figures are those of ``a
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
-from typing import Any
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from adakv.cli.inputs import load_model
 from adakv.eval import data, summary
 from adakv.eval.runner import run
-from adakv.policy import Allocator, LayerInputs, Policy, get
+from adakv.policy import Policy, get
 
-
-@dataclass(frozen=True)
-class PerRank:
-    """Budgets by ``inner`` over the kv heads of each rank, which all have as much to share out."""
-
-    inner: Allocator
-    ranks: int
-
-    @property
-    def layers(self) -> Any:
-        return self.inner.layers
-
-    @property
-    def is_model_wide(self) -> bool:
-        return self.inner.is_model_wide
-
-    @property
-    def reserve(self) -> float | None:
-        return getattr(self.inner, "reserve", None)
-
-    def allocate(
-        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
-    ) -> Tensor:
-        heads = torch.arange(scores.shape[1], device=scores.device) % inputs.num_kv_heads
-        rank_of = heads * self.ranks // inputs.num_kv_heads
-        shares = torch.zeros(scores.shape[:2], dtype=torch.int32, device=scores.device)
-        for rank in range(self.ranks):
-            own = (rank_of == rank).nonzero()[:, 0]
-            shares[:, own] = self.inner.allocate(
-                scores[:, own].contiguous(), inputs, budgets, window=window
-            )
-        return shares
-
-    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
-        given = {"window": window, "prompt_len": prompt_len, "num_kv_heads": num_kv_heads}
-        return self.inner.total(budget, **given)
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from per_rank import PerRank
 
 
 def of_ranks(policy: Policy, ranks: int) -> Policy:
