@@ -49,7 +49,7 @@ def main() -> None:
     }
     policies: dict[str, Policy] = {}
     for name in given.policies.split(","):
-        policies[name] = get(name)
+        policies[name] = of_ranks(get(name), 1)
         policies[f"{name} / {given.ranks}"] = of_ranks(get(name), given.ranks)
     shares = [float(share) for share in given.shares.split(",")]
     records = []

@@ -13,7 +13,10 @@ from adakv.policy import Allocator, LayerInputs
 
 @dataclass(frozen=True)
 class PerRank:
-    """Budgets by ``inner`` over the kv heads of each rank, which all have as much to share out."""
+    """Budgets by ``inner`` over the kv heads of each rank, which all have as much to share out.
+
+    Without a reserve, as inside vLLM, where all entries are there until the last layer is.
+    """
 
     inner: Allocator
     ranks: int
@@ -25,10 +28,6 @@ class PerRank:
     @property
     def is_model_wide(self) -> bool:
         return self.inner.is_model_wide
-
-    @property
-    def reserve(self) -> float | None:
-        return getattr(self.inner, "reserve", None)
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
