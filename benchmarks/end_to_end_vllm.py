@@ -134,6 +134,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, help="128 on a CPU, 1024 on a GPU by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks, each on a GPU of its own; N times the --fit takes the same bytes of each",
+    )
     parser.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.jsonl")
     parser.add_argument("--plot", metavar="FILE", help="draw requests and blocks over time")
     args = parser.parse_args()
@@ -192,6 +199,7 @@ class Engine:
             load_format="auto" if args.named_model else "dummy",
             dtype=args.dtype,
             block_size=args.block_size,
+            tensor_parallel_size=args.tensor_parallel,
             enable_prefix_caching=args.prefix_caching,
             skip_tokenizer_init=True,
             disable_log_stats=True,
@@ -371,6 +379,7 @@ def main() -> None:
                         **{k: v for k, v in load._asdict().items() if k != "name"},
                         "dtype": args.dtype,
                         "block_size": args.block_size,
+                        "tensor_parallel": args.tensor_parallel,
                         "prefix_caching": args.prefix_caching,
                         "budget": args.budget if variant != "plain" else None,
                         "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),

@@ -256,14 +256,16 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(model: str, settings: Settings | None = None, **options: Any) -> Iterator[Engine]:
+def engine(
+    model: str, settings: Settings | None = None, *, kind: type[Engine] = Engine, **options: Any
+) -> Iterator[Engine]:
     """An engine that is gone afterwards."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     os.environ.update(ENVIRONMENT)
     it = None
     try:
-        it = Engine(model, settings, **options)
+        it = kind(model, settings, **options)
         yield it
     finally:
         if it is not None:

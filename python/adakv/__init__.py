@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         cuda_graph_sample,
         detach,
         generate_batch,
+        generate_on,
         generate_stream,
     )
 
@@ -41,6 +42,7 @@ __all__ = [
     "cuda_unavailable_reason",
     "detach",
     "generate_batch",
+    "generate_on",
     "generate_stream",
     "get_cmake_dir",
     "get_include",

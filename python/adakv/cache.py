@@ -356,6 +356,15 @@ class KVCache:
                 check_page_size(page_size),
             )
 
+    def lengths(self, slots: slice = slice(None)) -> Tensor:
+        """``[L, B, Hkv]`` int32 on the CPU: entries of rows."""
+        return self.all_layers.lengths[:, slots].cpu()
+
+    @property
+    def parts(self) -> tuple[KVCache, ...]:
+        """The caches of which it consists, as :class:`adakv.devices.SplitCache` has several."""
+        return (self,)
+
     def positions(self, layer: int, slots: slice = slice(None)) -> list[list[Tensor]]:
         """Positions that a layer holds: per sequence and kv head ``[length]`` int32 on the CPU, as
         they lie in its slots."""

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.cache import KVCache, sequences
+from adakv.cache import sequences
+from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.ops import Kept
@@ -237,7 +238,7 @@ class Reader:
         return {} if self._num_finished < self.num_layers else self._choose_all()
 
     def compact(
-        self, chosen: dict[int, list[Chosen]], kv: KVCache, *, first_sequence: int = 0
+        self, chosen: dict[int, list[Chosen]], kv: AnyCache, *, first_sequence: int = 0
     ) -> None:
         """Moves what :meth:`finish` chose into pages of ``kv``, and drops the rest.
 
@@ -249,6 +250,23 @@ class Reader:
             return
         budgets = self.budgets(kv.num_kv_heads)
         totals = [[x.total for x in budgets[layer]] for layer in layers]
+        together = [layers]
+        if isinstance(kv, SplitCache) and len(layers) > 1:
+            totals = [_counts(chosen[layer], kv.num_kv_heads) for layer in layers]
+            together = [[layer] for layer in layers]
+        for some in together:
+            self._compact(some, totals[: len(some)], chosen, kv, first_sequence)
+            totals = totals[len(some) :]
+
+    def _compact(
+        self,
+        layers: Sequence[int],
+        totals: Sequence[Sequence[int]],
+        chosen: dict[int, list[Chosen]],
+        kv: AnyCache,
+        first_sequence: int,
+    ) -> None:
+        """:meth:`compact` of some layers, whose pages are taken together."""
         page_ids, next_page = kv.begin_layers(
             layers, totals, self.lengths, first_sequence=first_sequence
         )
@@ -261,7 +279,7 @@ class Reader:
                 starts = next_page[prompts.start : prompts.stop + 1]
                 rows = view if len(self._groups) == 1 else sequences(view, prompts)
                 entries.compact(kept, rows, page_ids, starts)
-            if chosen:
+            if layer != layers[-1] and not isinstance(kv, SplitCache):
                 kv.advance_pages(next_page, view.lengths)
         self.num_compacted += len(layers)
 
@@ -390,3 +408,9 @@ class Reader:
             ]
             for layer, layers in enumerate(finished)
         }
+
+
+def _counts(chosen: Sequence[Chosen], num_kv_heads: int) -> list[int]:
+    """Entries that are kept of each prompt in a layer, known to its device only: waits for it."""
+    kept = [x.kept.indptr[::num_kv_heads].diff() for x in chosen]
+    return [int(n) for counts in kept for n in counts.tolist()]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from adakv.cache import KVCache, check_kv_dtype, page_size_for
+from adakv.devices import AnyCache, Group, SplitCache
 
 #: Formats of pages from the most bits to the fewest, in which a budget in bytes tries them.
 FROM_MANY_BITS = ("auto", "int8", "int4")
@@ -17,7 +18,10 @@ FROM_MANY_BITS = ("auto", "int8", "int4")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's layers put into a cache."""
+    """What a model's layers put into a cache.
+
+    ``groups`` are those of layers on several devices, of which ``device`` is the first.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -25,11 +29,25 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     kv_dtype: str = "auto"
+    groups: tuple[Group, ...] = ()
 
     def cache(
         self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
+    ) -> AnyCache:
+        """An empty cache for it; each group of layers has its share of the pages."""
+        if self.groups:
+            parts = []
+            for group in self.groups:
+                count = len(group.layers)
+                shape = replace(self, num_layers=count, device=group.device, groups=())
+                pages = -(-num_pages * count // self.num_layers)
+                parts.append(shape._cache(num_sequences, pages, max_row_pages, page_size))
+            return SplitCache(self.groups, parts)
+        return self._cache(num_sequences, num_pages, max_row_pages, page_size)
+
+    def _cache(
+        self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
     ) -> KVCache:
-        """An empty cache for it."""
         return KVCache(
             num_layers=self.num_layers,
             num_sequences=num_sequences,
@@ -85,7 +103,7 @@ class UnitBytes(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def unit_bytes(shape: Shape, page_size: int) -> UnitBytes:
     """Those of caches of a shape, from a small one."""
-    small = replace(shape, device=torch.device("cpu")).cache(1, 1, 1, page_size)
+    small = replace(shape, device=torch.device("cpu"), groups=())._cache(1, 1, 1, page_size)
     return UnitBytes(small.page_bytes, small.tail_bytes, small.table_bytes)
 
 

@@ -10,6 +10,7 @@ from adakv.hf.generate import (
     generate_batch,
     generate_stream,
 )
+from adakv.hf.workers import generate_on
 
 __all__ = [
     "Attachment",
@@ -21,5 +22,6 @@ __all__ = [
     "cuda_graph_sample",
     "detach",
     "generate_batch",
+    "generate_on",
     "generate_stream",
 ]

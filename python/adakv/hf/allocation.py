@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from adakv.cache import KVCache, check_kv_dtype, check_page_size, page_size_for
+from adakv.cache import check_kv_dtype, check_page_size, page_size_for
+from adakv.devices import AnyCache
 from adakv.errors import integer
 from adakv.hf import pool_size
 from adakv.policy import Budget, ByteBudget
@@ -82,7 +83,7 @@ class Allocation:
         prompt_lens: Sequence[int],
         rule: Rule | None,
         *,
-        kv: KVCache | None = None,
+        kv: AnyCache | None = None,
         new: int | None = None,
     ) -> Budget:
         """The same, but one in bytes as so many entries of one format.
@@ -106,7 +107,8 @@ class Allocation:
             return budget
         formats, columns = shape.formats(self._kv_dtype, self._page_size), 0
         if kv is not None:
-            formats, columns = [(kv.kv_dtype, kv.page_size)], kv.max_row_pages
+            formats = [(kv.kv_dtype, kv.page_size)]
+            columns = max(part.max_row_pages for part in kv.parts)
         return pool_size.decided(
             budget,
             shape,
@@ -127,7 +129,7 @@ class Allocation:
 
     def make(
         self, reader: Reader, budget: Budget, shape: Shape, num_sequences: int, rule: Rule | None
-    ) -> KVCache:
+    ) -> AnyCache:
         """Pages for what is kept of a reader's prompts, and for the tokens to come."""
         shape, page_size = self.pages(budget, shape)
         return pool_size.cache_of(

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache
+from adakv.devices import AnyCache, SplitStep, check_together, groups_of, grow_step
 from adakv.errors import Error
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
-from adakv.hf.eviction import Eviction
+from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.notices import Notices
@@ -104,6 +104,7 @@ class Cache(OneWayCache):
     """The prompts that are being read; None as soon as what is kept of them is in pages."""
     protection: Protection  #: what must stay of the prompts after the next :meth:`reset`
     budget: Budget  #: how much is kept of them
+    layer_devices = staticmethod(families.layer_devices)  #: where a decoder's layers have pages
 
     def __init__(
         self,
@@ -131,10 +132,7 @@ class Cache(OneWayCache):
         if not full:
             Notices().of_no_full_attention()
         families.check_writes(model, decoder)
-        if not isinstance(chunked_prefill, bool):
-            raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
-        if chunked_prefill and chunk_budget is not None:
-            raise ValueError("chunk_budget must not be given with chunked_prefill, which waits")
+        check_chunks(chunked_prefill, chunk_budget)
         self.model = decoder
         self.budget = Budget.given(policy, budget, ratio, budget_bytes)
         self._allocation = Allocation(
@@ -144,6 +142,8 @@ class Cache(OneWayCache):
         chosen = self.budget.policy
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._chunk_budget = chunk_budget
+        self._groups = groups_of(self.layer_devices(decoder, full))
+        check_together(self._groups, self._rule or chunk_budget)
         needs = chosen.needs
         self._is_chunked = chunked_prefill
         repeats = "repeat" in needs and chunk_budget is None
@@ -172,7 +172,7 @@ class Cache(OneWayCache):
         self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
         first_budget = self.eviction.first_budget
         self.reading = Reader(first_budget, len(self._full), protection=self.protection)
-        self.step: PlannedStep | None = None  # that is running
+        self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
@@ -183,7 +183,7 @@ class Cache(OneWayCache):
         self.notices = Notices()
         self._was_asked = False  # how long it is, since it was last given keys
         self._states = States(self.layers)
-        self._kv: KVCache | None = None
+        self._kv: AnyCache | None = None
         self._first = 0  # slot of sequence 0
 
     def update(
@@ -244,7 +244,7 @@ class Cache(OneWayCache):
         return bool(self.layers[self._with_keys[0]].get_seq_length() > 0)
 
     @property
-    def pages(self) -> KVCache | None:
+    def pages(self) -> AnyCache | None:
         """The memory in which its sequences lie, once a layer is compressed."""
         return self._kv
 
@@ -292,7 +292,7 @@ class Cache(OneWayCache):
                     self.layers[index] = fresh
         self._begin()
 
-    def fill(self, kv: KVCache, slot: int) -> None:
+    def fill(self, kv: AnyCache, slot: int) -> None:
         """Empties the cache; the next prompt, of one sequence, goes into a slot of ``kv``.
 
         There it is decoded by :class:`adakv.hf.slots.Decoder`.
@@ -300,7 +300,7 @@ class Cache(OneWayCache):
         self.reset()
         self._kv, self._first = kv, slot
 
-    def decoded_pages(self) -> tuple[KVCache, list[int]]:
+    def decoded_pages(self) -> tuple[AnyCache, list[int]]:
         """The pages, and the tokens that each sequence has seen: for a
         :class:`adakv.hf.slots.Decoder` to go on with; then :meth:`advance`."""
         self.check_recordable(
@@ -429,7 +429,7 @@ class Cache(OneWayCache):
         num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
         watcher = self.eviction.watcher
-        self.step = PlannedStep.grow(self._kv, num_new, columns, watcher=watcher)
+        self.step = grow_step(self._kv, num_new, columns, watcher=watcher)
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
@@ -492,7 +492,8 @@ class Cache(OneWayCache):
     def _shape(self) -> Shape:
         """What layers put into plain pages."""
         assert self._signature is not None and self._heads is not None
-        return Shape(len(self._full), *self._heads, *self._signature[3:])
+        *_, dtype, device = self._signature
+        return Shape(len(self._full), *self._heads, dtype, device, groups=self._groups)
 
     @property
     def _slots(self) -> slice:

@@ -38,8 +38,12 @@ class Steps:
 
     def __init__(self, decoder: Decoder, *, cuda_graph: bool = True, compile: bool = False) -> None:
         self._decoder = decoder
+        is_split = len(decoder.kv.parts) > 1
+        if compile and is_split:
+            places = ", ".join(str(part.device) for part in decoder.kv.parts)
+            raise ValueError(f"compile must be False with layers on several devices, got {places}")
         self._compiles = compile
-        self._records = cuda_graph and decoder.slots.tokens.is_cuda
+        self._records = cuda_graph and decoder.slots.tokens.is_cuda and not is_split
         self._layers = decoder.kv.layers  # that the steps below read
         self._runs: dict[int, Callable[[], object]] = {}
 

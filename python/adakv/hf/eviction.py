@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adakv.cache import KVCache
+from adakv.devices import AnyCache
 from adakv.policy import Budget, Protection, get
 from adakv.reselection import Ask, Recent, Reselection, Rule
 from adakv.step import Attention
 
 _ANY = 2**31 - 1  # tokens: how long a prompt in chunks will be is not known
+
+
+def check_chunks(chunked_prefill: bool, chunk_budget: int | None) -> None:
+    """Raises ``ValueError`` for what a :class:`adakv.Cache` can't do with prompts in chunks."""
+    if not isinstance(chunked_prefill, bool):
+        raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
+    if chunked_prefill and chunk_budget is not None:
+        raise ValueError("chunk_budget must not be given with chunked_prefill, which waits")
 
 
 class Eviction:
@@ -80,7 +89,7 @@ class Eviction:
         else:
             self._begin_text(lengths)
 
-    def end_prompt(self, kv: KVCache, slots: slice, seen: Sequence[int]) -> None:
+    def end_prompt(self, kv: AnyCache, slots: slice, seen: Sequence[int]) -> None:
         """The first token behind the prompts comes: the last choice from these."""
         if not self.reads_chunks:
             return
@@ -89,7 +98,7 @@ class Eviction:
         rule, of_prompts = self.text.rule, self.budget.of_all(seen)
         self.text.rule = replace(rule, budget=min(of_prompts, rule.budget))
         if self.text.is_due:
-            self.text.choose(kv, slots)
+            _choose(self.text, kv, slots)
         self._begin_text(seen)
 
     def _begin_text(self, prompt_lens: Sequence[int]) -> None:
@@ -103,7 +112,12 @@ class Eviction:
         if self.text is not None:
             self.text.begin_step(num_new, columns)
 
-    def end_step(self, kv: KVCache, slots: slice) -> None:
+    def end_step(self, kv: AnyCache, slots: slice) -> None:
         """All layers have attended: chooses, if it is time."""
         if self.text is not None and self.text.is_due:
-            self.text.choose(kv, slots)
+            _choose(self.text, kv, slots)
+
+
+def _choose(text: Reselection, kv: AnyCache, slots: slice) -> None:
+    assert isinstance(kv, KVCache)  # Cache refuses to evict from texts on several devices
+    text.choose(kv, slots)

@@ -133,6 +133,31 @@ def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[tor
     ]
 
 
+def layer_devices(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.device]:
+    """Where some of a decoder's layers attend, if they all say it of themselves; else nothing.
+
+    Weights that Accelerate loads when they are needed are where its hooks bring them.
+    """
+    found: dict[int, torch.device] = {}
+    for module in attention_modules(model, layers):
+        for part in module.modules():
+            place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if place is None:
+                place = next((x.device for x in part.parameters() if not x.is_meta), None)
+            if place is not None:
+                found.setdefault(int(module.layer_idx), _device(place))  # type: ignore[arg-type]
+                break
+    return [found[layer] for layer in layers] if set(found) == set(layers) else []
+
+
+def _device(place: torch.device | str | int) -> torch.device:
+    """With its number: the number alone is a GPU's."""
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def check_writes(*models: PreTrainedModel) -> None:
     """Raises ``ValueError`` unless a model and its decoder write with a cache."""
     for model in models:
@@ -200,7 +225,8 @@ def rotation(decoder: torch.nn.Module) -> Rotate:
     turn = sys.modules[type(embedding).__module__].apply_rotary_pos_emb
 
     def rotate(x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = embedding(x, positions.view(-1, positions.shape[-1]))
+        angles = embedding(x, positions.view(-1, positions.shape[-1]))
+        cos, sin = (part.to(x.device) for part in angles)  # it may lie on another device
         scale = embedding.attention_scaling
         turned: Tensor = turn(x, x, cos / scale, sin / scale)[0]
         return turned

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
-from adakv.cache import KVCache
+from adakv.devices import AnyCache
 from adakv.hf import families
 from adakv.hf.attachment import TAG, AttendingLayer, attention_of, eagerly, inner_attention
 from adakv.hf.log_sum_exp import with_log_sum_exp
@@ -187,7 +187,7 @@ def _aligned(part: Part, order: Tensor) -> Part:
 
 
 def contents(
-    layers: Sequence[Any], kv: KVCache | None, slots: slice, seen: Sequence[int], num_kv_heads: int
+    layers: Sequence[Any], kv: AnyCache | None, slots: slice, seen: Sequence[int], num_kv_heads: int
 ) -> dict[str, Any]:
     """:meth:`Cache.stats` of a cache's layers, with its sequences in some slots of ``kv``."""
     counts = torch.tensor(seen, dtype=torch.int32)
@@ -196,7 +196,7 @@ def contents(
     entry_bytes = bytes_used = pages_used = 0
     kv_dtype = None
     if kv is not None:
-        full = kv.all_layers.lengths[:, slots].cpu()
+        full = kv.lengths(slots)
         entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
         bytes_used, pages_used, kv_dtype = kv.bytes_used, kv.pages_used, kv.kv_dtype
     lengths = [

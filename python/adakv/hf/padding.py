@@ -144,9 +144,9 @@ def _is_wrong(mask: Tensor, shown: Tensor, before: int, prompt: bool) -> Tensor:
 
 def align(x: Tensor, order: Tensor) -> Tensor:
     """``[B, H, columns, D]`` with the padding on the left."""
-    return x.gather(2, order[:, None, :, None].expand(x.shape))
+    return x.gather(2, order.to(x.device)[:, None, :, None].expand(x.shape))
 
 
 def restore(out: Tensor, order: Tensor) -> Tensor:
     """``[B, columns, H, D]`` as it was before :func:`align`."""
-    return out.gather(1, order.argsort()[:, :, None, None].expand(out.shape))
+    return out.gather(1, order.to(out.device).argsort()[:, :, None, None].expand(out.shape))

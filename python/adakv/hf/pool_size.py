@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from adakv.cache import KVCache
+from adakv.devices import AnyCache, groups_of
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
 from adakv.policy import Budget, ByteBudget
@@ -38,10 +39,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
     look = _Look(config=model.config)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: look})
-    shapes = set(look.shapes)
+    shapes = {shape[:3] for shape in look.shapes}
     if len(shapes) > 1:
         raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-    return Shape(len(look.shapes), *shapes.pop())
+    devices = [shape[3] for shape in look.shapes]
+    return Shape(len(devices), *shapes.pop(), devices[0], groups=groups_of(devices))
 
 
 class _Look(DynamicCache):
@@ -176,7 +178,7 @@ def cache_for(
     max_batch: int,
     cache_bytes: int | None,
     page_size: int,
-) -> KVCache:
+) -> AnyCache:
     """A cache for ``max_batch`` of the prompts at a time, or for as many as there is memory for.
 
     Raises ``adakv.Error`` if one of them can never fit.
@@ -185,10 +187,11 @@ def cache_for(
     spare = max(need.again for need in needs)
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
     unit = unit_bytes(shape, page_size)
-    if cache_bytes is None and shape.device.type == "cuda":
+    on_cuda = any(x.type == "cuda" for x in (shape.device, *(g.device for g in shape.groups)))
+    if cache_bytes is None and on_cuda:
         longest = max(prompts, key=len)
         waiting = waiting_bytes(budget, len(longest), shape)
-        cache_bytes = _free_bytes(model, longest, waiting)
+        cache_bytes = _free_bytes(model, longest, waiting, shape)
     if cache_bytes is not None:
         pages = min(pages, max(cache_bytes - slots * unit.tails, 0) // unit.page)
     for index, need in enumerate(needs):
@@ -208,7 +211,7 @@ def cache_of(
     new: int,
     page_size: int,
     rule: Rule | None = None,
-) -> KVCache:
+) -> AnyCache:
     """A cache for what is kept of a reader's prompts, and for ``new`` tokens behind each, or for
     what a rule leaves of them."""
     heads = shape.num_kv_heads
@@ -222,11 +225,16 @@ def cache_of(
     return shape.cache(num_sequences, pages, row_pages, page_size)  # the pool decides what is full
 
 
-def make_room(kv: KVCache, num_new: Sequence[int]) -> None:
+def make_room(kv: AnyCache, num_new: Sequence[int]) -> None:
     """Has a cache grow if there are too few pages for so many more tokens of each sequence.
 
     Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
     """
+    for part in kv.parts:
+        _make_room(part, num_new)
+
+
+def _make_room(kv: KVCache, num_new: Sequence[int]) -> None:
     pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
     if pages <= 0 and rows <= kv.max_row_pages:
         return
@@ -248,16 +256,27 @@ def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:
     return rows * (entries * shape.entry_bytes + 2 * 4 * prompt_len)
 
 
-def _free_bytes(model: PreTrainedModel, prompt: Tensor, waiting: int) -> int:
-    """CUDA memory that is left for pages while a prompt is read, from reading its beginning."""
-    device = model.device
-    ids = prompt[None, :_PROBE].to(device)
+def _free_bytes(model: PreTrainedModel, prompt: Tensor, waiting: int, shape: Shape) -> int:
+    """CUDA memory that is left for pages while a prompt is read, from reading its beginning; of
+    several GPUs what the one that has least for its layers leaves for all of them."""
+    layers = {
+        group.device: len(group.layers) for group in shape.groups if group.device.type != "cpu"
+    }
+    layers = layers or {shape.device: shape.num_layers}
+    ids = prompt[None, :_PROBE].to(model.device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = {}
+    for device in layers:
+        torch.cuda.reset_peak_memory_stats(device)
+        before[device] = torch.cuda.memory_allocated(device)
     with torch.no_grad():
         model(ids, use_cache=False, logits_to_keep=1)
-    prefill = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(_SHARE * max(free - prefill * len(prompt) // ids.shape[1] - waiting, 0))
+    left = []
+    for device, count in layers.items():
+        prefill = torch.cuda.max_memory_allocated(device) - before[device]
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        waits = waiting * count // shape.num_layers
+        rest = max(free - prefill * len(prompt) // ids.shape[1] - waits, 0)
+        left.append(rest * shape.num_layers // count)
+    return int(_SHARE * min(left))

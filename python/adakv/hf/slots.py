@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from adakv.cache import KVCache, sequences
+from adakv.cache import KVCache
+from adakv.devices import AnyCache, FirstSlots, SplitStep
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
@@ -62,7 +63,7 @@ class Decoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        kv: KVCache,
+        kv: AnyCache,
         sampling: Chooser,
         rule: Rule | None = None,
     ) -> None:
@@ -76,7 +77,10 @@ class Decoder:
         self._num_used = [0] * kv.num_sequences  # of their newest numbers
         self._generators: dict[int, torch.Generator] = {}  # by slot
         self._texts: dict[int, Reselection] = {}  # that are chosen from, by slot
-        self._queries = None if rule is None else SlotQueries(model, kv, rule.num_queries)
+        self._queries = None
+        if rule is not None:
+            assert isinstance(kv, KVCache)
+            self._queries = SlotQueries(model, kv, rule.num_queries)
         self.slots = Slots(
             tokens=zeros(1, torch.int64),
             positions=zeros(1, torch.int64),
@@ -182,6 +186,7 @@ class Decoder:
         due = [slot for slot, text in self._texts.items() if text.is_due]
         for slot in due:
             text = self._texts[slot]
+            assert isinstance(self.kv, KVCache)  # others have no rule
             text.choose(self.kv, slice(slot, slot + text.num_sequences))
         return bool(due)
 
@@ -270,7 +275,7 @@ class Step:
     def __init__(
         self,
         model: PreTrainedModel,
-        kv: KVCache,
+        kv: AnyCache,
         sampling: Chooser,
         slots: Slots,
         watcher: StepQueries | None = None,
@@ -302,23 +307,18 @@ class Step:
 class StepCache(TransformersCache):
     """The first slots of a cache, as a model's forward over one token of each takes them."""
 
-    def __init__(self, kv: KVCache, num_new: Tensor, watcher: StepQueries | None = None) -> None:
-        self.step: PlannedStep | None = None  # that is running
+    def __init__(self, kv: AnyCache, num_new: Tensor, watcher: StepQueries | None = None) -> None:
+        self.step: PlannedStep | SplitStep | None = None  # that is running
         self.num_attended = 0  # layers, in this step
         self._num_new = num_new  # [B] int32
         self._watcher = watcher
-        slots = slice(0, len(num_new))
-        self._views = tuple(sequences(layer, slots) for layer in kv.layers)
-        lengths, block_table, fresh_pages = (table[:, slots] for table in kv.plan_inputs)
-        self._tables = lengths, block_table, fresh_pages
+        self._first = FirstSlots(kv, len(num_new))
         super().__init__(layers=[StepLayer(self, index) for index in range(kv.num_layers)])
 
     def plan(self) -> None:
         """Shares out the step's work, for all layers."""
         self.num_attended = 0
-        self.step = PlannedStep.plan(
-            self._views, self._tables, num_new=self._num_new, watcher=self._watcher
-        )
+        self.step = self._first.plan(self._num_new, self._watcher)
 
     def end_step(self) -> None:
         """Forgets the plan, which is good for one step.

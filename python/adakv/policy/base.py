@@ -376,13 +376,16 @@ class Policy:
         scores = scores or [self.score(x, budgets) for x in layers]
         if first.protected is not None:
             scores = [x.pin_protected(s) for s, x in zip(scores, layers, strict=True)]
-        joined = scores[0] if len(layers) == 1 else torch.cat(scores, dim=1)
+        there = scores[0].device  # layers may lie on several devices
+        joined = scores[0]
+        if len(layers) > 1:
+            joined = torch.cat([s.to(there, non_blocking=True) for s in scores], dim=1)
         means = tuple(x.mean for x in budgets)
         shares = self.allocator.allocate(joined, first, means, window=self.window)
         heads = first.num_kv_heads
         most = sum(min(x.total, heads * n) for x, n in zip(budgets, first.prompt_lens, strict=True))
         return [
-            self.selector.select(s, share, x, window=self.window, total=most)
+            self.selector.select(s, share.to(s.device), x, window=self.window, total=most)
             for s, share, x in zip(scores, torch.split(shares, heads, dim=1), layers, strict=True)
         ]
 

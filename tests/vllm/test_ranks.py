@@ -1,0 +1,115 @@
+"""Engines of two tensor-parallel ranks on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
+
+import vllm_two_ranks
+from adakv.policy import WholePages
+from adakv.vllm.config import Settings
+from adakv.vllm.ledger import path_of
+from adakv.vllm.plan import plan
+from per_rank import PerRank
+from vllm_engine import BLOCK, ENVIRONMENT, Compression, random_text, save_llama
+from vllm_reference import Reference, comparable
+
+HEADS = 4  # of the model; two on each rank
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"), num_kv_heads=HEADS)
+
+
+def ran(model: str, settings: Settings, options: dict[str, Any], *more: Any) -> Any:
+    """What comes of requests in an engine of two ranks."""
+    arguments = [json.dumps(x) for x in (asdict(settings), options, *more[:2])]
+    done = subprocess.run(
+        [sys.executable, vllm_two_ranks.__file__, model, *arguments, *more[2:]],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert vllm_two_ranks.MARK in done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout.split(vllm_two_ranks.MARK)[1])
+
+
+def texts() -> list[list[int]]:
+    """Prompts, the last two of which begin as the first one does."""
+    rng = random.Random(4)
+    prompts = [random_text(rng, length) for length in (300, 70, 205, 40, 60)]
+    prompts[3:] = [prompts[0][:130] + prompt for prompt in prompts[3:]]
+    return prompts
+
+
+@pytest.mark.parametrize(
+    ("policy", "when", "options"),
+    [
+        ("ada_snapkv", "always", {"enable_prefix_caching": True}),
+        ("model_column_max", "always", {}),
+        ("ada_snapkv", "pressure", {"num_gpu_blocks_override": 24}),
+    ],
+)
+def test_each_rank_keeps_the_best_of_its_own_heads(
+    model: str, policy: str, when: Any, options: dict[str, Any]
+):
+    """Kept rows and tokens are those of transformers with such budgets, of a layer or model-wide;
+    also behind a prefix that was found, and under pressure."""
+    settings, prompts = Settings(policy, budget=64, when=when), texts()
+    new = [40, 30, 50, 20, 35]
+    tokens, compressions, preemptions, cached, counts = ran(model, settings, options, prompts, new)
+    assert any(cached) == bool(options.get("enable_prefix_caching"))
+    assert preemptions == 0 and counts["requests_compressed"] >= 1
+    assert bool(counts["compressed_under_pressure"]) == (when == "pressure")
+    allocator = WholePages(PerRank(settings.preset.allocator, 2), BLOCK)
+    reference = Reference(model, settings, replace(settings.preset, allocator=allocator))
+    for prompt, written, found in zip(prompts, tokens, compressions, strict=True):
+        compressed = [Compression(b, n, torch.tensor(lengths), at) for b, n, lengths, at in found]
+        known = comparable(prompt, written, compressed)
+        assert reference.choices(prompt, known, compressed) == known
+
+
+def test_ranks_share_blocks_of_codes(model: str):
+    """As many entries are kept as planned; every block is free at the end, which the engine's
+    program checks."""
+    settings, prompts = Settings(budget=64, kv_dtype="int8"), texts()
+    options = {"dtype": "bfloat16"}
+    tokens, _, _, _, counts = ran(model, settings, options, prompts, 20)
+    assert [len(text) for text in tokens] == [20] * 5
+    planned = [plan(len(x), budget=64, block_size=BLOCK, num_kv_heads=HEADS // 2) for x in prompts]
+    assert counts["requests_compressed"] == sum(x is not None for x in planned)
+    assert counts["blocks_given_back"] == sum(x.tail - x.kept_blocks for x in planned if x)
+
+
+def test_a_killed_rank_ends_the_engine_with_an_error(model: str):
+    """Soon, and without its ledger left behind."""
+    before = set(path_of("").parent.glob("adakv-ledger-*"))
+    (said,) = ran(model, Settings(budget=64), {}, texts(), 30, "--killed")
+    assert "RuntimeError" in said or "died" in said, said
+    mine = set(Path(path_of("").parent).glob("adakv-ledger-*")) - before
+    assert not any(_is_unused(path) for path in mine)
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether nobody has a lock on it; other engines of this machine have theirs."""
+    import fcntl
+
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
