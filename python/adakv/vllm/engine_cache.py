@@ -32,6 +32,7 @@ from torch import Tensor
 from adakv.ops import Layer
 from adakv.policy import FoldingScorer, Policy, Protection
 from adakv.reading import Part, Reader
+from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import OwnPages, Pages, SharedPages, kept_of_all, spans_layers
@@ -45,6 +46,7 @@ from adakv.vllm.prompts import (
     is_plain,
     read_by_torch,
 )
+from adakv.vllm.texts import Text, Texts
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
 
 
@@ -67,6 +69,8 @@ class EngineCache:
     scheduler : :class:`Scheduler`, optional
     flash : :class:`FlashAttention`, optional
         Reads prompts; without it ``attend`` does.
+    rule : :class:`adakv.reselection.Rule`, optional
+        How texts are chosen from while they are written.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class EngineCache:
         w_o: Callable[[int], Tensor] | None = None,
         scheduler: Scheduler | None = None,
         flash: FlashAttention | None = None,
+        rule: Rule | None = None,
     ) -> None:
         num_pages, self.block_size = len(pages[0].entries), pages[0].page_size
         self.num_kv_heads = num_kv_heads
@@ -105,9 +110,12 @@ class EngineCache:
         # By first block. A boundary of 0: the request is whole.
         self.boundaries = self._integers(num_blocks)
         self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
+        # Where what is kept has a gap among the blocks, and of how many.
+        self.gaps = self._integers(2, num_blocks)
         # Nothing here reads positions: one tensor takes what all layers write.
         self._positions = self._integers(len(self._pages.of_layers[0].entries), self.block_size)
         self.prompts: dict[int, Prompt] = {}  # that may be compressed, by request
+        self.texts = None if rule is None else Texts(rule, attentions, w_o, pages[0].dtype)
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
         self._kept: list[tuple[int, Later]] = []  # entries of a prompt, and how many are kept
@@ -129,7 +137,7 @@ class EngineCache:
         """
         self._observe_late()
         step = Step(queries=None if buffers is None else buffers.queries)
-        if any(batch.is_prefilling) or self._may_be_compressed():
+        if any(batch.is_prefilling) or self._may_be_compressed() or self._writes:
             self._follow_prompts(batch, step)
         without = set(step.read_by_torch)
         spans = enumerate(pairwise(batch.query_start))
@@ -148,7 +156,7 @@ class EngineCache:
         for rows, tokens, new_tokens in equal_runs(batch, without):
             planned = self._planned(batch, rows, new_tokens, buffers)
             step.groups.append(Group(tokens, new_tokens, planned))
-        if buffers is not None and step.reading:
+        if buffers is not None and (step.reading or step.asked):
             self._unobserved = step
         self._tell_kept()
         return step
@@ -189,6 +197,8 @@ class EngineCache:
         if step.queries is not None:
             step.queries[layer, : len(queries)] = queries
             return
+        if step.asked is not None and self.texts is not None:
+            self.texts.put(step.asked, queries, layer)
         lse = None
         if step.whole is not None and self._flash is not None:
             pages = self._flash.append(layer, step.whole, self.pages[layer], keys, values)
@@ -227,6 +237,8 @@ class EngineCache:
         for layer, queries in enumerate(step.queries):
             for reading in step.reading.values():
                 self._observe(layer, reading, queries[reading.tokens])
+        if step.asked is not None and self.texts is not None:
+            self.texts.put(step.asked, step.queries)
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -235,6 +247,11 @@ class EngineCache:
         """What ``attend`` takes of some rows, in each layer."""
         layers = zip(self._pages.of_layers, *tables, strict=True)
         return [pages.layer(self._positions, *of_layer) for pages, *of_layer in layers]
+
+    @property
+    def _writes(self) -> bool:
+        """Whether there are texts that are chosen from."""
+        return self.texts is not None and bool(self.texts.texts)
 
     def _may_be_compressed(self) -> bool:
         """Whether a prompt may be compressed in this step."""
@@ -256,6 +273,8 @@ class EngineCache:
             and begin != end
             and not self._goes_on(requests[row], batch.computed[row])
         ]
+        if self.texts is not None:
+            self.texts.forget(self._is_gone, [requests[row] for row in begins])
         if begins:
             names = first_blocks[sent(begins, self.device)]
             self.boundaries[names.long()] = 0
@@ -267,7 +286,11 @@ class EngineCache:
                 self._forget_gone()
         for row, request in enumerate(requests):
             begin, end = batch.query_start[row : row + 2]
-            if request not in self.prompts or begin == end:
+            if begin == end:
+                continue
+            if request not in self.prompts:
+                if self.texts is not None and request in self.texts.texts:
+                    self._follow_text(batch, row, self.texts.texts[request])
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
@@ -279,6 +302,8 @@ class EngineCache:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
                 self._obey(request, blocks, computed)
+        if self.texts is not None:
+            step.asked = self.texts.ask(batch, requests)
 
     def _goes_on(self, request: int, computed: int) -> bool:
         """Whether a prompt is the one that was read so far as it."""
@@ -288,8 +313,11 @@ class EngineCache:
     def _forget_gone(self) -> None:
         """Forgets prompts that no scheduler has."""
         for request, prompt in list(self.prompts.items()):
-            if not self._scheduler.is_running(prompt.first_block):
+            if self._is_gone(prompt.first_block):
                 del self.prompts[request]
+
+    def _is_gone(self, first_block: int) -> bool:
+        return not self._scheduler.is_running(first_block)
 
     def _tell_kept(self) -> None:
         """Tells of compressions that are over, as far as nobody has to wait."""
@@ -308,12 +336,17 @@ class EngineCache:
         prompt.has_ended = True
         (boundary,) = prompt.reader.lengths
         order = self._scheduler.order(prompt.first_block, boundary, computed)
-        if order is not None and (order.at != computed or order.budget == 0):
+        is_for_later = order is not None and order.budget == 0 and not order.due
+        if is_for_later or (order is not None and order.at != computed):
             return
         del self.prompts[request]
-        if order is not None:
+        if order is None:
+            return
+        if order.budget != 0:
             self._compress(prompt, blocks, computed, order)
-            self._scheduler.done(prompt.first_block, boundary)
+        if order.due and self.texts is not None:
+            self._begin_text(request, prompt.first_block, boundary, order.due)
+        self._scheduler.done(prompt.first_block, boundary)
 
     def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, order: Order) -> None:
         """Moves what is kept of a prompt into the request's first blocks, and what the request has
@@ -340,8 +373,41 @@ class EngineCache:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
         self.lengths[:, first_block] = lengths
         self.boundaries[first_block] = boundary
+        self.gaps[0, first_block] = planned.kept_blocks
+        self.gaps[1, first_block] = planned.tail - planned.kept_blocks
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
+
+    def _begin_text(self, request: int, first_block: int, boundary: int, due: int) -> None:
+        """A request whose prompt has ended will have its text chosen from."""
+        assert self.texts is not None
+        is_whole = self.boundaries[first_block] == 0
+        of_prompt = self.lengths[:, first_block].where(~is_whole, boundary).flatten()
+        self.gaps[:, first_block] *= ~is_whole
+        counts = Later(of_prompt)
+        self.texts.texts[request] = Text(first_block, boundary, due, counts, counts)
+
+    def _follow_text(self, batch: Batch, row: int, text: Text) -> None:
+        """Chooses from a text, if the scheduler has ordered it for this step."""
+        computed, name = batch.computed[row], text.first_block
+        if computed < text.due or self.texts is None:
+            return
+        order = self._scheduler.order(name, text.boundary, computed)
+        if order is None or order.at != computed:
+            return
+        new_tokens = batch.query_start[row + 1] - batch.query_start[row]
+        tables, _ = self._tables(batch, slice(row, row + 1), new_tokens)
+        chosen = self.texts.choose(text, computed, self._layers(tables))
+        lengths = torch.stack([kept.indptr.diff() for kept in chosen.kept])  # [L, Hkv]
+        pages = (lengths + (self.block_size - 1)) // self.block_size
+        blocks, gaps = batch.block_table[row : row + 1], self.gaps[:, name, None]
+        none = self._integers(1)
+        after = self._pages.tables(blocks, none, pages[:, None], tables.block_table.shape[-1], gaps)
+        self._pages.move(chosen.kept, tables.block_table[:, 0], after[:, 0], chosen.totals)
+        self.lengths[:, name] = lengths
+        self.boundaries[name] = computed
+        text.boundary, text.due, text.lengths = computed, order.due, Later(lengths.flatten())
+        self._scheduler.done(name, computed)
 
     def _compact(self, reader: Reader, page_ids: Tensor) -> Tensor:
         """Moves what each layer keeps into its pages ``[Hkv, blocks]``; ``[L, Hkv]`` lengths."""
@@ -389,7 +455,9 @@ class EngineCache:
         kept_pages = (kept + (self.block_size - 1)) // self.block_size
         lengths = kept + (seen - boundaries)[:, None]
         width = max(1, -(-batch.max_seq_len // self.block_size))
-        table = self._pages.tables(blocks, boundaries // self.block_size, kept_pages, width)
+        tails = boundaries // self.block_size
+        gaps = None if self.texts is None else self.gaps[:, first_blocks]
+        table = self._pages.tables(blocks, tails, kept_pages, width, gaps)
         fresh = max(1, -(-new_tokens // self.block_size))
         used = (lengths + (self.block_size - 1)) // self.block_size
         columns = used[..., None] + torch.arange(fresh, device=self.device)

@@ -88,6 +88,13 @@ class Reading(NamedTuple):
     page_ids: Tensor  # [Hkv, blocks], where it lies
 
 
+class Asked(NamedTuple):
+    """Queries of texts that are remembered."""
+
+    tokens: Tensor  # [n] of the step
+    into: Tensor  # [n], where they go
+
+
 @dataclass
 class Step:
     """What the layers need of a step."""
@@ -97,6 +104,7 @@ class Step:
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
     whole: Whole | None = None  # more that are in no group: read by FlashAttention
     queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to observe
+    asked: Asked | None = None
 
 
 class Buffers:
