@@ -73,7 +73,7 @@ class Reference:
     @torch.no_grad()
     def _read(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
         """Logits at all positions of a text that is compressed after its first part."""
-        first, rest = text.split([compression.boundary, text.shape[1] - compression.boundary], 1)
+        first = text[:, : compression.boundary]
         if compression.at is not None:
             return self._read_late(text, compression)
         policy = self._policy if compression.lengths.any() else adakv.policy.get("full")

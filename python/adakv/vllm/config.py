@@ -170,13 +170,12 @@ def why_not(policy: Policy) -> str | None:
 
 def why_not_again(rule: Rule) -> str | None:
     """Why a policy can't choose from the texts of an engine; None if it can."""
-    if reason := why_not(rule.policy):
-        return reason
     if rule.carries:
-        return "its scores are sums over all queries, which an engine doesn't keep"
+        return "its scores are sums over all queries of a text, which an engine doesn't keep"
     if spans_layers(rule.policy):
         return "its layers keep unequally much, which they can't while a text is written"
-    return None
+    # The most that stays is enough here: new tokens have blocks of their own.
+    return None if isinstance(rule.policy.allocator, Capped) else why_not(rule.policy)
 
 
 def check_version(version: str) -> None:

@@ -46,8 +46,8 @@ from adakv.vllm.prompts import (
     is_plain,
     read_by_torch,
 )
-from adakv.vllm.texts import Text, Texts
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
+from adakv.vllm.texts import Text, Texts
 
 
 class EngineCache:

@@ -157,7 +157,8 @@ def customized(spec: Any) -> Any:
     rule = settings.rule
     if rule is not None and rule.every < 2 * spec.block_size:
         raise ValueError(
-            f"adakv: every must be at least two blocks of {spec.block_size} tokens, got {rule.every}"
+            f"adakv: every must be at least two blocks of {spec.block_size} tokens each, "
+            f"got {rule.every}"
         )
     return CompressedSpec.of(
         spec,

@@ -210,10 +210,9 @@ class OwnPages:
             Pages of its rows. All that a layer keeps is read before any of it is written.
         totals : at least as many entries as each layer keeps
         """
-        for pages, of, *tables, most in zip(
-            self.of_layers, kept, before, after, totals, strict=True
-        ):
-            _move_rows(pages, of.positions, of.indptr[:-1], of.indptr.diff(), *tables, most)
+        layers = zip(self.of_layers, kept, before, after, totals, strict=True)
+        for pages, (positions, starts), old, new, most in layers:
+            _move_rows(pages, positions, starts[:-1], starts.diff(), old, new, most)
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         """How many pages the rows before each row have."""
@@ -270,9 +269,10 @@ class SharedPages(OwnPages):
         starts = torch.stack([x.indptr for x in kept])
         sizes = [0, *(len(x.positions) for x in kept[:-1])]
         begin = starts[:, :-1] + sent(sizes, self._device).cumsum(0)[:, None]
-        rows = (x.flatten(0, 1) for x in (begin, starts.diff(), before, after))
+        begin, lengths = begin.flatten(), starts.diff().flatten()
         positions = torch.cat([x.positions for x in kept])
-        _move_rows(self.of_layers[0], positions, *rows, sum(totals))
+        old, new = before.flatten(0, 1), after.flatten(0, 1)
+        _move_rows(self.of_layers[0], positions, begin, lengths, old, new, sum(totals))
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         by_request = kept_pages.transpose(0, 1)

@@ -127,7 +127,6 @@ def end_of_text(
     / block_size)`` pages. When a text of ``decode_budget`` and two blocks of tokens has been
     written, this many blocks have been filled, so that new tokens have others.
     """
-    sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads}
-    if planned is None:
-        return most_kept_blocks(budget=boundary + decode_budget, **sizes)
-    return planned.tail + most_kept_blocks(budget=decode_budget, **sizes)
+    budget = decode_budget + (boundary if planned is None else 0)
+    kept_blocks = most_kept_blocks(budget=budget, block_size=block_size, num_kv_heads=num_kv_heads)
+    return kept_blocks + (0 if planned is None else planned.tail)

@@ -175,9 +175,9 @@ class Texts:
 
     def _newest(self, layer: int, text: Text, computed: int) -> Tensor:
         """The window's queries ``[1, Hq, W, D]``, the oldest first."""
-        begin = text.place * self._window
+        begin, oldest = text.place * self._window, computed % self._window
         assert self._queries is not None and text.place >= 0
-        newest = self._queries[layer, begin : begin + self._window].roll(-(computed % self._window), 0)
+        newest = self._queries[layer, begin : begin + self._window].roll(-oldest, 0)
         return newest.transpose(0, 1)[None]
 
     def _take_place(self) -> int:
@@ -206,7 +206,7 @@ class _Inputs(HeldInputs):
         return self
 
     @cached_property
-    def positions(self) -> Tensor:  # type: ignore[override]
+    def positions(self) -> Tensor:
         """``[B, Hkv, T]``"""
         places = torch.arange(self.length, dtype=torch.int32, device=self.device)
         return places + (self.num_tokens - self.held.lengths)[..., None]
