@@ -251,9 +251,9 @@ class Engine:
             if num_outputs >= 0:
                 turns[turn] = -1
                 of_request.append(Compression(boundary, num_outputs, lengths))
-            elif not of_request[-1].lengths.any():
-                if is_cut and (at := self.manager.compressed_at(key)) is not None:
-                    of_request[-1] = replace(of_request[-1], lengths=lengths, at=at)
+            at = self.manager.compressed_at(key)
+            if num_outputs < 0 and is_cut and at is not None and not of_request[-1].lengths.any():
+                of_request[-1] = replace(of_request[-1], lengths=lengths, at=at)
             choice = self.manager.last_choice(key)
             if choice is not None and choice not in of_request[-1].choices:
                 choices = *of_request[-1].choices, choice

@@ -66,7 +66,7 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, .* got 'ada_snap"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
@@ -78,6 +78,13 @@ def test_settings_are_none_without_an_entry():
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
         ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),
+        ({"decode_budget": 31}, "adakv: decode_budget must be .* 32, got 31"),
+        ({"decode_policy": "r_kv"}, "adakv: decode_budget must be given if a text is to be chosen"),
+        ({"every": 64}, "adakv: decode_budget must be given if a text is to be chosen"),
+        ({"decode_budget": 64, "policy": "ada_column_max"}, "decode_budget: ColumnMax needs"),
+        ({"decode_budget": 64, "decode_policy": "h2o"}, "'h2o' can't run .* sums over all queries"),
+        ({"decode_budget": 64, "decode_policy": "layer_defensive"}, "layers keep unequally much"),
+        ({"decode_budget": 64, "when": "pressure"}, 'decode_budget needs "when": "always"'),
     ],
 )
 def test_settings_say_what_is_wrong(given: Any, message: str):
@@ -261,7 +268,7 @@ def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
     assert worker.order(9, 400, 400) == Order(400, 400, 64)
-    assert path_of(name).stat().st_size == 8 * (8 + (9 + 2 * MAX_SPANS) * 10)
+    assert path_of(name).stat().st_size == 8 * (9 + (10 + 2 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):

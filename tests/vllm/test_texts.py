@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,20 @@ import pytest
 pytest.importorskip("vllm.v1", reason="vllm isn't installed; make test-vllm runs these tests")
 
 from adakv.vllm.config import Settings
-from vllm_engine import SMALL, Engine, Run, engine, random_text, save_llama
+from vllm_engine import (
+    DRAFTS,
+    SMALL,
+    Engine,
+    Run,
+    elsewhere,
+    engine,
+    random_text,
+    run_elsewhere,
+    save_gemma2,
+    save_llama,
+)
 from vllm_reference import Reference
+from vllm_two_backends import FULL_ATTENTION, run_with_two_backends
 
 #: Blocks of 32 tokens.
 TEXT = {"decode_budget": 64, "every": 64}
@@ -105,3 +118,78 @@ def test_random_requests_write_what_transformers_write(
         check_all_is_free(it)
     assert run.preemptions > 0 and done.texts_compressed > 10
     check_against_reference(model, settings, prompts, run)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_texts_beside_a_prefix_cache(model: str, runs_ahead: bool):
+    """Common beginnings, also of prompts that stay whole, whose first blocks change."""
+    rng = random.Random(3)
+    begins = [random_text(rng, n) for n in (64, 150, 250)]
+    prompts = [rng.choice(begins) + random_text(rng, rng.randint(1, 60)) for _ in range(20)]
+    prompts += [begins[0][:40] + random_text(rng, 20) for _ in range(4)]
+    counts = [rng.choice([3, 150, 260]) for _ in prompts]
+    settings = Settings("ada_snapkv", 64, **TEXT)
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 100}
+    with engine(model, settings, runs_ahead=runs_ahead, **options) as it:
+        run = it.run(prompts, counts, come=[3 * i for i in range(len(prompts))])
+        again = it.run(prompts[-4:], 100)
+        assert it.manager._ledger.counts.texts_compressed > 20
+        check_all_is_free(it)
+    assert sum(run.cached) > 400 and sum(again.cached) > 0
+    check_against_reference(model, settings, prompts, run)
+    check_against_reference(model, settings, prompts[-4:], again)
+
+
+def test_texts_in_blocks_of_codes(model: str):
+    prompts = [random_text(random.Random(4), n) for n in (50, 200, 333)]
+    settings = Settings("ada_snapkv", 64, kv_dtype="int8", **TEXT)
+    with engine(model, settings, dtype="bfloat16") as it:
+        it.run(prompts, 400)
+        assert it.manager._ledger.counts.texts_compressed == 3 * 5
+        check_all_is_free(it)
+
+
+def test_texts_with_the_backend_for_cuda(tmp_path: Path):
+    """Steps of one token for each request lie in buffers, of which the next step learns."""
+    model = save_gemma2(tmp_path)
+    prompts = [random_text(random.Random(5), n) for n in (60, 200, 333)]
+    settings = Settings("ada_snapkv", 64, decode_policy="critical_ada_snapkv", **TEXT)
+    whole = Settings("ada_snapkv", 400, decode_budget=300)
+    plain, same, (run, backends) = elsewhere(
+        run_with_two_backends,
+        [
+            (model, None, {}),
+            (model, whole, FULL_ATTENTION),
+            (model, settings, FULL_ATTENTION),
+        ],
+        prompts,
+        300,
+    )
+    assert same[0].tokens == plain[0].tokens and backends["CUSTOM"] == 2
+    assert all(len(cs[-1].choices) >= 2 for cs in run.compressions)
+    check_against_reference(model, settings, prompts, run)
+
+
+def test_requests_that_stay_whole_keep_their_texts(model: str):
+    prompts = [random_text(random.Random(6), n) for n in (100, 200)]
+    with engine(model) as plain:
+        expected = plain.run(prompts[:1], 300)
+    settings = Settings("ada_snapkv", 64, **TEXT)
+    with engine(model, settings) as it:
+        run = it.run(prompts, 300, wishes={0: {"policy": "off"}})
+        check_all_is_free(it)
+    assert run.tokens[0] == expected.tokens[0] and not run.compressions[0][-1].choices
+    assert len(run.compressions[1][-1].choices) == 3
+
+
+def test_engine_refuses_what_texts_cannot_have(model: str):
+    settings = Settings(decode_budget=64)
+    with pytest.raises(Exception, match="decode_budget must not be given with drafts"):
+        run_elsewhere(model, settings, [[1, 2, 3]], 1, speculative_config=DRAFTS)
+    with (
+        pytest.raises(
+            Exception, match="every must be at least two blocks of 32 tokens each, got 9"
+        ),
+        engine(model, Settings(decode_budget=64, every=9)),
+    ):
+        pass

@@ -35,7 +35,7 @@ from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
-from adakv.vllm.pages import OwnPages, Pages, SharedPages, kept_of_all, spans_layers
+from adakv.vllm.pages import Pages, SharedPages, kept_of_all, spans_layers
 from adakv.vllm.plan import Order, Scheduler
 from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
@@ -46,8 +46,9 @@ from adakv.vllm.prompts import (
     is_plain,
     read_by_torch,
 )
+from adakv.vllm.rows import Rows
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
-from adakv.vllm.texts import Text, Texts
+from adakv.vllm.texts import Texts
 
 
 class EngineCache:
@@ -86,12 +87,15 @@ class EngineCache:
         flash: FlashAttention | None = None,
         rule: Rule | None = None,
     ) -> None:
-        num_pages, self.block_size = len(pages[0].entries), pages[0].page_size
+        self.block_size = pages[0].page_size
         self.num_kv_heads = num_kv_heads
         self.pages, self.num_layers = list(pages), len(pages)
         self.device = pages[0].entries.device
-        kind = SharedPages if spans_layers(policy) else OwnPages
-        self._pages = kind(self.pages, num_kv_heads)
+        self._rows = Rows(
+            pages, num_kv_heads, spans_layers=spans_layers(policy), has_gaps=rule is not None
+        )
+        self._pages, self._integers = self._rows.pages, self._rows.integers
+        self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
         self._has_codes = pages[0].key_scales is not None
         # Where entries are moved as they are, with their scales.
         self._alone = [SharedPages([x], num_kv_heads) for x in pages if self._has_codes]
@@ -105,17 +109,12 @@ class EngineCache:
             and pages[0].entries.dtype == torch.bfloat16
             and all(map(is_plain, attentions))
         )
-        num_blocks = num_pages // num_kv_heads
         self._scheduler, self._flash = scheduler or Scheduler(), flash
-        # By first block. A boundary of 0: the request is whole.
-        self.boundaries = self._integers(num_blocks)
-        self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
-        # Where what is kept has a gap among the blocks, and of how many.
-        self.gaps = self._integers(2, num_blocks)
-        # Nothing here reads positions: one tensor takes what all layers write.
-        self._positions = self._integers(len(self._pages.of_layers[0].entries), self.block_size)
+        self.texts: Texts | None = None
+        if rule is not None:
+            given = self._rows, self._scheduler, attentions, w_o, pages[0].dtype
+            self.texts = Texts(rule, *given)
         self.prompts: dict[int, Prompt] = {}  # that may be compressed, by request
-        self.texts = None if rule is None else Texts(rule, attentions, w_o, pages[0].dtype)
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
         self._kept: list[tuple[int, Later]] = []  # entries of a prompt, and how many are kept
@@ -137,7 +136,7 @@ class EngineCache:
         """
         self._observe_late()
         step = Step(queries=None if buffers is None else buffers.queries)
-        if any(batch.is_prefilling) or self._may_be_compressed() or self._writes:
+        if any(batch.is_prefilling) or self._may_be_compressed() or self.texts:
             self._follow_prompts(batch, step)
         without = set(step.read_by_torch)
         spans = enumerate(pairwise(batch.query_start))
@@ -147,7 +146,9 @@ class EngineCache:
             if self._has_codes:
                 others = set(range(len(batch.computed))) - set(reads)
                 appended = [
-                    Appended(tokens, count, self._layers(self._tables(batch, rows, count)[0]))
+                    Appended(
+                        tokens, count, self._rows.layers(self._rows.tables(batch, rows, count)[0])
+                    )
                     for rows, tokens, count in equal_runs(batch, others)
                 ]
                 sizes = self.block_size, self.num_kv_heads
@@ -173,7 +174,7 @@ class EngineCache:
         )
         shape = (*rows[:2], num_q_heads, self.pages[0].entries.shape[-1])
         queries = torch.zeros(shape, dtype=self.pages[0].dtype, device=self.device)
-        return Buffers(tables, self._layers, queries)
+        return Buffers(tables, self._rows.layers, queries)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -240,19 +241,6 @@ class EngineCache:
         if step.asked is not None and self.texts is not None:
             self.texts.put(step.asked, step.queries)
 
-    def _integers(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-    def _layers(self, tables: Tables) -> list[Layer]:
-        """What ``attend`` takes of some rows, in each layer."""
-        layers = zip(self._pages.of_layers, *tables, strict=True)
-        return [pages.layer(self._positions, *of_layer) for pages, *of_layer in layers]
-
-    @property
-    def _writes(self) -> bool:
-        """Whether there are texts that are chosen from."""
-        return self.texts is not None and bool(self.texts.texts)
-
     def _may_be_compressed(self) -> bool:
         """Whether a prompt may be compressed in this step."""
         if self._scheduler.has_orders and self.prompts:
@@ -289,8 +277,8 @@ class EngineCache:
             if begin == end:
                 continue
             if request not in self.prompts:
-                if self.texts is not None and request in self.texts.texts:
-                    self._follow_text(batch, row, self.texts.texts[request])
+                if self.texts is not None:
+                    self.texts.follow(batch, row, request)
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
@@ -345,7 +333,7 @@ class EngineCache:
         if order.budget != 0:
             self._compress(prompt, blocks, computed, order)
         if order.due and self.texts is not None:
-            self._begin_text(request, prompt.first_block, boundary, order.due)
+            self.texts.begin(request, prompt.first_block, boundary, order.due)
         self._scheduler.done(prompt.first_block, boundary)
 
     def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, order: Order) -> None:
@@ -371,43 +359,9 @@ class EngineCache:
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
         if computed > boundary:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
-        self.lengths[:, first_block] = lengths
-        self.boundaries[first_block] = boundary
-        self.gaps[0, first_block] = planned.kept_blocks
-        self.gaps[1, first_block] = planned.tail - planned.kept_blocks
+        self._rows.compressed(first_block, boundary, lengths, planned)
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
-
-    def _begin_text(self, request: int, first_block: int, boundary: int, due: int) -> None:
-        """A request whose prompt has ended will have its text chosen from."""
-        assert self.texts is not None
-        is_whole = self.boundaries[first_block] == 0
-        of_prompt = self.lengths[:, first_block].where(~is_whole, boundary).flatten()
-        self.gaps[:, first_block] *= ~is_whole
-        counts = Later(of_prompt)
-        self.texts.texts[request] = Text(first_block, boundary, due, counts, counts)
-
-    def _follow_text(self, batch: Batch, row: int, text: Text) -> None:
-        """Chooses from a text, if the scheduler has ordered it for this step."""
-        computed, name = batch.computed[row], text.first_block
-        if computed < text.due or self.texts is None:
-            return
-        order = self._scheduler.order(name, text.boundary, computed)
-        if order is None or order.at != computed:
-            return
-        new_tokens = batch.query_start[row + 1] - batch.query_start[row]
-        tables, _ = self._tables(batch, slice(row, row + 1), new_tokens)
-        chosen = self.texts.choose(text, computed, self._layers(tables))
-        lengths = torch.stack([kept.indptr.diff() for kept in chosen.kept])  # [L, Hkv]
-        pages = (lengths + (self.block_size - 1)) // self.block_size
-        blocks, gaps = batch.block_table[row : row + 1], self.gaps[:, name, None]
-        none = self._integers(1)
-        after = self._pages.tables(blocks, none, pages[:, None], tables.block_table.shape[-1], gaps)
-        self._pages.move(chosen.kept, tables.block_table[:, 0], after[:, 0], chosen.totals)
-        self.lengths[:, name] = lengths
-        self.boundaries[name] = computed
-        text.boundary, text.due, text.lengths = computed, order.due, Later(lengths.flatten())
-        self._scheduler.done(name, computed)
 
     def _compact(self, reader: Reader, page_ids: Tensor) -> Tensor:
         """Moves what each layer keeps into its pages ``[Hkv, blocks]``; ``[L, Hkv]`` lengths."""
@@ -421,7 +375,7 @@ class EngineCache:
             (chosen,) = reader.finish(layer)[layer]
             rows = Layer(
                 self.pages[layer].entries,
-                self._positions,
+                self._rows.positions,
                 self._integers(1, heads, usable.numel() - heads),
                 lengths[layer, None],
                 self._integers(1),
@@ -434,33 +388,8 @@ class EngineCache:
         self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None
     ) -> PlannedStep:
         """The step of some requests that have equally many new tokens."""
-        tables, num_new = self._tables(batch, rows, new_tokens)
+        tables, num_new = self._rows.tables(batch, rows, new_tokens)
         if buffers is not None and num_new is not None:
             return buffers.plan(tables, num_new)
-        layers, inputs = self._layers(tables), tables.plan_inputs
+        layers, inputs = self._rows.layers(tables), tables.plan_inputs
         return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
-
-    def _tables(
-        self, batch: Batch, rows: slice | Tensor, new_tokens: int
-    ) -> tuple[Tables, Tensor | None]:
-        """Where the rows of some requests lie that have equally many new tokens, and how many of
-        these are no padding."""
-        blocks, seq_lens = batch.block_table[rows], batch.seq_lens[rows].int()
-        first_blocks = blocks[:, 0].long()
-        boundaries = self.boundaries[first_blocks]  # [B]
-        num_new = None if batch.num_new is None else batch.num_new[rows]
-        seen = seq_lens - (new_tokens if num_new is None else num_new)
-        # [L, B, Hkv]: kept entries, and pages they take
-        kept = self.lengths[:, first_blocks] * (boundaries > 0)[:, None]
-        kept_pages = (kept + (self.block_size - 1)) // self.block_size
-        lengths = kept + (seen - boundaries)[:, None]
-        width = max(1, -(-batch.max_seq_len // self.block_size))
-        tails = boundaries // self.block_size
-        gaps = None if self.texts is None else self.gaps[:, first_blocks]
-        table = self._pages.tables(blocks, tails, kept_pages, width, gaps)
-        fresh = max(1, -(-new_tokens // self.block_size))
-        used = (lengths + (self.block_size - 1)) // self.block_size
-        columns = used[..., None] + torch.arange(fresh, device=self.device)
-        fresh_pages = table.gather(-1, columns.clamp(max=width - 1).long())
-        seen = seen.expand(self.num_layers, -1).contiguous()
-        return Tables(lengths, table, fresh_pages, seen), num_new

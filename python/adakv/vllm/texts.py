@@ -1,5 +1,9 @@
 """Texts that an engine's requests write: what is kept of them while they are written.
 
+    begin()     when a prompt has ended
+    follow()    in each step behind it
+    ask()       which queries of a step have to be remembered, and put() them
+
 When a text has its budget and ``every`` tokens more, the scheduler orders a choice, as it orders a
 prompt to be compressed. It is made at the beginning of a step: the newest queries of each layer
 score what rows hold, where it lies. What is kept of the prompt stays. Then all that is kept is
@@ -24,6 +28,8 @@ from adakv.policy.again import Competing
 from adakv.reselection import Rule
 from adakv.step import Attention
 from adakv.vllm.later import Later
+from adakv.vllm.plan import Scheduler
+from adakv.vllm.rows import Rows
 from adakv.vllm.steps import Asked, Batch, sent
 
 
@@ -55,6 +61,8 @@ class Texts:
     Parameters
     ----------
     rule : :class:`adakv.reselection.Rule`
+    rows : :class:`adakv.vllm.rows.Rows`
+    scheduler : :class:`adakv.vllm.plan.Scheduler`
     attentions : one :class:`adakv.step.Attention` for each layer
     w_o : callable, optional
         As :class:`adakv.vllm.engine_cache.EngineCache` takes it.
@@ -65,31 +73,65 @@ class Texts:
     def __init__(
         self,
         rule: Rule,
+        rows: Rows,
+        scheduler: Scheduler,
         attentions: Sequence[Attention],
         w_o: Callable[[int], Tensor] | None,
         dtype: torch.dtype,
     ) -> None:
-        self.rule, self.texts = rule, dict[int, Text]()
+        self.rule, self._rows, self._scheduler = rule, rows, scheduler
+        self._texts: dict[int, Text] = {}  # by request
         self._attentions, self._w_o, self._dtype = attentions, w_o, dtype
         self._window = rule.policy.window
         self._queries: Tensor | None = None  # [L, places * W, Hq, D]
         self._free: list[int] = []
         self._num_places = 0
 
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def begin(self, request: int, first_block: int, boundary: int, due: int) -> None:
+        """The prompt of a request has ended, and is compressed if it will be."""
+        counts = Later(self._rows.begin_text(first_block, boundary).flatten())
+        self._texts[request] = Text(first_block, boundary, due, counts, counts)
+
+    def follow(self, batch: Batch, row: int, request: int) -> None:
+        """Chooses from a request's text, if the scheduler has ordered it for this step.
+
+        Raises
+        ------
+        adakv.Error
+            If the scheduler thinks that it was compressed last with another number of tokens.
+        """
+        text, computed = self._texts.get(request), batch.computed[row]
+        if text is None or computed < text.due:
+            return
+        order = self._scheduler.order(text.first_block, text.boundary, computed)
+        if order is None or order.at != computed:
+            return
+        own, new_tokens = slice(row, row + 1), batch.query_start[row + 1] - batch.query_start[row]
+        tables, _ = self._rows.tables(batch, own, new_tokens)
+        chosen = self._chosen(text, computed, self._rows.layers(tables))
+        given = batch.block_table[own], tables.block_table, *chosen
+        lengths = self._rows.deal_again(text.first_block, computed, *given)
+        text.boundary, text.due, text.lengths = computed, order.due, Later(lengths.flatten())
+        self._leave(text)
+        self._scheduler.done(text.first_block, computed)
+
     def forget(self, is_gone: Callable[[int], bool], begun: Container[int] = ()) -> None:
         """Forgets texts that no scheduler has, by their first blocks, and those of requests in
         whose place others have ``begun``."""
-        for request, text in list(self.texts.items()):
+        for request, text in list(self._texts.items()):
             if request in begun or is_gone(text.first_block):
                 self._leave(text)
-                del self.texts[request]
+                del self._texts[request]
 
     def ask(self, batch: Batch, requests: Sequence[int]) -> Asked | None:
         """Which of a step's queries have to be remembered, for choices that are near."""
         tokens: list[int] = []
         into: list[int] = []
         for row, request in enumerate(requests):
-            text = self.texts.get(request)
+            text = self._texts.get(request)
             if text is None:
                 continue
             begin, end = batch.query_start[row : row + 2]
@@ -115,7 +157,7 @@ class Texts:
         ring = self._queries if layer is None else self._queries[layer]
         ring.index_copy_(-3, asked.into, queries.index_select(-3, asked.tokens))
 
-    def choose(self, text: Text, computed: int, layers: Sequence[Layer]) -> Chosen:
+    def _chosen(self, text: Text, computed: int, layers: Sequence[Layer]) -> Chosen:
         """What is kept of a request, whose rows ``layers`` describe before a step, and which then
         has ``computed`` tokens."""
         heads, new = layers[0].lengths.shape[1], computed - text.boundary
@@ -130,7 +172,6 @@ class Texts:
             kept = self._choose(inputs, pinned, budget, total)
             chosen.kept.append(kept)
             chosen.totals.append(total)
-        self._leave(text)
         return chosen
 
     def _choose(self, inputs: HeldInputs, pinned: Sequence[int], budget: int, total: int) -> Kept:
