@@ -6,7 +6,7 @@ import multiprocessing
 import random
 import time
 import uuid
-from itertools import product
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ from adakv.vllm.ledger import (
     remove_unused,
 )
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Order, plan
+from adakv.vllm.plan import Order, end_of_text, plan
 from adakv.vllm.requests import MAX_SPANS, Wishes
 from policy.helpers import rotate
 
@@ -182,6 +182,35 @@ def test_plan_gives_back_nothing_that_is_not_worth_it():
             assert 1 <= planned.kept_blocks < planned.tail <= boundary / 16
     assert plan(65, budget=64, block_size=16, num_kv_heads=2) is None
     assert plan(400, budget=64, block_size=16, num_kv_heads=2) == (5, 25)
+
+
+def random_sum(rng: random.Random, total: int, count: int) -> list[int]:
+    """So many numbers of that sum."""
+    cuts = sorted(rng.randint(0, total) for _ in range(count - 1))
+    return [b - a for a, b in pairwise([0, *cuts, total])]
+
+
+@pytest.mark.parametrize("block", [8, 16, 32])
+def test_plan_has_room_for_what_stays_of_a_text(block: int):
+    """However it is spread over the heads; and its blocks have been filled by the first choice."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        heads, budget, text = rng.randint(1, 8), rng.randint(8, 90), rng.randint(8, 90)
+        boundary = rng.randint(1, 300)
+        sizes = {"block_size": block, "num_kv_heads": heads}
+        planned = plan(boundary, budget=budget, **sizes)
+        of_prompt = [boundary] * heads
+        if planned is not None:
+            shares = random_sum(rng, heads * budget, heads)
+            of_prompt = [min(boundary, -(-share // block) * block) for share in shares]
+        of_text = random_sum(rng, heads * text, heads)
+        pages = sum(-(-(p + s) // block) for p, s in zip(of_prompt, of_text, strict=True))
+        end = end_of_text(boundary, planned, decode_budget=text, **sizes)
+        there = end if planned is None else planned.kept_blocks + end - planned.tail
+        filled = (boundary + text + 2 * block) // block
+        assert pages <= there * heads and end <= filled
+        wide = sizes | {"num_kv_heads": None}
+        assert end <= end_of_text(boundary, planned, decode_budget=text, **wide) <= filled
 
 
 def test_requests_say_what_they_wish():
