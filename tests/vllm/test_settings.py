@@ -84,7 +84,6 @@ def test_settings_are_none_without_an_entry():
         ({"decode_budget": 64, "policy": "ada_column_max"}, "decode_budget: ColumnMax needs"),
         ({"decode_budget": 64, "decode_policy": "h2o"}, "'h2o' can't run .* sums over all queries"),
         ({"decode_budget": 64, "decode_policy": "layer_defensive"}, "layers keep unequally much"),
-        ({"decode_budget": 64, "when": "pressure"}, 'decode_budget needs "when": "always"'),
     ],
 )
 def test_settings_say_what_is_wrong(given: Any, message: str):

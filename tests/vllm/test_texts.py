@@ -126,7 +126,7 @@ def test_texts_beside_a_prefix_cache(model: str, runs_ahead: bool):
     rng = random.Random(3)
     begins = [random_text(rng, n) for n in (64, 150, 250)]
     prompts = [rng.choice(begins) + random_text(rng, rng.randint(1, 60)) for _ in range(20)]
-    prompts += [begins[0][:40] + random_text(rng, 20) for _ in range(4)]
+    prompts += [begins[0] + random_text(rng, 40) for _ in range(4)]
     counts = [rng.choice([3, 150, 260]) for _ in prompts]
     settings = Settings("ada_snapkv", 64, **TEXT)
     options = {"enable_prefix_caching": True, "max_num_batched_tokens": 100}
@@ -193,3 +193,33 @@ def test_engine_refuses_what_texts_cannot_have(model: str):
         engine(model, Settings(decode_budget=64, every=9)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "runs_ahead", "caches"),
+    [
+        ("ada_snapkv", {}, True, True),
+        ("snapkv", {"mode": "exact", "decode_policy": "r_kv"}, False, False),
+    ],
+)
+def test_texts_under_pressure(
+    model: str, policy: str, more: dict[str, Any], runs_ahead: bool, caches: bool
+):
+    """Short prompts whose answers outgrow the pool, and long ones: nobody is preempted."""
+    rng = random.Random(7)
+    prompts = [random_text(rng, n) for n in (40, 50, 60, 70, 300, 320)]
+    settings = Settings(policy, 64, when="pressure", **TEXT, **more)
+    ample = {"num_gpu_blocks_override": 120, "enable_prefix_caching": caches}
+    with engine(model) as plain:
+        expected = plain.run(prompts, 300)
+    with engine(model, settings, runs_ahead=runs_ahead, **ample) as it:
+        run = it.run(prompts, 300)
+        assert it.manager._ledger.counts.texts_compressed == 0
+    assert run.tokens == expected.tokens
+    short = ample | {"num_gpu_blocks_override": 62, "max_model_len": 640}
+    with engine(model, settings, runs_ahead=runs_ahead, **short) as it:
+        run = it.run(prompts, 300)
+        done = it.manager._ledger.counts
+        check_all_is_free(it)
+    assert run.preemptions == 0 and done.texts_compressed > 4
+    assert done.requests_compressed == done.compressed_under_pressure == 2

@@ -94,8 +94,6 @@ class Settings:
         if (rule := self.rule) is not None and (reason := why_not_again(rule)):
             name = self.decode_policy or self.policy
             raise ValueError(f"adakv: decode_policy {name!r} can't run inside vLLM: {reason}")
-        if rule is not None and self.when == "pressure":
-            raise ValueError('adakv: decode_budget needs "when": "always", got "pressure"')
 
     @classmethod
     def of(cls, additional_config: object) -> Settings | None:

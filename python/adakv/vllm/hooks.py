@@ -172,6 +172,7 @@ def customized(spec: Any) -> Any:
         spans_layers=spans_layers(settings.preset),
         decode_budget=rule and rule.budget,
         every=0 if rule is None else rule.every,
+        decode_window=0 if rule is None else rule.policy.window,
     )
 
 
