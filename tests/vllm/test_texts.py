@@ -52,7 +52,7 @@ def check_against_reference(
 
 def check_all_is_free(it: Engine) -> None:
     assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
-    assert not it.cache.prompts
+    assert not it.manager._ledger.has_orders
 
 
 @pytest.mark.parametrize(
