@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,6 +162,6 @@ def equal_runs(
             yield sent(rows, device), sent(tokens, device), count
 
 
-def sent(values: list[int], device: torch.device) -> Tensor:
-    """A list on a device, without waiting for what the device does."""
+def sent(values: list[Any], device: torch.device) -> Tensor:
+    """Integers in a list, or in a list of lists, on a device; nothing waits for the device."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -165,21 +165,22 @@ class Texts:
         of_prompt = _by_layer(text.of_prompt, heads)
         size = layers[0].page_positions.shape[1]
         longest = -(-max(map(max, rows)) // size) * size
+        ends = sent(of_prompt, layers[0].lengths.device)[..., None]  # [L, Hkv, 1]
+        places = torch.arange(longest, device=ends.device)
         chosen = Chosen([], [])
         for layer, (view, held, pinned) in enumerate(zip(layers, rows, of_prompt, strict=True)):
             budget, total = self._budget(layer, held, pinned, computed)
             inputs = self._inputs(layer, view, longest, text, computed, total // heads)
-            kept = self._choose(inputs, pinned, budget, total)
+            kept = self._choose(inputs, (places < ends[layer])[None], budget, total)
             chosen.kept.append(kept)
             chosen.totals.append(total)
         return chosen
 
-    def _choose(self, inputs: HeldInputs, pinned: Sequence[int], budget: int, total: int) -> Kept:
-        policy, device = self.rule.policy, inputs.device
-        places = torch.arange(inputs.length, device=device)
-        stays = places < sent(list(pinned), device)[None, :, None]
+    def _choose(self, inputs: HeldInputs, pinned: Tensor, budget: int, total: int) -> Kept:
+        """Of a layer; ``pinned`` ``[1, Hkv, T]`` bool."""
+        policy = self.rule.policy
         scores = policy.scorer.score(inputs)
-        competing = Competing.of(policy, inputs, scores, pinned=stays)
+        competing = Competing.of(policy, inputs, scores, pinned=pinned)
         shares = competing.shares(policy, inputs, (budget,))
         return competing.pick(policy, inputs, shares, total)
 
