@@ -90,6 +90,7 @@ class Compression:
     num_outputs: int  # tokens it had written when it began, or began again after a preemption
     lengths: torch.Tensor  # [L, Hkv], what its rows kept; 0: it stays whole
     at: int | None = None  # tokens before the step that compressed it, if that isn't the boundary
+    choices: tuple[int, ...] = ()  # tokens before each step that chose from its text
 
 
 @dataclass
@@ -250,9 +251,13 @@ class Engine:
             if num_outputs >= 0:
                 turns[turn] = -1
                 of_request.append(Compression(boundary, num_outputs, lengths))
-            elif is_cut and not of_request[-1].lengths.any():
-                at = self.manager.compressed_at(key)
+            at = self.manager.compressed_at(key)
+            if num_outputs < 0 and is_cut and at is not None and not of_request[-1].lengths.any():
                 of_request[-1] = replace(of_request[-1], lengths=lengths, at=at)
+            choice = self.manager.last_choice(key)
+            if choice is not None and choice not in of_request[-1].choices:
+                choices = *of_request[-1].choices, choice
+                of_request[-1] = replace(of_request[-1], choices=choices)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ class Reference:
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self._policy = policy or settings.policy_for(BLOCK)
-        self._budget = settings.budget
+        self._budget, rule = settings.budget, settings.rule
+        self._text = {} if rule is None else rule.arguments
         self._protect = protect
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
@@ -72,19 +73,24 @@ class Reference:
     @torch.no_grad()
     def _read(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
         """Logits at all positions of a text that is compressed after its first part."""
-        first, rest = text.split([compression.boundary, text.shape[1] - compression.boundary], 1)
+        first = text[:, : compression.boundary]
         if compression.at is not None:
             return self._read_late(text, compression)
         policy = self._policy if compression.lengths.any() else adakv.policy.get("full")
         with adakv.attach(self._model):
-            cache = adakv.Cache(self._model, policy, budget=self._budget, protect=self._protect)
+            given = {"budget": self._budget, "protect": self._protect, **self._text}
+            cache = adakv.Cache(self._model, policy, **given)
             logits = [self._model(first, past_key_values=cache).logits[0]]
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
             if compression.lengths.any():
                 assert torch.equal(held, compression.lengths)
-            if rest.shape[1]:
-                logits.append(self._model(rest, past_key_values=cache).logits[0])
+            ends = [*compression.choices, text.shape[1]]
+            begins = [compression.boundary, *compression.choices]
+            for begin, end in zip(begins, ends, strict=True):
+                if begin < end:
+                    part = text[:, begin:end]
+                    logits.append(self._model(part, past_key_values=cache).logits[0])
         return torch.cat(logits)
 
     def _read_late(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:

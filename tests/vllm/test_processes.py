@@ -20,7 +20,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -196,13 +196,36 @@ if __name__ == "__main__":
     llm = LLM(
         sys.argv[1], tensor_parallel_size=2, enforce_eager=True, dtype="float32", block_size=32,
         max_model_len=1024, skip_tokenizer_init=True, num_gpu_blocks_override=64,
-        additional_config={"adakv": {"budget": 128}},
+        additional_config={"adakv": json.loads(sys.argv[3])},
     )
-    prompts = json.loads(sys.argv[2])
-    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
+    prompts, count = json.loads(sys.argv[2]), int(sys.argv[4])
+    params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
     out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     print("TOKENS", json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
+
+
+def written_by_two_ranks(
+    folder: Path,
+    environment: dict[str, str],
+    prompts: list[list[int]],
+    settings: dict[str, Any],
+    new_tokens: int,
+) -> list[list[int]]:
+    """By the model in ``folder / "model"``."""
+    script = folder / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    given = str(folder / "model"), *map(json.dumps, (prompts, settings, new_tokens))
+    done = subprocess.run(
+        [sys.executable, str(script), *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens: list[list[int]] = json.loads(re.search(r"TOKENS (.*)", done.stdout)[1])
+    return tokens
 
 
 def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, str]):
@@ -212,23 +235,28 @@ def test_two_ranks_keep_their_own_heads(tmp_path: Path, environment: dict[str, s
     prompts = [
         [i * n % 256 for i in range(length)] for n, length in ((7, 120), (11, 400), (13, 90))
     ]
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    done = subprocess.run(
-        [sys.executable, str(script), model, json.dumps(prompts)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    tokens = json.loads(re.search(r"TOKENS (.*)", done.stdout)[1])
+    tokens = written_by_two_ranks(tmp_path, environment, prompts, {"budget": 128}, 16)
     everything = Reference(model, Settings(budget=500))
     whole = [
         everything.choices(prompt, written, [Compression(len(prompt), 1, torch.zeros(3, 4))])
         for prompt, written in zip(prompts, tokens, strict=True)
     ]
     assert [whole[i] == tokens[i] for i in range(3)] == [True, False, True]
+
+
+def test_two_ranks_choose_from_texts(tmp_path: Path, environment: dict[str, str]):
+    """Where all heads keep equally much, as one process does."""
+    model, rng = save_llama(tmp_path / "model", num_kv_heads=4), random.Random(4)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (120, 400, 90)]
+    given = {"policy": "snapkv", "budget": 128, "mode": "exact", "decode_budget": 64, "every": 64}
+    written = written_by_two_ranks(tmp_path, environment, prompts, given, 240)
+    reference = Reference(model, Settings(**given))
+    for prompt, tokens in zip(prompts, written, strict=True):
+        length = len(prompt)
+        kept = torch.full((3, 4), 128 if length == 400 else 0)
+        choices = tuple(range(length + 128, length + 239, 64))
+        compression = Compression(length, 1, kept, choices=choices)
+        assert reference.choices(prompt, tokens, [compression]) == tokens
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")

@@ -16,10 +16,10 @@ from vllm.v1.request import Request
 
 import adakv
 from adakv.vllm.ledger import Ledger, path_of
-from adakv.vllm.plan import Plan, plan
+from adakv.vllm.plan import Plan, end_of_text, plan
 from vllm_blocks import BLOCK, BUDGET, HEADS, block_manager
 
-NUM_BLOCKS = 120
+NUM_BLOCKS, DECODE_BUDGET = 120, 40
 
 
 @pytest.fixture
@@ -39,6 +39,9 @@ class Sequence:
     turn: int = 0  # how often it started again
     boundary: int | None = None  # as its worker found it
     cut_at: int | None = None  # tokens before the step that compressed it
+    due: int = 0  # tokens from which on its text is chosen from
+    last: int = 0  # tokens before the step that did so last
+    unread: list[tuple[int, range]] = field(default_factory=list)  # since when; blocks given back
 
 
 @dataclass
@@ -70,6 +73,9 @@ class Simulation:
     in_flight: list[list[Item]] = field(default_factory=list)
     num_requests: int = 0
     num_preempted: int = 0
+    num_chosen: int = 0
+    every: int = 0
+    most_wanted: int = 200
     most_running: int = 0
 
     @property
@@ -104,7 +110,8 @@ class Simulation:
                 sampling_params=SamplingParams(max_tokens=500),
                 pooling_params=None,
             )
-            self.waiting.append(Sequence(request, self.rng.randint(1, 200), length))
+            wanted = self.rng.randint(1, self.most_wanted)
+            self.waiting.append(Sequence(request, wanted, length))
         if self.waiting and len(self.running) < 12:
             sequence = self.waiting[0]
             count = min(self.chunk, sequence.request.num_tokens)
@@ -139,7 +146,10 @@ class Simulation:
             if not self.is_alive(item):
                 continue
             if item.computed >= sequence.prefill_end:
-                self.obey(sequence, item.computed)
+                if sequence.due:
+                    self.choose(sequence, item.computed)
+                else:
+                    self.obey(sequence, item.computed)
             request.num_in_flight_tokens -= item.count
             if not item.most_written:
                 continue
@@ -155,11 +165,33 @@ class Simulation:
             sequence.boundary = computed
         first_block = self.blocks_of[sequence.request.request_id][0].block_id
         order = self.ledger.order(first_block, sequence.boundary, computed)
-        assert (order is None) == (kept(sequence.boundary) is None)
-        if order is not None and order.budget and order.at == computed:
-            assert sequence.cut_at is None and order.budget == BUDGET
-            self.ledger.done(first_block, sequence.boundary)
+        planned = kept(sequence.boundary)
+        assert (order is None) == (planned is None and not self.every)
+        if order is None or order.at != computed or not (order.budget or order.due):
+            return
+        if order.budget:
+            assert sequence.cut_at is None and order.budget == BUDGET and planned is not None
             sequence.cut_at = computed
+            sequence.unread.append((computed, range(*planned)))
+        self.ledger.done(first_block, sequence.boundary)
+        sequence.due, sequence.last = order.due, sequence.boundary
+
+    def choose(self, sequence: Sequence, computed: int) -> None:
+        """What its worker does with a request whose text is chosen from."""
+        first_block = self.blocks_of[sequence.request.request_id][0].block_id
+        if computed < sequence.due:
+            return
+        order = self.ledger.order(first_block, sequence.last, computed)
+        if order is None or order.at != computed:
+            return
+        assert sequence.boundary is not None and order.budget == DECODE_BUDGET
+        sizes = {"decode_budget": DECODE_BUDGET, "block_size": BLOCK, "num_kv_heads": HEADS}
+        end = end_of_text(sequence.boundary, kept(sequence.boundary), **sizes)
+        assert end <= computed // BLOCK and order.due == computed + self.every
+        sequence.unread.append((computed, range(end, computed // BLOCK)))
+        self.ledger.done(first_block, computed)
+        sequence.due, sequence.last = order.due, computed
+        self.num_chosen += 1
 
     def is_alive(self, item: Item) -> bool:
         return item.sequence in self.running and item.sequence.turn == item.turn
@@ -174,6 +206,7 @@ class Simulation:
         request = sequence.request
         request.num_computed_tokens = request.num_in_flight_tokens = 0
         sequence.turn, sequence.boundary, sequence.cut_at = sequence.turn + 1, None, None
+        sequence.due, sequence.unread = 0, []
         if self.reads_outputs_again:
             sequence.prefill_end = request.num_tokens
         self.waiting.insert(0, sequence)
@@ -188,12 +221,10 @@ class Simulation:
             for item in filter(self.is_alive, items):
                 sequence = item.sequence
                 blocks = self.blocks_of[sequence.request.request_id]
-                unread = range(0)
-                if sequence.cut_at is not None and item.computed > sequence.cut_at:
-                    planned = kept(sequence.boundary)
-                    unread = range(planned.kept_blocks, planned.tail)
+                unread = [blocks for at, blocks in sequence.unread if item.computed > at]
                 for index, block in enumerate(item.blocks):
-                    assert index in unread or blocks[index].block_id == block
+                    is_unread = any(index in some for some in unread)
+                    assert is_unread or blocks[index].block_id == block
 
 
 def kept(boundary: int) -> Plan | None:
@@ -234,6 +265,33 @@ def test_scheduler_frees_only_what_no_step_in_flight_reads(
         sim.remove(sequence)
     assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
     assert not any(map(ledger.is_running, range(NUM_BLOCKS)))
+
+
+@pytest.mark.parametrize("reads_outputs_again", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("under_pressure", [False, True], ids=["always", "pressure"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_scheduler_chooses_from_texts_and_frees_only_what_no_step_in_flight_reads(
+    ledger: Ledger,
+    request: pytest.FixtureRequest,
+    depth: int,
+    under_pressure: bool,
+    reads_outputs_again: bool,
+):
+    """10,000 steps at each depth; texts of up to 480 tokens, which hold up to 72 of them."""
+    name = f"test-{request.node.name}".replace("/", "-")
+    numbers = {"reads_outputs_again": reads_outputs_again, "under_pressure": under_pressure}
+    numbers |= {"decode_budget": DECODE_BUDGET, "every": 32, "decode_window": 8}
+    manager = block_manager(name, NUM_BLOCKS, **numbers)
+    sim = Simulation(ledger, manager, depth, 0, reads_outputs_again, random.Random(depth))
+    sim.every, sim.most_wanted = 32, 480
+    for _ in range(2_500):
+        sim.step()
+    assert sim.num_chosen > 100 and sim.num_preempted > 0
+    assert 0 <= sim.num_chosen - ledger.counts.texts_compressed < 100
+    for sequence in list(sim.running):
+        sim.remove(sequence)
+    assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    assert not any(map(ledger.is_running, range(NUM_BLOCKS))) and not ledger.has_orders
 
 
 def test_scheduler_that_hears_of_another_boundary_frees_nothing(ledger: Ledger, request):

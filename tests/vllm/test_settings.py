@@ -6,7 +6,7 @@ import multiprocessing
 import random
 import time
 import uuid
-from itertools import product
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ from adakv.vllm.ledger import (
     remove_unused,
 )
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Order, plan
+from adakv.vllm.plan import Order, end_of_text, plan
 from adakv.vllm.requests import MAX_SPANS, Wishes
 from policy.helpers import rotate
 
@@ -66,7 +66,7 @@ def test_settings_are_none_without_an_entry():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, got 'ada_snapkv'"),
+        ("ada_snapkv", "must be a dict of policy, budget, mode, when, kv_dtype, .* got 'ada_snap"),
         ({"ratio": 0.1}, "must be a dict of policy, budget, mode"),
         ({"policy": "greedy"}, "policy must be one of"),
         ({"budget": 31}, r"budget must be at least 32 .*window 32.* got 31"),
@@ -78,6 +78,12 @@ def test_settings_are_none_without_an_entry():
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
         ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),
+        ({"decode_budget": 31}, "adakv: decode_budget must be .* 32, got 31"),
+        ({"decode_policy": "r_kv"}, "adakv: decode_budget must be given if a text is to be chosen"),
+        ({"every": 64}, "adakv: decode_budget must be given if a text is to be chosen"),
+        ({"decode_budget": 64, "policy": "ada_column_max"}, "decode_budget: ColumnMax needs"),
+        ({"decode_budget": 64, "decode_policy": "h2o"}, "'h2o' can't run .* sums over all queries"),
+        ({"decode_budget": 64, "decode_policy": "layer_defensive"}, "layers keep unequally much"),
     ],
 )
 def test_settings_say_what_is_wrong(given: Any, message: str):
@@ -177,6 +183,35 @@ def test_plan_gives_back_nothing_that_is_not_worth_it():
     assert plan(400, budget=64, block_size=16, num_kv_heads=2) == (5, 25)
 
 
+def random_sum(rng: random.Random, total: int, count: int) -> list[int]:
+    """So many numbers of that sum."""
+    cuts = sorted(rng.randint(0, total) for _ in range(count - 1))
+    return [b - a for a, b in pairwise([0, *cuts, total])]
+
+
+@pytest.mark.parametrize("block", [8, 16, 32])
+def test_plan_has_room_for_what_stays_of_a_text(block: int):
+    """However it is spread over the heads; and its blocks have been filled by the first choice."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        heads, budget, text = rng.randint(1, 8), rng.randint(8, 90), rng.randint(8, 90)
+        boundary = rng.randint(1, 300)
+        sizes = {"block_size": block, "num_kv_heads": heads}
+        planned = plan(boundary, budget=budget, **sizes)
+        of_prompt = [boundary] * heads
+        if planned is not None:
+            shares = random_sum(rng, heads * budget, heads)
+            of_prompt = [min(boundary, -(-share // block) * block) for share in shares]
+        of_text = random_sum(rng, heads * text, heads)
+        pages = sum(-(-(p + s) // block) for p, s in zip(of_prompt, of_text, strict=True))
+        end = end_of_text(boundary, planned, decode_budget=text, **sizes)
+        there = end if planned is None else planned.kept_blocks + end - planned.tail
+        filled = (boundary + text + 2 * block) // block
+        assert pages <= there * heads and end <= filled
+        wide = sizes | {"num_kv_heads": None}
+        assert end <= end_of_text(boundary, planned, decode_budget=text, **wide) <= filled
+
+
 def test_requests_say_what_they_wish():
     assert Wishes.of(None) == Wishes.of({"other": 1}) == Wishes()
     wishes = Wishes.of({"adakv": {"budget": 512, "protect": [[7, 90], [80, 100]]}})
@@ -261,7 +296,7 @@ def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
     assert worker.order(9, 400, 400) == Order(400, 400, 64)
-    assert path_of(name).stat().st_size == 8 * (8 + (9 + 2 * MAX_SPANS) * 10)
+    assert path_of(name).stat().st_size == 8 * (9 + (10 + 2 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):

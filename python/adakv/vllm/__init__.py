@@ -8,7 +8,9 @@ Without that entry vLLM runs as it is. docs/vllm.md says how it works and what i
 
     scheduler process     plan.py -> spec.py          which blocks go back, and when
     workers               plan.py -> engine_cache.py  what is kept: the verbs on the engine's pages
+                          rows.py, pages.py           where rows of requests lie
                           prompts.py                  prompts while they are read
+                          texts.py                    texts while they are written
                           backend_cpu.py, backend_cuda.py: vLLM's names for it
     between them          ledger.py                   orders to compress, and that both halves agree
     where requests come   admission.py, requests.py   what single requests ask for

@@ -18,6 +18,8 @@ from adakv.policy import (
     WholePages,
     get,
 )
+from adakv.reselection import Rule
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
@@ -50,6 +52,14 @@ class Settings:
         short.
     kv_dtype : "auto", "int8" or "fp8"
         What blocks hold: keys and values as the model has them, or codes of them (docs/bits.md).
+    decode_budget : int, optional
+        Mean entries to keep per kv head of what a request writes (docs/texts.md), beside what is
+        kept of its prompt. Default: all of it.
+    decode_policy : str, optional
+        What chooses them. Default: ``policy``.
+    every : int, optional
+        Tokens from one choice to the next, at least two blocks. Default: 128, or what the policy
+        says.
 
     Raises
     ------
@@ -62,6 +72,9 @@ class Settings:
     mode: Mode = "fill"
     when: When = "always"
     kv_dtype: Format = "auto"
+    decode_budget: int | None = None
+    decode_policy: str | None = None
+    every: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -78,6 +91,9 @@ class Settings:
                 f"adakv: budget must be at least {self.limits.least} entries per kv head (window "
                 f"{self.preset.window}, pinned {self.preset.scorer.pinned}), got {self.budget}"
             )
+        if (rule := self.rule) is not None and (reason := why_not_again(rule)):
+            name = self.decode_policy or self.policy
+            raise ValueError(f"adakv: decode_policy {name!r} can't run inside vLLM: {reason}")
 
     @classmethod
     def of(cls, additional_config: object) -> Settings | None:
@@ -96,6 +112,15 @@ class Settings:
     def preset(self) -> Policy:
         """The policy of that name."""
         return get(self.policy)
+
+    @cached_property
+    def rule(self) -> Rule | None:
+        """How texts are chosen from while they are written; None: they are not."""
+        given = self.decode_policy, self.decode_budget, self.every
+        try:
+            return Rule.given(self.preset, *given, pin_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"adakv: {error}") from None
 
     @property
     def limits(self) -> Limits:
@@ -139,6 +164,16 @@ def why_not(policy: Policy) -> str | None:
     if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None
+
+
+def why_not_again(rule: Rule) -> str | None:
+    """Why a policy can't choose from the texts of an engine; None if it can."""
+    if rule.carries:
+        return "its scores are sums over all queries of a text, which an engine doesn't keep"
+    if spans_layers(rule.policy):
+        return "its layers keep unequally much, which they can't while a text is written"
+    # The most that stays is enough here: new tokens have blocks of their own.
+    return None if isinstance(rule.policy.allocator, Capped) else why_not(rule.policy)
 
 
 def check_version(version: str) -> None:

@@ -32,9 +32,10 @@ from torch import Tensor
 from adakv.ops import Layer
 from adakv.policy import FoldingScorer, Policy, Protection
 from adakv.reading import Part, Reader
+from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
-from adakv.vllm.pages import OwnPages, Pages, SharedPages, kept_of_all, spans_layers
+from adakv.vllm.pages import Pages, SharedPages, kept_of_all, spans_layers
 from adakv.vllm.plan import Order, Scheduler
 from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
@@ -45,7 +46,9 @@ from adakv.vllm.prompts import (
     is_plain,
     read_by_torch,
 )
+from adakv.vllm.rows import Rows
 from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
+from adakv.vllm.texts import Texts
 
 
 class EngineCache:
@@ -67,6 +70,8 @@ class EngineCache:
     scheduler : :class:`Scheduler`, optional
     flash : :class:`FlashAttention`, optional
         Reads prompts; without it ``attend`` does.
+    rule : :class:`adakv.reselection.Rule`, optional
+        How texts are chosen from while they are written.
     """
 
     def __init__(
@@ -80,13 +85,17 @@ class EngineCache:
         w_o: Callable[[int], Tensor] | None = None,
         scheduler: Scheduler | None = None,
         flash: FlashAttention | None = None,
+        rule: Rule | None = None,
     ) -> None:
-        num_pages, self.block_size = len(pages[0].entries), pages[0].page_size
+        self.block_size = pages[0].page_size
         self.num_kv_heads = num_kv_heads
         self.pages, self.num_layers = list(pages), len(pages)
         self.device = pages[0].entries.device
-        kind = SharedPages if spans_layers(policy) else OwnPages
-        self._pages = kind(self.pages, num_kv_heads)
+        self._rows = Rows(
+            pages, num_kv_heads, spans_layers=spans_layers(policy), has_gaps=rule is not None
+        )
+        self._pages, self._integers = self._rows.pages, self._rows.integers
+        self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
         self._has_codes = pages[0].key_scales is not None
         # Where entries are moved as they are, with their scales.
         self._alone = [SharedPages([x], num_kv_heads) for x in pages if self._has_codes]
@@ -100,13 +109,11 @@ class EngineCache:
             and pages[0].entries.dtype == torch.bfloat16
             and all(map(is_plain, attentions))
         )
-        num_blocks = num_pages // num_kv_heads
         self._scheduler, self._flash = scheduler or Scheduler(), flash
-        # By first block. A boundary of 0: the request is whole.
-        self.boundaries = self._integers(num_blocks)
-        self.lengths = self._integers(self.num_layers, num_blocks, num_kv_heads)
-        # Nothing here reads positions: one tensor takes what all layers write.
-        self._positions = self._integers(len(self._pages.of_layers[0].entries), self.block_size)
+        self.texts: Texts | None = None
+        if rule is not None:
+            given = self._rows, self._scheduler, attentions, w_o, pages[0].dtype
+            self.texts = Texts(rule, *given)
         self.prompts: dict[int, Prompt] = {}  # that may be compressed, by request
         # What the layers of a step that a graph may replay could not observe.
         self._unobserved: Step | None = None
@@ -129,7 +136,7 @@ class EngineCache:
         """
         self._observe_late()
         step = Step(queries=None if buffers is None else buffers.queries)
-        if any(batch.is_prefilling) or self._may_be_compressed():
+        if any(batch.is_prefilling) or self._may_be_compressed() or self.texts:
             self._follow_prompts(batch, step)
         without = set(step.read_by_torch)
         spans = enumerate(pairwise(batch.query_start))
@@ -139,7 +146,9 @@ class EngineCache:
             if self._has_codes:
                 others = set(range(len(batch.computed))) - set(reads)
                 appended = [
-                    Appended(tokens, count, self._layers(self._tables(batch, rows, count)[0]))
+                    Appended(
+                        tokens, count, self._rows.layers(self._rows.tables(batch, rows, count)[0])
+                    )
                     for rows, tokens, count in equal_runs(batch, others)
                 ]
                 sizes = self.block_size, self.num_kv_heads
@@ -148,7 +157,7 @@ class EngineCache:
         for rows, tokens, new_tokens in equal_runs(batch, without):
             planned = self._planned(batch, rows, new_tokens, buffers)
             step.groups.append(Group(tokens, new_tokens, planned))
-        if buffers is not None and step.reading:
+        if buffers is not None and (step.reading or step.asked):
             self._unobserved = step
         self._tell_kept()
         return step
@@ -165,7 +174,7 @@ class EngineCache:
         )
         shape = (*rows[:2], num_q_heads, self.pages[0].entries.shape[-1])
         queries = torch.zeros(shape, dtype=self.pages[0].dtype, device=self.device)
-        return Buffers(tables, self._layers, queries)
+        return Buffers(tables, self._rows.layers, queries)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -189,6 +198,8 @@ class EngineCache:
         if step.queries is not None:
             step.queries[layer, : len(queries)] = queries
             return
+        if step.asked is not None and self.texts is not None:
+            self.texts.put(step.asked, queries, layer)
         lse = None
         if step.whole is not None and self._flash is not None:
             pages = self._flash.append(layer, step.whole, self.pages[layer], keys, values)
@@ -227,14 +238,8 @@ class EngineCache:
         for layer, queries in enumerate(step.queries):
             for reading in step.reading.values():
                 self._observe(layer, reading, queries[reading.tokens])
-
-    def _integers(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-    def _layers(self, tables: Tables) -> list[Layer]:
-        """What ``attend`` takes of some rows, in each layer."""
-        layers = zip(self._pages.of_layers, *tables, strict=True)
-        return [pages.layer(self._positions, *of_layer) for pages, *of_layer in layers]
+        if step.asked is not None and self.texts is not None:
+            self.texts.put(step.asked, step.queries)
 
     def _may_be_compressed(self) -> bool:
         """Whether a prompt may be compressed in this step."""
@@ -256,6 +261,8 @@ class EngineCache:
             and begin != end
             and not self._goes_on(requests[row], batch.computed[row])
         ]
+        if self.texts is not None:
+            self.texts.forget(self._is_gone, [requests[row] for row in begins])
         if begins:
             names = first_blocks[sent(begins, self.device)]
             self.boundaries[names.long()] = 0
@@ -267,7 +274,11 @@ class EngineCache:
                 self._forget_gone()
         for row, request in enumerate(requests):
             begin, end = batch.query_start[row : row + 2]
-            if request not in self.prompts or begin == end:
+            if begin == end:
+                continue
+            if request not in self.prompts:
+                if self.texts is not None:
+                    self.texts.follow(batch, row, request)
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
@@ -279,6 +290,8 @@ class EngineCache:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
                 self._obey(request, blocks, computed)
+        if self.texts is not None:
+            step.asked = self.texts.ask(batch, requests)
 
     def _goes_on(self, request: int, computed: int) -> bool:
         """Whether a prompt is the one that was read so far as it."""
@@ -288,8 +301,11 @@ class EngineCache:
     def _forget_gone(self) -> None:
         """Forgets prompts that no scheduler has."""
         for request, prompt in list(self.prompts.items()):
-            if not self._scheduler.is_running(prompt.first_block):
+            if self._is_gone(prompt.first_block):
                 del self.prompts[request]
+
+    def _is_gone(self, first_block: int) -> bool:
+        return not self._scheduler.is_running(first_block)
 
     def _tell_kept(self) -> None:
         """Tells of compressions that are over, as far as nobody has to wait."""
@@ -308,12 +324,17 @@ class EngineCache:
         prompt.has_ended = True
         (boundary,) = prompt.reader.lengths
         order = self._scheduler.order(prompt.first_block, boundary, computed)
-        if order is not None and (order.at != computed or order.budget == 0):
+        is_for_later = order is not None and order.budget == 0 and not order.due
+        if is_for_later or (order is not None and order.at != computed):
             return
         del self.prompts[request]
-        if order is not None:
+        if order is None:
+            return
+        if order.budget != 0:
             self._compress(prompt, blocks, computed, order)
-            self._scheduler.done(prompt.first_block, boundary)
+        if order.due and self.texts is not None:
+            self.texts.begin(request, prompt.first_block, boundary, order.due)
+        self._scheduler.done(prompt.first_block, boundary)
 
     def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, order: Order) -> None:
         """Moves what is kept of a prompt into the request's first blocks, and what the request has
@@ -338,8 +359,7 @@ class EngineCache:
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
         if computed > boundary:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
-        self.lengths[:, first_block] = lengths
-        self.boundaries[first_block] = boundary
+        self._rows.compressed(first_block, boundary, lengths, planned)
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
 
@@ -355,7 +375,7 @@ class EngineCache:
             (chosen,) = reader.finish(layer)[layer]
             rows = Layer(
                 self.pages[layer].entries,
-                self._positions,
+                self._rows.positions,
                 self._integers(1, heads, usable.numel() - heads),
                 lengths[layer, None],
                 self._integers(1),
@@ -368,31 +388,8 @@ class EngineCache:
         self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None
     ) -> PlannedStep:
         """The step of some requests that have equally many new tokens."""
-        tables, num_new = self._tables(batch, rows, new_tokens)
+        tables, num_new = self._rows.tables(batch, rows, new_tokens)
         if buffers is not None and num_new is not None:
             return buffers.plan(tables, num_new)
-        layers, inputs = self._layers(tables), tables.plan_inputs
+        layers, inputs = self._rows.layers(tables), tables.plan_inputs
         return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
-
-    def _tables(
-        self, batch: Batch, rows: slice | Tensor, new_tokens: int
-    ) -> tuple[Tables, Tensor | None]:
-        """Where the rows of some requests lie that have equally many new tokens, and how many of
-        these are no padding."""
-        blocks, seq_lens = batch.block_table[rows], batch.seq_lens[rows].int()
-        first_blocks = blocks[:, 0].long()
-        boundaries = self.boundaries[first_blocks]  # [B]
-        num_new = None if batch.num_new is None else batch.num_new[rows]
-        seen = seq_lens - (new_tokens if num_new is None else num_new)
-        # [L, B, Hkv]: kept entries, and pages they take
-        kept = self.lengths[:, first_blocks] * (boundaries > 0)[:, None]
-        kept_pages = (kept + (self.block_size - 1)) // self.block_size
-        lengths = kept + (seen - boundaries)[:, None]
-        width = max(1, -(-batch.max_seq_len // self.block_size))
-        table = self._pages.tables(blocks, boundaries // self.block_size, kept_pages, width)
-        fresh = max(1, -(-new_tokens // self.block_size))
-        used = (lengths + (self.block_size - 1)) // self.block_size
-        columns = used[..., None] + torch.arange(fresh, device=self.device)
-        fresh_pages = table.gather(-1, columns.clamp(max=width - 1).long())
-        seen = seen.expand(self.num_layers, -1).contiguous()
-        return Tables(lengths, table, fresh_pages, seen), num_new

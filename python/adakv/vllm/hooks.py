@@ -87,6 +87,8 @@ def current_settings() -> Settings | None:
     check_kv_dtype(settings.kv_dtype, config.model_config.dtype)
     if settings.when == "pressure" and config.speculative_config is not None:
         raise ValueError('adakv: drafts need "when": "always", got "pressure"')
+    if settings.rule is not None and config.speculative_config is not None:
+        raise ValueError("adakv: decode_budget must not be given with drafts")
     if config.cache_config.enable_prefix_caching and settings.window is None:
         _warn(f"prefix caching finds nothing: {settings.policy} hears all queries of a prompt")
     _engine = config, settings
@@ -152,6 +154,12 @@ def customized(spec: Any) -> Any:
     if settings.kv_dtype != "auto":
         size = entry_bytes(settings.kv_dtype, spec.head_size, spec.dtype)
         spec = replace(spec, dtype=torch.uint8, state_content_bytes=size)
+    rule = settings.rule
+    if rule is not None and rule.every < 2 * spec.block_size:
+        raise ValueError(
+            f"adakv: every must be at least two blocks of {spec.block_size} tokens each, "
+            f"got {rule.every}"
+        )
     return CompressedSpec.of(
         spec,
         budget=settings.budget,
@@ -162,6 +170,9 @@ def customized(spec: Any) -> Any:
         protects=settings.limits.protects,
         window=settings.window,
         spans_layers=spans_layers(settings.preset),
+        decode_budget=rule and rule.budget,
+        every=0 if rule is None else rule.every,
+        decode_window=0 if rule is None else rule.policy.window,
     )
 
 
@@ -207,6 +218,7 @@ def make_cache(
         w_o=lambda index: _output_weight(layers[index]),
         scheduler=_Scheduler(ledger, counts=get_tensor_model_parallel_rank() == 0),
         flash=flash,
+        rule=settings.rule,
     )
 
 

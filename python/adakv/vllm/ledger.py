@@ -42,6 +42,7 @@ class Counts(NamedTuple):
     compressed_under_pressure: int = 0
     preemptions_avoided: int = 0
     prefix_tokens_found: int = 0
+    texts_compressed: int = 0
 
 
 _PREFIX = "adakv-ledger-"
@@ -93,10 +94,10 @@ class Ledger:
         """The scheduler wants something of the request with that first block."""
         spans = [place for span in order.protected for place in span]
         self._done[first_block] = -1
-        numbers = [order.boundary, order.budget or 0, len(spans), *spans]
+        numbers = [order.boundary, order.budget or 0, order.due, len(spans), *spans]
         self._orders[first_block, 1 : 1 + len(numbers)] = numbers
         self._orders[first_block, 0] = order.at  # the last one: now it may be read
-        if order.budget:
+        if order.budget or order.due:
             self._open.add(first_block)
             self._num_open[0] = len(self._open)
 
@@ -113,7 +114,7 @@ class Ledger:
         adakv.Error
             If the scheduler thinks that its prompt has another number of tokens.
         """
-        at, planned, budget, count, *places = self._orders[first_block].tolist()
+        at, planned, budget, due, count, *places = self._orders[first_block].tolist()
         if at == 0:
             return None
         if planned != boundary:
@@ -122,7 +123,7 @@ class Ledger:
                 f"{first_block}, but the scheduler planned {planned}"
             )
         spans = zip(places[:count:2], places[1:count:2], strict=True)
-        return Order(at, planned, budget, tuple(spans))
+        return Order(at, planned, budget, tuple(spans), due)
 
     def done(self, first_block: int, boundary: int) -> None:
         """A worker has dealt with the request."""

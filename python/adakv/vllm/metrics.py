@@ -30,6 +30,7 @@ _HELP = {
     "preemptions_avoided": "Those of them that ran short beside running requests: vLLM would have "
     "preempted one.",
     "prefix_tokens_found": "Tokens of prompts that were found in the prefix cache.",
+    "texts_compressed": "Times that a text was cut down while it was written.",
 }
 
 

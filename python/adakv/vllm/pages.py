@@ -91,7 +91,7 @@ class Pages(NamedTuple):
     def move(self, source: Tensor, source_slot: Tensor, to: Tensor, to_slot: Tensor) -> None:
         """Copies entries in slots of ``source`` pages ``[n]`` to those of others, after all have
         been read."""
-        if self.key_scales is not None:
+        if self.key_scales is not None or not self.entries.is_contiguous():
             for part in self.parts:
                 part[to, to_slot] = part[source, source_slot]
             return
@@ -138,9 +138,18 @@ class OwnPages:
         self._dealt_of_block = num_kv_heads
         self._own = torch.arange(num_kv_heads, device=self._device)[:, None]
 
-    def tables(self, blocks: Tensor, tails: Tensor, kept_pages: Tensor, width: int) -> Tensor:
-        """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks behind the
-        prompt ``[B]`` and pages of kept entries ``[L, B, Hkv]``.
+    def tables(
+        self,
+        blocks: Tensor,
+        tails: Tensor,
+        kept_pages: Tensor,
+        width: int,
+        gaps: Tensor | None = None,
+    ) -> Tensor:
+        """``[L, B, Hkv, width]`` pages of each row, from blocks ``[B, M]``, first blocks of new
+        tokens ``[B]`` and pages of kept entries ``[L, B, Hkv]``.
+
+        With ``gaps`` ``[2, B]``, the first block of a gap in what is kept, and blocks in it.
 
         Behind a row's last page follow some that are not its own.
         """
@@ -148,7 +157,11 @@ class OwnPages:
         dealt = self._dealt_before(kept_pages)[..., None] + column
         behind = column - kept_pages[..., None]
         is_kept = behind < 0
-        index = torch.where(is_kept, dealt // self._dealt_of_block, tails[:, None, None] + behind)
+        kept = dealt // self._dealt_of_block
+        if gaps is not None:
+            first, count = gaps[..., None, None]
+            kept = kept + (kept >= first) * count
+        index = torch.where(is_kept, kept, tails[:, None, None] + behind)
         index = index.clamp(max=blocks.shape[1] - 1)
         of_request = torch.arange(len(blocks), device=self._device)[:, None, None]
         block = blocks[of_request, index]
@@ -183,6 +196,23 @@ class OwnPages:
         for pages, old, new, place in zip(self.of_layers, before, into, target, strict=True):
             for part in pages.parts:
                 part[new, place % size] = part[old[:, source // size], source % size]
+
+    def move(
+        self, kept: Sequence[Kept], before: Tensor, after: Tensor, totals: Sequence[int]
+    ) -> None:
+        """Moves what is kept of rows to the beginnings of other rows.
+
+        Parameters
+        ----------
+        kept : one :class:`adakv.ops.Kept` for each layer
+            Places in the rows of a request, in the place of positions.
+        before, after : ``[L, Hkv, M]``
+            Pages of its rows. All that a layer keeps is read before any of it is written.
+        totals : at least as many entries as each layer keeps
+        """
+        layers = zip(self.of_layers, kept, before, after, totals, strict=True)
+        for pages, (positions, starts), old, new, most in layers:
+            _move_rows(pages, positions, starts[:-1], starts.diff(), old, new, most)
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         """How many pages the rows before each row have."""
@@ -233,6 +263,17 @@ class SharedPages(OwnPages):
         self._own = torch.arange(self._dealt_of_block, device=self._device)
         self._own = self._own.view(len(layers), 1, num_kv_heads, 1)
 
+    def move(
+        self, kept: Sequence[Kept], before: Tensor, after: Tensor, totals: Sequence[int]
+    ) -> None:
+        starts = torch.stack([x.indptr for x in kept])
+        sizes = [0, *(len(x.positions) for x in kept[:-1])]
+        begin = starts[:, :-1] + sent(sizes, self._device).cumsum(0)[:, None]
+        begin, lengths = begin.flatten(), starts.diff().flatten()
+        positions = torch.cat([x.positions for x in kept])
+        old, new = before.flatten(0, 1), after.flatten(0, 1)
+        _move_rows(self.of_layers[0], positions, begin, lengths, old, new, sum(totals))
+
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         by_request = kept_pages.transpose(0, 1)
         dealt = by_request.flatten(1).cumsum(-1).view(by_request.shape)
@@ -280,6 +321,28 @@ class SharedPages(OwnPages):
         target = target + self._place(dealt % self._dealt_of_block)
         self.of_layers[0].move(source, position % page_size, target, place % page_size)
         return lengths
+
+
+def _move_rows(
+    pages: Pages,
+    positions: Tensor,
+    begin: Tensor,
+    lengths: Tensor,
+    before: Tensor,
+    after: Tensor,
+    most: int,
+) -> None:
+    """Moves entries of rows ``[R]`` from places ``positions[begin[r]:begin[r] + lengths[r]]`` in
+    pages ``before[r]`` to the beginning of pages ``after[r]``; ``most`` entries or fewer."""
+    size, ends = pages.page_size, lengths.cumsum(0)
+    number = torch.arange(most, device=positions.device)
+    # Whoever is behind the last entry is the first one again, and is put where that is put.
+    number = number.where(number < ends[-1], 0)
+    row = torch.searchsorted(ends, number, right=True)
+    place = number - (ends - lengths)[row]
+    source = positions[begin[row] + place].long()
+    old, new = before[row, source // size].long(), after[row, place // size].long()
+    pages.move(old, source % size, new, place % size)
 
 
 def kept_of_all(reader: Reader) -> list[Kept]:

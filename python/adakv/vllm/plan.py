@@ -8,6 +8,12 @@ first blocks, however they are spread over the heads::
 
     blocks    0 .. kept_blocks - 1    kept_blocks .. tail - 1    tail ..
     hold      what is kept            nothing: they go back      new tokens
+
+A text that is chosen from while it is written goes on so. What is kept of it follows what is kept
+of the prompt, in the first blocks that are there, which are the same at every choice::
+
+    blocks    0 .. kept_blocks - 1    tail .. end - 1    end .. last - 1           last ..
+    hold      what is kept            the same           nothing: they go back     new tokens
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ class Order(NamedTuple):
     boundary: int
     budget: int | None = None  #: None: the engine's; 0: not now, but maybe later
     protected: tuple[tuple[int, int], ...] = ()  #: spans of tokens that every head keeps
+    due: int = 0  #: tokens from which on its text is chosen from; 0: all of it stays
 
 
 class Scheduler:
@@ -103,3 +110,23 @@ def plan(boundary: int, *, budget: int, block_size: int, num_kv_heads: int | Non
     tail = boundary // block_size
     kept_blocks = most_kept_blocks(budget=budget, block_size=block_size, num_kv_heads=num_kv_heads)
     return Plan(kept_blocks, tail) if kept_blocks < tail else None
+
+
+def end_of_text(
+    boundary: int,
+    planned: Plan | None,
+    *,
+    decode_budget: int,
+    block_size: int,
+    num_kv_heads: int | None,
+) -> int:
+    """The first block behind all that is kept of a prompt of ``boundary`` tokens, which was
+    ``planned`` so, and of the text behind it, ``decode_budget`` entries per kv head.
+
+    A row of p entries of the prompt and s of the text takes at most ``ceil(p / block_size) + ceil(s
+    / block_size)`` pages. When a text of ``decode_budget`` and two blocks of tokens has been
+    written, this many blocks have been filled, so that new tokens have others.
+    """
+    budget = decode_budget + (boundary if planned is None else 0)
+    kept_blocks = most_kept_blocks(budget=budget, block_size=block_size, num_kv_heads=num_kv_heads)
+    return kept_blocks + (0 if planned is None else planned.tail)

@@ -14,7 +14,7 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -24,7 +24,8 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
 from adakv.vllm.ledger import Ledger, remove_at_exit, remove_unused
-from adakv.vllm.plan import Order, Plan, most_kept_blocks, plan
+from adakv.vllm.notes import Cut, Notes
+from adakv.vllm.plan import Order, Plan, end_of_text, most_kept_blocks, plan
 from adakv.vllm.prefix import PrefixManager
 from adakv.vllm.requests import Limits, Wishes
 
@@ -32,21 +33,6 @@ _logger = logging.getLogger("adakv")
 
 # vLLM registers its own specs only while there are none: before ours.
 register_all_kvcache_specs(None)
-
-
-@dataclass
-class Notes:
-    """What the scheduler knows of a request that has blocks, or wants some."""
-
-    prompt: int = 0
-    admitted: int = 0  # tokens when it came, or came back
-    boundary: int | None = None  # tokens when its prompt ended
-    wishes: Wishes = field(default_factory=Wishes)
-    planned: Plan | None = None  # what then becomes of its blocks; None: it stays whole
-    gain: float = 0.0  # blocks that are on their way back to the pool
-    at: int | None = None  # tokens before the step that compresses it
-    is_asked: bool = False  # to be compressed in its next step
-    is_cut: bool = False  # the blocks are back
 
 
 class CompressedManager(PrefixManager):
@@ -84,6 +70,11 @@ class CompressedManager(PrefixManager):
         """Tokens of a running request before the step that compressed it, once it is planned."""
         return self._notes[request_id].at if request_id in self._notes else None
 
+    def last_choice(self, request_id: str) -> int | None:
+        """Tokens of a running request before the step that chose from its text last."""
+        notes = self._notes[request_id] if request_id in self._notes else Notes()
+        return notes.last if notes.last != notes.boundary else None
+
     def new_step_starts(self) -> None:
         """Under pressure, has requests compressed before the running ones are short of blocks."""
         super().new_step_starts()
@@ -103,17 +94,19 @@ class CompressedManager(PrefixManager):
             return
         notes = self._notes[request_id]
         notes.prompt = num_prompt_tokens
-        if notes.at is None or processed_computed_tokens <= notes.at or notes.is_cut:
+        cut = notes.cut
+        if cut is None or processed_computed_tokens <= cut.at:
             return
-        assert notes.boundary is not None and notes.planned is not None
-        self._ledger.check_done(self.req_to_blocks[request_id][0].block_id, notes.boundary)
-        notes.is_cut, notes.gain = True, 0.0
+        self._ledger.check_done(self.req_to_blocks[request_id][0].block_id, cut.boundary)
+        notes.cut, notes.gain = None, 0.0
         free = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, *notes.planned)
+        self._remove_blocks_in_range(request_id, cut.blocks.start, cut.blocks.stop)
+        is_prompt = not cut.is_text and notes.planned is not None
         self._ledger.add(
-            requests_compressed=1,
+            requests_compressed=int(is_prompt),
+            texts_compressed=int(cut.is_text),
             blocks_given_back=self.block_pool.get_num_free_blocks() - free,
-            compressed_under_pressure=int(self.kv_cache_spec.under_pressure),
+            compressed_under_pressure=int(is_prompt and self.kv_cache_spec.under_pressure),
         )
 
     def get_num_blocks_to_allocate(
@@ -148,18 +141,65 @@ class CompressedManager(PrefixManager):
         is_new = notes.boundary is None and computed >= prompt
         if is_new:
             notes.boundary, notes.wishes = computed, self._wishes(request_id)
+            notes.last = computed
             if notes.wishes.policy is None:
                 notes.planned = self.plan(computed, notes.wishes.budget)
-            if not self.kv_cache_spec.under_pressure and notes.planned is not None:
+                notes.chooses = self.kv_cache_spec.every > 0
+            if not self.kv_cache_spec.under_pressure and not notes.is_whole:
                 self._ask_for(request_id, notes)
-        if notes.planned is None or not (is_new or notes.is_asked) or notes.at is not None:
+        first_block = self.req_to_blocks[request_id][0].block_id
+        if notes.due and notes.cut is None and computed >= notes.due:
+            self._choose_text(first_block, notes, computed)
+            return
+        is_done = notes.at is not None or notes.due > 0
+        if notes.is_whole or is_done or not (is_new or notes.is_asked):
             return
         assert notes.boundary is not None
+        spec, budget = self.kv_cache_spec, 0
         if notes.is_asked:
-            notes.at = computed
-        budget = (notes.wishes.budget or self.kv_cache_spec.budget) if notes.is_asked else 0
-        order = Order(computed, notes.boundary, budget, notes.wishes.spans)
-        self._ledger.give_order(self.req_to_blocks[request_id][0].block_id, order)
+            planned = notes.planned or Plan(0, 0)
+            notes.cut = Cut(computed, notes.boundary, slice(*planned), planned.kept_blocks)
+            if notes.chooses:  # a window has to be heard first
+                heard = computed + spec.decode_window
+                notes.due = max(notes.boundary + spec.most_of_text, heard)
+            if notes.planned is not None:
+                notes.at, budget = computed, notes.wishes.budget or spec.budget
+        order = Order(computed, notes.boundary, budget, notes.wishes.spans, notes.due)
+        self._ledger.give_order(first_block, order)
+
+    def _choose_text(self, first_block: int, notes: Notes, computed: int) -> None:
+        """Has a text chosen from in its next step."""
+        spec = self.kv_cache_spec
+        assert notes.boundary is not None and notes.last is not None
+        blocks = self._behind_text(notes, computed)
+        in_prompt = -(-notes.boundary // self.block_size)
+        notes.cut = Cut(computed, computed, blocks, in_prompt, is_text=True)
+        last_end = max(blocks.start, notes.last // self.block_size)
+        notes.gain = float(max(0, blocks.stop - last_end))
+        notes.due = computed + spec.every
+        order = Order(computed, notes.last, spec.decode_budget, due=notes.due)
+        notes.last = computed
+        self._ledger.give_order(first_block, order)
+
+    def _behind_text(self, notes: Notes, computed: int) -> slice:
+        """Blocks behind all that stays of a request if its text is chosen from now."""
+        assert notes.boundary is not None
+        end = end_of_text(
+            notes.boundary,
+            notes.planned,
+            decode_budget=self.kv_cache_spec.decode_budget,
+            block_size=self.block_size,
+            num_kv_heads=self.kv_cache_spec.rows_of_layer,
+        )
+        return slice(end, computed // self.block_size)
+
+    def _num_behind_text(self, request_id: str, notes: Notes) -> int:
+        """Blocks that come back if a whole text is chosen from."""
+        if not notes.chooses or not self.kv_cache_spec.under_pressure:
+            return 0
+        computed = self._requests[request_id].num_computed_tokens
+        blocks = self._behind_text(notes, computed)
+        return max(0, blocks.stop - blocks.start)
 
     def _wishes(self, request_id: str) -> Wishes:
         """What the request asks for. It stays whole if that can't be done, which the process that
@@ -176,20 +216,28 @@ class CompressedManager(PrefixManager):
 
     def _ask_for(self, request_id: str, notes: Notes) -> None:
         """Has a request compressed in its next step."""
-        assert notes.planned is not None
-        blocks = self.req_to_blocks[request_id][slice(*notes.planned)]
-        notes.is_asked, notes.gain = True, sum(1 / block.ref_cnt for block in blocks)
+        notes.is_asked = True
+        if notes.planned is not None:
+            blocks = self.req_to_blocks[request_id][slice(*notes.planned)]
+            notes.gain = sum(1 / block.ref_cnt for block in blocks)
+        else:
+            notes.gain = float(self._num_behind_text(request_id, notes))
 
     def _ask(self, short: float) -> int:
-        """Has the longest prompts compressed, until so many blocks come back; how many."""
+        """Has the longest prompts compressed, and after them the longest texts, until so many
+        blocks come back; how many requests that are."""
         if short <= 0:
             return 0
-        whole = [
-            (notes.planned.tail, request_id)
-            for request_id, notes in self._notes.items()
-            if notes.planned is not None and not notes.is_asked
-        ]
-        for count, (_, request_id) in enumerate(sorted(whole, reverse=True)):
+        whole = sorted(
+            (
+                (0 if notes.planned is None else notes.planned.tail, behind, request_id)
+                for request_id, notes in self._notes.items()
+                if (behind := self._num_behind_text(request_id, notes)) or notes.planned is not None
+                if not notes.is_asked
+            ),
+            reverse=True,
+        )
+        for count, (*_, request_id) in enumerate(whole):
             if short <= 0:
                 return count
             notes = self._notes[request_id]
@@ -241,7 +289,7 @@ class CompressedManager(PrefixManager):
     def num_whole_tokens(self, request: Request, num_tokens: int) -> int:
         """Those of its prompt, if it is compressed, or may be: what is behind it will move."""
         notes = self._notes[request.request_id]
-        if notes.boundary is None or notes.planned is None:
+        if notes.boundary is None or notes.is_whole:
             return num_tokens
         return min(num_tokens, notes.boundary)
 
@@ -249,15 +297,14 @@ class CompressedManager(PrefixManager):
         """Also has the cache go on with copies of what workers are about to compress."""
         super().cache_blocks(request, *args, **kwargs)
         notes = self._notes[request.request_id]
-        if notes.at is not None and not notes.is_cut:
-            assert notes.planned is not None
-            self.change_first_blocks(request.request_id, notes.planned.kept_blocks)
+        if notes.cut is not None and notes.cut.changed:
+            self.change_first_blocks(request.request_id, notes.cut.changed)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """The request has finished, or is preempted and will start again."""
         notes = self._notes[request_id]
-        if notes.at is None:
-            notes.planned = None  # all of it is whole
+        if notes.at is None and notes.last == notes.boundary:
+            notes.planned, notes.chooses = None, False  # all of it is whole
         request, blocks = self._requests.get(request_id), super().pop_blocks_for_free(request_id)
         del self._notes[request_id]
         if request_id in self._begun:
@@ -291,6 +338,10 @@ class CompressedSpec(FullAttentionSpec):
         Whether requests are compressed only when blocks run short.
     least, protects
         See :class:`adakv.vllm.requests.Limits`.
+    decode_budget, every
+        See :class:`adakv.vllm.config.Settings`; ``every`` is 0 if all of a text stays.
+    decode_window : int
+        Newest queries by which a text is chosen from.
     """
 
     budget: int
@@ -300,7 +351,15 @@ class CompressedSpec(FullAttentionSpec):
     spans_layers: bool = False
     under_pressure: bool = False
     least: int = 1
+    decode_window: int = 0
     protects: bool = True
+    decode_budget: int | None = None
+    every: int = 0
+
+    @property
+    def most_of_text(self) -> int:
+        """Tokens of a text that are held at most."""
+        return (self.decode_budget or 0) + self.every
 
     @property
     def rows_of_layer(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,6 +88,13 @@ class Reading(NamedTuple):
     page_ids: Tensor  # [Hkv, blocks], where it lies
 
 
+class Asked(NamedTuple):
+    """Queries of texts that are remembered."""
+
+    tokens: Tensor  # [n] of the step
+    into: Tensor  # [n], where they go
+
+
 @dataclass
 class Step:
     """What the layers need of a step."""
@@ -97,6 +104,7 @@ class Step:
     read_by_torch: set[int] = field(default_factory=set)  # rows of these that are in no group
     whole: Whole | None = None  # more that are in no group: read by FlashAttention
     queries: Tensor | None = None  # [L, B, Hq, D], kept for the next step to observe
+    asked: Asked | None = None
 
 
 class Buffers:
@@ -154,6 +162,6 @@ def equal_runs(
             yield sent(rows, device), sent(tokens, device), count
 
 
-def sent(values: list[int], device: torch.device) -> Tensor:
-    """A list on a device, without waiting for what the device does."""
+def sent(values: list[Any], device: torch.device) -> Tensor:
+    """Integers in a list, or in a list of lists, on a device; nothing waits for the device."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
