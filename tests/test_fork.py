@@ -140,6 +140,8 @@ class Branch:
             [sum(map(len, text.rows[layer])) for text in self.texts] for layer in range(LAYERS)
         ]
         longest = [max(len(r) for layer in text.rows for r in layer) for text in self.texts]
+        if cache.num_free < cache.pages_used:
+            cache.reserve(num_pages=2 * cache.num_pages)
         page_ids, starts = cache.begin_again(totals, longest)
         for layer, rows in enumerate(kept_rows):
             ends = torch.tensor([0, *map(len, rows)]).cumsum(0).int().to(cache.device)

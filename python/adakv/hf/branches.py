@@ -1,0 +1,250 @@
+"""Branches of what a cache holds: copies, beams, tokens that are taken back.
+
+All are forks of its pages (:meth:`adakv.cache.KVCache.fork`): what branches have in common is stored
+once, and a page that one of them may write to is its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import Cache as TransformersCache
+
+from adakv.cache import KVCache
+from adakv.errors import Error, integer
+from adakv.hf import long_rope, pool_size
+from adakv.hf.layers import FullAttentionLayer
+from adakv.hf.notices import Notices
+from adakv.hf.repetition import Repetition
+
+if TYPE_CHECKING:
+    from adakv.hf.cache import Cache
+
+Self = TypeVar("Self", bound="BranchingCache")
+
+#: What a layer of ours has of its own; all else are states that transformers keeps in it.
+_OWN = {"index", "num_seen", "attention", "_cache", "_config", "_is_last", "_rotate"}
+
+
+class BranchingCache(TransformersCache):
+    """What transformers asks of caches beside keys and values, for :class:`adakv.Cache`."""
+
+    def fork(self: Self, count: int = 1) -> list[Self]:
+        """So many copies, each of which goes on by itself.
+
+        They share the pages of what this cache holds, which stays as it is; each takes memory for
+        its last pages and for what it adds. One thread at a time may use a cache and its forks.
+
+        Raises
+        ------
+        ValueError
+            If ``count`` is no number of copies.
+        adakv.Error
+            If a forward was stopped midway, a prompt is still being read, or there is no memory.
+        """
+        cache: Any = self
+        count = integer("count", count, 1)
+        check_branches(cache, "fork")
+        if cache._kv is not None:
+            sources = list(range(len(cache._seen)))
+            pool_size.make_room_to_fork(cache._kv, sources * count)
+        return [_copied(cache) for _ in range(count)]
+
+    def __copy__(self: Self) -> Self:
+        return self.fork()[0]
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return self.fork()[0]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError("adakv.Cache can't be pickled, its pages belong to this process: save() it")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence becomes ``repeats`` of them, one behind the other."""
+        cache: Any = self
+        repeats = integer("repeats", repeats, 1)
+        self._select("batch_repeat_interleave", [b for b in range(len(cache.seen)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences ``indices`` ``[n]`` int64 (or those that ``[B]`` bool marks) stay, in this
+        order."""
+        if not isinstance(indices, Tensor) or indices.dim() != 1:
+            raise ValueError(f"indices must be a tensor [n], got {indices!r}")
+        if indices.dtype is torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select("batch_select_indices", indices.tolist())
+
+    def _select(self, what: str, sources: list[int]) -> None:
+        cache: Any = self
+        batch = len(cache.seen)
+        check_branches(cache, what)
+        if batch == 0 or sources == list(range(batch)):
+            return
+        if not sources or not all(0 <= b < batch for b in sources):
+            raise ValueError(f"indices must name sequences 0 .. {batch - 1}, got {sources}")
+        kv = forked(cache._kv, sources)
+        _take(cache, kv, sources, [0] * len(sources), 0)
+        for layer in cache.layers:
+            select_states(layer, sources)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest tokens back: ``-n`` of them, or all but the first n (as older versions of
+        transformers have it).
+
+        Tokens of a prompt can be taken back where every kv head holds all of them; what was evicted
+        doesn't come back. Padding counts as a token.
+
+        Raises
+        ------
+        ValueError
+            If that isn't so, pages are of int4, or texts are evicted from. Nothing changes.
+        """
+        cache: Any = self
+        given = integer("tokens_to_remove", tokens_to_remove)
+        columns = cache._full[0].num_seen if cache._full else 0
+        count = -given if given <= 0 else max(columns - given, 0)
+        own = [layer for layer in cache.layers if not isinstance(layer, FullAttentionLayer)]
+        if count == 0 or not cache._seen:
+            for layer in own:
+                layer.crop(given)
+            return
+        check_branches(cache, "crop")
+        check_crop(cache, count, columns)
+        back = cache.padding.tokens_in_last(count, len(cache._seen))
+        check_held(cache, back)
+        kv = forked(cache._kv, list(range(len(back))), back)
+        for layer in own:
+            layer.crop(-count)
+        _take(cache, kv, list(range(len(back))), back, count)
+
+    def activate_past_recording(self) -> None:
+        """Tokens may be taken back: layers with a window keep what leaves it."""
+        for layer in self.layers:
+            if not isinstance(layer, FullAttentionLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def own_pages(self) -> KVCache:
+        """The pages, of which no other cache has any if texts are evicted from: their entries move."""
+        cache: Any = self
+        kv: KVCache = cache._kv
+        if cache.eviction.text is not None:
+            if any(kv.shares_pages(b) for b in range(kv.num_sequences)):
+                cache._kv = kv = forked(kv, list(range(kv.num_sequences)), whole=True)
+        return kv
+
+
+def check_branches(cache: Any, what: str) -> None:
+    """Raises ``adakv.Error`` if what a cache holds can't be branched from now."""
+    if cache.is_midway:
+        raise Error(f"{what}: an earlier forward stopped midway: reset() the cache")
+    is_begun = cache.reading is not None and (cache.reading.is_begun or cache.reading.num_compacted)
+    if is_begun or cache.eviction.reads_chunks:
+        raise Error(f"{what}: the prompt is still being read: give the model its first token after it")
+    if cache._kv is not None and cache._kv.num_sequences != len(cache._seen):
+        raise Error(f"{what}: the cache lies in a slot of others")
+
+
+def check_crop(cache: Any, count: int, columns: int) -> None:
+    """Raises ``ValueError`` if tokens can't be taken back at all."""
+    if count >= columns:
+        raise ValueError(f"crop: {count} tokens can't be taken back of {columns}: reset() the cache")
+    if cache.eviction.text is not None:
+        raise ValueError(
+            "crop: tokens can't be taken back where texts are evicted from (decode_budget): what "
+            "left for them doesn't come back"
+        )
+    if cache._kv.kv_dtype == "int4":
+        raise ValueError("crop: tokens can't be taken back in kv_dtype='int4', whose keys share scales")
+
+
+def check_held(cache: Any, back: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless all rows hold the ``back`` newest tokens of each sequence."""
+    after = [n - of_prompt for n, of_prompt in zip(cache._seen, cache.prompt_lens, strict=True)]
+    if all(n <= m for n, m in zip(back, after, strict=True)):
+        return  # nothing is evicted from these
+    kv: KVCache = cache._kv
+    for layer in range(kv.num_layers):
+        for b, rows in enumerate(kv.positions(layer)):
+            first = cache._seen[b] - back[b]
+            if any(int((row >= first).sum()) != back[b] for row in rows):
+                raise ValueError(
+                    f"crop: {back[b]} tokens can't be taken back of sequence {b}: {after[b]} came "
+                    "after its prompt, and of the prompt some were evicted; read the prompt by "
+                    "itself before tokens that may be taken back, or keep all of it"
+                )
+
+
+def forked(
+    kv: KVCache, sources: Sequence[int], back: Sequence[int] = (), *, whole: bool = False
+) -> KVCache:
+    """:meth:`adakv.cache.KVCache.fork`, for which the pool grows if it must."""
+    pool_size.make_room_to_fork(kv, sources, whole=whole)
+    return kv.fork(sources, back=back, whole=whole)
+
+
+def select_states(layer: Any, sources: list[int]) -> None:
+    """The sequences of what transformers keeps in a layer."""
+    beams = torch.tensor(sources)
+    if not isinstance(layer, FullAttentionLayer):
+        layer.reorder_cache(beams)
+    elif hasattr(layer, "number_of_states"):
+        layer.select_states(beams)
+
+
+def _take(
+    cache: Any, kv: KVCache, sources: Sequence[int], back: Sequence[int], columns: int
+) -> None:
+    """A cache goes on with branches of its sequences, without so many columns."""
+    seen, prompts = cache._seen, cache.prompt_lens
+    cache._kv = kv
+    cache._seen = [seen[b] - n for b, n in zip(sources, back, strict=True)]
+    cache.prompt_lens = [
+        min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)
+    ]
+    cache.padding = cache.padding.of_branches(sources, columns)
+    cache._signature = (len(sources), *cache._signature[1:])
+    if cache.eviction.text is not None:
+        cache.eviction.text = cache.eviction.text.of_branches(sources)
+    for layer in cache._full:
+        layer.num_seen -= columns
+
+
+def _copied(cache: Cache) -> Any:
+    """A cache of the same contents, with layers of its own."""
+    new = object.__new__(type(cache))
+    new.__dict__.update(cache.__dict__)
+    new.layers = [_copied_layer(layer, new) for layer in cache.layers]
+    new._full = [layer for layer in new.layers if isinstance(layer, FullAttentionLayer)]
+    if cache.rope_limit is not None:
+        long_rope.watch(new)
+    if not cache.seen:
+        new._begin()
+        return new
+    new._repetition = Repetition(new, is_needed="repeat" in cache.budget.policy.needs)
+    new.eviction = copy.copy(cache.eviction)
+    new.notices, new.step = Notices(), None
+    new._states = copy.deepcopy(cache._states)
+    new._seen = list(cache._seen)
+    sources = list(range(len(new._seen)))
+    if cache._kv is not None:
+        _take(new, forked(cache._kv, sources), sources, [0] * len(sources), 0)
+    return new
+
+
+def _copied_layer(layer: Any, cache: Any) -> Any:
+    if not isinstance(layer, FullAttentionLayer):
+        return copy.deepcopy(layer)
+    new = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if name not in _OWN:
+            setattr(new, name, copy.deepcopy(value))
+    new._cache = cache
+    return new
