@@ -31,8 +31,8 @@ def fill(
     ----------
     cache, fork : :class:`adakv.cache.KVCache`
     given : bytes
-        int32 numbers: the stretch of each of the fork's B sequences; where the pages of each begin in each layer,
-        ``[L, B + 1]``; and these pages.
+        int32 numbers: the stretch of each of the fork's B sequences; where the pages of each begin
+        in each layer, ``[L, B + 1]``; and these pages.
     sources, back, whole
         As :meth:`adakv.cache.KVCache.fork` takes them.
     is_dealt : bool
@@ -67,7 +67,7 @@ def _of_sequences(page_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Pages of each sequence in each layer, which begin at ``starts`` ``[L, B + 1]``, as those that
     it has in all: as :meth:`adakv.cache.KVCache.begin_layers` gives them."""
     sizes = starts.diff()  # [L, B]
-    pieces = page_ids.split(sizes.flatten().tolist())
+    pieces = torch.split(page_ids, sizes.flatten().tolist())
     order = torch.arange(sizes.numel()).view(sizes.shape).T.flatten()
     ends = torch.cat([starts.new_zeros(1), sizes.sum(0).cumsum(0).int()])
     return torch.cat([pieces[i] for i in order.tolist()]), ends[None]

@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
 class Source(NamedTuple):
     """Rows of the A sequences that :func:`adakv.ops.fork` branches from, in one layer: their
-    ``block_table`` ``[A, Hkv, M]``, ``lengths`` ``[A, Hkv]``, ``seen`` ``[A]`` and ``tails``, if any."""
+    ``block_table`` ``[A, Hkv, M]``, ``lengths`` ``[A, Hkv]``, ``seen`` ``[A]`` and tails."""
 
     source_table: Tensor
     source_lengths: Tensor

@@ -1,7 +1,7 @@
 """Branches of what a cache holds: copies, beams, tokens that are taken back.
 
-All are forks of its pages (:meth:`adakv.cache.KVCache.fork`): what branches have in common is stored
-once, and a page that one of them may write to is its own.
+All are forks of its pages (:meth:`adakv.cache.KVCache.fork`): what branches have in common is
+stored once, and a page that one of them may write to is its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import Cache as TransformersCache
 
 from adakv.cache import KVCache
 from adakv.errors import Error, integer
-from adakv.hf import long_rope, pool_size
+from adakv.hf import hybrid, long_rope, pool_size
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
@@ -61,7 +61,9 @@ class BranchingCache(TransformersCache):
         return self.fork()[0]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError("adakv.Cache can't be pickled, its pages belong to this process: save() it")
+        raise ValueError(
+            "adakv.Cache can't be pickled, its pages belong to this process: save() it"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
@@ -71,7 +73,9 @@ class BranchingCache(TransformersCache):
         """Every sequence becomes ``repeats`` of them, one behind the other."""
         cache: Any = self
         repeats = integer("repeats", repeats, 1)
-        self._select("batch_repeat_interleave", [b for b in range(len(cache.seen)) for _ in range(repeats)])
+        self._select(
+            "batch_repeat_interleave", [b for b in range(len(cache.seen)) for _ in range(repeats)]
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """The sequences ``indices`` ``[n]`` int64 (or those that ``[B]`` bool marks) stay, in this
@@ -96,8 +100,8 @@ class BranchingCache(TransformersCache):
             select_states(layer, sources)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest tokens back: ``-n`` of them, or all but the first n (as older versions of
-        transformers have it).
+        """Takes the newest tokens back: ``-n`` of them, or all but the first n (as older versions
+        of transformers have it).
 
         Tokens of a prompt can be taken back where every kv head holds all of them; what was evicted
         doesn't come back. Padding counts as a token.
@@ -108,17 +112,15 @@ class BranchingCache(TransformersCache):
             If that isn't so, pages are of int4, or texts are evicted from. Nothing changes.
         """
         cache: Any = self
-        given = integer("tokens_to_remove", tokens_to_remove)
+        given = integer("tokens_to_remove", tokens_to_remove, -(2**31))
         columns = cache._full[0].num_seen if cache._full else 0
         count = -given if given <= 0 else max(columns - given, 0)
-        own = [layer for layer in cache.layers if not isinstance(layer, FullAttentionLayer)]
-        if count == 0 or not cache._seen:
-            for layer in own:
-                layer.crop(given)
+        if count == 0 or columns == 0:
             return
+        own = [layer for layer in cache.layers if not isinstance(layer, FullAttentionLayer)]
         check_branches(cache, "crop")
         check_crop(cache, count, columns)
-        back = cache.padding.tokens_in_last(count, len(cache._seen))
+        back = cache.padding.tokens_in_last(count, columns, len(cache._seen))
         check_held(cache, back)
         kv = forked(cache._kv, list(range(len(back))), back)
         for layer in own:
@@ -128,16 +130,18 @@ class BranchingCache(TransformersCache):
     def activate_past_recording(self) -> None:
         """Tokens may be taken back: layers with a window keep what leaves it."""
         for layer in self.layers:
-            if not isinstance(layer, FullAttentionLayer) and hasattr(layer, "activate_past_recording"):
+            if not isinstance(layer, FullAttentionLayer) and hasattr(
+                layer, "activate_past_recording"
+            ):
                 layer.activate_past_recording()
 
     def own_pages(self) -> KVCache:
-        """The pages, of which no other cache has any if texts are evicted from: their entries move."""
+        """The pages; those of texts that are evicted from are theirs alone, as entries move."""
         cache: Any = self
         kv: KVCache = cache._kv
-        if cache.eviction.text is not None:
-            if any(kv.shares_pages(b) for b in range(kv.num_sequences)):
-                cache._kv = kv = forked(kv, list(range(kv.num_sequences)), whole=True)
+        sequences = range(kv.num_sequences)
+        if cache.eviction.text is not None and any(map(kv.shares_pages, sequences)):
+            cache._kv = kv = forked(kv, sequences, whole=True)
         return kv
 
 
@@ -147,7 +151,9 @@ def check_branches(cache: Any, what: str) -> None:
         raise Error(f"{what}: an earlier forward stopped midway: reset() the cache")
     is_begun = cache.reading is not None and (cache.reading.is_begun or cache.reading.num_compacted)
     if is_begun or cache.eviction.reads_chunks:
-        raise Error(f"{what}: the prompt is still being read: give the model its first token after it")
+        raise Error(
+            f"{what}: the prompt is still being read: give the model its first token after it"
+        )
     if cache._kv is not None and cache._kv.num_sequences != len(cache._seen):
         raise Error(f"{what}: the cache lies in a slot of others")
 
@@ -155,14 +161,26 @@ def check_branches(cache: Any, what: str) -> None:
 def check_crop(cache: Any, count: int, columns: int) -> None:
     """Raises ``ValueError`` if tokens can't be taken back at all."""
     if count >= columns:
-        raise ValueError(f"crop: {count} tokens can't be taken back of {columns}: reset() the cache")
+        raise ValueError(
+            f"crop: {count} tokens can't be taken back of {columns}: reset() the cache"
+        )
     if cache.eviction.text is not None:
         raise ValueError(
             "crop: tokens can't be taken back where texts are evicted from (decode_budget): what "
             "left for them doesn't come back"
         )
+    for layer in cache.layers:
+        is_window = getattr(layer, "is_sliding", False)
+        is_past = is_window and layer.get_seq_length() >= layer.sliding_window
+        if hasattr(layer, "number_of_states") or (is_past and not layer.record_past):
+            raise ValueError(
+                f"crop: a {type(layer).__name__} can't take tokens back, as its states or window "
+                "have moved on (call activate_past_recording() before)"
+            )
     if cache._kv.kv_dtype == "int4":
-        raise ValueError("crop: tokens can't be taken back in kv_dtype='int4', whose keys share scales")
+        raise ValueError(
+            "crop: tokens can't be taken back in kv_dtype='int4', whose keys share scales"
+        )
 
 
 def check_held(cache: Any, back: Sequence[int]) -> None:
@@ -196,7 +214,7 @@ def select_states(layer: Any, sources: list[int]) -> None:
     if not isinstance(layer, FullAttentionLayer):
         layer.reorder_cache(beams)
     elif hasattr(layer, "number_of_states"):
-        layer.select_states(beams)
+        hybrid.reorder_states(layer, beams)
 
 
 def _take(
@@ -206,9 +224,7 @@ def _take(
     seen, prompts = cache._seen, cache.prompt_lens
     cache._kv = kv
     cache._seen = [seen[b] - n for b, n in zip(sources, back, strict=True)]
-    cache.prompt_lens = [
-        min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)
-    ]
+    cache.prompt_lens = [min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)]
     cache.padding = cache.padding.of_branches(sources, columns)
     cache._signature = (len(sources), *cache._signature[1:])
     if cache.eviction.text is not None:

@@ -102,8 +102,3 @@ class Eviction:
         """A step comes, which the :attr:`watcher` hears of."""
         if self.text is not None:
             self.text.begin_step(num_new, columns)
-
-    def end_step(self, kv: KVCache, slots: slice) -> None:
-        """All layers have attended: chooses, if it is time."""
-        if self.text is not None and self.text.is_due:
-            self.text.choose(kv, slots)

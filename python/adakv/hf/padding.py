@@ -109,6 +109,21 @@ class Padding:
         self.order, self._shown = newest.order, torch.cat([shown, newest._shown], 1)
         return num_new
 
+    def tokens_in_last(self, count: int, columns: int, batch: int) -> list[int]:
+        """How many tokens of each sequence are in the last ``count`` of ``columns`` columns."""
+        if self._shown is None:
+            return [count] * batch
+        known = self._shown[:, :columns]
+        padding = (~known[:, columns - count :]).sum(-1)
+        return [count - int(n) for n in padding.tolist()]
+
+    def of_branches(self, sources: Sequence[int], columns: int) -> Padding:
+        """The same for the sequences ``sources``, in the first columns."""
+        branches = Padding()
+        if self._shown is not None:
+            branches._shown = self._shown[list(sources), :columns]
+        return branches
+
 
 _PROMPTS = "several texts in one sequence, biases and masks that differ between heads"
 _STEPS = "trees, blocks that look ahead, biases and masks that differ between heads"

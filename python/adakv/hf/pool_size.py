@@ -236,6 +236,20 @@ def make_room(kv: KVCache, num_new: Sequence[int]) -> None:
         kv.reserve(num_pages=needed, max_row_pages=rows)
 
 
+def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = False) -> None:
+    """Has a cache grow if there are too few pages for a fork of the sequences ``sources``.
+
+    Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
+    """
+    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
+    if missing <= 0:
+        return
+    try:
+        kv.reserve(num_pages=kv.num_pages + max(missing, kv.num_pages // 2))
+    except Error:
+        kv.reserve(num_pages=kv.num_pages + missing)
+
+
 def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:
     """What layers hold beside the pages until the last one of a prompt is there: keys and values,
     and scores, once more when they are joined."""
