@@ -4,6 +4,7 @@ is evicted, and branches of one cache know nothing of each other."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -41,9 +42,9 @@ def test_beam_search_gives_transformers_tokens(batch: int, page_size: int) -> No
 def test_beam_search_of_an_evicted_prompt_takes_the_pages_of_its_text() -> None:
     model, prompt = LLAMA.model(), ids(90)
     with adakv.attach(model):
-        cache = adakv.Cache(model, budget=20)
+        cache = adakv.Cache(model, budget=40)
         generated(model, prompt, cache, num_beams=3, max_new_tokens=60)
-        one = adakv.Cache(model, budget=20)
+        one = adakv.Cache(model, budget=40)
         generated(model, prompt, one, max_new_tokens=60)
     assert cache.stats()["pages_used"] < 4 * one.stats()["pages_used"]
 
@@ -70,8 +71,7 @@ def test_several_texts_behind_one_prompt_that_was_read() -> None:
 
 
 @pytest.mark.parametrize("draft", [False, True])
-@pytest.mark.parametrize("reads_first", [False, True])
-def test_assisted_decoding_gives_transformers_tokens(draft: bool, reads_first: bool) -> None:
+def test_assisted_decoding_gives_transformers_tokens(draft: bool) -> None:
     model, part = LLAMA.model(), ids(12)
     prompt = torch.cat([part, ids(20), part, part[:, :5]], 1)  # with something to look up
     settings: dict[str, Any] = {"max_new_tokens": 40, "prompt_lookup_num_tokens": 4}
@@ -81,22 +81,19 @@ def test_assisted_decoding_gives_transformers_tokens(draft: bool, reads_first: b
     assert torch.equal(expected, generated(model, prompt, max_new_tokens=40))
     with adakv.attach(model):
         cache = adakv.Cache(model, budget=128)
-        if reads_first:
-            prefilled(model, prompt[:, :-1], cache)
         assert torch.equal(generated(model, prompt, cache, **settings), expected)
+        assert cache.seen == [prompt.shape[1] + 39]
 
 
-def test_assisted_decoding_of_an_evicted_prompt_goes_on_as_if_it_had_not_guessed() -> None:
+def test_assisted_decoding_of_an_evicted_prompt_takes_guesses_back() -> None:
+    """The first guesses come with the prompt, and are of its window, which every head keeps."""
     model, part = LLAMA.model(), ids(12)
     prompt = torch.cat([part, ids(60), part, part[:, :5]], 1)
     with adakv.attach(model):
-        caches = [prefilled(model, prompt[:, :-1], adakv.Cache(model, budget=30)) for _ in "ab"]
-        expected = generated(model, prompt, caches[0], max_new_tokens=40)
-        got = generated(model, prompt, caches[1], max_new_tokens=40, prompt_lookup_num_tokens=4)
-    assert torch.equal(got, expected)
-    steps = [cache.stats() for cache in caches]
-    assert torch.equal(steps[0]["lengths"], steps[1]["lengths"])
-    assert steps[0]["seen"] == steps[1]["seen"]
+        cache = adakv.Cache(model, budget=40)
+        generated(model, prompt, cache, max_new_tokens=40, prompt_lookup_num_tokens=4)
+    assert cache.seen == [prompt.shape[1] + 39]
+    assert cache.stats()["lengths"].float().mean() < 40 + 40
 
 
 def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) -> Tensor:
@@ -105,7 +102,7 @@ def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) 
     return out
 
 
-@pytest.mark.parametrize("budget", [20, 64])
+@pytest.mark.parametrize("budget", [40, 128])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_random_histories_of_branches(budget: int, batch: int) -> None:
     """Forks, steps, dropped and repeated rows and tokens taken back, beside caches that did nothing
@@ -117,7 +114,7 @@ def test_random_histories_of_branches(budget: int, batch: int) -> None:
         return int(torch.randint(most, (), generator=generator))
 
     with adakv.attach(model):
-        prompts = ids(48, batch=batch)
+        prompts = ids(90, batch=batch)
         first = adakv.Cache(model, budget=budget, page_size=8, max_new_tokens=8)
         prefilled(model, prompts, first)
         branches = [(first, [(b, []) for b in range(batch)])]  # prompt, and tokens behind it
@@ -157,9 +154,10 @@ def test_random_histories_of_branches(budget: int, batch: int) -> None:
                 torch.testing.assert_close(
                     got[i : i + 1], logits(model, new[i : i + 1], other), rtol=1e-3, atol=1e-3
                 )
-                assert cache.seen[i] == other.seen[0] == 48 + len(text) + 3
+                assert cache.seen[i] == other.seen[0] == 90 + len(text) + 3
         pages = branches[0][0].pages
         del branches, cache, other, first
+        gc.collect()  # a cache and its layers know each other
         for b in range(pages.num_sequences):
             pages.remove(b)
         assert pages.num_free == pages.num_pages
@@ -185,8 +183,8 @@ def test_forks_of_quantised_pages(kv_dtype: str) -> None:
 
 
 def test_forks_of_texts_that_are_evicted_from() -> None:
-    model, prompt = LLAMA.model(), ids(50)
-    settings = {"budget": 30, "decode_budget": 24, "every": 8, "pin_prompt": False}
+    model, prompt = LLAMA.model(), ids(90)
+    settings = {"budget": 40, "decode_budget": 40, "every": 8, "pin_prompt": False}
     with adakv.attach(model):
         caches = [prefilled(model, prompt, adakv.Cache(model, "snapkv", **settings)) for _ in "ab"]
         steps = ids(60)
@@ -209,15 +207,18 @@ def test_forks_of_texts_that_are_evicted_from() -> None:
 
 
 def test_what_can_not_be_taken_back_changes_nothing() -> None:
-    model, prompt = LLAMA.model(), ids(60)
+    model, prompt = LLAMA.model(), ids(90)
     with adakv.attach(model):
-        caches = [prefilled(model, prompt, adakv.Cache(model, budget=16)) for _ in "ab"]
+        caches, steps = (
+            [prefilled(model, prompt, adakv.Cache(model, budget=40)) for _ in "ab"],
+            ids(8),
+        )
         for cache in caches:
-            logits(model, ids(5), cache)
+            logits(model, steps[:, :5], cache)
         with pytest.raises(ValueError, match="came after its prompt, and of the prompt some were"):
-            caches[0].crop(-45)
+            caches[0].crop(-75)
         with pytest.raises(ValueError, match="reset"):
-            caches[0].crop(-65)
+            caches[0].crop(-95)
         for indices in ([3], [-1], []):
             with pytest.raises(ValueError, match="indices must name"):
                 caches[0].batch_select_indices(torch.tensor(indices, dtype=torch.int64))
@@ -226,7 +227,7 @@ def test_what_can_not_be_taken_back_changes_nothing() -> None:
         with pytest.raises(ValueError, match="count"):
             caches[0].fork(0)
         caches[0].crop(0)
-        assert torch.equal(*(logits(model, ids(3), cache) for cache in caches))
+        assert torch.equal(*(logits(model, steps[:, 5:], cache) for cache in caches))
 
 
 def test_a_prompt_that_is_kept_whole_can_be_taken_back() -> None:
@@ -255,23 +256,24 @@ def test_padding_is_taken_back_with_its_columns() -> None:
         more = torch.ones(2, 46, dtype=torch.int64)
         more[:, :40] = mask
         more[1, 44:] = 0
-        logits(model, ids(6, batch=2), caches[0], attention_mask=more)
+        tokens = ids(7, batch=2)
+        logits(model, tokens[:, :6], caches[0], attention_mask=more)
         assert caches[0].seen == [36, 44]
         caches[0].crop(-4)
         assert caches[0].seen == [32, 42]
-        logits(model, ids(6, batch=2)[:, :2], caches[1], attention_mask=more[:, :42])
+        logits(model, tokens[:, :2], caches[1], attention_mask=more[:, :42])
         last = torch.cat([more[:, :42], torch.ones(2, 1, dtype=torch.int64)], 1)
-        both = [logits(model, ids(1, batch=2), cache, attention_mask=last) for cache in caches]
+        both = [logits(model, tokens[:, 6:], cache, attention_mask=last) for cache in caches]
         torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
 def test_a_prompt_in_chunks_is_not_forked_before_it_is_read() -> None:
     model = LLAMA.model()
     with adakv.attach(model):
-        cache = prefilled(model, ids(30), adakv.Cache(model, budget=16, chunked_prefill=True))
+        cache = prefilled(model, ids(30), adakv.Cache(model, budget=40, chunked_prefill=True))
         with pytest.raises(adakv.Error, match="still being read"):
             cache.fork()
         logits(model, ids(1), cache)
         assert cache.fork()[0].seen == [31]
-        empty = copy.deepcopy(adakv.Cache(model, budget=16))
+        empty = copy.deepcopy(adakv.Cache(model, budget=40))
         assert logits(model, ids(30), empty).shape[1] == 30

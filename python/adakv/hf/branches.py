@@ -94,7 +94,7 @@ class BranchingCache(TransformersCache):
             return
         if not sources or not all(0 <= b < batch for b in sources):
             raise ValueError(f"indices must name sequences 0 .. {batch - 1}, got {sources}")
-        kv = forked(cache._kv, sources)
+        kv = None if cache._kv is None else forked(cache._kv, sources)
         _take(cache, kv, sources, [0] * len(sources), 0)
         for layer in cache.layers:
             select_states(layer, sources)
@@ -218,14 +218,16 @@ def select_states(layer: Any, sources: list[int]) -> None:
 
 
 def _take(
-    cache: Any, kv: KVCache, sources: Sequence[int], back: Sequence[int], columns: int
+    cache: Any, kv: KVCache | None, sources: Sequence[int], back: Sequence[int], columns: int
 ) -> None:
     """A cache goes on with branches of its sequences, without so many columns."""
     seen, prompts = cache._seen, cache.prompt_lens
     cache._kv = kv
     cache._seen = [seen[b] - n for b, n in zip(sources, back, strict=True)]
-    cache.prompt_lens = [min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)]
-    cache.padding = cache.padding.of_branches(sources, columns)
+    if prompts:
+        cache.prompt_lens = [min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)]
+    left = cache._full[0].num_seen - columns if cache._full else None
+    cache.padding = cache.padding.of_branches(sources, left)
     cache._signature = (len(sources), *cache._signature[1:])
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.of_branches(sources)
@@ -250,8 +252,8 @@ def _copied(cache: Cache) -> Any:
     new._states = copy.deepcopy(cache._states)
     new._seen = list(cache._seen)
     sources = list(range(len(new._seen)))
-    if cache._kv is not None:
-        _take(new, forked(cache._kv, sources), sources, [0] * len(sources), 0)
+    kv = None if cache._kv is None else forked(cache._kv, sources)
+    _take(new, kv, sources, [0] * len(sources), 0)
     return new
 
 

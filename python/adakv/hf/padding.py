@@ -117,8 +117,8 @@ class Padding:
         padding = (~known[:, columns - count :]).sum(-1)
         return [count - int(n) for n in padding.tolist()]
 
-    def of_branches(self, sources: Sequence[int], columns: int) -> Padding:
-        """The same for the sequences ``sources``, in the first columns."""
+    def of_branches(self, sources: Sequence[int], columns: int | None) -> Padding:
+        """The same for the sequences ``sources``, in the first columns or in all."""
         branches = Padding()
         if self._shown is not None:
             branches._shown = self._shown[list(sources), :columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -241,6 +242,10 @@ def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = Fals
 
     Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
     """
+    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
+    if missing <= 0:
+        return
+    gc.collect()  # forks that nobody has any more, but that are part of cycles
     missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
     if missing <= 0:
         return
