@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import adakv
 from adakv.hf.attachment import CACHE
-from hf.families import LLAMA, VOCAB
+from hf.families import FAMILIES, HYBRIDS, LLAMA, VOCAB, Family
 
 
 def ids(length: int, batch: int = 1) -> Tensor:
@@ -26,6 +26,24 @@ def generated(model: PreTrainedModel, prompt: Tensor, cache: Any = None, **setti
     settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, **settings}
     out: Tensor = model.generate(prompt, **{CACHE: cache}, **settings)
     return out
+
+
+BEAMS = [f for f in FAMILIES if f.prefix in ("Mistral", "Gemma3", "GptOss")] + HYBRIDS[:2]
+
+
+@pytest.mark.parametrize("family", [f for f in BEAMS if f.is_available], ids=str)
+def test_beams_and_forks_of_layers_that_are_transformers_own(family: Family) -> None:
+    model, prompt = family.model(), ids(30, batch=2)
+    settings = {"num_beams": 3, "max_new_tokens": 12}
+    expected = generated(model, prompt, DynamicCache(config=model.config), **settings)
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=64)
+        assert torch.equal(generated(model, prompt, cache, **settings), expected)
+        first = prefilled(model, prompt, adakv.Cache(model, budget=64))
+        other, tokens = copy.deepcopy(first), ids(20, batch=2)
+        for i in range(20):
+            both = [logits(model, tokens[:, i : i + 1], each) for each in (first, other)]
+            assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -13,6 +13,7 @@ import adakv
 import cases
 from adakv import ops
 from adakv.cache import KVCache, sequences
+from adakv.entries import Held
 
 LAYERS, HEADS, DIM = 2, 2, 8
 
@@ -175,8 +176,6 @@ class Branch:
 
     def check_codes(self, layer: int, step: float) -> None:
         """Codes and tails, read as attention reads them."""
-        from adakv.entries import Held
-
         longest = max(len(row) for text in self.texts for row in text.rows[layer])
         view = cases.mapped(self.cache.layer(layer), Tensor.cpu)
         held = Held(view, longest, torch.bfloat16)
@@ -199,8 +198,6 @@ def value_of(number: int) -> Tensor:
 def test_branches_of_random_histories_hold_their_own_tokens(
     kv_dtype: str, seed: int, device: torch.device
 ) -> None:
-    if device.type == "cuda" and kv_dtype == "int4":
-        pytest.importorskip("adakv.hf")  # the pages are the same there
     torch.manual_seed(seed)
     root = Branch.made(device, kv_dtype, batch=2)
     for b in range(2):
