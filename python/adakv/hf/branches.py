@@ -7,6 +7,7 @@ stored once, and a page that one of them may write to is its own.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers import Cache as TransformersCache
 from adakv.cache import KVCache
 from adakv.errors import Error, integer
 from adakv.hf import hybrid, long_rope, pool_size
+from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
@@ -64,6 +66,79 @@ class BranchingCache(TransformersCache):
         raise ValueError(
             "adakv.Cache can't be pickled, its pages belong to this process: save() it"
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the cache holds to one safetensors file (docs/memory.md, Files).
+
+        Raises
+        ------
+        adakv.Error
+            If it holds nothing, or a prompt is still being read.
+        ValueError
+            If the model has layers with states, or a text was evicted from. Nothing is written.
+        """
+        from adakv.hf import saving
+
+        cache: Any = self
+        check_branches(cache, "save")
+        if cache._kv is None:
+            raise Error("save: the cache holds nothing")
+        for layer in cache.layers:
+            if not isinstance(layer, FullAttentionLayer) or hasattr(layer, "number_of_states"):
+                saving.check_window(layer)
+        if cache.eviction.text is not None and cache._seen != list(cache.prompt_lens):
+            raise ValueError("save: a text is evicted from (decode_budget), which files don't hold")
+        saving.save(cache, path)
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        model: Any,
+        path: str | os.PathLike[str],
+        *,
+        policy: Any = None,
+        max_new_tokens: int = 4096,
+        page_size: int | None = None,
+    ) -> Self:
+        """A cache that :meth:`save` wrote, on the device of the model.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The one that it was made for, with the same weights.
+        path : str or Path
+        policy : str or :class:`adakv.Policy`, optional
+            For prompts after a :meth:`reset`. Default: that of the file, if it can be written down.
+        max_new_tokens, page_size : int, optional
+            As :class:`adakv.Cache` takes them.
+
+        Raises
+        ------
+        OSError
+            If there is no such file.
+        ValueError
+            If it was made for another model.
+        adakv.Error
+            If it is no such file, or was cut or altered.
+        """
+        from adakv.hf import saving
+
+        settings = {"max_new_tokens": max_new_tokens, "page_size": page_size}
+        loaded: Self = saving.load(cls, model, path, policy, settings)
+        return loaded
+
+    def go_on_from(
+        self, kv: KVCache, seen: list[int], prompt_lens: list[int], columns: int
+    ) -> None:
+        """An empty cache has pages that were filled elsewhere: of sequences of so many tokens, in
+        so many columns of the model's masks."""
+        cache: Any = self
+        cache._kv, cache._seen, cache.prompt_lens = kv, seen, prompt_lens
+        cache.reading = None
+        cache._heads = kv.num_kv_heads, kv.head_dim
+        cache._num_forwards = 1
+        for layer in cache._full:
+            layer.num_seen, layer.attention = columns, UNKNOWN
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
@@ -228,7 +303,8 @@ def _take(
         cache.prompt_lens = [min(prompts[b], n) for b, n in zip(sources, cache._seen, strict=True)]
     left = cache._full[0].num_seen - columns if cache._full else None
     cache.padding = cache.padding.of_branches(sources, left)
-    cache._signature = (len(sources), *cache._signature[1:])
+    if cache._signature is not None:
+        cache._signature = (len(sources), *cache._signature[1:])
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.of_branches(sources)
     for layer in cache._full:
