@@ -67,8 +67,10 @@ class BranchingCache(TransformersCache):
             "adakv.Cache can't be pickled, its pages belong to this process: save() it"
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], notes: dict[str, str] | None = None) -> None:
         """Writes what the cache holds to one safetensors file (docs/memory.md, Files).
+
+        ``notes`` are texts of your own, which :func:`adakv.hf.saving.notes_of` reads again.
 
         Raises
         ------
@@ -88,7 +90,7 @@ class BranchingCache(TransformersCache):
                 saving.check_window(layer)
         if cache.eviction.text is not None and cache._seen != list(cache.prompt_lens):
             raise ValueError("save: a text is evicted from (decode_budget), which files don't hold")
-        saving.save(cache, path)
+        saving.save(cache, path, notes or {})
 
     @classmethod
     def load(

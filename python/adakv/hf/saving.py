@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         return cls(table.long()[rows, place // page_size], place % page_size)
 
 
-def save(cache: Any, path: str | os.PathLike[str]) -> None:
+def save(cache: Any, path: str | os.PathLike[str], notes: dict[str, str]) -> None:
     """:meth:`adakv.Cache.save`."""
     kv: KVCache = cache._kv
     tensors: dict[str, Tensor] = {}
@@ -87,6 +87,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         "seen": json.dumps(cache.seen),
         "prompt_lens": json.dumps(list(cache.prompt_lens)),
         "columns": json.dumps(cache._full[0].num_seen),
+        "notes": json.dumps(notes),
         "checksums": json.dumps({name: _crc(x) for name, x in tensors.items()}, sort_keys=True),
     }
     about[_CRC] = str(_crc_of_text(about))
@@ -99,11 +100,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(
-    kind: type,
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    policy: Any,
-    settings: dict[str, Any],
+    kind: Any, model: Any, path: str | os.PathLike[str], policy: Any, settings: dict[str, Any]
 ) -> Any:
     """:meth:`adakv.Cache.load`."""
     name = os.fspath(path)
@@ -112,6 +109,20 @@ def load(
             return _loaded(kind, model, _File(name, file), policy, settings)
     except (SafetensorError, UnicodeDecodeError) as error:
         raise Error(f"{name} is not a cache, or only a part of one: {error}") from error
+
+
+def notes_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What :meth:`adakv.Cache.save` was given beside the cache. Raises as ``load`` does."""
+    name = os.fspath(path)
+    try:
+        with safe_open(name, framework="pt") as opened:
+            file = _File(name, opened)
+            notes = file.json("notes")
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise Error(f"{name} is not a cache, or only a part of one: {error}") from error
+    is_right = isinstance(notes, dict) and all(isinstance(x, str) for x in notes.values())
+    file.check(is_right, "its notes make no sense")
+    return notes
 
 
 class _File:
@@ -179,9 +190,7 @@ class _File:
         return x
 
 
-def _loaded(
-    kind: type, model: nn.Module, file: _File, policy: Any, settings: dict[str, Any]
-) -> Any:
+def _loaded(kind: Any, model: Any, file: _File, policy: Any, settings: dict[str, Any]) -> Any:
     amount = file.json("budget")
     is_amount = isinstance(amount, dict) and set(amount) in ({"budget"}, {"ratio"})
     file.check(is_amount, "its budget makes no sense")
@@ -194,8 +203,8 @@ def _loaded(
     layers, batch, heads, dim = file.ints("shape", 4, 1, _MOST_TOKENS)
     file.check(layers == len(cache._full), f"it has {layers} layers, the model {len(cache._full)}")
     file.check(batch <= _MOST_SEQUENCES, f"it has {batch} sequences")
-    dtype = getattr(torch, file.text("dtype"), None)
-    file.check(dtype in (torch.float32, torch.float16, torch.bfloat16), "its dtype makes no sense")
+    dtype: Any = getattr(torch, file.text("dtype"), None)
+    file.check(dtype in _NAMES and dtype.is_floating_point, "its dtype makes no sense")
     device = next(cache.model.parameters()).device
     shape = Shape(layers, heads, dim, dtype, device, kv_dtype)
     seen = file.ints("seen", batch, 1, _MOST_TOKENS)
@@ -340,8 +349,8 @@ def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[i
 
 
 def _dealt(page_ids: Tensor, starts: Tensor, lengths: Tensor, kv: KVCache) -> tuple[Tensor, Tensor]:
-    """The tables ``[B, Hkv, M]`` of rows that get pages as compact deals them, and their fresh pages
-    ``[B, Hkv]``."""
+    """The tables ``[B, Hkv, M]`` of rows that get pages as compact deals them, and their fresh
+    pages ``[B, Hkv]``."""
     counts = -(-lengths.long() // kv.page_size)  # [B, Hkv]
     table = torch.full((*counts.shape, kv.layer(0).block_table.shape[2]), -1, dtype=torch.int32)
     is_used = torch.arange(table.shape[2]) < counts[..., None]
@@ -428,7 +437,8 @@ def _amount(budget: Budget, lengths: Tensor, seen: list[int]) -> dict[str, Any]:
 
 def _crc(x: Tensor) -> int:
     """Of a tensor's bytes."""
-    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy()) if x.numel() else 0
+    data: Any = x.contiguous().flatten().view(torch.uint8).numpy() if x.numel() else b""
+    return zlib.crc32(data)
 
 
 def _crc_of_text(about: dict[str, str]) -> int:
