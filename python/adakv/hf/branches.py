@@ -266,15 +266,19 @@ def check_held(cache: Any, back: Sequence[int]) -> None:
     if all(n <= m for n, m in zip(back, after, strict=True)):
         return  # nothing is evicted from these
     kv: KVCache = cache._kv
-    for layer in range(kv.num_layers):
-        for b, rows in enumerate(kv.positions(layer)):
-            first = cache._seen[b] - back[b]
-            if any(int((row >= first).sum()) != back[b] for row in rows):
-                raise ValueError(
-                    f"crop: {back[b]} tokens can't be taken back of sequence {b}: {after[b]} came "
-                    "after its prompt, and of the prompt some were evicted; read the prompt by "
-                    "itself before tokens that may be taken back, or keep all of it"
-                )
+    layers, counts = kv.all_layers, torch.tensor(back, device=kv.device)[:, None]
+    first = torch.tensor(cache._seen, device=kv.device)[:, None] - counts
+    slot = (layers.lengths - counts).clamp(min=0).long()  # [L, B, Hkv]
+    pages = layers.block_table.gather(3, slot[..., None] // kv.page_size)[..., 0].clamp(min=0)
+    positions = layers.page_positions[pages.long(), slot % kv.page_size]
+    holds = (layers.lengths >= counts) & (positions == first) | (counts == 0)
+    for b, is_held in enumerate(holds.all(-1).all(0).tolist()):  # waits for the device
+        if not is_held:
+            raise ValueError(
+                f"crop: {back[b]} tokens can't be taken back of sequence {b}: {after[b]} came "
+                "after its prompt, and of the prompt some were evicted; read the prompt by "
+                "itself before tokens that may be taken back, or keep all of it"
+            )
 
 
 def forked(
