@@ -383,14 +383,11 @@ def fork(
     back: Tensor | None = None,
     whole: bool = False,
 ) -> None:
-    """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares pages with the rows
-    of the ``source``: sequence b goes on where ``sources[b]`` ``[B]`` int32 is.
+    """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares the source's pages:
+    sequence b goes on where the source's ``sources[b]`` is, without its ``back[b]`` newest tokens.
 
-    ``stretch`` ``[B]`` int32 are tokens of each since its rows were given fresh pages. Rows get
-    ``page_ids`` ``[Q]`` int32 for themselves, from ``page_indptr`` ``[B + 1]`` int32 on: of each
-    sequence ``[2, Hkv]``, for the page that a row had before the stretch and the one that it begins
-    in it; if ``whole``, one for every page, and a fresh one each. ``back`` ``[B]`` int32 newest
-    tokens stay behind, not of int4.
+    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids`` ``[2, Hkv]`` of
+    each, the rows' own pages before and in that, or if ``whole`` as :func:`compact` takes them.
     """
     _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 

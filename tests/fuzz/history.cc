@@ -22,33 +22,12 @@
 #include <set>
 #include <vector>
 
+#include "c_calls.h"
 #include "entries.h"
 #include "input.h"
 
 namespace adakv::fuzz {
 namespace {
-
-struct SequenceModel {
-  bool is_begun = false;
-  int32_t seen = 0;
-  int64_t appended = 0;
-  int64_t num_started = 0;  // pages of each row that the host knows of
-  bool is_forked = false;
-  std::vector<int64_t> num_pages;        // [L]
-  std::vector<std::vector<Entry>> rows;  // [L * Hkv]
-};
-
-template <typename Args>
-void run(void (*verb)(const Args&), Args& args) {
-  std::vector<int32_t> workspace((workspace_bytes(args) + 3) / 4);
-  args.workspace =
-      TensorView(workspace.data(), {static_cast<int64_t>(workspace.size())}, DType::kInt32);
-  verb(args);
-}
-
-TensorView ints(std::vector<int32_t>& numbers) {
-  return TensorView(numbers.data(), {static_cast<int64_t>(numbers.size())}, DType::kInt32);
-}
 
 CacheConfig config_from(Input& input) {
   CacheConfig config;
@@ -136,18 +115,7 @@ class History {
       const bool goes_back = config_.format != PageFormat::kInt4 && input_.one_in(3);
       const auto taken = goes_back ? input_.range(0, static_cast<int>(shortest)) : 0;
       back.push_back(taken);
-      for (auto& row : text.rows) row.resize(row.size() - taken);
-      text.seen -= taken;
-      const auto starts = [&](int64_t n) { return std::max<int64_t>(n - 1, 0) / page_size(); };
-      const int64_t left = std::max<int64_t>(text.appended - taken, 0);
-      const int64_t leave =
-          std::min<int64_t>(text.num_started, starts(text.appended) - starts(left) + 2);
-      for (int64_t& pages : text.num_pages) {
-        pages += (whole ? 1 : 2 - leave) * config_.num_kv_heads;
-      }
-      text.num_started = whole ? 0 : text.num_started - leave + 2;
-      text.appended = left;
-      if (text.is_begun) text.is_forked = true;
+      text.fork(taken, whole, page_size(), num_heads());
       texts.push_back(text);
     }
     const int32_t free_before = cache().pool().num_free();
@@ -338,13 +306,7 @@ class History {
       check_means(layer, columns, counts, out);
     }
     for (size_t b = 0; b < model().size(); ++b) {
-      SequenceModel& sequence = model()[b];
-      const auto starts = [&](int64_t n) { return std::max<int64_t>(n - 1, 0) / page_size(); };
-      const int64_t more = starts(sequence.appended + counts[b]) - starts(sequence.appended);
-      for (int64_t& pages : sequence.num_pages) pages += more * config_.num_kv_heads;
-      sequence.num_started += more;
-      sequence.seen += counts[b];
-      sequence.appended += counts[b];
+      model()[b].append(counts[b], page_size(), num_heads());
     }
   }
 
@@ -425,62 +387,14 @@ class History {
         expect_failure([&] { cache().remove(wild < 0 ? wild : count); });
         break;
       case 7:
-        count_anything();
+        count_anything(input_);
         break;
       case 8:
-        begin_in_c();
+        begin_in_c(input_);
         break;
       default:
         expect_failure([&] { cache().grow(std::vector<int32_t>(count, -1), 1); });
     }
-  }
-
-  int64_t wild_count() { return static_cast<int64_t>(input_.word()) << 32 | input_.word(); }
-
-  /// Pages for counts that may be any: a number, or an error in both languages.
-  void count_anything() {
-    const int64_t num_kept = input_.one_in(2) ? wild_count() : input_.range(0, 999);
-    const int64_t num_new = input_.one_in(2) ? wild_count() >> input_.range(0, 40) : 3;
-    const auto heads = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 2);
-    const auto page_size = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 8);
-    int64_t pages = -1;
-    try {
-      pages = KVCache::pages_for(num_kept, num_new, heads, page_size);
-      ADAKV_FUZZ_ASSERT(pages >= 0);
-    } catch (const InvalidArgument&) {
-    }
-    ADAKV_FUZZ_ASSERT(adakv_pages_for(num_kept, num_new, heads, page_size) == pages);
-  }
-
-  /// The C face's cache: with none, and with arrays that end where their number says, or nowhere.
-  void begin_in_c() {
-    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(nullptr) == -1 && adakv_cache_page_bytes(nullptr) == 0);
-    ADAKV_FUZZ_ASSERT(adakv_cache_tail_bytes(nullptr) == 0);
-    ADAKV_FUZZ_ASSERT(adakv_cache_bytes_used(nullptr) == 0);
-    AdakvCacheConfig config = {};
-    config.num_layers = config.num_kv_heads = config.max_row_pages = 1;
-    config.num_sequences = input_.range(1, 3);
-    config.head_dim = config.page_size = 8;
-    config.num_pages = 6;
-    config.dtype = {2, 32, 1};
-    config.device = {1, 0};
-    AdakvCache* made = nullptr;
-    ADAKV_FUZZ_ASSERT(adakv_cache_create(&config, nullptr, nullptr, &made) == ADAKV_OK);
-    const std::unique_ptr<AdakvCache, void (*)(AdakvCache*)> cache(made, &adakv_cache_destroy);
-    const int32_t size = input_.range(0, 3);
-    const auto any = [&](int32_t usual) {
-      return input_.one_in(4) ? static_cast<int32_t>(input_.word()) : usual;
-    };
-    const int32_t first = any(input_.range(0, 3)), count = any(size);
-    const bool fits = first >= 0 && count >= 1 && first < config.num_sequences &&
-                      count <= config.num_sequences - first;
-    if (fits && count != size) return;  // reads as many as it says, as it must
-    const std::vector<int64_t> counts(size, input_.range(0, 8));
-    AdakvPageList pages = {};
-    const AdakvStatus status =
-        adakv_cache_begin(made, 0, first, count, counts.data(), counts.data(), &pages);
-    ADAKV_FUZZ_ASSERT(fits || status == ADAKV_INVALID_ARGUMENT);
-    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(made) == 6 - (status == ADAKV_OK ? pages.num_ids : 0));
   }
 
   void check() const {
