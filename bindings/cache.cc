@@ -98,6 +98,25 @@ py::bytes begin_again(KVCache& self,
   return py::bytes(reinterpret_cast<const char*>(starts.data()), starts.size() * sizeof(int32_t));
 }
 
+// The fork; then int32 numbers: the stretch of each sequence [B], where the pages of each sequence begin
+// in each layer [L, B + 1], counted from the first page of all, and all of them.
+py::typing::Tuple<std::shared_ptr<KVCache>, py::bytes> fork_cache(KVCache& self,
+                                                                  Ints sources,
+                                                                  Ints back,
+                                                                  bool whole) {
+  Fork made = self.fork(take("sources", sources), take("back", back), whole,
+                        current_stream(self.config().device));
+  std::vector<int32_t> numbers = made.stretch, ids;
+  for (const PageList& pages : made.pages) {
+    for (int32_t start : pages.indptr) numbers.push_back(static_cast<int32_t>(ids.size()) + start);
+    ids.insert(ids.end(), pages.ids.begin(), pages.ids.end());
+  }
+  numbers.insert(numbers.end(), ids.begin(), ids.end());
+  return py::make_tuple(
+      std::shared_ptr<KVCache>(std::move(made.cache)),
+      py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int32_t)));
+}
+
 }  // namespace
 }  // namespace adakv
 
@@ -135,6 +154,19 @@ void bind_cache(py::module_& module) {
       .def("begin", &begin, arg("layer"), arg("first_sequence"), arg("totals"), arg("longest"))
       .def("begin_again", &begin_again, arg("first_sequence"), arg("totals"), arg("longest"),
            arg("own_pages"))
+      .def("fork", &fork_cache, arg("sources"), arg("back"), arg("whole"))
+      .def(
+          "pages_to_fork",
+          [](const KVCache& self, Ints sources, bool whole) {
+            return self.pages_to_fork(take("sources", sources), whole);
+          },
+          arg("sources"), arg("whole"))
+      .def(
+          "is_shared",
+          [](const KVCache& self, Int sequence) {
+            return self.is_shared(take("sequence", sequence));
+          },
+          arg("sequence"))
       .def(
           "grow",
           [](KVCache& self, Ints num_new, Int columns) {

@@ -89,6 +89,7 @@ void bind_ops(py::module_& module) {
   define(module, "select", &select);
   define(module, "compact", &compact);
   define(module, "append", &append);
+  define(module, "fork", &fork);
   define(module, "plan", &plan);
   define(module, "attend", &attend);
   module.def(

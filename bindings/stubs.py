@@ -30,6 +30,7 @@ def signature(function: Any) -> str:
     line = function.__doc__.splitlines()[0]
     name, _, rest = line.partition("(")
     parameters = rest.replace("self: adakv._C.KVCache", "self")
+    parameters = parameters.replace("tuple[adakv._C.", "tuple[")
     return f"def {name}({parameters}: ..."
 
 

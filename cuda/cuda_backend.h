@@ -17,6 +17,7 @@ class CudaBackend final : public Backend {
   void select(const SelectArgs& args) override;
   void compact(const CompactArgs& args) override;
   void append(const AppendArgs& args) override;
+  void fork(const ForkArgs& args) override;
   void plan(const PlanArgs& args) override;
   void attend(const AttendArgs& args) override;
 

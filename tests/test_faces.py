@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CPP = Path(__file__).resolve().parent.parent / "cpp"
-VERBS = ["Score", "ValueNorm", "Allocate", "Select", "Compact", "Append", "Plan", "Attend"]
+VERBS = ["Score", "ValueNorm", "Allocate", "Select", "Compact", "Append", "Fork", "Plan", "Attend"]
 OWN = {"workspace", "workspace_bytes", "stream"}
 
 

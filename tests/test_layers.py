@@ -3,7 +3,7 @@
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
 4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries,reselection}.py
-3  torch ops, cache, step  python/adakv/{errors,_register,tensors,ops,cache,devices,shape,step}.py
+3  torch ops, cache, step  python/adakv/{errors,_register,tensors,ops,fork,cache,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -47,6 +47,7 @@ FLOORS = {
     "_register": 3,
     "cache": 3,
     "devices": 3,
+    "fork": 3,
     "shape": 3,
     "step": 3,
     "policy": 4,

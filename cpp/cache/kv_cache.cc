@@ -7,6 +7,7 @@
 
 #include "adakv/error.h"
 #include "cache/layout.h"
+#include "cache/shared_pages.h"
 
 namespace adakv {
 namespace {
@@ -99,20 +100,49 @@ void widen(Memory& memory, const TensorView& to, const TensorView& from, Stream 
 }  // namespace
 
 KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
-    : config_((check_config(config), config)), memory_(memory), pool_(config.num_pages) {
+    : config_((check_config(config), config)), memory_(memory) {
   ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ",
               device_name(memory.device()), ", but config.device is ", device_name(config.device));
-  sequences_.resize(config.num_sequences);
-  pool_data_ = allocate(memory, lay_out_pool, config, all_layers_);
-  table_data_ = allocate(memory, lay_out_table, config, all_layers_);
-  row_data_ = allocate(memory, lay_out_rows, config, all_layers_);
+  std::shared_ptr<void> pool_data = allocate(memory, lay_out_pool, config, all_layers_);
+  shared_ = std::make_shared<SharedPages>(
+      SharedPages{PagePool(config.num_pages), std::move(pool_data), {}});
+  make_tables(stream);
+}
+
+// Empty tables and rows for a fork, and the pages of the other one.
+KVCache::KVCache(const KVCache& from, int32_t num_sequences, Stream stream)
+    : config_(from.config_),
+      memory_(from.memory_),
+      all_layers_(from.all_layers_),
+      shared_(from.shared_) {
+  config_.num_sequences = num_sequences;
+  check_config(config_);
+  make_tables(stream);
+}
+
+// All that sequences have of their own, empty; the cache becomes a member of those that share pages.
+void KVCache::make_tables(Stream stream) {
+  sequences_.resize(config_.num_sequences);
+  table_data_ = allocate(memory_, lay_out_table, config_, all_layers_);
+  row_data_ = allocate(memory_, lay_out_rows, config_, all_layers_);
   fill(memory_, all_layers_.block_table, -1, stream);
   fill(memory_, all_layers_.fresh_pages, -1, stream);
   fill(memory_, all_layers_.lengths, 0, stream);
   fill(memory_, all_layers_.seen, 0, stream);
+  shared_->members.push_back(this);
 }
 
-KVCache::~KVCache() = default;
+KVCache::~KVCache() {
+  for (const Sequence& sequence : sequences_) {
+    for (const std::vector<int32_t>& pages : sequence.pages) shared_->pool.give_back(pages);
+  }
+  std::vector<KVCache*>& members = shared_->members;
+  members.erase(std::find(members.begin(), members.end(), this));
+}
+
+const PagePool& KVCache::pool() const {
+  return shared_->pool;
+}
 
 void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
   ADAKV_CHECK(num_pages >= 0, "reserve: num_pages must not be negative, got ", num_pages);
@@ -123,29 +153,50 @@ void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
   config.max_row_pages = std::max(max_row_pages, config.max_row_pages);
   check_config(config);
   const LayerView& old = all_layers_;
-  LayerView view = old;
-  std::shared_ptr<void> pool_data = pool_data_, table_data = table_data_;
+  LayerView pool = old;
+  std::shared_ptr<void> pool_data = shared_->data;
   if (config.num_pages > config_.num_pages) {
-    pool_data = allocate(memory_, lay_out_pool, config, view);
-    copy_first(memory_, view.pages, old.pages, pool_.num_touched(), stream);
+    pool_data = allocate(memory_, lay_out_pool, config, pool);
+    const int64_t touched = shared_->pool.num_touched();
+    copy_first(memory_, pool.pages, old.pages, touched, stream);
     if (config.format == PageFormat::kPlain) {  // else they lie in the pages
-      copy_first(memory_, view.page_positions, old.page_positions, pool_.num_touched(), stream);
+      copy_first(memory_, pool.page_positions, old.page_positions, touched, stream);
     }
   }
-  if (num_columns(config) > num_columns(config_)) {
-    table_data = allocate(memory_, lay_out_table, config, view);
-    widen(memory_, view.block_table, old.block_table, stream);
+  struct Table {
+    CacheConfig config;
+    LayerView view;
+    std::shared_ptr<void> data;
+  };
+  std::vector<Table> tables;  // of each member
+  for (const KVCache* member : shared_->members) {
+    Table table = {member->config_, pool, member->table_data_};
+    table.config.num_pages = config.num_pages;
+    if (member == this) table.config.max_row_pages = config.max_row_pages;
+    for (TensorView LayerView::* own :
+         {&LayerView::block_table, &LayerView::lengths, &LayerView::seen, &LayerView::fresh_pages,
+          &LayerView::tails}) {
+      table.view.*own = member->all_layers_.*own;
+    }
+    if (num_columns(table.config) > num_columns(member->config_)) {
+      table.data = allocate(memory_, lay_out_table, table.config, table.view);
+      widen(memory_, table.view.block_table, member->all_layers_.block_table, stream);
+    }
+    tables.push_back(std::move(table));
   }
-  pool_.grow(config.num_pages);
-  config_ = config;
-  all_layers_ = view;
-  pool_data_.swap(pool_data);
-  table_data_.swap(table_data);
+  shared_->pool.grow(config.num_pages);
+  shared_->data.swap(pool_data);
+  for (size_t i = 0; i < tables.size(); ++i) {
+    KVCache& member = *shared_->members[i];
+    member.config_ = tables[i].config;
+    member.all_layers_ = tables[i].view;
+    member.table_data_.swap(tables[i].data);
+  }
 }
 
 std::shared_ptr<const void> KVCache::holder() const {
   return std::make_shared<std::array<std::shared_ptr<void>, 3>>(
-      std::array<std::shared_ptr<void>, 3>{pool_data_, table_data_, row_data_});
+      std::array<std::shared_ptr<void>, 3>{shared_->data, table_data_, row_data_});
 }
 
 size_t KVCache::page_bytes() const {
@@ -159,8 +210,12 @@ size_t KVCache::tail_bytes() const {
 
 size_t KVCache::bytes_used() const {
   const auto holds = [](const Sequence& sequence) { return !sequence.pages.empty(); };
-  return pool_.num_used() * page_bytes() +
-         std::count_if(sequences_.begin(), sequences_.end(), holds) * tail_bytes();
+  size_t bytes = shared_->pool.num_used() * page_bytes();
+  for (const KVCache* member : shared_->members) {
+    const std::vector<Sequence>& sequences = member->sequences_;
+    bytes += std::count_if(sequences.begin(), sequences.end(), holds) * tail_bytes();
+  }
+  return bytes;
 }
 
 LayerView KVCache::layer(int32_t layer) const {
@@ -246,7 +301,7 @@ PageList KVCache::take(int32_t layer,
   for (size_t i = 0; i < num_kept.size(); ++i) {
     std::vector<int32_t>& pages = sequences_[first_sequence + i].pages[layer];
     pages.clear();
-    pool_.take(pages_of(num_kept[i]), pages);
+    shared_->pool.take(pages_of(num_kept[i]), pages);
     list.ids.insert(list.ids.end(), pages.begin(), pages.end());
     list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
   }
@@ -264,7 +319,7 @@ PageList KVCache::begin(int32_t layer,
                 first_sequence + i, " holds entries in layer ", layer,
                 " already: remove() it first");
   }
-  pool_.check_free(needed);
+  shared_->pool.check_free(needed);
   for (size_t i = 0; i < num_kept.size(); ++i) {
     Sequence& sequence = sequences_[first_sequence + i];
     sequence.pages.resize(config_.num_layers);
@@ -284,6 +339,9 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
   }
   int64_t missing = 0;
   for (size_t i = 0; i < longest_row.size(); ++i) {
+    const int32_t sequence = first_sequence + static_cast<int32_t>(i);
+    ADAKV_CHECK(!is_shared(sequence), "sequence ", sequence,
+                " has pages in common with a fork: fork() it whole first");
     for (int32_t l = 0; l < config_.num_layers; ++l) {
       const auto owned = static_cast<int64_t>(sequences_[first_sequence + i].num_pages(l));
       ADAKV_CHECK(owned > 0, "sequence ", first_sequence + i, " holds nothing in layer ", l,
@@ -291,7 +349,7 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
       missing += std::max<int64_t>(0, pages_of(num_kept[l][i]) - (own_pages ? owned : 0));
     }
   }
-  pool_.check_free(missing);
+  shared_->pool.check_free(missing);
   std::vector<PageList> lists;
   std::vector<int32_t> leaving;
   for (int32_t l = 0; l < config_.num_layers; ++l) {
@@ -308,7 +366,7 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
         leaving.insert(leaving.end(), pages.begin() + needed, pages.end());
         pages.resize(needed);
       } else {
-        pool_.take(static_cast<int64_t>(needed - pages.size()), pages);
+        shared_->pool.take(static_cast<int64_t>(needed - pages.size()), pages);
       }
       lists[l].ids.insert(lists[l].ids.end(), pages.begin(), pages.end());
       lists[l].indptr.push_back(static_cast<int32_t>(lists[l].ids.size()));
@@ -317,8 +375,10 @@ std::vector<PageList> KVCache::begin_again(int32_t first_sequence,
   for (size_t i = 0; i < longest_row.size(); ++i) {
     sequences_[first_sequence + i].longest_row = longest_row[i];
     sequences_[first_sequence + i].appended = 0;
+    sequences_[first_sequence + i].num_started = 0;
   }
-  pool_.give_back(leaving);  // at the end: a layer's must not be another one's before it is done
+  shared_->pool.give_back(
+      leaving);  // at the end: a layer's must not be another one's before it is done
   return lists;
 }
 
@@ -369,7 +429,7 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
                   ": begin() it first");
     }
   }
-  pool_.check_free(needed);
+  shared_->pool.check_free(needed);
 
   // Columns that go in one piece. A row starts exactly one new page in each stretch of page_size
   // tokens counted from its compact(), so a piece ends with a stretch; where all sequences begin
@@ -404,28 +464,32 @@ int32_t KVCache::grow(const std::vector<int32_t>& num_new, int32_t num_columns, 
 // Writes new pages into the columns [first, last) of fresh_pages, for every row of a sequence in
 // every layer.
 void KVCache::refill(int32_t sequence, int32_t first, int32_t last, Stream stream) {
-  const int32_t columns = last - first, rows = config_.num_layers * config_.num_kv_heads;
+  const int32_t columns = last - first, heads = config_.num_kv_heads;
   if (columns <= 0) return;
-  std::vector<int32_t> pages;  // [L, Hkv, columns]
-  pool_.take(rows * columns, pages);
-  const int32_t layer_pages = config_.num_kv_heads * columns;
+  std::vector<int32_t> pages;  // [L, columns, Hkv], as they are owned
+  shared_->pool.take(config_.num_layers * columns * heads, pages);
+  std::vector<int32_t> of_rows(pages.size());  // [L, Hkv, columns]
   for (int32_t l = 0; l < config_.num_layers; ++l) {
+    const auto begin = pages.begin() + l * columns * heads;
     std::vector<int32_t>& owned = sequences_[sequence].pages[l];
-    owned.insert(owned.end(), pages.begin() + l * layer_pages,
-                 pages.begin() + (l + 1) * layer_pages);
+    owned.insert(owned.end(), begin, begin + columns * heads);
+    for (int32_t i = 0; i < columns * heads; ++i) {
+      of_rows[(l * heads + i % heads) * columns + i / heads] = begin[i];
+    }
   }
+  sequences_[sequence].num_started += columns;
   const TensorView& fresh = all_layers_.fresh_pages;
   memory_.copy_rows_from_host(fresh.ptr<int32_t>() + sequence * fresh.stride[1] + first,
-                              kFreshColumns * sizeof(int32_t), pages.data(),
-                              columns * sizeof(int32_t), rows, stream);
+                              kFreshColumns * sizeof(int32_t), of_rows.data(),
+                              columns * sizeof(int32_t), config_.num_layers * heads, stream);
 }
 
 void KVCache::remove(int32_t sequence, Stream stream) {
   check_sequence(sequence);
   Sequence& owner = sequences_[sequence];
-  for (const std::vector<int32_t>& pages : owner.pages) pool_.give_back(pages);
+  for (const std::vector<int32_t>& pages : owner.pages) shared_->pool.give_back(pages);
   owner.pages.clear();
-  owner.longest_row = owner.appended = 0;
+  owner.longest_row = owner.appended = owner.num_started = 0;
   fill_sequence(memory_, all_layers_.block_table, sequence, -1, stream);
   fill_sequence(memory_, all_layers_.lengths, sequence, 0, stream);
   fill_sequence(memory_, all_layers_.seen, sequence, 0, stream);

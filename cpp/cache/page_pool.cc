@@ -26,28 +26,36 @@ void PagePool::take(int64_t count, std::vector<int32_t>& pages) {
   check_free(count);
   for (int64_t i = 0; i < count; ++i) {
     if (free_.empty()) {
-      taken_.push_back(true);
+      owners_.push_back(1);
       pages.push_back(next_++);
     } else {
-      taken_[free_.back()] = true;
+      owners_[free_.back()] = 1;
       pages.push_back(free_.back());
       free_.pop_back();
     }
   }
 }
 
+void PagePool::share(const std::vector<int32_t>& pages) {
+  for (const int32_t page : pages) {
+    ADAKV_CHECK(num_owners(page) > 0, "share: page ", page, " is not taken");
+  }
+  for (const int32_t page : pages) ++owners_[page];
+}
+
 void PagePool::give_back(const std::vector<int32_t>& pages) {
+  std::vector<int32_t> freed;
   for (size_t i = 0; i < pages.size(); ++i) {
     const int32_t page = pages[i];
-    if (page >= 0 && page < next_ && taken_[page]) {
-      taken_[page] = false;
+    if (num_owners(page) > 0) {
+      if (--owners_[page] == 0) freed.push_back(page);
       continue;
     }
-    for (size_t j = 0; j < i; ++j) taken_[pages[j]] = true;
+    for (size_t j = 0; j < i; ++j) ++owners_[pages[j]];
     throw InvalidArgument(detail::concat("give_back: page ", page, " is not taken"));
   }
   // Backwards, so that pages taken together come out again in the same order.
-  free_.insert(free_.end(), pages.rbegin(), pages.rend());
+  free_.insert(free_.end(), freed.rbegin(), freed.rend());
 }
 
 }  // namespace adakv

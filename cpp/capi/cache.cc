@@ -1,4 +1,5 @@
 // The cache for C: a KVCache, its tensors with shapes that C can point to, and memory by callbacks.
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -121,21 +122,43 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
 
 struct AdakvCache {
   AdakvCache(const adakv::CacheConfig& config,
-             std::unique_ptr<adakv::Memory> memory,
+             std::shared_ptr<adakv::Memory> memory,
              adakv::Stream stream)
+      : AdakvCache(memory,
+                   std::make_unique<adakv::KVCache>(
+                       config, memory ? *memory : adakv::device_memory(config.device), stream),
+                   std::make_shared<std::vector<AdakvCache*>>()) {}
+
+  AdakvCache(std::shared_ptr<adakv::Memory> memory,
+             std::unique_ptr<adakv::KVCache> made,
+             std::shared_ptr<std::vector<AdakvCache*>> forks)
       : own_memory(std::move(memory)),
-        cache(config, own_memory ? *own_memory : adakv::device_memory(config.device), stream),
-        all_layers(cache.all_layers()) {
-    for (int32_t i = 0; i < config.num_layers; ++i) {
+        cache_memory(std::move(made)),
+        cache(*cache_memory),
+        all_layers(cache.all_layers()),
+        members(std::move(forks)) {
+    for (int32_t i = 0; i < cache.config().num_layers; ++i) {
       layers.push_back(std::make_unique<adakv::capi::LayerTensors>(cache.layer(i)));
     }
+    members->push_back(this);
   }
 
-  std::unique_ptr<adakv::Memory> own_memory;  // of the caller's functions, if given
-  adakv::KVCache cache;
+  ~AdakvCache() { members->erase(std::find(members->begin(), members->end(), this)); }
+  AdakvCache(const AdakvCache&) = delete;
+
+  std::shared_ptr<adakv::Memory> own_memory;  // of the caller's functions, if given
+  std::unique_ptr<adakv::KVCache> cache_memory;
+  adakv::KVCache& cache;
   adakv::capi::LayerTensors all_layers;
   std::vector<std::unique_ptr<adakv::capi::LayerTensors>> layers;
-  std::vector<adakv::PageList> pages;  // of the last begin, of each layer or of one
+  std::vector<adakv::PageList> pages;                 // of the last begin, of each layer or of one
+  std::shared_ptr<std::vector<AdakvCache*>> members;  // it and its forks, as long as they live
+
+  /// The tensors have other places: the pool has grown, for all forks.
+  void update() {
+    all_layers.set(cache.all_layers());
+    for (size_t i = 0; i < layers.size(); ++i) layers[i]->set(cache.layer(static_cast<int32_t>(i)));
+  }
 
   /// Throws unless there are so many sequences from the first one on.
   void check_sequences(int32_t first, int32_t count) const {
@@ -164,8 +187,8 @@ AdakvStatus adakv_cache_create(const AdakvCacheConfig* config,
   return guarded([&] {
     AdakvCache*& out = given("cache", cache);
     const adakv::CacheConfig cpp_config = adakv::capi::config_of(given("config", config));
-    std::unique_ptr<adakv::Memory> own;
-    if (memory) own = std::make_unique<adakv::capi::CallbackMemory>(*memory, cpp_config.device);
+    std::shared_ptr<adakv::Memory> own;
+    if (memory) own = std::make_shared<adakv::capi::CallbackMemory>(*memory, cpp_config.device);
     out = new AdakvCache(cpp_config, std::move(own), stream);
   });
 }
@@ -192,10 +215,7 @@ AdakvStatus adakv_cache_reserve(AdakvCache* cache,
   return guarded([&] {
     adakv::KVCache& memory = given("cache", cache).cache;
     memory.reserve(num_pages, max_row_pages, stream);
-    cache->all_layers.set(memory.all_layers());
-    for (size_t i = 0; i < cache->layers.size(); ++i) {
-      cache->layers[i]->set(memory.layer(static_cast<int32_t>(i)));
-    }
+    for (AdakvCache* member : *cache->members) member->update();
   });
 }
 
@@ -271,6 +291,37 @@ AdakvStatus adakv_cache_row_pages_to_grow(const AdakvCache* cache,
 
 AdakvStatus adakv_cache_remove(AdakvCache* cache, int32_t sequence, void* stream) {
   return guarded([&] { given("cache", cache).cache.remove(sequence, stream); });
+}
+
+AdakvStatus adakv_cache_fork(AdakvCache* cache,
+                             const int32_t* sources,
+                             int32_t num_sources,
+                             const int32_t* back,
+                             int32_t whole,
+                             void* stream,
+                             AdakvCache** fork,
+                             AdakvPageList* pages,
+                             int32_t* stretch) {
+  return guarded([&] {
+    given("cache", cache), given("sources", sources), given("fork", fork);
+    given("pages", pages), given("stretch", stretch);
+    ADAKV_CHECK(num_sources >= 1, "num_sources must be at least 1, got ", num_sources);
+    const std::vector<int32_t> backs(back, back ? back + num_sources : back);
+    adakv::Fork made =
+        cache->cache.fork({sources, sources + num_sources}, backs, whole != 0, stream);
+    auto out =
+        std::make_unique<AdakvCache>(cache->own_memory, std::move(made.cache), cache->members);
+    out->pages = std::move(made.pages);
+    out->give(pages);
+    std::copy(made.stretch.begin(), made.stretch.end(), stretch);
+    *fork = out.release();
+  });
+}
+
+int32_t adakv_cache_is_shared(const AdakvCache* cache, int32_t sequence) {
+  int32_t result = -1;
+  guarded([&] { result = given("cache", cache).cache.is_shared(sequence) ? 1 : 0; });
+  return result;
 }
 
 AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,

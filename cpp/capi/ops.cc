@@ -1,4 +1,4 @@
-// The eight verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
+// The nine verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
 #include <string>
 #include <type_traits>
 
@@ -101,6 +101,9 @@ AdakvCompactArgs adakv_compact_defaults(void) {
 AdakvAppendArgs adakv_append_defaults(void) {
   return defaults<adakv::AppendArgs>();
 }
+AdakvForkArgs adakv_fork_defaults(void) {
+  return defaults<adakv::ForkArgs>();
+}
 AdakvPlanArgs adakv_plan_defaults(void) {
   return defaults<adakv::PlanArgs>();
 }
@@ -125,6 +128,9 @@ AdakvStatus adakv_compact(const AdakvCompactArgs* args) {
 }
 AdakvStatus adakv_append(const AdakvAppendArgs* args) {
   return run(&adakv::append, args);
+}
+AdakvStatus adakv_fork(const AdakvForkArgs* args) {
+  return run(&adakv::fork, args);
 }
 AdakvStatus adakv_plan(const AdakvPlanArgs* args) {
   return run(&adakv::plan, args);

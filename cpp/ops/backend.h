@@ -1,4 +1,4 @@
-// One backend holds the eight bodies for one device type. The front door (ops.cc) has checked every
+// One backend holds the nine bodies for one device type. The front door (ops.cc) has checked every
 // argument before a body runs, so bodies check nothing, allocate nothing and keep no state.
 #pragma once
 
@@ -20,6 +20,7 @@ class Backend {
   virtual void select(const SelectArgs& args) = 0;
   virtual void compact(const CompactArgs& args) = 0;
   virtual void append(const AppendArgs& args) = 0;
+  virtual void fork(const ForkArgs& args) = 0;
   virtual void plan(const PlanArgs& args) = 0;
   virtual void attend(const AttendArgs& args) = 0;
 

@@ -126,6 +126,18 @@ struct MembersOf<AppendArgs> {
 };
 
 template <>
+struct MembersOf<ForkArgs> {
+  using Cpp = ForkArgs;
+  using C = AdakvForkArgs;
+  static constexpr std::tuple kAll = {
+      ADAKV_MEMBER(source_table), ADAKV_MEMBER(source_lengths), ADAKV_MEMBER(source_seen),
+      ADAKV_MEMBER(source_tails), ADAKV_MEMBER(sources),        ADAKV_MEMBER(stretch),
+      ADAKV_MEMBER(back),         ADAKV_MEMBER(page_ids),       ADAKV_MEMBER(page_indptr),
+      ADAKV_MEMBER(whole),        ADAKV_MEMBER(layer),
+  };
+};
+
+template <>
 struct MembersOf<PlanArgs> {
   using Cpp = PlanArgs;
   using C = AdakvPlanArgs;

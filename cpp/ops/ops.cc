@@ -84,6 +84,19 @@ void check_page_parts(const Checker& check, const char* name, const TensorView& 
                 " elements and a multiple of 16 bytes apart, got ", view.stride[0], " elements");
 }
 
+void check_tails(Checker& check, const char* name, const TensorView& tails, const char* dims) {
+  check.floats(name, tails, dims);
+  check.require(check.size("2P") == 2 * check.size("P") && tails.stride[2] == check.size("D"), name,
+                " must be [B, Hkv, ", 2 * check.size("P"), ", D], contiguous from the third ",
+                "dimension on, got ", tails.shape_string());
+  check.aligned(name, tails);
+  for (int i = 0; i < 2; ++i) {
+    check.require(tails.shape[i] <= 1 || tails.stride[i] % 8 == 0, name,
+                  ": rows must lie a multiple of 16 bytes apart, got ", tails.stride[i],
+                  " elements");
+  }
+}
+
 void check_int4(Checker& check, const LayerView& layer) {
   check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
                 " for int4 pages, got ", check.size("P"));
@@ -97,17 +110,7 @@ void check_int4(Checker& check, const LayerView& layer) {
   check_page_parts(check, "pages", layer.pages);
   check_page_parts(check, "key_scales", layer.key_scales);
   check_page_parts(check, "value_scales", layer.value_scales);
-  check.floats("tails", layer.tails, "B Hkv 2P D");
-  const TensorView& tails = layer.tails;
-  check.require(check.size("2P") == 2 * check.size("P") && tails.stride[2] == check.size("D"),
-                "tails must be [B, Hkv, ", 2 * check.size("P"), ", D], contiguous from the third ",
-                "dimension on, got ", tails.shape_string());
-  check.aligned("tails", tails);
-  for (int i = 0; i < 2; ++i) {
-    check.require(tails.shape[i] <= 1 || tails.stride[i] % 8 == 0,
-                  "tails: rows must lie a multiple of 16 bytes apart, got ", tails.stride[i],
-                  " elements");
-  }
+  check_tails(check, "tails", layer.tails, "B Hkv 2P D");
 }
 
 void check_quantised(Checker& check, const LayerView& layer) {
@@ -169,6 +172,14 @@ void check_held_layer(Checker& check, const LayerView& layer) {
   check_head_dim(check);
   check_layer(check, layer);
   check_page_parts(check, "pages", layer.pages);
+  check_page_parts(check, "page_positions", layer.page_positions);
+}
+
+void check_any_layer(Checker& check, const LayerView& layer) {
+  if (layer.format() != PageFormat::kInt4) return check_held_layer(check, layer);
+  check.floats("tails", layer.tails, "B Hkv 2P D");
+  check_head_dim(check);
+  check_layer(check, layer);
   check_page_parts(check, "page_positions", layer.page_positions);
 }
 
@@ -297,6 +308,28 @@ Backend& checked(const AppendArgs& args) {
   return backend(args.keys.device.type);
 }
 
+Backend& checked(const ForkArgs& args) {
+  Checker check("fork");
+  check_any_layer(check, args.layer);
+  check.tensor("source_table", args.source_table, "A Hkv M", DType::kInt32);
+  check.tensor("source_lengths", args.source_lengths, "A Hkv", DType::kInt32);
+  check.tensor("source_seen", args.source_seen, "A", DType::kInt32);
+  if (args.layer.tails) {
+    check.require(!args.back, "back must be left out for int4 pages, whose keys share scales");
+    check_tails(check, "source_tails", args.source_tails, "A Hkv 2P D");
+  } else {
+    check.require(!args.source_tails, "source_tails must be left out for pages without tails");
+  }
+  check.tensor("sources", args.sources, "B", DType::kInt32);
+  check.tensor("stretch", args.stretch, "B", DType::kInt32);
+  check.optional("back", args.back, "B", DType::kInt32);
+  check.tensor("page_ids", args.page_ids, "Q", DType::kInt32);
+  check.tensor("page_indptr", args.page_indptr, "B+1", DType::kInt32);
+  check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ",
+                check.size("B") + 1, " elements, got ", check.size("B+1"));
+  return backend(args.layer.pages.device.type);
+}
+
 Backend& checked(const PlanArgs& args) {
   Checker check("plan");
   check.tensor("lengths", args.lengths, "L B Hkv", DType::kInt32);
@@ -394,6 +427,9 @@ void compact(const CompactArgs& args) {
 }
 void append(const AppendArgs& args) {
   checked(args).append(args);
+}
+void fork(const ForkArgs& args) {
+  checked(args).fork(args);
 }
 void plan(const PlanArgs& args) {
   checked(args).plan(args);

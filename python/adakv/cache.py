@@ -16,6 +16,8 @@ The life of a sequence::
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from adakv import _C
 from adakv.errors import integer
+from adakv.fork import fill
 from adakv.ops import Layer
 
 _MOST = 2**31 - 1  # of what is counted in int32
@@ -122,6 +125,7 @@ class KVCache:
             device_type=device.type,
             device_index=device.index or 0,
         )
+        self._members: weakref.WeakSet[KVCache] = weakref.WeakSet([self])  # and its forks
         self._take_tensors()
 
     def _take_tensors(self) -> None:
@@ -173,9 +177,10 @@ class KVCache:
             If the memory can't be had. Nothing changes.
         """
         self._cache.reserve(num_pages, max_row_pages)
-        self.num_pages = max(self.num_pages, int(num_pages))
         self.max_row_pages = max(self.max_row_pages, int(max_row_pages))
-        self._take_tensors()
+        for member in self._members:  # the pool is that of all of them
+            member.num_pages = max(member.num_pages, int(num_pages))
+            member._take_tensors()
 
     def begin(
         self, layer: int, totals: Sequence[int], longest: Sequence[int], *, first_sequence: int = 0
@@ -328,6 +333,46 @@ class KVCache:
             free. Nothing changes.
         """
         return int(self._cache.grow(num_new, columns))
+
+    def fork(
+        self, sources: Sequence[int], *, back: Sequence[int] = (), whole: bool = False
+    ) -> KVCache:
+        """A cache of the sequences ``sources`` of this one, as branches of their texts.
+
+        They share pages, which are counted: a row has for itself what it may still write to, its
+        last page and its fresh one. Both caches have one pool, and are for one thread at a time.
+
+        Parameters
+        ----------
+        sources : ints
+            A sequence may be named several times, or not at all.
+        back : ints, optional
+            Newest tokens of each of them that stay behind; not in int4.
+        whole : bool
+            All pages are copied, and nothing is shared; which :meth:`begin_again` needs.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages, see :meth:`pages_to_fork`. Nothing changes.
+        """
+        made, given = self._cache.fork(sources, back, whole)
+        fork = copy.copy(self)
+        fork._cache, fork.num_sequences = made, len(sources)
+        is_dealt = whole and not self._shared.isdisjoint(sources)
+        fork._shared = {i for i, b in enumerate(sources) if is_dealt or b in self._shared}
+        self._members.add(fork)
+        fork._take_tensors()
+        fill(self, fork, given, sources, back=back, whole=whole, is_dealt=is_dealt)
+        return fork
+
+    def pages_to_fork(self, sources: Sequence[int], *, whole: bool = False) -> int:
+        """Pages that have to be free for :meth:`fork`."""
+        return int(self._cache.pages_to_fork(sources, whole))
+
+    def shares_pages(self, sequence: int) -> bool:
+        """Whether a page of a sequence is one of another sequence, too."""
+        return bool(self._cache.is_shared(sequence))
 
     def pages_to_grow(self, num_new: Sequence[int]) -> int:
         """Pages that have to be free for appending ``num_new[b]`` tokens to each sequence b."""

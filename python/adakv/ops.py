@@ -1,4 +1,4 @@
-"""The eight verbs as torch functions, and as torch operators for compiled graphs.
+"""The nine verbs as torch functions, and as torch operators for compiled graphs.
 
     prefill:  score, value_norm -> allocate -> select -> compact
     decode:   plan, append -> attend
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,31 +28,15 @@ from torch import Tensor
 from adakv import _C
 from adakv._register import operators as operators
 from adakv._register import verb
+from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
+from adakv.tensors import Source as Source
 
 Reduce = Literal["mean", "max", "sum"]
 Pool = Literal["max", "avg", "none"]
 Order = Literal["group_first", "pool_first"]
 Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
 Norm = Literal["l1", "l2_gram"]
-
-
-class Kept(NamedTuple):
-    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r +
-    1]]``, ascending.
-
-    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1.
-    ``indptr`` is ``[B * Hkv + 1]`` int32.
-    """
-
-    positions: Tensor
-    indptr: Tensor
-
-    def rows(self, num_rows: int) -> Tensor:
-        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
-        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
-        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
-
 
 #: Fields of a layer that change with a step.
 _GROWING = (
@@ -385,6 +369,27 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
         padding and not stored.
     """
     _C.append(keys, values, num_new, layer)
+
+
+@verb(fake=lambda *_, **_options: None, mutates=(*_GROWING, "fresh_pages"))
+def fork(
+    source: Source,
+    sources: Tensor,
+    stretch: Tensor,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+    layer: Layer,
+    *,
+    back: Tensor | None = None,
+    whole: bool = False,
+) -> None:
+    """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares the source's pages:
+    sequence b goes on where the source's ``sources[b]`` is, without its ``back[b]`` newest tokens.
+
+    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids`` ``[2, Hkv]`` of
+    each, the rows' own pages before and in that, or if ``whole`` as :func:`compact` takes them.
+    """
+    _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 
 
 def _schedule(lengths: Tensor) -> Tensor:

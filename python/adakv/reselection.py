@@ -12,6 +12,7 @@ pages, and those that are left over are free again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -90,6 +91,12 @@ class RecentQueries(Recent):
             padding = slice(self._window, both.shape[2] - count)
             tokens = torch.cat([both[b, :, : padding.start], both[b, :, padding.stop :]], 1)
             ring[b] = tokens[:, -self._window :].roll(self._next, 1)
+
+    def of_branches(self, sources: Sequence[int]) -> RecentQueries:
+        """Those of the sequences ``sources``, on their own."""
+        branches = copy.copy(self)
+        branches._rings = [None if ring is None else ring[list(sources)] for ring in self._rings]
+        return branches
 
     def last(self, layer: int, count: int) -> Tensor:
         ring = self._rings[layer]
@@ -243,6 +250,19 @@ class Reselection:
         self._held = list(self._left[0])  # entries of a text, mean over heads and layers
         self._new = [0] * len(prompt_lens)  # tokens since then
         self._unheard = 0  # tokens whose queries no score has heard
+
+    def of_branches(self, sources: Sequence[int]) -> Reselection:
+        """The texts ``sources``, which go on by themselves."""
+        branches, lists = copy.copy(self), ("_prompt_lens", "_written", "_held", "_new")
+        for name in lists:
+            setattr(branches, name, [getattr(self, name)[b] for b in sources])
+        for name in ("_prompt_totals", "_left"):
+            setattr(branches, name, [[x[b] for b in sources] for x in getattr(self, name)])
+        branches._protected = [self._protected[b] for b in sources] if self._protected else ()
+        branches._carried = [None if x is None else x[list(sources)] for x in self._carried]
+        assert isinstance(self.recent, RecentQueries)
+        branches.recent = self.recent.of_branches(sources)
+        return branches
 
     def begin_step(self, num_new: Sequence[int], columns: int) -> None:
         """A step comes whose last ``num_new[b]`` columns are tokens of each sequence."""

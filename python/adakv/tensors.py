@@ -1,9 +1,10 @@
-"""The tensors of a layer of a cache, which belong together."""
+"""Tensors that belong together: of a layer of a cache, and of what its rows keep."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,30 @@ class Layer(NamedTuple):
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
     tails: Tensor | None = None
+
+
+class Source(NamedTuple):
+    """Rows of the A sequences that :func:`adakv.ops.fork` branches from, in one layer: their
+    ``block_table`` ``[A, Hkv, M]``, ``lengths`` ``[A, Hkv]``, ``seen`` ``[A]`` and tails."""
+
+    source_table: Tensor
+    source_lengths: Tensor
+    source_seen: Tensor
+    source_tails: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r +
+    1]]``, ascending.
+
+    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1.
+    ``indptr`` is ``[B * Hkv + 1]`` int32.
+    """
+
+    positions: Tensor
+    indptr: Tensor
+
+    def rows(self, num_rows: int) -> Tensor:
+        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
+        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
+        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)

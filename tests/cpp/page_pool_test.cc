@@ -73,6 +73,23 @@ TEST(PagePool, EveryPageHasOneOwnerWhateverHappens) {
   }
 }
 
+TEST(PagePool, APageIsFreeWhenItsLastOwnerGoes) {
+  PagePool pool(3);
+  std::vector<int32_t> pages;
+  pool.take(2, pages);
+  pool.share({0, 1});
+  pool.share({0});
+  EXPECT_THROW(pool.share({0, 2}), InvalidArgument);
+  EXPECT_EQ(pool.num_owners(0), 3);
+  EXPECT_EQ(pool.num_owners(2), 0);
+  EXPECT_THROW(pool.give_back({1, 1, 1}), InvalidArgument);
+  EXPECT_EQ(pool.num_owners(1), 2);
+  pool.give_back({0, 1, 0});
+  EXPECT_EQ(pool.num_free(), 1);
+  pool.give_back({1, 0});
+  EXPECT_EQ(pool.num_free(), 3);
+}
+
 TEST(PagePool, GrowsByFreePages) {
   PagePool pool(2);
   std::vector<int32_t> pages;

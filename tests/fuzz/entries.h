@@ -3,6 +3,7 @@
 
 #include <adakv/adakv.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -106,6 +107,57 @@ inline Held held(const LayerView& view,
   const float zero = from_bfloat16(half == 0 ? numbers[kDim + d] : numbers[in_page * 2 + 1]);
   const int code = d % 2 == 0 ? both & 15 : both >> 4;
   return {scale * static_cast<float>(code) + zero, scale * 0.50001f};
+}
+
+/// What a sequence of a cache ought to hold.
+struct SequenceModel {
+  bool is_begun = false;
+  int32_t seen = 0;
+  int64_t appended = 0;
+  int64_t num_started = 0;  // pages of each row that the host knows of
+  bool is_forked = false;
+  std::vector<int64_t> num_pages;        // [L]
+  std::vector<std::vector<Entry>> rows;  // [L * Hkv]
+
+  /// It becomes a branch that leaves `back` tokens behind.
+  void fork(int64_t back, bool whole, int64_t page_size, int64_t num_heads) {
+    const int64_t left = std::max<int64_t>(appended - back, 0);
+    const int64_t behind = starts(appended, page_size) - starts(left, page_size);
+    const int64_t leave = std::min<int64_t>(num_started, behind + 2);
+    for (int64_t& pages : num_pages) pages += (whole ? 1 : 2 - leave) * num_heads;
+    num_started = whole ? 0 : num_started - leave + 2;
+    appended = left;
+    for (auto& row : rows) row.resize(row.size() - back);
+    seen -= static_cast<int32_t>(back);
+    is_forked = is_forked || is_begun;
+  }
+
+  /// Its counts behind so many new tokens.
+  void append(int32_t count, int64_t page_size, int64_t num_heads) {
+    const int64_t more = starts(appended + count, page_size) - starts(appended, page_size);
+    for (int64_t& pages : num_pages) pages += more * num_heads;
+    num_started += more;
+    seen += count;
+    appended += count;
+  }
+
+  /// Pages that a row was given for so many tokens, behind its first fresh one.
+  static int64_t starts(int64_t tokens, int64_t page_size) {
+    return std::max<int64_t>(tokens - 1, 0) / page_size;
+  }
+};
+
+/// Runs a verb with the scratch memory that it wants.
+template <typename Args>
+void run(void (*verb)(const Args&), Args& args) {
+  std::vector<int32_t> workspace((workspace_bytes(args) + 3) / 4);
+  args.workspace =
+      TensorView(workspace.data(), {static_cast<int64_t>(workspace.size())}, DType::kInt32);
+  verb(args);
+}
+
+inline TensorView ints(std::vector<int32_t>& numbers) {
+  return TensorView(numbers.data(), {static_cast<int64_t>(numbers.size())}, DType::kInt32);
 }
 
 }  // namespace adakv::fuzz

@@ -8,6 +8,7 @@
 //   * lengths, seen and the rows' entries, read through the block table, are the model's
 //   * a row's pages belong to its sequence, and the block table holds -1 behind them
 //   * what fails with an error changes nothing
+//   * forks of the cache, which share pages with it, hold their own entries and no other's
 // Pages are plain, of float32, or int4, of bfloat16: then keys and values may be half a step away.
 #include <adakv/adakv.h>
 #include <adakv/c.h>
@@ -21,31 +22,12 @@
 #include <set>
 #include <vector>
 
+#include "c_calls.h"
 #include "entries.h"
 #include "input.h"
 
 namespace adakv::fuzz {
 namespace {
-
-struct SequenceModel {
-  bool is_begun = false;
-  int32_t seen = 0;
-  int64_t appended = 0;
-  std::vector<int64_t> num_kept;         // [L]
-  std::vector<std::vector<Entry>> rows;  // [L * Hkv]
-};
-
-template <typename Args>
-void run(void (*verb)(const Args&), Args& args) {
-  std::vector<int32_t> workspace((workspace_bytes(args) + 3) / 4);
-  args.workspace =
-      TensorView(workspace.data(), {static_cast<int64_t>(workspace.size())}, DType::kInt32);
-  verb(args);
-}
-
-TensorView ints(std::vector<int32_t>& numbers) {
-  return TensorView(numbers.data(), {static_cast<int64_t>(numbers.size())}, DType::kInt32);
-}
 
 CacheConfig config_from(Input& input) {
   CacheConfig config;
@@ -67,15 +49,22 @@ CacheConfig config_from(Input& input) {
 
 class History {
  public:
-  explicit History(Input& input)
-      : input_(input),
-        config_(config_from(input)),
-        cache_(config_, device_memory({})),
-        model_(config_.num_sequences) {}
+  explicit History(Input& input) : input_(input), config_(config_from(input)) {
+    branches_.push_back({std::make_unique<KVCache>(config_, device_memory({})),
+                         std::vector<SequenceModel>(config_.num_sequences)});
+  }
 
   void run_all() {
     for (int step = 0; step < 60 && !input_.is_over(); ++step) {
-      switch (input_.range(0, 7)) {
+      now_ = input_.range(0, static_cast<int>(branches_.size()) - 1);
+      config_ = cache().config();
+      switch (input_.range(0, 9)) {
+        case 8:
+          fork();
+          break;
+        case 9:
+          drop();
+          break;
         case 0:
         case 1:
           begin();
@@ -89,13 +78,80 @@ class History {
         default:
           decode();
       }
-      check();
+      for (now_ = 0; now_ < branches_.size(); ++now_) check();
     }
-    for (int32_t b = 0; b < config_.num_sequences; ++b) cache_.remove(b);
-    ADAKV_FUZZ_ASSERT(cache_.pool().num_used() == 0);
+    branches_.resize(1);
+    now_ = 0;
+    config_ = cache().config();
+    check();
+    for (int32_t b = 0; b < config_.num_sequences; ++b) cache().remove(b);
+    ADAKV_FUZZ_ASSERT(cache().pool().num_used() == 0);
   }
 
  private:
+  /// A cache of the pool, and what it ought to hold.
+  struct Branch {
+    std::unique_ptr<KVCache> cache;
+    std::vector<SequenceModel> model;  // [B]
+  };
+
+  KVCache& cache() { return *branches_[now_].cache; }
+  const KVCache& cache() const { return *branches_[now_].cache; }
+  std::vector<SequenceModel>& model() { return branches_[now_].model; }
+  const std::vector<SequenceModel>& model() const { return branches_[now_].model; }
+
+  /// Another cache that goes on from some sequences of this one.
+  void fork() {
+    if (branches_.size() == 4) return;
+    const int count = input_.range(1, 3);
+    const bool whole = input_.one_in(4);
+    std::vector<int32_t> sources, back;
+    std::vector<SequenceModel> texts;
+    for (int i = 0; i < count; ++i) {
+      sources.push_back(input_.range(0, config_.num_sequences - 1));
+      SequenceModel text = model()[sources[i]];
+      int64_t shortest = text.is_begun ? text.seen : 0;
+      for (const auto& row : text.rows) shortest = std::min<int64_t>(shortest, row.size());
+      const bool goes_back = config_.format != PageFormat::kInt4 && input_.one_in(3);
+      const auto taken = goes_back ? input_.range(0, static_cast<int>(shortest)) : 0;
+      back.push_back(taken);
+      text.fork(taken, whole, page_size(), num_heads());
+      texts.push_back(text);
+    }
+    const int32_t free_before = cache().pool().num_free();
+    Fork made;
+    try {
+      made = cache().fork(sources, back, whole);
+    } catch (const Error&) {
+      ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
+      ADAKV_FUZZ_ASSERT(cache().pages_to_fork(sources, whole) > free_before);
+      return;
+    }
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      const LayerView from = cache().layer(layer);
+      ForkArgs args;
+      args.source_table = from.block_table;
+      args.source_lengths = from.lengths;
+      args.source_seen = from.seen;
+      args.source_tails = from.tails;
+      args.sources = ints(sources);
+      args.stretch = ints(made.stretch);
+      if (!from.tails) args.back = ints(back);
+      args.page_ids = ints(made.pages[layer].ids);
+      args.page_indptr = ints(made.pages[layer].indptr);
+      args.whole = whole;
+      args.layer = made.cache->layer(layer);
+      adakv::fork(args);
+    }
+    branches_.push_back({std::move(made.cache), std::move(texts)});
+  }
+
+  /// A cache and its pages go, whichever was there first.
+  void drop() {
+    if (branches_.size() > 1) branches_.erase(branches_.begin() + static_cast<int64_t>(now_));
+    now_ = 0;
+  }
+
   int64_t page_size() const { return config_.page_size; }
   int num_heads() const { return config_.num_kv_heads; }
 
@@ -120,24 +176,25 @@ class History {
       }
       // The host may know only a bound.
       const int64_t kept = indptr.back() + input_.range(0, 10);
-      fresh.num_kept.push_back(kept);
+      fresh.num_pages.push_back(
+          KVCache::pages_for(kept, 0, config_.num_kv_heads, config_.page_size));
       PageList pages;
-      const int32_t free_before = cache_.pool().num_free();
+      const int32_t free_before = cache().pool().num_free();
       try {
-        pages = cache_.begin(layer, b, {kept}, {longest + input_.range(0, 5)});
+        pages = cache().begin(layer, b, {kept}, {longest + input_.range(0, 5)});
       } catch (const Error&) {
-        ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == free_before);
-        cache_.remove(b);  // what earlier layers took
-        model_[b] = {};
+        ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
+        cache().remove(b);  // what earlier layers took
+        model()[b] = {};
         return;
       } catch (const InvalidArgument&) {
-        ADAKV_FUZZ_ASSERT(model_[b].is_begun && layer == 0);
-        ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == free_before);
+        ADAKV_FUZZ_ASSERT(model()[b].is_begun && layer == 0);
+        ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
         return;
       }
       fill(layer, b, fresh, length, indptr, positions, pages);
     }
-    model_[b] = fresh;
+    model()[b] = fresh;
   }
 
   void fill(int32_t layer,
@@ -164,7 +221,7 @@ class History {
     args.indptr = ints(indptr);
     args.page_ids = ints(pages.ids);
     args.page_indptr = ints(pages.indptr);
-    args.layer = rows_of(cache_.layer(layer), b);
+    args.layer = rows_of(cache().layer(layer), b);
     compact(args);
   }
 
@@ -180,18 +237,18 @@ class History {
   void decode() {
     const int columns = input_.one_in(3) ? input_.range(1, 70) : 1;
     std::vector<int32_t> num_new(config_.num_sequences);
-    for (size_t b = 0; b < model_.size(); ++b) {
-      if (model_[b].is_begun) num_new[b] = input_.one_in(4) ? input_.range(0, columns) : columns;
+    for (size_t b = 0; b < model().size(); ++b) {
+      if (model()[b].is_begun) num_new[b] = input_.one_in(4) ? input_.range(0, columns) : columns;
     }
     for (int left = columns; left > 0;) {
-      const int32_t free_before = cache_.pool().num_free();
-      const int64_t needed = cache_.pages_to_grow(num_new);
+      const int32_t free_before = cache().pool().num_free();
+      const int64_t needed = cache().pages_to_grow(num_new);
       int now;
       try {
-        now = cache_.grow(num_new, left);
+        now = cache().grow(num_new, left);
       } catch (const Error&) {
         // All the columns fit, or none.
-        ADAKV_FUZZ_ASSERT(left == columns && cache_.pool().num_free() == free_before);
+        ADAKV_FUZZ_ASSERT(left == columns && cache().pool().num_free() == free_before);
         return;
       }
       ADAKV_FUZZ_ASSERT(needed <= free_before && now >= 1 && now <= left);
@@ -210,9 +267,9 @@ class History {
     const int workers = input_.range(1, 5);
     std::vector<int32_t> schedule(config_.num_layers * schedule_size(batch * heads, workers));
     PlanArgs plan_args;
-    plan_args.lengths = cache_.all_layers().lengths;
-    plan_args.block_table = cache_.all_layers().block_table;
-    plan_args.fresh_pages = cache_.all_layers().fresh_pages;
+    plan_args.lengths = cache().all_layers().lengths;
+    plan_args.block_table = cache().all_layers().block_table;
+    plan_args.fresh_pages = cache().all_layers().fresh_pages;
     plan_args.num_new = ints(counts);
     plan_args.new_tokens = columns;
     plan_args.page_size = config_.page_size;
@@ -225,7 +282,7 @@ class History {
       Numbers keys(batch * heads * columns * kDim, config_.dtype), values = keys, queries = keys,
                                                                    out = keys;
       for (int64_t row = 0; row < batch * heads; ++row) {
-        SequenceModel& sequence = model_[row / heads];
+        SequenceModel& sequence = model()[row / heads];
         for (int i = 0; i < counts[row / heads]; ++i) {
           const int64_t at = (row * columns + columns - counts[row / heads] + i) * kDim;
           for (int d = 0; d < kDim; ++d) {
@@ -238,7 +295,7 @@ class History {
       AttendArgs args;
       const auto entries = [&](Numbers& data) { return data.view({batch, heads, columns, kDim}); };
       args.queries = entries(queries);  // zeros: every entry weighs the same
-      args.layer = cache_.layer(layer);
+      args.layer = cache().layer(layer);
       args.schedule = plan_args.schedule.select(layer);
       args.keys = entries(keys);
       args.values = entries(values);
@@ -248,9 +305,8 @@ class History {
       run(&attend, args);
       check_means(layer, columns, counts, out);
     }
-    for (size_t b = 0; b < model_.size(); ++b) {
-      model_[b].seen += counts[b];
-      model_[b].appended += counts[b];
+    for (size_t b = 0; b < model().size(); ++b) {
+      model()[b].append(counts[b], page_size(), num_heads());
     }
   }
 
@@ -263,7 +319,7 @@ class History {
     const auto allowed = [&](double mean) {
       return config_.dtype == DType::kFloat32 ? 1e-3 : step / 2 + 3 * mean / 256;
     };
-    for (int64_t row = 0; row < static_cast<int64_t>(model_.size()) * num_heads(); ++row) {
+    for (int64_t row = 0; row < static_cast<int64_t>(model().size()) * num_heads(); ++row) {
       const int64_t b = row / num_heads();
       double sum = 0;
       for (int s = 0; s < columns; ++s) {
@@ -272,7 +328,7 @@ class History {
           ADAKV_FUZZ_ASSERT(mean == 0);
           continue;
         }
-        const auto& entries = model_[b].rows[layer * num_heads() + row % num_heads()];
+        const auto& entries = model()[b].rows[layer * num_heads() + row % num_heads()];
         const size_t visible = entries.size() - columns + s + 1;
         if (s == columns - counts[b]) {
           for (size_t i = 0; i + 1 < visible; ++i) sum += element(entries[i].number, 0) + 1;
@@ -285,13 +341,13 @@ class History {
 
   void remove() {
     const int b = input_.range(0, config_.num_sequences - 1);
-    cache_.remove(b);
-    model_[b] = {};
+    cache().remove(b);
+    model()[b] = {};
   }
 
   template <typename Call>
   void expect_failure(const Call& call) {
-    const int32_t free_before = cache_.pool().num_free();
+    const int32_t free_before = cache().pool().num_free();
     bool has_failed = false;
     try {
       call();
@@ -300,7 +356,7 @@ class History {
     } catch (const InvalidArgument&) {
       has_failed = true;
     }
-    ADAKV_FUZZ_ASSERT(has_failed && cache_.pool().num_free() == free_before);
+    ADAKV_FUZZ_ASSERT(has_failed && cache().pool().num_free() == free_before);
   }
 
   /// Asks for what can't be had.
@@ -310,116 +366,72 @@ class History {
     const int32_t count = config_.num_sequences;
     switch (input_.range(0, 9)) {
       case 0:
-        expect_failure([&] { cache_.begin(wild < 0 ? wild : config_.num_layers, 0, {1}, {1}); });
+        expect_failure([&] { cache().begin(wild < 0 ? wild : config_.num_layers, 0, {1}, {1}); });
         break;
       case 1:
-        expect_failure([&] { cache_.begin(0, wild < 0 ? wild : count, {1}, {1}); });
+        expect_failure([&] { cache().begin(0, wild < 0 ? wild : count, {1}, {1}); });
         break;
       case 2:
-        expect_failure([&] { cache_.begin(0, 0, {huge | int64_t{1} << 40}, {1}); });
+        expect_failure([&] { cache().begin(0, 0, {huge | int64_t{1} << 40}, {1}); });
         break;
       case 3:
-        expect_failure([&] { cache_.begin(0, 0, {1}, {huge | int64_t{1} << 40}); });
+        expect_failure([&] { cache().begin(0, 0, {1}, {huge | int64_t{1} << 40}); });
         break;
       case 4:
-        expect_failure([&] { cache_.grow(std::vector<int32_t>(count + 1), 1); });
+        expect_failure([&] { cache().grow(std::vector<int32_t>(count + 1), 1); });
         break;
       case 5:
-        expect_failure([&] { cache_.grow(std::vector<int32_t>(count, 1 << 30), wild | 1 << 30); });
+        expect_failure([&] { cache().grow(std::vector<int32_t>(count, 1 << 30), wild | 1 << 30); });
         break;
       case 6:
-        expect_failure([&] { cache_.remove(wild < 0 ? wild : count); });
+        expect_failure([&] { cache().remove(wild < 0 ? wild : count); });
         break;
       case 7:
-        count_anything();
+        count_anything(input_);
         break;
       case 8:
-        begin_in_c();
+        begin_in_c(input_);
         break;
       default:
-        expect_failure([&] { cache_.grow(std::vector<int32_t>(count, -1), 1); });
+        expect_failure([&] { cache().grow(std::vector<int32_t>(count, -1), 1); });
     }
-  }
-
-  int64_t wild_count() { return static_cast<int64_t>(input_.word()) << 32 | input_.word(); }
-
-  /// Pages for counts that may be any: a number, or an error in both languages.
-  void count_anything() {
-    const int64_t num_kept = input_.one_in(2) ? wild_count() : input_.range(0, 999);
-    const int64_t num_new = input_.one_in(2) ? wild_count() >> input_.range(0, 40) : 3;
-    const auto heads = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 2);
-    const auto page_size = static_cast<int32_t>(input_.one_in(2) ? input_.word() : 8);
-    int64_t pages = -1;
-    try {
-      pages = KVCache::pages_for(num_kept, num_new, heads, page_size);
-      ADAKV_FUZZ_ASSERT(pages >= 0);
-    } catch (const InvalidArgument&) {
-    }
-    ADAKV_FUZZ_ASSERT(adakv_pages_for(num_kept, num_new, heads, page_size) == pages);
-  }
-
-  /// The C face's cache: with none, and with arrays that end where their number says, or nowhere.
-  void begin_in_c() {
-    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(nullptr) == -1 && adakv_cache_page_bytes(nullptr) == 0);
-    ADAKV_FUZZ_ASSERT(adakv_cache_tail_bytes(nullptr) == 0);
-    ADAKV_FUZZ_ASSERT(adakv_cache_bytes_used(nullptr) == 0);
-    AdakvCacheConfig config = {};
-    config.num_layers = config.num_kv_heads = config.max_row_pages = 1;
-    config.num_sequences = input_.range(1, 3);
-    config.head_dim = config.page_size = 8;
-    config.num_pages = 6;
-    config.dtype = {2, 32, 1};
-    config.device = {1, 0};
-    AdakvCache* made = nullptr;
-    ADAKV_FUZZ_ASSERT(adakv_cache_create(&config, nullptr, nullptr, &made) == ADAKV_OK);
-    const std::unique_ptr<AdakvCache, void (*)(AdakvCache*)> cache(made, &adakv_cache_destroy);
-    const int32_t size = input_.range(0, 3);
-    const auto any = [&](int32_t usual) {
-      return input_.one_in(4) ? static_cast<int32_t>(input_.word()) : usual;
-    };
-    const int32_t first = any(input_.range(0, 3)), count = any(size);
-    const bool fits = first >= 0 && count >= 1 && first < config.num_sequences &&
-                      count <= config.num_sequences - first;
-    if (fits && count != size) return;  // reads as many as it says, as it must
-    const std::vector<int64_t> counts(size, input_.range(0, 8));
-    AdakvPageList pages = {};
-    const AdakvStatus status =
-        adakv_cache_begin(made, 0, first, count, counts.data(), counts.data(), &pages);
-    ADAKV_FUZZ_ASSERT(fits || status == ADAKV_INVALID_ARGUMENT);
-    ADAKV_FUZZ_ASSERT(adakv_cache_num_free(made) == 6 - (status == ADAKV_OK ? pages.num_ids : 0));
   }
 
   void check() const {
     std::set<int32_t> used;
     int64_t num_owned = 0;
     for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-      const LayerView view = cache_.layer(layer);
-      for (int32_t b = 0; b < config_.num_sequences; ++b) {
-        const SequenceModel& sequence = model_[b];
-        const int64_t expected =
-            sequence.is_begun ? KVCache::pages_for(sequence.num_kept[layer], sequence.appended,
-                                                   config_.num_kv_heads, config_.page_size)
-                              : 0;
-        ADAKV_FUZZ_ASSERT(cache_.num_pages(layer, b) == expected);
+      const LayerView view = cache().layer(layer);
+      for (int32_t b = 0; b < cache().config().num_sequences; ++b) {
+        const SequenceModel& sequence = model()[b];
+        const int64_t expected = sequence.is_begun ? sequence.num_pages[layer] : 0;
+        ADAKV_FUZZ_ASSERT(cache().num_pages(layer, b) == expected);
         ADAKV_FUZZ_ASSERT(view.seen.ptr<int32_t>()[b] == sequence.seen);
         num_owned += expected;
         for (int h = 0; h < num_heads(); ++h) check_row(view, layer, b, h, used);
       }
     }
-    ADAKV_FUZZ_ASSERT(cache_.pool().num_used() == num_owned);
-    const auto is_begun = [](const SequenceModel& sequence) { return sequence.is_begun; };
-    const auto num_begun = std::count_if(model_.begin(), model_.end(), is_begun);
-    ADAKV_FUZZ_ASSERT(cache_.bytes_used() ==
-                      num_owned * cache_.page_bytes() + num_begun * cache_.tail_bytes());
-    ADAKV_FUZZ_ASSERT(cache_.pool().num_free() == config_.num_pages - num_owned);
-    ADAKV_FUZZ_ASSERT(static_cast<int64_t>(used.size()) <= num_owned);
+    int64_t num_begun = 0;
+    bool is_alone = branches_.size() == 1;
+    for (const Branch& branch : branches_) {
+      for (const SequenceModel& sequence : branch.model) {
+        num_begun += sequence.is_begun;
+        is_alone = is_alone && !sequence.is_forked;
+      }
+    }
+    const int64_t num_used = cache().pool().num_used();
+    ADAKV_FUZZ_ASSERT(!is_alone || num_used == num_owned);
+    ADAKV_FUZZ_ASSERT(cache().bytes_used() ==
+                      num_used * cache().page_bytes() + num_begun * cache().tail_bytes());
+    ADAKV_FUZZ_ASSERT(cache().pool().num_free() == config_.num_pages - num_used);
+    ADAKV_FUZZ_ASSERT(static_cast<int64_t>(used.size()) <= num_used);
   }
 
   void check_row(
       const LayerView& view, int32_t layer, int32_t b, int h, std::set<int32_t>& used) const {
     static const std::vector<Entry> kNone;
     const std::vector<Entry>& entries =
-        model_[b].is_begun ? model_[b].rows[layer * num_heads() + h] : kNone;
+        model()[b].is_begun ? model()[b].rows[layer * num_heads() + h] : kNone;
     const int64_t row = b * num_heads() + h, length = entries.size();
     ADAKV_FUZZ_ASSERT(view.lengths.ptr<int32_t>()[row] == length);
     const int32_t* table = view.block_table.ptr<int32_t>() + row * view.block_table.stride[1];
@@ -430,7 +442,9 @@ class History {
         ADAKV_FUZZ_ASSERT(table[i] == -1);
       } else {
         ADAKV_FUZZ_ASSERT(table[i] >= 0 && table[i] < config_.num_pages);
-        ADAKV_FUZZ_ASSERT(used.insert(table[i]).second);
+        // A page that a row may still write to is its own.
+        const bool is_new = used.insert(table[i]).second;
+        ADAKV_FUZZ_ASSERT(is_new || (model()[b].is_forked && (i + 1) * page_size() <= length));
       }
     }
     for (int64_t slot = 0; slot < length; ++slot) {
@@ -450,8 +464,8 @@ class History {
 
   Input& input_;
   CacheConfig config_;
-  KVCache cache_;
-  std::vector<SequenceModel> model_;  // [B]
+  std::vector<Branch> branches_;  // that share one pool
+  size_t now_ = 0;                // the one at hand
   int next_number_ = 1;
 };
 

@@ -137,10 +137,8 @@ def test_training_mode_is_refused_before_any_work() -> None:
         adakv.Cache(model, budget=40)
 
 
-def test_caches_are_neither_copied_nor_pickled() -> None:
+def test_caches_are_not_pickled() -> None:
     cache = adakv.Cache(LLAMA.model(), budget=40)
-    with pytest.raises(ValueError, match="can't be copied"):
-        copy.deepcopy(cache)
     with pytest.raises(ValueError, match="can't be pickled"):
         pickle.dumps(cache)
 
@@ -186,18 +184,6 @@ def test_tokens_seen_may_not_be_hidden_later() -> None:
             logits(model, ids(1, 2), cache, attention_mask=mask)
         logits(model, ids(1, 2), cache)
     assert cache.stats()["seen"] == [81, 81]
-
-
-def test_beams_and_assistants_are_refused() -> None:
-    model, prompt = LLAMA.model(), ids(50)
-    settings = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    with adakv.attach(model):
-        with pytest.raises(ValueError, match="beam search is not supported"):
-            cache = adakv.Cache(model, budget=40)
-            model.generate(prompt, past_key_values=cache, num_beams=3, **settings)
-        with pytest.raises(ValueError, match="assisted decoding is not supported"):
-            cache = adakv.Cache(model, budget=40)
-            model.generate(prompt, past_key_values=cache, assistant_model=LLAMA.model(), **settings)
 
 
 def test_second_turn_right_after_the_prompt_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

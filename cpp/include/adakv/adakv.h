@@ -8,5 +8,5 @@
 #include "adakv/page_pool.h"
 #include "adakv/types.h"
 
-/// Head-wise KV cache eviction: eight verbs on tensors, and the memory of a compressed cache.
+/// Head-wise KV cache eviction: nine verbs on tensors, and the memory of a compressed cache.
 namespace adakv {}

@@ -1,5 +1,5 @@
 /** @file
- * adakv for C, and for everything that can call C: the eight verbs of ops.h and the cache of
+ * adakv for C, and for everything that can call C: the nine verbs of ops.h and the cache of
  * kv_cache.h. What a verb computes is said there, once; here is how to call it.
  *
  * Every function that can fail returns an AdakvStatus and throws nothing. After a failure nothing
@@ -227,6 +227,26 @@ AdakvStatus adakv_cache_row_pages_to_grow(const AdakvCache* cache,
 /** Gives the pages of a sequence back and empties its rows. */
 AdakvStatus adakv_cache_remove(AdakvCache* cache, int32_t sequence, void* stream);
 
+/** A cache of the sequences `sources` [num_sources] of this one, which share their pages with it but
+ * for those that rows may still write to (all of them, if `whole`); without back[i] newest tokens each,
+ * if it isn't NULL. adakv_fork() must fill every layer, with pages[l] and stretch [num_sources], before
+ * anything else is done with either cache; both are for one thread at a time. `pages` has an element
+ * for each layer. Each cache is destroyed by itself, in any order; functions given as memory must live
+ * as long as one of them. */
+AdakvStatus adakv_cache_fork(AdakvCache* cache,
+                             const int32_t* sources,
+                             int32_t num_sources,
+                             const int32_t* back,
+                             int32_t whole,
+                             void* stream,
+                             AdakvCache** fork,
+                             AdakvPageList* pages,
+                             int32_t* stretch);
+
+/** Whether a page of the sequence is one of another sequence, too: then adakv_cache_begin_again()
+ * wants it forked whole. 0 or 1; -1 for NULL and wrong numbers. */
+int32_t adakv_cache_is_shared(const AdakvCache* cache, int32_t sequence);
+
 /** Pages that a sequence owns in a layer. */
 AdakvStatus adakv_cache_num_pages(const AdakvCache* cache,
                                   int32_t layer,
@@ -359,6 +379,22 @@ typedef struct AdakvAppendArgs {
   void* stream;               /* a cudaStream_t; NULL on the CPU */
 } AdakvAppendArgs;
 
+/** What adakv_fork() takes: ForkArgs of ops.h. */
+typedef struct AdakvForkArgs {
+  const AdakvTensor* source_table;   /* [A, Hkv, M] int32 */
+  const AdakvTensor* source_lengths; /* [A, Hkv] int32 */
+  const AdakvTensor* source_seen;    /* [A] int32 */
+  const AdakvTensor* source_tails;   /* [A, Hkv, 2 P, D] int4, else NULL */
+  const AdakvTensor* sources;        /* [B] int32 */
+  const AdakvTensor* stretch;        /* [B] int32, of adakv_cache_fork() */
+  const AdakvTensor* back;           /* [B] int32, optional */
+  const AdakvTensor* page_ids;       /* [Q] int32, of adakv_cache_fork(), on the tensors' device */
+  const AdakvTensor* page_indptr;    /* [B + 1] int32 */
+  int32_t whole;                     /* 0; whether rows share nothing */
+  AdakvLayer layer;                  /* of the fork, out */
+  void* stream;                      /* a cudaStream_t; NULL on the CPU */
+} AdakvForkArgs;
+
 /** What adakv_plan() takes: PlanArgs of ops.h. */
 typedef struct AdakvPlanArgs {
   const AdakvTensor* lengths;     /* [L, B, Hkv] int32 */
@@ -399,6 +435,7 @@ AdakvAllocateArgs adakv_allocate_defaults(void);
 AdakvSelectArgs adakv_select_defaults(void);
 AdakvCompactArgs adakv_compact_defaults(void);
 AdakvAppendArgs adakv_append_defaults(void);
+AdakvForkArgs adakv_fork_defaults(void);
 AdakvPlanArgs adakv_plan_defaults(void);
 AdakvAttendArgs adakv_attend_defaults(void);
 /** @} */
@@ -410,6 +447,7 @@ AdakvStatus adakv_allocate(const AdakvAllocateArgs* args);
 AdakvStatus adakv_select(const AdakvSelectArgs* args);
 AdakvStatus adakv_compact(const AdakvCompactArgs* args);
 AdakvStatus adakv_append(const AdakvAppendArgs* args);
+AdakvStatus adakv_fork(const AdakvForkArgs* args);
 AdakvStatus adakv_plan(const AdakvPlanArgs* args);
 AdakvStatus adakv_attend(const AdakvAttendArgs* args);
 /** @} */

@@ -116,8 +116,18 @@ struct PageList {
   std::vector<int32_t> indptr;  // [sequences + 1]  where each one's begin
 };
 
-/// Who owns which page, and the tensors of all layers. One thread at a time may change a cache;
-/// different caches need no care.
+class KVCache;
+struct SharedPages;
+
+/// A cache that shares pages with another one, and what the verb fork() has to know to fill it.
+struct Fork {
+  std::unique_ptr<KVCache> cache;
+  std::vector<PageList> pages;   // [L]  of each layer, page_ids and page_indptr
+  std::vector<int32_t> stretch;  // [B]  tokens since rows were given fresh pages
+};
+
+/// Who owns which page, and the tensors of all layers. One thread at a time may change a cache and
+/// its forks; different caches need no care.
 class KVCache {
  public:
   /// Columns of LayerView::fresh_pages: with P = 16, up to 512 tokens in one append.
@@ -127,16 +137,16 @@ class KVCache {
   /// `memory` must outlive the cache. Throws InvalidArgument for a config that makes no sense and
   /// Error if the memory can't be had.
   KVCache(const CacheConfig& config, Memory& memory, Stream stream = nullptr);
-  /// Gives the memory back, unless somebody has holder(); tensors of the cache must not be used any
-  /// more.
+  /// Gives the memory back, unless somebody has holder(), and pages that forks share; tensors of the
+  /// cache must not be used any more.
   ~KVCache();
   KVCache(const KVCache&) = delete;
   KVCache& operator=(const KVCache&) = delete;
 
   /// As given, and raised by reserve().
   const CacheConfig& config() const { return config_; }
-  /// How many pages are free and used.
-  const PagePool& pool() const { return pool_; }
+  /// How many pages are free and used. Forks have one pool.
+  const PagePool& pool() const;
 
   /// Bytes of one page: keys, values and positions, scales if there are any.
   size_t page_bytes() const;
@@ -144,7 +154,8 @@ class KVCache {
   /// Bytes that a sequence takes beside its pages: in int4 the tails of all its rows, else 0.
   size_t tail_bytes() const;
 
-  /// Bytes of what sequences own: their pages, and the tails of those that hold anything.
+  /// Bytes of what sequences own: their pages, and the tails of those that hold anything; those of
+  /// all forks, as pages may be shared.
   size_t bytes_used() const;
 
   /// The tensors of layer `layer`, all sequences.
@@ -166,7 +177,7 @@ class KVCache {
   /// what the cache holds. What has to grow is copied to new memory in `stream`, pages that were
   /// never taken excepted: the pool takes twice its memory for a moment. Views from before are
   /// stale: of `pages` and `page_positions` if the pool grew, of `block_table` if rows did; the
-  /// other tensors stay where they are. Throws InvalidArgument for sizes that make no sense and
+  /// other tensors stay where they are. Forks have one pool, which grows for all. Throws InvalidArgument for sizes that make no sense and
   /// Error if the memory can't be had; then nothing changes.
   void reserve(int32_t num_pages, int32_t max_row_pages, Stream stream = nullptr);
 
@@ -193,6 +204,7 @@ class KVCache {
   /// max_row_pages, and InvalidArgument for a sequence that no begin() was called for in every layer.
   /// Then nothing changes. Where compact() put a layer's entries into pages of another layer (as what
   /// is chosen over all layers at once is dealt out), `own_pages` must be false: all are free ones.
+  /// Throws InvalidArgument, too, where is_shared(): fork() the sequence `whole` before.
   std::vector<PageList> begin_again(int32_t first_sequence,
                                     const std::vector<std::vector<int64_t>>& num_kept,
                                     const std::vector<int64_t>& longest_row,
@@ -216,6 +228,25 @@ class KVCache {
   /// Gives the pages of a sequence back and empties its rows.
   void remove(int32_t sequence, Stream stream = nullptr);
 
+  /// A cache of the sequences `sources` of this one, which may name some several times, some not at
+  /// all: branches of their texts. They share their pages, but for those that a row may still write
+  /// to, its last one and its fresh one, which come from the pool; with `whole` all of them do.
+  /// back[i] newest tokens of a sequence stay behind, none if `back` isn't given; not in int4. The
+  /// fork's rows are empty until the verb fork() has filled those of every layer: call it before
+  /// anything else is done with either cache. Both have one pool, and one thread at a time; each may
+  /// be destroyed first. Throws Error if too few pages are free or memory can't be had, and
+  /// InvalidArgument for a sequence that was begun in some layers only; then nothing changes.
+  Fork fork(const std::vector<int32_t>& sources,
+            const std::vector<int32_t>& back = {},
+            bool whole = false,
+            Stream stream = nullptr);
+
+  /// Pages that have to be free for that.
+  int64_t pages_to_fork(const std::vector<int32_t>& sources, bool whole = false) const;
+
+  /// Whether a page of the sequence is one of another sequence, too.
+  bool is_shared(int32_t sequence) const;
+
   /// Pages that a sequence owns in a layer.
   int32_t num_pages(int32_t layer, int32_t sequence) const;
 
@@ -224,11 +255,24 @@ class KVCache {
     std::vector<std::vector<int32_t>> pages;  // [num_layers], owned pages; [0] before begin()
     int64_t longest_row = 0;                  // of the prompt's entries, at most
     int64_t appended = 0;                     // tokens since begin()
+    // The last pages of each layer are those that its rows began last, or will begin next: num_kv_heads
+    // by num_kv_heads, so many times. Which row has one of the others, only the device knows.
+    int32_t num_started = 0;
 
     size_t num_pages(int32_t layer) const { return pages.empty() ? 0 : pages[layer].size(); }
   };
 
+  KVCache(const KVCache& from, int32_t num_sequences, Stream stream);
   void check_sequence(int32_t sequence) const;
+  void check_fork(const std::vector<int32_t>& sources, const std::vector<int32_t>& back) const;
+  int64_t pages_of_fork(const std::vector<int32_t>& owned, bool whole) const;
+  void fork_pages(const Sequence& source,
+                  Sequence& branch,
+                  int64_t back,
+                  bool whole,
+                  std::vector<PageList>& lists);
+  int64_t row_starts(int64_t appended) const;
+  void make_tables(Stream stream);
   int64_t check_kept(int32_t first_sequence,
                      const std::vector<int64_t>& num_kept,
                      const std::vector<int64_t>& longest_row) const;
@@ -241,11 +285,11 @@ class KVCache {
 
   CacheConfig config_;
   Memory& memory_;
-  PagePool pool_;
   std::vector<Sequence> sequences_;
   LayerView all_layers_;  // fresh_pages lies as [B, L, Hkv, F], so that a sequence's are one copy
-  // What they lie in: pages and page_positions; the block table; the rest, which never grows.
-  std::shared_ptr<void> pool_data_, table_data_, row_data_;
+  std::shared_ptr<SharedPages> shared_;  // with forks
+  // What the other tensors lie in: the block table; the rest, which never grows.
+  std::shared_ptr<void> table_data_, row_data_;
 };
 
 }  // namespace adakv

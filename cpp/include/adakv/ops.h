@@ -1,4 +1,4 @@
-// The eight verbs.
+// The nine verbs.
 //
 //   prefill:  score, value_norm -> allocate -> select -> compact
 //   decode:   plan, append -> attend
@@ -6,7 +6,7 @@
 // Each verb is one struct and one function. A struct lists inputs, options, outputs, then scratch
 // memory and the stream. The function checks its arguments (InvalidArgument names the argument,
 // what was expected and what came), then runs the backend of the tensors' device. No verb allocates
-// device memory, waits for the device or copies to the host; on CUDA all eight can be recorded in a
+// device memory, waits for the device or copies to the host; on CUDA all nine can be recorded in a
 // graph. All tensors of a call live on one device. Floating-point tensors of a call have one dtype
 // unless said.
 //
@@ -171,6 +171,30 @@ struct CompactArgs {
 };
 /// Writes args.layer.
 void compact(const CompactArgs& args);
+
+/// Fills the rows of the sequences that KVCache::fork made, each a branch of one of another cache that
+/// shares its pages: sequence b holds what the source's sequences[b] does, without its back[b] newest
+/// tokens. A row shares its pages, but for its last two: P entries may still go into the last one, and
+/// the one before it is copied where the row has begun its last page within the newest stretch[b]
+/// tokens, so that the host knows whose both are. Of page_ids [2, Hkv] a row has the copy of the page
+/// that it had before the stretch, and the one that it begins in it, which is its fresh page until
+/// then. With `whole` all pages are copied: page_ids are dealt as in compact.
+struct ForkArgs {
+  TensorView source_table;    // [A, Hkv, M] int32
+  TensorView source_lengths;  // [A, Hkv] int32
+  TensorView source_seen;     // [A] int32
+  TensorView source_tails;    // [A, Hkv, 2 P, D]  only of int4
+  TensorView sources;         // [B] int32, 0 .. A - 1
+  TensorView stretch;         // [B] int32, 0 .. P: Fork::stretch
+  TensorView back;            // [B] int32, 0 .. what each row holds; not given: 0. Not of int4
+  TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
+  TensorView page_indptr;  // [B + 1] int32
+  bool whole = false;      // whether rows share nothing
+  LayerView layer;         // of the B sequences, out: everything in it. Its pages are the source's
+  Stream stream = nullptr;  // where CUDA work is put
+};
+/// Writes args.layer.
+void fork(const ForkArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left

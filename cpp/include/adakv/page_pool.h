@@ -7,8 +7,9 @@
 #pragma GCC visibility push(default)  // what a shared adakv shows
 namespace adakv {
 
-/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or taken. Pages that were
-/// given back are handed out first, then those never used by ascending id: memory is touched late.
+/// `num_pages` equal pages with the ids 0 .. num_pages - 1. Each is free or has owners, who are
+/// counted. Pages that were given back are handed out first, then those never used by ascending id:
+/// memory is touched late.
 class PagePool {
  public:
   /// All pages free. Throws InvalidArgument for a negative number.
@@ -32,15 +33,22 @@ class PagePool {
   /// Appends `count` page ids to `pages`. Throws Error, and takes nothing, if fewer are free.
   void take(int64_t count, std::vector<int32_t>& pages);
 
-  /// Makes pages free again. Throws InvalidArgument, and frees nothing, for a page that is not
-  /// taken.
+  /// Gives each of the pages one owner more. Throws InvalidArgument, and changes nothing, for a page
+  /// that is not taken.
+  void share(const std::vector<int32_t>& pages);
+
+  /// Owners of a page; 0 if it is free.
+  int32_t num_owners(int32_t page) const { return page >= 0 && page < next_ ? owners_[page] : 0; }
+
+  /// Takes one owner from each of the pages, which are free when they have none. Throws
+  /// InvalidArgument, and changes nothing, for a page that is not taken.
   void give_back(const std::vector<int32_t>& pages);
 
  private:
   int32_t num_pages_;
-  int32_t next_ = 0;           // the lowest page that was never taken
-  std::vector<int32_t> free_;  // pages given back; a stack
-  std::vector<bool> taken_;    // [next_]
+  int32_t next_ = 0;             // the lowest page that was never taken
+  std::vector<int32_t> free_;    // pages given back; a stack
+  std::vector<int32_t> owners_;  // [next_] how many each page has
 };
 
 }  // namespace adakv

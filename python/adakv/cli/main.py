@@ -11,6 +11,7 @@ import click
 
 import adakv
 from adakv.cli.demo import demo
+from adakv.cli.documents import ask, compress
 from adakv.cli.eval import evaluate
 from adakv.cli.generate import generate
 from adakv.cli.info import info
@@ -94,5 +95,5 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, evaluate, report, policies, info):
+for command in (demo, generate, compress, ask, evaluate, report, policies, info):
     cli.add_command(command)

@@ -69,7 +69,7 @@ class Allocation:
         self._page_size = None if page_size is None else check_page_size(page_size)
         if kv_dtype is not None:
             page_size_for(kv_dtype, page_size)
-        self._max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        self.max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
 
     def check_keys(self, dtype: torch.dtype) -> None:
         """Raises ``ValueError`` if pages of its format don't take keys and values like these."""
@@ -144,5 +144,5 @@ class Allocation:
     def _new(self, rule: Rule | None) -> int:
         """Tokens behind each prompt that rows have room for at first."""
         if rule is not None:
-            return self._max_new_tokens
-        return min(self._max_new_tokens, pool_size.FIRST_TOKENS)
+            return self.max_new_tokens
+        return min(self.max_new_tokens, pool_size.FIRST_TOKENS)

@@ -244,6 +244,10 @@ def _attention(
     return attend(inner, module, query, key, value, attention_mask, **kwargs)
 
 
+#: How a layer attends that no forward has told of, as its entries come from a file.
+UNKNOWN = Attention()
+
+
 def attention_of(options: dict[str, Any]) -> Attention:
     """How a layer attends, from the keyword arguments of its attention function.
 

@@ -25,11 +25,11 @@ from adakv.errors import Error
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
+from adakv.hf.branches import BranchingCache
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.notices import Notices
-from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.wrappers import unwrapped
@@ -43,7 +43,7 @@ _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_gr
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
-class Cache(OneWayCache):
+class Cache(BranchingCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
     (``cache=`` since transformers 5.24).
 
@@ -177,6 +177,7 @@ class Cache(OneWayCache):
         self.is_midway = False  # since something was stored and until the last layer has been
         self.handed_out = False  # keys were tagged, and have not come back to be attended to
         self._seen: list[int] = []  # tokens of each sequence, without padding
+        self.prompt_lens: list[int] = []  # of these, those of its prompt
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
         self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
         self._num_forwards = 0
@@ -309,9 +310,8 @@ class Cache(OneWayCache):
         )
         if self.reading is not None:
             self._finish_all()
-        assert self._kv is not None
         self._end_prompt()
-        return self._kv, self.seen
+        return self.own_pages(), self.seen
 
     def advance(self, num_tokens: int) -> None:
         """Says that a decoder appended tokens of every sequence."""
@@ -435,8 +435,8 @@ class Cache(OneWayCache):
 
     def end_step(self) -> None:
         """All layers have attended: chooses from the text, if it is time."""
-        assert self._kv is not None
-        self.eviction.end_step(self._kv, self._slots)
+        if self.eviction.text is not None and self.eviction.text.is_due:
+            self.eviction.text.choose(self.own_pages(), self._slots)
         self.is_midway = False
 
     def finish(
@@ -458,7 +458,7 @@ class Cache(OneWayCache):
             )
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
-            self._seen, self.reading = reader.lengths, None
+            self._seen, self.prompt_lens, self.reading = reader.lengths, reader.lengths, None
             attention = [layer.attention for layer in self._full]
             self.eviction.begin(reader.lengths, attention, self.protection)
 
@@ -486,6 +486,7 @@ class Cache(OneWayCache):
         if self.eviction.reads_chunks:
             self._decide(self.seen)
             self.eviction.budget.check(self.seen)
+            self.prompt_lens = self.seen
         self.eviction.end_prompt(self._kv, self._slots, self.seen)
 
     @property

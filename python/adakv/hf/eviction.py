@@ -98,7 +98,8 @@ class Eviction:
         rule, of_prompts = self.text.rule, self.budget.of_all(seen)
         self.text.rule = replace(rule, budget=min(of_prompts, rule.budget))
         if self.text.is_due:
-            _choose(self.text, kv, slots)
+            assert isinstance(kv, KVCache)  # Cache refuses to evict on several devices
+            self.text.choose(kv, slots)
         self._begin_text(seen)
 
     def _begin_text(self, prompt_lens: Sequence[int]) -> None:
@@ -111,13 +112,3 @@ class Eviction:
         """A step comes, which the :attr:`watcher` hears of."""
         if self.text is not None:
             self.text.begin_step(num_new, columns)
-
-    def end_step(self, kv: AnyCache, slots: slice) -> None:
-        """All layers have attended: chooses, if it is time."""
-        if self.text is not None and self.text.is_due:
-            _choose(self.text, kv, slots)
-
-
-def _choose(text: Reselection, kv: AnyCache, slots: slice) -> None:
-    assert isinstance(kv, KVCache)  # Cache refuses to evict from texts on several devices
-    text.choose(kv, slots)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -56,6 +57,11 @@ def full_attention_layer(
         return FullAttentionLayer(cache, index, rotate, is_last=is_last)
     states = own.number_of_states
     return HybridLayer(cache, index, rotate, is_last=is_last, number_of_states=states)
+
+
+def reorder_states(layer: Any, beams: Tensor) -> None:
+    """The states of a layer's sequences ``beams`` ``[n]`` int64."""
+    _States.reorder_cache(layer, beams)
 
 
 def has_keys(layer: object) -> bool:

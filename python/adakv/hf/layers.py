@@ -12,7 +12,14 @@ from transformers.generation import GenerationMixin
 
 from adakv.devices import AnyCache
 from adakv.hf import families
-from adakv.hf.attachment import TAG, AttendingLayer, attention_of, eagerly, inner_attention
+from adakv.hf.attachment import (
+    TAG,
+    UNKNOWN,
+    AttendingLayer,
+    attention_of,
+    eagerly,
+    inner_attention,
+)
 from adakv.hf.log_sum_exp import with_log_sum_exp
 from adakv.hf.padding import align, restore
 from adakv.reading import Part
@@ -97,6 +104,8 @@ class FullAttentionLayer(AttendingLayer):
         assert cache.step is not None
         if query.dtype is not key.dtype:
             query = query.to(key.dtype)
+        if self.attention is UNKNOWN:
+            self.attention = attention_of(kwargs)._replace(rotate=self._rotate)
         order = cache.padding.order
         if order is not None:
             query, key, value = (align(x, order) for x in (query, key, value))

@@ -22,7 +22,8 @@ class Padding:
         self.order: Tensor | None = None
         """``[B, columns]`` int64 that puts padding of the newest columns in front (:func:`align`),
         or None if it is there."""
-        self._shown: Tensor | None = None  # [B, n] bool, of the newest mask; later columns: all
+        self.shown: Tensor | None = None
+        """``[B, n]`` bool: which columns the newest mask shows; later ones are all shown."""
 
     def count(
         self, mask: Tensor | None, seen: Sequence[int], before: int, columns: int, *, prompt: bool
@@ -59,8 +60,8 @@ class Padding:
         shown = (mask.bool() if mask.dim() == 2 else _shows(mask[:, 0, -1])).expand(len(seen), -1)
         new = shown[:, before:].int()
         known, is_other = 0, torch.zeros_like(shown[:, 0])
-        if self._shown is not None and before:
-            earlier = self._shown[:, :before]  # without what a refused forward showed
+        if self.shown is not None and before:
+            earlier = self.shown[:, :before]  # without what a refused forward showed
             known, is_other = earlier.shape[1], (shown[:, : earlier.shape[1]] != earlier).any(-1)
         facts = [
             new.sum(-1),
@@ -83,7 +84,7 @@ class Padding:
                     "of a text, can't be hidden later"
                 )
         self.order = new.argsort(stable=True) if any(is_mixed) else None
-        self._shown = shown.clone()
+        self.shown = shown.clone()
         return [int(n) for n in num_new]
 
     def count_step(
@@ -101,13 +102,28 @@ class Padding:
             return self.count(mask, seen, before, columns, prompt=False)
         newest = Padding()
         num_new = newest.count(mask, [0] * len(seen), 0, columns, prompt=False)
-        assert newest._shown is not None
-        shown = newest._shown.new_ones(len(seen), before)
-        if self._shown is not None:
-            earlier = self._shown[:, :before]
+        assert newest.shown is not None
+        shown = newest.shown.new_ones(len(seen), before)
+        if self.shown is not None:
+            earlier = self.shown[:, :before]
             shown[:, : earlier.shape[1]] = earlier
-        self.order, self._shown = newest.order, torch.cat([shown, newest._shown], 1)
+        self.order, self.shown = newest.order, torch.cat([shown, newest.shown], 1)
         return num_new
+
+    def tokens_in_last(self, count: int, columns: int, batch: int) -> list[int]:
+        """How many tokens of each sequence are in the last ``count`` of ``columns`` columns."""
+        if self.shown is None:
+            return [count] * batch
+        known = self.shown[:, :columns]
+        padding = (~known[:, columns - count :]).sum(-1)
+        return [count - int(n) for n in padding.tolist()]
+
+    def of_branches(self, sources: Sequence[int], columns: int | None) -> Padding:
+        """The same for the sequences ``sources``, in the first columns or in all."""
+        branches = Padding()
+        if self.shown is not None:
+            branches.shown = self.shown[list(sources), :columns]
+        return branches
 
 
 _PROMPTS = "several texts in one sequence, biases and masks that differ between heads"

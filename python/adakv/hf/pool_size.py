@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -244,6 +245,24 @@ def _make_room(kv: KVCache, num_new: Sequence[int]) -> None:
         kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
     except Error:
         kv.reserve(num_pages=needed, max_row_pages=rows)
+
+
+def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = False) -> None:
+    """Has a cache grow if there are too few pages for a fork of the sequences ``sources``.
+
+    Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
+    """
+    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
+    if missing <= 0:
+        return
+    gc.collect()  # forks that nobody has any more, but that are part of cycles
+    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
+    if missing <= 0:
+        return
+    try:
+        kv.reserve(num_pages=kv.num_pages + max(missing, kv.num_pages // 2))
+    except Error:
+        kv.reserve(num_pages=kv.num_pages + missing)
 
 
 def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:

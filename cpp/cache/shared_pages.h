@@ -1,0 +1,17 @@
+// What a cache and its forks have in common.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "adakv/kv_cache.h"
+
+namespace adakv {
+
+struct SharedPages {
+  PagePool pool;
+  std::shared_ptr<void> data;     // pages and page_positions
+  std::vector<KVCache*> members;  // the cache and its forks, as long as they live
+};
+
+}  // namespace adakv

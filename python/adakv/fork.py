@@ -1,0 +1,73 @@
+"""The rows of a fork are filled: what the device does for :meth:`adakv.cache.KVCache.fork`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adakv import ops
+from adakv.ops import Source
+
+if TYPE_CHECKING:
+    from adakv.cache import KVCache
+
+
+def fill(
+    cache: KVCache,
+    fork: KVCache,
+    given: bytes,
+    sources: Sequence[int],
+    *,
+    back: Sequence[int],
+    whole: bool,
+    is_dealt: bool,
+) -> None:
+    """:func:`adakv.ops.fork` in every layer.
+
+    Parameters
+    ----------
+    cache, fork : :class:`adakv.cache.KVCache`
+    given : bytes
+        int32 numbers: the stretch of each of the fork's B sequences; where the pages of each begin
+        in each layer, ``[L, B + 1]``; and these pages.
+    sources, back, whole
+        As :meth:`adakv.cache.KVCache.fork` takes them.
+    is_dealt : bool
+        Whether all pages are copied, and only the device knows which layer has which.
+    """
+    numbers = torch.frombuffer(bytearray(given), dtype=torch.int32)
+    batch, num_layers = len(sources), cache.num_layers
+    stretch, starts, page_ids = numbers.tensor_split([batch, batch + num_layers * (batch + 1)])
+    starts = starts.view(num_layers, batch + 1)
+    if is_dealt:
+        page_ids, starts = _of_sequences(page_ids, starts)
+    lists = [torch.tensor([*x]).int() for x in (sources, back)]
+    stretch, page_ids, starts, named, backs = (
+        x.to(cache.device, non_blocking=True) for x in (stretch, page_ids, starts, *lists)
+    )
+    for layer, (old, new) in enumerate(zip(cache.layers, fork.layers, strict=True)):
+        ops.fork(
+            Source(old.block_table, old.lengths, old.seen, old.tails),
+            named,
+            stretch,
+            page_ids,
+            starts[0 if is_dealt else layer],
+            new,
+            back=backs if any(back) else None,
+            whole=whole,
+        )
+        if is_dealt:
+            cache.advance_pages(starts[0], new.lengths)
+
+
+def _of_sequences(page_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages of each sequence in each layer, which begin at ``starts`` ``[L, B + 1]``, as those that
+    it has in all: as :meth:`adakv.cache.KVCache.begin_layers` gives them."""
+    sizes = starts.diff()  # [L, B]
+    pieces = torch.split(page_ids, sizes.flatten().tolist())
+    order = torch.arange(sizes.numel()).view(sizes.shape).T.flatten()
+    ends = torch.cat([starts.new_zeros(1), sizes.sum(0).cumsum(0).int()])
+    return torch.cat([pieces[i] for i in order.tolist()]), ends[None]
