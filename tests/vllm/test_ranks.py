@@ -60,7 +60,7 @@ def texts() -> list[list[int]]:
     [
         ("ada_snapkv", "always", {"enable_prefix_caching": True}),
         ("model_column_max", "always", {}),
-        ("ada_snapkv", "pressure", {"num_gpu_blocks_override": 24}),
+        ("ada_snapkv", "pressure", {"num_gpu_blocks_override": 24, "max_model_len": 640}),
     ],
 )
 def test_each_rank_keeps_the_best_of_its_own_heads(
