@@ -44,7 +44,7 @@ def ran(model: str, settings: Settings, options: dict[str, Any], *more: Any) -> 
         timeout=900,
     )
     assert vllm_two_ranks.MARK in done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.split(vllm_two_ranks.MARK)[1])
+    return json.loads(done.stdout.split(vllm_two_ranks.MARK)[1].splitlines()[0])
 
 
 def texts() -> list[list[int]]:
