@@ -69,7 +69,7 @@ def main() -> None:
                 result = ["nothing happened"]
             except Exception as error:
                 result = [f"{type(error).__name__}: {error}"]
-        sys.stdout.write(MARK + json.dumps(result))
+        sys.stdout.write(MARK + json.dumps(result) + "\n")
         sys.stdout.flush()
 
 

@@ -402,7 +402,7 @@ class KVCache:
             )
 
     def lengths(self, slots: slice = slice(None)) -> Tensor:
-        """``[L, B, Hkv]`` int32 on the CPU: entries of rows."""
+        """``[L, B, Hkv]`` int32 on the CPU: entries of the rows of the sequences in ``slots``."""
         return self.all_layers.lengths[:, slots].cpu()
 
     @property

@@ -135,7 +135,7 @@ class SplitCache:
             part.reserve(num_pages=share, max_row_pages=max_row_pages)
 
     def lengths(self, slots: slice = slice(None)) -> Tensor:
-        """``[L, B, Hkv]`` int32 on the CPU: entries of rows."""
+        """As :meth:`KVCache.lengths`."""
         of_parts = [part.lengths(slots) for part in self.parts]
         return torch.stack([of_parts[part][index] for part, index in self.places])
 
