@@ -41,7 +41,8 @@ def check_against_reference(
     """Of a request whose last step chose from its text it isn't known: that one is left out."""
     reference, rule = Reference(model, settings), settings.rule
     assert rule is not None
-    for number, (prompt, tokens) in enumerate(zip(prompts, run.tokens, strict=True)):
+    for number, prompt in enumerate(prompts):
+        tokens = run.tokens[number]
         if not tokens or not run.compressions[number]:
             continue
         last = run.compressions[number][-1]
