@@ -77,6 +77,7 @@ class Reader(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.words: list[str] = []
+        self.title = ""
         self.data = ""  # of the script with the numbers
         self.prompt_depth = 0
         self.feed(content)
@@ -105,6 +106,8 @@ class Reader(HTMLParser):
             self.words[-1] += data
         elif self.open[-1:] == ["script"] and self.elements[-1][1].get("id") == "data":
             self.data += data
+        elif self.open[-1:] == ["title"] and self.open[1:2] == ["head"]:
+            self.title += data
 
     @property
     def is_in_prompt(self) -> bool:
@@ -271,6 +274,30 @@ def test_a_browser_marks_what_the_chosen_heads_keep(
     counts = [piece.num_tokens for piece in page.pieces]
     expected = [part.mean().sqrt().item() for part in shares.split(counts)]
     assert read.styles() == pytest.approx(expected, abs=1e-3)
+
+
+PRESSES = """<script>
+const text = document.getElementById("text"), cells = document.querySelectorAll("#budgets .n");
+for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight", "a"])
+  text.dispatchEvent(new KeyboardEvent("keydown", { key }));
+cells[3].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+document.title = `${location.hash} ${document.getElementById("view").textContent}`;
+</script></body>"""
+
+
+def test_a_browser_follows_keys_and_clicks(browser: list[str], tmp_path: Path) -> None:
+    """Arrow keys choose a word and mark the heads that keep it; a cell chooses its head."""
+    page = made_page()
+    path = tmp_path / "page.html"
+    path.write_text(page.html().replace("</body>", PRESSES))
+    read = Reader(shown(browser, path, "--dump-dom"))
+    token = page.pieces[0].num_tokens  # the second piece, of one token
+    assert page.pieces[1].num_tokens == 1
+    cells = [a["class"] for tag, a in read.elements if tag == "rect" and a["class"] != "back"]
+    assert ["has" in str(names) for names in cells] == page.kept[..., token].flatten().tolist()
+    assert ["off" in str(names) for names in cells] == [i != 3 for i in range(6)]
+    kept = page.lengths[1][1]
+    assert read.title.startswith(f"#layer=3&head=1 Layer 3, kv head 1: {kept} of 40 entries, ")
 
 
 def test_a_browser_shows_the_page_dark_and_light(browser: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -76,7 +77,7 @@ class Page:
     question: str | None = None
     about: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def lengths(self) -> list[list[int]]:
         """``[L][Hkv]``: entries that are kept of the prompt."""
         lengths: list[list[int]] = self.kept.sum(2).tolist()
@@ -95,22 +96,22 @@ class Page:
     @property
     def least(self) -> int:
         """The fewest entries that a kv head keeps."""
-        return int(self.kept.sum(2).min())
+        return min(map(min, self.lengths))
 
     @property
     def most(self) -> int:
         """The most entries that a kv head keeps."""
-        return int(self.kept.sum(2).max())
+        return max(map(max, self.lengths))
 
     @property
     def mean_length(self) -> float:
         """Entries that a kv head keeps on average."""
-        return self.entries_share * self.num_tokens
+        return sum(map(sum, self.lengths)) / self.num_rows
 
     @property
     def entries_share(self) -> float:
         """Share of all entries that is kept, 0 to 1."""
-        return self.kept.float().mean().item()
+        return self.mean_length / self.num_tokens
 
     @property
     def bytes_share(self) -> float:
@@ -120,7 +121,7 @@ class Page:
     def packed(self) -> str:
         """``kept`` in base64: rows of bytes, eight tokens each, of which the first is lowest."""
         bits = torch.nn.functional.pad(self.kept, (0, -self.num_tokens % 8)).unflatten(2, (-1, 8))
-        packed = (bits * 2 ** torch.arange(8)).sum(3).to(torch.uint8)
+        packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(3, dtype=torch.uint8)
         return base64.b64encode(bytes(packed.flatten().tolist())).decode()
 
     def facts(self) -> list[tuple[str, str]]:
