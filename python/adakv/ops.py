@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from adakv import _C
 from adakv._register import operators as operators
 from adakv._register import verb
+from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
 
 Reduce = Literal["mean", "max", "sum"]
@@ -35,23 +36,6 @@ Pool = Literal["max", "avg", "none"]
 Order = Literal["group_first", "pool_first"]
 Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
 Norm = Literal["l1", "l2_gram"]
-
-
-class Kept(NamedTuple):
-    """Positions that each row keeps: row r = b * Hkv + h keeps ``positions[indptr[r]:indptr[r +
-    1]]``, ascending.
-
-    ``positions`` is ``[K]`` int32 and may be longer than ``indptr[-1]``; what is behind holds -1.
-    ``indptr`` is ``[B * Hkv + 1]`` int32.
-    """
-
-    positions: Tensor
-    indptr: Tensor
-
-    def rows(self, num_rows: int) -> Tensor:
-        """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
-        index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
-        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
 
 
 #: Fields of a layer that change with a step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from rich.table import Table
 
+from adakv import shown
 from adakv.cli import output
 from adakv.cli.inputs import (
     STANDARD_OUTPUT,
@@ -25,7 +26,6 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE
-from adakv.eval import plot
 from adakv.eval.chat import encode_prompt
 
 
@@ -85,8 +85,8 @@ def report(
     output.write_text(out, page.html())
     if place.plot_path:
         title = f"{page.policy}: entries kept of {page.num_tokens}"
-        with output.drawing():
-            output.write_figure(place.plot_path, plot.kept_maps({title: page.lengths}))
+        with refusals():
+            output.write_figure(place.plot_path, shown.kept_maps({title: page.lengths}))
     if place.json_path:
         about = {"model": model, "dtype": dtype_name(network), "machine": output.machine()}
         output.write_json(place.json_path, about | page.as_dict())

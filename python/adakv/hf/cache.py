@@ -29,9 +29,9 @@ from adakv.hf.eviction import Eviction
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.notices import Notices
-from adakv.hf.one_way import OneWayCache
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
+from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection
 from adakv.reading import Part, Reader
@@ -43,7 +43,7 @@ _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_gr
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
-class Cache(OneWayCache):
+class Cache(ShownCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
     (``cache=`` since transformers 5.24).
 
