@@ -10,6 +10,7 @@ import sys
 import click
 
 import adakv
+from adakv.cli.bench import bench
 from adakv.cli.demo import demo
 from adakv.cli.eval import evaluate
 from adakv.cli.generate import generate
@@ -94,5 +95,5 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, evaluate, report, policies, info):
+for command in (demo, generate, evaluate, report, bench, policies, info):
     cli.add_command(command)

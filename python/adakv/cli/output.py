@@ -140,9 +140,9 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_figure(path: str, figure: Any) -> None:
-    """Writes a matplotlib figure as PNG."""
+    """Writes a matplotlib figure as PNG, or as SVG if the file's name ends so."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="svg" if path.lower().endswith(".svg") else "png")
     _write(path, picture.getvalue())
 
 

@@ -73,3 +73,41 @@ def bars(rows: Sequence[Any]) -> Any:
     axes[0].set_yticks(range(len(rows)), [row.policy for row in rows])
     axes[0].invert_yaxis()
     return figure
+
+
+def speed(attended: Sequence[Any], runs: Sequence[Any]) -> Any:
+    """A matplotlib figure of what ``adakv bench`` measured: attention, and a model's caches."""
+    panels = 2 + (3 if runs else 0)
+    figure = shown.figure(figsize=(3.2 * panels, 3))
+    axes = figure.subplots(1, panels)
+    for axis, heads in zip(axes, ("even", "uneven"), strict=False):
+        cases = [case for case in attended if case.heads == heads]
+        for i, (name, color) in enumerate((("torch", "tab:gray"), ("adakv", "tab:orange"))):
+            times = [getattr(case, name) for case in cases]
+            medians = [t.median_us / 1e3 for t in times]
+            errors = [
+                [(t.median_us - t.low_us) / 1e3 for t in times],
+                [(t.high_us - t.median_us) / 1e3 for t in times],
+            ]
+            places = [place + 0.4 * i for place in range(len(cases))]
+            axis.bar(places, medians, 0.38, yerr=errors, label=name, color=color, capsize=2)
+        ticks = [place + 0.2 for place in range(len(cases))]
+        axis.set_xticks(ticks, [str(case.entries) for case in cases])
+        axis.set_xlabel("entries of a kv head")
+        axis.set_title(f"attention, {heads} heads, ms", fontsize=10)
+    axes[0].legend(fontsize=8)
+    numbers = {
+        "cache, MiB": [run.cache_bytes / 2**20 for run in runs],
+        "prefill, seconds": [run.prefill_seconds for run in runs],
+        "a token, ms": [1e3 * run.token_seconds for run in runs],
+    }
+    for axis, (title, values) in zip(axes[2:], numbers.items(), strict=False):
+        drawn = axis.bar(range(len(runs)), values, 0.6, color=["tab:gray", "tab:orange"])
+        axis.bar_label(drawn, [f"{value:.3g}" for value in values], padding=2, fontsize=8)
+        axis.set_xticks(range(len(runs)), [run.title.replace("_", "_\n", 1) for run in runs])
+        axis.tick_params("x", labelsize=8)
+        axis.margins(y=0.15)
+        axis.set_title(title, fontsize=10)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
