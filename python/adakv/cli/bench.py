@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 
 import click
@@ -68,6 +69,7 @@ def bench(
     console = output.plain_console()
     for name, value in output.machine().items():
         console.print(f"{name}: {value}", soft_wrap=True)
+    _warn_of_others(console)
     attended = _attend(place, rounds or 20)
     _print_attended(console, attended)
     content = {"machine": output.machine(), "attend": [asdict(each) for each in attended]}
@@ -85,6 +87,13 @@ def bench(
     if place.plot_path:
         with refusals():
             output.write_figure(place.plot_path, plot.speed(attended, runs))
+
+
+def _warn_of_others(console: Console) -> None:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        told = f"other programs compute, too (load {load:.1f}, {cores} cores): times are too long"
+        console.print(told, style="bold")
 
 
 def _attend(place: Place, rounds: int) -> list[speed.Attended]:
