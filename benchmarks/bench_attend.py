@@ -21,6 +21,7 @@ from torch import Tensor
 import harness
 from adakv import ops
 from adakv.cache import KVCache
+from adakv.eval.speed import uneven_lengths
 from cuda_timing import graph_times, launch_times
 from peers.ragged_decode import FlashInfer, peers_of
 from ragged_layers import GpuCase, Layers
@@ -41,9 +42,8 @@ class Case:
 
 def ragged_lengths(case: Case) -> Tensor:
     """``[L, B, Hkv]`` int32."""
-    share = torch.distributions.Dirichlet(torch.ones(case.kv_heads))
-    draw = share.sample((case.layers, case.batch)) * case.kv_heads
-    return ((0.2 + 0.8 * draw) * case.mean_length).int().clamp(min=case.new_tokens)
+    shape = case.layers, case.batch, case.kv_heads
+    return uneven_lengths(case.mean_length, shape).clamp(min=case.new_tokens)
 
 
 class Paged:

@@ -9,53 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import adakv
+from adakv.eval.speed import Timing as Timing
+from adakv.eval.speed import measure as measure
+from adakv.eval.speed import timing as timing
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call: the median, and the quartiles around it."""
-
-    median_us: float
-    low_us: float
-    high_us: float
-    rounds: int
-
-
-def measure(
-    variants: Mapping[str, Callable[[int], object]], *, rounds: int = 20, warmup: int = 3
-) -> dict[str, Timing]:
-    """Times every variant once a round, until the device is done with it."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(warmup + rounds):
-        for name, run in variants.items():
-            wait()
-            begin = time.perf_counter()
-            run(i)
-            wait()
-            if i >= warmup:
-                times[name].append((time.perf_counter() - begin) * 1e6)
-    return {name: timing(samples) for name, samples in times.items()}
-
-
-def timing(samples_us: list[float]) -> Timing:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(samples_us * (1 + (len(samples_us) == 1)), n=4)
-    return Timing(round(median, 2), round(low, 2), round(high, 2), len(samples_us))
 
 
 class Reader:

@@ -165,14 +165,6 @@ def test_two_outputs_are_two_files(tmp_path: Path, capsys):
     assert "--plot and --json must be two files" in capsys.readouterr().err
 
 
-def test_report_keeps_the_text_that_stands_in_its_folder(tmp_path: Path, capsys):
-    text = tmp_path / "report.md"
-    text.write_text("It was the best of times.")
-    assert run_command_line(["report", "MODEL", str(text), "--out", str(tmp_path)]) == 2
-    assert "would overwrite" in capsys.readouterr().err
-    assert text.read_text() == "It was the best of times."
-
-
 def test_results_go_into_a_pipe(model: str, prompts: Path):
     read, write = os.pipe()
     assert run_command_line(command(model, prompts, f"/dev/fd/{write}")) == 0

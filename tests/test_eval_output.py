@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adakv
 from adakv.cli.main import run_command_line
-from adakv.eval import data, page, processes, summary
+from adakv.eval import data, processes, summary
 from adakv.eval.metrics import Quality
 from adakv.eval.records import Key, Record, RecordFile
 from small_model import save_model
@@ -198,37 +198,6 @@ def test_processes_that_are_killed_are_told(text: str, folder: str):
     begin_and_die = functools.partial(os._exit, 3)
     with pytest.raises(adakv.Error, match="processes: one of 2 was killed or ran out of memory"):
         list(processes.run(begin_and_die, 2, tasks, policies, [0.5]))
-
-
-def test_report_shows_one_prompt(folder: str, tmp_path: Path):
-    out, path, text = (tmp_path / name for name in ("page", "page.json", "text.txt"))
-    text.write_text(TEXT * 5)
-    command = ["report", folder, str(text), "--ratio", "0.25", "--max-new-tokens", "8"]
-    command += ["--dtype", "float32", "--out", str(out), "--json", str(path)]
-    assert run_command_line(command) == 0
-    assert {p.name for p in out.iterdir()} == {"report.html", "report.md", "kept.png"}
-    found = json.loads(path.read_text())
-    assert "".join(piece["text"] for piece in found["pieces"]) == TEXT * 5
-    budget = round(found["num_tokens"] / 4)
-    assert sum(sum(heads) for heads in found["lengths"]) == 4 * budget  # of both layers
-    assert all(piece["share"] == 1 for piece in found["pieces"][-24:])  # the window
-    html = (out / "report.html").read_text()
-    assert html.count("<span") == len(found["pieces"])
-    assert "data:image/png;base64," in html
-    assert "![Entries kept per layer and kv head](kept.png)" in (out / "report.md").read_text()
-
-
-def test_page_of_everything_kept_agrees(folder: str):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer(TEXT * 2, return_tensors="pt")["input_ids"]
-    found = page.make_page(model, tokenizer, prompt, "ada_snapkv", ratio=1.0, max_new_tokens=6)
-    assert (found.agreement, found.same_start) == (1, 6)
-    assert found.kl == pytest.approx(0, abs=1e-6)
-    assert found.answer == found.full_answer
-    assert {piece.share for piece in found.pieces} == {1}
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 2, got 1"):
-        page.make_page(model, tokenizer, prompt, "ada_snapkv", ratio=1.0, max_new_tokens=1)
 
 
 def test_eval_measures_formats_of_pages(folder: str, text: str, tmp_path: Path):

@@ -3,7 +3,8 @@
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
 4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries,reselection}.py
-3  torch ops, cache, step  python/adakv/{errors,_register,tensors,ops,fork,cache,devices,shape,step}.py
+3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork}.py,
+                           python/adakv/{cache,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -42,6 +43,7 @@ FRAMEWORKS = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 FLOORS = {
     "_C": 2,
     "errors": 3,
+    "shown": 3,
     "ops": 3,
     "tensors": 3,
     "_register": 3,

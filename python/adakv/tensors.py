@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from adakv import shown
+
+_MOST_ROWS, _MOST_COLUMNS = 64, 120  # of a picture
 
 
 class Layer(NamedTuple):
@@ -63,3 +68,27 @@ class Kept(NamedTuple):
         """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
         index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
         return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
+
+    def __repr__(self) -> str:
+        try:
+            counts = self.indptr.diff().tolist()
+        except (RuntimeError, AttributeError):  # those of a graph have no numbers
+            return f"Kept(positions={self.positions!r}, indptr={self.indptr!r})"
+        if not counts:
+            return "Kept(no rows)"
+        each = f"{min(counts)} to {max(counts)} each"
+        return f"Kept({sum(counts)} entries of {len(counts)} rows, {each})"
+
+    def _repr_html_(self) -> str:
+        positions, ends = self.positions.cpu().long(), self.indptr.tolist()
+        num_rows = min(len(ends) - 1, _MOST_ROWS)
+        length = int(positions.max()) + 1 if ends[-1] else 0
+        columns = min(length, _MOST_COLUMNS)
+        values = [
+            torch.bincount(positions[a:b] * columns // length, minlength=columns).tolist()
+            for a, b in pairwise(ends[: num_rows + 1])
+        ]
+        label = f"{self!r}: rows (down) and where they keep entries of {length} positions"
+        if num_rows < len(ends) - 1:
+            label += f"; the first {num_rows} rows"
+        return shown.heat_map(values, label=label, rows="row", columns="part")

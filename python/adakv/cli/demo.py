@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import adakv
+from adakv import shown
 from adakv.cli import output
 from adakv.cli.inputs import (
     check_outputs,
@@ -35,7 +36,6 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE, TEXT
-from adakv.eval import plot
 from adakv.eval.chat import encode_prompt
 from adakv.hf.attachment import CACHE
 
@@ -242,6 +242,6 @@ def _save(
         output.write_json(place.json_path, content | {"questions": questions, "runs": runs})
     if place.plot_path:
         kept = {f"{r.title}: entries kept of {prompt_tokens}": r.kept for r in results if r.kept}
-        with output.drawing():
-            figure = plot.kept_maps(kept)
+        with refusals():
+            figure = shown.kept_maps(kept)
         output.write_figure(place.plot_path, figure)

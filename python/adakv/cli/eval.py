@@ -253,7 +253,7 @@ def evaluate(
         results = {"machine": output.machine(), "cells": [cell.as_dict() for cell in cells]}
         output.write_json(place.json_path, about | results)
     if place.plot_path:
-        with output.drawing():
+        with refusals():
             output.write_figure(place.plot_path, plot.curves(cells))
 
 

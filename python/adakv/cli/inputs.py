@@ -129,6 +129,11 @@ def dtype_name(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+def model_name(source: str) -> str:
+    """A model's name for people: of a file or folder its last part, without where it is."""
+    return Path(source).resolve().name.removesuffix(".gguf") if os.path.exists(source) else source
+
+
 def load_model(
     source: str,
     *,

@@ -10,6 +10,7 @@ import sys
 import click
 
 import adakv
+from adakv.cli.bench import bench
 from adakv.cli.demo import demo
 from adakv.cli.documents import ask, compress
 from adakv.cli.eval import evaluate
@@ -95,5 +96,5 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, compress, ask, evaluate, report, policies, info):
+for command in (demo, generate, compress, ask, evaluate, report, bench, policies, info):
     cli.add_command(command)

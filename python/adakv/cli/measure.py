@@ -158,10 +158,46 @@ def run_all(
     return runs
 
 
+def run_in_turn(
+    model: Any, tokenizer: Any, prompt: Tensor, settings: list[Setting], new: int, *, rounds: int
+) -> list[Run]:
+    """Runs all settings so many times, in turn, after a warm-up with a short prompt; each has the
+    medians of its times. Just ``new`` tokens are written."""
+    check_prompt_length(model, prompt.shape[1], new)
+    with refusals():
+        for setting in settings:
+            setting.cache(model)
+    found: list[list[Run]] = [[] for _ in settings]
+    for i in range(rounds + 1):
+        for setting, runs in zip(settings, found, strict=True):
+            title = f"{setting.title}: round {i} of {rounds}" if i else f"{setting.title}: warm-up"
+            with progress_bar(title, new + 1) as advance, refusals():
+                part, clock = prompt if i else prompt[:, :256], _Clock(advance)
+                made = run(model, tokenizer, part, setting, new=new, clock=clock, least=new)
+            if i:
+                runs.append(made)
+    return [
+        replace(
+            runs[0],
+            prefill_seconds=statistics.median(run.prefill_seconds for run in runs),
+            token_seconds=statistics.median(run.token_seconds for run in runs),
+        )
+        for runs in found
+    ]
+
+
 def run(
-    model: Any, tokenizer: Any, prompt: Tensor, setting: Setting, *, new: int, clock: _Clock
+    model: Any,
+    tokenizer: Any,
+    prompt: Tensor,
+    setting: Setting,
+    *,
+    new: int,
+    clock: _Clock,
+    least: int | None = None,
 ) -> Run:
-    """Reads the prompt, ``[1, T]``, and writes up to ``new`` tokens greedily."""
+    """Reads the prompt, ``[1, T]``, and writes up to ``new`` tokens greedily, and ``least`` even
+    where the text has ended."""
     prompt = prompt.to(model.device)
     cache = setting.cache(model)
     with _attached(model, setting):
@@ -169,6 +205,7 @@ def run(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new,
+            min_new_tokens=least,
             do_sample=False,
             streamer=clock,
             **{CACHE: cache},

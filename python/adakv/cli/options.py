@@ -115,7 +115,7 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     for option in (
         click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP),
-        file_option("--plot", "plot_path", help="Draw the results as a picture (PNG)."),
+        file_option("--plot", "plot_path", help="Draw the results (PNG, or SVG if FILE ends so)."),
         file_option("--json", "json_path", help="Write the results as JSON."),
         click.option("--device", metavar="cpu|cuda", help=device_help),
         click.option(

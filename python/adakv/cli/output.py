@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib.metadata
 import io
@@ -10,8 +9,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cli.inputs import STANDARD_OUTPUT, InputError, dtype_name
+from adakv import shown
+from adakv.cli.inputs import STANDARD_OUTPUT, InputError, dtype_name, refusals
 from adakv.cli.measure import Run
-from adakv.eval import plot
 
 
 def plain_console() -> Console:
@@ -93,19 +90,6 @@ def write_piece(text: str) -> None:
     sys.stdout.flush()
 
 
-def brief(part: object) -> str:
-    """A part of a policy, with those of its settings that are not the default."""
-    if not dataclasses.is_dataclass(part):
-        return repr(part)
-    settings = []
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        usual = field.default_factory() if callable(field.default_factory) else field.default
-        if value != usual:
-            settings.append(f"{field.name}={brief(value)}")
-    return f"{type(part).__name__}({', '.join(settings)})"
-
-
 def machine() -> dict[str, Any]:
     """What a measured number depends on."""
     return {
@@ -156,28 +140,17 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_figure(path: str, figure: Any) -> None:
-    """Writes a matplotlib figure as PNG."""
+    """Writes a matplotlib figure as PNG, or as SVG if the file's name ends so."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="svg" if path.lower().endswith(".svg") else "png")
     _write(path, picture.getvalue())
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Says what to install where matplotlib is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise InputError("pictures need matplotlib; pip install 'adakv[cli]'") from error
 
 
 def plot_kept(path: str, runs: list[Run]) -> None:
     """A heat map per policy: entries of the prompt kept in each layer and kv head."""
     titles = {f"{run.title}: entries kept of {run.prompt_tokens}": run.kept for run in runs}
-    with drawing():
-        write_figure(path, plot.kept_maps({t: kept for t, kept in titles.items() if kept}))
+    with refusals():
+        write_figure(path, shown.kept_maps({t: kept for t, kept in titles.items() if kept}))
 
 
 def _write(path: str, data: bytes) -> None:

@@ -70,8 +70,7 @@ def policies(name: str | None) -> None:
     """
     if name is not None:
         policy = output.find_policy(name, "NAME")
-        parts = (policy.scorer, policy.allocator, policy.selector, policy.when, policy.bits)
-        click.echo(" * ".join(output.brief(part) for part in parts if part is not None))
+        click.echo(str(policy))
         return
     click.echo(f"{'policy':23}{'what it keeps':35}what choosing reads\n{'-' * 79}")
     for preset, (keeps, reads) in ABOUT.items():

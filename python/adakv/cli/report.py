@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
-from pathlib import Path
-
 import click
 from rich.table import Table
 
+from adakv import shown
 from adakv.cli import output
 from adakv.cli.inputs import (
+    STANDARD_OUTPUT,
     check_outputs,
     check_prompt_length,
     dtype_name,
+    model_name,
     read_text,
     refusals,
 )
@@ -27,7 +26,6 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE
-from adakv.eval import plot
 from adakv.eval.chat import encode_prompt
 
 
@@ -40,10 +38,10 @@ from adakv.eval.chat import encode_prompt
 @click.option(
     "--out",
     type=FILE,
-    metavar="FOLDER",
-    default="adakv-report",
+    metavar="FILE",
+    default="adakv-report.html",
     show_default=True,
-    help="Write the page into this folder.",
+    help="Write the page into this file.",
 )
 @place_options
 def report(
@@ -57,14 +55,11 @@ def report(
 ) -> None:
     """Show on one page what MODEL keeps of TEXT (a file, or - for standard input).
 
-    The page has the entries of each layer and kv head, the text with what was kept marked in it,
-    the memory, and how far the answer is from the full cache's. It is written as report.html,
-    report.md and kept.png.
+    The page has the text with what was kept marked in it, for each layer and kv head, the entries
+    of each, the memory, and how far the answer is from the full cache's. It is one HTML file that
+    needs nothing else; a browser shows it.
     """
-    folder = Path(out)
-    names = ("report.html", "report.md", "kept.png")
-    pages = {f"--out ({name})": str(folder / name) for name in names}
-    check_outputs([model, text], place.outputs | pages)
+    check_outputs([model, text], place.outputs | {"--out": out})
     content = read_text(text)
     network, tokenizer = place.load(model, setting.kv_dtype)
     prompt = encode_prompt(tokenizer, content, question)
@@ -83,24 +78,24 @@ def report(
             budget_bytes=setting.budget_bytes,
             kv_dtype=setting.kv_dtype,
             max_new_tokens=max_new_tokens,
+            question=question,
+            name=model_name(model),
         )
         advance()
-    title = f"{page.policy}: entries kept of {page.num_tokens}"
-    picture = io.BytesIO()
-    with output.drawing():
-        figure = plot.kept_maps({title: page.lengths})
-    figure.savefig(picture, format="png")
-    for path in filter(None, (str(folder / "kept.png"), place.plot_path)):
-        output.write_figure(path, figure)
-    output.write_text(str(folder / "report.html"), page.html(picture.getvalue()))
-    output.write_text(str(folder / "report.md"), page.markdown("kept.png"))
+    output.write_text(out, page.html())
+    if place.plot_path:
+        title = f"{page.policy}: entries kept of {page.num_tokens}"
+        with refusals():
+            output.write_figure(place.plot_path, shown.kept_maps({title: page.lengths}))
     if place.json_path:
         about = {"model": model, "dtype": dtype_name(network), "machine": output.machine()}
-        output.write_json(place.json_path, about | dataclasses.asdict(page))
+        output.write_json(place.json_path, about | page.as_dict())
+    if out in STANDARD_OUTPUT:
+        return
     table = Table(show_header=False)
     for row in page.facts():
         table.add_row(*row)
     table.add_row("weights and cache", dtype_name(network))
     console = output.plain_console()
     console.print(table)
-    console.print(f"written to {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import adakv
+from adakv import shown
+from adakv.eval import plot
 from adakv.eval.answers import FullAnswer, greedy
 from adakv.eval.chat import encode_prompt
 from adakv.eval.prefill import Prefill
@@ -50,11 +51,14 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        def line(tag: str, cells: Sequence[str]) -> str:
-            return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return shown.table([row.cells() for row in self.rows], _HEADS)
 
-        rows = "".join(f"<tr>{line('td', row.cells())}</tr>" for row in self.rows)
-        return f"<table><tr>{line('th', _HEADS)}</tr>{rows}</table>"
+    def plot(self) -> Any:
+        """A matplotlib figure: memory, KL and agreement of each row as bars.
+
+        Raises ``adakv.Error`` where matplotlib is missing.
+        """
+        return plot.bars(self.rows)
 
 
 def compare(
@@ -92,7 +96,7 @@ def compare(
         prefill = Prefill(model, encode_prompt(tokenizer, text, question))
         full = FullAnswer(model, prefill, max_new_tokens)
         rows = []
-        for policy in policies:
+        for policy in _with_bar(policies):
             cache = prefill.cache(policy, budget, ratio, **settings)
             stats = cache.stats()
             answer = decoded(greedy(model, cache, prefill.logits, max_new_tokens))
@@ -108,3 +112,13 @@ def _name(policy: str | Policy) -> str:
         return policy
     parts = (policy.scorer, policy.allocator, policy.selector)
     return " * ".join(type(part).__name__ for part in parts)
+
+
+def _with_bar(policies: Sequence[str | Policy]) -> Iterable[str | Policy]:
+    """The same, with a bar that says how far it is, in notebooks and terminals that have tqdm."""
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        return policies
+    bar: Iterable[str | Policy] = tqdm(policies, "comparing", leave=False, disable=None)
+    return bar

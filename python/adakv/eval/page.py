@@ -1,13 +1,19 @@
-"""One prompt on one page: what each head kept, which words that is, memory, agreement."""
+"""One prompt on one page: what each head kept, which words that is, memory, agreement.
+
+The page is ``page.html``, a template that Jinja fills and escapes. It holds all it needs, and asks
+nobody for anything.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.resources import files
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 import adakv
@@ -24,6 +30,7 @@ class Piece:
 
     text: str
     share: float
+    num_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,10 @@ class Page:
         Of the prompt.
     pieces : list of :class:`Piece`
         The prompt, mostly a token each.
-    lengths : ``[L][Hkv]``
-        Entries kept of the prompt in the full-attention layers.
+    layers : list of int
+        The full-attention layers.
+    kept : bool ``[L, Hkv, T]``
+        Which tokens of the prompt these hold.
     cache_bytes, full_bytes : int
         Of the compressed prompt and of the whole one.
     answer, full_answer : str
@@ -47,12 +56,17 @@ class Page:
         On the full cache's answer: see :class:`adakv.eval.metrics.Quality`.
     same_start : int
         Tokens before the first in which the answers differ.
+    question : str, optional
+        What was asked after the text.
+    about : tuple of str
+        What else the head of the page says: the model, the type of its cache.
     """
 
     policy: str
     num_tokens: int
     pieces: list[Piece] = field(repr=False)
-    lengths: list[list[int]] = field(repr=False)
+    layers: list[int] = field(repr=False)
+    kept: Tensor = field(repr=False)
     cache_bytes: int
     full_bytes: int
     answer: str
@@ -60,83 +74,92 @@ class Page:
     kl: float
     agreement: float
     same_start: int
+    question: str | None = None
+    about: tuple[str, ...] = ()
+
+    @cached_property
+    def lengths(self) -> list[list[int]]:
+        """``[L][Hkv]``: entries that are kept of the prompt."""
+        lengths: list[list[int]] = self.kept.sum(2).tolist()
+        return lengths
+
+    @property
+    def num_heads(self) -> int:
+        """kv heads of a layer."""
+        return self.kept.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """kv heads of all full-attention layers."""
+        return len(self.layers) * self.num_heads
+
+    @property
+    def least(self) -> int:
+        """The fewest entries that a kv head keeps."""
+        return min(map(min, self.lengths))
+
+    @property
+    def most(self) -> int:
+        """The most entries that a kv head keeps."""
+        return max(map(max, self.lengths))
+
+    @property
+    def mean_length(self) -> float:
+        """Entries that a kv head keeps on average."""
+        return sum(map(sum, self.lengths)) / self.num_rows
+
+    @property
+    def entries_share(self) -> float:
+        """Share of all entries that is kept, 0 to 1."""
+        return self.mean_length / self.num_tokens
+
+    @property
+    def bytes_share(self) -> float:
+        """What the cache takes, as a share of the full cache."""
+        return self.cache_bytes / self.full_bytes
+
+    def packed(self) -> str:
+        """``kept`` in base64: rows of bytes, eight tokens each, of which the first is lowest."""
+        bits = torch.nn.functional.pad(self.kept, (0, -self.num_tokens % 8)).unflatten(2, (-1, 8))
+        packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(3, dtype=torch.uint8)
+        return base64.b64encode(bytes(packed.flatten().tolist())).decode()
 
     def facts(self) -> list[tuple[str, str]]:
         """Names and values."""
         return [
             ("policy", self.policy),
             ("prompt", f"{self.num_tokens} tokens"),
-            (
-                "KV cache",
-                f"{self.cache_bytes / 2**20:.1f} MiB of {self.full_bytes / 2**20:.1f} MiB",
-            ),
-            ("of the full cache's bytes", f"{self.cache_bytes / self.full_bytes:.1%}"),
+            ("KV cache", f"{_mebibytes(self.cache_bytes)} of {_mebibytes(self.full_bytes)}"),
+            ("of the full cache's bytes", f"{self.bytes_share:.1%}"),
             ("same choice as the full cache", f"{self.agreement:.1%} of its tokens"),
             ("KL to the full cache", f"{self.kl:.3f} nats per token"),
             ("same start", f"{self.same_start} tokens"),
         ]
 
-    def markdown(self, picture: str) -> str:
-        """Facts, answers, the picture and the words that most heads kept, without the text."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in self.facts())
-        return (
-            f"# What `{self.policy}` kept\n\n| | |\n| --- | --- |\n{rows}\n\n"
-            f"![Entries kept per layer and kv head]({picture})\n\n"
-            f"Full cache:\n\n{_quote(self.full_answer)}\n\n"
-            f"Compressed cache:\n\n{_quote(self.answer)}\n\n"
-            f"Kept by at least half of the kv heads:\n\n{_quote(self._most_kept())}\n"
-        )
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"kept": self.packed(), "lengths": self.lengths}
 
-    def html(self, picture: bytes) -> str:
-        """The whole page in one file; the darker a word, the more kv heads kept it."""
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in self.facts()
-        )
-        words = "".join(
-            f'<span style="background:rgba(253,141,60,{piece.share:.2f})" '
-            f'title="{piece.share:.0%} of the kv heads">{html.escape(piece.text)}</span>'
-            for piece in self.pieces
-        )
-        source = base64.b64encode(picture).decode()
-        return _HTML.format(
-            title=html.escape(f"What {self.policy} kept"),
-            rows=rows,
-            picture=f"data:image/png;base64,{source}",
-            full_answer=html.escape(self.full_answer),
-            answer=html.escape(self.answer),
-            words=words,
-        )
-
-    def _most_kept(self) -> str:
-        parts: list[str] = []
-        for piece in self.pieces:
-            if piece.share >= 0.5:
-                parts.append(piece.text)
-            elif not parts or parts[-1] != _GAP:
-                parts.append(_GAP)
-        return "".join(parts)
+    def html(self) -> str:
+        """The whole page in one file."""
+        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment.filters["mib"] = _mebibytes
+        template = environment.from_string(files("adakv.eval").joinpath("page.html").read_text())
+        sizes = _Map(len(self.layers), self.num_heads)
+        return template.render(page=self, map=sizes, version=adakv.__version__)
 
 
-_GAP = " … "
+class _Map:
+    """Sizes of the heat map, in CSS pixels."""
 
-_HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-th {{ text-align: left; font-weight: normal; padding-right: 2rem }}
-img {{ max-width: 100% }}
-pre {{ white-space: pre-wrap; font: 14px/1.6 ui-monospace, monospace }}
-</style></head><body>
-<h1>{title}</h1>
-<table>{rows}</table>
-<h2>Entries kept per layer and kv head</h2>
-<img src="{picture}" alt="heat map: layers by kv heads">
-<h2>Answer of the full cache</h2><pre>{full_answer}</pre>
-<h2>Answer of the compressed cache</h2><pre>{answer}</pre>
-<h2>The prompt: the darker, the more kv heads kept it</h2>
-<pre>{words}</pre>
-</body></html>
-"""
+    left = 26  # of it stand the numbers of the layers
+
+    def __init__(self, num_layers: int, num_heads: int) -> None:
+        self.row = max(6, min(18, 420 // num_layers))
+        self.column = max(5, min(22, 144 // num_heads))
+        self.every = -(-12 // self.row)  # rows from one number to the next
+        self.width = self.left + num_heads * self.column
+        self.height = num_layers * self.row
 
 
 def make_page(
@@ -150,12 +173,14 @@ def make_page(
     budget_bytes: int | str | None = None,
     kv_dtype: str | None = None,
     max_new_tokens: int = 64,
+    question: str | None = None,
+    name: str = "",
 ) -> Page:
     """Reads a prompt ``[1, T]`` once and compares what follows from it.
 
     The model must not be attached. ``policy``, ``budget``, ``ratio``, ``budget_bytes`` and
     ``kv_dtype`` are those of :class:`adakv.Cache`; the answers have up to ``max_new_tokens``, at
-    least 2.
+    least 2. ``question``, which the prompt ends with, and the model's ``name`` are shown.
     """
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
@@ -173,15 +198,21 @@ def make_page(
             )
 
         cache = compressed()
-        stats, kept = cache.stats(), _kept(cache)
+        layers = [i for i, own in enumerate(cache.layers) if isinstance(own, FullAttentionLayer)]
+        if not layers:
+            raise ValueError(f"model: {type(model).__name__} has no layers with full attention")
+        stats, kept = cache.stats(), _kept(cache, layers, prompt.shape[1])
         full = FullAnswer(model, prefill, max_new_tokens)
         own = greedy(model, cache, prefill.logits, max_new_tokens)
         quality = full.quality_of(compressed())
+    about = [name, f"{prompt.shape[1]} tokens", f"{len(layers)} layers × {kept.shape[1]} kv heads"]
+    bits = {"auto": str(model.dtype).removeprefix("torch.")}.get(stats["kv_dtype"])
     return Page(
         policy=policy,
         num_tokens=prompt.shape[1],
         pieces=_pieces(tokenizer, prompt[0].tolist(), kept),
-        lengths=[[len(positions) for positions in heads] for heads in kept],
+        layers=layers,
+        kept=kept,
         cache_bytes=stats["bytes"],
         full_bytes=stats["full_bytes"],
         answer=tokenizer.decode(own, skip_special_tokens=True).strip(),
@@ -189,22 +220,24 @@ def make_page(
         kl=quality.kl,
         agreement=quality.agreement,
         same_start=same_start(own, full.tokens),
+        question=question,
+        about=tuple(filter(None, [*about, f"cache in {bits or stats['kv_dtype']}"])),
     )
 
 
-def _kept(cache: Cache) -> list[list[Tensor]]:
-    """Per full-attention layer and kv head the positions that are held."""
-    layers = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FullAttentionLayer)]
-    return [cache.kept(layer)[0] for layer in layers]
+def _kept(cache: Cache, layers: list[int], num_tokens: int) -> Tensor:
+    """bool ``[L, Hkv, T]``: which tokens some layers hold."""
+    rows = [[positions.long().cpu() for positions in cache.kept(layer)[0]] for layer in layers]
+    kept = torch.zeros(len(rows), len(rows[0]), num_tokens, dtype=torch.bool)
+    for layer, heads in enumerate(rows):
+        for head, positions in enumerate(heads):
+            kept[layer, head, positions] = True
+    return kept
 
 
-def _pieces(tokenizer: Any, tokens: list[int], kept: list[list[Tensor]]) -> list[Piece]:
+def _pieces(tokenizer: Any, tokens: list[int], kept: Tensor) -> list[Piece]:
     """The text of the tokens one by one; of several where only together they are a character."""
-    rows = [positions for heads in kept for positions in heads]
-    counts = torch.zeros(len(tokens))
-    for positions in rows:
-        counts[positions.long()] += 1
-    shares = (counts / max(len(rows), 1)).tolist()
+    shares = kept.float().mean((0, 1)).tolist()
 
     def text(start: int, stop: int) -> str:
         return str(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False))
@@ -218,11 +251,10 @@ def _pieces(tokenizer: Any, tokens: list[int], kept: list[list[Tensor]]) -> list
         if whole.endswith("\ufffd") and stop < len(tokens):
             continue
         share = sum(shares[start:stop]) / (stop - start)
-        pieces.append(Piece(whole[len(text(before, start)) :], share))
+        pieces.append(Piece(whole[len(text(before, start)) :], share, stop - start))
         starts.append(stop)
     return pieces
 
 
-def _quote(text: str) -> str:
-    """As it is, whatever HTML or Markdown is in it."""
-    return f"<pre>{html.escape(text)}</pre>"
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -25,13 +25,13 @@ from adakv.errors import Error
 from adakv.hf import families, long_rope, pool_size
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
-from adakv.hf.branches import BranchingCache
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
 from adakv.hf.notices import Notices
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
+from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection
 from adakv.reading import Part, Reader
@@ -43,7 +43,7 @@ _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_gr
 _MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
-class Cache(BranchingCache):
+class Cache(ShownCache):
     """A KV cache whose prompts are cut down to what a policy keeps, for ``past_key_values=``
     (``cache=`` since transformers 5.24).
 

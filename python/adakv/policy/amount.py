@@ -51,6 +51,13 @@ class Amount:
             return cls(share=number / 100)
         return cls(count=integer(name, int(number * _UNITS[unit]), 1))
 
+    @property
+    def brief(self) -> str:
+        """For people."""
+        if self.share is None:
+            return str(self.count)
+        return f"{float(100 * self.share):g}%"
+
     def of(self, full_bytes: int) -> int:
         """Bytes, for a sequence whose full cache takes ``full_bytes``."""
         if self.share is None:

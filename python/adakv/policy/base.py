@@ -15,15 +15,16 @@ from integers that the host knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from adakv import ops
+from adakv import ops, shown
 from adakv.ops import Kept
+from adakv.policy import written
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 from adakv.policy.more_tokens import MoreTokens
 
@@ -185,6 +186,20 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def __str__(self) -> str:
+        """As :func:`adakv.policy.get` reads it."""
+        return written.expression(self._parts)
+
+    def __repr__(self) -> str:
+        return f"Policy({self})"
+
+    def _repr_html_(self) -> str:
+        return shown.table(written.rows(self._parts))
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def window(self) -> int:

@@ -67,6 +67,11 @@ class Budget:
         return budget if chosen.bits is None else ByteBudget(chosen, limit=budget)
 
     @property
+    def brief(self) -> str:
+        """As it was given, for people."""
+        return f"budget={self.entries}" if self.ratio is None else f"ratio={self.ratio:g}"
+
+    @property
     def _least(self) -> int:
         return self.policy.window + self.policy.scorer.pinned
 
@@ -129,6 +134,12 @@ class ByteBudget(Budget):
 
     def __post_init__(self) -> None:
         """It has neither entries nor a ratio."""
+
+    @property
+    def brief(self) -> str:
+        if isinstance(self.limit, Budget):
+            return self.limit.brief
+        return f"budget_bytes={self.limit.brief}"
 
     def decided(self, footprints: Sequence[Footprint], prompt_lens: Sequence[int]) -> ByteBudget:
         """In one of some formats, for prompts of such lengths.

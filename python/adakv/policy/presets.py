@@ -113,6 +113,11 @@ def names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
+def name_of(policy: Policy) -> str:
+    """The name of a preset that is this policy, or else its parts, written down."""
+    return next((name for name, preset in _PRESETS.items() if preset == policy), str(policy))
+
+
 def get(policy: str | Policy) -> Policy:
     """The preset of that name, or the policy that a text like ``"KeyDiff() * Adaptive(floor=0.1) *
     TopScore()"`` describes; a :class:`Policy` is given back as it is."""
