@@ -25,6 +25,15 @@ FUZZ_SECONDS ?= 60
 # Tools come from the environment, CMake's and Ninja's executables included.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where there is ccache, a new clone compiles nothing that another one has compiled: names of files
+# are kept relative to the clone.
+ifneq ($(shell command -v ccache),)
+export CMAKE_C_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
+endif
 BUILD := build/dev
 WERROR := $(if $(CI),ON,OFF)
 PYTHON_DIRS := python tests benchmarks examples bindings
