@@ -12,6 +12,7 @@
 #   MODEL   the model of the demo, of the end-to-end benchmark and of `make quality`, a file or folder
 #   TEXT, QA, EVAL_OPTIONS  what `make quality` reads: a text, questions in SQuAD's layout if there
 #           are any, and more options of `adakv eval`
+#   WHEEL_OPTIONS  more options of the build of wheels, `-C cmake.define.NAME=VALUE`
 #   WHEEL_TESTS  what `make test-wheel` runs, by default all of tests/
 #   DEVICE  where `make embed` and `make bench` run, cpu or cuda
 PYTHON ?= python3
@@ -240,7 +241,8 @@ wheel: setup ## an sdist, and of it a wheel for this machine's glibc or later on
 	python -m build --sdist --no-isolation -o build/wheel .
 	tar -xmf build/wheel/*.tar.gz -C build/wheel/source --strip-components 1
 	GIT_DIR=/nowhere python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel build/wheel/source \
-		-C build-dir=$(CURDIR)/build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA)
+		-C build-dir=$(CURDIR)/build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA) \
+		$(WHEEL_OPTIONS)
 	python -m auditwheel repair -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
