@@ -12,6 +12,8 @@
 #   MODEL   the model of the demo, of the end-to-end benchmark and of `make quality`, a file or folder
 #   TEXT, QA, EVAL_OPTIONS  what `make quality` reads: a text, questions in SQuAD's layout if there
 #           are any, and more options of `adakv eval`
+#   WHEEL_OPTIONS  more options of the build of wheels, `-C cmake.define.NAME=VALUE`
+#   WHEEL_TESTS  what `make test-wheel` runs, by default all of tests/
 #   DEVICE  where `make embed` and `make bench` run, cpu or cuda
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,10 +23,20 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DEVICE ?= cpu
 FUZZ_SECONDS ?= 60
+WHEEL_TESTS ?= tests
 
 # Tools come from the environment, CMake's and Ninja's executables included.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where there is ccache, a new clone compiles nothing that another one has compiled: names of files
+# are kept relative to the clone.
+ifneq ($(shell command -v ccache),)
+export CMAKE_C_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
+endif
 BUILD := build/dev
 WERROR := $(if $(CI),ON,OFF)
 PYTHON_DIRS := python tests benchmarks examples bindings
@@ -49,7 +61,7 @@ CLANG := $(shell command -v clang++)
 comma := ,
 
 .PHONY: help setup build model quality-model demo embed test test-cpp test-python test-asan \
-	test-ubsan test-tsan test-arm test-gpu test-wheel vllm test-vllm fuzz stubs lint format bench \
+	test-ubsan test-tsan test-arm test-gpu newcomer test-wheel vllm test-vllm fuzz stubs lint format bench \
 	quality docs cuda-check wheel clean
 
 help: ## list the words
@@ -131,6 +143,9 @@ test-cpp: build setup ## those of the C++ core; left out where GoogleTest is mis
 test-python: build setup
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
 
+newcomer: ## what README.md says, word for word, in an empty folder
+	$(if $(filter-out undefined default file,$(origin TORCH)),TORCH="$(TORCH)") tests/newcomer.sh
+
 test-asan: setup ## the C++ tests under AddressSanitizer
 	$(call core,asan,$(SANITIZED)=address)
 	$(CTEST) build/asan
@@ -186,7 +201,7 @@ lint: build setup ## ruff, mypy --strict, clang-format, workflows, spelling and 
 	@clang-format --dry-run -Werror $(CPP_FILES)
 	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	zizmor -q --offline .github
-	shellcheck .ci/run
+	shellcheck .ci/run tests/newcomer.sh
 	codespell *.md Makefile docs python bindings cpp cuda examples benchmarks/*.py
 	md-dead-link-check --no-color $$(git ls-files '*.md')
 
@@ -219,12 +234,17 @@ cuda-check: $(VENV)/.ready ## compile the CUDA code for one architecture; needs 
 		-DADAKV_WERROR=ON
 	cmake --build build/cuda --target adakv_cuda
 
-wheel: setup ## a wheel for this machine's glibc or later ones, into dist/
+# The wheel is made of the sdist, out of git's sight, so that a release can be made of either.
+wheel: setup ## an sdist, and of it a wheel for this machine's glibc or later ones, into dist/
 	python -m pip install -q --group wheel
-	rm -rf build/wheel/*.whl
-	python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel . \
-		-C build-dir=build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA)
+	rm -rf build/wheel/source build/wheel/*.whl build/wheel/*.tar.gz && mkdir -p build/wheel/source dist
+	python -m build --sdist --no-isolation -o build/wheel .
+	tar -xmf build/wheel/*.tar.gz -C build/wheel/source --strip-components 1
+	GIT_DIR=/nowhere python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel build/wheel/source \
+		-C build-dir=$(CURDIR)/build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA) \
+		$(WHEEL_OPTIONS)
 	python -m auditwheel repair -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 # torch and the tools are those of the environment, what adakv's extras want beside them is added; an
 # adakv installed in place there is not seen, as .pth files of a folder that a .pth file names are
@@ -238,8 +258,9 @@ test-wheel: wheel ## install the wheel in an environment of its own, and run the
 		> $$(echo $(WHEEL_ENV)/lib/python3.*/site-packages)/tools.pth
 	$(WHEEL_PIP) install -q 'adakv[hf,cli]'
 	cd $(WHEEL_ENV) && bin/python -c 'import adakv, sys; assert adakv.__file__.startswith(sys.prefix)'
+	$(WHEEL_ENV)/bin/adakv info
 	cd $(WHEEL_ENV) && OMP_NUM_THREADS=1 bin/python -m pytest -c $(CURDIR)/pyproject.toml \
-		--rootdir $(CURDIR) $(CURDIR)/tests -n auto -m "not slow"
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(WHEEL_TESTS)) -n auto -m "not slow"
 
 clean: ## remove everything that was made here, but the environment and the model
 	rm -rf build dist demo/*.json demo/*.png .mypy_cache .pytest_cache .ruff_cache

@@ -253,6 +253,16 @@ def test_docs_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
     assert all(float(ours) == pytest.approx(float(theirs), rel=0.02) for ours, theirs in pairs)
 
 
+def test_docs_agree_on_the_version_that_a_tag_releases():
+    """.github/workflows/release.yml compares the tag with the first two."""
+    (version,) = re.findall(
+        r"project\(adakv VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text()
+    )
+    heading, *_ = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading.split()[0] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_docs_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
