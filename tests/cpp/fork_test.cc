@@ -138,6 +138,16 @@ TEST(Fork, PagesAreFreeWhenNobodyHasThem) {
   EXPECT_EQ(branch->pool().num_free(), 60);
 }
 
+TEST(Fork, ASequenceThatHoldsNothingBegins) {
+  Filled filled;
+  filled.cache.remove(0);
+  const std::unique_ptr<KVCache> branch = forked(filled.cache, {0});
+  EXPECT_EQ(branch->pool().num_used(), 0);
+  const size_t taken = branch->begin(0, 0, {19}, {11}).ids.size();
+  const Fork again = branch->fork({0});
+  EXPECT_EQ(again.cache->num_pages(0, 0), static_cast<int32_t>(taken) + 2 * kHeads);
+}
+
 TEST(Fork, ThePoolGrowsForAll) {
   Filled filled(20);
   const std::unique_ptr<KVCache> branch = forked(filled.cache, {0});
