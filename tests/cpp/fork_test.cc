@@ -24,7 +24,7 @@ CacheConfig config_of(int32_t num_pages) {
   config.head_dim = kDim;
   config.page_size = kPageSize;
   config.num_pages = num_pages;
-  config.max_row_pages = 10;
+  config.max_row_pages = 20;
   config.dtype = DType::kFloat32;
   return config;
 }
@@ -117,7 +117,7 @@ TEST(Fork, SharesAllButTheLastPages) {
 }
 
 TEST(Fork, BranchesGoOnByThemselves) {
-  Filled filled;
+  Filled filled(200);
   for (int steps : {0, 1, 7, 8, 9, 30}) {
     append_to(filled.cache, steps, filled.random);
     const std::unique_ptr<KVCache> kept = forked(filled.cache, {0}, {}, true);
