@@ -69,6 +69,7 @@ void KVCache::fork_pages(const Sequence& source,
                          int64_t back,
                          bool whole,
                          std::vector<PageList>& lists) {
+  if (source.pages.empty()) return;
   const int32_t heads = config_.num_kv_heads;
   branch.longest_row = source.longest_row;
   branch.appended = std::max<int64_t>(source.appended - back, 0);

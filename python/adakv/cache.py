@@ -367,7 +367,7 @@ class KVCache:
         return fork
 
     def pages_to_fork(self, sources: Sequence[int], *, whole: bool = False) -> int:
-        """Pages that have to be free for :meth:`fork`."""
+        """Pages that have to be free for :meth:`fork` of ``sources``, ``whole`` or not."""
         return int(self._cache.pages_to_fork(sources, whole))
 
     def shares_pages(self, sequence: int) -> bool:

@@ -386,8 +386,8 @@ def fork(
     """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares the source's pages:
     sequence b goes on where the source's ``sources[b]`` is, without its ``back[b]`` newest tokens.
 
-    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids`` ``[2, Hkv]`` of
-    each, the rows' own pages before and in that, or if ``whole`` as :func:`compact` takes them.
+    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids``, from
+    ``page_indptr`` on, the ``layer``'s own: ``[2, Hkv]``, or if ``whole`` as for :func:`compact`.
     """
     _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 

@@ -24,7 +24,7 @@ CacheConfig config_of(int32_t num_pages) {
   config.head_dim = kDim;
   config.page_size = kPageSize;
   config.num_pages = num_pages;
-  config.max_row_pages = 10;
+  config.max_row_pages = 20;
   config.dtype = DType::kFloat32;
   return config;
 }
@@ -117,7 +117,7 @@ TEST(Fork, SharesAllButTheLastPages) {
 }
 
 TEST(Fork, BranchesGoOnByThemselves) {
-  Filled filled;
+  Filled filled(200);
   for (int steps : {0, 1, 7, 8, 9, 30}) {
     append_to(filled.cache, steps, filled.random);
     const std::unique_ptr<KVCache> kept = forked(filled.cache, {0}, {}, true);
@@ -136,6 +136,16 @@ TEST(Fork, PagesAreFreeWhenNobodyHasThem) {
   branch->remove(0);
   EXPECT_EQ(branch->pool().num_used(), 0);
   EXPECT_EQ(branch->pool().num_free(), 60);
+}
+
+TEST(Fork, ASequenceThatHoldsNothingBegins) {
+  Filled filled;
+  filled.cache.remove(0);
+  const std::unique_ptr<KVCache> branch = forked(filled.cache, {0});
+  EXPECT_EQ(branch->pool().num_used(), 0);
+  const size_t taken = branch->begin(0, 0, {19}, {11}).ids.size();
+  const Fork again = branch->fork({0});
+  EXPECT_EQ(again.cache->num_pages(0, 0), static_cast<int32_t>(taken) + 2 * kHeads);
 }
 
 TEST(Fork, ThePoolGrowsForAll) {

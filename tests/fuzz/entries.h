@@ -121,6 +121,7 @@ struct SequenceModel {
 
   /// It becomes a branch that leaves `back` tokens behind.
   void fork(int64_t back, bool whole, int64_t page_size, int64_t num_heads) {
+    if (!is_begun) return;
     const int64_t left = std::max<int64_t>(appended - back, 0);
     const int64_t behind = starts(appended, page_size) - starts(left, page_size);
     const int64_t leave = std::min<int64_t>(num_started, behind + 2);
@@ -129,7 +130,7 @@ struct SequenceModel {
     appended = left;
     for (auto& row : rows) row.resize(row.size() - back);
     seen -= static_cast<int32_t>(back);
-    is_forked = is_forked || is_begun;
+    is_forked = true;
   }
 
   /// Its counts behind so many new tokens.

@@ -190,7 +190,7 @@ struct ForkArgs {
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32
   bool whole = false;      // whether rows share nothing
-  LayerView layer;         // of the B sequences, out: everything in it. Its pages are the source's
+  LayerView layer;         // of the same B sequences, out: everything but the shared pages
   Stream stream = nullptr;  // where CUDA work is put
 };
 /// Writes args.layer.
