@@ -14,7 +14,8 @@ import torch
 
 import harness
 from adakv import ops
-from adakv.cache import KV_DTYPES, KVCache, page_size_for
+from adakv.cache import KVCache
+from adakv.formats import KV_DTYPES, page_size_for
 from cuda_timing import graph_times, launch_times
 
 GPU_HEADS, GPU_HEAD_DIM = 8, 128

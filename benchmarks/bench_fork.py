@@ -9,7 +9,8 @@ import torch
 
 import harness
 from adakv import ops
-from adakv.cache import KV_DTYPES, KVCache, page_size_for
+from adakv.cache import KVCache
+from adakv.formats import KV_DTYPES, page_size_for
 
 
 @dataclass(frozen=True)

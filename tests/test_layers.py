@@ -2,9 +2,10 @@
 
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
-4  policies, reader        python/adakv/policy/, python/adakv/{reading,entries,reselection}.py
+4  policies, reader        python/adakv/policy/,
+                           python/adakv/{reading,entries,recent,reselection}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork}.py,
-                           python/adakv/{cache,devices,shape,step}.py
+                           python/adakv/{formats,cache,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -48,6 +49,7 @@ FLOORS = {
     "tensors": 3,
     "_register": 3,
     "cache": 3,
+    "formats": 3,
     "devices": 3,
     "fork": 3,
     "shape": 3,
@@ -56,6 +58,7 @@ FLOORS = {
     "entries": 4,
     "reading": 4,
     "reselection": 4,
+    "recent": 4,
     "hf": 5,
     "vllm": 5,
 }
@@ -64,7 +67,7 @@ SIDEWAYS = {
     ("entries", "policy"),
     ("reading", "policy"),
     ("reading", "entries"),
-    *(("reselection", x) for x in ("policy", "entries")),
+    *(("reselection", x) for x in ("policy", "entries", "recent")),
 }
 TRANSFORMERS = ("hf/", "cli/", "eval/")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.cache import SCALE_GROUP
+from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 import adakv
-from adakv.cache import KV_DTYPES
 from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
 from adakv.cli.options import Place, file_option, place_options
@@ -26,6 +25,7 @@ from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
 from adakv.eval.records import Record, RecordFile
+from adakv.formats import KV_DTYPES
 from adakv.policy import MoreTokens, Policy
 
 POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 import adakv
-from adakv.cache import KV_DTYPES
 from adakv.cli import output
 from adakv.cli.inputs import (
     DTYPES,
@@ -23,6 +22,7 @@ from adakv.cli.inputs import (
 from adakv.cli.measure import Run, Setting
 from adakv.cli.progress import progress_bar
 from adakv.cli.types import FILE, TEXT
+from adakv.formats import KV_DTYPES
 from adakv.policy.amount import Amount
 
 DEFAULT_RATIO = 0.1

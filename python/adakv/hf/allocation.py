@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from adakv.cache import check_kv_dtype, check_page_size, page_size_for
 from adakv.devices import AnyCache
 from adakv.errors import integer
+from adakv.formats import check_kv_dtype, check_page_size, page_size_for
 from adakv.hf import pool_size
 from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader

@@ -481,8 +481,7 @@ class Cache(ShownCache):
                 self.reading.change(self.eviction.first_budget, self.protection)
 
     def _end_prompt(self) -> None:
-        """The first token behind the prompts comes."""
-        assert self._kv is not None
+        assert self._kv is not None  # the first token behind the prompts comes
         if self.eviction.reads_chunks:
             self._decide(self.seen)
             self.eviction.budget.check(self.seen)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from adakv.cache import KVCache
 from adakv.devices import AnyCache
 from adakv.policy import Budget, Protection, get
-from adakv.reselection import Ask, Recent, Reselection, Rule
+from adakv.recent import Recent
+from adakv.reselection import Ask, Reselection, Rule
 from adakv.step import Attention
 
 _ANY = 2**31 - 1  # tokens: how long a prompt in chunks will be is not known

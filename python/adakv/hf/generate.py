@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adakv.cache import check_page_size
 from adakv.errors import integer, short
+from adakv.formats import check_page_size
 from adakv.hf import long_rope
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import CACHE, attach, decoder_of

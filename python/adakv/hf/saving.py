@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adakv.cache import SCALE_GROUP, KVCache, sequences
+from adakv.cache import KVCache, sequences
 from adakv.devices import SplitCache
 from adakv.errors import Error
+from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.ops import Layer

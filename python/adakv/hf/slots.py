@@ -26,7 +26,8 @@ from adakv.devices import AnyCache, FirstSlots, SplitStep
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
-from adakv.reselection import RecentQueries, Reselection, Rule
+from adakv.recent import RecentQueries
+from adakv.reselection import Reselection, Rule
 from adakv.step import PlannedStep
 
 _UNIFORMS = 256  # numbers of a sequence that are drawn at a time

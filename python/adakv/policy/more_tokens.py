@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adakv.cache import check_kv_dtype
+from adakv.formats import check_kv_dtype
 from adakv.policy.inputs import check_settings
 
 

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from adakv.cache import check_kv_dtype
+from adakv.formats import check_kv_dtype
 from adakv.step import Attention
 from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.cache import SCALE_GROUP
 from adakv.entries import dequantised
+from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import Flat, Policy
 from adakv.reading import Reader

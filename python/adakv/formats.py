@@ -1,0 +1,44 @@
+"""Formats of pages: their names, and the page sizes that go with them."""
+
+from __future__ import annotations
+
+import torch
+
+from adakv.errors import integer
+
+#: How pages hold entries: as they are, or quantised (docs/bits.md).
+KV_DTYPES = ("auto", "int8", "fp8", "int4")
+
+#: Dimensions of a head that share a scale in quantised pages.
+SCALE_GROUP = 64
+
+
+def page_size_for(kv_dtype: str, page_size: int | None) -> int:
+    """``page_size``, or if there is none what is good for a format of pages."""
+    if page_size is None:
+        return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
+    size = check_page_size(page_size)
+    if kv_dtype == "int4" and size != 32:
+        raise ValueError(f"page_size must be 32 for pages of int4, got {size}")
+    return size
+
+
+def check_page_size(page_size: int) -> int:
+    """The same, as ``int``; raises ``ValueError`` unless it is a power of two from 8 to 256."""
+    size = integer("page_size", page_size, 0)
+    if not 8 <= size <= 256 or size & (size - 1):
+        raise ValueError(f"page_size must be a power of two from 8 to 256, got {size}")
+    return size
+
+
+def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
+    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype``."""
+    if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
+        names = ", ".join(map(repr, KV_DTYPES))
+        raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
+    if kv_dtype != "auto" and dtype is torch.float32:
+        raise ValueError(
+            f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
+            "float32; load the model in one of them, or take kv_dtype='auto'"
+        )
+    return kv_dtype
