@@ -104,21 +104,21 @@ def tables(
     return found
 
 
-def comparison(results: list[Cell]) -> Table:
+def comparison(results: list[Cell], default: str = DEFAULT) -> Table:
     """What each policy has of the default's KL, by task."""
     tasks = list(dict.fromkeys(cell["task"] for cell in results))
-    default = {(c["task"], c["share"]): c["kl"] for c in results if c["policy"] == DEFAULT}
+    base = {(c["task"], c["share"]): c["kl"] for c in results if c["policy"] == default}
     rows = []
     for policy in order(results):
         own = [cell for cell in results if cell["policy"] == policy]
         logs: dict[str, list[float]] = {task: [] for task in tasks}
         for cell in own:
-            ratio = max(cell["kl"], LEAST) / max(default[cell["task"], cell["share"]], LEAST)
+            ratio = max(cell["kl"], LEAST) / max(base[cell["task"], cell["share"]], LEAST)
             logs[cell["task"]].append(math.log(ratio))
         ratios = [f"{math.exp(statistics.fmean(logs[task])):.2f}" for task in tasks]
-        clear = [c["kl"] < default[c["task"], c["share"]] for c in own if c.get("p", 1) < RARELY]
+        clear = [c["kl"] < base[c["task"], c["share"]] for c in own if c.get("p", 1) < RARELY]
         counts = (f"{clear.count(True)}", f"{clear.count(False)}")
-        if policy != DEFAULT:
+        if policy != default:
             rows.append((f"`{policy}`", *ratios, *counts))
     names = (f"`{task}`" for task in tasks)
     return Table("", ("times the default's KL", *names, "better", "worse"), tuple(rows))
@@ -166,13 +166,14 @@ def main() -> None:
     show.add_argument("results", type=Path)
     show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
     show.add_argument("--compare", action="store_true")
+    show.add_argument("--default", default=DEFAULT, help="what --compare compares with")
     for command in (collect, show):
         command.add_argument("--formats", action="store_true")
     given = options.parse_args()
     if given.command == "show":
         _, *results = map(json.loads, given.results.read_text().splitlines())
         found = tables(results, formats=given.formats, shown_only=given.policies)
-        for table in [comparison(results)] if given.compare else found:
+        for table in [comparison(results, given.default)] if given.compare else found:
             print(markdown(table))
         return
     first, *lines = map(json.loads, given.records.read_text().splitlines())

@@ -174,7 +174,7 @@ def test_demo_compares_three_caches(model: str, tmp_path: Path, capsys: pytest.C
     assert run_command_line(["demo", model, *options, "--plot", str(plot_path)]) == 0
     content = json.loads(path.read_text())
     full, *runs = content["runs"]
-    assert [run["title"] for run in runs] == ["critical_ada_snapkv", "model_column_max"]
+    assert [run["title"] for run in runs] == ["critical_ada_snapkv", "model_rank_fusion"]
     assert max(run["cache_bytes"] for run in runs) < full["cache_bytes"] / 3
     for run in (full, *runs):
         assert len(run["texts"]) == len(content["questions"]) == len(run["right"])

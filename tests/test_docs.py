@@ -139,11 +139,11 @@ def test_docs_guides_run(
 def test_docs_quickstart_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     run_blocks(QUICKSTART, {}, str(REAL_MODEL))
-    *printed, wrong = capsys.readouterr().out.splitlines()
+    *printed, second = capsys.readouterr().out.splitlines()
     told = "".join(re.findall(r"^```\n\n((?:    .*\n)+)", QUICKSTART.read_text(), re.MULTILINE))
     answer, *sizes = [line.strip() for line in told.splitlines()[:-1]]
     assert printed[0] == answer
-    assert "Golden Anchor" not in wrong  # how it is wrong may differ from machine to machine
+    assert "Golden Anchor" in second  # words around it may differ from machine to machine
     for ours, theirs in zip(printed[1:], sizes, strict=True):
         pairs = zip(*(re.findall(r"[\d.]+", line) for line in (ours, theirs)), strict=True)
         assert all(float(x) == pytest.approx(float(y), rel=0.05) for x, y in pairs)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 #: What docs/quality.md shows of other texts.
 OTHERS = (
-    "model_column_max,layer_defensive,critical_ada_snapkv,ada_expected,r_kv,keydiff,kvzip,"
+    "model_rank_fusion,model_column_max,layer_defensive,critical_ada_snapkv,ada_expected,r_kv,keydiff,kvzip,"
     "critical_ada_snapkv@kvpress"
 )
 
@@ -65,10 +65,10 @@ def test_quality_tables_take_what_all_policies_have(
 ):
     """The third prompt of a stopped run is left out. The differences from the default are 1 and 3:
     with two of the four ways to throw their signs, both alike, the mean is as far from 0."""
-    kl = {"model_column_max": [1.0, 2.0, 50.0], "snapkv": [2.0, 5.0]}
+    kl = {"model_rank_fusion": [1.0, 2.0, 50.0], "snapkv": [2.0, 5.0]}
     default, snapkv = collected(script, tmp_path, monkeypatch, kl)
     about = {"task": "qa", "share": 0.25, "texts": 2}
-    assert default == about | {"policy": "model_column_max", "kl": 1.5, "error": 0.5}
+    assert default == about | {"policy": "model_rank_fusion", "kl": 1.5, "error": 0.5}
     assert snapkv == about | {"policy": "snapkv", "kl": 3.5, "error": 1.5, "p": 0.5}
 
 
@@ -115,9 +115,9 @@ def test_quality_tables_compare_with_the_default(script: ModuleType):
         return {"task": task, "policy": policy, "share": share, "texts": 8, "kl": kl, **more}
 
     cells = [
-        cell("qa", "model_column_max", 0.5, 1.0),
-        cell("qa", "model_column_max", 0.25, 1.0),
-        cell("text", "model_column_max", 0.5, 2.0),
+        cell("qa", "model_rank_fusion", 0.5, 1.0),
+        cell("qa", "model_rank_fusion", 0.25, 1.0),
+        cell("text", "model_rank_fusion", 0.5, 2.0),
         cell("qa", "snapkv", 0.5, 2.0, p=0.01),
         cell("qa", "snapkv", 0.25, 8.0, p=0.05),
         cell("text", "snapkv", 0.5, 1.0, p=0.02),
@@ -132,7 +132,8 @@ def test_quality_tables_compare_with_the_default(script: ModuleType):
     [
         ("quality.md", "quality-qwen-05b", ()),
         ("quality.md", "quality-qwen-05b-other-texts", ("--policies", "OTHERS")),
-        ("quality.md", "quality-qwen-05b-tried", ("--compare",)),
+        ("quality.md", "quality-qwen-05b-tried", ("--compare", "--default", "model_column_max")),
+        ("quality.md", "quality-qwen-05b", ("--compare",)),
         ("bits.md", "quality-qwen-05b-bits", ("--formats",)),
         ("texts.md", "quality-qwen-05b-written", ()),
     ],

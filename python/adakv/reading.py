@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.cache import sequences
+from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
@@ -248,25 +248,16 @@ class Reader:
         layers = list(chosen)
         if not layers:
             return
-        budgets = self.budgets(kv.num_kv_heads)
-        totals = [[x.total for x in budgets[layer]] for layer in layers]
-        together = [layers]
-        if isinstance(kv, SplitCache) and len(layers) > 1:
+        is_split = isinstance(kv, SplitCache)
+        if is_split and len(layers) > 1:
+            for layer in layers:
+                self.compact({layer: chosen.pop(layer)}, kv, first_sequence=first_sequence)
+            return
+        if is_split and self.policy.is_model_wide:
             totals = [_counts(chosen[layer], kv.num_kv_heads) for layer in layers]
-            together = [[layer] for layer in layers]
-        for some in together:
-            self._compact(some, totals[: len(some)], chosen, kv, first_sequence)
-            totals = totals[len(some) :]
-
-    def _compact(
-        self,
-        layers: Sequence[int],
-        totals: Sequence[Sequence[int]],
-        chosen: dict[int, list[Chosen]],
-        kv: AnyCache,
-        first_sequence: int,
-    ) -> None:
-        """:meth:`compact` of some layers, whose pages are taken together."""
+        else:
+            budgets = self.budgets(kv.num_kv_heads)
+            totals = [[x.total for x in budgets[layer]] for layer in layers]
         page_ids, next_page = kv.begin_layers(
             layers, totals, self.lengths, first_sequence=first_sequence
         )
@@ -279,7 +270,7 @@ class Reader:
                 starts = next_page[prompts.start : prompts.stop + 1]
                 rows = view if len(self._groups) == 1 else sequences(view, prompts)
                 entries.compact(kept, rows, page_ids, starts)
-            if layer != layers[-1] and not isinstance(kv, SplitCache):
+            if chosen and isinstance(kv, KVCache):
                 kv.advance_pages(next_page, view.lengths)
         self.num_compacted += len(layers)
 

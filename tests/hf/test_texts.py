@@ -122,7 +122,7 @@ def test_prefixkv_drops_the_one_that_is_newest_no_more():
 @pytest.mark.model
 def test_the_default_policy_has_its_prompt_and_another_its_text():
     model = LLAMA.model()
-    with pytest.raises(ValueError, match=r"decode_budget: ColumnMax needs all_queries, which"):
+    with pytest.raises(ValueError, match=r"decode_budget: RankFusion needs all_queries, which"):
         adakv.Cache(model, budget=48, decode_budget=40)
     cache = adakv.Cache(model, budget=48, decode_policy="r_kv", decode_budget=16, every=4)
     write(model, cache, torch.randint(3, VOCAB, (1, 100)), 50)

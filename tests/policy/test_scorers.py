@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adakv import ops
 from adakv.policy import (
     ColumnMax,
     Defensive,
@@ -207,7 +206,7 @@ def test_column_max_weighs_the_window(device):
 # --- Rank fusion ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"window_weight": 0.0}, {"window_power": 2.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"window_weight": 0.0}, {"key_factor": 1}], ids=str)
 def test_rank_fusion_takes_the_better_of_two_ranks(device, settings: dict[str, float]):
     """By sorted lists, of prompts of 60 and 45 tokens."""
     prompt = Prompt(batch=2, length=60, head_dim=16)
@@ -216,46 +215,46 @@ def test_rank_fusion_takes_the_better_of_two_ranks(device, settings: dict[str, f
     inputs = replace(whole, prompt_lens=(60, 45), seq_lens=lengths)
     scorer = RankFusion(window=8, distance=4, stride=1, pinned=0, **settings)
     fused = scorer.score(inputs).cpu()
-    columns = ColumnMax(window=8, distance=4, weigh_by="all", pinned=0)
+    weight = scorer.window_weight
+    columns = ColumnMax(window=8, distance=4, weigh_by="all", pinned=0, window_weight=weight)
     by_looks = columns.score(inputs).cpu()
     by_keys = KeyDiff(window=8).score(inputs).cpu()
-    asked = [
-        ops.score(inputs.queries[b : b + 1, :, n - 8 : n], inputs.keys[b : b + 1, :, :n],
-                  window_reduce="max", group_reduce="max")
-        for b, n in enumerate((60, 45))
-    ]  # fmt: skip
     for b, count in enumerate((52, 37)):
         for head in range(inputs.num_kv_heads):
             looks, keys = by_looks[b, head, :count].tolist(), by_keys[b, head, :count].tolist()
             values = sorted(looks, reverse=True)
-            ranks = [
+            first, second = (
                 {t: i for i, t in enumerate(sorted(range(count), key=lambda t: -scores[t]))}
                 for scores in (looks, keys)
-            ]
-            expected = torch.tensor([values[min(r[t] for r in ranks)] for t in range(count)])
-            on_top = asked[b][0, head, :count] ** scorer.window_power * scorer.window_weight
-            norms = inputs.norms("l2_gram")[b, head, :count]
-            expected = expected.maximum((on_top * norms).cpu())
-            torch.testing.assert_close(fused[b, head, :count], expected)
+            )
+            factor = scorer.key_factor
+            places = [min(first[t], factor * (second[t] + 1) - 1) for t in range(count)]
+            expected = torch.tensor([values[place] for place in places])
+            assert torch.equal(fused[b, head, :count], expected)
 
 
 def test_rank_fusion_finds_what_nothing_looked_at(device):
-    """The queries look at entry 1 of four, and the key of entry 3 is the one unlike the others."""
-    inputs = attention_inputs([[[[0.1, 0.7, 0.15, 0.05, 0.0]] * 5]], device)
-    keys = (
-        torch.tensor([[1.0, 1, 1, -1, 1]], device=device)[..., None]
-        .repeat(1, 1, 1, 16)
-        .reshape(1, 1, 5, 16)
-    )
+    """Queries look at all entries alike, and the key of entry 3 of four is unlike the others: it
+    takes the second place, behind entry 0, which stands first."""
+    inputs = attention_inputs([[[[0.2, 0.2, 0.2, 0.2, 0.2]] * 5]], device)
+    keys = torch.tensor([[1.0, 1, 1, -1, 1]], device=device)[..., None].repeat(1, 1, 1, 16)
     inputs = replace(inputs, queries=torch.zeros_like(inputs.queries), keys=keys)
     scorer = RankFusion(window=1, distance=1, stride=1, pinned=0, window_weight=0)
+    columns = ColumnMax(window=1, distance=1, weigh_by="all", pinned=0).score(inputs)[0, 0, :4]
     fused = scorer.score(inputs)[0, 0, :4]
-    assert fused.argmax() in (0, 3) and fused[3] == fused.max()
+    assert columns.argmax() == 0
+    assert fused[3] == columns.sort(descending=True).values[1]
 
 
-def test_rank_fusion_names_a_wrong_power():
-    with pytest.raises(ValueError, match=r"window_power must .* got 0"):
-        RankFusion(window_power=0)
+def test_rank_fusion_pins_the_first_entries_alone(device):
+    scores = RankFusion().score(layer_inputs(Prompt(length=100), device, all_queries=True))
+    assert scores[..., :4].isposinf().all()
+    assert scores[..., 4:68].isfinite().all()
+
+
+def test_rank_fusion_names_a_wrong_factor():
+    with pytest.raises(ValueError, match=r"key_factor must .* got 0"):
+        RankFusion(key_factor=0)
 
 
 # --- KVzip, arXiv 2505.23416 ----------------------------------------------------------------------

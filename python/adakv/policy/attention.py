@@ -52,11 +52,3 @@ def query_positions(inputs: LayerInputs) -> Tensor:
     if count == inputs.length:
         return row[None, None]
     return inputs.ends[:, :, None] - count + row
-
-
-def check_all_queries(inputs: LayerInputs) -> None:
-    """Raises ``ValueError`` unless there is a query for every position."""
-    if inputs.queries.shape[2] != inputs.length:
-        raise ValueError(
-            f"queries must be those of all {inputs.length} positions, got {inputs.queries.shape[2]}"
-        )

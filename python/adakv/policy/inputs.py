@@ -187,6 +187,13 @@ class LayerInputs:
                 f"got {self.queries.shape[2]}"
             )
 
+    def check_all_queries(self) -> None:
+        """Raises ``ValueError`` unless there is a query for every position."""
+        if self.queries.shape[2] != self.length:
+            raise ValueError(
+                f"queries must be those of all {self.length} positions, got {self.queries.shape[2]}"
+            )
+
     def followed_by(
         self, queries: Tensor, keys: Tensor, values: Tensor | None = None
     ) -> LayerInputs:

@@ -105,7 +105,7 @@ _PRESETS: dict[str, Policy] = {
 
 
 #: The best all-rounder of what reads a prompt once: docs/quality.md.
-DEFAULT = "model_column_max"
+DEFAULT = "model_rank_fusion"
 
 
 def names() -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adakv.policy.attention import check_all_queries
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_scorer, pin_first
 
@@ -46,7 +45,7 @@ class PressScorer:
         object.__setattr__(self, "needs", frozenset(self.needs))
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        check_all_queries(inputs)
+        inputs.check_all_queries()
         scores = torch.full(
             inputs.keys.shape[:3], -torch.inf, dtype=torch.float32, device=inputs.keys.device
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.policy.attention import check_all_queries, query_positions
+from adakv.policy.attention import query_positions
 from adakv.policy.base import Need
 from adakv.policy.inputs import (
     LayerInputs,
@@ -75,7 +75,7 @@ class PromptAttention:
     def score(self, inputs: LayerInputs) -> Tensor:
         if inputs.positions is not None:
             return pin_first(self._with_new(inputs), self.pinned)
-        check_all_queries(inputs)
+        inputs.check_all_queries()
         scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
         for sequences, length in _same_lengths(inputs.prompt_lens):
             rows = slice((length - 1) % self.stride, length, self.stride)
@@ -229,7 +229,8 @@ class ColumnMax:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         columns = self._attention.score(inputs)
-        return self._joined(Columns(columns, _last_queries(inputs, self._num_asked)), inputs)
+        prompt = Columns(columns, _last_queries(inputs, self._num_asked))
+        return pin_first(self._joined(prompt, inputs), self.pinned)
 
     def fold(self, folded: Columns | None, part: LayerInputs) -> Columns:
         """:meth:`PromptAttention.fold`, of maxima, and the window's queries."""
@@ -240,7 +241,7 @@ class ColumnMax:
     def finish(self, folded: Columns, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
         columns = self._attention.finish(folded.columns, inputs)
-        return self._joined(Columns(columns, folded.last), inputs)
+        return pin_first(self._joined(Columns(columns, folded.last), inputs), self.pinned)
 
     @property
     def _num_asked(self) -> int:
@@ -248,15 +249,10 @@ class ColumnMax:
         return self.window if self.window_weight else 0
 
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
-        """Scores from columns ``[B, Hkv, T]`` and the window's queries."""
+        """Scores from columns ``[B, Hkv, T]`` and the window's queries; nothing is pinned yet."""
         if self.window_weight == 0:
             return self._with_floor(prompt.columns, inputs)
-        asked = self.window_weight * self._asked(prompt, inputs)
-        return self._with_floor(prompt.columns.maximum(asked), inputs)
-
-    def _asked(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: the most that a query of the window gives each entry."""
-        return ops.score(
+        asked = ops.score(
             prompt.last,
             inputs.keys,
             seq_lens=inputs.seq_lens,
@@ -264,17 +260,18 @@ class ColumnMax:
             window_reduce="max",
             group_reduce="max",
         )
+        return self._with_floor(prompt.columns.maximum(self.window_weight * asked), inputs)
 
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.weigh_by == "none":
-            return pin_first(highest, self.pinned)
+            return highest
         candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
         highest = highest.masked_fill(~candidates, 0)
         norms = inputs.norms(self.norm).masked_fill(~candidates, 0)
         floor = _mean(highest, candidates)
         if self.weigh_by == "all":
-            return pin_first(highest.maximum(floor) * norms, self.pinned)
-        return pin_first(highest.maximum(floor * norms / _mean(norms, candidates)), self.pinned)
+            return highest.maximum(floor) * norms
+        return highest.maximum(floor * norms / _mean(norms, candidates))
 
     @cached_property
     def _attention(self) -> PromptAttention:
@@ -342,7 +339,7 @@ class ExpectedAttention:
         check_range("pinned", self.pinned, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        check_all_queries(inputs)
+        inputs.check_all_queries()
         return self.finish(self.fold(None, inputs), inputs)
 
     def fold(self, folded: Moments | None, part: LayerInputs) -> Moments:
