@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,17 @@ def test_devices_are_those_of_the_attention_modules():
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     assert families.layer_devices(model.model, [0, 2]) == [CPU, CPU]
     assert families.layer_devices(model.model, [0, 9]) == []
+
+
+def test_weights_that_come_when_needed_are_noticed():
+    """By Accelerate's hooks, also where a module has several."""
+    model = LLAMA.model()
+    assert not families.loads_weights(model)
+    projection = model.model.layers[1].mlp.up_proj
+    projection._hf_hook = SimpleNamespace(offload=False)
+    assert not families.loads_weights(model)
+    projection._hf_hook = SimpleNamespace(hooks=[object(), SimpleNamespace(offload=True)])
+    assert families.loads_weights(model)
 
 
 def test_a_batch_of_a_dispatched_model_is_written():

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import StoppingCriteriaList as StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from adakv.hf import long_rope
+from adakv.hf import families, long_rope
 from adakv.hf.attachment import CACHE
 from adakv.hf.cache import Cache
 from adakv.hf.pool_size import FIRST_TOKENS
@@ -43,7 +43,8 @@ class Steps:
             places = ", ".join(str(part.device) for part in decoder.kv.parts)
             raise ValueError(f"compile must be False with layers on several devices, got {places}")
         self._compiles = compile
-        self._records = cuda_graph and decoder.slots.tokens.is_cuda and not is_split
+        is_recordable = not is_split and not families.loads_weights(decoder.model)
+        self._records = cuda_graph and decoder.slots.tokens.is_cuda and is_recordable
         self._layers = decoder.kv.layers  # that the steps below read
         self._runs: dict[int, Callable[[], object]] = {}
 

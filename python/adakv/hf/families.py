@@ -150,6 +150,13 @@ def layer_devices(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.d
     return [found[layer] for layer in layers] if set(found) == set(layers) else []
 
 
+def loads_weights(model: torch.nn.Module) -> bool:
+    """Whether Accelerate fetches weights in each forward, which a CUDA graph can't record."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    each = (one for hook in hooks for one in getattr(hook, "hooks", (hook,)))
+    return any(getattr(hook, "offload", False) for hook in each)
+
+
 def _device(place: torch.device | str | int) -> torch.device:
     """With its number: the number alone is a GPU's."""
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
