@@ -166,7 +166,7 @@ TEST(Threads, AChildAfterForkHasThreadsOfItsOwn) {
 #endif
   set_num_threads(3);
   const std::vector<float> before = life_of_a_cache();
-  const pid_t child = fork();
+  const pid_t child = ::fork();
   if (child == 0) {
     alarm(60);
     _exit(life_of_a_cache() == before ? 0 : 1);
