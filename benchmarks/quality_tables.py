@@ -50,14 +50,14 @@ def common(records: list[Record]) -> Values:
     return {key: {item: kl[item] for item in sorted(items)} for key, kl in found.items()}
 
 
-def cells(records: list[Record], *, formats: bool) -> list[Cell]:
+def cells(records: list[Record], *, formats: bool, default: str = DEFAULT) -> list[Cell]:
     """A cell for each task, policy and share."""
     found = []
     for task in dict.fromkeys(record.key.task for record in records):
         own = [record for record in records if record.key.task == task]
         values = common(own)
         for (policy, share), kl in values.items():
-            against = plain(policy) if formats else DEFAULT
+            against = plain(policy) if formats else default
             cell = {"task": task, "policy": policy, "share": share, "texts": len(kl)}
             cell |= {
                 "kl": rounded(mean(kl.values()).mean),
@@ -166,9 +166,9 @@ def main() -> None:
     show.add_argument("results", type=Path)
     show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
     show.add_argument("--compare", action="store_true")
-    show.add_argument("--default", default=DEFAULT, help="what --compare compares with")
     for command in (collect, show):
         command.add_argument("--formats", action="store_true")
+        command.add_argument("--default", default=DEFAULT, help="what others are compared with")
     given = options.parse_args()
     if given.command == "show":
         _, *results = map(json.loads, given.results.read_text().splitlines())
@@ -178,7 +178,7 @@ def main() -> None:
         return
     first, *lines = map(json.loads, given.records.read_text().splitlines())
     records = [Record.from_dict(line) for line in lines]
-    written = [first | given.about, *cells(records, formats=given.formats)]
+    written = [first | given.about, *cells(records, formats=given.formats, default=given.default)]
     compact = (json.dumps(line, separators=(",", ":")) for line in written)
     given.results.write_text("\n".join(compact) + "\n")
 

@@ -134,6 +134,16 @@ def test_quality_tables_compare_with_the_default(script: ModuleType):
         ("quality.md", "quality-qwen-05b-other-texts", ("--policies", "OTHERS")),
         ("quality.md", "quality-qwen-05b-tried", ("--compare", "--default", "model_column_max")),
         ("quality.md", "quality-qwen-05b", ("--compare",)),
+        (
+            "quality.md",
+            "quality-qwen-05b-ranks",
+            ("--compare", "--default", "model_column_max"),
+        ),
+        (
+            "quality.md",
+            "quality-smollm2-135m-ranks",
+            ("--compare", "--default", "model_column_max"),
+        ),
         ("bits.md", "quality-qwen-05b-bits", ("--formats",)),
         ("texts.md", "quality-qwen-05b-written", ()),
     ],
