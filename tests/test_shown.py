@@ -111,9 +111,9 @@ def test_a_cache_says_what_it_holds(small: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budget": 64}, "Cache(model_column_max, budget=64: 600 tokens in 3 sequences, "),
-        ({"budget_bytes": "50%"}, "Cache(model_column_max, budget_bytes=50%: 600 tokens"),
-        ({"budget_bytes": 200_000}, "Cache(model_column_max, budget_bytes=200000: 600 tokens"),
+        ({"budget": 64}, "Cache(model_rank_fusion, budget=64: 600 tokens in 3 sequences, "),
+        ({"budget_bytes": "50%"}, "Cache(model_rank_fusion, budget_bytes=50%: 600 tokens"),
+        ({"budget_bytes": 200_000}, "Cache(model_rank_fusion, budget_bytes=200000: 600 tokens"),
         ({"policy": "full"}, "Cache(full, ratio=1: 600 tokens"),
         (
             {"policy": "KeyDiff(window=8) * Uniform() * TopScore()", "budget": 20},
@@ -130,7 +130,7 @@ def test_a_cache_says_how_it_was_made(small: Any, settings: dict[str, Any], word
 
 def test_an_empty_cache_is_shown_too(small: Any) -> None:
     cache = adakv.Cache(small, ratio=0.5)
-    assert repr(cache) == "Cache(model_column_max, ratio=0.5: empty)"
+    assert repr(cache) == "Cache(model_rank_fusion, ratio=0.5: empty)"
     assert "<svg" not in cache._repr_html_()
     with pytest.raises(ValueError, match="sequence must be below the number of sequences, 0"):
         cache.plot()

@@ -39,6 +39,8 @@ _MORE_LOGITS = ("softcap", "s_aux", "position_bias")
 class FullAttentionLayer(AttendingLayer):
     """A full-attention layer of a :class:`Cache`, which holds what it stores."""
 
+    is_croppable = True  # asked by transformers 5.24; Cache.crop names what can't be taken back
+
     def __init__(
         self, cache: Cache, index: int, rotate: families.Rotate | None, *, is_last: bool
     ) -> None:
