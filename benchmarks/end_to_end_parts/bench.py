@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness
+from adakv.formats import page_size_for
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -84,8 +85,8 @@ class Bench:
 
     @property
     def page_size(self) -> int:
-        """Entries of a page: codes lie in pages of 32."""
-        return 16 if self.args.kv_dtype == "auto" else 32
+        """Entries of a page."""
+        return page_size_for(self.args.kv_dtype, None)
 
     def report(
         self, part: str, sizes: dict[str, Any], times: dict[str, list[float]], **derived: float

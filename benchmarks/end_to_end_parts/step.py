@@ -20,6 +20,7 @@ from adakv.cache import KVCache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
+from adakv.shape import Shape
 from cuda_timing import device_times, wall_times
 from end_to_end_parts.bench import NEW_TOKENS, SPARE_BYTES, STEPS, Bench, free_memory
 
@@ -62,18 +63,17 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
 def memory(bench: Bench, batch: int, num_pages: int, length: int) -> KVCache:
     """Pages for the model's layers, in the format under test."""
     config, page_size = bench.config, bench.page_size
-    return KVCache(
-        num_layers=config.num_hidden_layers,
-        num_sequences=batch,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=bench.head_dim,
-        num_pages=num_pages,
-        max_row_pages=(length + NEW_TOKENS) // page_size + 2,
-        page_size=page_size,
-        dtype=bench.model.dtype,
-        device="cuda",
-        kv_dtype=bench.args.kv_dtype,
+    shape = Shape(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        bench.head_dim,
+        bench.model.dtype,
+        torch.device("cuda"),
+        bench.args.kv_dtype,
     )
+    cache = shape.cache(batch, num_pages, (length + NEW_TOKENS) // page_size + 2, page_size)
+    assert isinstance(cache, KVCache)
+    return cache
 
 
 def pages_of(bench: Bench, mean: int) -> int:

@@ -239,12 +239,7 @@ def _make_room(kv: KVCache, num_new: Sequence[int]) -> None:
     pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
     if pages <= 0 and rows <= kv.max_row_pages:
         return
-    needed = kv.num_pages + max(pages, 0)
-    more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
-    try:  # a half more, so that all copies together stay in proportion to the text
-        kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
-    except Error:
-        kv.reserve(num_pages=needed, max_row_pages=rows)
+    _enlarge(kv, pages, rows)
 
 
 def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = False) -> None:
@@ -252,17 +247,21 @@ def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = Fals
 
     Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
     """
-    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
-    if missing <= 0:
-        return
-    gc.collect()  # forks that nobody has any more, but that are part of cycles
-    missing = kv.pages_to_fork(sources, whole=whole) - kv.num_free
-    if missing <= 0:
-        return
+    pages = kv.pages_to_fork(sources, whole=whole)
+    if pages > kv.num_free:
+        gc.collect()  # forks that nobody has any more, but that are part of cycles
+    if pages > kv.num_free:
+        _enlarge(kv, pages - kv.num_free)
+
+
+def _enlarge(kv: KVCache, pages: int, rows: int = 0) -> None:
+    """Has a cache grow by so many pages, to rows of so many; by a half if there is memory for it,
+    so that all copies together stay in proportion to the text."""
+    more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
     try:
-        kv.reserve(num_pages=kv.num_pages + max(missing, kv.num_pages // 2))
+        kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
     except Error:
-        kv.reserve(num_pages=kv.num_pages + missing)
+        kv.reserve(num_pages=kv.num_pages + max(pages, 0), max_row_pages=rows)
 
 
 def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:

@@ -314,7 +314,7 @@ def _entries(kv: KVCache, view: Layer, lengths: Tensor) -> Iterator[tuple[str, T
 
 
 def _int4_places(lengths: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Of entries ``[E]``: the first of each full page, whether it is in a tail, and its row."""
+    """The entries that begin a full page; which are in a tail, ``[E]``; and their rows."""
     row = torch.arange(len(lengths)).repeat_interleave(lengths.long())
     place = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     in_tail = place >= (lengths // _INT4_PAGE * _INT4_PAGE)[row]
@@ -440,7 +440,7 @@ def _amount(budget: Budget, lengths: Tensor, seen: list[int]) -> dict[str, Any]:
 
 
 def _crc(x: Tensor) -> int:
-    """Of a tensor's bytes."""
+    """The checksum of a tensor's bytes."""
     data: Any = x.contiguous().flatten().view(torch.uint8).numpy() if x.numel() else b""
     return zlib.crc32(data)
 

@@ -26,7 +26,7 @@ def expression(parts: Mapping[str, Any]) -> str:
 
 
 def rows(parts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Of each part its name, the part, and what it does."""
+    """The name of each part, the part, and what it does."""
     return [(name, brief(part), _does(part)) for name, part in parts.items() if part is not None]
 
 
