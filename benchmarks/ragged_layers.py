@@ -78,19 +78,7 @@ class Layers:
         shape = (layers, case.batch, case.kv_heads, 2 * case.page_size, case.head_dim)
         tails = torch.randn(shape, device=device).to(dtype) if case.kv_dtype == "int4" else None
         self.tails = tails
-        if case.kv_dtype == "auto":
-            for part in self.pool.split(1 << 14):
-                part.normal_()
-        else:
-            for codes in self.pool.view(torch.uint8).split(1 << 14):
-                codes.random_(0, 0x78)  # of fp8 0 to 240
-            for scales in self.scales:
-                assert scales is not None
-                scales.uniform_(-0.02, 0.02)
-                if case.kv_dtype == "int4" and scales is self.scales[0]:
-                    scales[:, 0].abs_()
-                else:
-                    scales[..., ::2].abs_()
+        self._fill()
         # Timed calls append to the same layers many times: spare columns for that.
         table = torch.full(
             (*used.shape, int(used.max()) + 64), -1, dtype=torch.int32, device=device
@@ -119,6 +107,25 @@ class Layers:
         heads = case.kv_heads * case.group
         queries = torch.randn(layers, case.batch, heads, 1, case.head_dim, device=device)
         self.queries = queries.to(dtype)
+
+    def _fill(self) -> None:
+        """Random entries, or codes with the scales and zeros that their format has."""
+        kv_dtype = self.case.kv_dtype
+        if kv_dtype == "auto":
+            for part in self.pool.split(1 << 14):
+                part.normal_()
+            return
+        for codes in self.pool.view(torch.uint8).split(1 << 14):
+            codes.random_(0, 0x78)  # of fp8 0 to 240
+        for scales in self.scales:
+            assert scales is not None
+            scales.uniform_(-0.02, 0.02)
+            if kv_dtype == "fp8":
+                scales.abs_()  # no zeros
+            elif kv_dtype == "int4" and scales is self.scales[0]:
+                scales[:, 0].abs_()
+            else:
+                scales[..., ::2].abs_()
 
     @property
     def num_bytes(self) -> float:
