@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from adakv.cache import KVCache, sequences
-from adakv.errors import Error
 from adakv.ops import Layer
 from adakv.step import Attention, PlannedStep, Watcher
 
@@ -118,15 +117,16 @@ class SplitCache:
         return part.begin_layers([index], totals, longest, first_sequence=first_sequence)
 
     def grow(self, num_new: Sequence[int], columns: int) -> int:
-        """As :meth:`KVCache.grow`, for one column. Nothing changes if a part has too few pages."""
-        self._check_room(num_new)
+        """As :meth:`KVCache.grow`, for one column; a part that has too few pages gets more."""
+        self._make_room(num_new)
         return min(part.grow(num_new, columns) for part in self.parts)
 
-    def _check_room(self, num_new: Sequence[int]) -> None:
+    def _make_room(self, num_new: Sequence[int]) -> None:
+        """Has parts grow: what was meant for texts may have gone to layers that keep much."""
         for part in self.parts:
-            needed, free = part.pages_to_grow(num_new), part.num_free
-            if needed > free:
-                raise Error(f"the cache on {part.device} needs {needed} free pages, and has {free}")
+            missing = part.pages_to_grow(num_new) - part.num_free
+            if missing > 0:
+                part.reserve(num_pages=part.num_pages + max(missing, part.num_pages // 8))
 
     def reserve(self, *, num_pages: int = 0, max_row_pages: int = 0) -> None:
         """As :meth:`KVCache.reserve`: each part has its layers' share of the pages at least."""
@@ -189,10 +189,10 @@ class SplitStep:
 def grow_step(
     kv: AnyCache, num_new: Sequence[int], columns: int, *, watcher: Watcher | None = None
 ) -> PlannedStep | SplitStep:
-    """:meth:`PlannedStep.grow`, on all devices or on none."""
+    """:meth:`PlannedStep.grow`, on all devices."""
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher)
-    kv._check_room(num_new)
+    kv._make_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
     return SplitStep(kv, steps, watcher)
 

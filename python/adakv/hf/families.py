@@ -150,6 +150,16 @@ def layer_devices(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.d
     return [found[layer] for layer in layers] if set(found) == set(layers) else []
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens. Weights that Accelerate loads when they are needed are
+    nowhere, and its hooks say where the first of them is going to be."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((_device(place) for place in places if place is not None), model.device)
+
+
 def loads_weights(model: torch.nn.Module) -> bool:
     """Whether Accelerate fetches weights in each forward, which a CUDA graph can't record."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())

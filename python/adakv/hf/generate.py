@@ -27,6 +27,7 @@ from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
+from adakv.hf.families import input_device
 from adakv.hf.pool_size import Need, cache_for, first_tokens, shape_of
 from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
 from adakv.hf.sampling import Sampling
@@ -287,7 +288,7 @@ def _rooms(
     model: PreTrainedModel, lengths: Sequence[int], counts: Sequence[int], options: BatchOptions
 ) -> list[int]:
     """Tokens behind each prompt that have their pages from the beginning."""
-    is_limited = options.cache_bytes is not None or model.device.type == "cuda"
+    is_limited = options.cache_bytes is not None or input_device(model).type == "cuda"
     pairs = zip(lengths, counts, strict=True)
     return [first_tokens(model, *pair, is_limited=is_limited) for pair in pairs]
 

@@ -16,6 +16,7 @@ from adakv.cache import KVCache
 from adakv.devices import AnyCache, groups_of
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
+from adakv.hf.families import input_device
 from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
 from adakv.reselection import Rule
@@ -39,7 +40,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         )
     look = _Look(config=model.config)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE: look})
+        model(torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), **{CACHE: look})
     shapes = {shape[:3] for shape in look.shapes}
     if len(shapes) > 1:
         raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
@@ -281,7 +282,7 @@ def _free_bytes(model: PreTrainedModel, prompt: Tensor, waiting: int, shape: Sha
         group.device: len(group.layers) for group in shape.groups if group.device.type != "cpu"
     }
     layers = layers or {shape.device: shape.num_layers}
-    ids = prompt[None, :_PROBE].to(model.device)
+    ids = prompt[None, :_PROBE].to(input_device(model))
     torch.cuda.empty_cache()
     before = {}
     for device in layers:
