@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quality_tables import read
+
 RESULTS = Path(__file__).parent / "results"
 FULL, OURS = "#8c8c8c", "#1f77b4"
 CURVES = {
@@ -57,9 +59,9 @@ def on_gpu() -> list[tuple[int, float]]:
 def agreement(policy: str, task: str) -> list[tuple[float, float]]:
     """Bytes, of a full cache's, and share of tokens that are its first choice, too."""
     return sorted(
-        (record["bytes_share"], record["metrics"]["agreement"]["mean"])
-        for record in records("quality-smollm2-135m.jsonl")
-        if record.get("task") == task and record["policy"] == policy
+        (cell["bytes_share"], cell["agreement"])
+        for cell in read(RESULTS / "quality-smollm2-135m.jsonl")
+        if cell["task"] == task and cell["policy"] == policy
     )
 
 

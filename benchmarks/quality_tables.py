@@ -4,9 +4,10 @@
     python benchmarks/quality_tables.py show RESULTS.jsonl
 
 `collect` takes the prompts that all policies of a task have in common, so that a run may have been
-stopped, and writes a line for each task, policy and share: the mean of KL over prompts, its
-standard error, and p of the paired test against the default; with --formats against the same policy
-in 16 bits, and with the share of bytes. `show` prints a table for each task, policies by shares;
+stopped, and writes a line for each task and policy, with a list over shares of each number: the
+mean of KL over prompts, its standard error, and p of the paired test against the default; with
+--formats against the same policy in 16 bits, and with the share of bytes. `show` prints a table for
+each task, policies by shares;
 those come first whose geometric mean over all is lowest. Bold is the lowest of those that read a
 prompt once, and a dagger marks p below .05, a difference from the default in either direction that
 chance rarely gives. With --formats bold is better than 16 bits by p below .05. With --compare one
@@ -31,6 +32,8 @@ from adakv.policy import DEFAULT
 READS_TWICE = "kvzip"
 LEAST = 1e-6  # nats, for logarithms
 RARELY = 0.05  # p below which a difference is named
+
+OF_LINE = ("task", "policy", "texts")  # what is the same for all shares
 
 Cell = dict[str, Any]  # task, policy, share, texts, kl, error, and where they are known more
 Values = dict[tuple[str, float], dict[str, float]]  # KL by prompt, by policy and share
@@ -70,6 +73,38 @@ def cells(records: list[Record], *, formats: bool, default: str = DEFAULT) -> li
                 cell["bytes_share"] = rounded(statistics.fmean(parts))
             found.append(cell)
     return found
+
+
+def packed(found: list[Cell]) -> list[Cell]:
+    """A line for each task and policy, with lists over shares; null where a number is missing."""
+    lines: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in found:
+        lines[cell["task"], cell["policy"]].append(cell)
+    names = [x for x in dict.fromkeys(x for cell in found for x in cell) if x not in OF_LINE]
+    return [
+        {name: own[0][name] for name in OF_LINE}
+        | {name: [x.get(name) for x in own] for name in names if any(name in x for x in own)}
+        for own in lines.values()
+    ]
+
+
+def unpacked(lines: list[Cell]) -> list[Cell]:
+    """The cells of such lines."""
+    return [
+        {name: line[name] for name in OF_LINE}
+        | {
+            name: line[name][i]
+            for name in line
+            if name not in OF_LINE and line[name][i] is not None
+        }
+        for line in lines
+        for i in range(len(line["share"]))
+    ]
+
+
+def read(results: Path) -> list[Cell]:
+    """The cells of a file of results."""
+    return unpacked([json.loads(line) for line in results.read_text().splitlines()[1:]])
 
 
 def rounded(value: float) -> float:
@@ -171,14 +206,15 @@ def main() -> None:
         command.add_argument("--default", default=DEFAULT, help="what others are compared with")
     given = options.parse_args()
     if given.command == "show":
-        _, *results = map(json.loads, given.results.read_text().splitlines())
+        results = read(given.results)
         found = tables(results, formats=given.formats, shown_only=given.policies)
         for table in [comparison(results, given.default)] if given.compare else found:
             print(markdown(table))
         return
     first, *lines = map(json.loads, given.records.read_text().splitlines())
     records = [Record.from_dict(line) for line in lines]
-    written = [first | given.about, *cells(records, formats=given.formats, default=given.default)]
+    found_cells = cells(records, formats=given.formats, default=given.default)
+    written = [first | given.about, *packed(found_cells)]
     compact = (json.dumps(line, separators=(",", ":")) for line in written)
     given.results.write_text("\n".join(compact) + "\n")
 

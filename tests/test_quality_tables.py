@@ -55,8 +55,10 @@ def collected(
     records.write_text("\n".join(map(json.dumps, [{"model": "m"}, *lines])) + "\n")
     about = ("--about", '{"machine": "this"}')
     run(script, monkeypatch, "collect", str(records), str(results), *about, *more)
-    first, *cells = map(json.loads, results.read_text().splitlines())
+    first, *lines = map(json.loads, results.read_text().splitlines())
     assert first == {"model": "m", "machine": "this"}
+    assert len(lines) == len(kl)
+    cells: list[dict[str, Any]] = script.read(results)
     return cells
 
 
@@ -134,6 +136,10 @@ def test_quality_tables_compare_with_the_default(script: ModuleType):
         ("quality.md", "quality-qwen-05b-other-texts", ("--policies", "OTHERS")),
         ("quality.md", "quality-qwen-05b-tried", ("--compare", "--default", "model_column_max")),
         ("quality.md", "quality-qwen-05b", ("--compare",)),
+        *(
+            ("quality.md", f"quality-qwen-05b-{name}", ("--compare",))
+            for name in ("8k", "code", "chinese")
+        ),
         (
             "quality.md",
             "quality-qwen-05b-ranks",
