@@ -124,13 +124,6 @@ def entry_bytes(kv_dtype: str, head_dim: int, dtype: torch.dtype) -> int:
     return 2 * (head_dim + num_scales(kv_dtype, head_dim) * dtype.itemsize)
 
 
-class Chosen(NamedTuple):
-    """What is kept of what some rows hold."""
-
-    kept: list[Kept]  # of each layer, places in the rows in the place of positions
-    totals: list[int]  # at most so many of a layer
-
-
 class OwnPages:
     """Rows of a layer have pages of that layer, ``block * Hkv + head``.
 
@@ -208,7 +201,8 @@ class OwnPages:
 
     def compact_in_place(
         self,
-        chosen: Chosen,
+        kept: Sequence[Kept],
+        most: int,
         positions: Tensor,
         tables: Tables,
         page_ids: Tensor,
@@ -218,16 +212,19 @@ class OwnPages:
 
         Parameters
         ----------
-        chosen : :class:`Chosen`
+        kept : one :class:`adakv.ops.Kept` for each layer
+            Places in the rows in the place of positions.
+        most : int
+            At least as many as are kept in all.
         positions : ``[N, P]``
             For what is read by nobody.
         tables : :class:`adakv.vllm.steps.Tables`
             Of the rows; changed.
         page_ids, page_indptr : ``[Q]`` and ``[B + 1]``
         """
-        for pages, kept, *of_layer in zip(self.of_layers, chosen.kept, *tables, strict=True):
+        for pages, of_rows, *of_layer in zip(self.of_layers, kept, *tables, strict=True):
             layer = pages.layer(positions, *of_layer)
-            ops.compact(None, None, kept, layer, page_ids, page_indptr)
+            ops.compact(None, None, of_rows, layer, page_ids, page_indptr)
         return tables
 
     def close_up(self, blocks: Tensor, tail: int, lengths: Tensor, begin: int, end: int) -> None:
@@ -331,7 +328,8 @@ class SharedPages(OwnPages):
 
     def compact_in_place(
         self,
-        chosen: Chosen,
+        kept: Sequence[Kept],
+        most: int,
         positions: Tensor,
         tables: Tables,
         page_ids: Tensor,
@@ -339,8 +337,8 @@ class SharedPages(OwnPages):
     ) -> Tables:
         joined = [x.transpose(0, 1).flatten(1, 2).contiguous() for x in tables[:3]]  # [B, L * Hkv]
         layer = self.of_layers[0].layer(positions, *joined, tables.seen[0])
-        kept = _joined(chosen, len(joined[0]))
-        ops.compact(None, None, kept, layer, page_ids, page_indptr)
+        of_rows = _joined(kept, most, len(joined[0]))
+        ops.compact(None, None, of_rows, layer, page_ids, page_indptr)
         apart = [x.unflatten(1, (self._layers, -1)).transpose(0, 1) for x in joined]
         return Tables(apart[0], apart[1], apart[2], tables.seen)
 
@@ -370,20 +368,14 @@ class SharedPages(OwnPages):
         lengths : ``[L, Hkv]`` int32
         """
         page_size = self.of_layers[0].page_size
-        starts = torch.stack([x.indptr for x in kept])
-        lengths = starts.diff()  # [L, Hkv]
-        rows = lengths.flatten()
-        ends = rows.cumsum(0)
+        positions, starts = _joined(kept, most, 1)
+        lengths = starts.diff().view(self._layers, -1)
         number = torch.arange(most, device=self._device)
         # Whoever is behind the last entry is the first one again, and is put where that is put.
-        number = number.where(number < ends[-1], 0)
-        row = torch.searchsorted(ends, number, right=True)
-        place = number - (ends - rows)[row]
+        number = number.where(number < starts[-1], 0)
+        row = torch.searchsorted(starts[1:], number, right=True)
+        place, position = number - starts[row], positions[number].long()
         layer, head = row // self._heads, row % self._heads
-        sizes = [0, *(len(x.positions) for x in kept[:-1])]
-        of_layer = sent(sizes, self._device).cumsum(0)[:, None]
-        begin = (of_layer + starts[:, :-1]).flatten()
-        position = torch.cat([x.positions for x in kept])[begin[row] + place].long()
         source = self._firsts[layer] + page_ids[head, position // page_size]
         dealt = self._dealt_before(-(-lengths // page_size)[:, None]).flatten()[row]
         dealt = dealt + place // page_size
@@ -400,19 +392,20 @@ def _of_requests(blocks: Tensor, number: Tensor) -> Tensor:
     return blocks[of_request, number.clamp(max=blocks.shape[1] - 1)]
 
 
-def _joined(chosen: Chosen, batch: int) -> Kept:
-    """What each layer keeps of rows ``[B, Hkv]``, as what is kept of rows ``[B, L * Hkv]``."""
-    starts = torch.stack([x.indptr for x in chosen.kept])  # [L, B * Hkv + 1]
-    sizes = [0, *(len(x.positions) for x in chosen.kept[:-1])]
+def _joined(kept: Sequence[Kept], most: int, batch: int) -> Kept:
+    """What each layer keeps of rows ``[B, Hkv]``, as what is kept of rows ``[B, L * Hkv]``; at most
+    so many in all."""
+    starts = torch.stack([x.indptr for x in kept])  # [L, B * Hkv + 1]
+    sizes = [0, *(len(x.positions) for x in kept[:-1])]
     begins = starts[:, :-1] + sent(sizes, starts.device).cumsum(0)[:, None]
     begin, counts = (
         x.unflatten(1, (batch, -1)).transpose(0, 1).flatten() for x in (begins, starts.diff())
     )
     ends = counts.cumsum(0)
-    number = torch.arange(sum(chosen.totals), device=starts.device)
+    number = torch.arange(most, device=starts.device)
     row = torch.searchsorted(ends, number, right=True).clamp(max=len(ends) - 1)
     place = begin[row] + number - (ends - counts)[row]
-    positions = torch.cat([x.positions for x in chosen.kept])
+    positions = torch.cat([x.positions for x in kept])
     positions = positions[place.clamp(max=len(positions) - 1)].where(number < ends[-1], -1)
     return Kept(positions, F.pad(ends, (1, 0)).int())
 

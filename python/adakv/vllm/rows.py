@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adakv.ops import Layer
-from adakv.vllm.pages import Chosen, OwnPages, Pages, SharedPages
+from adakv.ops import Kept, Layer
+from adakv.vllm.pages import OwnPages, Pages, SharedPages
 from adakv.vllm.plan import Plan
 from adakv.vllm.steps import Batch, Tables, sent
 
@@ -79,7 +79,8 @@ class Rows:
 
     def choose(
         self,
-        chosen: Chosen,
+        kept: Sequence[Kept],
+        most: int,
         tables: Tables,
         blocks: Tensor,
         into: Sequence[Sequence[int]],
@@ -89,7 +90,8 @@ class Rows:
 
         Parameters
         ----------
-        chosen : :class:`Chosen`
+        kept, most
+            As :meth:`OwnPages.compact_in_place` takes them.
         tables : :class:`Tables`
             Of the requests' rows; changed.
         blocks : ``[B, M]``
@@ -112,7 +114,7 @@ class Rows:
         starts = [0, *accumulate(per_block * len(numbers) for numbers in columns)]
         page_indptr = sent(starts, self.device).int()
         given = self.positions, tables, page_ids, page_indptr
-        lengths, table, *_ = self.pages.compact_in_place(chosen, *given)
+        lengths, table, *_ = self.pages.compact_in_place(kept, most, *given)
         self.pages.remember(blocks, table, self._num_pages(lengths), self._gaps[:, first_blocks])
         self.lengths[:, first_blocks] = lengths
         self.boundaries[first_blocks] = sent(list(boundaries), self.device).int()

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from adakv.entries import Held, HeldInputs
-from adakv.ops import Layer
+from adakv.ops import Kept, Layer
 from adakv.policy.again import Competing
 from adakv.reselection import Rule
 from adakv.step import Attention
 from adakv.vllm.later import Later
-from adakv.vllm.pages import Chosen
 from adakv.vllm.plan import Plan, Scheduler, end_of_text
 from adakv.vllm.rows import Rows
 from adakv.vllm.steps import Asked, Batch, sent
@@ -167,9 +166,10 @@ class Texts:
         rows = self._rows
         own = sent([it.row for it in due], batch.block_table.device)
         tables, _ = rows.tables(batch, own, new_tokens)
-        chosen = self._chosen(due, rows.layers(tables))
+        kept, most = self._kept(due, rows.layers(tables))
         lengths = rows.choose(
-            chosen,
+            kept,
+            most,
             tables,
             batch.block_table[own],
             [it.text.blocks for it in due],
@@ -220,8 +220,9 @@ class Texts:
         ring = self._queries if layer is None else self._queries[layer]
         ring.index_copy_(-3, asked.into, queries.index_select(-3, asked.tokens))
 
-    def _chosen(self, due: Sequence[Due], layers: Sequence[Layer]) -> Chosen:
-        """What is kept of texts, whose rows ``layers`` describe before the step."""
+    def _kept(self, due: Sequence[Due], layers: Sequence[Layer]) -> tuple[list[Kept], int]:
+        """What each layer keeps of texts, whose rows ``layers`` describe before the step; and at
+        least as many as these are in all."""
         policy, device = self.rule.policy, layers[0].lengths.device
         heads, size = layers[0].lengths.shape[1], self._rows.block_size
         longest = -(-max(it.longest for it in due) // size) * size
@@ -230,7 +231,8 @@ class Texts:
         places = torch.arange(longest, device=device)
         computed = sent([it.computed for it in due], device).int()
         newest, queries = self._newest(due, device), self._queries
-        chosen = Chosen([], [])
+        kept: list[Kept] = []
+        most = 0
         assert queries is not None
         for layer, view in enumerate(layers):
             limits = [self._limits(layer, it) for it in due]
@@ -247,9 +249,9 @@ class Texts:
             scores = policy.scorer.score(inputs)
             competing = Competing.of(policy, inputs, scores, pinned=places < ends[layer])
             shares = competing.shares(policy, inputs, tuple(budget for budget, _ in limits))
-            chosen.kept.append(competing.pick(policy, inputs, shares, sum(totals)))
-            chosen.totals.append(sum(totals))
-        return chosen
+            kept.append(competing.pick(policy, inputs, shares, sum(totals)))
+            most += sum(totals)
+        return kept, most
 
     def _limits(self, layer: int, it: Due) -> tuple[int, int]:
         """Mean entries per kv head that stay of a text in a layer, and how many stay at most of all
