@@ -15,6 +15,7 @@ from torch import Tensor
 import codes
 from adakv.policy import Budget, LayerInputs, Policy, Protection
 from adakv.reading import Chosen, Part, Reader
+from adakv.reselection import Rule
 from adakv.step import Attention
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
@@ -108,8 +109,10 @@ class Steps:
         flash: FlashAttention | None = None,
         has_places: bool = False,
         kv_dtype: str = "auto",
+        rule: Rule | None = None,
     ) -> None:
         self.has_places, self.kv_dtype = has_places, kv_dtype
+        self.rows_of_layer = None if spans_layers(policy) else HEADS
         self.policy, self.device, self.dtype = policy, device, dtype
         self.told = Told()
         width = HEADS * GROUP * DIM
@@ -124,6 +127,7 @@ class Steps:
             w_o=self._output_weight,
             scheduler=self.told,
             flash=flash,
+            rule=rule,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
         self.requests: list[Request] = []
@@ -243,16 +247,19 @@ class Steps:
 
     def plan(self, boundary: int, budget: int) -> Plan | None:
         """As the scheduler computes it."""
-        heads = None if spans_layers(self.policy) else HEADS
-        return plan(boundary, budget=budget, block_size=BLOCK, num_kv_heads=heads)
+        numbers = {"block_size": BLOCK, "num_kv_heads": self.rows_of_layer}
+        return plan(boundary, budget=budget, **numbers)
 
     def give_back(self) -> None:
         """Frees blocks of compressed requests, after the step that compressed them."""
         for request in self.requests:
             if request.kept:
-                first, end = self.plan(request.boundary, request.budget)
-                self.free += [block for block in request.blocks[first:end] if block]
-                request.blocks[first:end] = [0] * (end - first)
+                self.take_back(request, *self.plan(request.boundary, request.budget))
+
+    def take_back(self, request: Request, begin: int, end: int) -> None:
+        """Blocks of a request that are not taken back by now."""
+        self.free += [block for block in request.blocks[begin:end] if block]
+        request.blocks[begin:end] = [0] * len(request.blocks[begin:end])
 
     def expected(self, layer: int, counts: list[int], dtype: torch.dtype) -> Tensor:
         """``[tokens, Hq, D]``, what the step has to give, computed in ``dtype``."""

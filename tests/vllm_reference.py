@@ -6,14 +6,16 @@ is compared with what the engine wrote there.
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import adakv
-from adakv.policy import Policy
+from adakv.policy import LayerInputs, Policy
 from adakv.vllm.config import Settings
 from vllm_engine import BLOCK, Compression
 
@@ -26,6 +28,27 @@ def comparable(prompt: list[int], tokens: list[int], compressions: list[Compress
     last = compressions[-1]
     may_be_cut = not last.lengths.any() and last.boundary < len(prompt) + len(tokens) - 1
     return tokens[:-1] if may_be_cut else tokens
+
+
+#: What float32 may cost a score, relative to it, on the way through some layers.
+ROUNDING = 3e-6
+
+
+def shaken(policy: Policy, number: int) -> Policy:
+    """The same with scores that are rounded in another way. With an even number equal ones are
+    equal still, as neighbours often are by pooling."""
+
+    class Shaken(type(policy.scorer)):  # type: ignore[misc]
+        def score(self, inputs: LayerInputs) -> Tensor:
+            scores = super().score(inputs)
+            noise = (scores.double() * 1e9 * (number + 1)).sin().nan_to_num()
+            if number % 2:
+                generator = torch.Generator().manual_seed(number)
+                noise = torch.rand(scores.shape, generator=generator) * 2 - 1
+            return (scores * (1 + ROUNDING * noise)).float()
+
+    settings = {f.name: getattr(policy.scorer, f.name) for f in fields(policy.scorer)}
+    return replace(policy, scorer=Shaken(**settings))
 
 
 class Reference:
@@ -49,6 +72,26 @@ class Reference:
         self._protect = protect
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+    def is_tied(
+        self, prompt: list[int], tokens: list[int], compressions: list[Compression]
+    ) -> bool:
+        """Whether rounding alone decides that ``tokens`` are not the model's choices.
+
+        An engine reads a text in other pieces than transformers, and so gets other last bits. Where
+        two entries of a text matter equally but for these, another one of them stays, and a random
+        model may write another token soon.
+        """
+        text = self._text
+        try:
+            for number in range(16):
+                policy = shaken(text["decode_policy"], number)
+                self._text = text | {"decode_policy": policy}
+                if self.choices(prompt, tokens, compressions) == tokens:
+                    return True
+        finally:
+            self._text = text
+        return False
 
     def choices(
         self, prompt: list[int], tokens: list[int], compressions: list[Compression]

@@ -41,6 +41,7 @@ def check_against_reference(
     """Of a request whose last step chose from its text it isn't known: that one is left out."""
     reference, rule = Reference(model, settings), settings.rule
     assert rule is not None
+    num_ties = 0
     for number, prompt in enumerate(prompts):
         tokens = run.tokens[number]
         if not tokens or not run.compressions[number]:
@@ -48,7 +49,11 @@ def check_against_reference(
         last = run.compressions[number][-1]
         due = (last.choices or (last.boundary + rule.budget,))[-1] + rule.every
         known = tokens[:-1] if due <= len(prompt) + len(tokens) - 1 else tokens
-        assert reference.choices(prompt, known, run.compressions[number]) == known, number
+        expected = reference.choices(prompt, known, run.compressions[number])
+        if expected != known:
+            assert reference.is_tied(prompt, known, run.compressions[number]), (number, expected)
+            num_ties += 1
+    assert num_ties <= max(1, len(prompts) // 10)
 
 
 def check_all_is_free(it: Engine) -> None:

@@ -36,7 +36,7 @@ from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.pages import Pages, SharedPages, kept_of_all, spans_layers
-from adakv.vllm.plan import Order, Scheduler
+from adakv.vllm.plan import Plan, Scheduler
 from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
@@ -272,13 +272,13 @@ class EngineCache:
                 self.prompts[requests[row]] = Prompt(reader, prompt_names, index)
             if batch.requests is None:
                 self._forget_gone()
+        others: dict[int, int] = {}  # requests by row
         for row, request in enumerate(requests):
             begin, end = batch.query_start[row : row + 2]
             if begin == end:
                 continue
             if request not in self.prompts:
-                if self.texts is not None:
-                    self.texts.follow(batch, row, request)
+                others[row] = request
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
@@ -291,6 +291,7 @@ class EngineCache:
             elif computed > 0:  # otherwise it is no request, but a number that was one's
                 self._obey(request, blocks, computed)
         if self.texts is not None:
+            self.texts.choose(batch, others)
             step.asked = self.texts.ask(batch, requests)
 
     def _goes_on(self, request: int, computed: int) -> bool:
@@ -330,22 +331,20 @@ class EngineCache:
         del self.prompts[request]
         if order is None:
             return
-        if order.budget != 0:
-            self._compress(prompt, blocks, computed, order)
+        budget = self._budget.changed(order)
+        planned = None if order.budget == 0 else budget.plan(boundary)
+        if planned is not None:
+            prompt.reader.change(budget, Protection.given(order.protected))
+            self._compress(prompt, blocks, computed, planned)
         if order.due and self.texts is not None:
-            self.texts.begin(request, prompt.first_block, boundary, order.due)
+            self.texts.begin(request, prompt.first_block, boundary, order.due, planned)
         self._scheduler.done(prompt.first_block, boundary)
 
-    def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, order: Order) -> None:
+    def _compress(self, prompt: Prompt, blocks: Tensor, computed: int, planned: Plan) -> None:
         """Moves what is kept of a prompt into the request's first blocks, and what the request has
         written since then behind that."""
         reader, first_block = prompt.reader, prompt.first_block
         (boundary,) = reader.lengths
-        budget = self._budget.changed(order)
-        planned = budget.plan(boundary)
-        if planned is None:
-            return
-        reader.change(budget, Protection.given(order.protected))
         page_ids = self._page_ids(blocks, boundary)
         if isinstance(self._pages, SharedPages):
             most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
@@ -359,7 +358,7 @@ class EngineCache:
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
         if computed > boundary:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
-        self._rows.compressed(first_block, boundary, lengths, planned)
+        self._rows.compressed(first_block, blocks, boundary, lengths, planned)
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
 

@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from adakv import ops
 from adakv.entries import dequantised
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import Flat, Policy
 from adakv.reading import Reader
-from adakv.vllm.steps import sent
+from adakv.vllm.steps import Tables, sent
 
 
 def spans_layers(policy: Policy) -> bool:
@@ -129,14 +131,24 @@ class OwnPages:
     ----------
     layers : one :class:`Pages` for each layer
     num_kv_heads : int
+    is_dealt_again : bool
+        Whether pages of what is kept may come to be in another order than that of their blocks.
     """
 
-    def __init__(self, layers: Sequence[Pages], num_kv_heads: int) -> None:
+    def __init__(
+        self, layers: Sequence[Pages], num_kv_heads: int, *, is_dealt_again: bool = False
+    ) -> None:
         self.of_layers = list(layers)
         """What page numbers of each layer's tables count in."""
         self._heads, self._device = num_kv_heads, layers[0].entries.device
         self._dealt_of_block = num_kv_heads
         self._own = torch.arange(num_kv_heads, device=self._device)[:, None]
+        self._order: Tensor | None = None
+        if is_dealt_again:
+            num_pages = len(layers[0].entries)
+            self._keep_order(len(layers) * num_pages)
+            begins = torch.arange(len(layers), device=self._device) * num_pages
+            self._begins = begins[:, None, None, None]
 
     def tables(
         self,
@@ -154,19 +166,66 @@ class OwnPages:
         Behind a row's last page follow some that are not its own.
         """
         column = torch.arange(width, device=self._device)
-        dealt = self._dealt_before(kept_pages)[..., None] + column
         behind = column - kept_pages[..., None]
         is_kept = behind < 0
-        kept = dealt // self._dealt_of_block
+        number, in_block = self._dealt(kept_pages, width, gaps)
+        number = torch.where(is_kept, number, tails[:, None, None] + behind)
+        in_block = torch.where(is_kept, in_block, self._own)
+        block = _of_requests(blocks, number)
+        pages = block * self._heads + self._place(in_block)
         if gaps is not None:
-            first, count = gaps[..., None, None]
-            kept = kept + (kept >= first) * count
-        index = torch.where(is_kept, kept, tails[:, None, None] + behind)
-        index = index.clamp(max=blocks.shape[1] - 1)
-        of_request = torch.arange(len(blocks), device=self._device)[:, None, None]
-        block = blocks[of_request, index]
-        in_block = torch.where(is_kept, dealt % self._dealt_of_block, self._own)
-        return (block * self._heads + self._place(in_block)).int()
+            assert self._order is not None
+            pages = torch.where(is_kept, self._order[pages + self._begins], pages)
+        return pages.int()
+
+    def of_blocks(self, blocks: Tensor) -> Tensor:
+        """The pages ``[n * m]`` of blocks ``[n]`` in the order in which they are dealt, int32."""
+        in_block = torch.arange(self._dealt_of_block, device=self._device)
+        return (blocks[:, None] * self._heads + self._place(in_block)).flatten().int()
+
+    def deal_in_order(self, blocks: Tensor) -> None:
+        """What is kept in blocks ``[n]`` has their pages in their order."""
+        assert self._order is not None
+        pages = self.of_blocks(blocks)
+        self._order[pages + self._begins] = pages
+
+    def remember(self, blocks: Tensor, table: Tensor, kept_pages: Tensor, gaps: Tensor) -> None:
+        """What is kept of requests has pages ``table`` ``[L, B, Hkv, M]``; the rest is as
+        :meth:`tables` takes it, which will give them."""
+        assert self._order is not None
+        width = table.shape[-1]
+        number, in_block = self._dealt(kept_pages, width, gaps)
+        pages = _of_requests(blocks, number) * self._heads + self._place(in_block)
+        is_kept = torch.arange(width, device=self._device) < kept_pages[..., None]
+        self._order[torch.where(is_kept, pages + self._begins, -1)] = table
+
+    def compact_in_place(
+        self,
+        kept: Sequence[Kept],
+        most: int,
+        positions: Tensor,
+        tables: Tables,
+        page_ids: Tensor,
+        page_indptr: Tensor,
+    ) -> Tables:
+        """Some of what rows hold stays, as :func:`adakv.ops.compact` does it in place; tables.
+
+        Parameters
+        ----------
+        kept : one :class:`adakv.ops.Kept` for each layer
+            Places in the rows in the place of positions.
+        most : int
+            At least as many as are kept in all.
+        positions : ``[N, P]``
+            For what is read by nobody.
+        tables : :class:`adakv.vllm.steps.Tables`
+            Of the rows; changed.
+        page_ids, page_indptr : ``[Q]`` and ``[B + 1]``
+        """
+        for pages, of_rows, *of_layer in zip(self.of_layers, kept, *tables, strict=True):
+            layer = pages.layer(positions, *of_layer)
+            ops.compact(None, None, of_rows, layer, page_ids, page_indptr)
+        return tables
 
     def close_up(self, blocks: Tensor, tail: int, lengths: Tensor, begin: int, end: int) -> None:
         """Moves the entries of tokens ``begin`` to ``end - 1``, which lie where a whole request has
@@ -197,22 +256,22 @@ class OwnPages:
             for part in pages.parts:
                 part[new, place % size] = part[old[:, source // size], source % size]
 
-    def move(
-        self, kept: Sequence[Kept], before: Tensor, after: Tensor, totals: Sequence[int]
-    ) -> None:
-        """Moves what is kept of rows to the beginnings of other rows.
+    def _keep_order(self, num_pages: int) -> None:
+        """Keeps in mind which page stands in the place of each, of those that hold what is kept."""
+        # The last one is written where a table has no page.
+        self._order = torch.zeros(num_pages + 1, dtype=torch.int32, device=self._device)
+        self._begins = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=self._device)
 
-        Parameters
-        ----------
-        kept : one :class:`adakv.ops.Kept` for each layer
-            Places in the rows of a request, in the place of positions.
-        before, after : ``[L, Hkv, M]``
-            Pages of its rows. All that a layer keeps is read before any of it is written.
-        totals : at least as many entries as each layer keeps
-        """
-        layers = zip(self.of_layers, kept, before, after, totals, strict=True)
-        for pages, (positions, starts), old, new, most in layers:
-            _move_rows(pages, positions, starts[:-1], starts.diff(), old, new, most)
+    def _dealt(self, kept_pages: Tensor, width: int, gaps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which block of the request each page of a row is dealt from, by number, and which of its
+        pages, as far as the row has kept some; ``[L, B, Hkv, width]`` each."""
+        column = torch.arange(width, device=self._device)
+        dealt = self._dealt_before(kept_pages)[..., None] + column
+        number = dealt // self._dealt_of_block
+        if gaps is not None:
+            first, count = gaps[..., None, None]
+            number = number + (number >= first) * count
+        return number, dealt % self._dealt_of_block
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         """How many pages the rows before each row have."""
@@ -233,7 +292,9 @@ class SharedPages(OwnPages):
         If the layers are not in one memory, whole pages apart.
     """
 
-    def __init__(self, layers: Sequence[Pages], num_kv_heads: int) -> None:
+    def __init__(
+        self, layers: Sequence[Pages], num_kv_heads: int, *, is_dealt_again: bool = False
+    ) -> None:
         super().__init__(layers, num_kv_heads)
         lowest = min(layers, key=lambda pages: pages.entries.data_ptr())
         first, memory = lowest.entries, lowest.entries.untyped_storage().data_ptr()
@@ -255,6 +316,8 @@ class SharedPages(OwnPages):
         firsts = [distance // size for distance in apart]
         all_pages = lowest.spread(max(firsts) + len(first))
         self.of_layers = [all_pages] * len(layers)
+        if is_dealt_again:
+            self._keep_order(len(all_pages.entries))
         self._layers = len(layers)
         self._dealt_of_block = len(layers) * num_kv_heads
         self._firsts = torch.tensor(firsts, dtype=torch.int32, device=self._device)
@@ -263,16 +326,21 @@ class SharedPages(OwnPages):
         self._own = torch.arange(self._dealt_of_block, device=self._device)
         self._own = self._own.view(len(layers), 1, num_kv_heads, 1)
 
-    def move(
-        self, kept: Sequence[Kept], before: Tensor, after: Tensor, totals: Sequence[int]
-    ) -> None:
-        starts = torch.stack([x.indptr for x in kept])
-        sizes = [0, *(len(x.positions) for x in kept[:-1])]
-        begin = starts[:, :-1] + sent(sizes, self._device).cumsum(0)[:, None]
-        begin, lengths = begin.flatten(), starts.diff().flatten()
-        positions = torch.cat([x.positions for x in kept])
-        old, new = before.flatten(0, 1), after.flatten(0, 1)
-        _move_rows(self.of_layers[0], positions, begin, lengths, old, new, sum(totals))
+    def compact_in_place(
+        self,
+        kept: Sequence[Kept],
+        most: int,
+        positions: Tensor,
+        tables: Tables,
+        page_ids: Tensor,
+        page_indptr: Tensor,
+    ) -> Tables:
+        joined = [x.transpose(0, 1).flatten(1, 2).contiguous() for x in tables[:3]]  # [B, L * Hkv]
+        layer = self.of_layers[0].layer(positions, *joined, tables.seen[0])
+        of_rows = _joined(kept, most, len(joined[0]))
+        ops.compact(None, None, of_rows, layer, page_ids, page_indptr)
+        apart = [x.unflatten(1, (self._layers, -1)).transpose(0, 1) for x in joined]
+        return Tables(apart[0], apart[1], apart[2], tables.seen)
 
     def _dealt_before(self, kept_pages: Tensor) -> Tensor:
         by_request = kept_pages.transpose(0, 1)
@@ -300,20 +368,14 @@ class SharedPages(OwnPages):
         lengths : ``[L, Hkv]`` int32
         """
         page_size = self.of_layers[0].page_size
-        starts = torch.stack([x.indptr for x in kept])
-        lengths = starts.diff()  # [L, Hkv]
-        rows = lengths.flatten()
-        ends = rows.cumsum(0)
+        positions, starts = _joined(kept, most, 1)
+        lengths = starts.diff().view(self._layers, -1)
         number = torch.arange(most, device=self._device)
         # Whoever is behind the last entry is the first one again, and is put where that is put.
-        number = number.where(number < ends[-1], 0)
-        row = torch.searchsorted(ends, number, right=True)
-        place = number - (ends - rows)[row]
+        number = number.where(number < starts[-1], 0)
+        row = torch.searchsorted(starts[1:], number, right=True)
+        place, position = number - starts[row], positions[number].long()
         layer, head = row // self._heads, row % self._heads
-        sizes = [0, *(len(x.positions) for x in kept[:-1])]
-        of_layer = sent(sizes, self._device).cumsum(0)[:, None]
-        begin = (of_layer + starts[:, :-1]).flatten()
-        position = torch.cat([x.positions for x in kept])[begin[row] + place].long()
         source = self._firsts[layer] + page_ids[head, position // page_size]
         dealt = self._dealt_before(-(-lengths // page_size)[:, None]).flatten()[row]
         dealt = dealt + place // page_size
@@ -323,26 +385,29 @@ class SharedPages(OwnPages):
         return lengths
 
 
-def _move_rows(
-    pages: Pages,
-    positions: Tensor,
-    begin: Tensor,
-    lengths: Tensor,
-    before: Tensor,
-    after: Tensor,
-    most: int,
-) -> None:
-    """Moves entries of rows ``[R]`` from places ``positions[begin[r]:begin[r] + lengths[r]]`` in
-    pages ``before[r]`` to the beginning of pages ``after[r]``; ``most`` entries or fewer."""
-    size, ends = pages.page_size, lengths.cumsum(0)
-    number = torch.arange(most, device=positions.device)
-    # Whoever is behind the last entry is the first one again, and is put where that is put.
-    number = number.where(number < ends[-1], 0)
-    row = torch.searchsorted(ends, number, right=True)
-    place = number - (ends - lengths)[row]
-    source = positions[begin[row] + place].long()
-    old, new = before[row, source // size].long(), after[row, place // size].long()
-    pages.move(old, source % size, new, place % size)
+def _of_requests(blocks: Tensor, number: Tensor) -> Tensor:
+    """Blocks of requests, by ``number`` ``[L, B, Hkv, M]`` in ``blocks`` ``[B, M]``, or the last
+    ones."""
+    of_request = torch.arange(len(blocks), device=blocks.device)[:, None, None]
+    return blocks[of_request, number.clamp(max=blocks.shape[1] - 1)]
+
+
+def _joined(kept: Sequence[Kept], most: int, batch: int) -> Kept:
+    """What each layer keeps of rows ``[B, Hkv]``, as what is kept of rows ``[B, L * Hkv]``; at most
+    so many in all."""
+    starts = torch.stack([x.indptr for x in kept])  # [L, B * Hkv + 1]
+    sizes = [0, *(len(x.positions) for x in kept[:-1])]
+    begins = starts[:, :-1] + sent(sizes, starts.device).cumsum(0)[:, None]
+    begin, counts = (
+        x.unflatten(1, (batch, -1)).transpose(0, 1).flatten() for x in (begins, starts.diff())
+    )
+    ends = counts.cumsum(0)
+    number = torch.arange(most, device=starts.device)
+    row = torch.searchsorted(ends, number, right=True).clamp(max=len(ends) - 1)
+    place = begin[row] + number - (ends - counts)[row]
+    positions = torch.cat([x.positions for x in kept])
+    positions = positions[place.clamp(max=len(positions) - 1)].where(number < ends[-1], -1)
+    return Kept(positions, F.pad(ends, (1, 0)).int())
 
 
 def kept_of_all(reader: Reader) -> list[Kept]:
