@@ -16,6 +16,8 @@ from adakv import ops
 from adakv.errors import NOT_A_NUMBER, short, to_float, to_int
 from adakv.step import Attention
 
+_SHORTEST = 3  # letters by which a name is known
+
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
@@ -354,8 +356,15 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
     """``: did you mean 'this'?`` if a choice looks like the value, else nothing."""
-    near = difflib.get_close_matches(value, tuple(choices), 1) if isinstance(value, str) else []
-    return f": did you mean {near[0]!r}?" if near else ""
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return f": did you mean {near!r}?" if near else ""
+
+
+def nearest(value: str, choices: Iterable[str]) -> str | None:
+    """The first choice that begins with a value, if it isn't very short, or else the most alike."""
+    choices = tuple(choices)
+    longer = [x for x in choices if x.startswith(value) and len(value) >= _SHORTEST]
+    return next(iter(longer or difflib.get_close_matches(value, choices, 1)), None)
 
 
 def pin_first(scores: Tensor, count: int) -> Tensor:
