@@ -50,6 +50,8 @@ ABOUT = {
     "prefixkv": ("as h2o: one share for each layer", QUERIES),
     "prefixkv_heads": ("the same, a share for each head", QUERIES),
     "prefixkv_text": ("the first and the newest tokens", FREE),
+    "lava": ("layers by entropy, heads by score", NORMS),
+    "critical_lava": ("the same, weighed by the output", NORMS),
     "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),

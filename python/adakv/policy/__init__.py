@@ -28,6 +28,7 @@ from adakv.policy.base import (
 )
 from adakv.policy.budget import Budget, ByteBudget
 from adakv.policy.fusion import RankFusion
+from adakv.policy.layer_shares import LayerEntropy
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
@@ -43,6 +44,7 @@ from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
     KeyNorm,
+    LargestValue,
     LastQuery,
     Random,
     Recency,
@@ -79,9 +81,11 @@ __all__ = [
     "Kept",
     "KeyDiff",
     "KeyNorm",
+    "LargestValue",
     "LastImportant",
     "LastQuery",
     "LayerBudget",
+    "LayerEntropy",
     "LayerInputs",
     "LayerSchedule",
     "MassShare",
