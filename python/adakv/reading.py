@@ -27,7 +27,14 @@ from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.ops import Kept
-from adakv.policy import Budget, FoldingScorer, LayerBudget, LayerInputs, Protection
+from adakv.policy import (
+    Budget,
+    FoldingScorer,
+    LayerBudget,
+    LayerInputs,
+    Protection,
+    TokenClasses,
+)
 from adakv.policy.protection import mask_of
 from adakv.step import Attention
 
@@ -87,6 +94,8 @@ class Reader:
         one: False where these stay where they are, so that of what is chosen ``kept`` is enough.
     protection : :class:`adakv.policy.Protection`, optional
         What must stay of the prompts.
+    classes : :class:`adakv.policy.TokenClasses`, optional
+        What their tokens are of, for policies that read it.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class Reader:
         *,
         holds_entries: bool = True,
         protection: Protection | None = None,
+        classes: TokenClasses | None = None,
     ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
@@ -106,6 +116,8 @@ class Reader:
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
+        self._classes = classes or TokenClasses()
+        self._numbers: list[Tensor] = []  # [B, T] uint8 of each group, if classes are read
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -142,6 +154,7 @@ class Reader:
             else:  # unequal: one by one, so that padding can be cut off without copying
                 self._groups = [slice(b, b + 1) for b in range(len(lengths))]
         self.lengths, self._budgets, self._protected = list(lengths), [], []
+        self._numbers = []
 
     def check_complete(self) -> None:
         """Raises ``ValueError`` if there is a prompt without a token, or with more that must stay
@@ -154,6 +167,8 @@ class Reader:
         self._budget.check(lengths)
         if self._protection is not None:
             self._protection.check(self._budget, lengths, self.num_layers)
+        stays = (self._protection or Protection()).spans(lengths)
+        self._classes.check(self._budget, lengths, self.num_layers, stays)
 
     def join(
         self, layer: int, keys: Tensor, values: Tensor, *, start: int
@@ -345,6 +360,18 @@ class Reader:
             for x, mask in zip(inputs, self._protected, strict=True)
         ]
 
+    def _with_classes(self, inputs: Sequence[LayerInputs]) -> list[LayerInputs]:
+        """With what tokens are of, which is found once for all layers."""
+        if not self._numbers:
+            self._numbers = [
+                self._classes.numbers(self.lengths, group, x.length, x.keys.device)
+                for x, group in zip(inputs, self._groups, strict=True)
+            ]
+        return [
+            replace(x, classes=numbers.to(x.keys.device, non_blocking=True))
+            for x, numbers in zip(inputs, self._numbers, strict=True)
+        ]
+
     def _held(self, whole: Whole) -> Whole | Reserve:
         """What a layer of a model-wide policy holds of some prompts until the last one is there."""
         if self.policy.reserves:
@@ -382,7 +409,7 @@ class Reader:
                     lse=None if part.lse is None else part.lse[group, :, padding:],
                 )
             )
-        return inputs
+        return self._with_classes(inputs) if "classes" in self.policy.needs else inputs
 
     def _choose_all(self) -> dict[int, list[Chosen]]:
         """What a model-wide policy keeps, of all layers."""

@@ -17,6 +17,7 @@ from adakv.policy import (
     LayerEntropy,
     LayerInputs,
     Policy,
+    StrengthSkew,
     TopScore,
     WindowAttention,
     get,
@@ -64,8 +65,8 @@ def test_lava_scores_are_attention_times_the_largest_value(device):
     inputs = LayerInputs(queries, keys, values, None, (6,), 0, 1, attention=Attention(1.0))
     scores = LargestValue(window=2, pool_width=3).score(inputs)[0, 0, :4]
     torch.testing.assert_close(scores.cpu(), torch.tensor([1.2, 1.2, 1.2, 0.3]))
-    s = scores.double().cpu() / scores.double().cpu().sum()
-    assert round(float(-(s * s.log()).sum() / math.log(4)), 6) == 0.927143
+    entropy = LayerEntropy().weights(scores[None, None])
+    assert round(float(entropy), 6) == 0.927143
 
 
 def test_lava_weighs_heads_by_their_own_largest_value(device):
@@ -168,6 +169,42 @@ def test_lava_spends_its_budget_to_the_entry(device, name):
     assert [sum(s[2 * b] + s[2 * b + 1] for s in shares) for b in range(2)] == [400, 400]
     assert all(sum(a) >= sum(b) for a, b in pairwise(shares))
     assert sum(shares[0]) > sum(shares[3])
+
+
+# --- AirCache, arXiv 2503.23956 -------------------------------------------------------------------
+
+SKEWED, EVENER = [0.30, 0.05, 0.03, 0.02], [0.06, 0.05, 0.05, 0.04]
+# Sums .4 and .2; skewness 1.948742 and 0: of their means 4/3, 2/3 and 2, 0.
+
+
+def test_strength_and_skewness_of_layers(device):
+    rows = torch.tensor([[SKEWED, EVENER]], device=device)
+    weights = StrengthSkew().weights(rows) * 0.10
+    torch.testing.assert_close(weights.cpu(), torch.tensor([[1 / 6, 1 / 30]]).double())
+    pinned = torch.tensor([[[INF, *SKEWED, -INF], [*EVENER, -INF, -INF]]], device=device)
+    torch.testing.assert_close(StrengthSkew().weights(pinned) * 0.10, weights)
+    lopsided = torch.tensor([[SKEWED, [0.05, 0.05, 0.05, 0.0]]], device=device)  # to the left
+    expected = (torch.tensor([0.4, 0.15]) / 0.275 + torch.tensor([2.0, 0.0])) / 2
+    torch.testing.assert_close(StrengthSkew().weights(lopsided)[0].cpu(), expected.double())
+    even = torch.tensor([[[0.1, 0.1], [0.3, 0.3]]], device=device)  # too few to be skewed
+    torch.testing.assert_close(
+        StrengthSkew().weights(even).cpu(), torch.tensor([[0.75, 1.25]]).double()
+    )
+
+
+@pytest.mark.parametrize(("b", "expected"), [(1, [2, 0]), (2, [3, 1]), (3, [4, 2]), (4, [4, 4])])
+def test_layers_get_entries_by_strength_and_skewness(device, b, expected):
+    """5/6 and 1/6: 1.67 of 2, 3.33 of 4, 5 of 6, of which there are 4."""
+    assert counts([[SKEWED], [EVENER]], b, device, StrengthSkew()) == [[x] for x in expected]
+
+
+def test_heads_of_a_layer_keep_as_much(device):
+    assert counts([[SKEWED] * 2, [EVENER] * 2], 2, device, StrengthSkew()) == [[3, 3], [1, 1]]
+    layers = [[SKEWED, SKEWED[::-1]], [EVENER, EVENER]]  # means .16, .04, .04, .16: not skewed
+    assert counts(layers, 2, device, StrengthSkew()) == [[2, 2], [2, 2]]  # 2.33 and 1.67
+    layers = [[SKEWED, EVENER]]
+    assert counts(layers, 2, device, StrengthSkew()) == [[2, 2]]
+    assert counts(layers, 2, device, StrengthSkew(of_heads=True)) == [[3, 1]]
 
 
 def test_layer_entropy_settings_are_checked():

@@ -27,8 +27,9 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.class_scorers import EliteQueries
 from adakv.policy.fusion import RankFusion
-from adakv.policy.layer_shares import LayerEntropy
+from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
@@ -59,6 +60,7 @@ from adakv.policy.text_scorers import (
     SampledRest,
     ValueRange,
 )
+from adakv.policy.token_classes import TokenClasses
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "ColumnMax",
     "Defensive",
     "Earliest",
+    "EliteQueries",
     "EveryTokens",
     "Everything",
     "ExpectedAttention",
@@ -105,6 +108,8 @@ __all__ = [
     "SampledRest",
     "Scorer",
     "Selector",
+    "StrengthSkew",
+    "TokenClasses",
     "TopScore",
     "TwoStage",
     "Uniform",

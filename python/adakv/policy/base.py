@@ -46,8 +46,9 @@ __all__ = [
 #: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
-#: a repetition; "budget": how many entries stay. An allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget"]
+#: a repetition; "budget": how many entries stay; "classes": which tokens are of an image, or of
+#: what else. An allocator that is model-wide needs nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:

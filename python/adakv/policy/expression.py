@@ -9,6 +9,7 @@ from typing import Any
 
 from adakv.policy import (
     allocators,
+    class_scorers,
     fusion,
     layer_shares,
     mass_share,
@@ -25,6 +26,7 @@ _PARTS = {
     name: part
     for module in (
         allocators,
+        class_scorers,
         fusion,
         layer_shares,
         mass_share,

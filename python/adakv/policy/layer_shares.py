@@ -12,6 +12,7 @@ from adakv.policy.allocators import Adaptive, Flat
 from adakv.policy.base import LayerSchedule
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 
+_ROUNDING = 1e-4  # a skewness that may be 0
 _LEAST = 1e-6  # weight of a layer that would have none, so that its entries keep their order
 
 
@@ -46,16 +47,79 @@ class LayerEntropy:
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
         of_layers = _by_layer(scores, inputs, window)  # [B, L, Hkv, T]
-        competes = of_layers.isfinite()
-        mass = of_layers.clamp(min=0).masked_fill(~competes, 0).flatten(2).double()
-        p = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
-        count = competes.flatten(2).sum(-1)
-        weights = torch.special.entr(p).sum(-1) / count.clamp(min=2).log()
-        dealt = _dealt(of_layers, weights).flatten(1, 2)
+        dealt = _dealt(of_layers, self.weights(of_layers.flatten(2))).flatten(1, 2)
         return Adaptive(floor=self.floor).allocate(dealt, inputs, budgets, window=window)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """``[B, L]`` float64, e, from ``[B, L, n]``; what is infinite doesn't compete."""
+        mass = _finite(scores)
+        p = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
+        count = scores.isfinite().sum(-1).clamp(min=2)
+        entropy: Tensor = torch.special.entr(p).sum(-1)
+        return entropy / count.log()
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)
+
+
+@dataclass(frozen=True)
+class StrengthSkew:
+    """Layers in proportion to how strong and how uneven their scores are (AirCache, arXiv
+    2503.23956).
+
+    A layer's weight is ``(sum / mean(sum) + skew / mean(skew)) / 2``, of the scores that compete in
+    it, the mean over its kv heads, and the means over the layers; ``skew`` is the unbiased sample
+    skewness, ``n / ((n - 1) (n - 2)) * sum(((S - mean(S)) / std(S)) ** 3)``. Every kv head of a
+    layer keeps as much. Dealt out as by :class:`LayerEntropy`, over layers, and as exact;
+    ``of_heads`` takes each kv head by itself, which is not in the paper.
+
+    From a note of the paper, which doesn't say how layers are made comparable (here by their mean),
+    nor what becomes of a negative skewness (here it counts as 0).
+
+    Scores must not be negative. All layers' prompts wait for the last one.
+    """
+
+    of_heads: bool = False
+    layers: ClassVar[LayerSchedule] = Flat()
+    is_model_wide: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def allocate(
+        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
+    ) -> Tensor:
+        of_layers = _by_layer(scores, inputs, window)  # [B, L, Hkv, T]
+        batch, num_layers, heads, length = of_layers.shape
+        shape = (batch, -1, 1, length) if self.of_heads else (batch, num_layers, heads, length)
+        of_rows = of_layers.reshape(shape).mean(2)  # [B, L or L * Hkv, T]
+        dealt = _dealt(of_rows[:, :, None], self.weights(of_rows))[:, :, 0]
+        shares = Adaptive(floor=0.0).allocate(dealt, inputs, budgets, window=window)
+        return shares if self.of_heads else shares.repeat_interleave(heads, 1)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """``[B, L]`` float64, from ``[B, L, n]``; what is infinite doesn't compete."""
+        competes, x = scores.isfinite(), _finite(scores)
+        count, sums = competes.sum(-1), x.sum(-1)
+        apart = (x - (sums / count.clamp(min=1))[..., None]).masked_fill(~competes, 0)
+        deviation = (apart.square().sum(-1) / (count - 1).clamp(min=1)).sqrt()
+        cubes = (apart / deviation.clamp(min=1e-30)[..., None]).pow(3).sum(-1)
+        skew = cubes * count / ((count - 1) * (count - 2)).clamp(min=1) * (count > 2)
+        return (_of_mean(sums) + _of_mean(skew.where(skew > _ROUNDING, 0))) / 2
+
+    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
+        return num_kv_heads * min(budget, prompt_len)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """float64, at least 0; 0 for what is infinite."""
+    return scores.clamp(min=0).masked_fill(~scores.isfinite(), 0).double()
+
+
+def _of_mean(x: Tensor) -> Tensor:
+    """``[B, n]`` over their mean; 1 for all of a row that is nothing but 0."""
+    mean = x.mean(-1, keepdim=True)
+    return (x / mean.clamp(min=1e-300)).where(mean > 0, torch.ones_like(x))
 
 
 def _by_layer(scores: Tensor, inputs: LayerInputs, window: int) -> Tensor:

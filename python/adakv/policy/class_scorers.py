@@ -1,0 +1,83 @@
+"""Scorers that look at tokens of one class from those of another: images, and what asks of them.
+
+They are told which tokens are of an image (:class:`adakv.policy.TokenClasses`). ``evicts`` names
+the class whose entries alone may leave: all others have a score of ``+inf``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adakv.policy.attention import attention, query_positions
+from adakv.policy.base import Need
+from adakv.policy.inputs import LayerInputs, check_range, check_scorer
+
+_ROWS = 8  # of queries whose attention is held at a time
+
+
+@dataclass(frozen=True)
+class EliteQueries:
+    """What the most telling words of a question look at in an image (AirCache, arXiv 2503.23956).
+
+    Elite are the text tokens j of the window to which the last token attends with ``A[j] >= share *
+    max(A)``, A over text alone, the mean of all heads. An image's entry t has ::
+
+        S[t] = mean over the elite q and all heads of softmax(q . k_t * scale)
+
+    the softmax over the image's entries and the elite ones before q. All kv heads have the same
+    scores; only entries of images leave.
+
+    From a note of the paper. What it doesn't say is ours: that heads are averaged, and that elite
+    tokens are looked for in the window alone. There a question stands behind its image, and the
+    first token of a prompt, which all attend to, isn't there.
+    """
+
+    window: int = 64
+    share: float = 0.9
+    pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"classes"})
+    evicts: ClassVar[str] = "image"
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+        check_range("share", self.share, 0, 1)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        inputs.check_window(self.window)
+        is_image, is_elite = inputs.is_of(self.evicts), self._elite(inputs)  # [B, T]
+        among = (is_image | is_elite)[:, None, None, None]
+        columns = torch.zeros(is_image.shape, device=inputs.device)
+        for row in range(0, self.window, _ROWS):
+            rows = slice(row, row + _ROWS)
+            p = attention(inputs, rows).masked_fill(~among, 0)  # [B, Hkv, G, R, T]
+            p = p / p.sum(-1, keepdim=True).clamp(min=1e-30)
+            columns += p.mean((1, 2)).mul(_of_rows(is_elite, inputs, rows)[..., None]).sum(1)
+        columns /= is_elite.sum(-1, keepdim=True).clamp(min=1)
+        return _only(columns, is_image, inputs)
+
+    def _elite(self, inputs: LayerInputs) -> Tensor:
+        """``[B, T]`` bool"""
+        is_text = inputs.is_of("text", "instruction")
+        p = attention(inputs, slice(self.window - 1, None))[:, :, :, 0]  # [B, Hkv, G, T]
+        p = p.masked_fill(~is_text[:, None, None], 0)
+        looked_at = (p / p.sum(-1, keepdim=True).clamp(min=1e-30)).mean((1, 2))  # [B, T]
+        is_near = is_text & ~inputs.candidates(self.window)[:, 0]
+        looked_at = looked_at.masked_fill(~is_near, 0)
+        return is_near & (looked_at >= self.share * looked_at.amax(-1, keepdim=True))
+
+
+def _of_rows(is_there: Tensor, inputs: LayerInputs, rows: slice) -> Tensor:
+    """``[B, R]`` float32: 1 for queries of tokens ``[B, T]`` that are there."""
+    positions = query_positions(inputs)[:, 0, rows].expand(len(is_there), -1)
+    found = is_there.gather(1, positions.clamp(min=0, max=is_there.shape[1] - 1).long())
+    is_token = (positions >= 0) & (positions < inputs.ends[:, :1])
+    return (found & is_token).float()
+
+
+def _only(columns: Tensor, leaves: Tensor, inputs: LayerInputs) -> Tensor:
+    """``[B, Hkv, T]`` from columns ``[B, T]``: ``+inf`` for entries that may not leave."""
+    return columns.masked_fill(~leaves, torch.inf)[:, None].expand(inputs.shape).clone()
