@@ -11,6 +11,8 @@ from torch import Tensor
 
 from adakv.policy import (
     Budget,
+    ClassAttention,
+    ClassQuotas,
     EliteQueries,
     LayerInputs,
     Policy,
@@ -115,7 +117,7 @@ def test_a_reader_refuses_what_it_was_not_told_or_has_no_room_for():
         reader_of(AIR, image, 14, [(10, 13)]).begin([60], 60, is_complete=True)
 
 
-@pytest.mark.parametrize("name", ["aircache"])
+@pytest.mark.parametrize("name", ["aircache", "csp"])
 @pytest.mark.parametrize("cuts", [(), (30, 31, 110)], ids=str)
 def test_prompts_in_parts_keep_what_they_keep_in_one(device, name, cuts):
     """And what a reader is told is what :class:`LayerInputs` hold."""
@@ -140,6 +142,8 @@ def test_prompts_in_parts_keep_what_they_keep_in_one(device, name, cuts):
         chosen |= reader.finish(layer)
     for layer, kept in enumerate(direct):
         assert kept_rows(chosen[layer][0].kept, 2) == kept_rows(kept, 2)
+        if name == "csp":
+            continue
         for text in (set(range(5)) | set(range(100, 150)), set(range(90, 150))):
             rows = kept_rows(kept, 2)[0 if 0 in text else 1]
             assert all(text <= set(row) for row in rows)
@@ -223,3 +227,72 @@ def test_elite_queries_ignore_padding(device):
     scores = EliteQueries(window=3).score(padded(inputs, 4))
     exact = EliteQueries(window=3).score(inputs)
     torch.testing.assert_close(scores[..., :7], exact)
+
+
+# --- CSP, arXiv 2412.04652 ------------------------------------------------------------------------
+
+# Four entries and a window of two, the last of an image; what is missing to 1 goes to nothing.
+FROM_TEXT, FROM_IMAGE = [0.1, 0.3, 0.2, 0.1], [0.05, 0.05, 0.5, 0.2]
+HALVES = [0, 0, 1, 1, 0, 1]
+
+
+def loose_inputs(device: torch.device, group: int = 1) -> LayerInputs:
+    """Rows whose ``exp(z)`` are such that ``exp(z) / (1 + sum(exp(z)))`` are the numbers."""
+    rows = [[x / (1 - sum(row)) for x in row] + [0.0, 0.0] for row in (FROM_TEXT, FROM_IMAGE)]
+    return attention_inputs([rows] * group, HALVES, device)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [("self", [0.1, 0.3, 0.5, 0.2]), ("cross", [0.05, 0.05, 0.2, 0.1])]
+)
+def test_csp_tells_attention_within_classes_from_that_between(device, rows, expected):
+    for group in (1, 2):
+        scores = ClassAttention(rows, window=2).score(loose_inputs(device, group))
+        torch.testing.assert_close(scores[0, 0, :4].cpu(), torch.tensor(expected))
+    padded_ = padded(loose_inputs(device), 3)
+    scores = ClassAttention(rows, window=2).score(padded_)
+    torch.testing.assert_close(scores[0, 0, :4].cpu(), torch.tensor(expected))
+
+
+def test_csp_softmax_has_one_more(device):
+    """Logits 1 and 0: .576117 and .211942; with a sink logit of ln 2 the sum is larger by 2."""
+    e = torch.tensor(1.0).exp()
+    inputs = attention_inputs([[[float(e), 1.0, 0.0]]], [0, 0, 0], device)
+    scores = ClassAttention(window=1).score(inputs)
+    assert [round(float(x), 6) for x in scores[0, 0, :2]] == [0.576117, 0.211942]
+    sinks = torch.tensor([2.0], device=device).log()
+    inputs = replace(inputs, attention=Attention(1.0, sink_logits=sinks))
+    scores = ClassAttention(window=1).score(inputs)
+    torch.testing.assert_close(scores[0, 0, :2].cpu(), torch.stack([e, e / e]) / (4 + e))
+
+
+@pytest.mark.parametrize(
+    ("cross", "b", "expected"),
+    [
+        (0.0, 2, {1, 2}),  # .3 and .5 of their own
+        (1.0, 2, {2, 3}),  # .2 and .1 of others
+        (0.5, 2, {2, 3}),  # .5 of its own; it is also first of the others, so the next one: .1
+        (0.3, 3, {1, 2, 3}),  # int(2.1) of their own, then again .1
+    ],
+)
+def test_csp_spends_two_quotas_and_keeps_nothing_twice(device, cross, b, expected):
+    policy = Policy(ClassAttention(window=2), Uniform(), ClassQuotas(cross))
+    kept = kept_rows(policy.choose(loose_inputs(device), b + 2), 1)
+    assert kept == [[sorted({*expected, 4, 5})]]
+
+
+def test_csp_takes_instructions_for_text(device):
+    inputs = loose_inputs(device)
+    instruction = torch.tensor([[3, 0, 1, 1, 3, 1]], dtype=torch.uint8, device=device)
+    scorer = ClassAttention(window=2)
+    expected = scorer.score(inputs)
+    assert torch.equal(scorer.score(replace(inputs, classes=instruction)), expected)
+
+
+def test_class_settings_are_checked():
+    with pytest.raises(ValueError, match="rows must be one of self, cross; got 'both'"):
+        ClassAttention("both")
+    with pytest.raises(ValueError, match=r"cross must be in \[0, 1\], got 2"):
+        ClassQuotas(2)
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\], got -1"):
+        EliteQueries(share=-1)

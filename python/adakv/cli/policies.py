@@ -53,6 +53,7 @@ ABOUT = {
     "lava": ("layers by entropy, heads by score", NORMS),
     "critical_lava": ("the same, weighed by the output", NORMS),
     "aircache": ("of images what the question asks", "64 queries, classes"),
+    "csp": ("what its own kind asks, and others", "32 queries, classes"),
     "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),

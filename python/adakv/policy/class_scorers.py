@@ -1,4 +1,4 @@
-"""Scorers that look at tokens of one class from those of another: images, and what asks of them.
+"""Parts that look at tokens of one class from those of another: images, and what asks of them.
 
 They are told which tokens are of an image (:class:`adakv.policy.TokenClasses`). ``evicts`` names
 the class whose entries alone may leave: all others have a score of ``+inf``.
@@ -6,15 +6,25 @@ the class whose entries alone may leave: all others have a score of ``+inf``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from adakv import ops
 from adakv.policy.attention import attention, query_positions
-from adakv.policy.base import Need
-from adakv.policy.inputs import LayerInputs, check_range, check_scorer
+from adakv.policy.base import Kept, Need
+from adakv.policy.inputs import (
+    LayerInputs,
+    check_choice,
+    check_range,
+    check_scorer,
+    check_settings,
+    pin_first,
+)
+
+From = Literal["self", "cross"]
 
 _ROWS = 8  # of queries whose attention is held at a time
 
@@ -68,6 +78,80 @@ class EliteQueries:
         is_near = is_text & ~inputs.candidates(self.window)[:, 0]
         looked_at = looked_at.masked_fill(~is_near, 0)
         return is_near & (looked_at >= self.share * looked_at.amax(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class ClassAttention:
+    """Attention from the window's tokens of an entry's own class, or of all others (CSP, arXiv
+    2412.04652).
+
+    ``S[h, t] = mean over the group of h(sum over the window's q(exp(z) / (1 + sum(exp(z)))))`` with
+    ``z = q . k * scale``, over the q of the class of t (``rows="self"``) or those that are not of
+    it (``"cross"``). Instructions are text.
+
+    The 1 lets a query attend to nothing, as a sink logit of 0; one of the model's own stays beside
+    it. The authors' code has no groups; their mean is ours.
+    """
+
+    rows: From = "self"
+    window: int = 32
+    pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"classes"})
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+        check_choice("rows", self.rows, get_args(From))
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        inputs.check_window(self.window)
+        kinds = [inputs.is_of("text", "instruction"), inputs.is_of("image"), inputs.is_of("audio")]
+        sinks = torch.zeros(inputs.queries.shape[1], device=inputs.device)
+        if (own := inputs.attention.sink_logits) is not None:
+            sinks = torch.logaddexp(sinks, own.float())
+        loosened = replace(inputs, attention=inputs.attention._replace(sink_logits=sinks))
+        scores = torch.zeros(inputs.shape, device=inputs.device)
+        for row in range(0, self.window, _ROWS):
+            rows = slice(row, row + _ROWS)
+            p = attention(loosened, rows).mean(2)  # [B, Hkv, R, T]
+            alike = torch.zeros(len(p), *p.shape[2:], device=p.device)  # [B, R, T]
+            for kind in kinds:
+                alike += _of_rows(kind, inputs, rows)[..., None] * kind[:, None]
+            heard = alike if self.rows == "self" else 1 - alike
+            scores += (p * heard[:, None]).sum(2)
+        return pin_first(scores, self.pinned)
+
+
+@dataclass(frozen=True)
+class ClassQuotas:
+    """A part by attention within a class, the rest by that between classes (CSP, arXiv 2412.04652).
+
+    Of a head's candidates ``int((1 - cross) * count)`` by score, those of :class:`ClassAttention`;
+    of the others those that tokens of other classes attend to most. The authors' code takes both
+    lists from all entries and may store an entry twice; here none is, and the budget is spent.
+    """
+
+    cross: float = 0.5
+    needs: ClassVar[frozenset[Need]] = frozenset({"classes"})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_range("cross", self.cross, 0, 1)
+
+    def select(
+        self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
+    ) -> Kept:
+        between = ClassAttention("cross", window=inputs.queries.shape[2]).score(inputs)
+        eps = 1e-4
+        return ops.select(
+            scores,
+            budgets,
+            window=window,
+            seq_lens=inputs.sequence_lens,
+            norms=between / (scores.clamp(min=0) + eps),  # so that score + eps cancels out
+            first=1 - self.cross,
+            eps=eps,
+            total=total,
+        )
 
 
 def _of_rows(is_there: Tensor, inputs: LayerInputs, rows: slice) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
-from adakv.policy.class_scorers import EliteQueries
+from adakv.policy.class_scorers import ClassAttention, ClassQuotas, EliteQueries
 from adakv.policy.expression import parse
 from adakv.policy.fusion import RankFusion
 from adakv.policy.inputs import did_you_mean
@@ -93,6 +93,7 @@ _PRESETS: dict[str, Policy] = {
     "lava":                        Policy(LargestValue(), LayerEntropy(), TopScore()),
     "critical_lava":               Policy(LargestValue(), LayerEntropy(), TwoStage()),
     "aircache":                    Policy(EliteQueries(), StrengthSkew(), TopScore()),
+    "csp":                         Policy(ClassAttention(), Uniform(), ClassQuotas()),
     "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
