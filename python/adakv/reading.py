@@ -118,6 +118,7 @@ class Reader:
         self._protected: list[Tensor] = []  # [B, T] bool of each group
         self._classes = classes or TokenClasses()
         self._numbers: list[Tensor] = []  # [B, T] uint8 of each group, if classes are read
+        self._first_scores: list[Tensor | None] = []  # of each group, if they are those of all
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -336,14 +337,35 @@ class Reader:
             inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
-        if self._folding is None or not observed.folded:
-            return wholes
-        return [
-            whole
-            if whole.budgets[0].keeps_everything
-            else whole._replace(scores=self._folding.finish(folded, whole.inputs))
-            for whole, folded in zip(wholes, observed.folded, strict=True)
-        ]
+        if layer > 0 and self.policy.scores_once:
+            return [
+                whole._replace(scores=None if scores is None else scores.to(whole.inputs.device))
+                for whole, scores in zip(wholes, self._first_scores, strict=True)
+            ]
+        if self._folding is not None and observed.folded:
+            wholes = [
+                whole
+                if self._keeps_all_of(group, whole)
+                else whole._replace(scores=self._folding.finish(folded, whole.inputs))
+                for group, whole, folded in zip(self._groups, wholes, observed.folded, strict=True)
+            ]
+        if self.policy.scores_once:
+            wholes = [
+                whole
+                if whole.scores is not None or self._keeps_all_of(group, whole)
+                else whole._replace(scores=self.policy.score(whole.inputs, whole.budgets))
+                for group, whole in zip(self._groups, wholes, strict=True)
+            ]
+            self._first_scores = [whole.scores for whole in wholes]
+        return wholes
+
+    def _keeps_all_of(self, group: slice, whole: Whole) -> bool:
+        """Whether nothing is to be scored of some prompts: in their layer, or in any of those whose
+        scores it has."""
+        if not self.policy.scores_once:
+            return whole.budgets[0].keeps_everything
+        layers = self.budgets(whole.inputs.num_kv_heads)
+        return all(x.keeps_everything for layer in layers for x in layer[group])
 
     def _with_protected(
         self, inputs: Sequence[LayerInputs], protection: Protection

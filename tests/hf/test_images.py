@@ -42,7 +42,7 @@ VISION = {
     "patch_size": 4,
 }
 PIXELS = torch.randn(1, 3, 16, 16)
-POLICIES_OF_IMAGES = ("EliteQueries(window=8) * StrengthSkew() * TopScore()",)
+POLICIES_OF_IMAGES = ("EliteQueries(window=8) * StrengthSkew() * TopScore()", "hae")
 
 Case = tuple[dict[str, Any], int, dict[str, Any]]  # settings, tokens of an image, its inputs
 
@@ -189,6 +189,8 @@ def test_image_entries_leave_and_no_others(name: str) -> None:
         full = [i for i, layer in enumerate(small.layers) if not layer.is_sliding]
         kept = [set(row.tolist()) for i in full for row in small.kept(i)[0]]
         assert all(text <= row for row in kept)
+        if policy == "hae":
+            assert all(row == kept[0] for row in kept)
         assert sum(len(row & set(range(NUM_TOKENS))) for row in kept) == len(kept) * (
             NUM_TOKENS - count // 2
         )

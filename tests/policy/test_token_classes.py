@@ -11,10 +11,13 @@ from torch import Tensor
 
 from adakv.policy import (
     Budget,
+    Capped,
     ClassAttention,
     ClassQuotas,
+    DualThreshold,
     EliteQueries,
     LayerInputs,
+    ModelWide,
     Policy,
     Protection,
     TokenClasses,
@@ -117,7 +120,7 @@ def test_a_reader_refuses_what_it_was_not_told_or_has_no_room_for():
         reader_of(AIR, image, 14, [(10, 13)]).begin([60], 60, is_complete=True)
 
 
-@pytest.mark.parametrize("name", ["aircache", "csp"])
+@pytest.mark.parametrize("name", ["aircache", "csp", "hae"])
 @pytest.mark.parametrize("cuts", [(), (30, 31, 110)], ids=str)
 def test_prompts_in_parts_keep_what_they_keep_in_one(device, name, cuts):
     """And what a reader is told is what :class:`LayerInputs` hold."""
@@ -289,6 +292,74 @@ def test_csp_takes_instructions_for_text(device):
     assert torch.equal(scorer.score(replace(inputs, classes=instruction)), expected)
 
 
+# --- HAE, arXiv 2602.02197, in the form of MustDrop, arXiv 2411.10803 -----------------------------
+
+TWO_WORDS = [[0.10, 0.001, 0.02, 0.001], [0.20, 0.002, 0.001, 0.001]]
+DUAL = {"share": 0.05, "most": 0.01}
+
+
+def image_and_words(device: torch.device, group: int = 1) -> LayerInputs:
+    """An image of four entries, then three words, the last two of which look at it so; the first
+    one looks at itself."""
+    rows = [[1e-30] * 7 for _ in range(7)]
+    rows[4][4] = 1.0
+    for row, word in enumerate(TWO_WORDS, 5):
+        rows[row] = [*word, 1 - sum(word), 0, 0]
+    return attention_inputs([rows] * group, [1, 1, 1, 1, 0, 0, 0], device)
+
+
+def test_hae_evicts_what_no_word_looks_at(device):
+    """Sums .3 .003 .021 .002, of which 5 % are .0163; maxima .2 .002 .02 .001."""
+    for inputs in (image_and_words(device), image_and_words(device, 2)):
+        for whole in (inputs, padded_queries(inputs, 3)):
+            scores = DualThreshold(**DUAL).score(whole)[0, 0, :7]
+            expected = torch.tensor([0.3, -INF, 0.021, -INF, INF, INF, INF])
+            torch.testing.assert_close(scores.cpu(), expected)
+        loose = DualThreshold(share=0.05, most=0.0015).score(inputs)  # 1 has a word of .002
+        assert loose[0, 0, :4].isneginf().tolist() == [False, False, False, True]
+        strict = DualThreshold(share=0.07, most=0.05).score(inputs)  # .0228
+        assert strict[0, 0, :4].isneginf().tolist() == [False, True, True, True]
+
+
+def padded_queries(inputs: LayerInputs, by: int) -> LayerInputs:
+    longer = torch.nn.functional.pad(inputs.queries, (0, 0, 0, by), value=9.0)
+    return replace(padded(inputs, by), queries=longer)
+
+
+def test_hae_evicts_from_all_layers_what_the_first_one_says(device):
+    """Whole tokens, whatever the other layers look at; and a budget is the most that stays."""
+    first = image_and_words(device)
+    others = [replace(first, queries=-first.queries), replace(first, queries=first.queries * 0)]
+    layers = [replace(x, layer=i, num_layers=3) for i, x in enumerate([first, *others])]
+    for budget, expected in ((6, [0, 2, 4, 5, 6]), (5, [0, 2, 4, 5, 6]), (4, [0, 4, 5, 6])):
+        policy = Policy(DualThreshold(**DUAL), Capped(floor=1.0), TopScore())
+        assert [kept_rows(k, 1) for k in policy.choose_all(layers, budget)] == [[[expected]]] * 3
+        wide = Policy(DualThreshold(**DUAL), ModelWide(floor=1.0), TopScore())
+        kept = [kept_rows(k, 1)[0][0] for k in wide.choose_all(layers, 4)]
+        assert kept == [[0, 4, 5, 6]] * 3
+    for budget in (7, 90):
+        kept = [kept_rows(k, 1) for k in policy.choose_all(layers, budget)]
+        assert kept == [[[list(range(7))]]] * 3
+
+
+def test_hae_lets_entries_leave_when_it_is_read_in_parts(device):
+    policy = Policy(DualThreshold(**DUAL), Capped(floor=1.0), TopScore())
+    whole = image_and_words(device)
+    told = TokenClasses.given({"image": [(0, 4)]})
+    for cuts in ([7], [5, 7], [1, 4, 6, 7]):
+        reader, start = Reader(Budget(policy, 6), 2, classes=told), 0
+        chosen = {}
+        for layer, factor in enumerate((1, 0)):
+            for start, end in zip([0, *cuts], cuts, strict=False):
+                reader.begin([end], end, is_complete=end == 7)
+                entries = whole.keys[:, :, :end], whole.values[:, :, :end]
+                queries = whole.queries[:, :, start:end] * factor
+                reader.take(layer, Part(queries, lambda x=entries: x, whole.attention))
+            chosen |= reader.finish(layer)
+        kept = [kept_rows(chosen[layer][0].kept, 1) for layer in range(2)]
+        assert kept == [[[[0, 2, 4, 5, 6]]]] * 2
+
+
 def test_class_settings_are_checked():
     with pytest.raises(ValueError, match="rows must be one of self, cross; got 'both'"):
         ClassAttention("both")
@@ -296,3 +367,5 @@ def test_class_settings_are_checked():
         ClassQuotas(2)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\], got -1"):
         EliteQueries(share=-1)
+    with pytest.raises(ValueError, match=r"most must be in \[0, 1\], got 2"):
+        DualThreshold(most=2)

@@ -54,6 +54,7 @@ ABOUT = {
     "critical_lava": ("the same, weighed by the output", NORMS),
     "aircache": ("of images what the question asks", "64 queries, classes"),
     "csp": ("what its own kind asks, and others", "32 queries, classes"),
+    "hae": ("of images what any word looks at", "all queries, classes"),
     "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "full": ("all: nothing is evicted", FREE),

@@ -27,7 +27,7 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
-from adakv.policy.class_scorers import ClassAttention, ClassQuotas, EliteQueries
+from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.fusion import RankFusion
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.mass_share import MassShare
@@ -76,6 +76,7 @@ __all__ = [
     "ClassQuotas",
     "ColumnMax",
     "Defensive",
+    "DualThreshold",
     "Earliest",
     "EliteQueries",
     "EveryTokens",

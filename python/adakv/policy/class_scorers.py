@@ -7,7 +7,7 @@ the class whose entries alone may leave: all others have a score of ``+inf``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from adakv.policy.inputs import (
 From = Literal["self", "cross"]
 
 _ROWS = 8  # of queries whose attention is held at a time
+_NUMBERS = 2**24  # of attention that are held at a time, of the queries of a whole prompt
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,76 @@ class ClassQuotas:
             eps=eps,
             total=total,
         )
+
+
+class Looked(NamedTuple):
+    """What :class:`DualThreshold` knows of the queries so far, the mean of all heads."""
+
+    sums: Tensor  # [B, T] float32
+    most: Tensor  # [B, T] float32
+
+
+@dataclass(frozen=True)
+class DualThreshold:
+    """Entries of an image that no word looks at leave all layers (HAE, arXiv 2602.02197, as
+    MustDrop, arXiv 2411.10803, has it).
+
+    With ``A[s, t]`` the attention of the text's queries s to the image's entries t in the first
+    layer, the mean of all heads, entry t leaves if both ::
+
+        sum over s of A[s, t] < share * sum over s and t of A[s, t]
+        max over s of A[s, t] < most
+
+    It leaves every kv head of every layer. Others are ordered by the sum. Which of them fit is the
+    allocator's matter: with :class:`adakv.policy.Capped` a budget is the most that stays.
+
+    ``share`` is what a review of HAE tells of its experiments, ``most`` what MustDrop's code takes
+    beside it; HAE's text was not read.
+    """
+
+    share: float = 0.0015
+    most: float = 0.001
+    window: int = 1
+    pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "classes"})
+    evicts: ClassVar[str] = "image"
+    of_first_layer: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_scorer(self)
+        check_range("share", self.share, 0, 1)
+        check_range("most", self.most, 0, 1)
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        inputs.check_all_queries()
+        return self.finish(self._looked(None, inputs), inputs)
+
+    def fold(self, folded: Looked | None, part: LayerInputs) -> Looked | None:
+        """Sums and maxima; of other layers than the first nothing."""
+        return None if part.layer else self._looked(folded, part)
+
+    def finish(self, folded: Looked, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
+        is_image = inputs.is_of(self.evicts)
+        sums = folded.sums.masked_fill(~is_image, 0)
+        is_unseen = sums < self.share * sums.sum(-1, keepdim=True)
+        sums = sums.masked_fill(is_unseen & (folded.most < self.most), -torch.inf)
+        return _only(sums, is_image, inputs)
+
+    def _looked(self, folded: Looked | None, part: LayerInputs) -> Looked:
+        batch, num_heads, count, _ = part.queries.shape
+        is_text = part.is_of("text", "instruction")
+        sums, most = (torch.zeros(batch, part.length, device=part.device) for _ in range(2))
+        if folded is not None:
+            sums[:, : folded.sums.shape[1]] = folded.sums
+            most[:, : folded.most.shape[1]] = folded.most
+        step = max(_NUMBERS // (batch * num_heads * part.length), _ROWS)
+        for row in range(0, count, step):
+            rows = slice(row, row + step)
+            p = attention(part, rows).mean((1, 2)) * _of_rows(is_text, part, rows)[..., None]
+            sums += p.sum(1)
+            most = most.maximum(p.amax(1))
+        return Looked(sums, most)
 
 
 def _of_rows(is_there: Tensor, inputs: LayerInputs, rows: slice) -> Tensor:

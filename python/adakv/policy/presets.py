@@ -9,7 +9,7 @@ from __future__ import annotations
 from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
-from adakv.policy.class_scorers import ClassAttention, ClassQuotas, EliteQueries
+from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.expression import parse
 from adakv.policy.fusion import RankFusion
 from adakv.policy.inputs import did_you_mean
@@ -94,6 +94,7 @@ _PRESETS: dict[str, Policy] = {
     "critical_lava":               Policy(LargestValue(), LayerEntropy(), TwoStage()),
     "aircache":                    Policy(EliteQueries(), StrengthSkew(), TopScore()),
     "csp":                         Policy(ClassAttention(), Uniform(), ClassQuotas()),
+    "hae":                         Policy(DualThreshold(), Capped(floor=1.0), TopScore()),
     "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
