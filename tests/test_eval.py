@@ -178,8 +178,9 @@ def test_prefill_fills_caches_as_the_model_would(policy: str, model: Any):
     with adakv.attach(model):
         prefill = Prefill(model, prompt)
         for _ in range(2):  # the first cache took nothing away from the second
-            cache = prefill.cache(policy, ratio=0.5)
-            read = adakv.Cache(model, policy, ratio=0.5)
+            settings = {"ratio": 0.5, "classes": {"image": [(0, 120)]}}
+            cache = prefill.cache(policy, **settings)
+            read = adakv.Cache(model, policy, **settings)
             with torch.inference_mode():
                 logits = model(prompt, past_key_values=read, logits_to_keep=1).logits[0, -1]
                 if "repeat" in adakv.policy.get(policy).needs:

@@ -27,7 +27,14 @@ from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.ops import Kept
-from adakv.policy import Budget, FoldingScorer, LayerBudget, LayerInputs, Protection
+from adakv.policy import (
+    Budget,
+    FoldingScorer,
+    LayerBudget,
+    LayerInputs,
+    Protection,
+    TokenClasses,
+)
 from adakv.policy.protection import mask_of
 from adakv.step import Attention
 
@@ -87,6 +94,8 @@ class Reader:
         one: False where these stay where they are, so that of what is chosen ``kept`` is enough.
     protection : :class:`adakv.policy.Protection`, optional
         What must stay of the prompts.
+    classes : :class:`adakv.policy.TokenClasses`, optional
+        What their tokens are of, for policies that read it.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class Reader:
         *,
         holds_entries: bool = True,
         protection: Protection | None = None,
+        classes: TokenClasses | None = None,
     ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
@@ -106,6 +116,9 @@ class Reader:
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
+        self._classes = classes or TokenClasses()
+        self._numbers: list[Tensor] = []  # [B, T] uint8 of each group, if classes are read
+        self._first_scores: list[Tensor | None] = []  # of each group, if they are those of all
         scorer = self.policy.scorer
         self._folding = scorer if isinstance(scorer, FoldingScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
@@ -142,6 +155,7 @@ class Reader:
             else:  # unequal: one by one, so that padding can be cut off without copying
                 self._groups = [slice(b, b + 1) for b in range(len(lengths))]
         self.lengths, self._budgets, self._protected = list(lengths), [], []
+        self._numbers = []
 
     def check_complete(self) -> None:
         """Raises ``ValueError`` if there is a prompt without a token, or with more that must stay
@@ -154,6 +168,8 @@ class Reader:
         self._budget.check(lengths)
         if self._protection is not None:
             self._protection.check(self._budget, lengths, self.num_layers)
+        stays = (self._protection or Protection()).spans(lengths)
+        self._classes.check(self._budget, lengths, self.num_layers, stays)
 
     def join(
         self, layer: int, keys: Tensor, values: Tensor, *, start: int
@@ -321,14 +337,35 @@ class Reader:
             inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
-        if self._folding is None or not observed.folded:
-            return wholes
-        return [
-            whole
-            if whole.budgets[0].keeps_everything
-            else whole._replace(scores=self._folding.finish(folded, whole.inputs))
-            for whole, folded in zip(wholes, observed.folded, strict=True)
-        ]
+        if layer > 0 and self.policy.scores_once:
+            return [
+                whole._replace(scores=None if scores is None else scores.to(whole.inputs.device))
+                for whole, scores in zip(wholes, self._first_scores, strict=True)
+            ]
+        if self._folding is not None and observed.folded:
+            wholes = [
+                whole
+                if self._keeps_all_of(group, whole)
+                else whole._replace(scores=self._folding.finish(folded, whole.inputs))
+                for group, whole, folded in zip(self._groups, wholes, observed.folded, strict=True)
+            ]
+        if self.policy.scores_once:
+            wholes = [
+                whole
+                if whole.scores is not None or self._keeps_all_of(group, whole)
+                else whole._replace(scores=self.policy.score(whole.inputs, whole.budgets))
+                for group, whole in zip(self._groups, wholes, strict=True)
+            ]
+            self._first_scores = [whole.scores for whole in wholes]
+        return wholes
+
+    def _keeps_all_of(self, group: slice, whole: Whole) -> bool:
+        """Whether nothing is to be scored of some prompts: in their layer, or in any of those whose
+        scores it has."""
+        if not self.policy.scores_once:
+            return whole.budgets[0].keeps_everything
+        layers = self.budgets(whole.inputs.num_kv_heads)
+        return all(x.keeps_everything for layer in layers for x in layer[group])
 
     def _with_protected(
         self, inputs: Sequence[LayerInputs], protection: Protection
@@ -343,6 +380,18 @@ class Reader:
         return [
             replace(x, protected=mask.to(x.keys.device, non_blocking=True))
             for x, mask in zip(inputs, self._protected, strict=True)
+        ]
+
+    def _with_classes(self, inputs: Sequence[LayerInputs]) -> list[LayerInputs]:
+        """With what tokens are of, which is found once for all layers."""
+        if not self._numbers:
+            self._numbers = [
+                self._classes.numbers(self.lengths, group, x.length, x.keys.device)
+                for x, group in zip(inputs, self._groups, strict=True)
+            ]
+        return [
+            replace(x, classes=numbers.to(x.keys.device, non_blocking=True))
+            for x, numbers in zip(inputs, self._numbers, strict=True)
         ]
 
     def _held(self, whole: Whole) -> Whole | Reserve:
@@ -382,7 +431,7 @@ class Reader:
                     lse=None if part.lse is None else part.lse[group, :, padding:],
                 )
             )
-        return inputs
+        return self._with_classes(inputs) if "classes" in self.policy.needs else inputs
 
     def _choose_all(self) -> dict[int, list[Chosen]]:
         """What a model-wide policy keeps, of all layers."""

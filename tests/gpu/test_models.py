@@ -51,7 +51,8 @@ def test_generate_equals_the_cpu(policy: str) -> None:
     for device, model in both(LLAMA).items():
         given = padded(batch, device)
         with adakv.attach(model):
-            cache = adakv.Cache(model, policy, None if policy == "full" else 70)
+            budget = None if policy == "full" else 70
+            cache = adakv.Cache(model, policy, budget, classes={"image": [(2, 100)]})
             first = model.generate(**given, past_key_values=cache, **GREEDY)
             kept[device] = [
                 [head.tolist() for row in cache.kept(layer) for head in row]

@@ -96,7 +96,7 @@ def test_every_policy_generates(policy: str) -> None:
     if "repeat" in adakv.policy.get(policy).needs:
         pytest.skip("reads its prompts twice: tests/hf/test_model_wide.py")
     with adakv.attach(model):
-        cache = adakv.Cache(model, policy, budget=80)
+        cache = adakv.Cache(model, policy, budget=80, classes={"image": [(10, 100)]})
         model.generate(**batch, past_key_values=cache, **GREEDY)
     entries = cache.stats()["lengths"].sum((0, 2)) - 4 * 2 * 11
     most = torch.tensor([150, 120] if policy == "full" else [80, 80]) * 4 * 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adakv
 from adakv.hf.attachment import CACHE
-from hf.families import V4
+from hf.families import LLAMA, V4
 
 pytestmark = [pytest.mark.model, pytest.mark.skipif(V4, reason="one version is enough")]
 
@@ -42,6 +42,7 @@ VISION = {
     "patch_size": 4,
 }
 PIXELS = torch.randn(1, 3, 16, 16)
+POLICIES_OF_IMAGES = ("EliteQueries(window=8) * StrengthSkew() * TopScore()", "hae")
 
 Case = tuple[dict[str, Any], int, dict[str, Any]]  # settings, tokens of an image, its inputs
 
@@ -155,6 +156,60 @@ def test_a_model_with_an_image_writes_what_it_wrote(name: str) -> None:
         model.generate(input_ids=ids, **given, **{CACHE: small}, **PLAIN)
     assert torch.equal(written, expected)
     assert 0 < small.stats()["bytes"] < cache.stats()["bytes"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_tokens_are_found(name: str) -> None:
+    """Two images with a word between them, or one behind padding on the left."""
+    settings, count, _ = FAMILIES[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    ids = torch.full((2, 3 * count + 9), 11)
+    ids[0, 3 : 3 + count] = ids[0, 4 + count : 4 + 2 * count] = IMAGE
+    ids[1, 7 : 7 + count] = IMAGE
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    classes = adakv.classes_of(model, {"input_ids": ids, "attention_mask": mask})
+    assert classes == {"image": [[(3, 3 + count), (4 + count, 4 + 2 * count)], [(2, 2 + count)]]}
+    alone = adakv.classes_of(model.model, {"input_ids": ids[0]})
+    assert alone == {"image": classes["image"][0]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_entries_leave_and_no_others(name: str) -> None:
+    model, ids, given = read(name)
+    count = FAMILIES[name][1]
+    text = {t for t in range(NUM_TOKENS) if not 3 <= t < 3 + count}
+    for policy in POLICIES_OF_IMAGES:
+        with adakv.attach(model):
+            classes = adakv.classes_of(model, {"input_ids": ids})
+            small = adakv.Cache(model, policy, NUM_TOKENS - count // 2, classes=classes)
+            model.generate(input_ids=ids, **given, **{CACHE: small}, **PLAIN)
+        full = [i for i, layer in enumerate(small.layers) if not layer.is_sliding]
+        kept = [set(row.tolist()) for i in full for row in small.kept(i)[0]]
+        assert all(text <= row for row in kept)
+        if policy == "hae":
+            assert all(row == kept[0] for row in kept)
+        assert sum(len(row & set(range(NUM_TOKENS))) for row in kept) == len(kept) * (
+            NUM_TOKENS - count // 2
+        )
+
+
+@torch.no_grad()
+def test_a_policy_of_images_asks_for_classes() -> None:
+    model, ids, given = read("SmolVLM")
+    with adakv.attach(model):
+        cache = adakv.Cache(model, "aircache", budget=64)
+        with pytest.raises(ValueError, match=r"classes must be given .*adakv\.classes_of"):
+            model(input_ids=ids, **given, **{CACHE: cache})
+        assert cache.seen == [] and cache.stats()["bytes"] == 0
+        with pytest.raises(ValueError, match="of an image needs a cache of its own"):
+            adakv.generate_batch(LLAMA.model(), [ids[0]], policy="aircache", budget=64)
+    with pytest.raises(ValueError, match="inputs must have input_ids, as of a processor, got"):
+        adakv.classes_of(model, ids)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names no token that stands for an image or a sound"):
+        adakv.classes_of(LLAMA.model(), {"input_ids": ids})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -46,6 +46,7 @@ def test_a_model_with_images_writes_what_it_wrote() -> None:
         small = adakv.Cache(model, budget=36, page_size=8)
         model.generate(ids, **image, **{CACHE: small}, **PLAIN)
     assert small.stats()["bytes"] < cache.stats()["bytes"]
+    assert adakv.classes_of(model, {"input_ids": ids}) == {"image": [[(3, 19)]]}
 
 
 def test_a_pipeline_and_a_streamer_take_the_cache(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hf.families import FAMILIES, LLAMA, VOCAB
 POLICIES = (
     *("random", "streaming", "snapkv", "r_kv", "vase", "h2o", "tova", "knorm", "ahakv"),
     *("ada_snapkv", "critical_ada_snapkv", "defensive", "ada_pyramidkv"),
-    *("prefixkv_text", "layer_defensive", "prefixkv"),
+    *("prefixkv_text", "layer_defensive", "prefixkv", "lava"),
     "LastImportant(window=32) * Capped() * TopScore()",
 )
 GPT_OSS = next(family for family in FAMILIES if family.prefix == "GptOss")

@@ -54,9 +54,12 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 def model_inputs(
     policy: Policy, prompt: Prompt, device: torch.device, num_layers: int = 4
 ) -> list[LayerInputs]:
-    """Random inputs of all layers, with the queries that a policy asks for."""
+    """Random inputs of all layers, with the queries that a policy asks for. Every 16th token and
+    the first ones are text, the others are of an image."""
     prompt = replace(prompt, window=policy.window)
     more = replace(prompt, length=50, window=50, seq_lens=None)  # tokens that repeat the prompt
+    position = torch.arange(prompt.length, device=device)
+    is_image = (position > 3) & (position % 16 > 0)
     return [
         replace(
             layer_inputs(
@@ -67,6 +70,7 @@ def model_inputs(
                 all_queries="all_queries" in policy.needs,
             ),
             repeat=(more.queries(device), more.entries(device)),
+            classes=is_image.to(torch.uint8).repeat(prompt.batch, 1),
         )
         for layer in range(num_layers)
     ]

@@ -10,6 +10,7 @@ import torch
 
 from adakv.policy import (
     Adaptive,
+    Capped,
     KeyNorm,
     LayerInputs,
     Policy,
@@ -244,6 +245,17 @@ def test_choose_takes_scores_from_outside(device, dtype):
     scores[0, 0, 1] = float("inf")
     scores[0, 1, 4] = float("nan")
     assert chosen(policy, bare_inputs(scores), 3, scores) == [[[0, 1, 5], [2, 3, 5]]]
+
+
+def test_capped_leaves_prompts_whole_that_fit(device):
+    """Beside one that doesn't, of which what has no score leaves, too."""
+    inputs = layer_inputs(replace(RAGGED, seq_lens=(90, 30, 71)), device)
+    scores = torch.rand(3, 4, 90, device=device)
+    scores[..., ::2] = -torch.inf
+    rows = chosen(Policy(SCORER, Capped(), TopScore()), inputs, 60, scores)
+    for b, length in ((0, 90), (2, 71)):
+        assert rows[b] == [[*range(1, length - 8, 2), *range(length - 8, length)]] * 4
+    assert rows[1] == [list(range(30))] * 4
 
 
 # --- Errors ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from adakv.policy import (
     Profile,
     Protection,
     Pyramid,
+    TokenClasses,
     TopScore,
     TwoStage,
     Uniform,
@@ -141,7 +142,10 @@ def read(
     policy: Policy, budget: int, protect: Any, device: torch.device, cuts: tuple[int, ...] = ()
 ) -> list[list[list[int]]]:
     """``[L * B][Hkv]`` positions that stay of two prompts, read in parts."""
-    reader = Reader(Budget(policy, budget), LAYERS, protection=Protection.given(protect))
+    classes = TokenClasses.given({"image": [(0, LENGTH - 20)]})
+    reader = Reader(
+        Budget(policy, budget), LAYERS, protection=Protection.given(protect), classes=classes
+    )
     chosen = {}
     ends = [*cuts, LENGTH]
     for layer in range(LAYERS):

@@ -33,6 +33,7 @@ NO_PARTS = {
     "Profile",
     "Policy",
     "Protection",
+    "TokenClasses",
     "WholePages",
 }
 PARTS = [

@@ -75,6 +75,7 @@ def test_settings_are_none_without_an_entry():
         ({"when": "never"}, r"when must be one of \('always', 'pressure'\), got 'never'"),
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
+        ({"policy": "aircache"}, "reads which tokens are of an image"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
         ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),

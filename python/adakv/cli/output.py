@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import io
 import json
@@ -22,6 +21,7 @@ import adakv
 from adakv import shown
 from adakv.cli.inputs import STANDARD_OUTPUT, InputError, dtype_name, refusals
 from adakv.cli.measure import Run
+from adakv.policy.inputs import nearest
 
 
 def plain_console() -> Console:
@@ -79,8 +79,8 @@ def find_policy(name: str, option: str) -> adakv.policy.Policy:
     except ValueError as error:
         if "(" in name:
             raise InputError(f"{option}: {error}") from error
-    near = difflib.get_close_matches(name, adakv.policies(), 1)
-    hint = f"did you mean {near[0]!r}?" if near else "`adakv policies` lists them"
+    near = nearest(name, adakv.policies())
+    hint = f"did you mean {near!r}?" if near else "`adakv policies` lists them"
     raise InputError(f"{option}: there is no policy {name!a}: {hint}")
 
 

@@ -10,6 +10,7 @@ from adakv.hf.generate import (
     generate_batch,
     generate_stream,
 )
+from adakv.hf.token_classes import classes_of
 from adakv.hf.workers import generate_on
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Cache",
     "NewToken",
     "attach",
+    "classes_of",
     "cuda_graph_sample",
     "detach",
     "generate_batch",

@@ -326,8 +326,7 @@ def _copied(cache: Any) -> Any:
     new.__dict__.update(cache.__dict__)
     new.layers = [_copied_layer(layer, new) for layer in cache.layers]
     new._full = [layer for layer in new.layers if isinstance(layer, FullAttentionLayer)]
-    if cache.rope_limit is not None:
-        long_rope.watch(new)
+    long_rope.watch(new)
     if not cache.seen:
         new._begin()
         return new

@@ -33,14 +33,13 @@ from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection
+from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
 from adakv.step import PlannedStep
 
 _FOR_INFERENCE = "adakv.Cache is for inference: use model.eval() and torch.no_grad()"
-_MIDWAY = "an earlier forward stopped midway: reset() the cache"
 
 
 class Cache(ShownCache):
@@ -84,6 +83,8 @@ class Cache(ShownCache):
         the CPU only.
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
+    classes : dict, optional
+        Which tokens are of an image, for policies that ask: as :func:`adakv.classes_of` finds.
     chunk_budget : int, optional
         The prompt comes in several forwards, each of which brings the heads back to so many entries
         on average (docs/texts.md): the cache never holds more than these and one chunk.
@@ -119,6 +120,7 @@ class Cache(ShownCache):
         page_size: int | None = None,
         kv_dtype: str | None = None,
         protect: Any = None,
+        classes: Any = None,
         chunk_budget: int | None = None,
         decode_budget: int | None = None,
         decode_policy: str | Policy | None = None,
@@ -139,22 +141,20 @@ class Cache(ShownCache):
             self.budget, kv_dtype, page_size, max_new_tokens, is_chunked=chunk_budget is not None
         )
         self.protection = Protection.given(protect)
-        chosen = self.budget.policy
-        self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
+        self.classes = TokenClasses.given(classes)
+        policy, needs = self.budget.policy, self.budget.policy.needs
+        self._rule = Rule.given(policy, decode_policy, decode_budget, every, pin_prompt)
         self._chunk_budget = chunk_budget
         self._groups = groups_of(self.layer_devices(decoder, full))
         check_together(self._groups, self._rule or chunk_budget)
-        needs = chosen.needs
         self._is_chunked = chunked_prefill
-        repeats = "repeat" in needs and chunk_budget is None
-        self.waits = chunked_prefill or repeats  # for more of the prompt
+        self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
         self.model_config = decoder.config
         self.rope_limit = long_rope.limit_of(decoder.config)
-        if self.rope_limit is not None:
-            long_rope.watch(self)
+        long_rope.watch(self)
         self._full = [
             full_attention_layer(self, layers[own], i, rotate, is_last=own == full[-1])
             for i, own in enumerate(full)
@@ -171,7 +171,9 @@ class Cache(ShownCache):
         ask = self._repetition.read_behind
         self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
         first_budget = self.eviction.first_budget
-        self.reading = Reader(first_budget, len(self._full), protection=self.protection)
+        self.reading = Reader(
+            first_budget, len(self._full), protection=self.protection, classes=self.classes
+        )
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -385,7 +387,7 @@ class Cache(ShownCache):
             lengths |= {self.layers[index].get_seq_length() for index in self._with_keys}
         is_whole = len(lengths) <= 1 and self._states.are_at(self._num_forwards)
         if self.is_midway or not is_whole:
-            raise Error(_MIDWAY)
+            raise Error("an earlier forward stopped midway: reset() the cache")
 
     def check_attended(self) -> None:
         """Raises ``adakv.Error`` if keys that were handed out did not come back to be attended to.
@@ -428,8 +430,7 @@ class Cache(ShownCache):
         is_chunk = self.eviction.reads_chunks
         num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
-        watcher = self.eviction.watcher
-        self.step = grow_step(self._kv, num_new, columns, watcher=watcher)
+        self.step = grow_step(self._kv, num_new, columns, watcher=self.eviction.watcher)
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
@@ -459,8 +460,7 @@ class Cache(ShownCache):
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.prompt_lens, self.reading = reader.lengths, reader.lengths, None
-            attention = [layer.attention for layer in self._full]
-            self.eviction.begin(reader.lengths, attention, self.protection)
+            self.eviction.begin(reader.lengths, [x.attention for x in self._full], self.protection)
 
     def _finish_all(self) -> None:
         """:meth:`finish` of all layers, whose prompts came in chunks."""

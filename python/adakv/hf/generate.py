@@ -239,7 +239,7 @@ def generate_stream(
     options = BatchOptions.given(options)
     limit = Budget.given(policy, budget, ratio, budget_bytes)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
-    _check_reads_once(limit.policy)
+    _check_can_read(limit.policy)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
@@ -277,11 +277,13 @@ def generate_stream(
     return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
 
 
-def _check_reads_once(policy: Policy) -> None:
-    if "repeat" in policy.needs:
-        raise ValueError(
-            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
-        )
+def _check_can_read(policy: Policy) -> None:
+    for need, what in (
+        ("repeat", "a prompt that is read twice"),
+        ("classes", "a prompt of which it reads what tokens are of an image"),
+    ):
+        if need in policy.needs:
+            raise ValueError(f"policy: {what} needs a cache of its own: adakv.Cache")
 
 
 def _rooms(

@@ -58,8 +58,9 @@ def check_batch(config: Any, lengths: Sequence[int], counts: Sequence[int]) -> N
 
 
 def watch(cache: Any) -> None:
-    """Has :func:`check_dropped` know of a cache whose model has a limit."""
-    _watched.add(cache)
+    """Has :func:`check_dropped` know of a cache, if its model has a limit."""
+    if cache.rope_limit is not None:
+        _watched.add(cache)
 
 
 def check_dropped(module: Any, query: Tensor) -> None:

@@ -27,7 +27,9 @@ from adakv.policy.base import (
     Selector,
 )
 from adakv.policy.budget import Budget, ByteBudget
+from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.fusion import RankFusion
+from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
@@ -43,6 +45,7 @@ from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
     KeyNorm,
+    LargestValue,
     LastQuery,
     Random,
     Recency,
@@ -57,6 +60,7 @@ from adakv.policy.text_scorers import (
     SampledRest,
     ValueRange,
 )
+from adakv.policy.token_classes import TokenClasses
 from adakv.policy.whole_pages import WholePages
 
 __all__ = [
@@ -68,9 +72,13 @@ __all__ = [
     "Budget",
     "ByteBudget",
     "Capped",
+    "ClassAttention",
+    "ClassQuotas",
     "ColumnMax",
     "Defensive",
+    "DualThreshold",
     "Earliest",
+    "EliteQueries",
     "EveryTokens",
     "Everything",
     "ExpectedAttention",
@@ -79,9 +87,11 @@ __all__ = [
     "Kept",
     "KeyDiff",
     "KeyNorm",
+    "LargestValue",
     "LastImportant",
     "LastQuery",
     "LayerBudget",
+    "LayerEntropy",
     "LayerInputs",
     "LayerSchedule",
     "MassShare",
@@ -101,6 +111,8 @@ __all__ = [
     "SampledRest",
     "Scorer",
     "Selector",
+    "StrengthSkew",
+    "TokenClasses",
     "TopScore",
     "TwoStage",
     "Uniform",

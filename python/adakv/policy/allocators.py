@@ -191,7 +191,8 @@ class Capped:
     """As many entries as have a score: what is ``-inf`` leaves, however much room there is.
 
     The budget is what a layer holds at most: where more entries have a score, the best of all its
-    kv heads stay (:class:`Adaptive`). ``floor`` of it is then given evenly.
+    kv heads stay (:class:`Adaptive`). ``floor`` of it is then given evenly. A prompt that fits into
+    it stays whole, among others as alone.
     """
 
     floor: float = 0.0
@@ -206,7 +207,11 @@ class Capped:
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
         shares = Adaptive(floor=self.floor).allocate(scores, inputs, budgets, window=window)
-        return shares.minimum(_num_scored(scores, inputs, window))
+        capped = shares.minimum(_num_scored(scores, inputs, window))
+        if inputs.seq_lens is not inputs.sequence_lens:  # a text, which is always cut
+            return capped
+        fit = [[n <= b] for n, b in zip(inputs.prompt_lens, budgets, strict=True)]
+        return shares.where(torch.tensor(fit).to(shares.device, non_blocking=True), capped)
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)

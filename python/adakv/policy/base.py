@@ -46,8 +46,9 @@ __all__ = [
 #: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
-#: a repetition; "budget": how many entries stay. An allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget"]
+#: a repetition; "budget": how many entries stay; "classes": which tokens are of an image, or of
+#: what else. An allocator that is model-wide needs nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:
@@ -70,6 +71,9 @@ class Scorer(Protocol):
 
     def score(self, inputs: LayerInputs) -> Tensor:
         """``[B, Hkv, T]`` float32, higher is better; not read in the window and in padding.
+
+        If it has an attribute ``of_first_layer`` that is true, it is asked of the first layer
+        alone, whose scores are then those of all others.
 
         Of a text that is chosen from again (``inputs.positions`` is there) a scorer with an
         attribute ``carries`` that is true is handed all new queries, and its scores of before.
@@ -319,16 +323,36 @@ class Policy:
             raise ValueError(
                 f"scores must be one tensor for each of {len(layers)} layers, got {len(scores)}"
             )
+        if scores is None and self.scores_once:
+            scores = self._scores_of_first(layers, budget)
         if self.is_model_wide:
             return self._choose(layers, budget, scores)
         given = [None] * len(layers) if scores is None else scores
         return [self.choose(x, budget, scores=s) for x, s in zip(layers, given, strict=True)]
+
+    def _scores_of_first(
+        self, layers: Sequence[LayerInputs], budget: int | Sequence[LayerBudget]
+    ) -> list[Tensor] | None:
+        """The scores of the first layer, for each layer; None if nothing is to be scored."""
+        if isinstance(budget, Sequence):
+            budgets = [list(budget)]
+        else:
+            budgets = [self.layer_budgets(x, budget) for x in layers]
+        if all(x.keeps_everything for of_layer in budgets for x in of_layer):
+            return None
+        first = self.score(layers[0], budgets[0])
+        return [first.to(x.keys.device, non_blocking=True) for x in layers]
 
     def score(self, inputs: LayerInputs, budgets: Sequence[LayerBudget]) -> Tensor:
         """The scorer's scores ``[B, Hkv, T]`` of a layer with such budgets, one a sequence."""
         if "budget" in self.needs:
             inputs = replace(inputs, budgets=tuple(x.mean for x in budgets))
         return self.scorer.score(inputs)
+
+    @cached_property
+    def scores_once(self) -> bool:
+        """Whether what the first layer's entries score is what those of all layers score."""
+        return bool(getattr(self.scorer, "of_first_layer", False))
 
     @property
     def reserves(self) -> bool:

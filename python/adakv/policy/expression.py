@@ -9,7 +9,9 @@ from typing import Any
 
 from adakv.policy import (
     allocators,
+    class_scorers,
     fusion,
+    layer_shares,
     mass_share,
     prompt_scorers,
     scorers,
@@ -24,7 +26,9 @@ _PARTS = {
     name: part
     for module in (
         allocators,
+        class_scorers,
         fusion,
+        layer_shares,
         mass_share,
         prompt_scorers,
         scorers,

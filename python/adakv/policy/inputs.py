@@ -16,6 +16,11 @@ from adakv import ops
 from adakv.errors import NOT_A_NUMBER, short, to_float, to_int
 from adakv.step import Attention
 
+_SHORTEST = 3  # letters by which a name is known
+
+#: What a token may be of; :attr:`LayerInputs.classes` has their numbers.
+CLASSES = ("text", "image", "audio", "instruction")
+
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
@@ -57,6 +62,9 @@ class LayerInputs:
     budgets : tuple of int
         Mean entries per kv head that stay of each sequence in this layer, if "budget" is in
         :attr:`Policy.needs`.
+    classes : ``[B, T]`` uint8, optional
+        What each token is, the number of one of :data:`CLASSES`; if "classes" is in
+        :attr:`Policy.needs`.
     """
 
     queries: Tensor
@@ -74,6 +82,7 @@ class LayerInputs:
     positions: Tensor | None = None
     carried: Tensor | None = None
     budgets: tuple[int, ...] = ()
+    classes: Tensor | None = None
     sequence_lens: Tensor | None = field(init=False, repr=False)
     """``seq_lens`` as verbs take them, ``[B]`` int32; None where kv heads differ in length: there
     scores of ``-inf`` say what isn't there."""
@@ -105,6 +114,14 @@ class LayerInputs:
             raise ValueError(
                 f"protected must be boolean [B, T] = {[batch, length]}, "
                 f"got {protected.dtype} {list(protected.shape)}"
+            )
+        classes = self.classes
+        if classes is not None and (
+            classes.dtype != torch.uint8 or classes.shape != (batch, length)
+        ):
+            raise ValueError(
+                f"classes must be uint8 [B, T] = {[batch, length]}, "
+                f"got {classes.dtype} {list(classes.shape)}"
             )
         is_ragged = self.seq_lens is not None and self.seq_lens.dim() == 2
         object.__setattr__(self, "sequence_lens", None if is_ragged else self.seq_lens)
@@ -142,6 +159,15 @@ class LayerInputs:
                 norms = norms.masked_fill(~self.candidates(0), 0)
             self._norms[norm] = norms
         return self._norms[norm]
+
+    def is_of(self, *names: str) -> Tensor:
+        """``[B, T]`` bool: which tokens are of one of some :data:`CLASSES`, and no padding."""
+        if self.classes is None:
+            raise ValueError("classes must be given to a policy that reads them, got None")
+        found = torch.zeros_like(self.classes, dtype=torch.bool)
+        for name in names:
+            found |= self.classes == CLASSES.index(name)
+        return found & self.candidates(0)[:, 0]
 
     def attended(self, count: int, *, gain: Tensor | None = None, **how: Any) -> Tensor:
         """``[B, Hkv, T]`` float32: :func:`adakv.ops.score` of the last ``count`` queries, over what
@@ -354,8 +380,15 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
     """``: did you mean 'this'?`` if a choice looks like the value, else nothing."""
-    near = difflib.get_close_matches(value, tuple(choices), 1) if isinstance(value, str) else []
-    return f": did you mean {near[0]!r}?" if near else ""
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return f": did you mean {near!r}?" if near else ""
+
+
+def nearest(value: str, choices: Iterable[str]) -> str | None:
+    """The first choice that begins with a value, if it isn't very short, or else the most alike."""
+    choices = tuple(choices)
+    longer = [x for x in choices if x.startswith(value) and len(value) >= _SHORTEST]
+    return next(iter(longer or difflib.get_close_matches(value, choices, 1)), None)
 
 
 def pin_first(scores: Tensor, count: int) -> Tensor:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
+from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.expression import parse
 from adakv.policy.fusion import RankFusion
 from adakv.policy.inputs import did_you_mean
+from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.prompt_scorers import (
@@ -24,6 +26,7 @@ from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
     KeyNorm,
+    LargestValue,
     LastQuery,
     Random,
     Recency,
@@ -87,6 +90,11 @@ _PRESETS: dict[str, Policy] = {
     "prefixkv":                    Policy(_prefixkv, MassShare(), TopScore()),
     "prefixkv_heads":              Policy(PromptAttention(), MassShare(of_heads=True), TopScore()),
     "prefixkv_text":               Policy(Earliest(), Uniform(), TopScore()),
+    "lava":                        Policy(LargestValue(), LayerEntropy(), TopScore()),
+    "critical_lava":               Policy(LargestValue(), LayerEntropy(), TwoStage()),
+    "aircache":                    Policy(EliteQueries(), StrengthSkew(), TopScore()),
+    "csp":                         Policy(ClassAttention(), Uniform(), ClassQuotas()),
+    "hae":                         Policy(DualThreshold(), Capped(floor=1.0), TopScore()),
     "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),

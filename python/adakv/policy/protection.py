@@ -15,7 +15,7 @@ from adakv.policy.budget import Budget
 Spans = tuple[tuple[int, int], ...]  # (begin, end), of a prompt's own tokens
 
 _FORM = (
-    "protect must be spans [(begin, end), ...] of tokens, with 0 <= begin < end, or a boolean mask "
+    "must be spans [(begin, end), ...] of tokens, with 0 <= begin < end, or a boolean mask "
     "[T], for all sequences; or a list with one of these for each, or a mask [B, T]"
 )
 
@@ -33,10 +33,11 @@ class Protection:
 
     marked: tuple[_Marked, ...] = ()  #: one for each sequence, or one for all
     is_common: bool = True
+    name: str = "protect"  #: for messages
 
     @classmethod
-    def given(cls, protect: Any) -> Protection:
-        """From what users give.
+    def given(cls, protect: Any, name: str = "protect") -> Protection:
+        """From what users give, as the parameter of that name.
 
         Parameters
         ----------
@@ -52,17 +53,18 @@ class Protection:
             If it is anything else.
         """
         if protect is None:
-            return cls()
+            return cls(name=name)
         if _is_mask(protect):
             mask = torch.as_tensor(protect).cpu()
             if mask.dim() == 2:
-                return cls(tuple(map(_of_mask, mask)), is_common=False)
-            return cls((_of_mask(mask),))
+                return cls(tuple(_of_mask(name, x) for x in mask), is_common=False, name=name)
+            return cls((_of_mask(name, mask),), name=name)
         if isinstance(protect, (list, tuple)):
             if all(map(_is_span, protect)):
-                return cls((_of_spans(protect),) if protect else ())
-            return cls(tuple(map(_of_sequence, protect)), is_common=False)
-        raise ValueError(f"{_FORM}; got {short(protect)}")
+                return cls((_of_spans(name, protect),) if protect else (), name=name)
+            marked = tuple(_of_sequence(name, x) for x in protect)
+            return cls(marked, is_common=False, name=name)
+        raise ValueError(f"{name} {_FORM}; got {short(protect)}")
 
     @classmethod
     def of_prompts(
@@ -72,7 +74,7 @@ class Protection:
         spans = cls.given(protect).spans([len(prompt) for prompt in prompts])
         token_ids = _token_ids("protect_tokens", token_ids)
         marked = tuple(
-            _of_spans([*of_prompt, *spans_of(prompt, token_ids)])
+            _of_spans("protect", [*of_prompt, *spans_of(prompt, token_ids)])
             for of_prompt, prompt in zip(spans, prompts, strict=True)
         )
         return cls(marked, is_common=False)
@@ -93,16 +95,16 @@ class Protection:
         marked = self.marked * len(lengths) if self.is_common else self.marked
         if len(marked) != len(lengths):
             raise ValueError(
-                f"protect must have one list or row for each of {len(lengths)} sequences, "
+                f"{self.name} must have one list or row for each of {len(lengths)} sequences, "
                 f"got {len(marked)}"
             )
         for index, (one, length) in enumerate(zip(marked, lengths, strict=True)):
             if one.length not in (None, length):
                 raise ValueError(
-                    "protect: a mask must count a sequence's own tokens, without padding: sequence "
-                    f"{index} has {length}, and its mask {one.length}"
+                    f"{self.name}: a mask must count a sequence's own tokens, without padding: "
+                    f"sequence {index} has {length}, and its mask {one.length}"
                 )
-        return [_joined(one.spans, n) for one, n in zip(marked, lengths, strict=True)]
+        return [joined(one.spans, n) for one, n in zip(marked, lengths, strict=True)]
 
     def check(
         self,
@@ -116,7 +118,9 @@ class Protection:
         more must stay than a budget holds."""
         for index, (spans, length) in enumerate(zip(self.spans(lengths), lengths, strict=True)):
             if spans:
-                _check_room(budget, spans, length, num_layers, name.format(index))
+                protected = sum(end - begin for begin, end in spans)
+                said = f"protect: {name.format(index)} has {protected} protected tokens"
+                check_room(budget, spans, length, num_layers, said)
 
 
 def spans_of(
@@ -149,8 +153,8 @@ def spans_of(
         )
     wanted = torch.isin(ids, torch.tensor(_token_ids("token_ids", token_ids), dtype=torch.int64))
     if ids.dim() == 1:
-        return list(_of_mask(wanted[shown.bool()]).spans)
-    return [list(_of_mask(x[y.bool()]).spans) for x, y in zip(wanted, shown, strict=True)]
+        return list(_of_mask("", wanted[shown.bool()]).spans)
+    return [list(_of_mask("", x[y.bool()]).spans) for x, y in zip(wanted, shown, strict=True)]
 
 
 def mask_of(spans: Sequence[Spans], length: int, device: torch.device) -> Tensor:
@@ -162,13 +166,13 @@ def mask_of(spans: Sequence[Spans], length: int, device: torch.device) -> Tensor
     return mask.to(device, non_blocking=True)
 
 
-def _check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, name: str) -> None:
-    """Raises ``ValueError`` if not every head of every layer has room for what must stay."""
+def check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, said: str) -> None:
+    """Raises ``ValueError`` if not every head of every layer has room for what must stay; ``said``
+    is what the message begins with."""
     policy = budget.policy
     window, pinned = policy.window, policy.scorer.pinned
-    protected = sum(end - begin for begin, end in spans)
     end = max(prompt_len - window, 0)  # of the candidates
-    count = sum(last - first for first, last in _joined(((0, pinned), *spans), end))
+    count = sum(last - first for first, last in joined(((0, pinned), *spans), end))
     if count == min(pinned, end):
         return
     layers = budget.of_layers(prompt_len, num_kv_heads=1, num_layers=num_layers)
@@ -181,7 +185,7 @@ def _check_room(budget: Budget, spans: Spans, prompt_len: int, num_layers: int, 
         if window + count > room:
             first = f" and {pinned} pinned ones" if pinned else ""
             raise ValueError(
-                f"protect: {name} has {protected} protected tokens; with the policy's window of "
+                f"{said}; with the policy's window of "
                 f"{window} entries{first} {window + count} must stay in every kv head, and one of "
                 f"layer {layer} has room for {room}: protect less, or give a larger budget"
             )
@@ -214,34 +218,34 @@ def _is_span(given: Any) -> bool:
         return False
 
 
-def _of_sequence(given: Any) -> _Marked:
+def _of_sequence(name: str, given: Any) -> _Marked:
     """What was given for one of the sequences."""
     if given is None:
         return _Marked(())
     if _is_mask(given):
-        return _of_mask(torch.as_tensor(given).cpu())
+        return _of_mask(name, torch.as_tensor(given).cpu())
     if isinstance(given, (list, tuple)) and all(map(_is_span, given)):
-        return _of_spans(given)
-    raise ValueError(f"{_FORM}; got {short(given)} in the list")
+        return _of_spans(name, given)
+    raise ValueError(f"{name} {_FORM}; got {short(given)} in the list")
 
 
-def _of_spans(given: Iterable[Sequence[int]]) -> _Marked:
+def _of_spans(name: str, given: Iterable[Sequence[int]]) -> _Marked:
     spans = tuple((to_int(begin), to_int(end)) for begin, end in given)
     for begin, end in spans:
         if not 0 <= begin < end:
-            raise ValueError(f"{_FORM}; got ({begin}, {end})")
+            raise ValueError(f"{name} {_FORM}; got ({begin}, {end})")
     return _Marked(spans)
 
 
-def _of_mask(mask: Tensor) -> _Marked:
+def _of_mask(name: str, mask: Tensor) -> _Marked:
     if mask.dim() != 1:
-        raise ValueError(f"{_FORM}; got a mask {list(mask.shape)}")
+        raise ValueError(f"{name} {_FORM}; got a mask {list(mask.shape)}")
     edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
     begins, ends = (torch.nonzero(edges == edge).flatten().tolist() for edge in (1, -1))
     return _Marked(tuple(zip(begins, ends, strict=True)), len(mask))
 
 
-def _joined(spans: Iterable[tuple[int, int]], end: int) -> Spans:
+def joined(spans: Iterable[tuple[int, int]], end: int) -> Spans:
     """In order and apart from each other, as far as ``end``."""
     found: list[tuple[int, int]] = []
     for first, last in sorted((begin, min(last, end)) for begin, last in spans):

@@ -69,6 +69,25 @@ class WindowAttention:
 
 
 @dataclass(frozen=True)
+class LargestValue(WindowAttention):
+    """The window's attention, weighed by the largest value of the head (LAVa, arXiv 2509.09754).
+
+    ``S[h, t] = pool_t(max over the group of h(mean over the window(softmax(q . k * scale)))) * max
+    over the candidates j of |v[h, j]|_1``
+
+    A bound on what an entry does to the output of its layer. The second factor is one number for a
+    head: it orders nothing within one, and says how heads compare.
+    """
+
+    group_reduce: ops.Reduce = "max"
+
+    def score(self, inputs: LayerInputs) -> Tensor:
+        sizes = torch.linalg.vector_norm(inputs.values, 1, -1, dtype=torch.float32)
+        largest = sizes.masked_fill(~inputs.candidates(self.window), 0).amax(-1, keepdim=True)
+        return pin_first(super().score(inputs) * largest, self.pinned)
+
+
+@dataclass(frozen=True)
 class Defensive:
     """The worst case in the place of the mean (DefensiveKV, arXiv 2510.13334).
 

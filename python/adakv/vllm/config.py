@@ -153,6 +153,8 @@ def why_not(policy: Policy) -> str | None:
         return "its budget is one of bytes, and an engine's blocks hold entries as the model does"
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
+    if "classes" in policy.needs:
+        return "it reads which tokens are of an image, which nobody says here"
     if isinstance(layers, Everything):
         return "it keeps everything, which vLLM does without it"
     if isinstance(layers, Pyramid) and layers.rounding == "official":
