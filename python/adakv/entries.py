@@ -217,7 +217,7 @@ class HeldInputs(LayerInputs):
             "num_layers": num_layers,
             "seq_lens": held.lengths,
             "attention": attention,
-            **dict.fromkeys(("lse", "protected", "sequence_lens")),
+            **dict.fromkeys(("lse", "protected", "sequence_lens", "hidden")),
             "_norms": {},
             "held": held,
         }

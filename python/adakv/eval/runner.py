@@ -14,6 +14,7 @@ from adakv.eval.prefill import Prefill
 from adakv.eval.records import Key, Record
 from adakv.eval.written import Written
 from adakv.policy import Policy
+from adakv.policy.base import needs_of
 
 
 def missing(
@@ -76,6 +77,7 @@ def run(
     _check_lengths(model, tasks)
     wanted = set(missing(tasks, policies, shares, done))
     settings = [(name, share) for name in policies for share in shares]
+    needs = needs_of(*policies.values())
     with adakv.attach(model):
         for task, all_items in tasks.items():
             for prompt, group in groupby(all_items, key=lambda item: item.prompt):
@@ -88,7 +90,7 @@ def run(
                 ]
                 if not todo:
                     continue
-                prefill = Prefill(model, torch.tensor([prompt]))
+                prefill = Prefill(model, torch.tensor([prompt]), needs=needs)
                 for item, pairs in groupby(todo, key=lambda pair: pair[0]):
                     full = answer_logits(model, prefill.full_cache(), item)
                     for _, key in pairs:

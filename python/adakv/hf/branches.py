@@ -18,7 +18,7 @@ from transformers import Cache as TransformersCache
 from adakv.cache import KVCache
 from adakv.devices import SplitCache
 from adakv.errors import Error, integer
-from adakv.hf import hybrid, long_rope, pool_size
+from adakv.hf import hidden, hybrid, long_rope, pool_size
 from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
@@ -328,6 +328,9 @@ def _copied(cache: Any) -> Any:
     new._full = [layer for layer in new.layers if isinstance(layer, FullAttentionLayer)]
     if cache.rope_limit is not None:
         long_rope.watch(new)
+    if "hidden" in cache.budget.policy.needs:
+        full = [i for i, x in enumerate(new.layers) if isinstance(x, FullAttentionLayer)]
+        hidden.tell(new, new.model, full)
     if not cache.seen:
         new._begin()
         return new

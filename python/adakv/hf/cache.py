@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 
 from adakv.devices import AnyCache, SplitStep, check_together, groups_of, grow_step
 from adakv.errors import Error
-from adakv.hf import families, long_rope, pool_size
+from adakv.hf import families, hidden, long_rope, pool_size
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
@@ -163,6 +163,8 @@ class Cache(ShownCache):
             layers[layer] = ours
         self._with_keys = [i for i, layer in enumerate(layers) if has_keys(layer)]
         super().__init__(layers=layers)
+        if "hidden" in needs:
+            hidden.tell(self, decoder, full)
         self._begin()
 
     def _begin(self) -> None:
@@ -209,30 +211,6 @@ class Cache(ShownCache):
             self._states.ask(layer_idx)
         state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
-
-    def stats(self) -> dict[str, Any]:
-        """What the cache holds.
-
-        Returns
-        -------
-        stats : dict
-            ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
-            sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
-            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used``, their
-            ``kv_dtype`` (None before there are any) and ``full_bytes``, what a full cache would
-            hold.
-        """
-        return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
-
-    def kept(self, layer: int) -> list[list[Tensor]]:
-        """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
-
-        Positions count a sequence's own tokens from 0, padding left out.
-        """
-        ours = self.layers[layer]
-        if not isinstance(ours, FullAttentionLayer):
-            raise ValueError(f"layer {layer} has no full attention and is not compressed")
-        return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
 
     @property
     def _num_kv_heads(self) -> int:

@@ -28,6 +28,7 @@ from adakv.policy.base import (
 )
 from adakv.policy.budget import Budget, ByteBudget
 from adakv.policy.fusion import RankFusion
+from adakv.policy.gates import Gate
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, names
@@ -76,6 +77,7 @@ __all__ = [
     "ExpectedAttention",
     "Flat",
     "FoldingScorer",
+    "Gate",
     "Kept",
     "KeyDiff",
     "KeyNorm",

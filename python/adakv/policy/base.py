@@ -46,8 +46,9 @@ __all__ = [
 #: What a part of a policy may read beyond keys, values and the window's queries. It says so in an
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
-#: a repetition; "budget": how many entries stay. An allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget"]
+#: a repetition; "budget": how many entries stay; "hidden": what the layer's attention is fed. An
+#: allocator that is model-wide needs nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "hidden"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:
@@ -89,8 +90,8 @@ class FoldingScorer(Scorer, Protocol):
         folded
             What came of the parts before; None of the first.
         part : :class:`LayerInputs`
-            The prompt as far as it has been read, all sequences of one length; its queries are the
-            new ones, those of its last positions.
+            The prompt as far as it has been read, all sequences of one length; its queries, and its
+            hidden states if there are any, are the new ones, those of its last positions.
         """
         ...
 

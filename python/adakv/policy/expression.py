@@ -10,6 +10,7 @@ from typing import Any
 from adakv.policy import (
     allocators,
     fusion,
+    gates,
     mass_share,
     prompt_scorers,
     scorers,
@@ -25,6 +26,7 @@ _PARTS = {
     for module in (
         allocators,
         fusion,
+        gates,
         mass_share,
         prompt_scorers,
         scorers,

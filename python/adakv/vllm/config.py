@@ -153,6 +153,8 @@ def why_not(policy: Policy) -> str | None:
         return "its budget is one of bytes, and an engine's blocks hold entries as the model does"
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
+    if "hidden" in policy.needs:
+        return "it needs hidden states, which an engine's attention isn't given"
     if isinstance(layers, Everything):
         return "it keeps everything, which vLLM does without it"
     if isinstance(layers, Pyramid) and layers.rounding == "official":
