@@ -6,9 +6,9 @@
 
 KVzip reads a prompt twice, and keeps what the model looks at while it repeats it. A gate says
 beforehand what that will be: one small map per layer, from what the layer's attention is fed to the
-logarithm of KVzip's scores. It is fitted by least squares, as a line (``--width 0``) or with a
-layer of ``--width`` units before. Give texts like those that the model will read, and no text that
-quality is measured on.
+logarithm of KVzip's scores. It is fitted by least squares, as a line or with a layer of ``--width``
+units before it. Give texts like those that the model will read, and no text that quality is
+measured on.
 
 Differences to the paper: the target is KVzip's score itself, without the sizes of values and hidden
 states (KVzip+); the prompt is repeated without an instruction, as ``adakv eval`` does; and there
@@ -75,7 +75,7 @@ def samples(
     return torch.cat(hidden, 1).to(device), torch.cat(targets, 1).to(device)
 
 
-def line(x: Tensor, y: Tensor, ridge: float = 1e-3) -> dict[str, Tensor]:
+def line(x: Tensor, y: Tensor, ridge: float = 0.1) -> dict[str, Tensor]:
     """Least squares ``[E] -> [Hkv]`` in each layer; ``ridge`` times the mean square is added."""
     weights = {}
     for layer, (states, wanted) in enumerate(zip(x, y, strict=True)):
@@ -168,7 +168,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--length", type=int, default=1000, help="tokens of a prompt")
     parser.add_argument("--per-prompt", type=int, default=500, help="tokens that are trained on")
-    parser.add_argument("--width", type=int, default=128, help="units between; 0: a line")
+    parser.add_argument("--width", type=int, default=0, help="units between; 0: a line")
     parser.add_argument("--epochs", type=int, default=12)
     return parser.parse_args()
 
