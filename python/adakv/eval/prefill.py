@@ -175,6 +175,7 @@ class Prefill:
         kv_dtype: str | None = None,
         max_new_tokens: int = 4096,
         protect: Any = None,
+        read: Any = None,
     ) -> Cache:
         """A cache holding what the policy keeps of the prompt: as if the model had read it there.
 
@@ -182,8 +183,8 @@ class Prefill:
         repeated reads it once more, without an instruction to do so.
         """
         settings: dict[str, Any] = {"kv_dtype": kv_dtype, "max_new_tokens": max_new_tokens}
-        settings["budget_bytes"] = budget_bytes
-        cache = adakv.Cache(self._model, policy, budget, ratio, protect=protect, **settings)
+        settings |= {"budget_bytes": budget_bytes, "protect": protect, "read": read}
+        cache = adakv.Cache(self._model, policy, budget, ratio, **settings)
         with torch.inference_mode():
             for index, (keys, values) in self._recorder.entries.items():
                 cache.update(keys[:], values, index)

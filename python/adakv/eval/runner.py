@@ -45,6 +45,7 @@ def run(
     *,
     protect: Any = None,
     written: Written | None = None,
+    read: str | None = None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -63,6 +64,9 @@ def run(
         Tokens of every prompt that stay, as :class:`adakv.Cache` takes them.
     written : :class:`adakv.eval.written.Written`, optional
         Has policies choose from prompts as if they were texts being written.
+    read : str, optional
+        Which pages steps read, as :class:`adakv.Cache` takes it. What follows a prompt is then read
+        token by token, as wider steps may read everything. Not with ``written``.
 
     Raises
     ------
@@ -101,14 +105,16 @@ def run(
                         else:
                             new = len(item.query) + len(item.answer)
                             given = {"kv_dtype": kv_dtype, "protect": protect}
-                            given |= {"ratio": key.share, "max_new_tokens": new}
+                            given |= {"ratio": key.share, "max_new_tokens": new, "read": read}
                             cache = prefill.cache(policy, **given)
-                        yield _record(model, cache, item, key, full)
+                        stats = cache.stats()
+                        compressed = answer_logits(model, cache, item, one_by_one=read is not None)
+                        yield _record(stats, compressed, item, key, full)
 
 
-def _record(model: Any, cache: Any, item: Item, key: Key, full: torch.Tensor) -> Record:
-    stats = cache.stats()
-    compressed = answer_logits(model, cache, item)
+def _record(
+    stats: dict[str, Any], compressed: torch.Tensor, item: Item, key: Key, full: torch.Tensor
+) -> Record:
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
     return Record(
         key, item.group, quality, len(item.prompt), stats["bytes"], stats["full_bytes"], item.depth

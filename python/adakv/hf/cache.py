@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adakv.cache import KVCache
 from adakv.devices import AnyCache, SplitStep, check_together, groups_of, grow_step
 from adakv.errors import Error
 from adakv.hf import families, hidden, long_rope, pool_size
@@ -33,7 +34,8 @@ from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection
+from adakv.page_bounds import PageBounds
+from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, Quest, get_read
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
@@ -98,6 +100,9 @@ class Cache(ShownCache):
     pin_prompt : bool
         Whether what was kept of the prompt stays, beside ``decode_budget``. Else it competes with
         the text for as many entries as both have together.
+    read : str or :class:`adakv.policy.Quest`, optional
+        Which pages of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
+        Default: all of them.
     """
 
     reading: Reader | None
@@ -124,6 +129,7 @@ class Cache(ShownCache):
         decode_policy: str | Policy | None = None,
         every: int | None = None,
         pin_prompt: bool = True,
+        read: str | Quest | None = None,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -139,15 +145,14 @@ class Cache(ShownCache):
             self.budget, kv_dtype, page_size, max_new_tokens, is_chunked=chunk_budget is not None
         )
         self.protection = Protection.given(protect)
-        chosen = self.budget.policy
+        chosen, needs = self.budget.policy, self.budget.policy.needs
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._chunk_budget = chunk_budget
         self._groups = groups_of(self.layer_devices(decoder, full))
-        check_together(self._groups, self._rule or chunk_budget)
-        needs = chosen.needs
+        self._read = None if read is None else get_read(read)
+        check_together(self._groups, self._rule or chunk_budget or self._read)
         self._is_chunked = chunked_prefill
-        repeats = "repeat" in needs and chunk_budget is None
-        self.waits = chunked_prefill or repeats  # for more of the prompt
+        self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
         rotate = families.rotation(decoder) if "rotate" in needs else None
@@ -174,6 +179,7 @@ class Cache(ShownCache):
         self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
         first_budget = self.eviction.first_budget
         self.reading = Reader(first_budget, len(self._full), protection=self.protection)
+        self._reader = None if self._read is None else PageBounds(self._read)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -286,6 +292,8 @@ class Cache(ShownCache):
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
+        if self._read is not None:
+            raise ValueError("read: its steps can't be recorded; generate without custom_generate")
         if self.reading is not None:
             self._finish_all()
         self._end_prompt()
@@ -406,8 +414,11 @@ class Cache(ShownCache):
         is_chunk = self.eviction.reads_chunks
         num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
-        watcher = self.eviction.watcher
-        self.step = grow_step(self._kv, num_new, columns, watcher=watcher)
+        watcher, reader = self.eviction.watcher, None if is_chunk else self._reader
+        if reader is not None:
+            assert isinstance(self._kv, KVCache)  # one of several devices was refused
+            reader.begin_step(self._kv, self._seen, num_new, columns)
+        self.step = grow_step(self._kv, num_new, columns, watcher=watcher, reader=reader)
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
@@ -415,6 +426,8 @@ class Cache(ShownCache):
         """All layers have attended: chooses from the text, if it is time."""
         if self.eviction.text is not None and self.eviction.text.is_due:
             self.eviction.text.choose(self.own_pages(), self._slots)
+            if self._reader is not None:
+                self._reader.forget()
         self.is_midway = False
 
     def finish(

@@ -31,7 +31,7 @@ from adakv.policy.fusion import RankFusion
 from adakv.policy.gates import Gate
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
-from adakv.policy.presets import DEFAULT, get, names
+from adakv.policy.presets import DEFAULT, get, get_read, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
     ColumnMax,
@@ -40,6 +40,7 @@ from adakv.policy.prompt_scorers import (
     RepeatAttention,
 )
 from adakv.policy.protection import Protection, spans_of
+from adakv.policy.reads import Quest
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -96,6 +97,7 @@ __all__ = [
     "PromptAttention",
     "Protection",
     "Pyramid",
+    "Quest",
     "Random",
     "RankFusion",
     "Recency",
@@ -110,6 +112,7 @@ __all__ = [
     "WholePages",
     "WindowAttention",
     "get",
+    "get_read",
     "names",
     "spans_of",
 ]
