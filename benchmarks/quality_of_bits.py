@@ -101,7 +101,7 @@ def main() -> None:
     formats = labelled(given.policies.split(","), FORMATS)
     chosen = chosen_policies(formats, equal_bytes=True)
     measure = functools.partial(runner.run, model)
-    run_all(measure, file, tasks_of(given, tokenizer), chosen, SHARES, (), {})
+    run_all(measure, file, tasks_of(given, tokenizer), chosen, SHARES)
     names = list(formats)
     wanted = sorted(file.records, key=lambda record: names.index(record.key.policy))
     write(given.out, about, summary.summarize(wanted))

@@ -167,6 +167,18 @@ def value_norm(
     return norms
 
 
+def gate(hidden: Tensor, weights: dict[str, Tensor], layer: int) -> Tensor:
+    """What a gate's file says of a layer's hidden states ``[B, T, E]``: ``[B, Hkv, T]``, the
+    logarithms of scores. A linear map, or two with ``x * Phi(x)`` between (KVzap, section 3)."""
+    named = {name: x.to(hidden.dtype) for name, x in weights.items()}
+    place = f"layers.{layer}"
+    if f"{place}.weight" not in named:
+        z = hidden @ named[f"{place}.0.weight"].mT + named[f"{place}.0.bias"]
+        hidden = z * (1 + torch.erf(z / 2**0.5)) / 2
+        place += ".2"
+    return (hidden @ named[f"{place}.weight"].mT + named[f"{place}.bias"]).mT
+
+
 def ranked(values: np.ndarray) -> np.ndarray:
     """Flat indices of ``[H, n]``, best first: by value (NaN as -inf), then position, then head."""
     values = np.where(np.isnan(values), -INF, values)

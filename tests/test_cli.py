@@ -397,3 +397,42 @@ def assert_refused(command: list[str], message: str, capsys: pytest.CaptureFixtu
     assert message in captured.err
     assert captured.err.startswith("adakv: ")
     assert captured.err.count("\n") == 1
+
+
+def test_generate_and_eval_read_some_of_the_pages(model: str, text: str, tmp_path: Path):
+    """With all pages listed a text is the same."""
+    texts = []
+    for read in ([], ["--read", "Quest(share=1.0, full_layers=0)"]):
+        out = tmp_path / f"{len(read)}.json"
+        arguments = ["generate", model, text, "--policy", "full", "--max-new-tokens", "6"]
+        assert run_command_line([*arguments, *read, "--json", str(out)]) == 0
+        texts.append(json.loads(out.read_text())["runs"][-1]["tokens"])
+    assert texts[0] == texts[1]
+    kl = []
+    for share in ("1.0", "0.1"):
+        out, read = tmp_path / f"{share}.json", f"Quest(share={share}, least=0, full_layers=0)"
+        arguments = ["eval", model, "--text", text, "--tokens", "200", "--prompts", "1"]
+        arguments += ["--policies", "full", "--shares", "1", "--read", read, "--json", str(out)]
+        assert run_command_line(arguments) == 0
+        found = json.loads(out.read_text())
+        assert found["read"] == read
+        kl.append(found["cells"][0]["metrics"]["kl"]["mean"])
+    assert kl[0] < 1e-6 < kl[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--read", "Quest(shar=1)"], "unexpected keyword argument 'shar'"),
+        (["eval", "--read", "TopScore()"], "must be one of Quest"),
+        (
+            ["eval", "--text", "x", "--read", "Quest()", "--written", "8"],
+            "--read doesn't go with --written",
+        ),
+        (["generate", "--read", "Quest()", "--prompts", "x"], "--read doesn't go with --prompts"),
+    ],
+)
+def test_wrong_reads_are_refused(arguments: list[str], message: str, model: str, capsys):
+    command, *options = arguments
+    assert run_command_line([command, model, *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -3,7 +3,8 @@
 6  cli, eval               python/adakv/{cli,eval}/
 5  adapters                python/adakv/{hf,vllm}/
 4  policies, reader        python/adakv/policy/,
-                           python/adakv/{reading,entries,recent,reselection}.py
+                           python/adakv/{reading,entries,recent,
+                           reselection,page_bounds}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork}.py,
                            python/adakv/{formats,cache,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
@@ -59,6 +60,7 @@ FLOORS = {
     "reading": 4,
     "reselection": 4,
     "recent": 4,
+    "page_bounds": 4,
     "hf": 5,
     "vllm": 5,
 }
@@ -67,6 +69,7 @@ SIDEWAYS = {
     ("entries", "policy"),
     ("reading", "policy"),
     ("reading", "entries"),
+    *(("page_bounds", x) for x in ("policy", "entries")),
     *(("reselection", x) for x in ("policy", "entries", "recent")),
 }
 TRANSFORMERS = ("hf/", "cli/", "eval/")

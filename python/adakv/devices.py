@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
-from adakv.step import Attention, PlannedStep, Watcher
+from adakv.step import Attention, PageReader, PlannedStep, Watcher
 
 
 class Group(NamedTuple):
@@ -40,13 +40,14 @@ def groups_of(devices: Sequence[torch.device]) -> tuple[Group, ...]:
     )
 
 
-def check_together(groups: Sequence[Group], again: object) -> None:
-    """Raises ``ValueError`` if texts are to be chosen ``again`` from layers on several devices."""
-    if groups and again is not None:
+def check_together(groups: Sequence[Group], wanted: object) -> None:
+    """Raises ``ValueError`` if something is ``wanted`` that layers on several devices can't do:
+    choosing again from texts, or reading some of the pages."""
+    if groups and wanted is not None:
         places = ", ".join(str(group.device) for group in groups)
         raise ValueError(
-            "decode_budget and chunk_budget need all layers with full attention on one device, "
-            f"got {places}"
+            "decode_budget, chunk_budget and read need all layers with full attention on one "
+            f"device, got {places}"
         )
 
 
@@ -187,11 +188,16 @@ class SplitStep:
 
 
 def grow_step(
-    kv: AnyCache, num_new: Sequence[int], columns: int, *, watcher: Watcher | None = None
+    kv: AnyCache,
+    num_new: Sequence[int],
+    columns: int,
+    *,
+    watcher: Watcher | None = None,
+    reader: PageReader | None = None,
 ) -> PlannedStep | SplitStep:
-    """:meth:`PlannedStep.grow`, on all devices."""
+    """:meth:`PlannedStep.grow`, on all devices; a reader of pages wants one device."""
     if isinstance(kv, KVCache):
-        return PlannedStep.grow(kv, num_new, columns, watcher=watcher)
+        return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader)
     kv._make_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
     return SplitStep(kv, steps, watcher)

@@ -217,7 +217,7 @@ class HeldInputs(LayerInputs):
             "num_layers": num_layers,
             "seq_lens": held.lengths,
             "attention": attention,
-            **dict.fromkeys(("lse", "protected", "sequence_lens")),
+            **dict.fromkeys(("lse", "protected", "sequence_lens", "hidden")),
             "_norms": {},
             "held": held,
         }
@@ -254,20 +254,33 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """Keys and values ``[B, Hkv, m * P, D]`` of int4 pages ``[B, Hkv, m]``, and of the tails behind
     them (docs/bits.md)."""
     assert view.tails is not None and view.key_scales is not None and view.value_scales is not None
-    bytes_ = view.pages[pages]  # [B, Hkv, m, 2, P, D / 2]
-    codes = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
-    scale, zero = view.key_scales[pages].float()[..., None, :].unbind(3)  # [B, Hkv, m, 1, D] each
-    keys = (codes[:, :, :, 0].float() * scale + zero).to(dtype)
-    values = dequantised(codes[:, :, :, 1], view.value_scales[pages], dtype)
-    page_size = codes.shape[4]
+    keys = keys_of_pages(view, pages, dtype)
+    values = dequantised(_halves(view.pages[pages, 1]), view.value_scales[pages], dtype)
+    page_size = keys.shape[3]
     in_tail = view.lengths % page_size  # [B, Hkv]
     last = view.lengths // page_size * (in_tail > 0)
-    index = last[..., None, None, None].long().expand(-1, -1, 1, page_size, codes.shape[5])
+    index = last[..., None, None, None].long().expand(-1, -1, 1, page_size, keys.shape[4])
     halves = view.tails[:, :, :page_size], view.tails[:, :, page_size:]
     for entries, tail in zip((keys, values), halves, strict=True):
         held = entries.gather(2, index)
         entries.scatter_(2, index, tail[:, :, None].where(in_tail[..., None, None, None] > 0, held))
     return keys.flatten(2, 3), values.flatten(2, 3)
+
+
+def keys_of_pages(view: Layer, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., P, D]`` in the slots of pages ``[...]`` int64, which int4 has when they are full."""
+    held = view.pages[pages, 0]
+    if view.key_scales is None:
+        return held
+    if view.tails is None:
+        return dequantised(held, view.key_scales[pages], dtype)
+    scale, zero = view.key_scales[pages].float()[..., None, :].unbind(-3)  # [..., 1, D] each
+    return (_halves(held).float() * scale + zero).to(dtype)
+
+
+def _halves(held: Tensor) -> Tensor:
+    """``[..., D]`` codes of ``[..., D / 2]`` bytes."""
+    return torch.stack([held & 15, held >> 4], -1).flatten(-2)
 
 
 def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

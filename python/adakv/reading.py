@@ -51,6 +51,7 @@ class Part(NamedTuple):
     attention: Attention = Attention()
     w_o: Callable[[], Tensor] | None = None
     lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
+    hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
 
 
 class Chosen(NamedTuple):
@@ -69,14 +70,15 @@ class _Observed(NamedTuple):
     folded: tuple[Any, ...] = ()  # of each group
 
     def joined(self) -> Part:
-        """The newest part, with all queries that are there, and with their log-sum-exp if that of
-        all is known."""
+        """The newest part, with all queries and hidden states that are there, and with the queries'
+        log-sum-exp if that of all is known."""
         if len(self.unfolded) == 1:
             return self.unfolded[0]
         known = [part.lse for part in self.unfolded if part.lse is not None]
         return self.newest._replace(
             queries=torch.cat([part.queries for part in self.unfolded], 2),
             lse=torch.cat(known, 2) if len(known) == len(self.unfolded) else None,
+            hidden=_all_hidden(self.unfolded),
         )
 
 
@@ -191,22 +193,26 @@ class Reader:
         """Remembers what the policy will have to know of a part's queries.
 
         That is those of its window, what a :class:`adakv.policy.FoldingScorer` makes of all of
-        them, or, for other scorers of all queries, the queries. Nothing is folded before a prompt
-        is longer than its budget, so that short ones don't pay for it. The part's memory may be
-        used for something else afterwards.
+        them, or, for other scorers of all queries, the queries; and its hidden states, if the
+        policy needs them and nothing folds them. Nothing is folded before a prompt is longer than
+        its budget, so that short ones don't pay for it. The part's memory may be used for something
+        else afterwards.
         """
         before = self._observed[layer] or _Observed(part)
-        newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None)
+        newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
+        if "hidden" not in self.policy.needs:
+            part = part._replace(hidden=None)
         parts: tuple[Part, ...] = (*before.unfolded, part)
         if self._folding is not None and self._groups and self._is_long:
             self._observed[layer] = self._fold(layer, _Observed(newest, parts, before.folded))
             return
         if self._folding is None and "all_queries" not in self.policy.needs:
-            window = torch.cat([self._asked(x.queries) for x in parts], 2)
-            parts = (newest._replace(queries=self._asked(window).clone()),)
+            window = self._asked(torch.cat([self._asked(x.queries) for x in parts], 2)).clone()
+            parts = (newest._replace(queries=window, hidden=_all_hidden(parts)),)
         else:
-            lse = None if part.lse is None else part.lse.clone()
-            parts = (*before.unfolded, part._replace(queries=part.queries.clone(), lse=lse))
+            lse, hidden = (None if x is None else x.clone() for x in (part.lse, part.hidden))
+            kept = part._replace(queries=part.queries.clone(), lse=lse, hidden=hidden)
+            parts = (*before.unfolded, kept)
         self._observed[layer] = _Observed(newest, parts, before.folded)
 
     def finish(
@@ -418,6 +424,9 @@ class Reader:
             lengths = tuple(self.lengths[group])
             start = keys.shape[2] - lengths[0]
             padding = max(queries.shape[2] - lengths[0], 0)
+            hidden = part.hidden
+            if hidden is not None:
+                hidden = hidden[group, max(hidden.shape[1] - lengths[0], 0) :]
             inputs.append(
                 LayerInputs(
                     queries[group, :, padding:],
@@ -429,6 +438,7 @@ class Reader:
                     self.num_layers,
                     attention=part.attention,
                     lse=None if part.lse is None else part.lse[group, :, padding:],
+                    hidden=hidden,
                 )
             )
         return self._with_classes(inputs) if "classes" in self.policy.needs else inputs
@@ -448,6 +458,12 @@ class Reader:
             ]
             for layer, layers in enumerate(finished)
         }
+
+
+def _all_hidden(parts: Sequence[Part]) -> Tensor | None:
+    """A copy of the hidden states ``[B, n, E]`` of all parts, if all of them have some."""
+    known = [part.hidden for part in parts if part.hidden is not None]
+    return torch.cat(known, 1) if len(known) == len(parts) > 0 else None
 
 
 def _counts(chosen: Sequence[Chosen], num_kv_heads: int) -> list[int]:

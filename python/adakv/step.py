@@ -61,6 +61,28 @@ class Watcher(Protocol):
         ...
 
 
+class PageReader(Protocol):
+    """What has a step read some pages of a row only, such as
+    :class:`adakv.page_bounds.PageBounds`."""
+
+    def reads_some(self, layer: int, columns: int) -> bool:
+        """Whether not all pages of a layer are read, in a step of so many columns."""
+        ...
+
+    def listed(
+        self,
+        layer: int,
+        view: Layer,
+        queries: Tensor,
+        attention: Attention,
+        num_new: Tensor | None,
+    ) -> Layer:
+        """The same layer with those pages of its rows that are read, for queries ``[B, Hq, S, D]``
+        whose tokens it holds already: a block table and lengths of its own. The pages of the S
+        newest entries are among them, and the last ones."""
+        ...
+
+
 class PlannedStep:
     """A step whose work has been shared out, to be attended to layer by layer.
 
@@ -75,6 +97,8 @@ class PlannedStep:
     num_new : ``[B]`` int32, optional
         How many of the step's S columns, counted from the right, are tokens of each sequence.
     watcher : :class:`Watcher`, optional
+    reader : :class:`PageReader`, optional
+        Without one all pages are read.
     """
 
     def __init__(
@@ -84,12 +108,13 @@ class PlannedStep:
         num_new: Tensor | None = None,
         *,
         watcher: Watcher | None = None,
+        reader: PageReader | None = None,
         _pieces: Sequence[_Piece] = (),
     ) -> None:
         self._layers = layers
         self.schedules = schedules
         self._num_new = num_new
-        self._watcher = watcher
+        self._watcher, self._reader = watcher, reader
         self._pieces = _pieces
 
     @classmethod
@@ -102,6 +127,7 @@ class PlannedStep:
         num_new: Tensor | None = None,
         out: Tensor | None = None,
         watcher: Watcher | None = None,
+        reader: PageReader | None = None,
     ) -> PlannedStep:
         """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
 
@@ -113,7 +139,7 @@ class PlannedStep:
         schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
         if out is not None:
             schedules = out[:, : schedules.shape[1]].copy_(schedules)
-        return cls(layers, schedules.unbind(), num_new, watcher=watcher)
+        return cls(layers, schedules.unbind(), num_new, watcher=watcher, reader=reader)
 
     @classmethod
     def grow(
@@ -123,6 +149,7 @@ class PlannedStep:
         columns: int,
         *,
         watcher: Watcher | None = None,
+        reader: PageReader | None = None,
     ) -> PlannedStep:
         """Makes room for a step in all layers of a cache, and plans it.
 
@@ -156,7 +183,12 @@ class PlannedStep:
         if pieces:
             return cls(kv.layers, (), of_step, watcher=watcher, _pieces=pieces)
         return cls.plan(
-            kv.layers, kv.plan_inputs, new_tokens=columns, num_new=of_step, watcher=watcher
+            kv.layers,
+            kv.plan_inputs,
+            new_tokens=columns,
+            num_new=of_step,
+            watcher=watcher,
+            reader=reader,
         )
 
     def attend(
@@ -169,13 +201,21 @@ class PlannedStep:
         if self._watcher is not None:
             self._watcher.put(layer, queries)
         new: tuple[Tensor | None, Tensor | None] = keys, values
+        view, is_planned = self._layers[layer], False
         if self._pieces:
-            schedule, new = self._append_pieces(layer, keys, values), (None, None)
+            self._append_pieces(layer, keys, values)
+        elif self._reader is not None and self._reader.reads_some(layer, queries.shape[2]):
+            ops.append(keys, values, view, num_new=self._num_new)
+            view = self._reader.listed(layer, view, queries, attention, self._num_new)
         else:
+            is_planned = True
+        if is_planned:
             schedule = self.schedules[layer]
+        else:
+            schedule, new = _planned(view), (None, None)
         out, _ = ops.attend(
             queries,
-            self._layers[layer],
+            view,
             schedule,
             keys=new[0],
             values=new[1],
@@ -185,23 +225,22 @@ class PlannedStep:
             softcap=attention.softcap,
             # Not right behind the plan, which comes before the first layer. (A compiler may move
             # it, but no further than there.)
-            prefetch=layer > 0 and not self._pieces,
+            prefetch=layer > 0 and is_planned,
         )
         return out.transpose(1, 2)
 
-    def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Appends a step that was too wide for one go; the schedule ``[X]`` to attend with."""
+    def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Appends a step that was too wide for one go."""
         view = self._layers[layer]
         for columns, fresh_pages, num_new in self._pieces:
             piece = view._replace(fresh_pages=fresh_pages[layer])
             ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
-        return ops.plan(
-            view.lengths[None],
-            view.block_table[None],
-            view.fresh_pages[None],
-            new_tokens=0,
-            page_size=view.pages.shape[2],
-        )[0]
+
+
+def _planned(view: Layer) -> Tensor:
+    """The schedule ``[X]`` of a layer that holds the step's tokens already."""
+    tables = (x[None] for x in (view.lengths, view.block_table, view.fresh_pages))
+    return ops.plan(*tables, new_tokens=0, page_size=view.pages.shape[2])[0]
 
 
 def _on_device(num_new: Sequence[int], columns: int, kv: KVCache) -> Tensor | None:

@@ -65,7 +65,7 @@ def test_batches_over_devices_write_the_same(policy: str, places: str) -> None:
 @pytest.mark.parametrize("places", PLACES)
 def test_what_needs_one_device_is_refused(places: str) -> None:
     model = spread(*PLACES[places])
-    with pytest.raises(ValueError, match="decode_budget and chunk_budget need all layers"):
+    with pytest.raises(ValueError, match="decode_budget, chunk_budget and read need all layers"):
         adakv.Cache(model, "ada_snapkv", 48, decode_budget=40)
     with pytest.raises(ValueError, match="compile must be False with layers on several devices"):
         options = adakv.BatchOptions(compile=True)

@@ -152,9 +152,11 @@ def test_a_part_grows_for_what_its_layers_get_of_the_models_budget():
 
 def test_texts_that_are_evicted_from_are_refused():
     model = LLAMA.model()
-    with pytest.raises(ValueError, match=r"decode_budget and chunk_budget need .* got cpu, cpu:1"):
+    with pytest.raises(
+        ValueError, match=r"decode_budget, chunk_budget and read need .* got cpu, cpu:1"
+    ):
         SplitPages(model, "ada_snapkv", 40, decode_budget=40)
-    with pytest.raises(ValueError, match="decode_budget and chunk_budget need"):
+    with pytest.raises(ValueError, match="decode_budget, chunk_budget and read need"):
         SplitPages(model, "ada_snapkv", 40, chunk_budget=40)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from adakv import policy
 from adakv.policy import (
     Adaptive,
     Defensive,
     ExpectedAttention,
+    Gate,
     KeyDiff,
     ModelWide,
     Policy,
@@ -54,23 +57,33 @@ WRONG: dict[str, list[Any]] = {
 OTHERS = [None, 5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan]  # for a word
 
 
+@pytest.fixture
+def gate(tmp_path: Path) -> dict[str, Any]:
+    """The settings that a part has to be given: those of a gate."""
+    path = tmp_path / "gate.safetensors"
+    save_file({"layers.0.weight": torch.ones(1, 2), "layers.0.bias": torch.ones(1)}, path)
+    return {"file": str(path)}
+
+
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
-def test_every_setting_is_checked_by_name(part: type, setting: Any):
+def test_every_setting_is_checked_by_name(part: type, setting: Any, gate: dict[str, Any]):
+    given = gate if part is Gate else {}
     for wrong in WRONG.get(setting.type, OTHERS):
         with pytest.raises(ValueError, match=rf"^{setting.name} must be "):
-            part(**{setting.name: wrong})
+            part(**given | {setting.name: wrong})
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
-def test_numbers_of_numpy_are_numbers(part: type, setting: Any):
+def test_numbers_of_numpy_are_numbers(part: type, setting: Any, gate: dict[str, Any]):
+    given = gate if part is Gate else {}
     usual = setting.default
     kind = {"int": numpy.int64, "float": numpy.float32, "bool": numpy.bool_}.get(setting.type)
     if kind is None:
         return
-    made = part(**{setting.name: kind(usual)})
+    made = part(**given | {setting.name: kind(usual)})
     assert type(getattr(made, setting.name)) is type(usual)
     if kind is not numpy.float32:
-        assert made == part()
+        assert made == part(**given)
 
 
 def test_a_float_may_be_written_as_an_integer():

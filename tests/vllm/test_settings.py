@@ -7,11 +7,13 @@ import random
 import time
 import uuid
 from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import adakv
 from adakv.policy import LayerInputs, get
@@ -90,6 +92,14 @@ def test_settings_are_none_without_an_entry():
 def test_settings_say_what_is_wrong(given: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Settings.of({"adakv": given})
+
+
+def test_a_gate_is_refused(tmp_path: Path):
+    path = tmp_path / "gate.safetensors"
+    save_file({"layers.0.weight": torch.ones(1, 2), "layers.0.bias": torch.ones(1)}, path)
+    policy = f"Gate(file={str(path)!r}) * Adaptive() * TopScore()"
+    with pytest.raises(ValueError, match="it needs hidden states, which an engine's attention"):
+        Settings.of({"adakv": {"policy": policy}})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rich.table import Table
 import adakv
 from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
-from adakv.cli.options import Place, file_option, place_options
+from adakv.cli.options import Place, file_option, place_options, read_option
 from adakv.cli.progress import progress_bar
 from adakv.cli.protect import Span, protect_option
 from adakv.cli.types import FILE
@@ -176,6 +176,7 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @protect_option
 @written_options
+@read_option
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
@@ -196,6 +197,7 @@ def evaluate(
     equal_bytes: bool,
     protect: tuple[Span, ...],
     written: dict[str, Any],
+    read: str | None,
     processes: int,
     records: str | None,
     markdown: str | None,
@@ -214,12 +216,15 @@ def evaluate(
     pages = check_formats(kv_dtypes)
     formats = labelled(check_policies(policies), pages)
     names, kept = list(formats), check_shares(shares)
-    if equal_bytes and written:
-        raise InputError("--equal-bytes doesn't go with --written")
+    if written and (equal_bytes or read):
+        name = "--equal-bytes" if equal_bytes else "--read"
+        raise InputError(f"{name} doesn't go with --written")
     chosen = chosen_policies(formats, equal_bytes=equal_bytes)
     outputs = {"--records": records, "--markdown": markdown, **place.outputs}
     check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
     network, tokenizer = place.load(model, *pages)
+    others: dict[str, Any] = {"protect": [f"{begin}:{end}" for begin, end in protect]}
+    others |= {"written": written, "equal_bytes": equal_bytes, "read": read}
     with refusals():
         tasks = sources.tasks(tokenizer)
         about = {
@@ -227,17 +232,18 @@ def evaluate(
             "model": Path(model).name,
             "dtype": dtype_name(network),
             **sources.as_dict(),
-            **({"protect": [f"{begin}:{end}" for begin, end in protect]} if protect else {}),
-            **({"written": written} if written else {}),
-            **({"equal_bytes": True} if equal_bytes else {}),
+            **{name: value for name, value in others.items() if value},
         }
         file = RecordFile(records, about)
     from adakv.eval import runner  # needs transformers
+    from adakv.eval.written import Written
 
     measure: Callable[..., Iterator[Record]] = functools.partial(runner.run, network)
     if processes > 1:
         measure = shared_out(processes, place, model, *pages)
-    run_all(measure, file, tasks, chosen, kept, protect, written)
+    given = {"written": Written(**written) if written else None, "read": read}
+    measure = functools.partial(measure, protect=protect, **given)
+    run_all(measure, file, tasks, chosen, kept)
     places = {key: place for place, key in enumerate(runner.missing(tasks, names, kept, ()))}
     wanted = [record for record in file.records if record.key in places]
     wanted.sort(key=lambda record: places[record.key])
@@ -249,6 +255,11 @@ def evaluate(
     print_tables(console, tables)
     if markdown:
         output.write_text(markdown, "\n".join(table.markdown() for table in tables))
+    save(place, about, cells)
+
+
+def save(place: Place, about: dict[str, Any], cells: Sequence[summary.Cell]) -> None:
+    """Writes what was measured where --json and --plot say."""
     if place.json_path:
         results = {"machine": output.machine(), "cells": [cell.as_dict() for cell in cells]}
         output.write_json(place.json_path, about | results)
@@ -263,22 +274,17 @@ def run_all(
     tasks: dict[str, list[Item]],
     chosen: dict[str, tuple[Policy, str | None]],
     shares: Sequence[float],
-    protect: tuple[Span, ...],
-    written: dict[str, Any],
 ) -> None:
     """Measures what the file lacks, with a progress bar; ``chosen`` are policies and formats, and
-    ``measure`` is :func:`adakv.eval.runner.run`, its model given."""
+    ``measure`` is :func:`adakv.eval.runner.run`, its model and options given."""
     from adakv.eval import runner  # needs transformers
-    from adakv.eval.written import Written
 
-    text = Written(**written) if written else None
     done = {record.key for record in file.records}
     total = len(runner.missing(tasks, chosen, shares, done))
     policies = {label: policy for label, (policy, _) in chosen.items()}
     kv_dtypes = {label: kv_dtype for label, (_, kv_dtype) in chosen.items()}
-    options: dict[str, Any] = {"protect": protect, "written": text}
     with progress_bar("measuring", total) as advance, refusals():
-        for record in measure(tasks, policies, shares, done, kv_dtypes, **options):
+        for record in measure(tasks, policies, shares, done, kv_dtypes):
             file.add(record)
             advance()
 

@@ -51,7 +51,7 @@ class Many:
     compile: bool
 
 
-NOT_WITH_PROMPTS = ("text", "question", "compare_full", "json_path", "plot_path")
+NOT_WITH_PROMPTS = ("text", "question", "compare_full", "json_path", "plot_path", "read")
 ONLY_WITH_PROMPTS = ("out", "overwrite", "max_batch", "compile")
 
 

@@ -92,21 +92,23 @@ class Setting:
     decode_policy: str | None = None
     every: int | None = None
     pin_prompt: bool = True
+    read: str | None = None
     protect: tuple[tuple[int, int], ...] = ()  #: spans of tokens that stay of every prompt
     protect_system: bool = False  #: whether a system prompt stays, too
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of :class:`adakv.Cache` and :func:`adakv.generate_stream`, but for what is
-        protected."""
+        """Those of :class:`adakv.Cache` and :func:`adakv.generate_stream`: not what is protected,
+        and not what steps read, which is a cache's alone."""
         given = asdict(self)
-        return {name: given[name] for name in given if not name.startswith("protect")}
+        others = ("protect", "protect_system", "read")
+        return {name: value for name, value in given.items() if name not in others}
 
     @property
     def title(self) -> str:
         """For people."""
         bits = "" if self.kv_dtype in (None, "auto") else f", {self.kv_dtype}"
-        return f"{self.policy or 'full cache'}{bits}"
+        return f"{self.policy or 'full cache'}{bits}{', ' if self.read else ''}{self.read or ''}"
 
     def cache(self, model: Any) -> Any:
         """An empty cache; raises ``ValueError`` for settings out of range."""
@@ -114,7 +116,7 @@ class Setting:
             from transformers import DynamicCache
 
             return DynamicCache(config=model.config)
-        return adakv.Cache(model, protect=self.protect, **self.arguments)
+        return adakv.Cache(model, protect=self.protect, read=self.read, **self.arguments)
 
 
 FULL = Setting(policy=None)

@@ -199,8 +199,27 @@ def check_setting(
     return Setting(policy, budget, ratio, budget_bytes, kv_dtype)
 
 
+def _checked_read(
+    context: click.Context, parameter: click.Parameter, read: str | None
+) -> str | None:
+    if read is not None:
+        with refusals():
+            adakv.policy.get_read(read)
+    return read
+
+
+#: Which pages a step reads.
+read_option = click.option(
+    "--read",
+    metavar="QUEST",
+    callback=_checked_read,
+    help='Let each step read some pages of what is kept, as "Quest(share=0.125)".  [default: all]',
+)
+
+
 def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command with a ``setting`` the options of what is evicted while it writes."""
+    """Gives a command with a ``setting`` the options of what its steps evict, and what they
+    read."""
 
     @functools.wraps(command)
     def with_text(
@@ -210,6 +229,7 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
         decode_policy: str | None,
         every: int | None,
         evict_prompt: bool,
+        read: str | None,
         **rest: Any,
     ) -> None:
         setting = replace(
@@ -218,10 +238,12 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
             decode_policy=decode_policy,
             every=every,
             pin_prompt=not evict_prompt,
+            read=read,
         )
         command(setting=setting, **rest)
 
     for option in (
+        read_option,
         click.option(
             "--evict-prompt", is_flag=True, help="What was kept of the prompt may go, too."
         ),

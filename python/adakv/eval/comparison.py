@@ -12,7 +12,8 @@ from adakv.eval import plot
 from adakv.eval.answers import FullAnswer, greedy
 from adakv.eval.chat import encode_prompt
 from adakv.eval.prefill import Prefill
-from adakv.policy import DEFAULT, Policy
+from adakv.policy import DEFAULT, Policy, get
+from adakv.policy.base import needs_of
 
 _HEADS = ("policy", "MiB", "of full", "KL", "agreement", "answer")
 
@@ -93,7 +94,8 @@ def compare(
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     with adakv.attach(model):
-        prefill = Prefill(model, encode_prompt(tokenizer, text, question))
+        needs = needs_of(*map(get, policies))
+        prefill = Prefill(model, encode_prompt(tokenizer, text, question), needs=needs)
         full = FullAnswer(model, prefill, max_new_tokens)
         rows = []
         for policy in _with_bar(policies):

@@ -22,6 +22,7 @@ import adakv
 from adakv.eval.metrics import follow
 from adakv.eval.prefill import Prefill
 from adakv.hf.attachment import CACHE
+from adakv.policy import get
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -50,6 +51,7 @@ class CompressedLM(HFLM):
     ) -> None:
         super().__init__(pretrained=pretrained, **options)
         self._setting = (policy, budget, ratio)
+        self._needs = get(policy).needs
         adakv.Cache(self.model, *self._setting)  # what is wrong shows before the long work
         adakv.attach(self.model)
 
@@ -74,7 +76,8 @@ class CompressedLM(HFLM):
             for context, indices in groupby(order, key=lambda i: requests[i][1]):
                 prefill = None
                 if len(context) > 1:
-                    prefill = Prefill(self.model, torch.tensor([context[:-1]]))
+                    read = torch.tensor([context[:-1]])
+                    prefill = Prefill(self.model, read, needs=self._needs)
                 for i in indices:
                     found[i] = self._continuation(prefill, context, requests[i][2])
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])

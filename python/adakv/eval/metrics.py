@@ -99,22 +99,25 @@ def same_start(tokens: Sequence[int], others: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def follow(model: Any, cache: Any, tokens: Tensor) -> Tensor:
+def follow(model: Any, cache: Any, tokens: Tensor, *, one_by_one: bool = False) -> Tensor:
     """Logits ``[S, V]`` after each of ``tokens`` ``[S]``, read from a cache that holds a prompt.
 
-    The first token is read alone, because caches take several right after a prompt for more of it.
+    The first token is read alone, because caches take several right after a prompt for more of it;
+    ``one_by_one`` all are, as they are when they are written.
     """
     tokens = tokens.to(model.device)[None]
+    width = 1 if one_by_one else max(tokens.shape[1] - 1, 1)
     with torch.inference_mode():
         logits = [
             model(piece, use_cache=True, **{CACHE: cache}).logits[0]
-            for piece in (tokens[:, :1], tokens[:, 1:])
+            for piece in (tokens[:, :1], *tokens[:, 1:].split(width, 1))
             if piece.shape[1]
         ]
     return torch.cat(logits)
 
 
-def answer_logits(model: Any, cache: Any, item: Item) -> Tensor:
-    """Logits ``[S, V]`` that choose each token of an item's answer; the cache holds its prompt."""
+def answer_logits(model: Any, cache: Any, item: Item, *, one_by_one: bool = False) -> Tensor:
+    """Logits ``[S, V]`` that choose each token of an item's answer; the cache holds its prompt, and
+    reads what follows as :func:`follow` does."""
     tokens = torch.tensor([*item.query, *item.answer[:-1]])
-    return follow(model, cache, tokens)[-len(item.answer) :]
+    return follow(model, cache, tokens, one_by_one=one_by_one)[-len(item.answer) :]

@@ -22,6 +22,7 @@ from adakv.eval.metrics import same_start
 from adakv.eval.prefill import Prefill
 from adakv.hf import Cache
 from adakv.hf.layers import FullAttentionLayer
+from adakv.policy import get
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def make_page(
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
     with adakv.attach(model):
-        prefill = Prefill(model, prompt)
+        prefill = Prefill(model, prompt, needs=get(policy).needs)
 
         def compressed() -> Cache:
             return prefill.cache(

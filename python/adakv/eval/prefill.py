@@ -7,6 +7,7 @@ of a prompt are the same for every policy, and reading the prompt once serves th
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from transformers.cache_utils import DynamicLayer
 
 import adakv
 from adakv import policy as policies
-from adakv.hf import Cache
+from adakv.hf import Cache, hidden
 from adakv.hf.attachment import CACHE, AttendingLayer, cache_layers, decoder_of
 from adakv.hf.layers import attend_to_prompt
-from adakv.policy import Policy
+from adakv.policy import Need, Policy
 from adakv.reading import Part
 
 
@@ -44,7 +45,7 @@ class _RecordingLayer(AttendingLayer):
         """The model's own attention."""
         needs = frozenset({"all_queries"})
         result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)
-        self.parts += (part,)
+        self.parts += (part._replace(hidden=self.take_hidden()),)
         return result
 
     def get_seq_length(self) -> int:
@@ -55,13 +56,17 @@ class _RecordingLayer(AttendingLayer):
         if len(self.parts) == 1:
             return self.parts[0]
         queries = torch.cat([part.queries for part in self.parts], 2)
-        return self.parts[-1]._replace(queries=queries, lse=None)
+        known = [part.hidden for part in self.parts if part.hidden is not None]
+        hidden = torch.cat(known, 1) if len(known) == len(self.parts) else None
+        return self.parts[-1]._replace(queries=queries, lse=None, hidden=hidden)
 
 
 class _Recorder(TransformersCache):
     """A cache that remembers one prompt, with the queries; it may begin as another one ended."""
 
-    def __init__(self, model: PreTrainedModel, before: _Recorder | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, needs: Collection[Need], before: _Recorder | None = None
+    ) -> None:
         own = cache_layers(decoder_of(model))
         if any(
             not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states") for layer in own
@@ -73,6 +78,9 @@ class _Recorder(TransformersCache):
         layers = [_RecordingLayer() if type(layer) is DynamicLayer else layer for layer in own]
         self.entries: dict[int, tuple[Tensor, Tensor]] = {}  # [1, Hkv, T, D] keys and values
         super().__init__(layers=layers)
+        if "hidden" in needs:
+            recording = [i for i, x in enumerate(layers) if isinstance(x, _RecordingLayer)]
+            hidden.tell(self, decoder_of(model), recording)
         if before is not None:
             self.entries |= before.entries
             for layer, ended in zip(layers, before.layers, strict=True):
@@ -101,6 +109,9 @@ class Prefill:
         Under :func:`adakv.attach`, here and whenever one of the caches is used.
     prompt : ``[1, T]`` int64
         Its tokens.
+    needs : needs of policies, optional
+        :attr:`adakv.Policy.needs` of those that will choose from it. Only for one that needs
+        "hidden" more has to be remembered than said above: E numbers a token and layer.
 
     Attributes
     ----------
@@ -108,9 +119,12 @@ class Prefill:
         Of the token after the prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompt: Tensor, *, needs: Collection[Need] = ()
+    ) -> None:
         self._model = model
-        self._recorder = _Recorder(model)
+        self._needs = needs
+        self._recorder = _Recorder(model, needs)
         self._prompt = torch.empty(1, 0, dtype=torch.int64, device=model.device)
         self._read(prompt)
 
@@ -128,7 +142,7 @@ class Prefill:
                 "read a prompt as a whole"
             )
         longer = copy.copy(self)
-        longer._recorder = _Recorder(self._model, self._recorder)
+        longer._recorder = _Recorder(self._model, self._needs, self._recorder)
         longer._read(more)
         return longer
 
@@ -162,6 +176,7 @@ class Prefill:
         max_new_tokens: int = 4096,
         protect: Any = None,
         classes: Any = None,
+        read: Any = None,
     ) -> Cache:
         """A cache holding what the policy keeps of the prompt: as if the model had read it there.
 
@@ -169,8 +184,12 @@ class Prefill:
         repeated reads it once more, without an instruction to do so.
         """
         settings: dict[str, Any] = {"kv_dtype": kv_dtype, "max_new_tokens": max_new_tokens}
-        settings["budget_bytes"] = budget_bytes
-        settings |= {"protect": protect, "classes": classes}
+        settings |= {
+            "budget_bytes": budget_bytes,
+            "protect": protect,
+            "classes": classes,
+            "read": read,
+        }
         cache = adakv.Cache(self._model, policy, budget, ratio, **settings)
         with torch.inference_mode():
             for index, (keys, values) in self._recorder.entries.items():

@@ -14,6 +14,7 @@ from adakv.eval.prefill import Prefill
 from adakv.eval.records import Key, Record
 from adakv.eval.written import Written
 from adakv.policy import Policy
+from adakv.policy.base import needs_of
 
 
 def missing(
@@ -44,6 +45,7 @@ def run(
     *,
     protect: Any = None,
     written: Written | None = None,
+    read: str | None = None,
 ) -> Iterator[Record]:
     """Measures everything that is not ``done``.
 
@@ -62,6 +64,9 @@ def run(
         Tokens of every prompt that stay, as :class:`adakv.Cache` takes them.
     written : :class:`adakv.eval.written.Written`, optional
         Has policies choose from prompts as if they were texts being written.
+    read : str, optional
+        Which pages steps read, as :class:`adakv.Cache` takes it. What follows a prompt is then read
+        token by token, as wider steps may read everything. Not with ``written``.
 
     Raises
     ------
@@ -76,6 +81,7 @@ def run(
     _check_lengths(model, tasks)
     wanted = set(missing(tasks, policies, shares, done))
     settings = [(name, share) for name in policies for share in shares]
+    needs = needs_of(*policies.values())
     with adakv.attach(model):
         for task, all_items in tasks.items():
             for prompt, group in groupby(all_items, key=lambda item: item.prompt):
@@ -88,7 +94,7 @@ def run(
                 ]
                 if not todo:
                     continue
-                prefill = Prefill(model, torch.tensor([prompt]))
+                prefill = Prefill(model, torch.tensor([prompt]), needs=needs)
                 for item, pairs in groupby(todo, key=lambda pair: pair[0]):
                     full = answer_logits(model, prefill.full_cache(), item)
                     for _, key in pairs:
@@ -99,14 +105,16 @@ def run(
                         else:
                             new = len(item.query) + len(item.answer)
                             given = {"kv_dtype": kv_dtype, "protect": protect}
-                            given |= {"ratio": key.share, "max_new_tokens": new}
+                            given |= {"ratio": key.share, "max_new_tokens": new, "read": read}
                             cache = prefill.cache(policy, **given)
-                        yield _record(model, cache, item, key, full)
+                        stats = cache.stats()
+                        compressed = answer_logits(model, cache, item, one_by_one=read is not None)
+                        yield _record(stats, compressed, item, key, full)
 
 
-def _record(model: Any, cache: Any, item: Item, key: Key, full: torch.Tensor) -> Record:
-    stats = cache.stats()
-    compressed = answer_logits(model, cache, item)
+def _record(
+    stats: dict[str, Any], compressed: torch.Tensor, item: Item, key: Key, full: torch.Tensor
+) -> Record:
     quality = compare(full, compressed, torch.tensor(item.answer, device=full.device))
     return Record(
         key, item.group, quality, len(item.prompt), stats["bytes"], stats["full_bytes"], item.depth

@@ -18,11 +18,12 @@ from transformers import Cache as TransformersCache
 from adakv.cache import KVCache
 from adakv.devices import SplitCache
 from adakv.errors import Error, integer
-from adakv.hf import hybrid, long_rope, pool_size
+from adakv.hf import hidden, hybrid, long_rope, pool_size
 from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
+from adakv.page_bounds import PageBounds
 
 if TYPE_CHECKING:
     pass
@@ -102,6 +103,7 @@ class BranchingCache(TransformersCache):
         policy: Any = None,
         max_new_tokens: int = 4096,
         page_size: int | None = None,
+        read: Any = None,
     ) -> Self:
         """A cache that :meth:`save` wrote, on the device of the model.
 
@@ -112,7 +114,7 @@ class BranchingCache(TransformersCache):
         path : str or Path
         policy : str or :class:`adakv.Policy`, optional
             For prompts after a :meth:`reset`. Default: that of the file, if it can be written down.
-        max_new_tokens, page_size : int, optional
+        max_new_tokens, page_size, read : optional
             As :class:`adakv.Cache` takes them.
 
         Raises
@@ -126,7 +128,7 @@ class BranchingCache(TransformersCache):
         """
         from adakv.hf import saving
 
-        settings = {"max_new_tokens": max_new_tokens, "page_size": page_size}
+        settings = {"max_new_tokens": max_new_tokens, "page_size": page_size, "read": read}
         loaded: Self = saving.load(cls, model, path, policy, settings)
         return loaded
 
@@ -327,12 +329,16 @@ def _copied(cache: Any) -> Any:
     new.layers = [_copied_layer(layer, new) for layer in cache.layers]
     new._full = [layer for layer in new.layers if isinstance(layer, FullAttentionLayer)]
     long_rope.watch(new)
+    if "hidden" in cache.budget.policy.needs:
+        full = [i for i, x in enumerate(new.layers) if isinstance(x, FullAttentionLayer)]
+        hidden.tell(new, new.model, full)
     if not cache.seen:
         new._begin()
         return new
     new._repetition = Repetition(new, is_needed="repeat" in cache.budget.policy.needs)
     new.eviction = copy.copy(cache.eviction)
     new.notices, new.step = Notices(), None
+    new._reader = None if new._read is None else PageBounds(new._read)
     new._states = copy.deepcopy(cache._states)
     new._seen = list(cache._seen)
     sources = list(range(len(new._seen)))

@@ -20,20 +20,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adakv.cache import KVCache
 from adakv.devices import AnyCache, SplitStep, check_together, groups_of, grow_step
 from adakv.errors import Error
-from adakv.hf import families, long_rope, pool_size
+from adakv.hf import families, hidden, long_rope, pool_size
 from adakv.hf.allocation import Allocation
 from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, contents
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses
+from adakv.page_bounds import PageBounds
+from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses, get_read
+from adakv.policy.reads import Quest
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
@@ -99,6 +102,9 @@ class Cache(ShownCache):
     pin_prompt : bool
         Whether what was kept of the prompt stays, beside ``decode_budget``. Else it competes with
         the text for as many entries as both have together.
+    read : str or :class:`adakv.policy.Quest`, optional
+        Which pages of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
+        Default: all of them.
     """
 
     reading: Reader | None
@@ -126,6 +132,7 @@ class Cache(ShownCache):
         decode_policy: str | Policy | None = None,
         every: int | None = None,
         pin_prompt: bool = True,
+        read: str | Quest | None = None,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -142,11 +149,12 @@ class Cache(ShownCache):
         )
         self.protection = Protection.given(protect)
         self.classes = TokenClasses.given(classes)
-        policy, needs = self.budget.policy, self.budget.policy.needs
-        self._rule = Rule.given(policy, decode_policy, decode_budget, every, pin_prompt)
+        chosen, needs = self.budget.policy, self.budget.policy.needs
+        self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._chunk_budget = chunk_budget
         self._groups = groups_of(self.layer_devices(decoder, full))
-        check_together(self._groups, self._rule or chunk_budget)
+        self._read = None if read is None else get_read(read)
+        check_together(self._groups, self._rule or chunk_budget or self._read)
         self._is_chunked = chunked_prefill
         self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
@@ -163,6 +171,8 @@ class Cache(ShownCache):
             layers[layer] = ours
         self._with_keys = [i for i, layer in enumerate(layers) if has_keys(layer)]
         super().__init__(layers=layers)
+        if "hidden" in needs:
+            hidden.tell(self, decoder, full)
         self._begin()
 
     def _begin(self) -> None:
@@ -174,6 +184,7 @@ class Cache(ShownCache):
         self.reading = Reader(
             first_budget, len(self._full), protection=self.protection, classes=self.classes
         )
+        self._reader = None if self._read is None else PageBounds(self._read)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -211,30 +222,6 @@ class Cache(ShownCache):
             self._states.ask(layer_idx)
         state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
-
-    def stats(self) -> dict[str, Any]:
-        """What the cache holds.
-
-        Returns
-        -------
-        stats : dict
-            ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
-            sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
-            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used``, their
-            ``kv_dtype`` (None before there are any) and ``full_bytes``, what a full cache would
-            hold.
-        """
-        return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
-
-    def kept(self, layer: int) -> list[list[Tensor]]:
-        """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
-
-        Positions count a sequence's own tokens from 0, padding left out.
-        """
-        ours = self.layers[layer]
-        if not isinstance(ours, FullAttentionLayer):
-            raise ValueError(f"layer {layer} has no full attention and is not compressed")
-        return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
 
     @property
     def _num_kv_heads(self) -> int:
@@ -310,6 +297,8 @@ class Cache(ShownCache):
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
+        if self._read is not None:
+            raise ValueError("read: its steps can't be recorded; generate without custom_generate")
         if self.reading is not None:
             self._finish_all()
         self._end_prompt()
@@ -430,7 +419,11 @@ class Cache(ShownCache):
         is_chunk = self.eviction.reads_chunks
         num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
-        self.step = grow_step(self._kv, num_new, columns, watcher=self.eviction.watcher)
+        watcher, reader = self.eviction.watcher, None if is_chunk else self._reader
+        if reader is not None:
+            assert isinstance(self._kv, KVCache)  # one of several devices was refused
+            reader.begin_step(self._kv, self._seen, num_new, columns)
+        self.step = grow_step(self._kv, num_new, columns, watcher=watcher, reader=reader)
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
@@ -438,6 +431,8 @@ class Cache(ShownCache):
         """All layers have attended: chooses from the text, if it is time."""
         if self.eviction.text is not None and self.eviction.text.is_due:
             self.eviction.text.choose(self.own_pages(), self._slots)
+            if self._reader is not None:
+                self._reader.forget()
         self.is_midway = False
 
     def finish(

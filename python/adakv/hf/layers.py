@@ -84,7 +84,7 @@ class FullAttentionLayer(AttendingLayer):
         if torch.compiler.is_compiling():
             return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
-        cache = self._cache
+        cache, hidden = self._cache, self.take_hidden()
         cache.handed_out = False
         if module.config is not self._config:
             raise ValueError("past_key_values: the cache was made for another model")
@@ -97,7 +97,7 @@ class FullAttentionLayer(AttendingLayer):
         if cache.reading is not None:
             needs = cache.reading.policy.needs
             result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)
-            self.take(part, mask)
+            self.take(part._replace(hidden=hidden), mask)
             return result
         if self.index == 0:
             cache.begin_step(mask, query.shape[2])
@@ -159,7 +159,7 @@ class FullAttentionLayer(AttendingLayer):
 
     def reset(self) -> None:
         """Only with the whole cache: see :meth:`Cache.reset`."""
-        self.num_seen = 0
+        self.num_seen, self.hidden = 0, None
 
 
 def attend_to_prompt(
@@ -194,7 +194,12 @@ def attend_to_prompt(
 def _aligned(part: Part, order: Tensor) -> Part:
     """With the padding on the left."""
     keys, values = (align(x, order) for x in part.entries())
-    return part._replace(queries=align(part.queries, order), entries=lambda: (keys, values))
+    hidden = part.hidden
+    if hidden is not None:
+        hidden = align(hidden[:, None], order)[:, 0]
+    return part._replace(
+        queries=align(part.queries, order), entries=lambda: (keys, values), hidden=hidden
+    )
 
 
 def contents(

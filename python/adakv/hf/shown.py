@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from adakv import shown
+from adakv.devices import AnyCache
 from adakv.errors import integer
 from adakv.hf.branches import BranchingCache
+from adakv.hf.layers import FullAttentionLayer, contents
 from adakv.policy import Budget, presets
 from adakv.reading import Reader
 
@@ -16,10 +21,45 @@ class ShownCache(BranchingCache):
 
     budget: Budget
     reading: Reader | None
+    layers: list[Any]
+    _kv: AnyCache | None
+
+    @property
+    @abstractmethod
+    def seen(self) -> list[int]:
+        """Tokens of each sequence, without padding."""
+
+    @property
+    @abstractmethod
+    def _num_kv_heads(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def _slots(self) -> slice: ...
 
     def stats(self) -> dict[str, Any]:
-        """See :meth:`adakv.Cache.stats`."""
-        raise NotImplementedError
+        """What the cache holds.
+
+        Returns
+        -------
+        stats : dict
+            ``lengths`` ``[L, B, Hkv]`` int32 on the CPU, entries per layer, sequence and kv head (a
+            sliding layer: what its window holds; a layer without keys: 0); ``seen``, tokens per
+            sequence; and of the full-attention layers ``bytes`` in use, ``pages_used``, their
+            ``kv_dtype`` (None before there are any) and ``full_bytes``, what a full cache would
+            hold.
+        """
+        return contents(self.layers, self._kv, self._slots, self.seen, self._num_kv_heads)
+
+    def kept(self, layer: int) -> list[list[Tensor]]:
+        """Positions that a full-attention layer holds: per sequence and kv head int32, ascending.
+
+        Positions count a sequence's own tokens from 0, padding left out.
+        """
+        ours = self.layers[layer]
+        if not isinstance(ours, FullAttentionLayer):
+            raise ValueError(f"layer {layer} has no full attention and is not compressed")
+        return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
 
     def __repr__(self) -> str:
         made, held = self._described()

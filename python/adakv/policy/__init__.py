@@ -29,10 +29,11 @@ from adakv.policy.base import (
 from adakv.policy.budget import Budget, ByteBudget
 from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.fusion import RankFusion
+from adakv.policy.gates import Gate
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
-from adakv.policy.presets import DEFAULT, get, names
+from adakv.policy.presets import DEFAULT, get, get_read, names
 from adakv.policy.press import PressScorer
 from adakv.policy.prompt_scorers import (
     ColumnMax,
@@ -41,6 +42,7 @@ from adakv.policy.prompt_scorers import (
     RepeatAttention,
 )
 from adakv.policy.protection import Protection, spans_of
+from adakv.policy.reads import Quest
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -84,6 +86,7 @@ __all__ = [
     "ExpectedAttention",
     "Flat",
     "FoldingScorer",
+    "Gate",
     "Kept",
     "KeyDiff",
     "KeyNorm",
@@ -104,6 +107,7 @@ __all__ = [
     "PromptAttention",
     "Protection",
     "Pyramid",
+    "Quest",
     "Random",
     "RankFusion",
     "Recency",
@@ -120,6 +124,7 @@ __all__ = [
     "WholePages",
     "WindowAttention",
     "get",
+    "get_read",
     "names",
     "spans_of",
 ]

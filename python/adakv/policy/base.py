@@ -47,8 +47,9 @@ __all__ = [
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
 #: a repetition; "budget": how many entries stay; "classes": which tokens are of an image, or of
-#: what else. An allocator that is model-wide needs nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes"]
+#: what else; "hidden": what the layer's attention is fed. An allocator that is model-wide needs
+#: nothing.
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes", "hidden"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:
@@ -93,8 +94,8 @@ class FoldingScorer(Scorer, Protocol):
         folded
             What came of the parts before; None of the first.
         part : :class:`LayerInputs`
-            The prompt as far as it has been read, all sequences of one length; its queries are the
-            new ones, those of its last positions.
+            The prompt as far as it has been read, all sequences of one length; its queries, and its
+            hidden states if there are any, are the new ones, those of its last positions.
         """
         ...
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from adakv.policy import (
     allocators,
     class_scorers,
     fusion,
+    gates,
     layer_shares,
     mass_share,
     prompt_scorers,
+    reads,
     scorers,
     selectors,
     text_scorers,
@@ -28,9 +31,11 @@ _PARTS = {
         allocators,
         class_scorers,
         fusion,
+        gates,
         layer_shares,
         mass_share,
         prompt_scorers,
+        reads,
         scorers,
         selectors,
         text_scorers,
@@ -51,27 +56,40 @@ def parse(text: str) -> Policy:
     Settings are numbers, strings, truth values or parts, as in ``Adaptive(layers=Pyramid())``.
     Raises ``ValueError`` with the reason if the text is anything else, or a setting is refused.
     """
+    return cast(Policy, _parsed("policy", text, _policy))
+
+
+def parse_read(text: str) -> reads.Quest:
+    """What steps read, written down, as :func:`parse` takes a part."""
+    return cast(reads.Quest, _parsed("read", text, lambda body: _part(body, "pages")))
+
+
+def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:
     shown = repr(text) if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]!r}..."
     try:
         with warnings.catch_warnings():  # the parser warns of texts that are refused anyway
             warnings.simplefilter("ignore")
             body = ast.parse(text, mode="eval").body
-        body, bits = _without(body, "MoreTokens", "kv_dtype")
-        body, when = _without(body, "EveryTokens", "every")
-        match body:
-            case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
-                return Policy(
-                    _part(scorer, "score"),
-                    _part(allocator, "allocate"),
-                    _part(selector, "select"),
-                    when,
-                    bits,
-                )
-        raise ValueError("not of the form scorer * allocator * selector")
+        return made(body)
     except (RecursionError, MemoryError) as error:  # what Python's parser says of a deep text
-        raise ValueError(f"policy {shown}: too many parts within each other") from error
+        raise ValueError(f"{what} {shown}: too many parts within each other") from error
     except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"policy {shown}: {error}") from error
+        raise ValueError(f"{what} {shown}: {error}") from error
+
+
+def _policy(body: ast.expr) -> Policy:
+    body, bits = _without(body, "MoreTokens", "kv_dtype")
+    body, when = _without(body, "EveryTokens", "every")
+    match body:
+        case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
+            return Policy(
+                _part(scorer, "score"),
+                _part(allocator, "allocate"),
+                _part(selector, "select"),
+                when,
+                bits,
+            )
+    raise ValueError("not of the form scorer * allocator * selector")
 
 
 def _without(body: ast.expr, name: str, does: str) -> tuple[ast.expr, Any]:

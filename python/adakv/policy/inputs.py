@@ -65,6 +65,9 @@ class LayerInputs:
     classes : ``[B, T]`` uint8, optional
         What each token is, the number of one of :data:`CLASSES`; if "classes" is in
         :attr:`Policy.needs`.
+    hidden : ``[B, T, E]``, optional
+        What the layer's attention is fed: hidden states of all positions, or of the new ones where
+        a prompt is taken part by part; if "hidden" is in :attr:`Policy.needs`.
     """
 
     queries: Tensor
@@ -83,6 +86,7 @@ class LayerInputs:
     carried: Tensor | None = None
     budgets: tuple[int, ...] = ()
     classes: Tensor | None = None
+    hidden: Tensor | None = None
     sequence_lens: Tensor | None = field(init=False, repr=False)
     """``seq_lens`` as verbs take them, ``[B]`` int32; None where kv heads differ in length: there
     scores of ``-inf`` say what isn't there."""
@@ -123,6 +127,9 @@ class LayerInputs:
                 f"classes must be uint8 [B, T] = {[batch, length]}, "
                 f"got {classes.dtype} {list(classes.shape)}"
             )
+        hidden = self.hidden
+        if hidden is not None and (hidden.dim() != 3 or len(hidden) != batch):
+            raise ValueError(f"hidden must be [B, T, E] with B = {batch}, got {list(hidden.shape)}")
         is_ragged = self.seq_lens is not None and self.seq_lens.dim() == 2
         object.__setattr__(self, "sequence_lens", None if is_ragged else self.seq_lens)
         if not 0 <= self.layer < self.num_layers:
@@ -249,12 +256,13 @@ class LayerInputs:
 
     def without_queries(self) -> LayerInputs:
         """For later, when they have been scored."""
-        return self._with(queries=self.queries[..., :0].clone(), lse=None)
+        return self._with(queries=self.queries[..., :0].clone(), lse=None, hidden=None)
 
     def without_entries(self) -> LayerInputs:
         """The same shape, lengths and norms, without keys, values and queries."""
         hollow = self.keys[..., :0].clone()
-        return self._with(queries=hollow, keys=hollow, values=hollow, w_o=None, lse=None)
+        entries = {"keys": hollow, "values": hollow}
+        return self._with(queries=hollow, **entries, w_o=None, lse=None, hidden=None)
 
     def _with(self, **changes: Tensor | None) -> LayerInputs:
         changed = replace(self, **changes)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
 from adakv.policy.base import Policy
 from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
-from adakv.policy.expression import parse
+from adakv.policy.expression import parse, parse_read
 from adakv.policy.fusion import RankFusion
 from adakv.policy.inputs import did_you_mean
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
@@ -22,6 +22,7 @@ from adakv.policy.prompt_scorers import (
     PromptAttention,
     RepeatAttention,
 )
+from adakv.policy.reads import Quest
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -139,3 +140,13 @@ def get(policy: str | Policy) -> Policy:
             f"down, or a Policy; got {short(policy)}{did_you_mean(policy, names())}"
         )
     return _PRESETS[policy]
+
+
+def get_read(read: str | Quest) -> Quest:
+    """What a text like ``"Quest(share=0.25)"`` describes; a :class:`Quest` is given back as it
+    is."""
+    if isinstance(read, Quest):
+        return read
+    if not isinstance(read, str):
+        raise ValueError(f"read must be a Quest, or one written down, got {short(read)}")
+    return parse_read(read)

@@ -155,6 +155,8 @@ def why_not(policy: Policy) -> str | None:
         return "it reads the prompt twice"
     if "classes" in policy.needs:
         return "it reads which tokens are of an image, which nobody says here"
+    if "hidden" in policy.needs:
+        return "it needs hidden states, which an engine's attention isn't given"
     if isinstance(layers, Everything):
         return "it keeps everything, which vLLM does without it"
     if isinstance(layers, Pyramid) and layers.rounding == "official":

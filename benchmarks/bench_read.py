@@ -1,0 +1,123 @@
+"""A step that reads some pages of every row, against one that reads them all: choosing the pages by
+their bounds, planning and attending, in several layers in turn, more than the last-level cache
+holds. On a GPU in a graph of all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import harness
+from adakv import ops
+from adakv.cache import KVCache
+from adakv.page_bounds import PageBounds
+from adakv.policy import Quest
+from adakv.step import Attention
+from cuda_timing import graph_times
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 1
+    held: int = 8192
+    share: float = 0.125
+    layers: int = 4
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    kv_dtype: str = "auto"
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.held}-share{self.share}-{self.kv_dtype}"
+
+
+class Rows:
+    """Rows of one length in all layers, whose pages hold random entries, and a step's queries."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
+        self.kv = KVCache(
+            num_layers=case.layers,
+            num_sequences=case.batch,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            num_pages=case.layers * rows * (case.held // 16 + 2),
+            max_row_pages=case.held // 16 + 2,
+            dtype=dtype,
+            kv_dtype=case.kv_dtype,
+            device=device,
+        )
+        shape = case.batch, case.kv_heads, case.held, case.head_dim
+        keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        every = torch.arange(case.held, dtype=torch.int32, device=device).repeat(rows)
+        ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * case.held
+        for layer in range(case.layers):
+            totals = [case.kv_heads * case.held] * case.batch
+            pages = self.kv.begin(layer, totals, [case.held] * case.batch)
+            ops.compact(keys, values, ops.Kept(every, ends), self.kv.layer(layer), *pages)
+        shape = case.layers, case.batch, case.kv_heads * case.group, 1, case.head_dim
+        self.queries = torch.randn(shape, device=device).to(dtype)
+        self.schedules = ops.plan(
+            *self.kv.plan_inputs, new_tokens=0, page_size=self.kv.page_size
+        ).unbind()
+        self.bounds = PageBounds(Quest(share=case.share, full_layers=0))
+        seen, none = [case.held] * case.batch, [0] * case.batch
+        for _ in range(2):  # the second time bounds are known
+            self.bounds.begin_step(self.kv, seen, none, 1)
+            for layer in range(case.layers):
+                self.listed(layer)
+
+    def all_pages(self, layer: int) -> Tensor:
+        return ops.attend(self.queries[layer], self.kv.layers[layer], self.schedules[layer])[0]
+
+    def listed(self, layer: int) -> ops.Layer:
+        view = self.kv.layers[layer]
+        return self.bounds.listed(layer, view, self.queries[layer], Attention(), None)
+
+    def some_pages(self, layer: int) -> Tensor:
+        view = self.listed(layer)
+        tables = (x[None] for x in (view.lengths, view.block_table, view.fresh_pages))
+        (schedule,) = ops.plan(*tables, new_tokens=0, page_size=self.kv.page_size)
+        return ops.attend(self.queries[layer], view, schedule)[0]
+
+
+def run(case: Case, options: argparse.Namespace) -> None:
+    rows = Rows(case, options.device)
+    variants = {"all": rows.all_pages, "choosing": rows.listed, "some": rows.some_pages}
+    if options.device == "cuda":
+        layers = range(case.layers)
+        timings = graph_times(
+            {name: [functools.partial(f, i) for i in layers] for name, f in variants.items()}
+        )
+    else:
+        timings = harness.measure(
+            {name: lambda i, f=f: f(i % case.layers) for name, f in variants.items()},
+            rounds=options.rounds,
+        )
+    share = timings["some"].median_us / timings["all"].median_us
+    sizes = {name: getattr(case, name) for name in case.__dataclass_fields__}
+    harness.report("read", sizes, timings, {"time of all": share}, options.save)
+
+
+CPU_CASES = [
+    Case(),
+    Case(share=0.25),
+    Case(kv_dtype="int8"),
+    Case(held=32768, layers=2),
+]
+CUDA_CASES = [
+    Case(batch=32, layers=8),
+    Case(batch=32, layers=8, share=0.25),
+    Case(batch=32, layers=8, kv_dtype="int8"),
+    Case(batch=1, held=32768, layers=32),
+]
+
+
+if __name__ == "__main__":
+    harness.run_cases(harness.parser(__doc__), cpu=[(CPU_CASES, run)], cuda=[(CUDA_CASES, run)])

@@ -1,0 +1,97 @@
+"""Sparse reads: what is known of the keys of each page, and which pages a step lists by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adakv.cache import KVCache
+from adakv.entries import keys_of_pages
+from adakv.ops import Layer
+from adakv.policy import Quest
+from adakv.step import Attention, PageReader
+
+
+class PageBounds(PageReader):
+    """The largest and the smallest number of each page's keys in each dimension, by which steps of
+    up to a page of tokens choose what they read.
+
+    They are found out when a step first asks, and then kept up to date page by page; where anything
+    else has happened to the rows meanwhile they are found out again. They take ``2 D`` numbers of
+    the keys' dtype for each page.
+
+    Parameters
+    ----------
+    quest : :class:`adakv.policy.Quest`
+    """
+
+    def __init__(self, quest: Quest) -> None:
+        self.quest = quest
+        self._kv: KVCache | None = None  # that the bounds are of
+        self._seen: list[int] = []  # tokens of its sequences then
+        self._bounds = torch.empty(0)  # [N, 2 D], the largest, then the smallest
+        self._is_new = True  # of the whole pages none is known
+        self._num_pages = 0  # of the longest row of this step
+
+    def forget(self) -> None:
+        """Entries have moved."""
+        self._kv = None
+        self._bounds = torch.empty(0)
+
+    def begin_step(
+        self, kv: KVCache, seen: Sequence[int], num_new: Sequence[int], columns: int
+    ) -> None:
+        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b, of
+        which ``seen[b]`` have been there before; before room is made for it."""
+        if columns > kv.page_size:
+            self.forget()
+            return
+        is_same = kv is self._kv and list(seen) == self._seen
+        self._is_new = not is_same or len(self._bounds) != kv.num_pages
+        if self._is_new:
+            size = kv.num_pages, 2 * kv.head_dim
+            self._bounds = torch.empty(size, dtype=kv.dtype, device=kv.device)
+        self._kv, self._seen = kv, [n + new for n, new in zip(seen, num_new, strict=True)]
+        self._num_pages = kv.row_pages_to_grow(num_new)
+
+    def reads_some(self, layer: int, columns: int) -> bool:
+        return self._kv is not None and layer >= self.quest.full_layers
+
+    def listed(
+        self,
+        layer: int,
+        view: Layer,
+        queries: Tensor,
+        attention: Attention,
+        num_new: Tensor | None,
+    ) -> Layer:
+        table = view.block_table[:, :, : self._num_pages].long()  # [B, Hkv, m]
+        length, page_size = table.shape[2], view.pages.shape[2]
+        self._find(view, table, queries.shape[2])
+        pages, counts = self.quest.pages(
+            queries,
+            self._bounds[table.clamp(min=0)],
+            view.lengths,
+            page_size=page_size,
+            attention=attention,
+            num_new=num_new,
+        )
+        listed = table.gather(2, pages.clamp(max=length - 1)).where(pages < length, -1)
+        ends = -(-view.lengths // page_size)
+        # What is left out are whole pages.
+        lengths = view.lengths - (ends - counts) * page_size
+        return view._replace(block_table=listed.int(), lengths=lengths)
+
+    def _find(self, view: Layer, table: Tensor, new_tokens: int) -> None:
+        """The bounds of a layer's pages, or of those that the step has filled."""
+        page_size = view.pages.shape[2]
+        if not self._is_new:
+            count = -(-new_tokens // page_size)
+            last = (view.lengths // page_size)[..., None].long() - 1
+            filled = last - torch.arange(count, device=last.device)
+            table = table.gather(2, filled.clamp(min=0))
+        pages = table.clamp(min=0)
+        keys = keys_of_pages(view, pages, self._bounds.dtype)  # [B, Hkv, n, P, D]
+        self._bounds[pages] = torch.cat([keys.amax(3), keys.amin(3)], -1)

@@ -1,0 +1,168 @@
+"""Sparse reads: which pages of what a row holds a step visits. All entries stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from adakv.policy.inputs import check_range, check_settings
+from adakv.step import Attention
+
+_UNITS = 2**20  # in which a share is counted, so that hosts and devices round alike
+_BISECTIONS = 10
+
+
+@dataclass(frozen=True)
+class Quest:
+    """The pages whose keys may fit the step's queries best (Quest, arXiv 2406.10774).
+
+    Of each page and dimension d the largest and the smallest number of its keys are known. So no
+    key of the page has a larger product with a query q than ``sum over d of max(q[d] * largest[d],
+    q[d] * smallest[d])``. Scaled as the attention's logits, softmax over a row's older pages turns
+    these bounds into weights; a page counts as much as the most that any query of the group and of
+    the step's tokens gives it, and the best are read, beside the ``newest`` pages.
+
+    Parameters
+    ----------
+    share : float in (0, 1]
+        Of a row's pages, rounded up, the newest ones included.
+    mass : float in (0, 1]
+        Below 1 no more pages are read than each query needs to have so much of its weights, as far
+        as ``share`` has room: by bisection of a threshold (SpecAttn's top-p, arXiv 2510.27641). The
+        weights are bounds, not the attention itself, and more even than it.
+    least : int
+        Rows of up to so many pages are read whole, and no row reads fewer.
+    newest : int
+        Pages at the end of a row that are read always, besides those of the step's own tokens.
+    full_layers : int
+        The first layers, which read everything, as the authors' two: their attention is even.
+
+    The paper has one q head a kv head; the softmax, which makes heads of a group comparable, is
+    ours.
+    """
+
+    share: float = 0.125
+    mass: float = 1.0
+    least: int = 8
+    newest: int = 1
+    full_layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for name in ("share", "mass"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+        check_range("least", self.least, 0)
+        check_range("newest", self.newest, 1)
+        check_range("full_layers", self.full_layers, 0)
+
+    def __str__(self) -> str:
+        """As :func:`adakv.policy.get_read` reads it."""
+        from adakv.policy.written import brief
+
+        return brief(self)
+
+    def most(self, num_pages: int) -> int:
+        """How many pages a row of so many reads at most."""
+        return max(-(-num_pages * self._share // _UNITS), min(self.least, num_pages))
+
+    def pages(
+        self,
+        queries: Tensor,
+        bounds: Tensor,
+        lengths: Tensor,
+        *,
+        page_size: int,
+        attention: Attention,
+        num_new: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Which pages of each row a step reads, in the order of their slots.
+
+        Parameters
+        ----------
+        queries : ``[B, Hq, S, D]``
+            Of the step, whose tokens the rows hold already.
+        bounds : ``[B, Hkv, m, 2 D]``
+            The largest, then the smallest number of each page and dimension; not read of a row's
+            newest pages and behind its end. No row has more than m pages.
+        lengths : ``[B, Hkv]`` int32
+            Entries that each row holds.
+        page_size : int
+            P.
+        attention : :class:`adakv.step.Attention`
+            Scale and softcap of the logits; sink logits are left out.
+        num_new : ``[B]`` int32, optional
+            How many of the S columns, counted from the right, are tokens of each sequence.
+
+        Returns
+        -------
+        pages : ``[B, Hkv, w]`` int64
+            Numbers in the row, ascending; m behind the last. w is what the host knows.
+        counts : ``[B, Hkv]`` int32
+            How many there are.
+        """
+        length, new_tokens = bounds.shape[2], queries.shape[2]
+        ends = -(-lengths.long() // page_size)  # [B, Hkv]: pages of the rows
+        num_newest = self.newest + -(-(new_tokens - 1) // page_size)
+        older = (ends - num_newest).clamp(min=0)[..., None]  # [B, Hkv, 1]
+        least = ends.clamp(max=self.least)
+        budgets = (-(-ends * self._share // _UNITS)).maximum(least)[..., None]
+        place = torch.arange(length, device=bounds.device)
+        worth = self._worth(queries, bounds, place < older, attention, num_new)
+        most = min(max(self.most(length) - num_newest, 0), length)
+        best, pages = worth.topk(most, -1)  # [B, Hkv, most]
+        rank = torch.arange(most, device=bounds.device)
+        is_read = (best >= 0) & (rank < budgets - (ends[..., None] - older))
+        last = older + torch.arange(num_newest, device=bounds.device)
+        last = last.where(last < ends[..., None], length)
+        pages = torch.cat([pages.where(is_read, length), last], -1).sort(-1).values
+        return pages, (pages < length).sum(-1, dtype=torch.int32)
+
+    @property
+    def _share(self) -> int:
+        return round(Fraction(self.share) * _UNITS)
+
+    def _worth(
+        self,
+        queries: Tensor,
+        bounds: Tensor,
+        is_older: Tensor,
+        attention: Attention,
+        num_new: Tensor | None,
+    ) -> Tensor:
+        """``[B, Hkv, m]`` float32: the most weight that a query gives to a page; -1 for those that
+        are not older than the newest ones (``is_older`` ``[B, Hkv, m]``), or not needed."""
+        batch, heads = bounds.shape[:2]
+        columns, head_dim = queries.shape[2:]
+        grouped = queries.reshape(batch, heads, -1, head_dim)  # [B, Hkv, G * S, D]
+        signed = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], -1)
+        z = (signed.float() @ bounds.float().mT) * (attention.scale or head_dim**-0.5)
+        if attention.softcap:
+            z = attention.softcap * torch.tanh(z / attention.softcap)
+        weights = z.masked_fill(~is_older[:, :, None], -torch.inf).softmax(-1)
+        if self.mass < 1:
+            weights = weights.where(weights >= top_p(weights, self.mass), -1)
+        if num_new is not None:
+            is_token = torch.arange(columns, device=z.device) >= columns - num_new[:, None]
+            is_token = is_token.repeat(1, grouped.shape[2] // columns)  # [B, G * S]
+            weights = weights.where(is_token[:, None, :, None], -1)
+        return weights.amax(2).masked_fill(~is_older, -1)
+
+
+def top_p(weights: Tensor, mass: float, steps: int = _BISECTIONS) -> Tensor:
+    """The threshold ``[..., 1]`` of each row of ``weights`` ``[..., n]``, of at least 0: those from
+    it on have at least ``mass`` of the row's sum, and nearly as few as possible.
+
+    By bisection between 0 and the largest weight, without sorting (SpecAttn, arXiv 2510.27641).
+    """
+    high = weights.amax(-1, keepdim=True)
+    low, wanted = torch.zeros_like(high), mass * weights.sum(-1, keepdim=True)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        is_enough = weights.where(weights >= middle, 0).sum(-1, keepdim=True) >= wanted
+        low, high = middle.where(is_enough, low), high.where(is_enough, middle)
+    return low
