@@ -11,9 +11,11 @@ from torch import Tensor
 
 import adakv
 import cases
+import reference
 from adakv import ops
 from adakv.cache import KVCache, sequences
 from adakv.entries import Held
+from adakv.tensors import Source
 
 LAYERS, HEADS, DIM = 2, 2, 8
 
@@ -191,6 +193,69 @@ class Branch:
 def value_of(number: int) -> Tensor:
     """Elements ``[D]`` in 0 .. 1 that tell numbers apart."""
     return ((number * torch.arange(1, DIM + 1) * 37) % 64) / 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """``back`` and ``stretch`` are those of the sources ``(1, 0, 1, 2)``."""
+
+    stretch: tuple[int, ...]
+    back: tuple[int, ...] | None = None
+    whole: bool = False
+
+    def __str__(self) -> str:
+        text = f"back{self.back}" if self.back else "all"
+        return f"{text}-whole" if self.whole else f"{text}-stretch{self.stretch}"
+
+
+CASES = [
+    Case((0, 0, 0, 0)),
+    Case((1, 2, 7, 3)),
+    Case((8, 8, 8, 8)),
+    Case((5, 1, 8, 0), back=(1, 9, 0, 0)),
+    Case((0, 0, 8, 8), back=(16, 17, 3, 0)),
+    Case((8, 0, 3, 1), whole=True),
+    Case((8, 0, 3, 1), back=(9, 1, 16, 0), whole=True),
+]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fork_equals_the_definition(case: Case, kv_dtype: str, device: torch.device) -> None:
+    if kv_dtype == "int4" and case.back:
+        pytest.skip("its keys share scales")
+    dtype = torch.float32 if kv_dtype == "auto" else torch.bfloat16
+    lengths, sources = [[17, 40, 24], [16, 32, 19], [0, 9, 1]], [1, 0, 1, 2]
+    settings = {"page_size": 8, "head_dim": 16, "dtype": dtype, "device": device}
+    source = cases.paged_layer(lengths, kv_dtype=kv_dtype, **settings)
+    num_pages, _, page_size, _ = source.pages.shape
+    back = case.back or (0,) * 4
+    held = [[n - less for n in lengths[b]] for b, less in zip(sources, back, strict=True)]
+    counts = [sum(-(-n // page_size) for n in row) + 3 if case.whole else 6 for row in held]
+    free = [*{*range(num_pages)}.difference(source.block_table.flatten().tolist())]
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    given = [cases.int32(x) for x in (sources, case.stretch, free[: ends[-1]], ends)]
+    columns = source.block_table.shape[2]
+    rows = cases.empty_layer(4, 3, num_pages=1, columns=columns, kv_dtype=kv_dtype, **settings)
+    own = {name: getattr(rows, name) for name in ("block_table", "lengths", "seen", "fresh_pages")}
+    layer = source._replace(**own, tails=rows.tails)
+    before, expected = cases.copied(source), cases.copied(layer)
+    reference.fork(
+        Source(before.block_table, before.lengths, before.seen, before.tails),
+        *given,
+        expected,
+        back=cases.int32(back),
+        whole=case.whole,
+    )
+    ops.fork(
+        Source(source.block_table, source.lengths, source.seen, source.tails),
+        *(x.to(device) for x in given),
+        layer,
+        back=cases.int32(back, device) if case.back else None,
+        whole=case.whole,
+    )
+    cases.assert_same_layer(layer, expected)
+    cases.assert_same_layer(source, before)
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int4", "int8"])
