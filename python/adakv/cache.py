@@ -358,8 +358,25 @@ class KVCache:
         fork._shared = {i for i, b in enumerate(sources) if is_dealt or b in self._shared}
         self._members.add(fork)
         fork._take_tensors()
-        fill(self, fork, given, sources, back=back, whole=whole, is_dealt=is_dealt)
+        fill(self, fork.layers, given, sources, back=back, whole=whole, is_dealt=is_dealt)
         return fork
+
+    def fork_into(self, first_sequence: int, sources: Sequence[int]) -> None:
+        """:meth:`fork`, but the branches become sequences of this cache, from ``first_sequence``
+        on, which must be empty.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages. Nothing changes.
+        ValueError
+            If one of them holds entries. Nothing changes.
+        """
+        given = self._cache.fork_into(first_sequence, sources, (), False)
+        slots = slice(first_sequence, first_sequence + len(sources))
+        self._shared |= {first_sequence + i for i, b in enumerate(sources) if b in self._shared}
+        branches = [sequences(layer, slots) for layer in self.layers]
+        fill(self, branches, given, sources, back=(), whole=False, is_dealt=False)
 
     def pages_to_fork(self, sources: Sequence[int], *, whole: bool = False) -> int:
         """Pages that have to be free for :meth:`fork` of ``sources``, ``whole`` or not."""

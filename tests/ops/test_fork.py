@@ -375,3 +375,36 @@ def test_a_pool_that_grows_does_so_for_all_branches(device: torch.device) -> Non
     root.append([50])
     for each in (root, branch):
         each.check()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
+@pytest.mark.parametrize("model_wide", [False, True])
+def test_branches_within_a_cache_come_and_go(
+    kv_dtype: str, model_wide: bool, device: torch.device
+) -> None:
+    """The last slot holds a text on which the others go on, each for a while."""
+    torch.manual_seed(3)
+    root = Branch.made(device, kv_dtype, batch=4)
+    root.begin(3, 70, model_wide=model_wide)
+    cache, alone = root.cache, root.cache.pages_used
+    for step in range(30):
+        slot = int(torch.randint(3, ()))
+        if root.texts[slot].seen:
+            cache.remove(slot)
+            root.texts[slot] = Text()
+        else:
+            source = 3 if step % 3 else (slot + 1) % 3
+            if root.texts[source].seen:
+                cache.fork_into(slot, [source])
+                root.texts[slot] = root.texts[source].copy()
+        new = [int(torch.randint(12, ())) if text.seen else 0 for text in root.texts[:3]]
+        root.append([*new, 0])
+        root.check()
+    for slot in range(3):
+        cache.remove(slot)
+    assert cache.pages_used == alone
+    with pytest.raises(ValueError, match="sequence 3 holds entries already"):
+        cache.fork_into(2, [3, 3])
+    with pytest.raises(ValueError, match=r"sequence must be 0 \.\. 3, got 4"):
+        cache.fork_into(4, [3])
+    assert cache.pages_used == alone
