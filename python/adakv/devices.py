@@ -187,11 +187,16 @@ class SplitStep:
 
 
 def grow_step(
-    kv: AnyCache, num_new: Sequence[int], columns: int, *, watcher: Watcher | None = None
+    kv: AnyCache,
+    num_new: Sequence[int],
+    columns: int,
+    *,
+    watcher: Watcher | None = None,
+    slots: slice = slice(None),
 ) -> PlannedStep | SplitStep:
-    """:meth:`PlannedStep.grow`, on all devices or on none."""
+    """:meth:`PlannedStep.grow`, on all devices (of all sequences) or on none."""
     if isinstance(kv, KVCache):
-        return PlannedStep.grow(kv, num_new, columns, watcher=watcher)
+        return PlannedStep.grow(kv, num_new, columns, watcher=watcher, slots=slots)
     kv._check_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
     return SplitStep(kv, steps, watcher)

@@ -131,15 +131,21 @@ class BranchingCache(TransformersCache):
         return loaded
 
     def go_on_from(
-        self, kv: KVCache, seen: list[int], prompt_lens: list[int], columns: int
+        self,
+        kv: KVCache,
+        seen: list[int],
+        prompt_lens: list[int],
+        columns: int,
+        *,
+        first_sequence: int = 0,
     ) -> None:
         """An empty cache has pages that were filled elsewhere: of sequences of so many tokens, in
-        so many columns of the model's masks."""
+        so many columns of the model's masks, from a slot of ``kv`` on."""
         cache: Any = self
         cache._kv, cache._seen, cache.prompt_lens = kv, seen, prompt_lens
-        cache.reading = None
+        cache._first, cache.reading = first_sequence, None
         cache._heads = kv.num_kv_heads, kv.head_dim
-        cache._num_forwards = 1
+        cache._num_forwards = 2  # what comes now is not taken for more of the prompt
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN
 

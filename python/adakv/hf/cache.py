@@ -402,7 +402,7 @@ class Cache(ShownCache):
         Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
         """
         assert self._kv is not None
-        pool_size.make_room(self._kv, [num_tokens] * len(self._seen))
+        pool_size.make_room(self._kv, [num_tokens] * len(self._seen), self._first)
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
@@ -429,7 +429,7 @@ class Cache(ShownCache):
         num_new = self.padding.count_step(mask, self._seen, before, columns, is_chunk=is_chunk)
         self.is_midway = True
         watcher = self.eviction.watcher
-        self.step = grow_step(self._kv, num_new, columns, watcher=watcher)
+        self.step = grow_step(self._kv, num_new, columns, watcher=watcher, slots=self._slots)
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 
