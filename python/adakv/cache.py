@@ -83,7 +83,7 @@ class KVCache:
         kv_dtype: str = "auto",
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
-        device = _device(device)
+        device = device_of(device)
         kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
@@ -93,8 +93,6 @@ class KVCache:
         max_row_pages = integer("max_row_pages", max_row_pages, 0)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         self.num_layers = num_layers
         self.num_sequences = num_sequences
         self.num_kv_heads = num_kv_heads
@@ -474,13 +472,16 @@ class KVCache:
         return int(self._cache.num_free)
 
 
-def _device(given: torch.device | str) -> torch.device:
+def device_of(given: torch.device | str) -> torch.device:
+    """A device that caches can lie on, a GPU with its number."""
     try:
         device = torch.device(given)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"device must be cpu or cuda, got {given!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

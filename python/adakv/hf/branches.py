@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from adakv.cache import KVCache
+from adakv.cache import KVCache, device_of
 from adakv.devices import SplitCache
 from adakv.errors import Error, integer
 from adakv.hf import hybrid, long_rope, pool_size
@@ -23,9 +23,7 @@ from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
-
-if TYPE_CHECKING:
-    pass
+from adakv.moving import moved
 
 Self = TypeVar("Self", bound="BranchingCache")
 
@@ -149,6 +147,36 @@ class BranchingCache(TransformersCache):
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN
 
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Moves what the cache holds to another device, bit for bit, as modules move: in place.
+
+        On the CPU it waits without taking memory of the GPU; it is back where its model is before
+        the model reads on. Forks that it shares pages with stay where they are, and it shares none
+        with them any more. An empty cache goes where its next prompt is.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            Where it is already, nothing happens.
+
+        Raises
+        ------
+        ValueError
+            If it is no CPU or GPU.
+        adakv.Error
+            If a forward was stopped midway, a prompt is still being read, the cache lies on several
+            devices or in a slot of others, or there is no memory. Nothing changes.
+        """
+        cache: Any = self
+        place = device_of(device)
+        check_branches(cache, "to")
+        held = cache._kv.device if cache._kv is not None else place
+        if cache._signature is not None:
+            held = cache._signature[-1]
+        if held != place:
+            move(cache, place)
+        return self
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
         self.batch_select_indices(beam_idx)
@@ -227,6 +255,38 @@ class BranchingCache(TransformersCache):
         if cache.eviction.text is not None and any(map(kv.shares_pages, sequences)):
             cache._kv = kv = forked(kv, sequences, whole=True)
         return kv
+
+
+def move(cache: Any, device: torch.device) -> None:
+    """:meth:`adakv.Cache.to`, for a cache that holds something; also to where it is."""
+    if cache._kv is not None:
+        new_tokens = min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
+        cache._kv = moved(cache._kv, device, new_tokens)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name not in _OWN:
+                setattr(layer, name, _on_device(value, device))
+    cache.padding = cache.padding.of_branches(range(len(cache._seen)), None)
+    if cache.padding.shown is not None:
+        cache.padding.shown = cache.padding.shown.to(device)
+    if cache._signature is not None:
+        cache._signature = (*cache._signature[:-1], device)
+    if cache.eviction.text is not None:
+        cache.eviction.text = cache.eviction.text.to(device)
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A tensor of transformers', or a list or dict of some, on a device; else the same. What a
+    layer remembers as its device is this one, too."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, torch.device):
+        return device
+    if isinstance(value, list):
+        return [_on_device(x, device) for x in value]
+    if isinstance(value, dict):
+        return {name: _on_device(x, device) for name, x in value.items()}
+    return value
 
 
 def check_branches(cache: Any, what: str) -> None:
