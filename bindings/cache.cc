@@ -98,23 +98,26 @@ py::bytes begin_again(KVCache& self,
   return py::bytes(reinterpret_cast<const char*>(starts.data()), starts.size() * sizeof(int32_t));
 }
 
-// The fork; then int32 numbers: the stretch of each sequence [B], where the pages of each sequence begin
-// in each layer [L, B + 1], counted from the first page of all, and all of them.
-py::typing::Tuple<std::shared_ptr<KVCache>, py::bytes> fork_cache(KVCache& self,
-                                                                  Ints sources,
-                                                                  Ints back,
-                                                                  bool whole) {
-  Fork made = self.fork(take("sources", sources), take("back", back), whole,
-                        current_stream(self.config().device));
+// int32 numbers: the stretch of each sequence [B], where the pages of each sequence begin in each layer
+// [L, B + 1], counted from the first page of all, and all of them.
+py::bytes numbers_of(const Fork& made) {
   std::vector<int32_t> numbers = made.stretch, ids;
   for (const PageList& pages : made.pages) {
     for (int32_t start : pages.indptr) numbers.push_back(static_cast<int32_t>(ids.size()) + start);
     ids.insert(ids.end(), pages.ids.begin(), pages.ids.end());
   }
   numbers.insert(numbers.end(), ids.begin(), ids.end());
-  return py::make_tuple(
-      std::shared_ptr<KVCache>(std::move(made.cache)),
-      py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int32_t)));
+  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int32_t)};
+}
+
+py::typing::Tuple<std::shared_ptr<KVCache>, py::bytes> fork_cache(KVCache& self,
+                                                                  Ints sources,
+                                                                  Ints back,
+                                                                  bool whole) {
+  Fork made = self.fork(take("sources", sources), take("back", back), whole,
+                        current_stream(self.config().device));
+  const py::bytes numbers = numbers_of(made);
+  return py::make_tuple(std::shared_ptr<KVCache>(std::move(made.cache)), numbers);
 }
 
 }  // namespace
@@ -155,6 +158,13 @@ void bind_cache(py::module_& module) {
       .def("begin_again", &begin_again, arg("first_sequence"), arg("totals"), arg("longest"),
            arg("own_pages"))
       .def("fork", &fork_cache, arg("sources"), arg("back"), arg("whole"))
+      .def(
+          "fork_into",
+          [](KVCache& self, Int first_sequence, Ints sources, Ints back, bool whole) {
+            return numbers_of(self.fork_into(take("first_sequence", first_sequence),
+                                             take("sources", sources), take("back", back), whole));
+          },
+          arg("first_sequence"), arg("sources"), arg("back"), arg("whole"))
       .def(
           "pages_to_fork",
           [](const KVCache& self, Ints sources, bool whole) {

@@ -1,4 +1,4 @@
-"""The eight verbs in plain torch: the specification that both backends are tested against.
+"""The nine verbs in plain torch: the specification that both backends are tested against.
 
 Loops and float64, no cleverness. Shapes and options are those of ``adakv.ops``; nothing here uses
 a kernel of ours. The three verbs that give floats take a ``dtype``: with the inputs' own dtype they
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codes import dequantise, dequantise_page, quantise, quantise_page
+from forked import fork as fork
 from in_place import compact_in_place
 
 INF = float("inf")

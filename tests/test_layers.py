@@ -5,7 +5,7 @@
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds}.py
-3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork}.py,
+3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork,moving}.py,
                            python/adakv/{formats,cache,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
@@ -53,6 +53,7 @@ FLOORS = {
     "formats": 3,
     "devices": 3,
     "fork": 3,
+    "moving": 3,
     "shape": 3,
     "step": 3,
     "policy": 4,

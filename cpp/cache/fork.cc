@@ -93,6 +93,25 @@ void KVCache::fork_pages(const Sequence& source,
   }
 }
 
+// Makes sequences of `to`, from `first` on, branches; and what the verb has to know of them.
+void KVCache::branch(KVCache& to,
+                     int32_t first,
+                     const std::vector<int32_t>& sources,
+                     const std::vector<int32_t>& back,
+                     bool whole,
+                     Fork& fork) {
+  fork.pages.resize(config_.num_layers);
+  for (PageList& list : fork.pages) list.indptr.push_back(0);
+  for (size_t i = 0; i < sources.size(); ++i) {
+    Sequence& branch = to.sequences_[first + i];
+    fork_pages(sequences_[sources[i]], branch, back.empty() ? 0 : back[i], whole, fork.pages);
+    for (PageList& list : fork.pages) list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
+    const int64_t appended = branch.appended;
+    fork.stretch.push_back(
+        appended == 0 ? 0 : static_cast<int32_t>((appended - 1) % config_.page_size + 1));
+  }
+}
+
 Fork KVCache::fork(const std::vector<int32_t>& sources,
                    const std::vector<int32_t>& back,
                    bool whole,
@@ -101,16 +120,24 @@ Fork KVCache::fork(const std::vector<int32_t>& sources,
   shared_->pool.check_free(pages_to_fork(sources, whole));
   Fork fork;
   fork.cache.reset(new KVCache(*this, static_cast<int32_t>(sources.size()), stream));
-  fork.pages.resize(config_.num_layers);
-  for (PageList& list : fork.pages) list.indptr.push_back(0);
+  branch(*fork.cache, 0, sources, back, whole, fork);
+  return fork;
+}
+
+Fork KVCache::fork_into(int32_t first_sequence,
+                        const std::vector<int32_t>& sources,
+                        const std::vector<int32_t>& back,
+                        bool whole) {
+  check_fork(sources, back);
   for (size_t i = 0; i < sources.size(); ++i) {
-    Sequence& branch = fork.cache->sequences_[i];
-    fork_pages(sequences_[sources[i]], branch, back.empty() ? 0 : back[i], whole, fork.pages);
-    for (PageList& list : fork.pages) list.indptr.push_back(static_cast<int32_t>(list.ids.size()));
-    const int64_t appended = branch.appended;
-    fork.stretch.push_back(
-        appended == 0 ? 0 : static_cast<int32_t>((appended - 1) % config_.page_size + 1));
+    const int32_t sequence = first_sequence + static_cast<int32_t>(i);
+    check_sequence(sequence);
+    ADAKV_CHECK(sequences_[sequence].pages.empty(), "fork_into: sequence ", sequence,
+                " holds entries already: remove() it first");
   }
+  shared_->pool.check_free(pages_to_fork(sources, whole));
+  Fork fork;
+  branch(*this, first_sequence, sources, back, whole, fork);
   return fork;
 }
 

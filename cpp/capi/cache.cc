@@ -169,6 +169,13 @@ struct AdakvCache {
                 " from first_sequence = ", first, " on, got ", count);
   }
 
+  /// Takes what a fork was given, and writes it.
+  void give(adakv::Fork&& made, AdakvPageList* lists, int32_t* stretch) {
+    pages = std::move(made.pages);
+    give(lists);
+    std::copy(made.stretch.begin(), made.stretch.end(), stretch);
+  }
+
   /// Writes the page lists that the cache holds.
   void give(AdakvPageList* lists) const {
     for (const adakv::PageList& list : pages) {
@@ -311,10 +318,27 @@ AdakvStatus adakv_cache_fork(AdakvCache* cache,
         cache->cache.fork({sources, sources + num_sources}, backs, whole != 0, stream);
     auto out =
         std::make_unique<AdakvCache>(cache->own_memory, std::move(made.cache), cache->members);
-    out->pages = std::move(made.pages);
-    out->give(pages);
-    std::copy(made.stretch.begin(), made.stretch.end(), stretch);
+    out->give(std::move(made), pages, stretch);
     *fork = out.release();
+  });
+}
+
+AdakvStatus adakv_cache_fork_into(AdakvCache* cache,
+                                  int32_t first_sequence,
+                                  const int32_t* sources,
+                                  int32_t num_sources,
+                                  const int32_t* back,
+                                  int32_t whole,
+                                  AdakvPageList* pages,
+                                  int32_t* stretch) {
+  return guarded([&] {
+    given("cache", cache), given("sources", sources), given("pages", pages);
+    given("stretch", stretch);
+    cache->check_sequences(first_sequence, num_sources);
+    const std::vector<int32_t> backs(back, back ? back + num_sources : back);
+    adakv::Fork made =
+        cache->cache.fork_into(first_sequence, {sources, sources + num_sources}, backs, whole != 0);
+    cache->give(std::move(made), pages, stretch);
   });
 }
 

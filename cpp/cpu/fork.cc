@@ -70,10 +70,11 @@ class Forking {
     check_pages("page_ids", own, end);
     const int64_t first_row = static_cast<int64_t>(branches.size());
     for (int64_t h = 0; h < heads_; ++h) {
-      const int32_t length = *row_of(args_.source_lengths, source(b), h) - back(b);
+      const int32_t held = *row_of(args_.source_lengths, source(b), h);
       const int64_t most = args_.source_table.shape[2] * page_size_;
-      ADAKV_CHECK(length >= 0 && length <= most, "fork: source_lengths must lie in ", back(b),
-                  " .. M * P = ", most, ", got ", length + back(b));
+      ADAKV_CHECK(held >= back(b) && held <= most, "fork: source_lengths must lie in ", back(b),
+                  " .. M * P = ", most, ", got ", held);
+      const int32_t length = held - back(b);
       Branch branch = {source(b), length, schedule::ceil_div(length, page_size_), 0, own, -1};
       const int32_t* table = row_of(args_.source_table, source(b), h);
       check_pages("source_table", table, table + branch.num_pages);

@@ -83,7 +83,7 @@ class KVCache:
         kv_dtype: str = "auto",
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
-        device = _device(device)
+        device = device_of(device)
         kv_dtype = check_kv_dtype(kv_dtype, dtype)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
@@ -93,8 +93,6 @@ class KVCache:
         max_row_pages = integer("max_row_pages", max_row_pages, 0)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         self.num_layers = num_layers
         self.num_sequences = num_sequences
         self.num_kv_heads = num_kv_heads
@@ -358,8 +356,25 @@ class KVCache:
         fork._shared = {i for i, b in enumerate(sources) if is_dealt or b in self._shared}
         self._members.add(fork)
         fork._take_tensors()
-        fill(self, fork, given, sources, back=back, whole=whole, is_dealt=is_dealt)
+        fill(self, fork.layers, given, sources, back=back, whole=whole, is_dealt=is_dealt)
         return fork
+
+    def fork_into(self, first_sequence: int, sources: Sequence[int]) -> None:
+        """:meth:`fork`, but the branches become sequences of this cache, from ``first_sequence``
+        on, which must be empty.
+
+        Raises
+        ------
+        adakv.Error
+            If there are too few free pages. Nothing changes.
+        ValueError
+            If one of them holds entries. Nothing changes.
+        """
+        given = self._cache.fork_into(first_sequence, sources, (), False)
+        slots = slice(first_sequence, first_sequence + len(sources))
+        self._shared |= {first_sequence + i for i, b in enumerate(sources) if b in self._shared}
+        branches = [sequences(layer, slots) for layer in self.layers]
+        fill(self, branches, given, sources, back=(), whole=False, is_dealt=False)
 
     def pages_to_fork(self, sources: Sequence[int], *, whole: bool = False) -> int:
         """Pages that have to be free for :meth:`fork` of ``sources``, ``whole`` or not."""
@@ -457,13 +472,16 @@ class KVCache:
         return int(self._cache.num_free)
 
 
-def _device(given: torch.device | str) -> torch.device:
+def device_of(given: torch.device | str) -> torch.device:
+    """A device that caches can lie on, a GPU with its number."""
     try:
         device = torch.device(given)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"device must be cpu or cuda, got {given!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device}")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -194,10 +194,11 @@ def grow_step(
     *,
     watcher: Watcher | None = None,
     reader: PageReader | None = None,
+    slots: slice = slice(None),
 ) -> PlannedStep | SplitStep:
-    """:meth:`PlannedStep.grow`, on all devices; a reader of pages wants one device."""
+    """:meth:`PlannedStep.grow`, on all devices; a reader of pages and ``slots`` want one device."""
     if isinstance(kv, KVCache):
-        return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader)
+        return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
     kv._make_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
     return SplitStep(kv, steps, watcher)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.ops import Source
+from adakv.ops import Layer, Source
 
 if TYPE_CHECKING:
     from adakv.cache import KVCache
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def fill(
     cache: KVCache,
-    fork: KVCache,
+    branches: Sequence[Layer],
     given: bytes,
     sources: Sequence[int],
     *,
@@ -29,7 +29,10 @@ def fill(
 
     Parameters
     ----------
-    cache, fork : :class:`adakv.cache.KVCache`
+    cache : :class:`adakv.cache.KVCache`
+        That of the sources.
+    branches : one :class:`adakv.ops.Layer` for each layer
+        The fork's B sequences.
     given : bytes
         int32 numbers: the stretch of each of the fork's B sequences; where the pages of each begin
         in each layer, ``[L, B + 1]``; and these pages.
@@ -48,7 +51,7 @@ def fill(
     stretch, page_ids, starts, named, backs = (
         x.to(cache.device, non_blocking=True) for x in (stretch, page_ids, starts, *lists)
     )
-    for layer, (old, new) in enumerate(zip(cache.layers, fork.layers, strict=True)):
+    for layer, (old, new) in enumerate(zip(cache.layers, branches, strict=True)):
         ops.fork(
             Source(old.block_table, old.lengths, old.seen, old.tails),
             named,

@@ -72,6 +72,12 @@ class RecentQueries(Recent):
         branches._rings = [None if ring is None else ring[list(sources)] for ring in self._rings]
         return branches
 
+    def to(self, device: torch.device) -> RecentQueries:
+        """The same on another device."""
+        there = copy.copy(self)
+        there._rings = [None if ring is None else ring.to(device) for ring in self._rings]
+        return there
+
     def last(self, layer: int, count: int) -> Tensor:
         ring = self._rings[layer]
         assert ring is not None

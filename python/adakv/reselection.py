@@ -191,6 +191,14 @@ class Reselection:
         branches.recent = self.recent.of_branches(sources)
         return branches
 
+    def to(self, device: torch.device) -> Reselection:
+        """The same texts, whose pages are on another device now."""
+        there = copy.copy(self)
+        there._carried = [None if x is None else x.to(device) for x in self._carried]
+        assert isinstance(self.recent, RecentQueries)
+        there.recent = self.recent.to(device)
+        return there
+
     def begin_step(self, num_new: Sequence[int], columns: int) -> None:
         """A step comes whose last ``num_new[b]`` columns are tokens of each sequence."""
         self.recent.advance(num_new, columns)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.cache import KVCache
+from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
 
 
@@ -150,6 +150,7 @@ class PlannedStep:
         *,
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
+        slots: slice = slice(None),
     ) -> PlannedStep:
         """Makes room for a step in all layers of a cache, and plans it.
 
@@ -161,34 +162,38 @@ class PlannedStep:
             they are more than the fresh pages of a row take, they are appended in pieces.
         columns : int
             S, padding included.
+        slots : slice, optional
+            Where the sequences lie in a cache that others share; their step leaves these alone.
 
         Raises
         ------
         adakv.Error
             If there are too few free pages. Nothing changes.
         """
+        first, after, _ = slots.indices(kv.num_sequences)
+        before, behind = [0] * first, [0] * (kv.num_sequences - after)
+        layers, tables = kv.layers, kv.plan_inputs
+        if before or behind:
+            layers = tuple(sequences(layer, slots) for layer in layers)
+            lengths, block_table, fresh_pages = (table[:, slots] for table in tables)
+            tables = lengths, block_table, fresh_pages
         pieces: list[_Piece] = []
         left = columns
         while left:
             rest = [min(n, left) for n in num_new]
-            now = kv.grow(rest, left)
+            now = kv.grow([*before, *rest, *behind], left)
             if now < columns:
                 # The next piece's pages overwrite these before the other layers have used them.
-                fresh = kv.all_layers.fresh_pages.clone()
+                fresh = tables[2].clone()
                 counts = _on_device([max(n - left + now, 0) for n in rest], now, kv)
                 start = columns - left
                 pieces.append(_Piece(slice(start, start + now), fresh, counts))
             left -= now
         of_step = _on_device(num_new, columns, kv)
         if pieces:
-            return cls(kv.layers, (), of_step, watcher=watcher, _pieces=pieces)
+            return cls(layers, (), of_step, watcher=watcher, _pieces=pieces)
         return cls.plan(
-            kv.layers,
-            kv.plan_inputs,
-            new_tokens=columns,
-            num_new=of_step,
-            watcher=watcher,
-            reader=reader,
+            layers, tables, new_tokens=columns, num_new=of_step, watcher=watcher, reader=reader
         )
 
     def attend(

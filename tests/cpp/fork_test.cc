@@ -64,11 +64,15 @@ void append_to(KVCache& cache, int count, std::mt19937& random) {
   }
 }
 
-std::unique_ptr<KVCache> forked(KVCache& cache, Ints sources, Ints back = {}, bool whole = false) {
-  Fork made = cache.fork(sources, back, whole);
+// Fills what fork() or fork_into() made.
+void fill(const LayerView& from,
+          const LayerView& rows,
+          const Fork& made,
+          Ints sources,
+          Ints back = {},
+          bool whole = false) {
   const auto count = static_cast<int64_t>(sources.size());
-  const LayerView from = cache.layer(0);
-  PageList& pages = made.pages[0];
+  PageList pages = made.pages[0];
   const Tensor named({count}, sources), stretch({count}, made.stretch),
       ids({static_cast<int64_t>(pages.ids.size())}, pages.ids), starts({count + 1}, pages.indptr),
       backs({count}, back.empty() ? Ints(count) : back);
@@ -82,8 +86,13 @@ std::unique_ptr<KVCache> forked(KVCache& cache, Ints sources, Ints back = {}, bo
   args.page_ids = ids.view;
   args.page_indptr = starts.view;
   args.whole = whole;
-  args.layer = made.cache->layer(0);
+  args.layer = rows;
   fork(args);
+}
+
+std::unique_ptr<KVCache> forked(KVCache& cache, Ints sources, Ints back = {}, bool whole = false) {
+  Fork made = cache.fork(sources, back, whole);
+  fill(cache.layer(0), made.cache->layer(0), made, sources, back, whole);
   return std::move(made.cache);
 }
 
@@ -126,6 +135,28 @@ TEST(Fork, BranchesGoOnByThemselves) {
     expect_same(*kept, filled.cache, 0);
     const std::unique_ptr<KVCache> back = forked(*branch, {1}, {20});
     expect_same(*kept, *back, 0);
+  }
+}
+
+TEST(Fork, GoesIntoAnEmptySequenceOfTheSameCache) {
+  Filled filled;
+  const std::unique_ptr<KVCache> both = forked(filled.cache, {0, 0});
+  const int32_t used = both->pool().num_used();
+  EXPECT_THROW(both->fork_into(1, {0}), InvalidArgument);  // it holds something
+  EXPECT_THROW(both->fork_into(2, {0}), InvalidArgument);
+  EXPECT_EQ(both->pool().num_used(), used);
+  both->remove(1);
+  LayerView second = both->layer(0);
+  for (TensorView* x : {&second.block_table, &second.lengths, &second.seen, &second.fresh_pages}) {
+    *x = x->narrow(0, 1, 1);
+  }
+  const Fork made = both->fork_into(1, {0});
+  EXPECT_EQ(made.cache, nullptr);
+  fill(both->layer(0), second, made, {0});
+  EXPECT_EQ(both->pool().num_used(), used);
+  append_to(*both, 10, filled.random);
+  for (int h = 0; h < kHeads; ++h) {
+    EXPECT_EQ(entries_of(both->layer(0), 0, h).size(), entries_of(both->layer(0), 1, h).size());
   }
 }
 
@@ -213,6 +244,12 @@ TEST(Fork, IsThereInC) {
   EXPECT_EQ(from.pages->data, to.pages->data);
   adakv_cache_destroy(cache);
   EXPECT_EQ(adakv_cache_num_free(branch), 40 - 2 - 4);
+  EXPECT_EQ(adakv_cache_fork_into(branch, 1, sources.data(), 1, nullptr, 0, &pages, stretch.data()),
+            ADAKV_INVALID_ARGUMENT);
+  ASSERT_EQ(adakv_cache_remove(branch, 1, nullptr), ADAKV_OK);
+  ASSERT_EQ(adakv_cache_fork_into(branch, 1, sources.data(), 1, nullptr, 0, &pages, stretch.data()),
+            ADAKV_OK);
+  EXPECT_EQ(pages.num_ids, 2);
   EXPECT_EQ(adakv_cache_is_shared(branch, 0), 1);  // with the other branch
   adakv_cache_destroy(branch);
 }

@@ -42,7 +42,7 @@ class Call {
         F(input.range(1, 4)) {}
 
   void run_one() {
-    switch (input_.range(0, 7)) {
+    switch (input_.range(0, 8)) {
       case 0:
         return score_call();
       case 1:
@@ -56,6 +56,8 @@ class Call {
       case 5:
         return append_call();
       case 6:
+        return fork_call();
+      case 7:
         return plan_call();
       default:
         return attend_call();
@@ -308,6 +310,30 @@ class Call {
     args.num_new = counts(S);
     args.layer = layer();
     call([&] { append(args); });
+  }
+
+  void fork_call() {
+    const int A = input_.range(1, 3), most_back = M > 0 ? input_.range(0, P) : 0;
+    ForkArgs args;
+    args.source_table = ints({A, Hkv, M}, 0, N - 1);
+    args.source_lengths = ints({A, Hkv}, most_back, M * P);
+    args.source_seen = ints({A}, most_back, 1000);
+    args.sources = ints({B}, 0, A - 1);
+    args.stretch = ints({B}, 0, P);
+    if (input_.one_in(2)) args.back = ints({B}, 0, most_back);
+    args.whole = input_.one_in(3);
+    std::mt19937 random(input_.byte());
+    std::vector<int32_t> ids, indptr = {0};
+    for (int b = 0; b < B; ++b) {
+      const int enough = args.whole ? (M + 1) * Hkv : 2 * Hkv;
+      const int count = input_.one_in(8) ? input_.range(0, enough) : enough;
+      for (int i = 0; i < count; ++i) ids.push_back(static_cast<int32_t>(random() % N));
+      indptr.push_back(static_cast<int32_t>(ids.size()));
+    }
+    args.page_ids = ints(ids);
+    args.page_indptr = ints(indptr);
+    args.layer = layer();
+    call([&] { fork(args); });
   }
 
   void plan_call() {

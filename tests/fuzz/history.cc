@@ -100,10 +100,12 @@ class History {
   std::vector<SequenceModel>& model() { return branches_[now_].model; }
   const std::vector<SequenceModel>& model() const { return branches_[now_].model; }
 
-  /// Another cache that goes on from some sequences of this one.
+  /// Another cache, or another sequence, that goes on from some sequences of this one.
   void fork() {
-    if (branches_.size() == 4) return;
-    const int count = input_.range(1, 3);
+    const bool is_within = input_.one_in(3);
+    if (branches_.size() == 4 && !is_within) return;
+    const int count = is_within ? 1 : input_.range(1, 3);
+    const int slot = is_within ? input_.range(0, config_.num_sequences - 1) : 0;
     const bool whole = input_.one_in(4);
     std::vector<int32_t> sources, back;
     std::vector<SequenceModel> texts;
@@ -121,7 +123,12 @@ class History {
     const int32_t free_before = cache().pool().num_free();
     Fork made;
     try {
-      made = cache().fork(sources, back, whole);
+      made = is_within ? cache().fork_into(slot, sources, back, whole)
+                       : cache().fork(sources, back, whole);
+    } catch (const InvalidArgument&) {
+      ADAKV_FUZZ_ASSERT(is_within && model()[slot].is_begun);
+      ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
+      return;
     } catch (const Error&) {
       ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
       ADAKV_FUZZ_ASSERT(cache().pages_to_fork(sources, whole) > free_before);
@@ -140,8 +147,13 @@ class History {
       args.page_ids = ints(made.pages[layer].ids);
       args.page_indptr = ints(made.pages[layer].indptr);
       args.whole = whole;
-      args.layer = made.cache->layer(layer);
+      args.layer = is_within ? rows_of(from, slot) : made.cache->layer(layer);
       adakv::fork(args);
+    }
+    if (is_within) {
+      model()[sources[0]].is_forked = texts[0].is_forked;  // which of them checks see first varies
+      model()[slot] = texts[0];
+      return;
     }
     branches_.push_back({std::move(made.cache), std::move(texts)});
   }

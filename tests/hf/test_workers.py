@@ -54,6 +54,13 @@ def test_prompts_over_two_processes_are_written_as_by_one():
     assert [result.index for result in found] == list(range(7))
 
 
+def test_processes_read_a_prefix_each():
+    (prefix,), prompts = given(90), given(5, 40, 3)
+    how: dict[str, Any] = {"budget": 48, "max_new_tokens": [5, 9, 3], "protect": [[(3, 9)]]}
+    expected = adakv.generate_batch(LLAMA.model(), prompts, prefix=prefix, **how)
+    assert adakv.generate_on(TWO, llama, prompts, prefix=torch.tensor(prefix), **how) == expected
+
+
 def test_a_folder_will_do(tmp_path: Path):
     LLAMA.model().save_pretrained(tmp_path)
     (result,) = adakv.generate_on(TWO, tmp_path, given(60), budget=40, max_new_tokens=4)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 import adakv
 import cases
+import reference
 from adakv import ops
 from adakv.cache import KVCache, sequences
 from adakv.entries import Held
+from adakv.tensors import Source
 
 LAYERS, HEADS, DIM = 2, 2, 8
 
@@ -193,6 +195,69 @@ def value_of(number: int) -> Tensor:
     return ((number * torch.arange(1, DIM + 1) * 37) % 64) / 64
 
 
+@dataclass(frozen=True)
+class Case:
+    """``back`` and ``stretch`` are those of the sources ``(1, 0, 1, 2)``."""
+
+    stretch: tuple[int, ...]
+    back: tuple[int, ...] | None = None
+    whole: bool = False
+
+    def __str__(self) -> str:
+        text = f"back{self.back}" if self.back else "all"
+        return f"{text}-whole" if self.whole else f"{text}-stretch{self.stretch}"
+
+
+CASES = [
+    Case((0, 0, 0, 0)),
+    Case((1, 2, 7, 3)),
+    Case((8, 8, 8, 8)),
+    Case((5, 1, 8, 0), back=(1, 9, 0, 0)),
+    Case((0, 0, 8, 8), back=(16, 17, 3, 0)),
+    Case((8, 0, 3, 1), whole=True),
+    Case((8, 0, 3, 1), back=(9, 1, 16, 0), whole=True),
+]
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fork_equals_the_definition(case: Case, kv_dtype: str, device: torch.device) -> None:
+    if kv_dtype == "int4" and case.back:
+        pytest.skip("its keys share scales")
+    dtype = torch.float32 if kv_dtype == "auto" else torch.bfloat16
+    lengths, sources = [[17, 40, 24], [16, 32, 19], [0, 9, 1]], [1, 0, 1, 2]
+    settings = {"page_size": 8, "head_dim": 16, "dtype": dtype, "device": device}
+    source = cases.paged_layer(lengths, kv_dtype=kv_dtype, **settings)
+    num_pages, _, page_size, _ = source.pages.shape
+    back = case.back or (0,) * 4
+    held = [[n - less for n in lengths[b]] for b, less in zip(sources, back, strict=True)]
+    counts = [sum(-(-n // page_size) for n in row) + 3 if case.whole else 6 for row in held]
+    free = [*{*range(num_pages)}.difference(source.block_table.flatten().tolist())]
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    given = [cases.int32(x) for x in (sources, case.stretch, free[: ends[-1]], ends)]
+    columns = source.block_table.shape[2]
+    rows = cases.empty_layer(4, 3, num_pages=1, columns=columns, kv_dtype=kv_dtype, **settings)
+    own = {name: getattr(rows, name) for name in ("block_table", "lengths", "seen", "fresh_pages")}
+    layer = source._replace(**own, tails=rows.tails)
+    before, expected = cases.copied(source), cases.copied(layer)
+    reference.fork(
+        Source(before.block_table, before.lengths, before.seen, before.tails),
+        *given,
+        expected,
+        back=cases.int32(back),
+        whole=case.whole,
+    )
+    ops.fork(
+        Source(source.block_table, source.lengths, source.seen, source.tails),
+        *(x.to(device) for x in given),
+        layer,
+        back=cases.int32(back, device) if case.back else None,
+        whole=case.whole,
+    )
+    cases.assert_same_layer(layer, expected)
+    cases.assert_same_layer(source, before)
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int4", "int8"])
 @pytest.mark.parametrize("seed", range(4))
 def test_branches_of_random_histories_hold_their_own_tokens(
@@ -310,3 +375,36 @@ def test_a_pool_that_grows_does_so_for_all_branches(device: torch.device) -> Non
     root.append([50])
     for each in (root, branch):
         each.check()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
+@pytest.mark.parametrize("model_wide", [False, True])
+def test_branches_within_a_cache_come_and_go(
+    kv_dtype: str, model_wide: bool, device: torch.device
+) -> None:
+    """The last slot holds a text on which the others go on, each for a while."""
+    torch.manual_seed(3)
+    root = Branch.made(device, kv_dtype, batch=4)
+    root.begin(3, 70, model_wide=model_wide)
+    cache, alone = root.cache, root.cache.pages_used
+    for step in range(30):
+        slot = int(torch.randint(3, ()))
+        if root.texts[slot].seen:
+            cache.remove(slot)
+            root.texts[slot] = Text()
+        else:
+            source = 3 if step % 3 else (slot + 1) % 3
+            if root.texts[source].seen:
+                cache.fork_into(slot, [source])
+                root.texts[slot] = root.texts[source].copy()
+        new = [int(torch.randint(12, ())) if text.seen else 0 for text in root.texts[:3]]
+        root.append([*new, 0])
+        root.check()
+    for slot in range(3):
+        cache.remove(slot)
+    assert cache.pages_used == alone
+    with pytest.raises(ValueError, match="sequence 3 holds entries already"):
+        cache.fork_into(2, [3, 3])
+    with pytest.raises(ValueError, match=r"sequence must be 0 \.\. 3, got 4"):
+        cache.fork_into(4, [3])
+    assert cache.pages_used == alone

@@ -243,6 +243,18 @@ AdakvStatus adakv_cache_fork(AdakvCache* cache,
                              AdakvPageList* pages,
                              int32_t* stretch);
 
+/** The same, but the branches are sequences of this cache from `first_sequence` on, which must be empty:
+ * adakv_fork() fills rows of its own layers. `pages` are good until the cache's next call that gives
+ * some. */
+AdakvStatus adakv_cache_fork_into(AdakvCache* cache,
+                                  int32_t first_sequence,
+                                  const int32_t* sources,
+                                  int32_t num_sources,
+                                  const int32_t* back,
+                                  int32_t whole,
+                                  AdakvPageList* pages,
+                                  int32_t* stretch);
+
 /** Whether a page of the sequence is one of another sequence, too: then adakv_cache_begin_again()
  * wants it forked whole. 0 or 1; -1 for NULL and wrong numbers. */
 int32_t adakv_cache_is_shared(const AdakvCache* cache, int32_t sequence);

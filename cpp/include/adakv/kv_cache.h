@@ -121,9 +121,9 @@ struct SharedPages;
 
 /// A cache that shares pages with another one, and what the verb fork() has to know to fill it.
 struct Fork {
-  std::unique_ptr<KVCache> cache;
-  std::vector<PageList> pages;   // [L]  of each layer, page_ids and page_indptr
-  std::vector<int32_t> stretch;  // [B]  tokens since rows were given fresh pages
+  std::unique_ptr<KVCache> cache;  // null after fork_into()
+  std::vector<PageList> pages;     // [L]  of each layer, page_ids and page_indptr
+  std::vector<int32_t> stretch;    // [B]  tokens since rows were given fresh pages
 };
 
 /// Who owns which page, and the tensors of all layers. One thread at a time may change a cache and
@@ -241,6 +241,14 @@ class KVCache {
             bool whole = false,
             Stream stream = nullptr);
 
+  /// The same, but the branches are sequences of this cache from `first_sequence` on, which must be
+  /// empty: Fork::cache is null, and the verb fork() fills rows of this cache's layers. Throws
+  /// InvalidArgument, too, for a sequence that isn't empty; then nothing changes.
+  Fork fork_into(int32_t first_sequence,
+                 const std::vector<int32_t>& sources,
+                 const std::vector<int32_t>& back = {},
+                 bool whole = false);
+
   /// Pages that have to be free for that.
   int64_t pages_to_fork(const std::vector<int32_t>& sources, bool whole = false) const;
 
@@ -271,6 +279,12 @@ class KVCache {
                   int64_t back,
                   bool whole,
                   std::vector<PageList>& lists);
+  void branch(KVCache& to,
+              int32_t first,
+              const std::vector<int32_t>& sources,
+              const std::vector<int32_t>& back,
+              bool whole,
+              Fork& fork);
   int64_t row_starts(int64_t appended) const;
   void make_tables(Stream stream);
   int64_t check_kept(int32_t first_sequence,

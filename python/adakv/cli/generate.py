@@ -35,7 +35,7 @@ from adakv.cli.options import (
 from adakv.cli.progress import progress_bar
 from adakv.cli.prompts import read_prompts
 from adakv.cli.protect import protect_options, system_spans
-from adakv.cli.results import ResultFile
+from adakv.cli.results import ResultFile, prompt_digest
 from adakv.cli.types import FILE
 from adakv.eval.chat import encode_prompt, messages_of
 
@@ -45,6 +45,7 @@ class Many:
     """Where many prompts come from and go to, and how they run."""
 
     prompts: str
+    prefix: str | None
     out: str
     overwrite: bool
     max_batch: int
@@ -52,7 +53,7 @@ class Many:
 
 
 NOT_WITH_PROMPTS = ("text", "question", "compare_full", "json_path", "plot_path", "read")
-ONLY_WITH_PROMPTS = ("out", "overwrite", "max_batch", "compile")
+ONLY_WITH_PROMPTS = ("prefix", "out", "overwrite", "max_batch", "compile")
 
 
 def many_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,6 +63,7 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
     def one_or_many(
         *,
         prompts: str | None,
+        prefix: str | None,
         out: str | None,
         overwrite: bool,
         max_batch: int,
@@ -78,10 +80,11 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
         if out is None or out == prompts:
             raise InputError("--prompts needs --out, another file for the results")
         wanted = ("model", "setting", "max_new_tokens", "place")
-        many = Many(prompts, out, overwrite, max_batch, compile)
+        many = Many(prompts, prefix, out, overwrite, max_batch, compile)
         generate_many(many, *(rest[name] for name in wanted))
 
     out_help = "Write their results here, as JSON lines; a stopped run goes on."
+    prefix_help = "All prompts go on behind the text of this file, which is read once."
     prompts_help = "Read many prompts from this file in the place of TEXT: see above."
     for option in (
         click.option("--compile", is_flag=True, help="Let torch.compile fuse the decode steps."),
@@ -94,6 +97,7 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--overwrite", is_flag=True, help="Throw away what --out holds."),
         file_option("--out", help=out_help),
+        file_option("--prefix", help=prefix_help),
         file_option("--prompts", help=prompts_help),
     ):
         one_or_many = option(one_or_many)
@@ -140,7 +144,8 @@ def generate(
     end: "index", "prompt_tokens", "tokens", "text", "end", and what they were made of,
     "prompt_sha256" and "settings". What --out holds of an earlier run is not done again; if its
     prompts or settings were others, it is refused. --overwrite does all anew. With --out - results
-    go to standard output.
+    go to standard output. With --prefix each line is what comes behind that text, "prompt" or
+    "input_ids"; budget and --protect are for the text, of which the rest is stored once.
     """
     check_outputs([model, text], place.outputs)
     content = read_text(text)
@@ -164,21 +169,27 @@ def generate_many(
     many: Many, model: str, setting: Setting, max_new_tokens: int, place: Place
 ) -> None:
     """Goes on writing after each of many prompts."""
-    check_outputs([model, many.prompts], {"--out": many.out})
+    inputs = [model, many.prompts, *([] if many.prefix is None else [many.prefix])]
+    check_outputs(inputs, {"--out": many.out})
     lines = read_prompts(many.prompts)
     with closing(ResultFile(many.out, overwrite=many.overwrite)) as results:
         network, tokenizer = place.load(model, setting.kv_dtype)
+        prefix = read_prefix(many, setting, network, tokenizer)
         counts = [line.max_new_tokens or max_new_tokens for line in lines]
         ids = [
-            line.encode(network, tokenizer, new) for line, new in zip(lines, counts, strict=True)
+            line.encode(network, tokenizer, new, prefix)
+            for line, new in zip(lines, counts, strict=True)
         ]
-        results.check(
-            [prompt.tolist() for prompt in ids], counts, settings_of(setting, model, network)
-        )
-        protect = [
-            [*setting.protect, *(line.system(tokenizer) if setting.protect_system else ())]
-            for line in lines
-        ]
+        about = settings_of(setting, model, network)
+        if prefix is not None:
+            about["prefix_sha256"] = prompt_digest(prefix.tolist())
+        results.check([prompt.tolist() for prompt in ids], counts, about)
+        protect: Any = setting.protect
+        if prefix is None:
+            protect = [
+                [*setting.protect, *(line.system(tokenizer) if setting.protect_system else ())]
+                for line in lines
+            ]
         todo = [index for index in range(len(ids)) if index not in results.done]
         start, written = time.perf_counter(), 0
         with refusals():
@@ -186,7 +197,8 @@ def generate_many(
                 network,
                 [ids[index] for index in todo],
                 **setting.arguments,
-                protect=[protect[index] for index in todo],
+                protect=protect if prefix is not None else [protect[index] for index in todo],
+                prefix=prefix,
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
                 options=adakv.BatchOptions(max_batch=many.max_batch, compile=many.compile),
@@ -209,6 +221,18 @@ def generate_many(
         f"{seconds:.1f} s, in {dtype_name(network)}",
         err=True,
     )
+
+
+def read_prefix(many: Many, setting: Setting, model: Any, tokenizer: Any) -> Any:
+    """``[T]`` tokens of what all prompts begin with, or None."""
+    if many.prefix is None:
+        return None
+    if setting.protect_system:
+        raise InputError("--protect-system doesn't go with --prefix")
+    from adakv.hf.prompts import token_ids
+
+    with refusals():
+        return token_ids(model, tokenizer, many.prefix, read_text(many.prefix))
 
 
 def settings_of(setting: Setting, source: str, model: Any) -> dict[str, Any]:

@@ -31,12 +31,19 @@ class Line:
     prompt: Any
     max_new_tokens: int | None
 
-    def encode(self, model: Any, tokenizer: Any, max_new_tokens: int) -> Tensor:
-        """``[T]`` tokens, to which the model can add ``max_new_tokens``."""
+    def encode(
+        self, model: Any, tokenizer: Any, max_new_tokens: int, prefix: Tensor | None = None
+    ) -> Tensor:
+        """``[T]`` tokens, to which the model can add ``max_new_tokens``; behind a prefix ``[T]``,
+        if there is one."""
         from adakv.hf.prompts import token_ids
 
         name, prompt = f"{self.place}: {self.field}", self.prompt
         if self.field == "messages":
+            if prefix is not None:
+                raise InputError(
+                    f"{name} don't go with --prefix: they have a beginning of their own"
+                )
             if not tokenizer.chat_template:
                 raise InputError(f"{name} need a chat template, which this tokenizer doesn't have")
             try:
@@ -44,8 +51,9 @@ class Line:
             except Exception as error:  # templates are programs, with errors of their own
                 raise InputError(f"{name} don't fit the chat template: {error}") from error
         with refusals():
-            ids = token_ids(model, tokenizer, name, prompt)
-        check_prompt_length(model, len(ids), max_new_tokens, name=name)
+            ids = token_ids(model, tokenizer, name, prompt, goes_on=prefix is not None)
+        length = len(ids) + (0 if prefix is None else len(prefix))
+        check_prompt_length(model, length, max_new_tokens, name=name)
         return ids
 
     def system(self, tokenizer: Any) -> list[tuple[int, int]]:

@@ -90,7 +90,7 @@ class ResultFile:
         settings : dict for JSON
             What else the texts depend on.
         """
-        self._prompts, self._settings = [_digest(prompt) for prompt in prompts], settings
+        self._prompts, self._settings = [prompt_digest(prompt) for prompt in prompts], settings
         for index, result in self.done.items():
             self._check_settings(index, result["settings"])
             read, most, digest, written = 0, 0, "", len(result["tokens"])
@@ -193,6 +193,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return result if isinstance(result["settings"], dict) else None
 
 
-def _digest(prompt: Sequence[int]) -> str:
+def prompt_digest(prompt: Sequence[int]) -> str:
     """The first digits of the SHA-256 of its token ids, written in JSON."""
     return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:12]

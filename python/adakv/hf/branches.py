@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from adakv.cache import KVCache
+from adakv.cache import KVCache, device_of
 from adakv.devices import SplitCache
 from adakv.errors import Error, integer
 from adakv.hf import hidden, hybrid, long_rope, pool_size
@@ -23,10 +23,8 @@ from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
+from adakv.moving import moved
 from adakv.page_bounds import PageBounds
-
-if TYPE_CHECKING:
-    pass
 
 Self = TypeVar("Self", bound="BranchingCache")
 
@@ -133,17 +131,53 @@ class BranchingCache(TransformersCache):
         return loaded
 
     def go_on_from(
-        self, kv: KVCache, seen: list[int], prompt_lens: list[int], columns: int
+        self,
+        kv: KVCache,
+        seen: list[int],
+        prompt_lens: list[int],
+        columns: int,
+        *,
+        first_sequence: int = 0,
     ) -> None:
         """An empty cache has pages that were filled elsewhere: of sequences of so many tokens, in
-        so many columns of the model's masks."""
+        so many columns of the model's masks, from a slot of ``kv`` on."""
         cache: Any = self
         cache._kv, cache._seen, cache.prompt_lens = kv, seen, prompt_lens
-        cache.reading = None
+        cache._first, cache.reading = first_sequence, None
         cache._heads = kv.num_kv_heads, kv.head_dim
-        cache._num_forwards = 1
+        cache._num_forwards = 2  # what comes now is not taken for more of the prompt
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Moves what the cache holds to another device, bit for bit, as modules move: in place.
+
+        On the CPU it waits without taking memory of the GPU; it is back where its model is before
+        the model reads on. Forks that it shares pages with stay where they are, and it shares none
+        with them any more. An empty cache goes where its next prompt is.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            Where it is already, nothing happens.
+
+        Raises
+        ------
+        ValueError
+            If it is no CPU or GPU.
+        adakv.Error
+            If a forward was stopped midway, a prompt is still being read, the cache lies on several
+            devices or in a slot of others, or there is no memory. Nothing changes.
+        """
+        cache: Any = self
+        place = device_of(device)
+        check_branches(cache, "to")
+        held = cache._kv.device if cache._kv is not None else place
+        if cache._signature is not None:
+            held = cache._signature[-1]
+        if held != place:
+            move(cache, place)
+        return self
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
@@ -223,6 +257,38 @@ class BranchingCache(TransformersCache):
         if cache.eviction.text is not None and any(map(kv.shares_pages, sequences)):
             cache._kv = kv = forked(kv, sequences, whole=True)
         return kv
+
+
+def move(cache: Any, device: torch.device) -> None:
+    """:meth:`adakv.Cache.to`, for a cache that holds something; also to where it is."""
+    if cache._kv is not None:
+        new_tokens = min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
+        cache._kv = moved(cache._kv, device, new_tokens)
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name not in _OWN:
+                setattr(layer, name, _on_device(value, device))
+    cache.padding = cache.padding.of_branches(range(len(cache._seen)), None)
+    if cache.padding.shown is not None:
+        cache.padding.shown = cache.padding.shown.to(device)
+    if cache._signature is not None:
+        cache._signature = (*cache._signature[:-1], device)
+    if cache.eviction.text is not None:
+        cache.eviction.text = cache.eviction.text.to(device)
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A tensor of transformers', or a list or dict of some, on a device; else the same. What a
+    layer remembers as its device is this one, too."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, torch.device):
+        return device
+    if isinstance(value, list):
+        return [_on_device(x, device) for x in value]
+    if isinstance(value, dict):
+        return {name: _on_device(x, device) for name, x in value.items()}
+    return value
 
 
 def check_branches(cache: Any, what: str) -> None:

@@ -393,7 +393,7 @@ class Cache(ShownCache):
         Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
         """
         assert self._kv is not None
-        pool_size.make_room(self._kv, [num_tokens] * len(self._seen))
+        pool_size.make_room(self._kv, [num_tokens] * len(self._seen), self._first)
 
     def begin_part(self, mask: Tensor | None, batch: int, columns: int) -> None:
         """Counts the tokens of a prompt's next part of so many columns, from the model's mask."""
@@ -423,7 +423,9 @@ class Cache(ShownCache):
         if reader is not None:
             assert isinstance(self._kv, KVCache)  # one of several devices was refused
             reader.begin_step(self._kv, self._seen, num_new, columns)
-        self.step = grow_step(self._kv, num_new, columns, watcher=watcher, reader=reader)
+        self.step = grow_step(
+            self._kv, num_new, columns, watcher=watcher, reader=reader, slots=self._slots
+        )
         self.eviction.begin_step(num_new, columns)
         self._seen = [n + new for n, new in zip(self._seen, num_new, strict=True)]
 

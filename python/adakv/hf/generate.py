@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adakv.devices import AnyCache
 from adakv.errors import integer, short
 from adakv.formats import check_page_size
 from adakv.hf import long_rope
@@ -29,7 +30,8 @@ from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.families import input_device
 from adakv.hf.pool_size import Need, cache_for, first_tokens, shape_of
-from adakv.hf.prompts import all_token_ids, is_one, new_token_counts
+from adakv.hf.prefix import Prefix, check_shared
+from adakv.hf.prompts import Requests, is_one
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
@@ -143,6 +145,7 @@ def generate_batch(
     kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
+    prefix: str | Sequence[int] | Tensor | None = None,
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -172,6 +175,10 @@ def generate_batch(
         Tokens that stay, of all prompts or of each: see :meth:`adakv.policy.Protection.given`.
     protect_tokens : ints
         Ids of tokens that stay wherever a prompt has them.
+    prefix : string, list of token ids or ``[T]`` integer tensor, optional
+        What all prompts begin with, each of which is then what comes behind it (a string without
+        special tokens). It is read once, budget and ``protect`` are for it, and what is kept of it
+        is stored once; all of a prompt behind it stays. Not with ``decode_budget``.
     max_new_tokens : int or ints
         Most tokens to write, for all prompts or for each.
     tokenizer : optional
@@ -200,6 +207,7 @@ def generate_batch(
         kv_dtype=kv_dtype,
         protect=protect,
         protect_tokens=protect_tokens,
+        prefix=prefix,
         decode_budget=decode_budget,
         decode_policy=decode_policy,
         every=every,
@@ -223,6 +231,7 @@ def generate_stream(
     kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
+    prefix: str | Sequence[int] | Tensor | None = None,
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -245,36 +254,71 @@ def generate_stream(
     allocation = Allocation(limit, kv_dtype, options.page_size)
     text = {} if rule is None else rule.arguments
     reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
-    shape = shape_of(model)
-    ids = all_token_ids(model, tokenizer, prompts)
-    lengths, counts = [len(prompt) for prompt in ids], new_token_counts(max_new_tokens, len(ids))
-    long_rope.check_batch(decoder_of(model).config, lengths, counts)
-    protection = Protection.of_prompts(protect, protect_tokens, ids)
-    if not ids:
+    requests = Requests.given(model, tokenizer, prompts, max_new_tokens, prefix)
+    protection = Protection.of_prompts(protect, protect_tokens, requests.chosen_from)
+    if not requests.ids:
         return iter(())
-    rooms = _rooms(model, lengths, counts, options)
-    limit = reader.budget = allocation.decide(limit, shape, lengths, rule, new=max(rooms))
-    limit.check(lengths)
-    protection.check(limit, lengths, shape.num_layers, name="prompts[{}]")
-    shape, page_size = allocation.pages(limit, shape)
-    need_of = partial(Need.of, budget=limit, rule=rule, shape=shape, page_size=page_size)
-    waiting = _waiting(ids, counts, rooms, protection, need_of)
+    fit = _fit(model, requests, protection, rule, reader, allocation, options)
+    decoder = Decoder(model, fit.kv, sampling, rule)
+    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
+    seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
+    chance = None if sampling.is_greedy else seed
+    return _Batch(decoder, steps, reader, stop, chance, fit.need_of, fit.waiting, fit.prefix).run()
+
+
+class _Fit(NamedTuple):
+    """What requests take, and pages for it."""
+
+    kv: AnyCache
+    waiting: deque[_Sequence]
+    need_of: Callable[[int, int], Need]  # a prompt's tokens, and those after it
+    prefix: Prefix | None
+
+
+def _fit(
+    model: PreTrainedModel,
+    requests: Requests,
+    protection: Protection,
+    rule: Rule | None,
+    reader: Cache,
+    allocation: Allocation,
+    options: BatchOptions,
+) -> _Fit:
+    """Decides how much is kept of some requests, and takes memory for as many as can run.
+
+    Raises ``ValueError`` and ``adakv.Error`` as :func:`generate_batch` does.
+    """
+    shape = shape_of(model)
+    check_shared(requests.prefix, rule, shape.groups)
+    lengths, chosen_from = requests.lengths, [len(prompt) for prompt in requests.chosen_from]
+    before = 0 if requests.prefix is None else chosen_from[0]
+    long_rope.check_batch(decoder_of(model).config, lengths, requests.counts, before)
+    rooms = _rooms(model, lengths, requests.counts, options)
+    most_new = max(rooms) + (max(lengths) - before if before else 0)
+    limit = allocation.decide(reader.budget, shape, chosen_from, rule, new=most_new)
+    limit.check(chosen_from)
+    name = "prefix" if before else "prompts[{}]"
+    protection.check(limit, chosen_from, shape.num_layers, name=name)
+    reader.budget, (shape, page_size) = limit, allocation.pages(limit, shape)
+    sizes: dict[str, Any] = {"budget": limit, "shape": shape, "page_size": page_size}
+    need_of: Callable[[int, int], Need] = partial(Need.of, rule=rule, **sizes)
+    prefix = None
+    if requests.prefix is not None:
+        prefix = Prefix(requests.prefix, protection, need_of(before, 1))
+        need_of, protection = partial(Need.of_branch, before, **sizes), Protection()
+    waiting = _waiting(requests, rooms, protection, need_of)
     kv = cache_for(
         model,
-        ids,
+        [*requests.chosen_from, *requests.ids],
         [sequence.need for sequence in waiting],
         shape,
         limit,
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
         page_size=page_size,
+        prefix=prefix and prefix.need,
     )
-    decoder = Decoder(model, kv, sampling, rule)
-    steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
-    seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
-    chance = None if sampling.is_greedy else seed
-    spare = max(sequence.need.again for sequence in waiting)
-    return _Batch(decoder, steps, reader, stop, chance, need_of, deque(waiting), spare).run()
+    return _Fit(kv, waiting, need_of, prefix)
 
 
 def _check_can_read(policy: Policy) -> None:
@@ -296,15 +340,15 @@ def _rooms(
 
 
 def _waiting(
-    prompts: Sequence[Tensor],
-    counts: Sequence[int],
+    requests: Requests,
     rooms: Sequence[int],
     protection: Protection,
     need_of: Callable[[int, int], Need],
-) -> list[_Sequence]:
+) -> deque[_Sequence]:
     """The prompts in their order, with what each one needs."""
-    waiting = []
-    for index, (prompt, count, room) in enumerate(zip(prompts, counts, rooms, strict=True)):
+    waiting: deque[_Sequence] = deque()
+    each = zip(requests.ids, requests.counts, rooms, strict=True)
+    for index, (prompt, count, room) in enumerate(each):
         need, protected = need_of(len(prompt), room), protection.of_one(index)
         waiting.append(_Sequence(index, prompt, count, room, need, protected))
     return waiting
@@ -321,20 +365,31 @@ class _Batch:
     seed: int | None  # None: nothing is left to chance
     need_of: Callable[[int, int], Need]  # a prompt's tokens, and those after it
     waiting: deque[_Sequence]
-    spare: int = 0  # pages that a choice from one text takes for a moment
+    prefix: Prefix | None = None
+    spare: int = 0  # pages beside those of sequences: of the prefix, and for a choice from one text
+    slots: int = 0  # for sequences
     running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
+
+    def __post_init__(self) -> None:
+        self.spare = max(sequence.need.again for sequence in self.waiting)
+        self.slots = self.decoder.kv.num_sequences
+        if self.prefix is not None:
+            self.spare += self.prefix.need.pages
+            self.slots -= 1  # the prefix has the last one
 
     @torch.no_grad()
     def run(self) -> Iterator[NewToken]:
         """Until all are done."""
         with attach(self.decoder.model):
+            if self.prefix is not None:
+                self.prefix.read(self.decoder.model, self.reader, self.decoder.kv)
             while self.waiting or self.running:
                 yield from self._admit()
                 yield from self._step()
 
     def _admit(self) -> Iterator[NewToken]:
         """Lets prompts in, in their order, while there is room."""
-        for slot in range(self.decoder.kv.num_sequences):
+        for slot in range(self.slots):
             while slot not in self.running and self.waiting:
                 taken = sum(sequence.need.pages for sequence in self.running.values())
                 pages = self.decoder.kv.num_pages - self.spare
@@ -348,12 +403,16 @@ class _Batch:
         generator = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + sequence.index)
-        self.reader.protection = sequence.protection
-        self.reader.fill(self.decoder.kv, slot)
-        ids = sequence.prompt[None].to(self.decoder.kv.device)
+        kv, seen = self.decoder.kv, len(sequence.prompt)
+        if self.prefix is not None:
+            seen += self.prefix.branch(self.reader, kv, slot)
+        else:
+            self.reader.protection = sequence.protection
+            self.reader.fill(kv, slot)
+        ids = sequence.prompt[None].to(kv.device)
         output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
         text = self.reader.eviction.text
-        self.decoder.begin(slot, output.logits[0, -1], ids.shape[1], generator, text)
+        self.decoder.begin(slot, output.logits[0, -1], seen, generator, text)
         return int(self.decoder.slots.tokens[slot])
 
     def _step(self) -> Iterator[NewToken]:

@@ -40,14 +40,18 @@ def check_growth(limit: int | None, before: int, after: int, *, what: str) -> No
         )
 
 
-def check_batch(config: Any, lengths: Sequence[int], counts: Sequence[int]) -> None:
-    """Raises ``ValueError`` if prompts and the tokens after them aren't on one side."""
+def check_batch(
+    config: Any, lengths: Sequence[int], counts: Sequence[int], prefix_len: int = 0
+) -> None:
+    """Raises ``ValueError`` if prompts and the tokens after them aren't on one side; or a prefix
+    that they share, whose tokens ``lengths`` count, too."""
     limit = limit_of(config)
     if limit is None:
         return
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         what = f"max_new_tokens: prompts[{i}] has {length} tokens, and its text of {count} more"
-        check_growth(limit, length, length + count - 1, what=what)  # the last one isn't read
+        read = length + count - 1  # without the last one
+        check_growth(limit, prefix_len or length, read, what=what)
     is_long = [length > limit for length in lengths]
     if any(is_long) and not all(is_long):
         raise ValueError(

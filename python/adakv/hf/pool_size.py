@@ -158,6 +158,24 @@ class Need:
         more = shape.num_layers if rule.policy.is_model_wide else 0
         return cls(most + more, -(-row // page_size), pages_for(rule.budget, 0) + more)
 
+    @classmethod
+    def of_branch(
+        cls,
+        prefix_len: int,
+        prompt_len: int,
+        new: int,
+        *,
+        budget: Budget,
+        shape: Shape,
+        page_size: int,
+    ) -> Need:
+        """The same of a prompt that is read behind a prefix, which others share."""
+        heads, tokens = shape.num_kv_heads, prompt_len + new - 1
+        totals = budget.totals(prefix_len, num_kv_heads=heads, num_layers=shape.num_layers)
+        pages = KVCache.pages_for(0, tokens, num_kv_heads=heads, page_size=page_size)
+        row = min(prefix_len, max(totals)) + tokens + 1
+        return cls(shape.num_layers * pages, -(-row // page_size))
+
 
 def first_tokens(model: PreTrainedModel, prompt_len: int, new: int, *, is_limited: bool) -> int:
     """How many of ``new`` tokens have their pages promised before a prompt is read.
@@ -180,14 +198,19 @@ def cache_for(
     max_batch: int,
     cache_bytes: int | None,
     page_size: int,
+    prefix: Need | None = None,
 ) -> AnyCache:
-    """A cache for ``max_batch`` of the prompts at a time, or for as many as there is memory for.
+    """A cache for ``max_batch`` of the prompts at a time, or for as many as there is memory for;
+    with one slot more for a ``prefix`` that they share.
 
     Raises ``adakv.Error`` if one of them can never fit.
     """
     slots = min(max_batch, len(needs))
     spare = max(need.again for need in needs)
+    if prefix is not None:
+        spare += prefix.pages
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
+    slots += prefix is not None
     unit = unit_bytes(shape, page_size)
     on_cuda = any(x.type == "cuda" for x in (shape.device, *(g.device for g in shape.groups)))
     if cache_bytes is None and on_cuda:
@@ -227,11 +250,14 @@ def cache_of(
     return shape.cache(num_sequences, pages, row_pages, page_size)  # the pool decides what is full
 
 
-def make_room(kv: AnyCache, num_new: Sequence[int]) -> None:
-    """Has a cache grow if there are too few pages for so many more tokens of each sequence.
+def make_room(kv: AnyCache, num_new: Sequence[int], first_sequence: int = 0) -> None:
+    """Has a cache grow if there are too few pages for so many more tokens of each sequence, from
+    ``first_sequence`` on.
 
     Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
     """
+    behind = kv.num_sequences - first_sequence - len(num_new)
+    num_new = [*[0] * first_sequence, *num_new, *[0] * behind]
     for part in kv.parts:
         _make_room(part, num_new)
 

@@ -27,6 +27,7 @@ from adakv.errors import Error
 from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.moving import bytes_of, dealt
 from adakv.ops import Layer
 from adakv.policy import Budget, ByteBudget
 from adakv.shape import Shape
@@ -338,7 +339,7 @@ def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[i
         raise ValueError("model: a file is loaded to one device, this model lies on several")
     for index, layer in enumerate(kv.layers):
         page_ids, starts = kv.begin(index, totals[index], longest)
-        table, fresh = _dealt(page_ids.cpu(), starts.cpu(), lengths[index], kv)
+        table, fresh = dealt(page_ids.cpu(), starts.cpu(), lengths[index], kv)
         parts = {
             name: file.tensor(f"layers.{index}.{name}")
             for name, _, _ in _parts(shape, lengths[index])
@@ -350,20 +351,6 @@ def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[i
         layer.seen.copy_(torch.tensor(seen, dtype=torch.int32))
         _fill(kv, sequences(layer, slice(None)), lengths[index], table, parts)
     return kv
-
-
-def _dealt(page_ids: Tensor, starts: Tensor, lengths: Tensor, kv: KVCache) -> tuple[Tensor, Tensor]:
-    """The tables ``[B, Hkv, M]`` of rows that get pages as compact deals them, and their fresh
-    pages ``[B, Hkv]``."""
-    counts = -(-lengths.long() // kv.page_size)  # [B, Hkv]
-    table = torch.full((*counts.shape, kv.layer(0).block_table.shape[2]), -1, dtype=torch.int32)
-    is_used = torch.arange(table.shape[2]) < counts[..., None]
-    fresh = torch.empty(counts.shape, dtype=torch.int32)
-    for b, start in enumerate(starts[:-1].tolist()):
-        end = start + int(counts[b].sum())
-        table[b][is_used[b]] = page_ids[start:end]
-        fresh[b] = page_ids[end : end + counts.shape[1]]
-    return table, fresh
 
 
 def _check_positions(file: _File, positions: Tensor, lengths: Tensor, seen: list[int]) -> None:
@@ -398,7 +385,7 @@ def _fill(
         for half in (0, 1):
             tails[row // lengths.shape[1], row % lengths.shape[1], half, at] = parts["tails"][half]
         return
-    pages = view.pages.view(torch.uint8) if kv.kv_dtype == "fp8" else view.pages
+    pages = bytes_of(view.pages)
     pages[page, 0, slot], pages[page, 1, slot] = parts["keys"], parts["values"]
     if view.key_scales is not None and view.value_scales is not None:
         view.key_scales[page, slot] = parts["key_scales"]

@@ -119,7 +119,10 @@ def _units(
     evenly = -(-count // num_processes)
     size = max(1, min(evenly, max(-(-count // (UNITS * num_processes)), options.max_batch)))
     protect, counts = settings["protect"], new_token_counts(settings["max_new_tokens"], count)
-    is_common = Protection.given(protect).is_common
+    prefix = settings.get("prefix")
+    is_common = prefix is not None or Protection.given(protect).is_common
+    if isinstance(prefix, Tensor):
+        settings = settings | {"prefix": prefix.tolist()}
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
     for first in range(0, count, size):
         mine = slice(first, first + size)

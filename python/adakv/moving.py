@@ -1,0 +1,71 @@
+"""Pages on another device, or in a pool of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adakv.cache import KVCache
+
+_SHARED = ("pages", "page_positions", "key_scales", "value_scales")
+
+
+def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
+    """A cache on a device that holds what ``kv`` does, bit for bit, with room for so many tokens
+    more of each sequence. Nothing is shared with ``kv`` or its forks.
+
+    Raises ``adakv.Error`` if the memory can't be had.
+    """
+    lengths = kv.lengths()
+    totals = lengths.sum(2).tolist()  # [L][B]
+    sizes = {"num_kv_heads": kv.num_kv_heads, "page_size": kv.page_size}
+    pages = sum(kv.pages_for(n, new_tokens, **sizes) for layer in totals for n in layer)
+    new = KVCache(
+        num_layers=kv.num_layers,
+        num_sequences=kv.num_sequences,
+        head_dim=kv.head_dim,
+        num_pages=pages,
+        max_row_pages=kv.max_row_pages,
+        dtype=kv.dtype,
+        kv_dtype=kv.kv_dtype,
+        device=device,
+        **sizes,
+    )
+    longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
+    for index, (old, view) in enumerate(zip(kv.layers, new.layers, strict=True)):
+        page_ids, starts = new.begin(index, totals[index], longest)
+        table, fresh = dealt(page_ids.cpu(), starts.cpu(), lengths[index], new)
+        used = table >= 0
+        before = old.block_table.cpu()[..., : table.shape[2]][used].long().to(kv.device)
+        after = table[used].long().to(device)
+        for name in _SHARED:
+            x, y = getattr(old, name), getattr(view, name)
+            if x is not None:
+                x, y = (bytes_of(part) for part in (x, y))
+                y[after] = x[before].to(device)
+        view.block_table.copy_(table)
+        view.fresh_pages[..., 0].copy_(fresh)
+        view.lengths.copy_(lengths[index])
+        view.seen.copy_(old.seen)
+        if old.tails is not None and view.tails is not None:
+            view.tails.copy_(old.tails)
+    return new
+
+
+def bytes_of(pages: Tensor) -> Tensor:
+    """Pages of codes as bytes: float8 can't be indexed everywhere."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
+def dealt(page_ids: Tensor, starts: Tensor, lengths: Tensor, kv: KVCache) -> tuple[Tensor, Tensor]:
+    """The tables ``[B, Hkv, M]`` of rows that get pages as compact deals them, and their fresh
+    pages ``[B, Hkv]``."""
+    counts = -(-lengths.long() // kv.page_size)  # [B, Hkv]
+    table = torch.full((*counts.shape, kv.layer(0).block_table.shape[2]), -1, dtype=torch.int32)
+    is_used = torch.arange(table.shape[2]) < counts[..., None]
+    fresh = torch.empty(counts.shape, dtype=torch.int32)
+    for b, start in enumerate(starts[:-1].tolist()):
+        end = start + int(counts[b].sum())
+        table[b][is_used[b]] = page_ids[start:end]
+        fresh[b] = page_ids[end : end + counts.shape[1]]
+    return table, fresh
