@@ -78,9 +78,8 @@ class _Recorder(TransformersCache):
         layers = [_RecordingLayer() if type(layer) is DynamicLayer else layer for layer in own]
         self.entries: dict[int, tuple[Tensor, Tensor]] = {}  # [1, Hkv, T, D] keys and values
         super().__init__(layers=layers)
-        if "hidden" in needs:
-            recording = [i for i, x in enumerate(layers) if isinstance(x, _RecordingLayer)]
-            hidden.tell(self, decoder_of(model), recording)
+        recording = [i for i, x in enumerate(layers) if isinstance(x, _RecordingLayer)]
+        hidden.tell(self, needs, decoder_of(model), recording)
         if before is not None:
             self.entries |= before.entries
             for layer, ended in zip(layers, before.layers, strict=True):

@@ -395,9 +395,8 @@ def _copied(cache: Any) -> Any:
     new.layers = [_copied_layer(layer, new) for layer in cache.layers]
     new._full = [layer for layer in new.layers if isinstance(layer, FullAttentionLayer)]
     long_rope.watch(new)
-    if "hidden" in cache.budget.policy.needs:
-        full = [i for i, x in enumerate(new.layers) if isinstance(x, FullAttentionLayer)]
-        hidden.tell(new, new.model, full)
+    full = [i for i, x in enumerate(new.layers) if isinstance(x, FullAttentionLayer)]
+    hidden.tell(new, new.budget.policy.needs, new.model, full)
     if not cache.seen:
         new._begin()
         return new

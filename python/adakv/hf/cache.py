@@ -171,8 +171,7 @@ class Cache(ShownCache):
             layers[layer] = ours
         self._with_keys = [i for i, layer in enumerate(layers) if has_keys(layer)]
         super().__init__(layers=layers)
-        if "hidden" in needs:
-            hidden.tell(self, decoder, full)
+        hidden.tell(self, needs, decoder, full)
         self._begin()
 
     def _begin(self) -> None:

@@ -335,8 +335,8 @@ def _rooms(
 ) -> list[int]:
     """Tokens behind each prompt that have their pages from the beginning."""
     is_limited = options.cache_bytes is not None or input_device(model).type == "cuda"
-    pairs = zip(lengths, counts, strict=True)
-    return [first_tokens(model, *pair, is_limited=is_limited) for pair in pairs]
+    room = partial(first_tokens, model, is_limited=is_limited)
+    return [room(*pair) for pair in zip(lengths, counts, strict=True)]
 
 
 def _waiting(
@@ -346,12 +346,11 @@ def _waiting(
     need_of: Callable[[int, int], Need],
 ) -> deque[_Sequence]:
     """The prompts in their order, with what each one needs."""
-    waiting: deque[_Sequence] = deque()
-    each = zip(requests.ids, requests.counts, rooms, strict=True)
-    for index, (prompt, count, room) in enumerate(each):
-        need, protected = need_of(len(prompt), room), protection.of_one(index)
-        waiting.append(_Sequence(index, prompt, count, room, need, protected))
-    return waiting
+    each = enumerate(zip(requests.ids, requests.counts, rooms, strict=True))
+    return deque(
+        _Sequence(i, prompt, count, room, need_of(len(prompt), room), protection.of_one(i))
+        for i, (prompt, count, room) in each
+    )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,22 @@ from transformers import Cache as TransformersCache
 
 from adakv.hf import families
 from adakv.hf.attachment import AttendingLayer, eagerly
+from adakv.policy import Need
 
 
-def tell(cache: TransformersCache, decoder: torch.nn.Module, layers: Sequence[int]) -> None:
+def tell(
+    cache: TransformersCache,
+    needs: Collection[Need],
+    decoder: torch.nn.Module,
+    layers: Sequence[int],
+) -> None:
     """Has the attention modules of some of a decoder's layers tell those of a cache what they are
-    fed, as long as there is the cache.
+    fed, as long as there is the cache, if policies that choose from it need "hidden".
 
     Raises ``ValueError`` if there is a layer whose module can't be found.
     """
+    if "hidden" not in needs:
+        return
     modules = families.attention_modules(decoder, layers)
     if {module.layer_idx for module in modules} != set(layers):
         raise ValueError(
