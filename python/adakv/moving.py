@@ -35,9 +35,9 @@ def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
     for index, (old, view) in enumerate(zip(kv.layers, new.layers, strict=True)):
         page_ids, starts = new.begin(index, totals[index], longest)
         table, fresh = dealt(page_ids.cpu(), starts.cpu(), lengths[index], new)
-        used = table >= 0
-        before = old.block_table.cpu()[..., : table.shape[2]][used].long().to(kv.device)
-        after = table[used].long().to(device)
+        old_table = old.block_table.cpu()
+        before = old_table[old_table >= 0].long().to(kv.device)  # row by row, as they are dealt
+        after = table[table >= 0].long().to(device)
         for name in _SHARED:
             x, y = getattr(old, name), getattr(view, name)
             if x is not None:

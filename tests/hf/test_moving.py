@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import adakv
 from adakv.hf.attachment import CACHE
 from adakv.hf.branches import move
+from adakv.moving import moved
 from hf.families import FAMILIES, HYBRIDS, LLAMA, VOCAB, Family
 
 
@@ -103,3 +104,18 @@ def test_where_it_is_nothing_happens() -> None:
         logits(model, ids(50), reading)
         with pytest.raises(adakv.Error, match="to: the prompt is still being read"):
             reading.to("cpu")
+
+
+def test_a_pool_of_few_pages_moves_into_one_with_more_columns() -> None:
+    """A table has no more columns than its pool has pages, and new pools have room for a text."""
+    model = LLAMA.model()
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=40)
+        logits(model, ids(90), cache)
+        small = moved(cache.pages, torch.device("cpu"), 1)
+    large = moved(small, torch.device("cpu"), 4096)
+    columns = [kv.layer(0).block_table.shape[2] for kv in (small, large)]
+    assert columns[0] < columns[1]
+    for layer in range(4):
+        for rows in zip(small.positions(layer), large.positions(layer), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(*rows, strict=True))
