@@ -45,7 +45,8 @@ class _RecordingLayer(AttendingLayer):
         """The model's own attention."""
         needs = frozenset({"all_queries"})
         result, part = attend_to_prompt(inner, module, query, key, value, mask, needs, **kwargs)
-        self.parts += (part._replace(hidden=self.take_hidden()),)
+        self.parts += (part._replace(hidden=self.hidden),)
+        self.hidden = None
         return result
 
     def get_seq_length(self) -> int:

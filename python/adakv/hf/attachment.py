@@ -54,12 +54,8 @@ class AttendingLayer(CacheLayerMixin):
     supports_early_init = False
 
     hidden: Tensor | None = None
-    """``[B, S, E]``, what its attention module was fed: see :mod:`adakv.hf.hidden`."""
-
-    def take_hidden(self) -> Tensor | None:
-        """:attr:`hidden`, which is then forgotten."""
-        hidden, self.hidden = self.hidden, None
-        return hidden
+    """``[B, S, E]``, what its attention module was fed, until the layer attends: see
+    :mod:`adakv.hf.hidden`."""
 
     def lazy_initialization(self, *args: Any) -> None:
         """Nothing to do: pages are made elsewhere."""

@@ -84,7 +84,7 @@ class FullAttentionLayer(AttendingLayer):
         if torch.compiler.is_compiling():
             return eagerly(self.attend, inner, module, query, key, value, mask, **kwargs)
         delattr(key, TAG)
-        cache, hidden = self._cache, self.take_hidden()
+        cache, hidden, self.hidden = self._cache, self.hidden, None
         cache.handed_out = False
         if module.config is not self._config:
             raise ValueError("past_key_values: the cache was made for another model")
