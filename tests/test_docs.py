@@ -267,7 +267,10 @@ def test_docs_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
-def test_docs_picture_is_drawn_from_what_is_committed(tmp_path: Path):
+def test_docs_picture_is_drawn_from_what_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("gain", ROOT / "benchmarks/plot_gain.py")
     assert spec is not None and spec.loader is not None
     gain = importlib.util.module_from_spec(spec)

@@ -363,6 +363,13 @@ class KVCache:
         """:meth:`fork`, but the branches become sequences of this cache, from ``first_sequence``
         on, which must be empty.
 
+        Parameters
+        ----------
+        first_sequence : int
+            The first branch's; the others follow it.
+        sources : ints
+            Sequences of this cache, a branch of each.
+
         Raises
         ------
         adakv.Error

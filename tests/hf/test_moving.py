@@ -50,7 +50,7 @@ def test_what_was_moved_goes_on_alike(kv_dtype: str, device: torch.device) -> No
         assert not cache.pages.shares_pages(0) and not other.pages.shares_pages(1)
         move(cache, device)
         assert torch.equal(cache.stats()["lengths"], other.stats()["lengths"])
-        assert cache.to(device) is cache
+        assert cache.move_to(device) is cache
         assert_go_on_alike(model, 2, cache, other)
         if kv_dtype != "int4":
             for each in (cache, other):
@@ -94,16 +94,16 @@ def test_where_it_is_nothing_happens() -> None:
     model = LLAMA.model()
     with adakv.attach(model):
         cache = adakv.Cache(model, budget=40)
-        assert cache.to("cpu") is cache
+        assert cache.move_to("cpu") is cache
         logits(model, ids(50), cache)
         pages = cache.pages
-        assert cache.to(torch.device("cpu")) is cache and cache.pages is pages
+        assert cache.move_to(torch.device("cpu")) is cache and cache.pages is pages
         with pytest.raises(ValueError, match="device must be cpu or cuda, got 'nowhere'"):
-            cache.to("nowhere")
+            cache.move_to("nowhere")
         reading = adakv.Cache(model, budget=40, chunked_prefill=True)
         logits(model, ids(50), reading)
         with pytest.raises(adakv.Error, match="to: the prompt is still being read"):
-            reading.to("cpu")
+            reading.move_to("cpu")
 
 
 def test_a_pool_of_few_pages_moves_into_one_with_more_columns() -> None:

@@ -149,8 +149,10 @@ class BranchingCache(TransformersCache):
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN
 
-    def to(self: Self, device: torch.device | str) -> Self:
+    def move_to(self: Self, device: torch.device | str) -> Self:
         """Moves what the cache holds to another device, bit for bit, as modules move: in place.
+
+        It isn't called ``to``, as Accelerate's hooks send whatever has that to where a layer runs.
 
         On the CPU it waits without taking memory of the GPU; it is back where its model is before
         the model reads on. Forks that it shares pages with stay where they are, and it shares none
@@ -171,7 +173,7 @@ class BranchingCache(TransformersCache):
         """
         cache: Any = self
         place = device_of(device)
-        check_branches(cache, "to")
+        check_branches(cache, "move_to")
         held = cache._kv.device if cache._kv is not None else place
         if cache._signature is not None:
             held = cache._signature[-1]
@@ -260,7 +262,7 @@ class BranchingCache(TransformersCache):
 
 
 def move(cache: Any, device: torch.device) -> None:
-    """:meth:`adakv.Cache.to`, for a cache that holds something; also to where it is."""
+    """:meth:`adakv.Cache.move_to`, for a cache that holds something; also to where it is."""
     if cache._kv is not None:
         new_tokens = min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
         cache._kv = moved(cache._kv, device, new_tokens)
