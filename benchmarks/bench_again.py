@@ -16,9 +16,9 @@ from torch import Tensor
 
 import harness
 from adakv import ops
-from adakv.cache import KVCache
 from adakv.entries import Held
 from cuda_timing import graph_times, launch_times
+from filled_rows import filled
 
 COPY_BYTES = 1 << 31
 
@@ -57,27 +57,7 @@ class Texts:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
-        rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
-        row_pages = -(-case.held // 16) + 2
-        self.kv = KVCache(
-            num_layers=case.layers,
-            num_sequences=case.batch,
-            num_kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            num_pages=case.layers * rows * row_pages,
-            max_row_pages=row_pages,
-            dtype=dtype,
-            kv_dtype=case.kv_dtype,
-            device=device,
-        )
-        shape = case.batch, case.kv_heads, case.held, case.head_dim
-        keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        every = torch.arange(case.held, dtype=torch.int32, device=device).repeat(rows)
-        ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * case.held
-        for layer in range(case.layers):
-            totals = [case.kv_heads * case.held] * case.batch
-            pages = self.kv.begin(layer, totals, [case.held] * case.batch)
-            ops.compact(keys, values, ops.Kept(every, ends), self.kv.layer(layer), *pages)
+        self.kv, dtype = filled(case, device), getattr(torch, case.dtype)
         heads = case.kv_heads * case.group
         shape = case.layers, case.batch, heads, case.window, case.head_dim
         self.queries = torch.randn(shape, device=device).to(dtype)

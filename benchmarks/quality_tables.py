@@ -7,12 +7,11 @@
 stopped, and writes a line for each task and policy, with a list over shares of each number: the
 mean of KL over prompts, its standard error, and p of the paired test against the default; with
 --formats against the same policy in 16 bits, and with the share of bytes. `show` prints a table for
-each task, policies by shares;
-those come first whose geometric mean over all is lowest. Bold is the lowest of those that read a
-prompt once, and a dagger marks p below .05, a difference from the default in either direction that
-chance rarely gives. With --formats bold is better than 16 bits by p below .05. With --compare one
-table has the geometric mean over shares of what each KL is of the default's, and in how many tasks
-and shares it is better and worse by p below .05.
+each task, policies by shares; those come first whose geometric mean over all is lowest. Bold is the
+lowest of those that read a prompt once, and a dagger marks p below .05, a difference from the
+default in either direction that chance rarely gives. With --formats bold is better than 16 bits by
+p below .05. With --compare one table has the geometric mean over shares of what each KL is of the
+default's, and in how many tasks and shares it is better and worse by p below .05.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""A cache full of random entries, for benchmarks of what reads it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from adakv import ops
+from adakv.cache import KVCache
+
+
+class Sizes(Protocol):
+    """What a case says of its rows: ``held`` entries in each, of every layer."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def kv_dtype(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def filled(case: Sizes, device: str) -> KVCache:
+    """Rows of one length in all layers, with room for two pages more in each."""
+    rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
+    row_pages = -(-case.held // 16) + 2
+    kv = KVCache(
+        num_layers=case.layers,
+        num_sequences=case.batch,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        num_pages=case.layers * rows * row_pages,
+        max_row_pages=row_pages,
+        dtype=dtype,
+        kv_dtype=case.kv_dtype,
+        device=device,
+    )
+    shape = case.batch, case.kv_heads, case.held, case.head_dim
+    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    every = torch.arange(case.held, dtype=torch.int32, device=device).repeat(rows)
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * case.held
+    for layer in range(case.layers):
+        totals = [case.kv_heads * case.held] * case.batch
+        pages = kv.begin(layer, totals, [case.held] * case.batch)
+        ops.compact(keys, values, ops.Kept(every, ends), kv.layer(layer), *pages)
+    return kv
