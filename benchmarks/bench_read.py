@@ -14,11 +14,11 @@ from torch import Tensor
 
 import harness
 from adakv import ops
-from adakv.cache import KVCache
 from adakv.page_bounds import PageBounds
 from adakv.policy import Quest
-from adakv.step import Attention
+from adakv.step import Attention, planned
 from cuda_timing import graph_times
+from filled_rows import filled
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,7 @@ class Rows:
     """Rows of one length in all layers, whose pages hold random entries, and a step's queries."""
 
     def __init__(self, case: Case, device: str) -> None:
-        rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
-        self.kv = KVCache(
-            num_layers=case.layers,
-            num_sequences=case.batch,
-            num_kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            num_pages=case.layers * rows * (case.held // 16 + 2),
-            max_row_pages=case.held // 16 + 2,
-            dtype=dtype,
-            kv_dtype=case.kv_dtype,
-            device=device,
-        )
-        shape = case.batch, case.kv_heads, case.held, case.head_dim
-        keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        every = torch.arange(case.held, dtype=torch.int32, device=device).repeat(rows)
-        ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * case.held
-        for layer in range(case.layers):
-            totals = [case.kv_heads * case.held] * case.batch
-            pages = self.kv.begin(layer, totals, [case.held] * case.batch)
-            ops.compact(keys, values, ops.Kept(every, ends), self.kv.layer(layer), *pages)
+        self.kv, dtype = filled(case, device), getattr(torch, case.dtype)
         shape = case.layers, case.batch, case.kv_heads * case.group, 1, case.head_dim
         self.queries = torch.randn(shape, device=device).to(dtype)
         self.schedules = ops.plan(
@@ -82,9 +63,7 @@ class Rows:
 
     def some_pages(self, layer: int) -> Tensor:
         view = self.listed(layer)
-        tables = (x[None] for x in (view.lengths, view.block_table, view.fresh_pages))
-        (schedule,) = ops.plan(*tables, new_tokens=0, page_size=self.kv.page_size)
-        return ops.attend(self.queries[layer], view, schedule)[0]
+        return ops.attend(self.queries[layer], view, planned(view))[0]
 
 
 def run(case: Case, options: argparse.Namespace) -> None:

@@ -188,7 +188,7 @@ def test_only_what_is_listed_is_read(device: torch.device) -> None:
             view.pages[spoilt] = torch.nan
             return view
 
-        def reads_some(self, layer: int, columns: int) -> bool:
+        def reads_some(self, layer: int) -> bool:
             return True
 
     step = PlannedStep(text.kv.layers, step.schedules, reader=Watched(text.quest))

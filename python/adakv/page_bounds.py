@@ -56,7 +56,7 @@ class PageBounds(PageReader):
         self._kv, self._seen = kv, [n + new for n, new in zip(seen, num_new, strict=True)]
         self._num_pages = kv.row_pages_to_grow(num_new)
 
-    def reads_some(self, layer: int, columns: int) -> bool:
+    def reads_some(self, layer: int) -> bool:
         return self._kv is not None and layer >= self.quest.full_layers
 
     def listed(

@@ -65,8 +65,8 @@ class PageReader(Protocol):
     """What has a step read some pages of a row only, such as
     :class:`adakv.page_bounds.PageBounds`."""
 
-    def reads_some(self, layer: int, columns: int) -> bool:
-        """Whether not all pages of a layer are read, in a step of so many columns."""
+    def reads_some(self, layer: int) -> bool:
+        """Whether not all pages of a layer are read in this step."""
         ...
 
     def listed(
@@ -205,25 +205,21 @@ class PlannedStep:
         """
         if self._watcher is not None:
             self._watcher.put(layer, queries)
-        new: tuple[Tensor | None, Tensor | None] = keys, values
-        view, is_planned = self._layers[layer], False
+        view, schedule = self._layers[layer], None
         if self._pieces:
             self._append_pieces(layer, keys, values)
-        elif self._reader is not None and self._reader.reads_some(layer, queries.shape[2]):
+        elif self._reader is not None and self._reader.reads_some(layer):
             ops.append(keys, values, view, num_new=self._num_new)
             view = self._reader.listed(layer, view, queries, attention, self._num_new)
         else:
-            is_planned = True
-        if is_planned:
             schedule = self.schedules[layer]
-        else:
-            schedule, new = _planned(view), (None, None)
+        is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
         out, _ = ops.attend(
             queries,
             view,
-            schedule,
-            keys=new[0],
-            values=new[1],
+            planned(view) if schedule is None else schedule,
+            keys=keys if is_planned else None,
+            values=values if is_planned else None,
             num_new=self._num_new,
             sink_logits=attention.sink_logits,
             scale=attention.scale,
@@ -242,8 +238,8 @@ class PlannedStep:
             ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
 
 
-def _planned(view: Layer) -> Tensor:
-    """The schedule ``[X]`` of a layer that holds the step's tokens already."""
+def planned(view: Layer) -> Tensor:
+    """The schedule ``[X]`` of a layer that holds a step's tokens already."""
     tables = (x[None] for x in (view.lengths, view.block_table, view.fresh_pages))
     return ops.plan(*tables, new_tokens=0, page_size=view.pages.shape[2])[0]
 
