@@ -6,7 +6,7 @@
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork,moving}.py,
-                           python/adakv/{formats,cache,devices,shape,step}.py
+                           python/adakv/{formats,cache,room,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -52,6 +52,7 @@ FLOORS = {
     "cache": 3,
     "formats": 3,
     "devices": 3,
+    "room": 3,
     "fork": 3,
     "moving": 3,
     "shape": 3,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
+from adakv.room import make_room
 from adakv.step import Attention, PageReader, PlannedStep, Watcher
 
 
@@ -125,9 +126,7 @@ class SplitCache:
     def _make_room(self, num_new: Sequence[int]) -> None:
         """Has parts grow: what was meant for texts may have gone to layers that keep much."""
         for part in self.parts:
-            missing = part.pages_to_grow(num_new) - part.num_free
-            if missing > 0:
-                part.reserve(num_pages=part.num_pages + max(missing, part.num_pages // 8))
+            make_room(part, num_new)
 
     def reserve(self, *, num_pages: int = 0, max_row_pages: int = 0) -> None:
         """As :meth:`KVCache.reserve`: each part has its layers' share of the pages at least."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from adakv import room
 from adakv.cache import KVCache
 from adakv.devices import AnyCache, groups_of
 from adakv.errors import Error
@@ -259,14 +260,7 @@ def make_room(kv: AnyCache, num_new: Sequence[int], first_sequence: int = 0) -> 
     behind = kv.num_sequences - first_sequence - len(num_new)
     num_new = [*[0] * first_sequence, *num_new, *[0] * behind]
     for part in kv.parts:
-        _make_room(part, num_new)
-
-
-def _make_room(kv: KVCache, num_new: Sequence[int]) -> None:
-    pages, rows = kv.pages_to_grow(num_new) - kv.num_free, kv.row_pages_to_grow(num_new)
-    if pages <= 0 and rows <= kv.max_row_pages:
-        return
-    _enlarge(kv, pages, rows)
+        room.make_room(part, num_new)
 
 
 def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = False) -> None:
@@ -278,17 +272,7 @@ def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = Fals
     if pages > kv.num_free:
         gc.collect()  # forks that nobody has any more, but that are part of cycles
     if pages > kv.num_free:
-        _enlarge(kv, pages - kv.num_free)
-
-
-def _enlarge(kv: KVCache, pages: int, rows: int = 0) -> None:
-    """Has a cache grow by so many pages, to rows of so many; by a half if there is memory for it,
-    so that all copies together stay in proportion to the text."""
-    more = kv.num_pages + max(pages, kv.num_pages // 2) if pages > 0 else 0
-    try:
-        kv.reserve(num_pages=more, max_row_pages=rows + rows // 2)
-    except Error:
-        kv.reserve(num_pages=kv.num_pages + max(pages, 0), max_row_pages=rows)
+        room.enlarge(kv, pages - kv.num_free)
 
 
 def waiting_bytes(budget: Budget, prompt_len: int, shape: Shape) -> int:
