@@ -26,7 +26,7 @@ from torch import Tensor
 from adakv import _C
 from adakv.errors import integer
 from adakv.fork import fill
-from adakv.formats import check_kv_dtype, check_page_size, page_size_for
+from adakv.formats import check_kv_dtype, check_page_size, device_of, page_size_for
 from adakv.ops import Layer
 
 _MOST = 2**31 - 1  # of what is counted in int32
@@ -477,19 +477,6 @@ class KVCache:
     def num_free(self) -> int:
         """Pages that are free."""
         return int(self._cache.num_free)
-
-
-def device_of(given: torch.device | str) -> torch.device:
-    """A device that caches can lie on, a GPU with its number."""
-    try:
-        device = torch.device(given)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"device must be cpu or cuda, got {given!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device}")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def sequences(layer: Layer, slots: slice) -> Layer:

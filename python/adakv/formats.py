@@ -1,4 +1,4 @@
-"""Formats of pages: their names, and the page sizes that go with them."""
+"""What a cache may be asked for: formats of pages, the page sizes that go with them, devices."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
             "float32; load the model in one of them, or take kv_dtype='auto'"
         )
     return kv_dtype
+
+
+def device_of(given: torch.device | str) -> torch.device:
+    """A device that caches can lie on, a GPU with its number."""
+    try:
+        device = torch.device(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"device must be cpu or cuda, got {given!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    return with_number(device)
+
+
+def with_number(device: torch.device) -> torch.device:
+    """The same device, a GPU with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

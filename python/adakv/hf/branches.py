@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from adakv.cache import KVCache, device_of
+from adakv.cache import KVCache
 from adakv.devices import SplitCache
 from adakv.errors import Error, integer
+from adakv.formats import device_of
 from adakv.hf import hidden, hybrid, long_rope, pool_size
 from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from adakv.formats import with_number
+
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
 #: Attributes of attention modules that hold the output projection, [E, Hq * D].
@@ -170,9 +172,7 @@ def loads_weights(model: torch.nn.Module) -> bool:
 def _device(place: torch.device | str | int) -> torch.device:
     """With its number: the number alone is a GPU's."""
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    return with_number(device)
 
 
 def check_writes(*models: PreTrainedModel) -> None:
