@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,7 @@ def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
     )
     longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
     for index, (old, view) in enumerate(zip(kv.layers, new.layers, strict=True)):
-        page_ids, starts = new.begin(index, totals[index], longest)
-        table, fresh = dealt(page_ids.cpu(), starts.cpu(), lengths[index], new)
+        table = begin_rows(new, index, lengths[index], longest, old.seen)
         old_table = old.block_table.cpu()
         before = old_table[old_table >= 0].long().to(kv.device)  # row by row, as they are dealt
         after = table[table >= 0].long().to(device)
@@ -43,10 +44,6 @@ def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
             if x is not None:
                 x, y = (bytes_of(part) for part in (x, y))
                 y[after] = x[before].to(device)
-        view.block_table.copy_(table)
-        view.fresh_pages[..., 0].copy_(fresh)
-        view.lengths.copy_(lengths[index])
-        view.seen.copy_(old.seen)
         if old.tails is not None and view.tails is not None:
             view.tails.copy_(old.tails)
     return new
@@ -57,15 +54,23 @@ def bytes_of(pages: Tensor) -> Tensor:
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
-def dealt(page_ids: Tensor, starts: Tensor, lengths: Tensor, kv: KVCache) -> tuple[Tensor, Tensor]:
-    """The tables ``[B, Hkv, M]`` of rows that get pages as compact deals them, and their fresh
-    pages ``[B, Hkv]``."""
+def begin_rows(
+    kv: KVCache, layer: int, lengths: Tensor, longest: Sequence[int], seen: Tensor
+) -> Tensor:
+    """Gives rows of a layer pages for ``lengths`` ``[B, Hkv]`` entries, which are to be filled, as
+    compact deals them; their table ``[B, Hkv, M]`` int32, on the CPU as ``lengths``."""
+    view = kv.layer(layer)
+    page_ids, starts = (x.cpu() for x in kv.begin(layer, lengths.sum(1).tolist(), longest))
     counts = -(-lengths.long() // kv.page_size)  # [B, Hkv]
-    table = torch.full((*counts.shape, kv.layer(0).block_table.shape[2]), -1, dtype=torch.int32)
+    table = torch.full(view.block_table.shape, -1, dtype=torch.int32)
     is_used = torch.arange(table.shape[2]) < counts[..., None]
     fresh = torch.empty(counts.shape, dtype=torch.int32)
     for b, start in enumerate(starts[:-1].tolist()):
         end = start + int(counts[b].sum())
         table[b][is_used[b]] = page_ids[start:end]
         fresh[b] = page_ids[end : end + counts.shape[1]]
-    return table, fresh
+    view.block_table.copy_(table)
+    view.fresh_pages[..., 0].copy_(fresh)
+    view.lengths.copy_(lengths)
+    view.seen.copy_(seen)
+    return table

@@ -27,7 +27,7 @@ from adakv.errors import Error
 from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import FIRST_TOKENS
-from adakv.moving import bytes_of, dealt
+from adakv.moving import begin_rows, bytes_of
 from adakv.ops import Layer
 from adakv.policy import Budget, ByteBudget
 from adakv.shape import Shape
@@ -338,17 +338,12 @@ def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[i
     if isinstance(kv, SplitCache):
         raise ValueError("model: a file is loaded to one device, this model lies on several")
     for index, layer in enumerate(kv.layers):
-        page_ids, starts = kv.begin(index, totals[index], longest)
-        table, fresh = dealt(page_ids.cpu(), starts.cpu(), lengths[index], kv)
+        table = begin_rows(kv, index, lengths[index], longest, torch.tensor(seen))
         parts = {
             name: file.tensor(f"layers.{index}.{name}")
             for name, _, _ in _parts(shape, lengths[index])
         }
         _check_positions(file, parts["positions"], lengths[index], seen)
-        layer.block_table.copy_(table)
-        layer.fresh_pages[..., 0].copy_(fresh)
-        layer.lengths.copy_(lengths[index])
-        layer.seen.copy_(torch.tensor(seen, dtype=torch.int32))
         _fill(kv, sequences(layer, slice(None)), lengths[index], table, parts)
     return kv
 
