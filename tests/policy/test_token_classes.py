@@ -180,7 +180,7 @@ def test_elite_queries_look_at_the_image(device):
 
 
 def test_elite_queries_are_those_of_all_heads(device):
-    """Of all text 5 gets 1/6 and 7/9: more than 4 with 1/2 and 1/9, and all heads ask there."""
+    """Entry 5 gets of all text 1/6 and 7/9, more than 4 with 1/2 and 1/9; all heads ask."""
     other = [0.05, 0.02, 0.04, 0.04, 0.05, 0.35, 0.0]
     inputs = attention_inputs([[FROM_4, FROM_5, last] for last in (FROM_6, other)], IMAGE, device)
     text = torch.tensor([[0.4, 0.2, 0.1, 0.1], [0.05, 0.05, 0.35, 0.0]])

@@ -150,7 +150,7 @@ def run_texts(steps: TextSteps, number_of_steps: int, *, waits: bool = False) ->
 @pytest.mark.parametrize("mode", ["fill", "exact"])
 @pytest.mark.parametrize("name", ["ada_snapkv", "model_column_max"])
 def test_rows_hold_what_is_chosen(device: torch.device, name: str, mode: str, waits: bool):
-    """Of all texts of a step at once, whatever the length of each."""
+    """A step chooses from all its texts at once, whatever the length of each."""
     steps = TextSteps(Settings(name, BUDGET, mode).policy_for(BLOCK), device, torch.float32)
     run_texts(steps, 250, waits=waits)
     assert sum(map(len, steps.chosen)) > 12 and max(map(len, steps.chosen)) > 1

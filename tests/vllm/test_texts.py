@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def check_against_reference(
     model: str, settings: Settings, prompts: list[list[int]], run: Run
 ) -> None:
-    """Of a request whose last step chose from its text it isn't known: that one is left out."""
+    """A request whose last step chose from its text is left out: what it kept is not known."""
     reference, rule = Reference(model, settings), settings.rule
     assert rule is not None
     num_ties = 0

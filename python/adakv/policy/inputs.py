@@ -111,22 +111,16 @@ class LayerInputs:
                 f"seq_lens must be given when prompts are shorter than T = {length}, "
                 f"got prompt_lens {self.prompt_lens}"
             )
-        protected = self.protected
-        if protected is not None and (
-            protected.dtype != torch.bool or protected.shape != (batch, length)
+        for name, kind, dtype in (
+            ("protected", "boolean", torch.bool),
+            ("classes", "uint8", torch.uint8),
         ):
-            raise ValueError(
-                f"protected must be boolean [B, T] = {[batch, length]}, "
-                f"got {protected.dtype} {list(protected.shape)}"
-            )
-        classes = self.classes
-        if classes is not None and (
-            classes.dtype != torch.uint8 or classes.shape != (batch, length)
-        ):
-            raise ValueError(
-                f"classes must be uint8 [B, T] = {[batch, length]}, "
-                f"got {classes.dtype} {list(classes.shape)}"
-            )
+            given = getattr(self, name)
+            if given is not None and (given.dtype != dtype or given.shape != (batch, length)):
+                raise ValueError(
+                    f"{name} must be {kind} [B, T] = {[batch, length]}, "
+                    f"got {given.dtype} {list(given.shape)}"
+                )
         hidden = self.hidden
         if hidden is not None and (hidden.dim() != 3 or len(hidden) != batch):
             raise ValueError(f"hidden must be [B, T, E] with B = {batch}, got {list(hidden.shape)}")
