@@ -39,17 +39,12 @@ class RankFusion(ColumnMax):
         check_range("key_factor", self.key_factor, 1)
 
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
-        candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
-        rank, values = _ranked(super()._joined(prompt, inputs), candidates)
-        unlike, _ = _ranked(KeyDiff(window=self.window).score(inputs), candidates)
-        return values.gather(2, rank.minimum(self.key_factor * (unlike + 1) - 1))
-
-
-def _ranked(scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The rank of each entry ``[B, Hkv, T]`` int64 among the candidates of its head, which come
-    before all others, and the scores from high to low; lower positions first where they are equal.
-    """
-    scores = scores.masked_fill(~candidates, -torch.inf)
-    values, order = scores.sort(dim=2, descending=True, stable=True)
-    places = torch.arange(scores.shape[2], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(2, order, places), values
+        others = ~inputs.candidates(self.window)  # [B or 1, 1, T]
+        scores = super()._joined(prompt, inputs).masked_fill(others, -torch.inf)
+        unlike = KeyDiff(window=self.window).score(inputs).masked_fill(others, -torch.inf)
+        # V falls: of two ranks the lower one has the higher value, and the first one's is the score
+        # itself. Of the ranking by keys every place in the first T / f lifts an entry.
+        ranked = scores.sort(dim=2, descending=True).values
+        lifts = ranked[..., self.key_factor - 1 :: self.key_factor]
+        order = unlike.sort(dim=2, descending=True, stable=True).indices
+        return scores.scatter_reduce(2, order[..., : lifts.shape[2]], lifts, "amax")

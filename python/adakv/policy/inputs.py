@@ -91,6 +91,7 @@ class LayerInputs:
     """``seq_lens`` as verbs take them, ``[B]`` int32; None where kv heads differ in length: there
     scores of ``-inf`` say what isn't there."""
     _norms: dict[ops.Norm, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _candidates: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
@@ -279,9 +280,15 @@ class LayerInputs:
 
     def candidates(self, window: int) -> Tensor:
         """``[B or 1, Hkv or 1, T]`` bool: the entries that compete, not those of window and
-        padding."""
-        positions = torch.arange(self.length, device=self.queries.device)
-        return positions < self.ends[:, :, None] - window
+        padding. Made once for each window, so it must not be changed."""
+        if window not in self._candidates:
+            positions = torch.arange(self.length, device=self.queries.device)
+            if self.seq_lens is None:
+                found = (positions < self.length - window)[None, None]
+            else:
+                found = positions < self.ends[:, :, None] - window
+            self._candidates[window] = found
+        return self._candidates[window]
 
     def pin_protected(self, scores: Tensor) -> Tensor:
         """``scores``, or a copy with ``+inf`` for what is protected, if anything is."""
@@ -396,5 +403,5 @@ def nearest(value: str, choices: Iterable[str]) -> str | None:
 def pin_first(scores: Tensor, count: int) -> Tensor:
     """``scores``, changed in place: the first ``count`` entries of every row are ``+inf``."""
     if count:
-        scores[..., :count] = torch.inf
+        scores[..., :count].fill_(torch.inf)
     return scores

@@ -76,19 +76,26 @@ class PromptAttention:
         if inputs.positions is not None:
             return pin_first(self._with_new(inputs), self.pinned)
         inputs.check_all_queries()
-        scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
-        for sequences, length in _same_lengths(inputs.prompt_lens):
-            rows = slice((length - 1) % self.stride, length, self.stride)
-            scores[sequences, :, :length] = self._columns(
-                inputs.queries[sequences, :, rows],
-                inputs.keys[sequences, :, :length],
-                inputs,
-                self.reduce,
-                lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
-            )
+        if inputs.seq_lens is None:
+            scores = self._of(inputs, slice(None), inputs.length)
+        else:
+            scores = inputs.keys.new_zeros(inputs.keys.shape[:3], dtype=torch.float32)
+            for sequences, length in _same_lengths(inputs.prompt_lens):
+                scores[sequences, :, :length] = self._of(inputs, sequences, length)
         if self.all_heads:
             scores = _of_all_heads(scores)
         return pin_first(scores, self.pinned)
+
+    def _of(self, inputs: LayerInputs, sequences: slice, length: int) -> Tensor:
+        """``[B', Hkv, length]`` of some sequences of one length."""
+        rows = slice((length - 1) % self.stride, length, self.stride)
+        return self._columns(
+            inputs.queries[sequences, :, rows],
+            inputs.keys[sequences, :, :length],
+            inputs,
+            self.reduce,
+            lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
+        )
 
     def _with_new(self, inputs: LayerInputs) -> Tensor:
         assert inputs.carried is not None
@@ -286,6 +293,8 @@ class ColumnMax:
 
 def _last_queries(inputs: LayerInputs, count: int) -> Tensor:
     """``[B, Hq, count, D]`` of the queries of all positions."""
+    if inputs.seq_lens is None and count <= inputs.length:
+        return inputs.queries[:, :, inputs.length - count :]
     batch, heads, _, head_dim = inputs.queries.shape
     behind = torch.arange(-count, 0, device=inputs.keys.device)
     rows = (inputs.ends + behind).clamp(min=0)[:, None, :, None]

@@ -26,6 +26,7 @@ from adakv.policy.inputs import (
 
 NormShare = Literal["none", "entries", "heads"]
 
+_LEAST_NORM = 1e-12  # so that 0 has no direction
 _ROWS = 8  # of the window whose attention Defensive holds at a time
 
 
@@ -172,10 +173,14 @@ class KeyDiff:
         check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        keys = F.normalize(inputs.keys.float(), dim=-1)  # [B, Hkv, T, D]
-        keys = keys.masked_fill(~inputs.candidates(0)[..., None], 0)
-        mean = keys.sum(2, keepdim=True)  # up to a factor, which the cosine does not see
-        return pin_first(-F.cosine_similarity(keys, mean, dim=-1), self.pinned)
+        keys, there = inputs.keys, inputs.candidates(0)
+        if inputs.seq_lens is not None:  # what is behind may be NaN
+            keys = keys.masked_fill(~there[..., None], 0)
+        norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)  # [B, Hkv, T]
+        inverse = norms.clamp_(min=_LEAST_NORM).reciprocal_()
+        mean = (keys * inverse[..., None]).sum(2, keepdim=True)  # float32, up to a factor
+        mean = F.normalize(mean, dim=-1, eps=_LEAST_NORM)
+        return pin_first((keys * mean).sum(-1).mul_(inverse).neg_(), self.pinned)
 
 
 @dataclass(frozen=True)
