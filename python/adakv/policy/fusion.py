@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,10 +42,14 @@ class RankFusion(ColumnMax):
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
         others = ~inputs.candidates(self.window)  # [B or 1, 1, T]
         scores = super()._joined(prompt, inputs).masked_fill(others, -torch.inf)
-        unlike = KeyDiff(window=self.window).score(inputs).masked_fill(others, -torch.inf)
+        unlike = self._keys.score(inputs).masked_fill(others, -torch.inf)
         # V falls: of two ranks the lower one has the higher value, and the first one's is the score
         # itself. Of the ranking by keys every place in the first T / f lifts an entry.
         ranked = scores.sort(dim=2, descending=True).values
         lifts = ranked[..., self.key_factor - 1 :: self.key_factor]
         order = unlike.sort(dim=2, descending=True, stable=True).indices
         return scores.scatter_reduce(2, order[..., : lifts.shape[2]], lifts, "amax")
+
+    @cached_property
+    def _keys(self) -> KeyDiff:
+        return KeyDiff(window=self.window)
