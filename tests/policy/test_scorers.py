@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from adakv.policy import (
     TopScore,
     Uniform,
     WindowAttention,
+    get,
 )
 from adakv.step import Attention
 from cases import Prompt
@@ -326,7 +326,7 @@ def test_expected_attention_leaves_the_pinned_out(device):
 def profile_counts(profile: Profile, budget: int, length: int = 100) -> list[list[int]]:
     """Entries that each layer and head keeps, with a window of 10."""
     policy = Policy(KeyDiff(window=10), profile, TopScore())
-    layers, heads = len(profile.shares), len(profile.shares[0])
+    layers, heads = len(profile.of_kv_heads), len(profile.of_kv_heads[0])
     prompt = Prompt(batch=1, kv_heads=heads, group=1, length=length, head_dim=8)
     inputs = [
         layer_inputs(prompt, torch.device("cpu"), layer=layer, num_layers=layers)
@@ -361,16 +361,59 @@ def test_profile_keeps_its_proportions(shares, budget, expected):
     assert profile_counts(profile, budget) == expected
 
 
-def test_profile_is_read_from_a_file(tmp_path):
-    path = tmp_path / "heads.json"
-    path.write_text(json.dumps([[1, 2.5], [0, 4]]))
-    assert Profile.load(path) == Profile(((1.0, 2.5), (0.0, 4.0)))
-    for text in ("[[1, 2], [3]]", "[]", "{}", "[[1, null]]", "[[1, -1]]", "not json", "[[0, 0]]"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"heads\.json must hold \[layers\]\[heads\]"):
-            Profile.load(path)
-    with pytest.raises(OSError, match="absent"):
-        Profile.load(tmp_path / "absent.json")
+@pytest.mark.parametrize(
+    ("text", "group", "expected"),
+    [
+        ("[[1, 2.5], [0, 4]]", 1, [[1, 2.5], [0, 4]]),
+        # Retrieval heads, in any order: means over their trials, sums over two q heads a kv head
+        ('{"1-0": 0, "0-1": [1, 2], "0-0": [1], "1-1": 4.0}', 1, [[1, 1.5], [0, 4]]),
+        ('{"0-0": 1, "0-1": [2, 4], "0-2": 0, "0-3": 0.5}', 2, [[4, 0.5]]),
+        ("1.0e+00\t2.5e+00\n0.0e+00\t4.0e+00\n", 1, [[1, 2.5], [0, 4]]),  # DuoAttention
+    ],
+)
+def test_profile_is_read_from_a_file(tmp_path, text, group, expected):
+    path = tmp_path / "heads"
+    path.write_text(text)
+    profile = Profile(file=str(path), group=group)
+    assert profile_counts(profile, 30) == profile_counts(Profile(expected), 30)
+    written = f"KeyDiff() * Profile(file={str(path)!r}, group={group}) * TopScore()"
+    assert get(written) == Policy(KeyDiff(), profile, TopScore())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[1, 2], [3]]", r"heads' must be \[layers\]\[heads\]"),
+        ("[]", r"must be \[layers\]\[heads\]"),
+        ("", r"must be \[layers\]\[heads\]"),
+        ("[[0, 0]]", "not all of them 0"),
+        ("[[1, -1]]", "at least 0"),
+        ("[[1, NaN]]", "finite"),
+        ("[[1, null]]", "float"),
+        ("[1, 2]", "file must hold numbers of heads, got .*heads'"),
+        ("not json", "could not convert string to float: 'not'"),
+        ("[[1,", "file must hold numbers of heads"),
+        ("[" * 100_000, "file must hold numbers of heads"),
+        ("{}", "file must hold numbers of heads"),
+        ('{"0-0": []}', "file must hold numbers of heads"),
+        ('{"0": 1}', "file must hold numbers of heads"),
+        ('{"0-0": 1, "1-1": 1}', "it lacks '0-1'"),
+        ("[[1, 2, 3]]", "group must divide the 3 heads of a layer, got 2"),
+    ],
+)
+def test_files_that_are_no_profile_are_refused(tmp_path, text, message):
+    path = tmp_path / "heads"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Profile(file=str(path), group=2 if "group" in message else 1)
+
+
+def test_profile_is_numbers_or_a_file(tmp_path):
+    for given in ({}, {"shares": ((1, 2),), "file": str(tmp_path)}):
+        with pytest.raises(ValueError, match="shares or file must be given to Profile"):
+            Profile(**given)
+    with pytest.raises(ValueError, match=r"file must hold numbers of heads, got .*absent"):
+        Profile(file=str(tmp_path / "absent"))
 
 
 def test_profile_must_be_the_models():

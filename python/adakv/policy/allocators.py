@@ -8,12 +8,10 @@ Both at once by ModelWide, from the scores of all layers.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.policy.base import LayerSchedule, Need
+from adakv.policy.head_tables import Table, read_head_table
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings
 
 BudgetsFrom = Literal["scores", "critical"]
@@ -225,47 +224,58 @@ class Profile:
     head gets its share of the candidates, ``L * Hkv * (mean - window)`` in sum over the model: by
     largest remainder first the layers (in multiples of ``Hkv``), then the heads of each. What a
     head can't use, because its prompt is too short, the others get in the same proportions.
+
+    Instead of ``shares`` there may be a ``file``, which is read at once
+    (:func:`adakv.policy.head_tables.read_head_table`). Where numbers are of q heads, ``group`` says
+    how many of them share a kv head, whose share is their sum.
     """
 
-    shares: tuple[tuple[float, ...], ...]
+    shares: Table = ()
+    file: str | None = None
+    group: int = 1
     is_model_wide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        shares = tuple(tuple(map(float, layer)) for layer in self.shares)
+        check_range("group", self.group, 1)
+        if (self.file is None) == (not self.shares):
+            raise ValueError("shares or file must be given to Profile, and not both")
+        object.__setattr__(self, "shares", tuple(tuple(map(float, x)) for x in self.shares))
+        self.of_kv_heads  # noqa: B018 - which reads the file and checks the numbers
+
+    @functools.cached_property
+    def of_kv_heads(self) -> Table:
+        """``[layers][Hkv]``: the shares."""
+        shares, name = self.shares, "shares"
+        if self.file is not None:
+            shares, name = read_head_table(self.file), f"file {self.file!r}"
         sizes = {len(layer) for layer in shares}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(
-                "shares must be [layers][heads], with the same number of heads in every layer, "
+                f"{name} must be [layers][heads], with the same number of heads in every layer, "
                 f"got {len(shares)} layers of {sorted(sizes)} heads"
             )
         if any(not 0 <= x < math.inf for layer in shares for x in layer) or not any(
             map(any, shares)
         ):
-            raise ValueError("shares must be finite, at least 0, and not all of them 0")
-        object.__setattr__(self, "shares", shares)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Profile:
-        """From a JSON file ``[layers][heads]``; raises ``ValueError`` if it holds anything else."""
-        try:
-            shares = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(tuple(tuple(layer) for layer in shares))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} must hold [layers][heads] numbers as JSON: {error}"
-            ) from error
+            raise ValueError(f"{name} must be finite, at least 0, and not all of them 0")
+        heads = sizes.pop()
+        if heads % self.group:
+            raise ValueError(f"group must divide the {heads} heads of a layer, got {self.group}")
+        groups = [slice(h, h + self.group) for h in range(0, heads, self.group)]
+        return tuple(tuple(math.fsum(layer[group]) for group in groups) for layer in shares)
 
     @property
     def layers(self) -> LayerSchedule:
-        return _ProfileLayers(tuple(math.fsum(layer) for layer in self.shares))
+        return _ProfileLayers(tuple(math.fsum(layer) for layer in self.of_kv_heads))
 
     def allocate(
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
-        heads = self.shares[inputs.layer]
+        heads = self.of_kv_heads[inputs.layer]
         if len(heads) != inputs.num_kv_heads:
             raise ValueError(
                 f"shares must be those of {inputs.num_kv_heads} kv heads, got {len(heads)} a layer"
+                " (those of q heads need a group)"
             )
         rows = [
             self._row(budget, window, length, inputs.layer)
@@ -279,7 +289,7 @@ class Profile:
 
     def _row(self, budget: int, window: int, length: int, layer: int) -> list[int]:
         """What each head of a layer gets of a prompt."""
-        heads, most = self.shares[layer], max(length - window, 0)
+        heads, most = self.of_kv_heads[layer], max(length - window, 0)
         count = min(max(budget - window, 0), most) * len(heads)
         return [min(window, length) + n for n in _in_proportion(heads, count, most)]
 
