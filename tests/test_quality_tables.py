@@ -181,7 +181,7 @@ def test_quality_tables_of_agreement(script: ModuleType):
             "quality-smollm2-135m-ranks",
             ("--compare", "--default", "model_column_max"),
         ),
-        ("bits.md", "quality-qwen-05b-bits", ("--formats",)),
+        ("lab/bits.md", "quality-qwen-05b-bits", ("--formats",)),
         ("texts.md", "quality-qwen-05b-written", ()),
     ],
 )
