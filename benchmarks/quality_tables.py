@@ -11,7 +11,8 @@ each task, policies by shares; those come first whose geometric mean over all is
 lowest of those that read a prompt once, and a dagger marks p below .05, a difference from the
 default in either direction that chance rarely gives. With --formats bold is better than 16 bits by
 p below .05. With --compare one table has the geometric mean over shares of what each KL is of the
-default's, and in how many tasks and shares it is better and worse by p below .05.
+default's, and in how many tasks and shares it is better and worse by p below .05. With --agreement
+one table has the share of tokens that the full cache would have chosen, too.
 """
 
 from __future__ import annotations
@@ -138,7 +139,9 @@ def tables(
     return found
 
 
-def comparison(results: list[Cell], default: str = DEFAULT) -> Table:
+def comparison(
+    results: list[Cell], default: str = DEFAULT, *, shown_only: list[str] | None = None
+) -> Table:
     """What each policy has of the default's KL, by task."""
     tasks = list(dict.fromkeys(cell["task"] for cell in results))
     base = {(c["task"], c["share"]): c["kl"] for c in results if c["policy"] == default}
@@ -152,10 +155,26 @@ def comparison(results: list[Cell], default: str = DEFAULT) -> Table:
         ratios = [f"{math.exp(statistics.fmean(logs[task])):.2f}" for task in tasks]
         clear = [c["kl"] < base[c["task"], c["share"]] for c in own if c.get("p", 1) < RARELY]
         counts = (f"{clear.count(True)}", f"{clear.count(False)}")
-        if policy != default:
+        if policy != default and (shown_only is None or policy in shown_only):
             rows.append((f"`{policy}`", *ratios, *counts))
     names = (f"`{task}`" for task in tasks)
     return Table("", ("times the default's KL", *names, "better", "worse"), tuple(rows))
+
+
+def agreement(results: list[Cell], shown_only: list[str] | None = None) -> Table:
+    """The share of tokens that the full cache would have chosen, too, policies by tasks."""
+    own = {
+        (c["task"], c["policy"], c["share"]): c["agreement"] for c in results if "agreement" in c
+    }
+    shares = sorted({share for *_, share in own}, reverse=True)
+    policies = [x for x in order(results) if shown_only is None or x in shown_only]
+    rows = [
+        (f"`{task}`", f"`{policy}`", *(f"{100 * own[task, policy, x]:.0f} %" for x in shares))
+        for task in dict.fromkeys(task for task, *_ in own)
+        for policy in policies
+        if (task, policy, shares[0]) in own
+    ]
+    return Table("", ("same next token", "policy", *map(share_name, shares)), tuple(rows))
 
 
 def is_better(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
@@ -200,14 +219,21 @@ def main() -> None:
     show.add_argument("results", type=Path)
     show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
     show.add_argument("--compare", action="store_true")
+    show.add_argument("--agreement", action="store_true", help="instead of KL, in one table")
     for command in (collect, show):
         command.add_argument("--formats", action="store_true")
         command.add_argument("--default", default=DEFAULT, help="what others are compared with")
     given = options.parse_args()
     if given.command == "show":
         results = read(given.results)
-        found = tables(results, formats=given.formats, shown_only=given.policies)
-        for table in [comparison(results, given.default)] if given.compare else found:
+        only = given.policies
+        if given.agreement:
+            found = [agreement(results, only)]
+        elif given.compare:
+            found = [comparison(results, given.default, shown_only=only)]
+        else:
+            found = tables(results, formats=given.formats, shown_only=only)
+        for table in found:
             print(markdown(table))
         return
     first, *lines = map(json.loads, given.records.read_text().splitlines())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
 import adakv
 from adakv.cli.inputs import InputError, load_model
-from adakv.cli.main import run_command_line
+from adakv.cli.main import cli, run_command_line
 from adakv.cli.measure import Setting, run_all
 from adakv.cli.prompts import read_prompts
 from small_model import LIMIT
@@ -70,6 +72,14 @@ def test_generate_shows_its_text_while_it_writes(model: str):
         (["polices"], "did you mean 'policies'?"),
         (["generate", "FOLDER/smollm.gguf", "TEXT"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
         (["generate", "FOLDER/SmolLM", "TEXT"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+        (
+            ["generate", "MODEL", "TEXT", "--decode-budget", "9", "--decode-policy", "r_kw"],
+            "--decode-policy: there is no policy 'r_kw': did you mean 'r_kv'?",
+        ),
+        (["generate", "MODEL", "FOLDER/SmolLM.gguf"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+        (["eval", "MODEL", "--text", "FOLDER/smol.gguf"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+        (["ask", "FOLDER/SmolLM2.guf", "--question", "?"], "did you mean 'FOLDER/SmolLM2.gguf'?"),
+        (["generate"], "Missing argument 'MODEL'. See `adakv generate --help`."),
     ],
 )
 def test_mistyped_names_are_told_the_nearest(
@@ -436,3 +446,20 @@ def test_wrong_reads_are_refused(arguments: list[str], message: str, model: str,
     command, *options = arguments
     assert run_command_line([command, model, *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", list(cli.commands))
+def test_every_option_says_in_a_sentence_what_it_does(name: str):
+    """With a unit or a list of words where it takes a value."""
+    for option in cli.commands[name].params:
+        if isinstance(option, click.Option) and option.name != "help":
+            assert option.help is not None
+            assert re.match(r"[A-Z].*\.($|  \[default)", option.help), option.opts[0]
+            is_number = option.type.name in ("integer", "integer range", "float", "float range")
+            assert option.metavar or not is_number, option.opts[0]
+
+
+def test_the_list_of_commands_cuts_no_sentence(capsys: pytest.CaptureFixture[str]):
+    assert run_command_line(["--help"]) == 0
+    _, _, told = capsys.readouterr().out.partition("Commands:\n")
+    assert all(line.endswith(".") and len(line) <= 80 for line in told.splitlines())

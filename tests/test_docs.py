@@ -42,6 +42,21 @@ def test_docs_links_lead_somewhere(page: Path):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def sections(page: Path) -> set[str]:
+    """What links to its headings are called, by GitHub and by mkdocs."""
+    plain = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", plain, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", x.lower()).strip().replace(" ", "-") for x in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docs_links_lead_to_headings(page: Path):
+    for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            there = page.parent / target if target else page
+            assert heading in sections(there), f"{page.name} links to {target}#{heading}"
+
+
 @pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/images/*.png")), ids=lambda p: p.name)
 def test_docs_pictures_have_palettes(picture: Path):
     """Charts need a quarter of the bytes so: Pillow's ``image.convert("RGB").quantize(256)``."""

@@ -13,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-#: What docs/quality.md shows of other texts.
+#: What docs/quality.md shows, and the notes of other texts.
+SHOWN = (
+    "model_rank_fusion,model_column_max,layer_defensive,critical_ada_snapkv,kvzip,keydiff,streaming"
+)
+AGREEING = "model_column_max,critical_ada_snapkv,streaming"
+COMPARED = f"{SHOWN},ada_snapkv,snapkv,h2o,r_kv,critical_ada_snapkv@kvpress"
 OTHERS = (
     "model_rank_fusion,model_column_max,layer_defensive,critical_ada_snapkv,ada_expected,r_kv,keydiff,kvzip,"
     "critical_ada_snapkv@kvpress"
@@ -129,28 +134,54 @@ def test_quality_tables_compare_with_the_default(script: ModuleType):
     assert table.rows == (("`snapkv`", "4.00", "0.50", "1", "1"),)
 
 
+def test_quality_tables_of_agreement(script: ModuleType):
+    """Policies in the order of KL; a task that none was asked of is left out."""
+
+    def cell(task: str, policy: str, kl: float, **more: float) -> dict[str, Any]:
+        return {"task": task, "policy": policy, "share": 0.25, "texts": 8, "kl": kl, **more}
+
+    cells = [
+        cell("qa", "snapkv", 1.0, agreement=0.746),
+        cell("qa", "streaming", 2.0, agreement=0.5),
+        cell("qa", "model_rank_fusion", 0.5, agreement=0.9),
+        cell("text", "snapkv", 1.0),
+    ]
+    table = script.agreement(cells, ["snapkv", "model_rank_fusion"])
+    assert table.columns == ("same next token", "policy", "1/4")
+    assert table.rows == (
+        ("`qa`", "`model_rank_fusion`", "90 %"),
+        ("`qa`", "`snapkv`", "75 %"),
+    )
+
+
 @pytest.mark.parametrize(
     ("page", "results", "options"),
     [
-        ("quality.md", "quality-qwen-05b", ()),
-        ("quality.md", "quality-qwen-05b-other-texts", ("--policies", "OTHERS")),
-        ("quality.md", "quality-qwen-05b-tried", ("--compare", "--default", "model_column_max")),
-        ("quality.md", "quality-qwen-05b", ("--compare",)),
+        ("quality.md", "quality-qwen-05b", ("--policies", SHOWN)),
+        ("quality.md", "quality-qwen-05b", ("--compare", "--policies", COMPARED)),
+        ("quality.md", "quality-smollm2-135m", ("--agreement", "--policies", AGREEING)),
+        ("lab/quality_qwen.md", "quality-qwen-05b", ("--compare",)),
+        ("lab/quality_qwen.md", "quality-qwen-05b-other-texts", ("--policies", OTHERS)),
+        (
+            "lab/quality_tried.md",
+            "quality-qwen-05b-tried",
+            ("--compare", "--default", "model_column_max"),
+        ),
         *(
-            ("quality.md", f"quality-qwen-05b-{name}", ("--compare",))
+            ("lab/quality_qwen.md", f"quality-qwen-05b-{name}", ("--compare",))
             for name in ("8k", "code", "chinese")
         ),
         (
-            "quality.md",
+            "lab/quality_tried.md",
             "quality-qwen-05b-ranks",
             ("--compare", "--default", "model_column_max"),
         ),
         (
-            "quality.md",
+            "lab/quality_tried.md",
             "quality-smollm2-135m-ranks",
             ("--compare", "--default", "model_column_max"),
         ),
-        ("bits.md", "quality-qwen-05b-bits", ("--formats",)),
+        ("lab/bits.md", "quality-qwen-05b-bits", ("--formats",)),
         ("texts.md", "quality-qwen-05b-written", ()),
     ],
 )
@@ -162,7 +193,6 @@ def test_quality_tables_are_those_of_the_documents(
     results: str,
     options: tuple[str, ...],
 ):
-    options = tuple(OTHERS if option == "OTHERS" else option for option in options)
     run(script, monkeypatch, "show", str(FOLDER / "results" / f"{results}.jsonl"), *options)
     document = (ROOT / "docs" / page).read_text()
     shown = capsys.readouterr().out.strip().split("\n\n")

@@ -105,7 +105,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_kvpress_budgets_keep_what_the_preset_keeps(name: str) -> None:
-    """Except where docs/policies.md says that they differ, which must be the exception."""
+    """Except where docs/lab/policies.md says that they differ, which must be the exception."""
     preset, compared = policy.get(name), 0
     for seed in range(3):
         for layer in layers(seed):

@@ -128,7 +128,7 @@ def test_parity_preset_keeps_what_its_code_keeps(
 
 
 def guaranteed_share_decides(name: str, rows: Rows, budget: int) -> bool:
-    """The known difference to kvpress' CriticalAdaKVPress, documented in docs/policies.md.
+    """The known difference to kvpress' CriticalAdaKVPress, documented in docs/lab/policies.md.
 
     It takes a head's guaranteed ``int(0.2 * budget)`` entries by score even where that is more than
     half of what the head gets.

@@ -39,12 +39,14 @@ BAR = 24  # characters
     type=click.IntRange(min=256),
     default=2048,
     show_default=True,
+    metavar="TOKENS",
     help="Let MODEL read so many tokens.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Measure so often.  [default: 20, and 3 with MODEL]",
+    metavar="TIMES",
+    help="Measure everything so many times.  [default: 20, and 3 with MODEL]",
 )
 @setting_options
 @max_new_tokens_option(default=32, least=2)

@@ -79,11 +79,12 @@ class Answers:
         return 1 / statistics.median(self.token_seconds) if self.token_seconds else 0.0
 
 
-@click.command()
+@click.command(short_help="Compare full and compressed caches: answers, memory and time.")
 @click.argument("model", type=FILE)
 @click.option(
     "--tokens",
     type=click.IntRange(min=256),
+    metavar="TOKENS",
     help="Read so many tokens of the text.  [default: all]",
 )
 @click.option("--question", type=TEXT, help="Ask this instead of the questions about the text.")
@@ -92,7 +93,8 @@ class Answers:
     type=float,
     default=DEFAULT_RATIO,
     show_default=True,
-    help="Keep this share of its entries.",
+    metavar="SHARE",
+    help="Keep this share of the text's entries.",
 )
 @max_new_tokens_option(default=16, least=2)
 @place_options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,13 +23,14 @@ from adakv.cli.inputs import (
 from adakv.cli.measure import Setting
 from adakv.cli.options import TRUST_HELP, Place, max_new_tokens_option, setting_options
 from adakv.cli.types import FILE, TEXT
+from adakv.eval import files
 from adakv.eval.chat import messages_of
 from adakv.hf.attachment import CACHE
 
 device_option = click.option(
     "--device",
     metavar="cpu|cuda",
-    help="Where the model runs.  [default: cuda where it can be used]",
+    help="Run the model on this device.  [default: cuda where it can be used]",
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP)
 
@@ -48,7 +50,7 @@ def frame_of(tokenizer: Any, text: str) -> tuple[str, str, str]:
     return before, "", behind
 
 
-@click.command()
+@click.command(short_help="Read a text, keep what a policy chooses, write that to a file.")
 @click.argument("model", type=FILE)
 @click.argument("text", type=FILE)
 @click.option("--out", type=FILE, required=True, help="Write the cache to this file.")
@@ -58,7 +60,7 @@ def frame_of(tokenizer: Any, text: str) -> tuple[str, str, str]:
     type=click.Choice(["auto", *DTYPES]),
     default="auto",
     show_default=True,
-    help="The type of weights and cache, as for `adakv generate`.",
+    help="Hold weights and cache in this type, as `adakv generate` does.",
 )
 @device_option
 @trust_option
@@ -102,10 +104,17 @@ def compress(
 _ARGUMENTS = ("policy", "budget", "ratio", "budget_bytes", "kv_dtype")
 
 
-@click.command()
+@click.command(short_help="Ask about the text that `adakv compress` wrote to FILE.")
 @click.argument("file", type=FILE)
-@click.option("--question", "questions", type=TEXT, multiple=True, required=True, help="Ask this.")
-@click.option("--model", type=FILE, help="The model, if it has moved since.")
+@click.option(
+    "--question",
+    "questions",
+    type=TEXT,
+    multiple=True,
+    required=True,
+    help="Ask this about the text; may be given many times.",
+)
+@click.option("--model", type=FILE, help="Load the model from here, if it has moved since.")
 @max_new_tokens_option(default=128, least=1)
 @device_option
 @trust_option
@@ -127,7 +136,8 @@ def ask(
         with refusals():
             notes = notes_of(file)
     except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror or error}") from error
+        reason = f"{error.strerror or error}{files.nearest(Path(file))}"
+        raise InputError(f"{file} can't be read: {reason}") from error
     if not {"model", "dtype", "lead", "behind"} <= set(notes):
         raise InputError(f"{file} was not written by `adakv compress`")
     place = Place(notes["dtype"], device, None, None, trust_remote_code)

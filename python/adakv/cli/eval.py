@@ -93,12 +93,14 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
         command(sources=sources, **rest)
 
     numbers = (
-        ("--per-prompt", 2, "Ask so many questions about a prompt, or hide so many needles in it."),
-        ("--prompts", 12, "Read so many prompts for each task."),
-        ("--tokens", 2000, "Take so many tokens of text for each prompt."),
+        ("--per-prompt", "QUESTIONS", 2, "Ask so many of a prompt, or hide so many needles in it."),
+        ("--prompts", "PROMPTS", 12, "Read so many prompts for each task."),
+        ("--tokens", "TOKENS", 2000, "Take so many tokens of text for each prompt."),
     )
-    for name, default, text in numbers:
-        option = click.option(name, type=int, default=default, show_default=True, help=text)
+    for name, unit, default, text in numbers:
+        option = click.option(
+            name, type=int, default=default, show_default=True, metavar=unit, help=text
+        )
         with_sources = option(with_sources)
     for option in (
         click.option(
@@ -133,10 +135,13 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
         command(written={} if written is None else given, **rest)
 
     for option in (
-        click.option("--evict-prompt", is_flag=True, help="With --written: prompts may go, too."),
+        click.option(
+            "--evict-prompt", is_flag=True, help="With --written: evict from prompts, too."
+        ),
         click.option(
             "--every",
             type=click.IntRange(min=1),
+            metavar="TOKENS",
             help="With --written: choose after every so many tokens.  [default: 128]",
         ),
         click.option(
@@ -150,29 +155,35 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_written
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure how far compressed caches are from the full one.")
 @click.argument("model", type=FILE)
 @source_options
 @click.option(
     "--policies",
     default=POLICIES,
     show_default=True,
-    help="Measure these policies; the others are compared with the first.",
+    metavar="POLICIES",
+    help="Measure these policies, with commas between; the first is what others are compared with.",
 )
 @click.option(
     "--kv-dtypes",
     default="auto",
     show_default=True,
+    metavar="FORMATS",
     help=f"Measure every policy in these formats of pages, of {', '.join(KV_DTYPES)}.",
 )
 @click.option(
-    "--shares", default=SHARES, show_default=True, help="Keep these shares of each prompt."
+    "--shares",
+    default=SHARES,
+    show_default=True,
+    metavar="SHARES",
+    help="Keep these shares of each prompt.",
 )
 @click.option(
     "--equal-bytes",
     is_flag=True,
-    help="Take the same bytes in every format: shares are kept in auto, and in other formats as "
-    "many entries as have room.",
+    help="Take the same bytes in every format: shares are those kept in auto, and other formats "
+    "keep as many entries as have room.",
 )
 @protect_option
 @written_options
@@ -182,6 +193,7 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
+    metavar="PROCESSES",
     help="Share the prompts and policies out to so many processes, each with its own model.",
 )
 @file_option("--records", help="Keep what is measured here; a stopped run goes on.")

@@ -84,8 +84,8 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
         generate_many(many, *(rest[name] for name in wanted))
 
     out_help = "Write their results here, as JSON lines; a stopped run goes on."
-    prefix_help = "All prompts go on behind the text of this file, which is read once."
-    prompts_help = "Read many prompts from this file in the place of TEXT: see above."
+    prefix_help = "Read the text of this file once, and let all prompts go on behind it."
+    prompts_help = "Read many prompts from this file instead of TEXT: see above."
     for option in (
         click.option("--compile", is_flag=True, help="Let torch.compile fuse the decode steps."),
         click.option(
@@ -93,6 +93,7 @@ def many_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(min=1),
             default=64,
             show_default=True,
+            metavar="PROMPTS",
             help="Run at most so many prompts at a time.",
         ),
         click.option("--overwrite", is_flag=True, help="Throw away what --out holds."),
@@ -113,7 +114,7 @@ def refuse_options(names: tuple[str, ...], reason: str) -> None:
             raise InputError(f"{parameter.opts[0]} {reason}")
 
 
-@click.command()
+@click.command(short_help="Read one text or many with MODEL, and go on writing.")
 @click.argument("model", type=FILE)
 @click.argument("text", type=FILE, required=False)
 @question_option

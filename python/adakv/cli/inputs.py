@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib.util
 import io
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ def load_model(
         os.path.exists(source) or source.startswith((".", "/", "~"))
     ):
         wanted = "give a folder, a .gguf file or a name on the hub"
-        raise InputError(f"{source} is no model: {wanted}{_nearest(path)}")
+        raise InputError(f"{source} is no model: {wanted}{files.nearest(path)}")
     try:
         # transformers draws bars of its own while it reads GGUF files.
         with redirect_stderr(io.StringIO()):
@@ -188,15 +187,6 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _nearest(path: Path) -> str:
-    """``: did you mean 'this'?`` if a file or folder beside ``path`` has nearly its name."""
-    with suppress(OSError):
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
-        if near and near[0] != path.name:
-            return f": did you mean {str(path.parent / near[0])!a}?"
-    return ""
-
-
 def _check_gguf(path: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise InputError("GGUF files need the gguf package; pip install 'adakv[hf]'")
@@ -204,7 +194,7 @@ def _check_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}{_nearest(path)}") from error
+        raise InputError(f"{path} can't be read: {error.strerror}{files.nearest(path)}") from error
     if magic != b"GGUF":
         raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
 

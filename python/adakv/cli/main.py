@@ -35,6 +35,10 @@ def run_command_line(arguments: list[str]) -> int:
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
+    except click.MissingParameter as error:
+        where = error.ctx.command_path if error.ctx else "adakv"
+        _say(f"{error.format_message()} See `{where} --help`.")
+        return 2
     except click.ClickException as error:
         _say(error.format_message())
         return 2

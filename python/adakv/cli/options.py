@@ -90,6 +90,7 @@ def max_new_tokens_option(*, default: int, least: int) -> Callable[..., Any]:
         type=click.IntRange(min=least),
         default=default,
         show_default=True,
+        metavar="TOKENS",
         help="Write at most so many tokens.",
     )
 
@@ -111,7 +112,7 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
 
     types, device_help = (
         ["auto", *DTYPES],
-        "Where the model runs.  [default: cuda where it can be used]",
+        "Run the model on this device.  [default: cuda where it can be used]",
     )
     for option in (
         click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP),
@@ -123,8 +124,8 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(types),
             default="auto",
             show_default=True,
-            help="The type of weights and cache; auto: the model's own, but float32 on CPUs that "
-            "have no instructions for it (bfloat16 with a --kv-dtype).",
+            help="Hold weights and cache in this type. auto is the model's own, but float32 on "
+            "CPUs that have no instructions for it (bfloat16 with a --kv-dtype).",
         ),
     ):
         with_place = option(with_place)
@@ -147,14 +148,14 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
         command(setting=check_setting(policy, budget, ratio, budget_bytes, kv_dtype), **rest)
 
     ratio_help = f"Keep this share of a prompt's entries.  [default: {DEFAULT_RATIO}]"
-    policy_help = "What chooses the entries that stay: see `adakv policies`."
+    policy_help = "Let this policy choose the entries that stay; `adakv policies` lists them."
     budget_help = "Keep so many entries of a prompt in each kv head on average."
     bytes_help = (
-        "Let a prompt's cache take so many bytes, as 512MiB or 10% (of the full cache): fewer bits "
-        "first, unless --kv-dtype is given, then fewer entries."
+        "Let a prompt's cache take so many bytes, as 512MiB or 10% (of the full cache). It takes "
+        "fewer bits first, unless --kv-dtype is given, then fewer entries."
     )
     bits_help = (
-        "How pages hold entries: as the model has them, or in half or a third of the bytes.  "
+        "Hold entries as the model has them (auto), or in half or a third of the bytes.  "
         "[default: auto; with --budget-bytes what fits]"
     )
     for option in (
@@ -164,9 +165,15 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
             help=bits_help,
         ),
         click.option("--budget-bytes", metavar="BYTES", help=bytes_help),
-        click.option("--ratio", type=float, help=ratio_help),
-        click.option("--budget", type=int, help=budget_help),
-        click.option("--policy", default=adakv.policy.DEFAULT, show_default=True, help=policy_help),
+        click.option("--ratio", type=float, metavar="SHARE", help=ratio_help),
+        click.option("--budget", type=int, metavar="ENTRIES", help=budget_help),
+        click.option(
+            "--policy",
+            default=adakv.policy.DEFAULT,
+            show_default=True,
+            metavar="POLICY",
+            help=policy_help,
+        ),
     ):
         with_setting = option(with_setting)
     return with_setting
@@ -208,6 +215,14 @@ def _checked_read(
     return read
 
 
+def _checked_policy(
+    context: click.Context, parameter: click.Parameter, policy: str | None
+) -> str | None:
+    if policy is not None:
+        output.find_policy(policy, parameter.opts[0])
+    return policy
+
+
 #: Which pages a step reads.
 read_option = click.option(
     "--read",
@@ -245,15 +260,24 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         read_option,
         click.option(
-            "--evict-prompt", is_flag=True, help="What was kept of the prompt may go, too."
+            "--evict-prompt", is_flag=True, help="Evict from what was kept of the prompt, too."
         ),
         click.option(
-            "--every", type=int, help="Choose after every so many tokens.  [default: 128]"
+            "--every",
+            type=click.IntRange(min=1),
+            metavar="TOKENS",
+            help="With --decode-budget: choose after every so many tokens.  [default: 128]",
         ),
-        click.option("--decode-policy", help="What chooses of them.  [default: as --policy]"),
+        click.option(
+            "--decode-policy",
+            metavar="POLICY",
+            callback=_checked_policy,
+            help="Let this policy choose what stays of the written text.  [default: as --policy]",
+        ),
         click.option(
             "--decode-budget",
-            type=int,
+            type=click.IntRange(min=1),
+            metavar="ENTRIES",
             help="Keep so many entries of the written text in each kv head on average, and evict "
             "the others while it is written.",
         ),

@@ -66,7 +66,7 @@ OTHERS = {
 }
 
 
-@click.command()
+@click.command(short_help="List the policies: what each keeps, and what choosing reads.")
 @click.argument("name", required=False)
 def policies(name: str | None) -> None:
     """List the policies: what each keeps of a prompt, and what choosing reads.

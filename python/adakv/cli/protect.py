@@ -34,7 +34,7 @@ protect_option = click.option(
     type=_Span(),
     metavar="BEGIN:END",
     multiple=True,
-    help="Let these tokens of every prompt stay, whatever they score; may be given many times.",
+    help="Keep these tokens of every prompt, whatever they score; may be given many times.",
 )
 
 
@@ -48,7 +48,7 @@ def protect_options(command: Callable[..., None]) -> Callable[..., None]:
         setting = replace(setting, protect=protect, protect_system=protect_system)
         command(setting=setting, **rest)
 
-    system_help = "Let all stay that the chat template has before the user's first word."
+    system_help = "Keep all tokens that the chat template has before the user's first word."
     for option in (
         click.option("--protect-system", is_flag=True, help=system_help),
         protect_option,

@@ -29,7 +29,7 @@ from adakv.cli.types import FILE
 from adakv.eval.chat import encode_prompt
 
 
-@click.command()
+@click.command(short_help="Show on one page what MODEL keeps of a text.")
 @click.argument("model", type=FILE)
 @click.argument("text", type=FILE)
 @question_option

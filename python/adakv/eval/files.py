@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import os
 import stat
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 
@@ -23,11 +26,25 @@ def read_text(path: str) -> str:
                 raise ValueError(f"{path} can't be read: it is a device")
             data = file.read()
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+        raise ValueError(f"{path} can't be read: {error.strerror}{nearest(Path(path))}") from error
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} can't be read") from error
+
+
+def nearest(path: Path) -> str:
+    """``: did you mean 'this'?`` if ``path`` isn't there, and a file or folder beside it has nearly
+    its name."""
+    with suppress(OSError):
+        near = (
+            ()
+            if path.exists()
+            else difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+        )
+        for name in near:
+            return f": did you mean {str(path.parent / name)!a}?"
+    return ""
 
 
 def _is_endless(file: BinaryIO) -> bool:
