@@ -133,7 +133,11 @@ embed: build model ## examples/embed_cpp: a C++ runtime keeps and writes what Py
 			--device $(DEVICE) || exit 1; \
 	done
 
-test: lint test-cpp test-python ## lint, C++ tests, Python tests
+# Lint is one process after another, and compiling the C++ tests has few files that take long: side by
+# side neither leaves a core idle.
+test: build setup ## lint, C++ tests, Python tests
+	$(MAKE) -j2 -O lint test-cpp
+	$(MAKE) test-python
 
 test-cpp: build setup ## those of the C++ core; left out where GoogleTest is missing
 	$(call say,compiling the C++ tests$(comma) and inner loops for other machines)
