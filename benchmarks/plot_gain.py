@@ -16,7 +16,7 @@ from quality_tables import read
 RESULTS = Path(__file__).parent / "results"
 FULL, OURS = "#8c8c8c", "#1f77b4"
 CURVES = {
-    "model_column_max": ("model_column_max (default)", OURS),
+    "model_rank_fusion": ("model_rank_fusion (default)", OURS),
     "critical_ada_snapkv": ("critical_ada_snapkv (papers)", "#2ca02c"),
     "snapkv": ("snapkv", "#ff7f0e"),
     "streaming": ("streaming", "#d62728"),
@@ -60,7 +60,8 @@ def agreement(policy: str, task: str) -> list[tuple[float, float]]:
     """Bytes, of a full cache's, and share of tokens that are its first choice, too."""
     return sorted(
         (cell["bytes_share"], cell["agreement"])
-        for cell in read(RESULTS / "quality-smollm2-135m.jsonl")
+        for name in ("quality-smollm2-135m", "quality-smollm2-135m-default")
+        for cell in read(RESULTS / f"{name}.jsonl")
         if cell["task"] == task and cell["policy"] == policy
     )
 

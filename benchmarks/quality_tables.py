@@ -1,18 +1,18 @@
 """Records of `adakv eval` become a small file of results, and such a file the tables of the docs.
 
     python benchmarks/quality_tables.py collect RUN.records RESULTS.jsonl --about '{"machine": ...}'
-    python benchmarks/quality_tables.py show RESULTS.jsonl
+    python benchmarks/quality_tables.py show RESULTS.jsonl...
 
 `collect` takes the prompts that all policies of a task have in common, so that a run may have been
 stopped, and writes a line for each task and policy, with a list over shares of each number: the
-mean of KL over prompts, its standard error, and p of the paired test against the default; with
---formats against the same policy in 16 bits, and with the share of bytes. `show` prints a table for
-each task, policies by shares; those come first whose geometric mean over all is lowest. Bold is the
-lowest of those that read a prompt once, and a dagger marks p below .05, a difference from the
-default in either direction that chance rarely gives. With --formats bold is better than 16 bits by
-p below .05. With --compare one table has the geometric mean over shares of what each KL is of the
-default's, and in how many tasks and shares it is better and worse by p below .05. With --agreement
-one table has the share of tokens that the full cache would have chosen, too.
+mean of KL over prompts, its standard error, p of the paired test against the default, the share of
+tokens that agree and that of bytes. With --formats p is against the same policy in 16 bits. `show`
+prints a table for each task, policies by shares; those come first whose geometric mean over all is
+lowest. Bold is the lowest of those that read a prompt once, and a dagger marks p below .05, a
+difference from the default in either direction that chance rarely gives. With --formats bold is
+better than 16 bits by p below .05. With --compare one table has the geometric mean over shares of
+what each KL is of the default's, and in how many tasks and shares it is better and worse by p below
+.05. With --agreement one table has the share of tokens that the full cache would have chosen, too.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def cells(records: list[Record], *, formats: bool, default: str = DEFAULT) -> li
             }
             if policy != against and (base := values.get((against, share))):
                 cell["p"] = rounded(difference(kl[item] - base[item] for item in kl).p)
-            if formats:
-                parts = [r.bytes / r.full_bytes for r in own if r.key[2:] == (policy, share)]
-                cell["bytes_share"] = rounded(statistics.fmean(parts))
+            these = [r for r in own if r.key[2:] == (policy, share) and r.key.item in kl]
+            cell["agreement"] = rounded(statistics.fmean(r.quality.agreement for r in these))
+            cell["bytes_share"] = rounded(statistics.fmean(r.bytes / r.full_bytes for r in these))
             found.append(cell)
     return found
 
@@ -216,7 +216,7 @@ def main() -> None:
     collect.add_argument("results", type=Path)
     collect.add_argument("--about", type=json.loads, default={}, help="more for the first line")
     show = commands.add_parser("show")
-    show.add_argument("results", type=Path)
+    show.add_argument("results", type=Path, nargs="+", help="one file or several, read as one")
     show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
     show.add_argument("--compare", action="store_true")
     show.add_argument("--agreement", action="store_true", help="instead of KL, in one table")
@@ -225,7 +225,7 @@ def main() -> None:
         command.add_argument("--default", default=DEFAULT, help="what others are compared with")
     given = options.parse_args()
     if given.command == "show":
-        results = read(given.results)
+        results = [cell for file in given.results for cell in read(file)]
         only = given.policies
         if given.agreement:
             found = [agreement(results, only)]

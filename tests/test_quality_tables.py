@@ -17,7 +17,7 @@ FOLDER = ROOT / "benchmarks"
 SHOWN = (
     "model_rank_fusion,model_column_max,layer_defensive,critical_ada_snapkv,kvzip,keydiff,streaming"
 )
-AGREEING = "model_column_max,critical_ada_snapkv,streaming"
+AGREEING = "model_rank_fusion,critical_ada_snapkv,streaming"
 COMPARED = f"{SHOWN},ada_snapkv,snapkv,h2o,r_kv,critical_ada_snapkv@kvpress"
 OTHERS = (
     "model_rank_fusion,model_column_max,layer_defensive,critical_ada_snapkv,ada_expected,r_kv,keydiff,kvzip,"
@@ -74,7 +74,7 @@ def test_quality_tables_take_what_all_policies_have(
     with two of the four ways to throw their signs, both alike, the mean is as far from 0."""
     kl = {"model_rank_fusion": [1.0, 2.0, 50.0], "snapkv": [2.0, 5.0]}
     default, snapkv = collected(script, tmp_path, monkeypatch, kl)
-    about = {"task": "qa", "share": 0.25, "texts": 2}
+    about = {"task": "qa", "share": 0.25, "texts": 2, "agreement": 1.0, "bytes_share": 0.25}
     assert default == about | {"policy": "model_rank_fusion", "kl": 1.5, "error": 0.5}
     assert snapkv == about | {"policy": "snapkv", "kl": 3.5, "error": 1.5, "p": 0.5}
 
@@ -159,7 +159,11 @@ def test_quality_tables_of_agreement(script: ModuleType):
     [
         ("quality.md", "quality-qwen-05b", ("--policies", SHOWN)),
         ("quality.md", "quality-qwen-05b", ("--compare", "--policies", COMPARED)),
-        ("quality.md", "quality-smollm2-135m", ("--agreement", "--policies", AGREEING)),
+        (
+            "quality.md",
+            "quality-smollm2-135m quality-smollm2-135m-default",
+            ("--agreement", "--policies", AGREEING),
+        ),
         ("lab/quality_qwen.md", "quality-qwen-05b", ("--compare",)),
         ("lab/quality_qwen.md", "quality-qwen-05b-other-texts", ("--policies", OTHERS)),
         (
@@ -193,7 +197,8 @@ def test_quality_tables_are_those_of_the_documents(
     results: str,
     options: tuple[str, ...],
 ):
-    run(script, monkeypatch, "show", str(FOLDER / "results" / f"{results}.jsonl"), *options)
+    files = [str(FOLDER / "results" / f"{name}.jsonl") for name in results.split()]
+    run(script, monkeypatch, "show", *files, *options)
     document = (ROOT / "docs" / page).read_text()
     shown = capsys.readouterr().out.strip().split("\n\n")
     assert all(f"\n\n{table}\n\n" in document for table in shown)
