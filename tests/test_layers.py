@@ -253,7 +253,7 @@ def test_layers_of_imports(path: Path):
             assert floor(own) == 3, message
 
 
-PARTS = ["scorers", "prompt_scorers", "press", "allocators", "selectors"]
+PARTS = ["scorers", "prompt_scorers", "press", "allocators", "profile", "selectors"]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -219,6 +219,7 @@ class HeldInputs(LayerInputs):
             "attention": attention,
             **dict.fromkeys(("lse", "protected", "sequence_lens", "hidden")),
             "_norms": {},
+            "_candidates": {},
             "held": held,
         }
         self.__dict__.update(given)

@@ -9,7 +9,6 @@ from adakv.policy.allocators import (
     Everything,
     Flat,
     ModelWide,
-    Profile,
     Pyramid,
     Uniform,
 )
@@ -35,6 +34,7 @@ from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, get_read, names
 from adakv.policy.press import PressScorer
+from adakv.policy.profile import Profile
 from adakv.policy.prompt_scorers import (
     ColumnMax,
     ExpectedAttention,

@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.policy.base import LayerSchedule, Need
-from adakv.policy.head_tables import Table, read_head_table
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings
 
 BudgetsFrom = Literal["scores", "critical"]
@@ -217,104 +215,6 @@ class Capped:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Budgets in fixed proportions, measured beforehand, as HeadKV's (arXiv 2410.19258).
-
-    ``shares[layer][head]`` are numbers of at least 0, of which only the proportions count. Every
-    head gets its share of the candidates, ``L * Hkv * (mean - window)`` in sum over the model: by
-    largest remainder first the layers (in multiples of ``Hkv``), then the heads of each. What a
-    head can't use, because its prompt is too short, the others get in the same proportions.
-
-    Instead of ``shares`` there may be a ``file``, which is read at once
-    (:func:`adakv.policy.head_tables.read_head_table`). Where numbers are of q heads, ``group`` says
-    how many of them share a kv head, whose share is their sum.
-    """
-
-    shares: Table = ()
-    file: str | None = None
-    group: int = 1
-    is_model_wide: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_range("group", self.group, 1)
-        if (self.file is None) == (not self.shares):
-            raise ValueError("shares or file must be given to Profile, and not both")
-        object.__setattr__(self, "shares", tuple(tuple(map(float, x)) for x in self.shares))
-        self.of_kv_heads  # noqa: B018 - which reads the file and checks the numbers
-
-    @functools.cached_property
-    def of_kv_heads(self) -> Table:
-        """``[layers][Hkv]``: the shares."""
-        shares, name = self.shares, "shares"
-        if self.file is not None:
-            shares, name = read_head_table(self.file), f"file {self.file!r}"
-        sizes = {len(layer) for layer in shares}
-        if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(
-                f"{name} must be [layers][heads], with the same number of heads in every layer, "
-                f"got {len(shares)} layers of {sorted(sizes)} heads"
-            )
-        if any(not 0 <= x < math.inf for layer in shares for x in layer) or not any(
-            map(any, shares)
-        ):
-            raise ValueError(f"{name} must be finite, at least 0, and not all of them 0")
-        heads = sizes.pop()
-        if heads % self.group:
-            raise ValueError(f"group must divide the {heads} heads of a layer, got {self.group}")
-        groups = [slice(h, h + self.group) for h in range(0, heads, self.group)]
-        return tuple(tuple(math.fsum(layer[group]) for group in groups) for layer in shares)
-
-    @property
-    def layers(self) -> LayerSchedule:
-        return _ProfileLayers(tuple(math.fsum(layer) for layer in self.of_kv_heads))
-
-    def allocate(
-        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
-    ) -> Tensor:
-        heads = self.of_kv_heads[inputs.layer]
-        if len(heads) != inputs.num_kv_heads:
-            raise ValueError(
-                f"shares must be those of {inputs.num_kv_heads} kv heads, got {len(heads)} a layer"
-                " (those of q heads need a group)"
-            )
-        rows = [
-            self._row(budget, window, length, inputs.layer)
-            for budget, length in zip(budgets, inputs.prompt_lens, strict=True)
-        ]
-        return torch.tensor(rows, dtype=torch.int32).to(scores.device, non_blocking=True)
-
-    def least(self, budget: int, *, window: int, prompt_len: int, layer: int, pinned: int) -> int:
-        """Entries that every kv head gets, whatever is pinned."""
-        return min(self._row(budget, window, prompt_len, layer))
-
-    def _row(self, budget: int, window: int, length: int, layer: int) -> list[int]:
-        """What each head of a layer gets of a prompt."""
-        heads, most = self.of_kv_heads[layer], max(length - window, 0)
-        count = min(max(budget - window, 0), most) * len(heads)
-        return [min(window, length) + n for n in _in_proportion(heads, count, most)]
-
-    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
-        return num_kv_heads * min(budget, prompt_len)
-
-
-@dataclass(frozen=True)
-class _ProfileLayers:
-    """The layers of a :class:`Profile`: sums over the heads."""
-
-    shares: tuple[float, ...]
-
-    def budget(
-        self, mean: int, *, window: int, prompt_len: int, layer: int, num_layers: int
-    ) -> int:
-        if len(self.shares) != num_layers:
-            raise ValueError(f"shares must be those of {num_layers} layers, got {len(self.shares)}")
-        n = prompt_len - window
-        if mean - window >= n:
-            return mean
-        return window + _in_proportion(self.shares, num_layers * (mean - window), n)[layer]
-
-
-@dataclass(frozen=True)
 class ModelWide:
     """One top-k over the kv heads of all layers, as Layer-DefensiveKV (arXiv 2510.13334) and KVzip
     (arXiv 2505.23416) spend their budgets.
@@ -395,32 +295,3 @@ def _exact_steps(b: int, n: int, beta: int, num_layers: int) -> tuple[int, ...]:
     for layer in by_remainder[: num_layers * b - sum(steps)]:
         steps[layer] += 1
     return tuple(steps)
-
-
-@functools.lru_cache(maxsize=1024)
-def _in_proportion(shares: tuple[float, ...], count: int, most: int) -> tuple[int, ...]:
-    """``count <= len(shares) * most`` in proportion to ``shares``, at most ``most`` each.
-
-    By largest remainder, lower index first. Who would get more than ``most`` gets that, and the
-    others what is left in the same proportions; if nobody who is left has a share, evenly.
-    """
-    parts, open_, left = [0] * len(shares), list(range(len(shares))), count
-    while left:
-        weights = {i: Fraction(shares[i]) for i in open_}
-        if not any(weights.values()):
-            weights = dict.fromkeys(open_, Fraction(1))
-        whole = sum(weights.values())
-        wanted = {i: weight * left / whole for i, weight in weights.items()}
-        full = [i for i in open_ if wanted[i] >= most]
-        if not full:
-            for i in open_:
-                parts[i] = math.floor(wanted[i])
-            by_remainder = sorted(open_, key=lambda i: parts[i] - wanted[i])
-            for i in by_remainder[: left - sum(parts[i] for i in open_)]:
-                parts[i] += 1
-            break
-        for i in full:
-            parts[i] = most
-        open_ = [i for i in open_ if i not in full]
-        left -= most * len(full)
-    return tuple(parts)
