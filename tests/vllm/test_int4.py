@@ -10,10 +10,11 @@ import torch
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.vllm.config import Settings
+from adakv.vllm.metadata import batch_of
 from adakv.vllm.pages import Pages, entry_bytes
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.tails import Tails
-from engine_steps import BUDGET, NUM_BLOCKS, run_step
+from engine_steps import BUDGET, LAYERS, NUM_BLOCKS, run_step
 from flash_stand_in import FLASH
 from int4_steps import PAGE, Int4Steps
 
@@ -100,6 +101,24 @@ def test_engine_cache_begins_behind_cached_pages_of_int4(device: torch.device):
     for counts in ([1, 50], [1, 1], [1, 1]):
         run_step(steps, counts)
     assert [boundary for _, boundary in steps.told.planned] == [200, 150]
+
+
+@pytest.mark.parametrize("has_places", [False, True])
+def test_engine_cache_leaves_tails_alone_in_steps_of_nobody(device: torch.device, has_places: bool):
+    """Which vLLM runs beside other engines, and to warm up: they have the places of requests."""
+    steps = int4_steps("ada_snapkv", device, has_places=has_places)
+    for prompt in (70, 100):
+        steps.add(prompt)
+    run_step(steps, [70, 100])
+    requests, steps.requests = steps.requests, []
+    nobody = steps.add(0)
+    nobody.blocks, nobody.place, nobody.is_warm_up = [0], 0, True
+    step = steps.cache.begin_step(batch_of(steps.describe([1])))
+    for layer in range(LAYERS):
+        queries, keys, values = steps.inputs(layer, [1])
+        steps.cache.attend(layer, step, queries, keys, values, torch.empty_like(queries))
+    steps.requests = requests
+    run_step(steps, [1, 1])
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])

@@ -101,7 +101,8 @@ class EngineCache:
         self._pages, self._integers = self._rows.pages, self._rows.integers
         self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
         self._has_codes, is_int4 = pages[0].key_scales is not None, pages[0].is_int4
-        self._tails = Tails(num_requests, pages, num_kv_heads) if is_int4 else None
+        # One more for what keeps an engine in step with others while all of its requests wait.
+        self._tails = Tails(num_requests + 1, pages, num_kv_heads) if is_int4 else None
         # Where entries are moved as they are, with their scales.
         moves = self._has_codes and not is_int4
         self._alone = [SharedPages([x], num_kv_heads) for x in pages if moves]
@@ -470,9 +471,15 @@ class EngineCache:
         names, nobody, is_gone = batch.requests, -1, lambda _: False
         if names is None:
             names, nobody, is_gone = batch.block_table[:, 0].tolist(), 0, self._is_gone
-        rows = [row for run in runs for row in run.numbers]
-        # Padding has no tokens; what only warms the engine up has, but no name.
-        rows = [row for row in rows if names[row] != nobody or batch.computed[row] >= 0]
-        self._tails.arrange([None if names[x] == nobody else names[x] for x in rows], is_gone)
+        requests: list[int | None] = []
+        for row in (row for run in runs for row in run.numbers):
+            begins = batch.computed[row] == 0 and batch.is_prefilling[row]
+            if names[row] != nobody and (begins or batch.computed[row] > 0):
+                requests.append(names[row])
+            elif (
+                batch.computed[row] >= 0
+            ):  # not padding: it warms the engine up, or keeps it in step
+                requests.append(None)
+        self._tails.arrange(requests, is_gone)
         ends = list(accumulate((len(run.numbers) for run in runs), initial=0))
         return [self._tails.layers(slice(*places)) for places in pairwise(ends)]
