@@ -148,7 +148,7 @@ def test_tails_follow_their_requests():
     memory = torch.zeros(5, PAGE, entry_bytes("int4", 64, torch.float16), dtype=torch.uint8)
     tails = tails_of(Pages.within(memory, "int4", head_dim=64, dtype=torch.float16), 4)
 
-    def arranged(requests: list[int | None], gone: tuple[int, ...] = ()) -> list[float]:
+    def arranged(requests: list[int], gone: tuple[int, ...] = ()) -> list[float]:
         tails.arrange(requests, lambda request: request in gone)
         return tails.layers(slice(None))[0][:, 0, 0, 0].tolist()
 

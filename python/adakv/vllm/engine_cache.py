@@ -23,6 +23,7 @@ when blocks run short. Until then what the policy has to know of a prompt's quer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -101,8 +102,7 @@ class EngineCache:
         self._pages, self._integers = self._rows.pages, self._rows.integers
         self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
         self._has_codes, is_int4 = pages[0].key_scales is not None, pages[0].is_int4
-        # One more for what keeps an engine in step with others while all of its requests wait.
-        self._tails = Tails(num_requests + 1, pages, num_kv_heads) if is_int4 else None
+        self._tails = Tails(num_requests, pages, num_kv_heads) if is_int4 else None
         # Where entries are moved as they are, with their scales.
         moves = self._has_codes and not is_int4
         self._alone = [SharedPages([x], num_kv_heads) for x in pages if moves]
@@ -142,6 +142,9 @@ class EngineCache:
             If the scheduler knows of another boundary than the one found here.
         """
         self._observe_late()
+        if self._tails is not None and all(name is None for name in self._names(batch)):
+            # Nobody's tokens would lie where those of requests do that wait.
+            batch = replace(batch, num_new=torch.zeros_like(batch.seq_lens))
         step = Step(queries=None if buffers is None else buffers.queries)
         if any(batch.is_prefilling) or self._may_be_compressed() or self.texts:
             self._follow_prompts(batch, step)
@@ -155,7 +158,7 @@ class EngineCache:
             without |= set(reads)
         runs = list(equal_runs(batch, without))
         tails = self._arranged(batch, [*runs, *copied])
-        for run, of_run in zip(runs, tails, strict=False):
+        for run, of_run in zip(runs, tails[: len(runs)], strict=True):
             planned = self._planned(batch, run, of_run, buffers)
             step.groups.append(Group(run.tokens, run.new_tokens, planned))
         if step.whole is not None and self._has_codes:
@@ -429,15 +432,11 @@ class EngineCache:
         (boundary,) = prompt.reader.lengths
         before = boundary // self.block_size * self.block_size
         page_ids = self._page_ids(blocks, prompt.held)[:, boundary // self.block_size :]
-        found = (
-            self._entries(layer, prompt, page_ids, before, prompt.held)
-            for layer in range(self.num_layers)
-        )
-        keys, values = zip(*found, strict=True)
-        return [
-            (k[:, :, boundary - before :], v[:, :, boundary - before :])
-            for k, v in zip(keys, values, strict=True)
-        ]
+        written = []
+        for layer in range(self.num_layers):
+            keys, values = self._entries(layer, prompt, page_ids, before, prompt.held)
+            written.append((keys[:, :, boundary - before :], values[:, :, boundary - before :]))
+        return written
 
     def _append(
         self,
@@ -464,22 +463,25 @@ class EngineCache:
         layers, inputs = self._rows.layers(tables, tails), tables.plan_inputs
         return PlannedStep.plan(layers, inputs, new_tokens=run.new_tokens, num_new=num_new)
 
+    def _names(self, batch: Batch) -> list[int | None]:
+        """By which request each row of a step is known, None for padding and for what only warms
+        the engine up, or keeps it in step with others."""
+        names, nobody = batch.requests, -1
+        if names is None:
+            names, nobody = batch.block_table[:, 0].tolist(), 0
+        rows = zip(names, batch.is_prefilling, range(len(names)), strict=True)
+        return [
+            name if name != nobody and (reads or batch.computed[row] > 0) else None
+            for name, reads, row in rows
+        ]
+
     def _arranged(self, batch: Batch, runs: Sequence[Run]) -> list[list[Tensor] | None]:
         """The tails of a step's requests, of each run ``[L]`` times ``[n, Hkv, 2 P, D]``."""
         if self._tails is None:
             return [None] * len(runs)
-        names, nobody, is_gone = batch.requests, -1, lambda _: False
-        if names is None:
-            names, nobody, is_gone = batch.block_table[:, 0].tolist(), 0, self._is_gone
-        requests: list[int | None] = []
-        for row in (row for run in runs for row in run.numbers):
-            begins = batch.computed[row] == 0 and batch.is_prefilling[row]
-            if names[row] != nobody and (begins or batch.computed[row] > 0):
-                requests.append(names[row])
-            elif (
-                batch.computed[row] >= 0
-            ):  # not padding: it warms the engine up, or keeps it in step
-                requests.append(None)
-        self._tails.arrange(requests, is_gone)
+        rows = [row for run in runs for row in run.numbers]
+        names = self._names(batch)
+        requests = [name for row in rows if (name := names[row]) is not None]
+        self._tails.arrange(requests, self._is_gone if batch.requests is None else lambda _: False)
         ends = list(accumulate((len(run.numbers) for run in runs), initial=0))
         return [self._tails.layers(slice(*places)) for places in pairwise(ends)]

@@ -52,15 +52,14 @@ class Tails:
         place = self._requests.index(request)
         return slice(place, place + 1)
 
-    def arrange(self, requests: Sequence[int | None], is_gone: Callable[[int], bool]) -> None:
+    def arrange(self, requests: Sequence[int], is_gone: Callable[[int], bool]) -> None:
         """Puts the tails of a step's requests, those that it begins with among them, side by side
         from the first place on.
 
         Parameters
         ----------
         requests : ints
-            By which requests are known from their first step to their last; None: one that only
-            warms the engine up.
+            By which requests are known from their first step to their last.
         is_gone : callable
             Whether the engine has no longer a request that isn't in this step.
 
@@ -78,7 +77,7 @@ class Tails:
         gone = {x for x in before if x is None or x in in_step or is_gone(x)}
         stay = [None if x in gone else x for x in before]
         free = (place for place in range(count, len(before)) if stay[place] is None)
-        after = [*requests, *stay[count:]]
+        after: list[int | None] = [*requests, *stay[count:]]
         for request in stay[:count]:
             if request is not None:
                 place = next(free, -1)
