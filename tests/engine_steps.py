@@ -27,7 +27,7 @@ from policy.helpers import rotate
 from tolerance import assert_close
 
 LAYERS, HEADS, GROUP, DIM, BLOCK, BUDGET = 2, 3, 2, 32, 16, 48
-NUM_BLOCKS, MAX_LEN = 200, 512
+NUM_BLOCKS, MAX_LEN, MOST_REQUESTS = 200, 512, 9
 SCALE = 0.3
 
 
@@ -111,7 +111,8 @@ class Steps:
         kv_dtype: str = "auto",
         rule: Rule | None = None,
     ) -> None:
-        self.has_places, self.kv_dtype = has_places, kv_dtype
+        self.has_places, self.kv_dtype, self.flash = has_places, kv_dtype, flash
+        self.block_size = 32 if kv_dtype == "int4" else BLOCK
         self.rows_of_layer = None if spans_layers(policy) else HEADS
         self.policy, self.device, self.dtype = policy, device, dtype
         self.told = Told()
@@ -128,6 +129,7 @@ class Steps:
             scheduler=self.told,
             flash=flash,
             rule=rule,
+            num_requests=MOST_REQUESTS,
         )
         self.free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
         self.requests: list[Request] = []
@@ -143,15 +145,19 @@ class Steps:
 
     def find(self, request: Request, count: int) -> None:
         """Its first tokens, whole blocks of them, are in a prefix cache."""
-        request.blocks = [self.free.pop() for _ in range(count // BLOCK)]
+        request.blocks = [self.free.pop() for _ in range(count // self.block_size)]
         request.computed = count
         self.told.running.add(request.blocks[0])
+        self._fill(request, count)
+
+    def _fill(self, request: Request, count: int) -> None:
+        """Writes its first tokens to its blocks, whole blocks of them."""
         for layer, pages in enumerate(self.cache.pages):
             parts = [[x[layer, :count]] for x in (request.new_keys, request.new_values)]
             if self.kv_dtype != "auto":
                 parts = [codes.quantise(x, self.kv_dtype) for (x,) in parts]
             for part, x in zip(pages.parts, chain(*zip(*parts, strict=True)), strict=True):
-                found = x.view(part.dtype).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+                found = x.view(part.dtype).unflatten(0, (-1, self.block_size)).transpose(1, 2)
                 part.unflatten(0, (NUM_BLOCKS, HEADS))[request.blocks] = found
 
     def remove(self, request: Request) -> None:
@@ -174,18 +180,19 @@ class Steps:
     def describe(self, counts: list[int], padding: int = 0) -> SimpleNamespace:
         """What vLLM says of a step with so many new tokens of each request, and of padding."""
         for request, count in zip(self.requests, counts, strict=True):
-            while len(request.blocks) * BLOCK < request.computed + count:
+            while len(request.blocks) * self.block_size < request.computed + count:
                 request.blocks.append(self.free.pop())
             if request.computed == 0 and request.blocks and not request.is_warm_up:
                 self.told.running.add(request.blocks[0])
         computed = [r.computed for r in self.requests]
-        table = torch.zeros(len(counts) + padding, MAX_LEN // BLOCK, dtype=torch.int32)
+        table = torch.zeros(len(counts) + padding, MAX_LEN // self.block_size, dtype=torch.int32)
         for row, request in zip(table, self.requests, strict=False):
             row[: len(request.blocks)] = torch.tensor(request.blocks)
         start = torch.tensor([0, *counts] + [0] * padding).cumsum(0).int()
         lengths = [a + b for a, b in zip(computed, counts, strict=True)] + [0] * padding
+        size = self.block_size
         slots = [
-            request.blocks[place // BLOCK] * BLOCK + place % BLOCK
+            request.blocks[place // size] * size + place % size
             for request, count in zip(self.requests, counts, strict=True)
             for place in range(request.computed, request.computed + count)
         ]
@@ -247,7 +254,7 @@ class Steps:
 
     def plan(self, boundary: int, budget: int) -> Plan | None:
         """As the scheduler computes it."""
-        numbers = {"block_size": BLOCK, "num_kv_heads": self.rows_of_layer}
+        numbers = {"block_size": self.block_size, "num_kv_heads": self.rows_of_layer}
         return plan(boundary, budget=budget, **numbers)
 
     def give_back(self) -> None:
@@ -288,7 +295,7 @@ class Steps:
             shape = *sizes, 2, BLOCK, DIM
             nan = torch.full(shape, float("nan"), device=self.device, dtype=self.dtype)
             return [Pages(x) for x in nan]
-        shape = *sizes, BLOCK, entry_bytes(self.kv_dtype, DIM, self.dtype)
+        shape = *sizes, self.block_size, entry_bytes(self.kv_dtype, DIM, self.dtype)
         ones = torch.full(shape, 255, device=self.device, dtype=torch.uint8)
         kind = {"kv_dtype": self.kv_dtype, "head_dim": DIM, "dtype": self.dtype}
         return [Pages.within(x, **kind) for x in ones]

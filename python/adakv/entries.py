@@ -256,7 +256,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
     them (docs/bits.md)."""
     assert view.tails is not None and view.key_scales is not None and view.value_scales is not None
     keys = keys_of_pages(view, pages, dtype)
-    values = dequantised(_halves(view.pages[pages, 1]), view.value_scales[pages], dtype)
+    values = int4_values(view.pages[pages, 1], view.value_scales[pages], dtype)
     page_size = keys.shape[3]
     in_tail = view.lengths % page_size  # [B, Hkv]
     last = view.lengths // page_size * (in_tail > 0)
@@ -275,8 +275,18 @@ def keys_of_pages(view: Layer, pages: Tensor, dtype: torch.dtype) -> Tensor:
         return held
     if view.tails is None:
         return dequantised(held, view.key_scales[pages], dtype)
-    scale, zero = view.key_scales[pages].float()[..., None, :].unbind(-3)  # [..., 1, D] each
-    return (_halves(held).float() * scale + zero).to(dtype)
+    return int4_keys(held, view.key_scales[pages], dtype)
+
+
+def int4_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., P, D]`` of int4 codes ``[..., P, D / 2]`` and scales ``[..., 2, D]`` of keys."""
+    scale, zero = scales.float()[..., None, :].unbind(-3)  # [..., 1, D] each
+    return (_halves(codes).float() * scale + zero).to(dtype)
+
+
+def int4_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., P, D]`` of int4 codes ``[..., P, D / 2]`` and scales ``[..., P, 2 Z]`` of values."""
+    return dequantised(_halves(codes), scales, dtype)
 
 
 def _halves(held: Tensor) -> Tensor:

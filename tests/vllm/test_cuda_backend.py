@@ -11,13 +11,18 @@ import torch
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of, decode_batch_of, is_decode
 from engine_steps import BLOCK, BUDGET, GROUP, HEADS, LAYERS, MAX_LEN, Steps
+from int4_steps import PAGE, Int4Steps
 
 MOST = 6
 
 
 def prompts_read(device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto") -> Steps:
     """Four requests whose prompts have just been read."""
-    steps = Steps(Settings(budget=BUDGET).policy_for(BLOCK), device, dtype, kv_dtype=kv_dtype)
+    if kv_dtype == "int4":
+        steps: Steps = Int4Steps(Settings(budget=BUDGET).policy_for(PAGE), device, dtype)
+    else:
+        policy = Settings(budget=BUDGET).policy_for(BLOCK)
+        steps = Steps(policy, device, dtype, kv_dtype=kv_dtype)
     for prompt in (200, 30, 161, 100):
         steps.add(prompt)
     read(steps, [r.prompt for r in steps.requests])
@@ -39,7 +44,7 @@ def padded(steps: Steps, layer: int) -> list[torch.Tensor]:
     return [torch.cat([x, x.new_ones(MOST - len(x), *x.shape[1:])]) for x in inputs]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
 def test_padded_decode_steps_equal_the_reference(device: torch.device, kv_dtype: str):
     is_exact = device.type == "cpu" and kv_dtype == "auto"
     steps = prompts_read(device, torch.float32 if is_exact else torch.bfloat16, kv_dtype)
@@ -93,7 +98,7 @@ def test_prompt_tokens_in_replayed_decode_steps_are_observed(name: str, has_plac
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
 def test_decode_steps_replayed_from_a_graph_equal_the_reference(kv_dtype: str):
     device = torch.device("cuda")
     steps = prompts_read(device, torch.bfloat16, kv_dtype)

@@ -139,11 +139,7 @@ class CudaBuilder(AttentionMetadataBuilder[CudaMetadata]):
             config = self.vllm_config
             flash = flash_attention(self._layers[0], self.kv_cache_spec.block_size)
             self.cache = hooks.make_cache(self.kv_cache_spec, self._layers, config, flash)
-            most = max(
-                config.scheduler_config.max_num_seqs,
-                config.compilation_config.max_cudagraph_capture_size or 0,
-            )
-            heads = self._layers[0].impl.num_heads
+            most, heads = hooks.most_requests(config), self._layers[0].impl.num_heads
             self._buffers = self.cache.buffers(most, self._max_seq_len, heads)
         if is_decode(m):
             step = self.cache.begin_step(decode_batch_of(m, self._max_seq_len), self._buffers)

@@ -24,11 +24,9 @@ from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
 When = Literal["always", "pressure"]
-Format = Literal["auto", "int8", "fp8"]
+Format = Literal["auto", "int8", "fp8", "int4"]
 
 _CHOICES = {"mode": get_args(Mode), "when": get_args(When), "kv_dtype": get_args(Format)}
-
-_NO_INT4 = ": the last entries of its rows lie outside of pages, and an engine has no memory there"
 
 #: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))
@@ -50,7 +48,7 @@ class Settings:
     when : "always" or "pressure"
         Whether each prompt is compressed when it has been read, or requests only when blocks run
         short.
-    kv_dtype : "auto", "int8" or "fp8"
+    kv_dtype : "auto", "int8", "fp8" or "int4"
         What blocks hold: keys and values as the model has them, or codes of them (docs/bits.md).
     decode_budget : int, optional
         Mean entries to keep per kv head of what a request writes (docs/texts.md), beside what is
@@ -80,8 +78,7 @@ class Settings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
-                why = _NO_INT4 if (name, given) == ("kv_dtype", "int4") else ""
-                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}{why}")
+                raise ValueError(f"adakv: {name} must be one of {choices}, got {given!r}")
         if not isinstance(self.budget, int) or isinstance(self.budget, bool):
             raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
@@ -94,6 +91,11 @@ class Settings:
         if (rule := self.rule) is not None and (reason := why_not_again(rule)):
             name = self.decode_policy or self.policy
             raise ValueError(f"adakv: decode_policy {name!r} can't run inside vLLM: {reason}")
+        if rule is not None and self.kv_dtype == "int4":
+            raise ValueError(
+                "adakv: decode_budget must not be given with blocks of int4, which are not chosen "
+                f"from while a text is written, got {self.decode_budget}"
+            )
 
     @classmethod
     def of(cls, additional_config: object) -> Settings | None:

@@ -23,13 +23,14 @@ when blocks run short. Until then what the policy has to know of a prompt's quer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from adakv.ops import Layer
+from adakv.ops import Layer, append
 from adakv.policy import FoldingScorer, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
@@ -47,7 +48,8 @@ from adakv.vllm.prompts import (
     read_by_torch,
 )
 from adakv.vllm.rows import Rows
-from adakv.vllm.steps import Batch, Buffers, Group, Reading, Step, Tables, equal_runs, sent
+from adakv.vllm.steps import Batch, Buffers, Group, Reading, Run, Step, Tables, equal_runs, sent
+from adakv.vllm.tails import Tails
 from adakv.vllm.texts import Texts
 
 
@@ -71,7 +73,9 @@ class EngineCache:
     flash : :class:`FlashAttention`, optional
         Reads prompts; without it ``attend`` does.
     rule : :class:`adakv.reselection.Rule`, optional
-        How texts are chosen from while they are written.
+        How texts are chosen from while they are written; not for pages of int4.
+    num_requests : int
+        Requests of a step at most, padding included. Only pages of int4 need it.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class EngineCache:
         scheduler: Scheduler | None = None,
         flash: FlashAttention | None = None,
         rule: Rule | None = None,
+        num_requests: int = 0,
     ) -> None:
         self.block_size = pages[0].page_size
         self.num_kv_heads = num_kv_heads
@@ -96,9 +101,11 @@ class EngineCache:
         )
         self._pages, self._integers = self._rows.pages, self._rows.integers
         self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
-        self._has_codes = pages[0].key_scales is not None
+        self._has_codes, is_int4 = pages[0].key_scales is not None, pages[0].is_int4
+        self._tails = Tails(num_requests, pages, num_kv_heads) if is_int4 else None
         # Where entries are moved as they are, with their scales.
-        self._alone = [SharedPages([x], num_kv_heads) for x in pages if self._has_codes]
+        moves = self._has_codes and not is_int4
+        self._alone = [SharedPages([x], num_kv_heads) for x in pages if moves]
         self._budget = BlockBudget(
             policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
         )
@@ -135,28 +142,31 @@ class EngineCache:
             If the scheduler knows of another boundary than the one found here.
         """
         self._observe_late()
+        if self._tails is not None and all(name is None for name in self._names(batch)):
+            # Nobody's tokens would lie where those of requests do that wait.
+            batch = replace(batch, num_new=torch.zeros_like(batch.seq_lens))
         step = Step(queries=None if buffers is None else buffers.queries)
         if any(batch.is_prefilling) or self._may_be_compressed() or self.texts:
             self._follow_prompts(batch, step)
-        without = set(step.read_by_torch)
+        without, copied = set(step.read_by_torch), []
         spans = enumerate(pairwise(batch.query_start))
         reads = [row for row, (begin, end) in spans if batch.is_prefilling[row] and begin != end]
         if self._flash is not None and reads and buffers is None:
             step.whole = whole(batch, reads)
             if self._has_codes:
-                others = set(range(len(batch.computed))) - set(reads)
-                appended = [
-                    Appended(
-                        tokens, count, self._rows.layers(self._rows.tables(batch, rows, count)[0])
-                    )
-                    for rows, tokens, count in equal_runs(batch, others)
-                ]
-                sizes = self.block_size, self.num_kv_heads
-                step.whole = step.whole.of_copies(batch, reads, appended, *sizes)
+                copied = list(equal_runs(batch, set(range(len(batch.computed))) - set(reads)))
             without |= set(reads)
-        for rows, tokens, new_tokens in equal_runs(batch, without):
-            planned = self._planned(batch, rows, new_tokens, buffers)
-            step.groups.append(Group(tokens, new_tokens, planned))
+        runs = list(equal_runs(batch, without))
+        tails = self._arranged(batch, [*runs, *copied])
+        for run, of_run in zip(runs, tails[: len(runs)], strict=True):
+            planned = self._planned(batch, run, of_run, buffers)
+            step.groups.append(Group(run.tokens, run.new_tokens, planned))
+        if step.whole is not None and self._has_codes:
+            tables = [self._rows.tables(batch, run.rows, run.new_tokens)[0] for run in copied]
+            layers = map(self._rows.layers, tables, tails[len(runs) :])
+            sizes = self.block_size, self.num_kv_heads
+            appended = list(map(Appended, copied, layers))
+            step.whole = step.whole.of_copies(batch, reads, appended, *sizes)
         if buffers is not None and (step.reading or step.asked):
             self._unobserved = step
         self._tell_kept()
@@ -172,9 +182,15 @@ class EngineCache:
             self._integers(*rows, 1),
             self._integers(*rows[:2]),
         )
-        shape = (*rows[:2], num_q_heads, self.pages[0].entries.shape[-1])
+        shape = (*rows[:2], num_q_heads, self.pages[0].head_dim)
         queries = torch.zeros(shape, dtype=self.pages[0].dtype, device=self.device)
-        return Buffers(tables, self._rows.layers, queries)
+
+        def layers_of(tables: Tables) -> list[Layer]:
+            places = slice(0, tables.seen.shape[1])
+            tails = None if self._tails is None else self._tails.layers(places)
+            return self._rows.layers(tables, tails)
+
+        return Buffers(tables, layers_of, queries)
 
     def attend(
         self, layer: int, step: Step, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
@@ -223,12 +239,23 @@ class EngineCache:
         attention gave it."""
         part = Part(
             queries.transpose(0, 1)[None],
-            partial(entries_of, self.pages[layer], reading.page_ids, reading.length),
+            partial(self._entries, layer, reading.prompt, reading.page_ids, 0, reading.length),
             self._attentions[layer],
             self._w_o and partial(self._w_o, layer),
             None if lse is None else lse[None],
         )
-        reading.reader.take(layer, part)
+        reading.prompt.reader.take(layer, part)
+
+    def _entries(
+        self, layer: int, prompt: Prompt, page_ids: Tensor, begin: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, Hkv, n, D]`` of a whole request's tokens, from ``begin`` on, where
+        a page begins, to ``end``; in pages ``[Hkv, blocks]``."""
+        place = self.pages[layer], page_ids, end - begin
+        if self._tails is None:
+            return entries_of(*place)
+        tail = self._tails.layers(self._tails.place(prompt.request))[layer]
+        return entries_of(*place, tail, prompt.held - begin)
 
     def _observe_late(self) -> None:
         """Observes the queries of a step that may have been replayed from a graph."""
@@ -269,7 +296,7 @@ class EngineCache:
             prompt_names = Later(names)
             for index, row in enumerate(begins):
                 reader = Reader(self._budget, self.num_layers, holds_entries=False)
-                self.prompts[requests[row]] = Prompt(reader, prompt_names, index)
+                self.prompts[requests[row]] = Prompt(reader, requests[row], prompt_names, index)
             if batch.requests is None:
                 self._forget_gone()
         others: dict[int, int] = {}  # requests by row
@@ -282,10 +309,11 @@ class EngineCache:
                 continue
             blocks, computed = batch.block_table[row], batch.computed[row]
             if batch.is_prefilling[row]:
-                length, reader = computed + end - begin, self.prompts[request].reader
-                reader.begin([length], length)
+                length, prompt = computed + end - begin, self.prompts[request]
+                prompt.reader.begin([length], length)
+                prompt.held = length
                 page_ids = self._page_ids(blocks, length)
-                step.reading[row] = Reading(reader, slice(begin, end), length, page_ids)
+                step.reading[row] = Reading(prompt, slice(begin, end), length, page_ids)
                 if self._torch_is_faster and end - begin >= READ_BY_TORCH:
                     step.read_by_torch.add(row)
             elif computed > 0:  # otherwise it is no request, but a number that was one's
@@ -322,7 +350,7 @@ class EngineCache:
     def _obey(self, request: int, blocks: Tensor, computed: int) -> None:
         """Does what the scheduler wants of a request whose prompt has ended."""
         prompt = self.prompts[request]
-        prompt.has_ended = True
+        prompt.has_ended, prompt.held = True, computed
         (boundary,) = prompt.reader.lengths
         order = self._scheduler.order(prompt.first_block, boundary, computed)
         is_for_later = order is not None and order.budget == 0 and not order.due
@@ -346,23 +374,39 @@ class EngineCache:
         reader, first_block = prompt.reader, prompt.first_block
         (boundary,) = reader.lengths
         page_ids = self._page_ids(blocks, boundary)
+        tails, written = None, []
+        if self._tails is not None:
+            tails = self._tails.layers(self._tails.place(prompt.request))
+            written = self._written(prompt, blocks) if computed > boundary else []
         if isinstance(self._pages, SharedPages):
             most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
-            lengths = self._pages.compact(kept_of_all(reader), page_ids, most)
-        elif self._has_codes:
+            if self._tails is None:
+                lengths = self._pages.compact(kept_of_all(reader), page_ids, most)
+            else:
+                lengths = self._pages.quantise(
+                    kept_of_all(reader),
+                    lambda layer: self._entries(layer, prompt, page_ids, 0, boundary),
+                    blocks[: planned.kept_blocks + 1],
+                    most,
+                    self._rows.positions,
+                    self._tails.joined(self._tails.place(prompt.request)),
+                )
+        elif self._alone:
             totals = reader.totals(self.num_kv_heads)
             kept = (reader.finish(layer)[layer][0].kept for layer in range(self.num_layers))
             moves = zip(self._alone, kept, totals, strict=True)
             lengths = torch.cat([x.compact([of], page_ids, sum(most)) for x, of, most in moves])
         else:
-            lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1])
-        if computed > boundary:
+            lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1], tails)
+        if computed > boundary and tails is None:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)
         self._rows.compressed(first_block, blocks, boundary, lengths, planned)
+        if written and tails is not None:
+            self._append(written, tails, blocks, computed)
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
 
-    def _compact(self, reader: Reader, page_ids: Tensor) -> Tensor:
+    def _compact(self, reader: Reader, page_ids: Tensor, tails: Sequence[Tensor] | None) -> Tensor:
         """Moves what each layer keeps into its pages ``[Hkv, blocks]``; ``[L, Hkv]`` lengths."""
         heads = self.num_kv_heads
         # compact() also wants a page per row to go on in: the last block's, though rows go on in
@@ -372,23 +416,72 @@ class EngineCache:
         lengths = self._integers(self.num_layers, heads)
         for layer in range(self.num_layers):
             (chosen,) = reader.finish(layer)[layer]
-            rows = Layer(
-                self.pages[layer].entries,
-                self._rows.positions,
-                self._integers(1, heads, usable.numel() - heads),
+            tables = (
                 lengths[layer, None],
-                self._integers(1),
+                self._integers(1, heads, usable.numel() - heads),
                 self._integers(1, heads, 1),
+                self._integers(1),
             )
+            tail = None if tails is None else tails[layer]
+            rows = self.pages[layer].layer(self._rows.positions, *tables, tails=tail)
             chosen.entries.compact(chosen.kept, rows, usable, starts)
         return lengths
 
+    def _written(self, prompt: Prompt, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``[1, Hkv, n, D]`` of what a whole request has written, in each layer."""
+        (boundary,) = prompt.reader.lengths
+        before = boundary // self.block_size * self.block_size
+        page_ids = self._page_ids(blocks, prompt.held)[:, boundary // self.block_size :]
+        written = []
+        for layer in range(self.num_layers):
+            keys, values = self._entries(layer, prompt, page_ids, before, prompt.held)
+            written.append((keys[:, :, boundary - before :], values[:, :, boundary - before :]))
+        return written
+
+    def _append(
+        self,
+        new: Sequence[tuple[Tensor, Tensor]],
+        tails: Sequence[Tensor],
+        blocks: Tensor,
+        end: int,
+    ) -> None:
+        """Appends a request's newest tokens, up to its ``end``, in each layer."""
+        count = new[0][0].shape[2]
+        lengths = sent([end], self.device).int()
+        batch = Batch([0, count], [end - count], [False], lengths, blocks[None], end)
+        tables, _ = self._rows.tables(batch, slice(0, 1), count)
+        for (keys, values), layer in zip(new, self._rows.layers(tables, tails), strict=True):
+            append(keys, values, layer)
+
     def _planned(
-        self, batch: Batch, rows: slice | Tensor, new_tokens: int, buffers: Buffers | None
+        self, batch: Batch, run: Run, tails: Sequence[Tensor] | None, buffers: Buffers | None
     ) -> PlannedStep:
         """The step of some requests that have equally many new tokens."""
-        tables, num_new = self._rows.tables(batch, rows, new_tokens)
+        tables, num_new = self._rows.tables(batch, run.rows, run.new_tokens)
         if buffers is not None and num_new is not None:
             return buffers.plan(tables, num_new)
-        layers, inputs = self._rows.layers(tables), tables.plan_inputs
-        return PlannedStep.plan(layers, inputs, new_tokens=new_tokens, num_new=num_new)
+        layers, inputs = self._rows.layers(tables, tails), tables.plan_inputs
+        return PlannedStep.plan(layers, inputs, new_tokens=run.new_tokens, num_new=num_new)
+
+    def _names(self, batch: Batch) -> list[int | None]:
+        """By which request each row of a step is known, None for padding and for what only warms
+        the engine up, or keeps it in step with others."""
+        names, nobody = batch.requests, -1
+        if names is None:
+            names, nobody = batch.block_table[:, 0].tolist(), 0
+        rows = zip(names, batch.is_prefilling, range(len(names)), strict=True)
+        return [
+            name if name != nobody and (reads or batch.computed[row] > 0) else None
+            for name, reads, row in rows
+        ]
+
+    def _arranged(self, batch: Batch, runs: Sequence[Run]) -> list[list[Tensor] | None]:
+        """The tails of a step's requests, of each run ``[L]`` times ``[n, Hkv, 2 P, D]``."""
+        if self._tails is None:
+            return [None] * len(runs)
+        rows = [row for run in runs for row in run.numbers]
+        names = self._names(batch)
+        requests = [name for row in rows if (name := names[row]) is not None]
+        self._tails.arrange(requests, self._is_gone if batch.requests is None else lambda _: False)
+        ends = list(accumulate((len(run.numbers) for run in runs), initial=0))
+        return [self._tails.layers(slice(*places)) for places in pairwise(ends)]

@@ -89,6 +89,10 @@ def current_settings() -> Settings | None:
         raise ValueError('adakv: drafts need "when": "always", got "pressure"')
     if settings.rule is not None and config.speculative_config is not None:
         raise ValueError("adakv: decode_budget must not be given with drafts")
+    if settings.kv_dtype == "int4" and config.speculative_config is not None:
+        raise ValueError(
+            "adakv: drafts must not be used with blocks of int4: what they fill can't be taken back"
+        )
     if config.cache_config.enable_prefix_caching and settings.window is None:
         _warn(f"prefix caching finds nothing: {settings.policy} hears all queries of a prompt")
     _engine = config, settings
@@ -151,6 +155,8 @@ def customized(spec: Any) -> Any:
             "adakv can't compress this model: head size must be a multiple of 8, at most 256, and "
             f"that of values the same, got {spec.head_size} and {spec.head_size_v}"
         )
+    if settings.kv_dtype == "int4" and spec.block_size != 32:
+        raise ValueError(f"adakv: block_size must be 32 for int4, got {spec.block_size}")
     if settings.kv_dtype != "auto":
         size = entry_bytes(settings.kv_dtype, spec.head_size, spec.dtype)
         spec = replace(spec, dtype=torch.uint8, state_content_bytes=size)
@@ -219,7 +225,14 @@ def make_cache(
         scheduler=_Scheduler(ledger, counts=get_tensor_model_parallel_rank() == 0),
         flash=flash,
         rule=settings.rule,
+        num_requests=most_requests(config),
     )
+
+
+def most_requests(config: VllmConfig) -> int:
+    """Of a step, padding included."""
+    recorded = config.compilation_config.max_cudagraph_capture_size or 0
+    return max(config.scheduler_config.max_num_seqs, recorded)
 
 
 def _pages(layer: AttentionLayer, spec: CompressedSpec, kv_dtype: str) -> Pages:

@@ -11,7 +11,8 @@ A page holds keys and values, or their codes with the scales behind them (docs/b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
-from adakv.entries import dequantised
+from adakv.entries import dequantised, int4_keys, int4_values
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import Flat, Policy
@@ -46,15 +47,18 @@ class Pages(NamedTuple):
     @classmethod
     def within(cls, memory: Tensor, kv_dtype: str, *, head_dim: int, dtype: torch.dtype) -> Pages:
         """Pages of codes in ``memory`` ``[N, P, entry_bytes(...)]`` uint8: codes of keys, codes of
-        values, scales of keys, scales of values."""
+        values, scales of keys, scales of values. (Of int4 P is 32.)"""
         num_pages, page_size, _ = memory.shape
         bytes_ = memory.view(num_pages, -1)  # fails rather than copies
-        codes, rest = bytes_.tensor_split([2 * page_size * head_dim], 1)
+        width = head_dim // 2 if kv_dtype == "int4" else head_dim
+        codes, rest = bytes_.tensor_split([2 * page_size * width], 1)
         if kv_dtype == "fp8":
             codes = codes.view(torch.float8_e4m3fn)
-        width = num_scales(kv_dtype, head_dim)
-        scales = rest.view(dtype).unflatten(1, (2, page_size, width))
-        return cls(codes.unflatten(1, (2, page_size, head_dim)), scales[:, 0], scales[:, 1])
+        of_entry = page_size, num_scales(kv_dtype, head_dim)
+        of_keys = (2, head_dim) if kv_dtype == "int4" else of_entry
+        scales = rest.view(dtype).tensor_split([math.prod(of_keys)], 1)
+        keys, values = (x.unflatten(1, y) for x, y in zip(scales, (of_keys, of_entry), strict=True))
+        return cls(codes.unflatten(1, (2, page_size, width)), keys, values)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,6 +71,17 @@ class Pages(NamedTuple):
         return self.entries.shape[2]
 
     @property
+    def is_int4(self) -> bool:
+        """Whether keys of a page share scales: then entries don't move, they are quantised anew,
+        and the newest ones of a row lie elsewhere (see tails.py)."""
+        return self.key_scales is not None and self.key_scales.shape[1] != self.page_size
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key."""
+        return self.entries.shape[3] * (2 if self.is_int4 else 1)
+
+    @property
     def parts(self) -> list[Tensor]:
         """What an entry consists of, ``[N, P, ...]`` each."""
         entries = self.entries
@@ -75,12 +90,12 @@ class Pages(NamedTuple):
         scales = [x for x in (self.key_scales, self.value_scales) if x is not None]
         return [entries[:, 0], entries[:, 1], *scales]
 
-    def layer(self, positions: Tensor, *tables: Tensor) -> Layer:
+    def layer(self, positions: Tensor, *tables: Tensor, tails: Tensor | None = None) -> Layer:
         """What ``attend`` takes of some rows, with their ``tables``: lengths, block table, fresh
-        pages and tokens seen."""
+        pages and tokens seen; and of int4 with their ``tails``."""
         lengths, block_table, fresh, seen = tables
         held = self.entries, positions, block_table, lengths, seen, fresh
-        return Layer(*held, self.key_scales, self.value_scales)
+        return Layer(*held, self.key_scales, self.value_scales, tails)
 
     def spread(self, count: int) -> Pages:
         """The first ``count`` pages from this layer's first one on, as far apart as its own."""
@@ -103,24 +118,30 @@ class Pages(NamedTuple):
         vectors.index_copy_(0, torch.cat([keys_to, keys_to + size]), entries)
 
     def read(self, page_ids: Tensor) -> Tensor:
-        """Keys and values ``[n, 2, P, D]`` of pages ``[n]``, copied."""
+        """Keys and values ``[n, 2, P, D]`` of pages ``[n]``, copied; of int4 those that are
+        full."""
         if self.key_scales is None or self.value_scales is None:
             return self.entries[page_ids]
-        shape = len(page_ids), *self.entries.shape[1:]
+        shape = len(page_ids), 2, self.page_size, self.head_dim
         found = torch.empty(shape, dtype=self.dtype, device=page_ids.device)
+        read = (int4_keys, int4_values) if self.is_int4 else (dequantised, dequantised)
         for into, ids in zip(found.split(_AT_ONCE), page_ids.split(_AT_ONCE), strict=True):
             for half, scales in enumerate((self.key_scales, self.value_scales)):
-                into[:, half] = dequantised(self.entries[ids, half], scales[ids], self.dtype)
+                into[:, half] = read[half](self.entries[ids, half], scales[ids], self.dtype)
         return found
 
 
 def num_scales(kv_dtype: str, head_dim: int) -> int:
-    """Scales, and zeros, of a key or a value."""
-    return -(-head_dim // SCALE_GROUP) * {"int8": 2, "fp8": 1}[kv_dtype]
+    """Scales, and zeros, of a key or a value; of int4 of a value."""
+    return -(-head_dim // SCALE_GROUP) * {"int8": 2, "fp8": 1, "int4": 2}[kv_dtype]
 
 
 def entry_bytes(kv_dtype: str, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a key and a value in pages of codes."""
+    """Bytes of a key and a value in pages of codes, those of int4 with a 32nd of their page's
+    scales of keys."""
+    if kv_dtype == "int4":
+        of_keys = 2 * head_dim * dtype.itemsize // 32
+        return head_dim + of_keys + num_scales(kv_dtype, head_dim) * dtype.itemsize
     return 2 * (head_dim + num_scales(kv_dtype, head_dim) * dtype.itemsize)
 
 
@@ -383,6 +404,52 @@ class SharedPages(OwnPages):
         target = target + self._place(dealt % self._dealt_of_block)
         self.of_layers[0].move(source, position % page_size, target, place % page_size)
         return lengths
+
+    def quantise(
+        self,
+        kept: Sequence[Kept],
+        entries: Callable[[int], tuple[Tensor, Tensor]],
+        blocks: Tensor,
+        most: int,
+        positions: Tensor,
+        tails: Tensor,
+    ) -> Tensor:
+        """The same in pages of int4, where what is kept is read, and then compacted like new
+        entries.
+
+        Parameters
+        ----------
+        kept, most
+            As :meth:`compact` takes them.
+        entries : callable
+            Gives a layer's keys and values ``[1, Hkv, T, D]``.
+        blocks : ``[n]``
+            The request's, for what is kept, and one more.
+        positions : ``[N, P]``
+            For what is read by nobody.
+        tails : ``[1, L * Hkv, 2 P, D]``
+            The request's.
+        """
+        found = []
+        for number, of_layer in enumerate(kept):
+            where = of_layer.rows(self._heads), of_layer.positions.clamp(min=0).long()
+            found.append([x[0][where] for x in entries(number)])
+        keys, values = (torch.cat(x) for x in zip(*found, strict=True))  # [K, D] each
+        numbers = torch.arange(len(keys), device=self._device)
+        of_layers = numbers.int().split([len(x.positions) for x in kept])
+        places = [Kept(x, y.indptr) for x, y in zip(of_layers, kept, strict=True)]
+        shape = 1, self._layers * self._heads, *keys.shape
+        page_ids = self.of_blocks(blocks)
+        lengths, fresh, table = (
+            page_ids.new_empty((*shape[:2], *x)) for x in ((), (1,), (len(page_ids),))
+        )
+        layer = self.of_layers[0].layer(
+            positions, lengths, table, fresh, page_ids.new_empty(1), tails=tails
+        )
+        starts = sent([0, len(page_ids)], self._device).int()
+        given = keys.expand(shape), values.expand(shape), _joined(places, most, 1)
+        ops.compact(*given, layer, page_ids, starts)
+        return lengths.view(self._layers, -1)
 
 
 def _of_requests(blocks: Tensor, number: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ A request that is still whole has the same blocks for all kv heads. So its pages
     pages [N, 2, P, D]  ->  [blocks, Hkv, 2, P, D]  ->  keys, values [blocks, P, Hkv, D]
 
 Nothing is copied, and it is as fast as from blocks of its own layout. Pages of codes it can't read:
-then it reads copies of a layer's pages, dequantised, once the new entries are in theirs.
+then it reads copies of a layer's pages, dequantised, once the new entries are in theirs; of int4
+with what lies in tails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -22,7 +23,7 @@ from torch import Tensor
 from adakv.ops import Layer, append
 from adakv.step import Attention
 from adakv.vllm.pages import Pages
-from adakv.vllm.steps import Batch, sent
+from adakv.vllm.steps import Batch, Run, sent
 
 
 class ReadKernel(Protocol):
@@ -69,17 +70,37 @@ def write_by_torch(
 class Appended(NamedTuple):
     """Requests of a step that have the same number of new tokens, which are only appended."""
 
-    tokens: slice | Tensor  # of the step
-    new_tokens: int
+    run: Run
     layers: Sequence[Layer]
+    partly: tuple[Tensor, Tensor] | None = None  # of int4: see of_copies
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Those of a layer; ``keys`` and ``values`` ``[tokens, Hkv, D]`` are of the whole step."""
         k, v = (
-            x[self.tokens].unflatten(0, (-1, self.new_tokens)).transpose(1, 2)
+            x[self.run.tokens].unflatten(0, (-1, self.run.new_tokens)).transpose(1, 2)
             for x in (keys, values)
         )
         append(k, v, self.layers[layer])
+
+    def of_copies(self, last_pages: Mapping[int, int], num_kv_heads: int) -> Appended:
+        """Knows where pages that are not full are among copies ``[n, 2, P, D]``: by row of the
+        batch, the first one of those of its last block."""
+        found = [
+            (i, last_pages[row]) for i, row in enumerate(self.run.numbers) if row in last_pages
+        ]
+        if not found or self.layers[0].tails is None:
+            return self
+        device = self.layers[0].lengths.device
+        numbers, firsts = sent([*zip(*found, strict=True)], device)
+        heads = torch.arange(num_kv_heads, device=device)
+        return self._replace(partly=(numbers, (firsts[:, None] + heads).flatten()))
+
+    def lay_over(self, layer: int, copies: Tensor) -> None:
+        """Writes what lies in the rows' tails into those pages."""
+        tails = self.layers[layer].tails
+        if self.partly is not None and tails is not None:
+            numbers, into = self.partly
+            copies[into] = tails[numbers].flatten(0, 1).unflatten(1, (2, -1))
 
 
 class Whole(NamedTuple):
@@ -113,11 +134,13 @@ class Whole(NamedTuple):
         heads = torch.arange(num_kv_heads, device=device)
         page_ids = torch.cat(blocks).long()[:, None] * num_kv_heads + heads
         firsts = torch.tensor([0, *counts]).cumsum(0)
+        ends = zip(rows, lengths, (firsts[1:] - 1).tolist(), strict=True)
+        last_pages = {row: end * num_kv_heads for row, length, end in ends if length % page_size}
         table = (firsts[:-1, None] + torch.arange(max(counts))).clamp(max=int(firsts[-1]) - 1)
         return self._replace(
             block_table=sent(table.tolist(), device).int(),
             copied=page_ids.flatten(),
-            appended=appended,
+            appended=[x.of_copies(last_pages, num_kv_heads) for x in appended],
         )
 
 
@@ -185,7 +208,10 @@ class FlashAttention:
         if whole.copied is not None:
             for group in whole.appended:
                 group.append(layer, keys, values)
-            return pages.read(whole.copied)
+            copies = pages.read(whole.copied)
+            for group in whole.appended:
+                group.lay_over(layer, copies)
+            return copies
         into = blocks_of(pages.entries, keys.shape[1])
         self.write(keys[whole.tokens], values[whole.tokens], *into, whole.slots)
         return pages.entries

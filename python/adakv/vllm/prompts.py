@@ -24,8 +24,10 @@ class Prompt:
     """A request that reads its prompt, or may still be compressed."""
 
     reader: Reader
+    request: int
     first_blocks: Later  # of all that began in its first step
     place: int  # among them
+    held: int = 0  # tokens that its rows hold, as long as it is whole
     has_ended: bool = False  # its prompt: it writes
 
     @property
@@ -59,13 +61,22 @@ class BlockBudget(Budget):
         return prompt_len if self.plan(prompt_len) is None else super().of(prompt_len)
 
 
-def entries_of(pages: Pages, page_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, Hkv, length, D]`` in pages ``[Hkv, blocks]``, copied."""
+def entries_of(
+    pages: Pages, page_ids: Tensor, length: int, tail: Tensor | None = None, held: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, Hkv, length, D]`` in pages ``[Hkv, blocks]``, copied. Of int4 the rows
+    hold ``held`` entries, the last ones in their ``tail`` ``[1, Hkv, 2 P, D]``."""
     if pages.key_scales is None:
         found = [pages.entries[:, i][page_ids] for i in (0, 1)]
     else:
         found = list(pages.read(page_ids.flatten()).unflatten(0, page_ids.shape).unbind(2))
     keys, values = (x.flatten(1, 2)[None, :, :length] for x in found)
+    if tail is not None:
+        size = pages.page_size
+        first = held // size * size
+        count = min(held, length) - first
+        for x, half in zip((keys, values), tail.split(size, 2), strict=True):
+            x[:, :, first:length] = half[:, :, : max(count, 0)]
     return keys, values
 
 

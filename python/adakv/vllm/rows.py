@@ -52,10 +52,13 @@ class Rows:
         """Zeros."""
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-    def layers(self, tables: Tables) -> list[Layer]:
-        """What ``attend`` takes of some rows, in each layer."""
-        layers = zip(self.pages.of_layers, *tables, strict=True)
-        return [pages.layer(self.positions, *of_layer) for pages, *of_layer in layers]
+    def layers(self, tables: Tables, tails: Sequence[Tensor] | None = None) -> list[Layer]:
+        """What ``attend`` takes of some rows, in each layer; of int4 with their tails."""
+        of_layers = [None] * self.num_layers if tails is None else tails
+        layers = zip(self.pages.of_layers, of_layers, *tables, strict=True)
+        return [
+            pages.layer(self.positions, *of_layer, tails=tail) for pages, tail, *of_layer in layers
+        ]
 
     def compressed(
         self, first_block: int, blocks: Tensor, boundary: int, lengths: Tensor, planned: Plan

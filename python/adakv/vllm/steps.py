@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adakv.ops import Layer
-from adakv.reading import Reader
 from adakv.step import PlannedStep
 
 if TYPE_CHECKING:
     from adakv.vllm.prompt_attention import Whole
+    from adakv.vllm.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Group(NamedTuple):
 class Reading(NamedTuple):
     """New tokens of a prompt."""
 
-    reader: Reader
+    prompt: Prompt
     tokens: slice  # of the step
     length: int  # of the prompt as far as it is read then
     page_ids: Tensor  # [Hkv, blocks], where it lies
@@ -143,10 +143,17 @@ class Buffers:
         return PlannedStep.plan(layers, inputs, num_new=counts, out=self._schedules)
 
 
-def equal_runs(
-    batch: Batch, without: Container[int] = ()
-) -> Iterator[tuple[slice | Tensor, slice | Tensor, int]]:
-    """Requests with the same number of new tokens: rows, tokens, and that number."""
+class Run(NamedTuple):
+    """Requests of a batch that have the same number of new tokens."""
+
+    numbers: Sequence[int]  # of the batch's rows
+    rows: slice | Tensor  # the same, to index with
+    tokens: slice | Tensor  # of the step
+    new_tokens: int
+
+
+def equal_runs(batch: Batch, without: Container[int] = ()) -> Iterator[Run]:
+    """Requests with the same number of new tokens, together."""
     by_count: dict[int, list[int]] = {}
     for row, (begin, end) in enumerate(pairwise(batch.query_start)):
         if end > begin and row not in without:
@@ -156,10 +163,11 @@ def equal_runs(
         first, last = rows[0], rows[-1]
         if last - first + 1 == len(rows):
             begin = batch.query_start[first]
-            yield slice(first, last + 1), slice(begin, begin + len(rows) * count), count
+            tokens = slice(begin, begin + len(rows) * count)
+            yield Run(rows, slice(first, last + 1), tokens, count)
         else:
-            tokens = [batch.query_start[row] + i for row in rows for i in range(count)]
-            yield sent(rows, device), sent(tokens, device), count
+            numbers = [batch.query_start[row] + i for row in rows for i in range(count)]
+            yield Run(rows, sent(rows, device), sent(numbers, device), count)
 
 
 def sent(values: list[Any], device: torch.device) -> Tensor:
