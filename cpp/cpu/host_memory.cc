@@ -3,9 +3,9 @@
 // costs nothing.
 //
 // Large mappings ask for pages of 2 MiB. The pages of a row lie anywhere in a pool, and with 4 KiB
-// nearly each of them begins with a search for its address: one core of an Intel Xeon read shuffled
-// pages of 8 KiB at 11 GB/s so, and at 20 and more with 2 MiB. A pool hands its pages out in order,
-// so that at most one of 2 MiB is backed and not used.
+// nearly each of them begins with a search for its address, which cost attend a sixth of its rate on
+// an Intel Xeon. A pool hands its pages out in order, so that at most one of 2 MiB is backed and not
+// used.
 #include <sys/mman.h>
 
 #include <cerrno>
