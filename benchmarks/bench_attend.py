@@ -176,6 +176,7 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
 
 CASES = [
     Case(),
+    Case(group=1),
     Case(dtype="float32"),
     Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=700, layers=30),
     Case(batch=1, kv_heads=3, group=3, head_dim=64, mean_length=7000, new_tokens=512),
