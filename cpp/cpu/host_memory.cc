@@ -1,6 +1,11 @@
 // The CPU's Memory: anonymous mappings, which the system backs with memory page by page as they are
 // first written. So a pool may be made as large as it could ever need to be; what is never used
 // costs nothing.
+//
+// Large mappings ask for pages of 2 MiB. The pages of a row lie anywhere in a pool, and with 4 KiB
+// nearly each of them begins with a search for its address, which cost attend a sixth of its rate on
+// an Intel Xeon. A pool hands its pages out in order, so that at most one of 2 MiB is backed and not
+// used.
 #include <sys/mman.h>
 
 #include <cerrno>
@@ -13,6 +18,8 @@
 
 namespace adakv {
 namespace {
+
+constexpr size_t kLarge = size_t{4} << 20;
 
 class HostMemory final : public Memory {
  public:
@@ -29,6 +36,9 @@ class HostMemory final : public Memory {
       throw Error(detail::concat("out of memory: ", bytes, " bytes of host memory can't be had (",
                                  std::strerror(errno), ")"));
     }
+#ifdef MADV_HUGEPAGE
+    if (mapped >= kLarge) madvise(data, mapped, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
     const std::lock_guard<std::mutex> lock(mutex_);
     mapped_bytes_[data] = mapped;
     return data;

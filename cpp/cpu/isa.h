@@ -23,12 +23,13 @@ inline bool has_f16c() {
 }
 
 inline bool has_amx() {
-  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;
+  constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22, kVectorsOfBFloat16 = 1u << 5;
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBFloat16);
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBFloat16) &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorsOfBFloat16);
 }
 
-/// Whether the machine has AMX and the system lets this process use it.
+/// Whether the machine has AMX, for bfloat16, and the system lets this process use it.
 inline bool may_use_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM

@@ -171,7 +171,15 @@ inline F32Pair load_pair(const Int8Code* data) {
 
 inline F32Pair load_pair(const Int4Codes* data) {
   const U32 both = widen_bytes(data);
+#if defined(__AVX512F__)
+  const __m512 numbers = (__m512) __builtin_convertvector(lane_numbers(), F32);
+  const auto number = [&](U32 code) {  // of which the lowest four bits count
+    return (F32)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)code, numbers);
+  };
+  return {number(both), number(both >> 4)};
+#else
   return {to_float(both & 0xf), to_float(both >> 4)};
+#endif
 }
 
 /// A Float16 whose pairs have the even and the odd elements, as those of BFloat16 and Int4Codes do.
@@ -308,23 +316,23 @@ inline F32 sum_each(F32 (&v)[kLanes]) {
   return v[0];
 }
 
-inline float sum(F32 v) {
-  float total[kLanes];
-  store(total, v);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) total[i] += total[i + step];
-  }
-  return total[0];
+template <int kStep, int... kLane>
+inline F32 rotate(F32 v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane + kStep) % kLanes...);
 }
 
+template <int kStep = kLanes / 2>
+inline float sum(F32 v) {
+  v += rotate<kStep>(v, LaneNumbers{});
+  if constexpr (kStep > 1) return sum<kStep / 2>(v);
+  return v[0];
+}
+
+template <int kStep = kLanes / 2>
 inline float max_lane(F32 v) {
-  float largest[kLanes];
-  store(largest, v);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i)
-      largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
-  }
-  return largest[0];
+  v = max(v, rotate<kStep>(v, LaneNumbers{}));
+  if constexpr (kStep > 1) return max_lane<kStep / 2>(v);
+  return v[0];
 }
 
 /// e^x within 2 units in the last place; 0 below -87, where float32 runs out of normal numbers. For

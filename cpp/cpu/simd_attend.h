@@ -154,13 +154,17 @@ inline void add_values(const Pages& row,
   const int head_dim = row.head_dim;
   alignas(64) float scaled[Pages::kHasScales ? kRows * kBlockSlots : 1];
   float zeros[kRows] = {};
-  const auto step = [&](int d, auto load_values) __attribute__((always_inline)) {
+  const auto step = [&](int d, auto num_pairs, auto load_values) __attribute__((always_inline)) {
+    constexpr int kPairs = decltype(num_pairs)::value;
     // Of a line of codes each step asks for those of other slots.
-    constexpr int kSteps = Pages::kLine / kPair > 1 ? Pages::kLine / kPair : 1;
-    const int in_line = d % Pages::kLine, first_slot = in_line / kPair;
-    F32Pair sums[kRows];  // of this block: long chains of additions would cost accuracy
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sums[r] = {broadcast(zeros[r]), broadcast(zeros[r])};
+    constexpr int kWidth = kPairs * kPair;
+    constexpr int kSteps = Pages::kLine / kWidth > 1 ? Pages::kLine / kWidth : 1;
+    const int in_line = d % Pages::kLine, first_slot = in_line / kWidth;
+    F32Pair sums[kRows * kPairs];  // of this block: long chains of additions would cost accuracy
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kPairs; ++i) {
+      sums[i] = {broadcast(zeros[i / kPairs]), broadcast(zeros[i / kPairs])};
+    }
     for (int group = begin; group < end; group += kSlotGroup) {
       const Code* values = row.value(group) + d / Pages::kDims;
       const Code* next = group + kBlockSlots < last
@@ -169,20 +173,36 @@ inline void add_values(const Pages& row,
       const int count = end - group < kSlotGroup ? end - group : kSlotGroup;
       const float* p = (Pages::kHasScales ? scaled : weights) + (group - begin);
       for (int i = 0; i < count; ++i) {
-        const F32Pair v = load_values(values + i * row.pitch);
-        if (kFetch && i % kSteps == first_slot) __builtin_prefetch(next + i * row.pitch);
+        F32Pair v[kPairs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kPairs; ++j) {
+          v[j] = load_values(values + i * row.pitch + j * kPair / Pages::kDims);
+        }
+        if (kFetch && i % kSteps == first_slot) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kWidth; j += Pages::kLine) {
+            __builtin_prefetch(next + i * row.pitch + j / Pages::kDims);
+          }
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          sums[r].first += p[r * kBlockSlots + i] * v.first;
-          sums[r].second += p[r * kBlockSlots + i] * v.second;
+#pragma GCC unroll 4
+          for (int j = 0; j < kPairs; ++j) {
+            sums[r * kPairs + j].first += p[r * kBlockSlots + i] * v[j].first;
+            sums[r * kPairs + j].second += p[r * kBlockSlots + i] * v[j].second;
+          }
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const F32Pair before = load_pair(acc + r * stride + d);
-      store(acc + r * stride + d, before.first * correction[r] + sums[r].first);
-      store(acc + r * stride + d + kLanes, before.second * correction[r] + sums[r].second);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairs; ++j) {
+        float* out = acc + r * stride + d + j * kPair;
+        const F32Pair before = load_pair(out), sum = sums[r * kPairs + j];
+        store(out, before.first * correction[r] + sum.first);
+        store(out + kLanes, before.second * correction[r] + sum.second);
+      }
     }
   };
   for (int first = 0; first < head_dim; first += Pages::kStretch) {
@@ -192,22 +212,29 @@ inline void add_values(const Pages& row,
       scale_weights<kRows, Pages>(numbers, end - begin, weights, scaled, zeros);
     }
     int d = first;
-    for (; d + kPair <= next; d += kPair) {
-      step(d, [](const Code* data) { return load_pair(data); });
+    const auto whole = [](const Code* data) { return load_pair(data); };
+    constexpr int kPairs = kNumRegisters == 32 ? (kRows == 1 ? 4 : 2) : 1;
+    for (; d + kPairs * kPair <= next; d += kPairs * kPair) {
+      step(d, std::integral_constant<int, kPairs>{}, whole);
+    }
+    if constexpr (kPairs > 1) {
+      for (; d + kPair <= next; d += kPair) step(d, std::integral_constant<int, 1>{}, whole);
     }
     if (d < next) {
-      step(d, [count = next - d](const Code* data) { return load_pair(data, count); });
+      step(d, std::integral_constant<int, 1>{},
+           [count = next - d](const Code* data) { return load_pair(data, count); });
     }
   }
 }
 
-/// Turns the block's logits of one query into weights, and takes the new maximum and sum. Returns
+/// Turns a block's logits of one query into weights, and takes the new maximum and sum. Returns
 /// the factor for what was summed up before. Slots from `visible` on hold anything; they get weight
 /// 0.
+template <int kSlots = kBlockSlots>
 inline float softmax_block(
     float* logits, int visible, float scale, float softcap, float& max_logit, float& total) {
   F32 largest = broadcast(-kInfinity);
-  for (int i = 0; i < kBlockSlots; i += kLanes) {
+  for (int i = 0; i < kSlots; i += kLanes) {
     F32 z = load(logits + i) * scale;
     if (softcap > 0) z = softcap * tanh(z / softcap);
     z = choose(lane_numbers() + i < visible, z, broadcast(-kInfinity));
@@ -219,7 +246,7 @@ inline float softmax_block(
   const float base =
       new_max == -kInfinity ? 0.f : new_max;  // nothing seen yet: -inf - -inf would be NaN
   F32 sums = {};
-  for (int i = 0; i < kBlockSlots; i += kLanes) {
+  for (int i = 0; i < kSlots; i += kLanes) {
     const F32 p = exp(load(logits + i) - base);
     store(logits + i, p);
     sums += p;
@@ -316,8 +343,27 @@ inline void attend_tail(const AttendSpan& span, const float* queries, float* acc
   attend_queries(of_tail, Tail(of_tail), {}, 0, of_tail.end_slot, queries, acc, stride);
 }
 
+/// Takes up to kSlots slots for all queries, where a machine has more than vectors for them. This
+/// takes none.
 template <typename Pages>
-void attend_span(const AttendSpan& span) {
+struct NoBlocks {
+  static constexpr int kSlots = kBlockSlots;
+  static bool suits(const AttendSpan&) { return true; }
+  NoBlocks(const AttendSpan&, const Pages&, const float*) {}
+  bool attend(int, int, float*) { return false; }
+};
+
+template <typename... Types>
+struct BlockList {};
+
+/// What is tried for a format, the first that suits a span.
+template <typename Pages>
+struct BlocksOf {
+  using Types = BlockList<NoBlocks<Pages>>;
+};
+
+template <typename Pages, typename Blocks>
+void attend_span_by(const AttendSpan& span) {
   using Element = typename Pages::Input;
   using Query = typename Pages::Query;
   const Pages row(span);
@@ -348,16 +394,20 @@ void attend_span(const AttendSpan& span) {
     span.sum[r] = 0;
   }
 
-  for (int begin = span.begin_slot; begin < span.end_slot; begin += kBlockSlots) {
-    const int block_end = begin + kBlockSlots < span.end_slot ? begin + kBlockSlots : span.end_slot;
-    if constexpr (Pages::kIsInt4) {
-      if (begin >= span.tail_begin) {
-        attend_tail<typename Pages::Tail>(span, queries, acc, stride);
-        break;
-      }
+  Blocks blocks(span, row, queries);
+  const int paged =
+      Pages::kIsInt4 && span.tail_begin < span.end_slot ? span.tail_begin : span.end_slot;
+  for (int first = span.begin_slot; first < paged; first += Blocks::kSlots) {
+    const int last = first + Blocks::kSlots < paged ? first + Blocks::kSlots : paged;
+    if (blocks.attend(first, last, acc)) continue;
+    for (int begin = first; begin < last; begin += kBlockSlots) {
+      const int end = begin + kBlockSlots < last ? begin + kBlockSlots : last;
+      row.fill(scales, begin, end, span.end_slot);
+      attend_queries(span, row, scales, begin, end, queries, acc, stride);
     }
-    row.fill(scales, begin, block_end, span.end_slot);
-    attend_queries(span, row, scales, begin, block_end, queries, acc, stride);
+  }
+  if constexpr (Pages::kIsInt4) {
+    if (paged < span.end_slot) attend_tail<typename Pages::Tail>(span, queries, acc, stride);
   }
 
   for (int r = 0; r < span.num_queries; ++r) {
@@ -368,6 +418,20 @@ void attend_span(const AttendSpan& span) {
       __builtin_memcpy(span.acc + r * head_dim + d, pair, count * sizeof(float));
     }
   }
+}
+
+template <typename Pages, typename First, typename... Rest>
+void attend_span_by_first(const AttendSpan& span, BlockList<First, Rest...>) {
+  if (First::suits(span)) {
+    attend_span_by<Pages, First>(span);
+  } else if constexpr (sizeof...(Rest) > 0) {
+    attend_span_by_first<Pages>(span, BlockList<Rest...>{});
+  }
+}
+
+template <typename Pages>
+void attend_span(const AttendSpan& span) {
+  attend_span_by_first<Pages>(span, typename BlocksOf<Pages>::Types{});
 }
 
 }  // namespace adakv::ADAKV_ISA

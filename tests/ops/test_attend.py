@@ -105,6 +105,22 @@ def test_attend_equals_definition(
     assert_close(lse, expected_lse, baseline_lse, "lse")
 
 
+@pytest.mark.parametrize("group", [1, 12])
+def test_attend_keeps_infinite_values_in_their_dimension(group: int, device: torch.device) -> None:
+    case, dtype = Case(lengths=((300, 37),), group=group, page_size=16), torch.bfloat16
+    layer = paged_layer([[300, 37]], page_size=16, dtype=dtype, device=device)
+    page = layer.block_table[0, 0, 2]
+    layer.pages[page, 1, 3, 5] = float("inf")
+    layer.pages[page, 1, 7, 9] = float("-inf")
+    queries = random_queries(case, dtype, device)
+    out, lse = ops.attend(queries, layer, schedule_of(layer, new_tokens=0))
+    expected_out, expected_lse = reference.attend(queries, layer)
+    baseline_out, baseline_lse = reference.attend(queries, layer, dtype=dtype)
+    assert expected_out.isinf().sum() == 2 * group
+    assert_close(out, expected_out, baseline_out, "out")
+    assert_close(lse, expected_lse, baseline_lse, "lse")
+
+
 @pytest.mark.parametrize("num_new", [None, (3, 1)], ids=str)
 def test_attend_appends_first(num_new: tuple[int, ...] | None, device: torch.device) -> None:
     lengths = [[40, 15], [16, 100]]
