@@ -26,6 +26,7 @@ from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
 from adakv.moving import moved
 from adakv.page_bounds import PageBounds
+from adakv.policy import Budget
 
 Self = TypeVar("Self", bound="BranchingCache")
 
@@ -150,6 +151,13 @@ class BranchingCache(TransformersCache):
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN
 
+    def advance(self, num_tokens: int) -> None:
+        """Says that a decoder appended tokens of every sequence."""
+        cache: Any = self
+        cache._seen = [n + num_tokens for n in cache._seen]
+        for layer in cache._full:
+            layer.num_seen += num_tokens
+
     def move_to(self: Self, device: torch.device | str) -> Self:
         """Moves what the cache holds to another device, bit for bit, as modules move: in place.
 
@@ -181,6 +189,37 @@ class BranchingCache(TransformersCache):
         if held != place:
             move(cache, place)
         return self
+
+    def shrink(self, ratio: float | None = None, *, budget: int | None = None) -> None:
+        """Keeps less of the prompts than before, without reading them again.
+
+        The policy chooses as it did then, from what is still there, by what that scored (which
+        ``Cache(keep_scores=True)`` remembers). Tokens behind the prompts stay, and cost no budget.
+        Memory is given back; for a moment there is a copy of what was held.
+
+        Parameters
+        ----------
+        ratio : float in (0, 1], optional
+            The share of each prompt's tokens that stays, all kv heads on average. What is more than
+            there is changes nothing.
+        budget : int, optional
+            Instead of ``ratio``: mean entries per kv head, the policy's window included.
+
+        Raises
+        ------
+        ValueError
+            If not one of both is given, or it is out of range; if the cache has no scores or its
+            text was evicted from; if the policy keeps everything, or shares out or selects by
+            what only a prompt has. Nothing changes.
+        adakv.Error
+            As :meth:`move_to`.
+        """
+        from adakv.hf import shrinking
+
+        cache: Any = self
+        smaller = Budget(cache.budget.policy, budget, ratio)
+        check_branches(cache, "shrink")
+        shrinking.shrink(cache, smaller)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
@@ -265,8 +304,9 @@ class BranchingCache(TransformersCache):
 def move(cache: Any, device: torch.device) -> None:
     """:meth:`adakv.Cache.move_to`, for a cache that holds something; also to where it is."""
     if cache._kv is not None:
-        new_tokens = min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
-        cache._kv = moved(cache._kv, device, new_tokens)
+        cache._kv = moved(cache._kv, device, new_tokens_of(cache))
+    if cache.kept_scores is not None:
+        cache.kept_scores = [x.to(device) for x in cache.kept_scores]
     for layer in cache.layers:
         for name, value in vars(layer).items():
             if name not in _OWN:
@@ -278,6 +318,11 @@ def move(cache: Any, device: torch.device) -> None:
         cache._signature = (*cache._signature[:-1], device)
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.to(device)
+
+
+def new_tokens_of(cache: Any) -> int:
+    """Tokens behind what a cache holds that new pages are made for."""
+    return min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
@@ -387,6 +432,8 @@ def _take(
         cache._signature = (len(sources), *cache._signature[1:])
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.of_branches(sources)
+    if cache.kept_scores is not None:
+        cache.kept_scores = [x[list(sources)] for x in cache.kept_scores]
     for layer in cache._full:
         layer.num_seen -= columns
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from adakv.errors import Error
 from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.kept_scores import fitting
 from adakv.moving import begin_rows, bytes_of
 from adakv.ops import Layer
 from adakv.policy import Budget, ByteBudget
@@ -45,6 +46,7 @@ _NAMES = {
     torch.uint8: "U8",
 }
 _INT4_PAGE = 32
+_FIRST_SCORES = "layers.0.scores"
 
 
 class Rows(NamedTuple):
@@ -71,6 +73,12 @@ def save(cache: Any, path: str | os.PathLike[str], notes: dict[str, str]) -> Non
     for index in range(kv.num_layers):
         for name, x in _entries(kv, kv.layer(index), lengths[index]):
             tensors[f"layers.{index}.{name}"] = x
+        if cache.kept_scores is not None:
+            positions = tensors[f"layers.{index}.positions"]
+            scores = cache.kept_scores[index].cpu()
+            tensors[f"layers.{index}.scores"] = _scores_of_entries(
+                scores, lengths[index], positions, cache.prompt_lens
+            )
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, FullAttentionLayer):
             tensors[f"windows.{index}.keys"] = layer.keys.cpu()
@@ -225,6 +233,11 @@ def _loaded(kind: Any, model: Any, file: _File, policy: Any, settings: dict[str,
             layer.update(*both, index)
             layer.cumulative_length = columns
     cache.go_on_from(kv, seen, prompts, columns)
+    if file.has(_FIRST_SCORES):
+        cache.kept_scores = [
+            _scores_of_rows(file, file.tensor(f"layers.{index}.scores"), of_layer).to(device)
+            for index, of_layer in enumerate(lengths)
+        ]
     if file.has("shown"):
         cache.padding.shown = file.tensor("shown").bool().to(device)
     return cache
@@ -248,6 +261,8 @@ def _expected(
     for index in range(len(lengths)):
         for name, dtype, size in _parts(shape, lengths[index]):
             expected[f"layers.{index}.{name}"] = dtype, size
+        if file.has(_FIRST_SCORES):
+            expected[f"layers.{index}.scores"] = "F32", [int(lengths[index].sum())]
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, FullAttentionLayer):
             continue
@@ -312,6 +327,29 @@ def _entries(kv: KVCache, view: Layer, lengths: Tensor) -> Iterator[tuple[str, T
     if view.key_scales is not None and view.value_scales is not None:
         yield "key_scales", view.key_scales[page, slot].cpu()
         yield "value_scales", view.value_scales[page, slot].cpu()
+
+
+def _scores_of_entries(
+    scores: Tensor, lengths: Tensor, positions: Tensor, prompt_lens: Sequence[int]
+) -> Tensor:
+    """``[E]`` of ``[B, Hkv, M]``: ``+inf`` behind the prompts, too."""
+    is_held = _slots_of(lengths)
+    of_entries = fitting(scores, max(is_held.shape[2], scores.shape[2]))[..., : is_held.shape[2]]
+    counts = lengths.sum(1)
+    ends = torch.tensor(prompt_lens).repeat_interleave(counts)
+    return of_entries[is_held].masked_fill(positions >= ends, torch.inf)
+
+
+def _scores_of_rows(file: _File, scores: Tensor, lengths: Tensor) -> Tensor:
+    """``[B, Hkv, M]`` of ``[E]``."""
+    file.check(not bool(scores.isnan().any()), "its scores make no sense")
+    is_held = _slots_of(lengths)
+    return torch.full(is_held.shape, -torch.inf).masked_scatter(is_held, scores)
+
+
+def _slots_of(lengths: Tensor) -> Tensor:
+    """``[B, Hkv, M]`` bool: which slots of rows of ``lengths`` ``[B, Hkv]`` hold something."""
+    return torch.arange(int(lengths.max())) < lengths[..., None]
 
 
 def _int4_places(lengths: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
