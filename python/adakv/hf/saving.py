@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adakv.cache import KVCache, sequences
-from adakv.devices import SplitCache
 from adakv.errors import Error
 from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
-from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.pool_size import pages_of
 from adakv.kept_scores import fitting
 from adakv.moving import begin_rows, bytes_of
 from adakv.ops import Layer
@@ -363,18 +362,8 @@ def _int4_places(lengths: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[int]) -> KVCache:
     """Pages with what a file holds."""
     page_size = cache._allocation.pages(cache.budget, shape)[1]
-    new = min(cache._allocation.max_new_tokens, FIRST_TOKENS)
-    totals = lengths.sum(2).tolist()  # [L][B]
-    pages = sum(
-        KVCache.pages_for(n, new, num_kv_heads=shape.num_kv_heads, page_size=page_size)
-        for layer in totals
-        for n in layer
-    )
     longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
-    row_pages = (max(longest) + new) // page_size + 2
-    kv = shape.cache(len(seen), pages, row_pages, page_size)
-    if isinstance(kv, SplitCache):
-        raise ValueError("model: a file is loaded to one device, this model lies on several")
+    kv = pages_of(shape, page_size, lengths, cache._allocation.max_new_tokens)
     for index, layer in enumerate(kv.layers):
         table = begin_rows(kv, index, lengths[index], longest, torch.tensor(seen))
         parts = {

@@ -11,13 +11,13 @@ from adakv import shown
 from adakv.devices import AnyCache
 from adakv.errors import integer
 from adakv.hf import families
-from adakv.hf.branches import BranchingCache
 from adakv.hf.layers import FullAttentionLayer, contents
+from adakv.hf.stored import StoredCache
 from adakv.policy import Budget, presets
 from adakv.reading import Reader
 
 
-class ShownCache(BranchingCache):
+class ShownCache(StoredCache):
     """A cache that says what it holds."""
 
     budget: Budget
