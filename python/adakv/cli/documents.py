@@ -113,10 +113,13 @@ def _size(cache: adakv.Cache) -> str:
 @click.command(short_help="Keep less of the text that `adakv compress` wrote to FILE.")
 @click.argument("file", type=FILE)
 @click.option("--out", type=FILE, required=True, help="Write the smaller cache to this file.")
+@click.option("--ratio", type=float, metavar="SHARE", help="Keep this share of the text's entries.")
 @click.option(
-    "--ratio", type=float, help="Keep this share of the text's entries, above 0, up to 1."
+    "--budget",
+    type=int,
+    metavar="ENTRIES",
+    help="Keep so many entries in each kv head on average.",
 )
-@click.option("--budget", type=int, help="Keep so many entries in each kv head on average.")
 @model_option
 @device_option
 @trust_option
