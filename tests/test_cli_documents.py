@@ -1,4 +1,4 @@
-"""``adakv compress`` and ``adakv ask``: a text is read once, and asked about later."""
+"""``adakv compress``, ``shrink`` and ``ask``: a text is read once, and asked about later."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ def test_a_text_is_read_once_and_asked_about(
     assert run_command_line(["ask", str(out), *questions, "--max-new-tokens", "12"]) == 0
     answers = capsys.readouterr().out.split("\n")
     assert len(answers) >= 3
+
+
+def test_less_of_a_text_is_kept_without_reading_it_again(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large, small = str(tmp_path / "large.kv"), str(tmp_path / "small.kv")
+    place = ["--dtype", "float32", "--device", "cpu"]
+    arguments = ["compress", model, str(book), "--out", large, "--ratio", "0.6", *place]
+    assert run_command_line(arguments) == 0
+    assert run_command_line(["shrink", large, "--out", small, "--ratio", "0.15"]) == 0
+    assert f"in {small}" in capsys.readouterr().err
+    assert Path(small).stat().st_size < 0.8 * Path(large).stat().st_size
+    question = ["--question", "When?", "--max-new-tokens", "4"]
+    assert run_command_line(["ask", small, *question]) == 0
+    for arguments, message in (
+        ([large, "--out", large, "--ratio", "0.1"], "would overwrite"),
+        ([large, "--out", small], "give either --ratio or --budget"),
+        ([large, "--out", small, "--ratio", "0.1", "--budget", "99"], "give either"),
+        ([large, "--out", small, "--ratio", "7"], "ratio must be above 0"),
+    ):
+        assert run_command_line(["shrink", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_line(

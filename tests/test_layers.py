@@ -4,7 +4,7 @@
 5  adapters                python/adakv/{hf,vllm}/
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
-                           reselection,page_bounds}.py
+                           reselection,page_bounds,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,tensors,ops,fork,moving}.py,
                            python/adakv/{formats,cache,room,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
@@ -61,6 +61,8 @@ FLOORS = {
     "entries": 4,
     "reading": 4,
     "reselection": 4,
+    "kept_scores": 4,
+    "shrinking": 4,
     "recent": 4,
     "page_bounds": 4,
     "hf": 5,
@@ -71,8 +73,11 @@ SIDEWAYS = {
     ("entries", "policy"),
     ("reading", "policy"),
     ("reading", "entries"),
+    ("reading", "kept_scores"),
     *(("page_bounds", x) for x in ("policy", "entries")),
     *(("reselection", x) for x in ("policy", "entries", "recent")),
+    *(("kept_scores", x) for x in ("policy", "entries")),
+    *(("shrinking", x) for x in ("policy", "entries", "reselection", "kept_scores")),
 }
 TRANSFORMERS = ("hf/", "cli/", "eval/")
 

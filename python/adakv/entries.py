@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
@@ -114,6 +115,29 @@ class Reserve(NamedTuple):
         ops.compact(keys, values, Kept(places, kept.indptr), view, page_ids, page_indptr)
         view.seen.fill_(length)
         _renumber(view, lambda places: self.kept.positions[places])
+
+
+def compact_rows(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    view: Layer,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+) -> None:
+    """:func:`adakv.ops.compact` of entries that lie row by row: keys and values ``[E, D]``, and
+    positions ``[E]`` int32, of rows of ``lengths`` ``[B, Hkv]``."""
+    count, device = len(positions), keys.device
+    places = torch.arange(count, dtype=torch.int32, device=device)
+    indptr = F.pad(lengths.flatten().cumsum(0), (1, 0)).int().to(device)
+    if count == 0:  # rows must have something to choose from
+        keys, values = (x.new_zeros(1, x.shape[1]) for x in (keys, values))
+        positions = places.new_zeros(1)
+    shape = (*lengths.shape, len(keys), -1)
+    all_of_it = Kept(places, indptr)
+    ops.compact(keys.expand(shape), values.expand(shape), all_of_it, view, page_ids, page_indptr)
+    _renumber(view, lambda places: positions[places])
 
 
 class Held:

@@ -26,6 +26,7 @@ from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
+from adakv.kept_scores import KeptScores
 from adakv.ops import Kept
 from adakv.policy import (
     Budget,
@@ -98,6 +99,8 @@ class Reader:
         What must stay of the prompts.
     classes : :class:`adakv.policy.TokenClasses`, optional
         What their tokens are of, for policies that read it.
+    keeps_scores : bool
+        Whether :attr:`kept_scores` are there. Then prompts that fit are scored, too.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Reader:
         holds_entries: bool = True,
         protection: Protection | None = None,
         classes: TokenClasses | None = None,
+        keeps_scores: bool = False,
     ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
@@ -115,6 +119,8 @@ class Reader:
         """Tokens of each prompt so far, without padding."""
         self.num_compacted = 0
         """Layers that are in pages."""
+        self.kept_scores = KeptScores() if keeps_scores else None
+        """What the entries scored that stay."""
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
@@ -250,6 +256,8 @@ class Reader:
         if layer != self._num_finished or observed is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
         wholes = self._wholes(layer, observed, repeat)
+        if self.kept_scores is not None:
+            wholes = self.kept_scores.put(self.policy, layer, wholes)
         self._observed[layer] = None
         self._joined.pop(layer, None)
         self._num_finished += 1
@@ -288,6 +296,8 @@ class Reader:
             view = kv.layers[layer]
             if len(self.lengths) < kv.num_sequences:
                 view = sequences(view, slots)
+            if self.kept_scores is not None:
+                self.kept_scores.keep(layer, [x.kept for x in chosen[layer]])
             for prompts, kept, entries in chosen.pop(layer):
                 starts = next_page[prompts.start : prompts.stop + 1]
                 rows = view if len(self._groups) == 1 else sequences(view, prompts)
@@ -368,6 +378,8 @@ class Reader:
     def _keeps_all_of(self, group: slice, whole: Whole) -> bool:
         """Whether nothing is to be scored of some prompts: in their layer, or in any of those whose
         scores it has."""
+        if self.kept_scores is not None:
+            return whole.inputs.length <= self.policy.window
         if not self.policy.scores_once:
             return whole.budgets[0].keeps_everything
         layers = self.budgets(whole.inputs.num_kv_heads)

@@ -23,9 +23,14 @@ from torch import Tensor
 from adakv.cache import KVCache, sequences
 from adakv.entries import Held, HeldInputs
 from adakv.errors import Error, integer
-from adakv.ops import Kept
 from adakv.policy import EveryTokens, Policy, get
-from adakv.policy.again import Competing, carries, check_chooses_again, shares_of_all
+from adakv.policy.again import (
+    Competing,
+    carries,
+    check_chooses_again,
+    moved_scores,
+    shares_of_all,
+)
 from adakv.policy.protection import Spans, mask_of
 from adakv.recent import Recent, RecentQueries
 from adakv.shape import Shape
@@ -270,7 +275,7 @@ class Reselection:
             totals = torch.stack(shares).sum(-1).tolist()  # waits for the device
         shared = self.rule.shared(kv.num_kv_heads, self._num_layers)
         after = [min(n, row + shared) for n, row in zip(longest, self._prompt_rows, strict=True)]
-        page_ids, page_indptr = _begin_again(kv, totals, after, slots.start)
+        page_ids, page_indptr = begin_again(kv, totals, after, slots.start)
         for layer, plan in enumerate(plans):
             inputs = inputs_of(layer)
             competing, carried = scored[layer] if scored else self._scored(inputs)
@@ -281,7 +286,7 @@ class Reselection:
             kept = competing.pick(policy, inputs, share, sum(totals[layer]))
             inputs.held.compact(kept, page_ids, page_indptr[layer])
             if carried is not None:
-                self._carried[layer] = _moved(carried, kept)
+                self._carried[layer] = moved_scores(carried, kept)
             self._left[layer] = plan.left
         self._held = [min(n, self.rule.budget) for n in self._held]
         self._new = [0] * len(self._new)
@@ -413,7 +418,7 @@ class _Plan(NamedTuple):
     left: list[int]  # mean entries per kv head of the text
 
 
-def _begin_again(
+def begin_again(
     kv: KVCache, totals: list[list[int]], longest: list[int], first_sequence: int
 ) -> tuple[Tensor, Tensor]:
     """Pages for what stays. The pool grows if there are too few, as may be where little leaves."""
@@ -429,14 +434,3 @@ def _begin_again(
             raise
     kv.reserve(num_pages=kv.num_pages + missing - kv.num_free)
     return kv.begin_again(totals, longest, first_sequence=first_sequence)
-
-
-def _moved(scores: Tensor, kept: Kept) -> Tensor:
-    """Scores ``[B, Hkv, T]`` as ``[B, Hkv, T + 1]`` where their entries lie now, 0 behind them."""
-    batch, heads, length = scores.shape
-    rows = kept.rows(batch * heads)
-    places = torch.arange(len(rows), device=rows.device) - kept.indptr[rows]
-    moved = scores.new_zeros(batch * heads, length + 1)
-    values = scores.view(batch * heads, length)[rows, kept.positions.clamp(min=0).long()]
-    moved[rows, places.clamp(max=length)] = values.where(kept.positions >= 0, 0.0)
-    return moved.view(batch, heads, length + 1)

@@ -9,9 +9,30 @@
 #include <initializer_list>
 #include <vector>
 
+#include "input.h"
+
 namespace adakv::fuzz {
 
 constexpr int kDim = 8;
+
+/// A cache of random sizes.
+inline CacheConfig config_from(Input& input) {
+  CacheConfig config;
+  config.num_layers = input.range(1, 3);
+  config.num_sequences = input.range(1, 3);
+  config.num_kv_heads = input.range(1, 3);
+  config.head_dim = kDim;
+  config.page_size = 8 << input.range(0, 1);
+  config.num_pages = input.range(1, 300);
+  config.max_row_pages = input.range(1, 40);
+  config.dtype = DType::kFloat32;
+  if (input.one_in(2)) {
+    config.format = PageFormat::kInt4;
+    config.dtype = DType::kBFloat16;
+    config.page_size = kInt4PageSize;
+  }
+  return config;
+}
 
 struct Entry {
   int32_t position;
@@ -147,6 +168,50 @@ struct SequenceModel {
     return std::max<int64_t>(tokens - 1, 0) / page_size;
   }
 };
+
+/// What a sequence keeps of what it holds.
+struct Chosen {
+  std::vector<std::vector<int32_t>> slots, indptr;  // [L]
+  std::vector<std::vector<int64_t>> kept;           // [L][1], a bound
+  int64_t longest = 0;
+};
+
+/// Some of the entries of each row, which are all that is left.
+inline Chosen choose_again(Input& input, SequenceModel& text, const CacheConfig& config) {
+  Chosen chosen;
+  const int heads = config.num_kv_heads;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    std::vector<int32_t> slots, indptr = {0};
+    for (int h = 0; h < heads; ++h) {
+      std::vector<Entry>& row = text.rows[layer * heads + h];
+      std::vector<Entry> left;
+      const int stride = input.range(1, 5), first = input.range(0, 20);
+      for (int slot = first; slot < static_cast<int>(row.size()); slot += stride) {
+        slots.push_back(slot);
+        left.push_back(row[slot]);
+      }
+      row = left;
+      indptr.push_back(static_cast<int32_t>(slots.size()));
+      chosen.longest = std::max<int64_t>(chosen.longest, row.size());
+    }
+    const int64_t kept = indptr.back() + input.range(0, 10);
+    text.num_pages[layer] = KVCache::pages_for(kept, 0, heads, config.page_size);
+    chosen.slots.push_back(slots);
+    chosen.indptr.push_back(indptr);
+    chosen.kept.push_back({kept});
+  }
+  text.appended = text.num_started = 0;
+  return chosen;
+}
+
+/// The rows of one sequence.
+inline LayerView rows_of(LayerView layer, int b) {
+  for (TensorView* tensor :
+       {&layer.block_table, &layer.lengths, &layer.seen, &layer.fresh_pages, &layer.tails}) {
+    if (*tensor) *tensor = tensor->narrow(0, b, 1);
+  }
+  return layer;
+}
 
 /// Runs a verb with the scratch memory that it wants.
 template <typename Args>

@@ -1,5 +1,6 @@
 // Random histories of a cache: prompts are compacted, tokens appended and attended to, sequences
-// removed and their pages used again, and now and then more is asked for than there is.
+// removed and their pages used again, what is held shrinks in place, and now and then more is asked
+// for than there is.
 //
 // Beside the cache goes a model of it, a list of (position, number) for every row; each entry's
 // key and value are made of its number. After each step all invariants are checked:
@@ -29,24 +30,6 @@
 namespace adakv::fuzz {
 namespace {
 
-CacheConfig config_from(Input& input) {
-  CacheConfig config;
-  config.num_layers = input.range(1, 3);
-  config.num_sequences = input.range(1, 3);
-  config.num_kv_heads = input.range(1, 3);
-  config.head_dim = kDim;
-  config.page_size = 8 << input.range(0, 1);
-  config.num_pages = input.range(1, 300);
-  config.max_row_pages = input.range(1, 40);
-  config.dtype = DType::kFloat32;
-  if (input.one_in(2)) {
-    config.format = PageFormat::kInt4;
-    config.dtype = DType::kBFloat16;
-    config.page_size = kInt4PageSize;
-  }
-  return config;
-}
-
 class History {
  public:
   explicit History(Input& input) : input_(input), config_(config_from(input)) {
@@ -58,7 +41,10 @@ class History {
     for (int step = 0; step < 60 && !input_.is_over(); ++step) {
       now_ = input_.range(0, static_cast<int>(branches_.size()) - 1);
       config_ = cache().config();
-      switch (input_.range(0, 9)) {
+      switch (input_.range(0, 10)) {
+        case 10:
+          shrink();
+          break;
         case 8:
           fork();
           break;
@@ -237,12 +223,33 @@ class History {
     compact(args);
   }
 
-  static LayerView rows_of(LayerView layer, int b) {
-    for (TensorView* tensor :
-         {&layer.block_table, &layer.lengths, &layer.seen, &layer.fresh_pages, &layer.tails}) {
-      if (*tensor) *tensor = tensor->narrow(0, b, 1);
+  /// A sequence keeps some of what it holds, in place.
+  void shrink() {
+    const int b = input_.range(0, config_.num_sequences - 1);
+    if (!model()[b].is_begun || config_.format == PageFormat::kInt4) return;
+    SequenceModel text = model()[b];
+    Chosen chosen = choose_again(input_, text, config_);
+    const int32_t free_before = cache().pool().num_free();
+    std::vector<PageList> pages;
+    try {
+      pages = cache().begin_again(b, chosen.kept, {chosen.longest});
+    } catch (const InvalidArgument&) {
+      ADAKV_FUZZ_ASSERT(cache().is_shared(b) && cache().pool().num_free() == free_before);
+      return;
+    } catch (const Error&) {
+      ADAKV_FUZZ_ASSERT(cache().pool().num_free() == free_before);
+      return;
     }
-    return layer;
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      CompactArgs args;
+      args.positions = ints(chosen.slots[layer]);
+      args.indptr = ints(chosen.indptr[layer]);
+      args.page_ids = ints(pages[layer].ids);
+      args.page_indptr = ints(pages[layer].indptr);
+      args.layer = rows_of(cache().layer(layer), b);
+      run(&compact, args);
+    }
+    model()[b] = text;
   }
 
   /// Appends some columns of tokens to all sequences that there are, and attends to them.

@@ -201,3 +201,25 @@ def test_positions_of_hostile_files_are_refused(saved: tuple[PreTrainedModel, Pa
             adakv.Cache.load(model, path)
     changed(path, tensors={"layers.1.positions": right})
     adakv.Cache.load(model, path)
+
+
+def test_scores_of_hostile_files_are_refused(saved: tuple[PreTrainedModel, Path]) -> None:
+    """All layers have some that fit, or none has."""
+    model, path = saved
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=36, keep_scores=True)
+        logits(model, ids(50), cache)
+    cache.save(path)
+    with safe_open(str(path), framework="pt") as file:
+        right = file.get_tensor("layers.0.scores")
+    nan = right.clone()
+    nan[3] = torch.nan
+    for wrong in (right[:-1], right.double(), right[None], nan):
+        changed(path, tensors={"layers.0.scores": wrong.contiguous()})
+        with pytest.raises(adakv.Error, match="scores"):
+            adakv.Cache.load(model, path)
+    changed(path, tensors={"layers.0.scores": right})
+    adakv.Cache.load(model, path)
+    changed(path, tensors={"layers.4.scores": right})
+    with pytest.raises(adakv.Error, match="tensors"):
+        adakv.Cache.load(model, path)

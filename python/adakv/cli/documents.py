@@ -1,4 +1,5 @@
-"""``adakv compress`` and ``adakv ask``: a text is read once, and asked about later."""
+"""``adakv compress``, ``adakv shrink`` and ``adakv ask``: a text is read once, and asked about
+later."""
 
 from __future__ import annotations
 
@@ -33,6 +34,10 @@ device_option = click.option(
     help="Run the model on this device.  [default: cuda where it can be used]",
 )
 trust_option = click.option("--trust-remote-code", is_flag=True, help=TRUST_HELP)
+
+model_option = click.option(
+    "--model", type=FILE, help="Load the model from here, if it has moved since."
+)
 
 _MARK = "\x00question\x00"  # where a question goes
 
@@ -89,19 +94,58 @@ def compress(
     start = time.perf_counter()
     arguments = {k: v for k, v in setting.arguments.items() if k in _ARGUMENTS}
     with refusals(), torch.no_grad(), adakv.attach(network):
-        cache = adakv.Cache(network, **arguments)
+        cache = adakv.Cache(network, **arguments, keep_scores=True)
         network(ids.to(network.device), **{CACHE: cache})
         notes = {"model": model, "dtype": dtype_name(network), "lead": lead, "behind": behind}
         cache.save(out, notes)
-    stats = cache.stats()
-    click.echo(
-        f"{ids.shape[1]} tokens read in {time.perf_counter() - start:.1f} s: "
-        f"{stats['bytes'] / 2**20:.1f} MiB of {stats['full_bytes'] / 2**20:.1f} in {out}",
-        err=True,
-    )
+    seconds = time.perf_counter() - start
+    click.echo(f"{ids.shape[1]} tokens read in {seconds:.1f} s: {_size(cache)} in {out}", err=True)
 
 
 _ARGUMENTS = ("policy", "budget", "ratio", "budget_bytes", "kv_dtype")
+
+
+def _size(cache: adakv.Cache) -> str:
+    stats = cache.stats()
+    return f"{stats['bytes'] / 2**20:.1f} MiB of {stats['full_bytes'] / 2**20:.1f}"
+
+
+@click.command(short_help="Keep less of the text that `adakv compress` wrote to FILE.")
+@click.argument("file", type=FILE)
+@click.option("--out", type=FILE, required=True, help="Write the smaller cache to this file.")
+@click.option("--ratio", type=float, metavar="SHARE", help="Keep this share of the text's entries.")
+@click.option(
+    "--budget",
+    type=int,
+    metavar="ENTRIES",
+    help="Keep so many entries in each kv head on average.",
+)
+@model_option
+@device_option
+@trust_option
+def shrink(
+    file: str,
+    out: str,
+    ratio: float | None,
+    budget: int | None,
+    model: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Keep less of the text that `adakv compress` wrote to FILE, without reading it again.
+
+    The policy chooses as it did then, among the entries that are there.
+    """
+    if (ratio is None) == (budget is None):
+        raise InputError("give either --ratio or --budget")
+    check_outputs([file], {"--out": out})
+    notes = _notes_of(file)
+    network, _ = _model_of(notes, model, device, trust_remote_code)
+    with refusals(), adakv.attach(network):
+        cache = adakv.Cache.load(network, file)
+        cache.shrink(ratio, budget=budget)
+        cache.save(out, notes)
+    click.echo(f"{_size(cache)} in {out}", err=True)
 
 
 @click.command(short_help="Ask about the text that `adakv compress` wrote to FILE.")
@@ -114,7 +158,7 @@ _ARGUMENTS = ("policy", "budget", "ratio", "budget_bytes", "kv_dtype")
     required=True,
     help="Ask this about the text; may be given many times.",
 )
-@click.option("--model", type=FILE, help="Load the model from here, if it has moved since.")
+@model_option
 @max_new_tokens_option(default=128, least=1)
 @device_option
 @trust_option
@@ -130,6 +174,20 @@ def ask(
 
     Every --question is asked by itself: the answers know nothing of each other.
     """
+    notes = _notes_of(file)
+    network, tokenizer = _model_of(notes, model, device, trust_remote_code)
+    with refusals(), torch.no_grad(), adakv.attach(network):
+        cache = adakv.Cache.load(network, file, max_new_tokens=max_new_tokens + 256)
+        for question in questions:
+            (branch,) = cache.fork()
+            text = notes["lead"] + question + notes["behind"]
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            check_prompt_length(network, cache.seen[0] + ids.shape[1], max_new_tokens, name=file)
+            _write_answer(network, tokenizer, branch, ids, max_new_tokens)
+
+
+def _notes_of(file: str) -> dict[str, str]:
+    """What `adakv compress` wrote beside a cache."""
     from adakv.hf.saving import notes_of
 
     try:
@@ -140,16 +198,15 @@ def ask(
         raise InputError(f"{file} can't be read: {reason}") from error
     if not {"model", "dtype", "lead", "behind"} <= set(notes):
         raise InputError(f"{file} was not written by `adakv compress`")
+    return notes
+
+
+def _model_of(
+    notes: dict[str, str], model: str | None, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """The model that a file was made for, and its tokenizer."""
     place = Place(notes["dtype"], device, None, None, trust_remote_code)
-    network, tokenizer = place.load(model or notes["model"])
-    with refusals(), torch.no_grad(), adakv.attach(network):
-        cache = adakv.Cache.load(network, file, max_new_tokens=max_new_tokens + 256)
-        for question in questions:
-            (branch,) = cache.fork()
-            text = notes["lead"] + question + notes["behind"]
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            check_prompt_length(network, cache.seen[0] + ids.shape[1], max_new_tokens, name=file)
-            _write_answer(network, tokenizer, branch, ids, max_new_tokens)
+    return place.load(model or notes["model"])
 
 
 def _write_answer(network: Any, tokenizer: Any, cache: Any, ids: Any, max_new_tokens: int) -> None:

@@ -12,7 +12,7 @@ import click
 import adakv
 from adakv.cli.bench import bench
 from adakv.cli.demo import demo
-from adakv.cli.documents import ask, compress
+from adakv.cli.documents import ask, compress, shrink
 from adakv.cli.eval import evaluate
 from adakv.cli.generate import generate
 from adakv.cli.info import info
@@ -100,5 +100,5 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, compress, ask, evaluate, report, bench, policies, info):
+for command in (demo, generate, compress, shrink, ask, evaluate, report, bench, policies, info):
     cli.add_command(command)

@@ -7,7 +7,6 @@ stored once, and a page that one of them may write to is its own.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,12 +19,12 @@ from adakv.devices import SplitCache
 from adakv.errors import Error, integer
 from adakv.formats import device_of
 from adakv.hf import hidden, hybrid, long_rope, pool_size
-from adakv.hf.attachment import UNKNOWN
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
 from adakv.moving import moved
 from adakv.page_bounds import PageBounds
+from adakv.policy import Budget
 
 Self = TypeVar("Self", bound="BranchingCache")
 
@@ -63,92 +62,12 @@ class BranchingCache(TransformersCache):
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self.fork()[0]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ValueError(
-            "adakv.Cache can't be pickled, its pages belong to this process: save() it"
-        )
-
-    def save(self, path: str | os.PathLike[str], notes: dict[str, str] | None = None) -> None:
-        """Writes what the cache holds to one safetensors file (docs/memory.md, Files).
-
-        ``notes`` are texts of your own, which :func:`adakv.hf.saving.notes_of` reads again.
-
-        Raises
-        ------
-        adakv.Error
-            If it holds nothing, or a prompt is still being read.
-        ValueError
-            If the model has layers with states, or a text was evicted from. Nothing is written.
-        """
-        from adakv.hf import saving
-
+    def advance(self, num_tokens: int) -> None:
+        """Says that a decoder appended tokens of every sequence."""
         cache: Any = self
-        check_branches(cache, "save")
-        if cache._kv is None:
-            raise Error("save: the cache holds nothing")
-        for layer in cache.layers:
-            if not isinstance(layer, FullAttentionLayer) or hasattr(layer, "number_of_states"):
-                saving.check_window(layer)
-        if cache.eviction.text is not None and cache._seen != list(cache.prompt_lens):
-            raise ValueError("save: a text is evicted from (decode_budget), which files don't hold")
-        saving.save(cache, path, notes or {})
-
-    @classmethod
-    def load(
-        cls: type[Self],
-        model: Any,
-        path: str | os.PathLike[str],
-        *,
-        policy: Any = None,
-        max_new_tokens: int = 4096,
-        page_size: int | None = None,
-        read: Any = None,
-    ) -> Self:
-        """A cache that :meth:`save` wrote, on the device of the model.
-
-        Parameters
-        ----------
-        model : PreTrainedModel
-            The one that it was made for, with the same weights.
-        path : str or Path
-        policy : str or :class:`adakv.Policy`, optional
-            For prompts after a :meth:`reset`. Default: that of the file, if it can be written down.
-        max_new_tokens, page_size, read : optional
-            As :class:`adakv.Cache` takes them.
-
-        Raises
-        ------
-        OSError
-            If there is no such file.
-        ValueError
-            If it was made for another model.
-        adakv.Error
-            If it is no such file, or was cut or altered.
-        """
-        from adakv.hf import saving
-
-        settings = {"max_new_tokens": max_new_tokens, "page_size": page_size, "read": read}
-        loaded: Self = saving.load(cls, model, path, policy, settings)
-        return loaded
-
-    def go_on_from(
-        self,
-        kv: KVCache,
-        seen: list[int],
-        prompt_lens: list[int],
-        columns: int,
-        *,
-        first_sequence: int = 0,
-    ) -> None:
-        """An empty cache has pages that were filled elsewhere: of sequences of so many tokens, in
-        so many columns of the model's masks, from a slot of ``kv`` on."""
-        cache: Any = self
-        cache._kv, cache._seen, cache.prompt_lens = kv, seen, prompt_lens
-        cache._first, cache.reading = first_sequence, None
-        cache._heads = kv.num_kv_heads, kv.head_dim
-        cache._num_forwards = 2  # what comes now is not taken for more of the prompt
+        cache._seen = [n + num_tokens for n in cache._seen]
         for layer in cache._full:
-            layer.num_seen, layer.attention = columns, UNKNOWN
+            layer.num_seen += num_tokens
 
     def move_to(self: Self, device: torch.device | str) -> Self:
         """Moves what the cache holds to another device, bit for bit, as modules move: in place.
@@ -181,6 +100,37 @@ class BranchingCache(TransformersCache):
         if held != place:
             move(cache, place)
         return self
+
+    def shrink(self, ratio: float | None = None, *, budget: int | None = None) -> None:
+        """Keeps less of the prompts than before, without reading them again.
+
+        The policy chooses as it did then, from what is still there, by what that scored (which
+        ``Cache(keep_scores=True)`` remembers). Tokens behind the prompts stay, and cost no budget.
+        Memory is given back; for a moment there is a copy of what was held.
+
+        Parameters
+        ----------
+        ratio : float in (0, 1], optional
+            The share of each prompt's tokens that stays, all kv heads on average. What is more than
+            there is changes nothing.
+        budget : int, optional
+            Instead of ``ratio``: mean entries per kv head, the policy's window included.
+
+        Raises
+        ------
+        ValueError
+            If not one of both is given, or it is out of range; if the cache has no scores or its
+            text was evicted from; if the policy keeps everything, or shares out or selects by
+            what only a prompt has. Nothing changes.
+        adakv.Error
+            As :meth:`move_to`.
+        """
+        from adakv.hf import shrinking
+
+        cache: Any = self
+        smaller = Budget(cache.budget.policy, budget, ratio)
+        check_branches(cache, "shrink")
+        shrinking.shrink(cache, smaller)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i goes on from what sequence ``beam_idx[i]`` holds."""
@@ -265,8 +215,9 @@ class BranchingCache(TransformersCache):
 def move(cache: Any, device: torch.device) -> None:
     """:meth:`adakv.Cache.move_to`, for a cache that holds something; also to where it is."""
     if cache._kv is not None:
-        new_tokens = min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
-        cache._kv = moved(cache._kv, device, new_tokens)
+        cache._kv = moved(cache._kv, device, new_tokens_of(cache))
+    if cache.kept_scores is not None:
+        cache.kept_scores = [x.to(device) for x in cache.kept_scores]
     for layer in cache.layers:
         for name, value in vars(layer).items():
             if name not in _OWN:
@@ -278,6 +229,11 @@ def move(cache: Any, device: torch.device) -> None:
         cache._signature = (*cache._signature[:-1], device)
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.to(device)
+
+
+def new_tokens_of(cache: Any) -> int:
+    """Tokens behind what a cache holds that new pages are made for."""
+    return min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
@@ -387,6 +343,8 @@ def _take(
         cache._signature = (len(sources), *cache._signature[1:])
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.of_branches(sources)
+    if cache.kept_scores is not None:
+        cache.kept_scores = [x[list(sources)] for x in cache.kept_scores]
     for layer in cache._full:
         layer.num_seen -= columns
 

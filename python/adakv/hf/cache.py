@@ -102,6 +102,8 @@ class Cache(ShownCache):
     pin_prompt : bool
         Whether what was kept of the prompt stays, beside ``decode_budget``. Else it competes with
         the text for as many entries as both have together.
+    keep_scores : bool
+        Whether what its entries scored stays beside them, 4 bytes each, for :meth:`shrink`.
     read : str or :class:`adakv.policy.Quest`, optional
         Which pages of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
         Default: all of them.
@@ -132,6 +134,7 @@ class Cache(ShownCache):
         decode_policy: str | Policy | None = None,
         every: int | None = None,
         pin_prompt: bool = True,
+        keep_scores: bool = False,
         read: str | Quest | None = None,
     ) -> None:
         model = unwrapped(model)
@@ -141,7 +144,7 @@ class Cache(ShownCache):
         if not full:
             Notices().of_no_full_attention()
         families.check_writes(model, decoder)
-        check_chunks(chunked_prefill, chunk_budget)
+        check_chunks(chunked_prefill, chunk_budget, keep_scores)
         self.model = decoder
         self.budget = Budget.given(policy, budget, ratio, budget_bytes)
         self._allocation = Allocation(
@@ -151,11 +154,10 @@ class Cache(ShownCache):
         self.classes = TokenClasses.given(classes)
         chosen, needs = self.budget.policy, self.budget.policy.needs
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
-        self._chunk_budget = chunk_budget
         self._groups = groups_of(self.layer_devices(decoder, full))
-        self._read = None if read is None else get_read(read)
+        self._keeps_scores, self._read = keep_scores, None if read is None else get_read(read)
         check_together(self._groups, self._rule or chunk_budget or self._read)
-        self._is_chunked = chunked_prefill
+        self._chunk_budget, self._is_chunked = chunk_budget, chunked_prefill
         self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
             families.check_output_projections(decoder, full)
@@ -179,10 +181,16 @@ class Cache(ShownCache):
         self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
         ask = self._repetition.read_behind
         self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
-        first_budget = self.eviction.first_budget
         self.reading = Reader(
-            first_budget, len(self._full), protection=self.protection, classes=self.classes
+            self.eviction.first_budget,
+            len(self._full),
+            protection=self.protection,
+            classes=self.classes,
+            keeps_scores=self._keeps_scores,
         )
+        self.kept_scores: list[Tensor] | None = None
+        """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:
+        ``+inf`` of those that always stay, ``-inf`` where none is."""
         self._reader = None if self._read is None else PageBounds(self._read)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
@@ -221,11 +229,6 @@ class Cache(ShownCache):
             self._states.ask(layer_idx)
         state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
         return state
-
-    @property
-    def _num_kv_heads(self) -> int:
-        """As its keys have them; before the first ones come, as the model's config says."""
-        return self._heads[0] if self._heads else families.num_kv_heads(self.model_config)
 
     @property
     def is_initialized(self) -> bool:
@@ -302,12 +305,6 @@ class Cache(ShownCache):
             self._finish_all()
         self._end_prompt()
         return self.own_pages(), self.seen
-
-    def advance(self, num_tokens: int) -> None:
-        """Says that a decoder appended tokens of every sequence."""
-        self._seen = [n + num_tokens for n in self._seen]
-        for layer in self._full:
-            layer.num_seen += num_tokens
 
     def check_recordable(self, reason: str) -> None:
         """Raises ``ValueError`` if there are layers without full attention."""
@@ -456,6 +453,8 @@ class Cache(ShownCache):
             reader.compact(chosen, self._kv, first_sequence=self._first)
         if reader.num_compacted == reader.num_layers:
             self._seen, self.prompt_lens, self.reading = reader.lengths, reader.lengths, None
+            if reader.kept_scores is not None and self._kv is not None:
+                self.kept_scores = reader.kept_scores.of(self._kv.lengths(self._slots))
             self.eviction.begin(reader.lengths, [x.attention for x in self._full], self.protection)
 
     def _finish_all(self) -> None:

@@ -15,12 +15,19 @@ from adakv.step import Attention
 _ANY = 2**31 - 1  # tokens: how long a prompt in chunks will be is not known
 
 
-def check_chunks(chunked_prefill: bool, chunk_budget: int | None) -> None:
+def check_chunks(chunked_prefill: bool, chunk_budget: int | None, keep_scores: bool) -> None:
     """Raises ``ValueError`` for what a :class:`adakv.Cache` can't do with prompts in chunks."""
     if not isinstance(chunked_prefill, bool):
         raise ValueError(f"chunked_prefill must be True or False, got {chunked_prefill!r}")
     if chunked_prefill and chunk_budget is not None:
         raise ValueError("chunk_budget must not be given with chunked_prefill, which waits")
+    if not isinstance(keep_scores, bool):
+        raise ValueError(f"keep_scores must be True or False, got {keep_scores!r}")
+    if keep_scores and chunk_budget is not None:
+        raise ValueError(
+            "keep_scores must not be given with chunk_budget, by which entries of a prompt are "
+            "scored again with each chunk"
+        )
 
 
 class Eviction:

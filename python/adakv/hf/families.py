@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,6 +195,14 @@ def check_output_projections(model: torch.nn.Module, full: Sequence[int]) -> Non
             isinstance(getattr(module, name, None), torch.nn.Module) for name in OUTPUT_PROJECTIONS
         ):
             raise ValueError(_no_projection(module, "E, Hq * D"))
+
+
+def output_projections(
+    model: torch.nn.Module, full: Sequence[int], width: int, like: Tensor
+) -> list[Callable[[], Tensor]]:
+    """:func:`output_projection` of each of these layers."""
+    modules = {int(x.layer_idx): x for x in attention_modules(model, full)}  # type: ignore[arg-type]
+    return [partial(output_projection, modules[layer], width, like) for layer in full]
 
 
 def _no_projection(module: torch.nn.Module, shape: str) -> str:

@@ -251,6 +251,20 @@ def cache_of(
     return shape.cache(num_sequences, pages, row_pages, page_size)  # the pool decides what is full
 
 
+def pages_of(shape: Shape, page_size: int, lengths: Tensor, max_new_tokens: int) -> KVCache:
+    """Pages for rows of ``lengths`` ``[L, B, Hkv]`` int32, which are to be filled, and for tokens
+    behind them. Raises ``ValueError`` if they would lie on several devices."""
+    new = min(max_new_tokens, FIRST_TOKENS)
+    sizes = {"num_kv_heads": shape.num_kv_heads, "page_size": page_size}
+    totals = lengths.sum(2).flatten().tolist()
+    pages = sum(KVCache.pages_for(n, new, **sizes) for n in totals)
+    row_pages = (int(lengths.max()) + new) // page_size + 2
+    kv = shape.cache(lengths.shape[1], pages, row_pages, page_size)
+    if not isinstance(kv, KVCache):
+        raise ValueError("model: its layers must lie on one device, this model lies on several")
+    return kv
+
+
 def make_room(kv: AnyCache, num_new: Sequence[int], first_sequence: int = 0) -> None:
     """Has a cache grow if there are too few pages for so many more tokens of each sequence, from
     ``first_sequence`` on.

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adakv.cache import KVCache, sequences
-from adakv.devices import SplitCache
 from adakv.errors import Error
 from adakv.formats import SCALE_GROUP
 from adakv.hf.layers import FullAttentionLayer
-from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.hf.pool_size import pages_of
+from adakv.kept_scores import fitting
 from adakv.moving import begin_rows, bytes_of
 from adakv.ops import Layer
 from adakv.policy import Budget, ByteBudget
@@ -45,6 +45,7 @@ _NAMES = {
     torch.uint8: "U8",
 }
 _INT4_PAGE = 32
+_FIRST_SCORES = "layers.0.scores"
 
 
 class Rows(NamedTuple):
@@ -71,6 +72,12 @@ def save(cache: Any, path: str | os.PathLike[str], notes: dict[str, str]) -> Non
     for index in range(kv.num_layers):
         for name, x in _entries(kv, kv.layer(index), lengths[index]):
             tensors[f"layers.{index}.{name}"] = x
+        if cache.kept_scores is not None:
+            positions = tensors[f"layers.{index}.positions"]
+            scores = cache.kept_scores[index].cpu()
+            tensors[f"layers.{index}.scores"] = _scores_of_entries(
+                scores, lengths[index], positions, cache.prompt_lens
+            )
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, FullAttentionLayer):
             tensors[f"windows.{index}.keys"] = layer.keys.cpu()
@@ -225,6 +232,11 @@ def _loaded(kind: Any, model: Any, file: _File, policy: Any, settings: dict[str,
             layer.update(*both, index)
             layer.cumulative_length = columns
     cache.go_on_from(kv, seen, prompts, columns)
+    if file.has(_FIRST_SCORES):
+        cache.kept_scores = [
+            _scores_of_rows(file, file.tensor(f"layers.{index}.scores"), of_layer).to(device)
+            for index, of_layer in enumerate(lengths)
+        ]
     if file.has("shown"):
         cache.padding.shown = file.tensor("shown").bool().to(device)
     return cache
@@ -248,6 +260,8 @@ def _expected(
     for index in range(len(lengths)):
         for name, dtype, size in _parts(shape, lengths[index]):
             expected[f"layers.{index}.{name}"] = dtype, size
+        if file.has(_FIRST_SCORES):
+            expected[f"layers.{index}.scores"] = "F32", [int(lengths[index].sum())]
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, FullAttentionLayer):
             continue
@@ -314,6 +328,29 @@ def _entries(kv: KVCache, view: Layer, lengths: Tensor) -> Iterator[tuple[str, T
         yield "value_scales", view.value_scales[page, slot].cpu()
 
 
+def _scores_of_entries(
+    scores: Tensor, lengths: Tensor, positions: Tensor, prompt_lens: Sequence[int]
+) -> Tensor:
+    """``[E]`` of ``[B, Hkv, M]``: ``+inf`` behind the prompts, too."""
+    is_held = _slots_of(lengths)
+    of_entries = fitting(scores, max(is_held.shape[2], scores.shape[2]))[..., : is_held.shape[2]]
+    counts = lengths.sum(1)
+    ends = torch.tensor(prompt_lens).repeat_interleave(counts)
+    return of_entries[is_held].masked_fill(positions >= ends, torch.inf)
+
+
+def _scores_of_rows(file: _File, scores: Tensor, lengths: Tensor) -> Tensor:
+    """``[B, Hkv, M]`` of ``[E]``."""
+    file.check(not bool(scores.isnan().any()), "its scores make no sense")
+    is_held = _slots_of(lengths)
+    return torch.full(is_held.shape, -torch.inf).masked_scatter(is_held, scores)
+
+
+def _slots_of(lengths: Tensor) -> Tensor:
+    """``[B, Hkv, M]`` bool: which slots of rows of ``lengths`` ``[B, Hkv]`` hold something."""
+    return torch.arange(int(lengths.max())) < lengths[..., None]
+
+
 def _int4_places(lengths: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """The entries that begin a full page; which are in a tail, ``[E]``; and their rows."""
     row = torch.arange(len(lengths)).repeat_interleave(lengths.long())
@@ -325,18 +362,8 @@ def _int4_places(lengths: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 def _filled(file: _File, cache: Any, shape: Shape, lengths: Tensor, seen: list[int]) -> KVCache:
     """Pages with what a file holds."""
     page_size = cache._allocation.pages(cache.budget, shape)[1]
-    new = min(cache._allocation.max_new_tokens, FIRST_TOKENS)
-    totals = lengths.sum(2).tolist()  # [L][B]
-    pages = sum(
-        KVCache.pages_for(n, new, num_kv_heads=shape.num_kv_heads, page_size=page_size)
-        for layer in totals
-        for n in layer
-    )
     longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
-    row_pages = (max(longest) + new) // page_size + 2
-    kv = shape.cache(len(seen), pages, row_pages, page_size)
-    if isinstance(kv, SplitCache):
-        raise ValueError("model: a file is loaded to one device, this model lies on several")
+    kv = pages_of(shape, page_size, lengths, cache._allocation.max_new_tokens)
     for index, layer in enumerate(kv.layers):
         table = begin_rows(kv, index, lengths[index], longest, torch.tensor(seen))
         parts = {

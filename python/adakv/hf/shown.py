@@ -10,28 +10,27 @@ from torch import Tensor
 from adakv import shown
 from adakv.devices import AnyCache
 from adakv.errors import integer
-from adakv.hf.branches import BranchingCache
+from adakv.hf import families
 from adakv.hf.layers import FullAttentionLayer, contents
+from adakv.hf.stored import StoredCache
 from adakv.policy import Budget, presets
 from adakv.reading import Reader
 
 
-class ShownCache(BranchingCache):
+class ShownCache(StoredCache):
     """A cache that says what it holds."""
 
     budget: Budget
     reading: Reader | None
     layers: list[Any]
+    model_config: Any
+    _heads: tuple[int, int] | None
     _kv: AnyCache | None
 
     @property
     @abstractmethod
     def seen(self) -> list[int]:
         """Tokens of each sequence, without padding."""
-
-    @property
-    @abstractmethod
-    def _num_kv_heads(self) -> int: ...
 
     @property
     @abstractmethod
@@ -60,6 +59,11 @@ class ShownCache(BranchingCache):
         if not isinstance(ours, FullAttentionLayer):
             raise ValueError(f"layer {layer} has no full attention and is not compressed")
         return [] if self._kv is None else self._kv.positions(ours.index, self._slots)
+
+    @property
+    def _num_kv_heads(self) -> int:
+        """As its keys have them; before the first ones come, as the model's config says."""
+        return self._heads[0] if self._heads else families.num_kv_heads(self.model_config)
 
     def __repr__(self) -> str:
         made, held = self._described()

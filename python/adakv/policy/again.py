@@ -20,7 +20,7 @@ def carries(policy: Policy) -> bool:
 
 def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
     """Raises ``ValueError`` if a policy can't choose again, as ``name`` wants it to."""
-    there = {"w_o", "budget", *(("all_queries",) if carries(policy) else ())}
+    there = {"w_o", "budget", "queries", *(("all_queries",) if carries(policy) else ())}
     if name == "chunk_budget":  # an instruction is read behind every chunk
         there.add("repeat")
     if missing := policy.needs - there:
@@ -96,3 +96,15 @@ def shares_of_all(
     )
     shares = policy.allocator.allocate(joined[0], inputs, budgets, window=0).chunk(len(layers), 1)
     return [(of + x.pinned).minimum(x.ends) for of, x in zip(shares, layers, strict=True)]
+
+
+def moved_scores(scores: Tensor, kept: Kept, *, behind: float = 0.0) -> Tensor:
+    """Scores ``[B, Hkv, T]`` as ``[B, Hkv, T + 1]`` where their entries lie now; what is ``behind``
+    them."""
+    batch, heads, length = scores.shape
+    rows = kept.rows(batch * heads)
+    places = torch.arange(len(rows), device=rows.device) - kept.indptr[rows]
+    moved = scores.new_full((batch * heads, length + 1), behind)
+    values = scores.view(batch * heads, length)[rows, kept.positions.clamp(min=0).long()]
+    moved[rows, places.clamp(max=length)] = values.where(kept.positions >= 0, behind)
+    return moved.view(batch, heads, length + 1)

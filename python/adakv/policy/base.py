@@ -47,9 +47,10 @@ __all__ = [
 #: attribute ``needs``, a frozenset. "w_o": the output projection, and with it the norms of values;
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
 #: a repetition; "budget": how many entries stay; "classes": which tokens are of an image, or of
-#: what else; "hidden": what the layer's attention is fed. An allocator that is model-wide needs
+#: what else; "hidden": what the layer's attention is fed; "queries", of an allocator or a selector:
+#: those of the window, which else the scorer alone reads. An allocator that is model-wide needs
 #: nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes", "hidden"]
+Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes", "hidden", "queries"]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:

@@ -176,6 +176,7 @@ class SampledRest:
     first: float = 0.25
     pool_width: int = 7
     seed: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"queries"})
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,0 +1,139 @@
+"""Caches of entries that were made elsewhere: see :meth:`adakv.Cache.from_entries`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adakv.cache import KVCache
+from adakv.entries import compact_rows
+from adakv.errors import integer
+from adakv.hf import families
+from adakv.hf.pool_size import pages_of
+from adakv.policy.presets import get
+from adakv.shape import Shape
+
+_MOST_TOKENS = 2**31 - 1
+
+
+class _Given(NamedTuple):
+    """The entries of a layer, row by row."""
+
+    keys: Tensor  # [E, D]
+    values: Tensor  # [E, D]
+    positions: Tensor  # [E] int32
+    lengths: Tensor  # [B, Hkv] int32
+
+
+def from_entries(
+    kind: Any,
+    model: Any,
+    entries: tuple[Any, Any, Any],
+    seen: int | Sequence[int],
+    bias: Any,
+    settings: dict[str, Any],
+) -> Any:
+    """:meth:`adakv.Cache.from_entries`, of keys, values and positions."""
+    if bias is not None:
+        raise ValueError(
+            "bias must be None: attend adds no bias to the logits of entries; fold it into what "
+            "made them, or leave it out"
+        )
+    cache = kind(model, get("full"), **settings)
+    if len(cache._full) < len(cache.layers):
+        raise ValueError(
+            f"model: {type(cache.model).__name__} has layers without full attention, whose windows "
+            "or states entries don't tell"
+        )
+    counts = [
+        integer(f"seen[{b}]", n, 1, _MOST_TOKENS)
+        for b, n in enumerate(seen if isinstance(seen, Sequence) else [seen])
+    ]
+    heads = families.num_kv_heads(cache.model_config)
+    sizes = {"layers": len(cache._full), "sequences": len(counts), "kv heads": heads}
+    names = ("keys", "values", "positions")
+    rows = [_rows(name, x, sizes) for name, x in zip(names, entries, strict=True)]
+    shape = _shape_of(cache, rows[0])
+    parts = [
+        _layer(index, [x[index] for x in rows], counts, shape) for index in range(len(rows[0]))
+    ]
+    plain, page_size = cache._allocation.pages(cache.budget, shape)
+    lengths = torch.stack([part.lengths for part in parts])
+    kv = pages_of(plain, page_size, lengths, cache._allocation.max_new_tokens)
+    _fill(kv, parts, counts)
+    columns = max(counts)
+    cache.go_on_from(kv, counts, list(counts), columns)
+    if min(counts) < columns:
+        padding = columns - torch.tensor(counts)[:, None]
+        cache.padding.shown = (torch.arange(columns) >= padding).to(shape.device)
+    return cache
+
+
+def _rows(name: str, given: Any, sizes: dict[str, int]) -> Any:
+    """Tensors, as lists of lists."""
+    if not sizes:
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
+        return given.detach()
+    (what, size), *others = sizes.items()
+    if not isinstance(given, (Sequence, Tensor)) or len(given) != size:
+        got = f"{len(given)}" if isinstance(given, (Sequence, Tensor)) else type(given).__name__
+        raise ValueError(f"{name} must be given for {size} {what}, got {got}")
+    return [_rows(f"{name}[{i}]", x, dict(others)) for i, x in enumerate(given)]
+
+
+def _shape_of(cache: Any, keys: list[list[list[Tensor]]]) -> Shape:
+    """Of entries as the model has them."""
+    cache._allocation.check_keys(cache.model.dtype)
+    modules = families.attention_modules(cache.model, range(len(cache.layers)))
+    dims = [getattr(x, "head_dim", None) for x in modules]
+    dim = next((int(x) for x in dims if isinstance(x, int)), keys[0][0][0].shape[-1])
+    device = next(cache.model.parameters()).device
+    return Shape(len(keys), len(keys[0][0]), dim, cache.model.dtype, device)
+
+
+def _layer(index: int, rows: Sequence[Any], seen: list[int], shape: Shape) -> _Given:
+    """What is given of a layer, checked."""
+    lengths = torch.zeros(len(seen), shape.num_kv_heads, dtype=torch.int32)
+    for b, count in enumerate(seen):
+        for h in range(shape.num_kv_heads):
+            keys, values, positions = (x[b][h] for x in rows)
+            length = lengths[b, h] = keys.shape[0] if keys.dim() else 0
+            row = f"[{index}][{b}][{h}]"
+            _check_numbers(f"keys{row}", keys, [int(length), shape.head_dim], shape.dtype)
+            _check_numbers(f"values{row}", values, [int(length), shape.head_dim], shape.dtype)
+            _check_positions(f"positions{row}", positions, int(length), count)
+    keys, values, positions = (
+        torch.cat([x.to(shape.device) for of_sequence in of_layer for x in of_sequence])
+        for of_layer in rows
+    )
+    return _Given(keys, values, positions.int(), lengths)
+
+
+def _check_numbers(name: str, x: Tensor, expected: list[int], dtype: torch.dtype) -> None:
+    if list(x.shape) != expected or x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {expected}, got {x.dtype} {list(x.shape)}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite")
+
+
+def _check_positions(name: str, x: Tensor, length: int, seen: int) -> None:
+    if list(x.shape) != [length] or x.is_floating_point() or x.dtype is torch.bool:
+        raise ValueError(f"{name} must be integers [{length}], got {x.dtype} {list(x.shape)}")
+    is_inside = length == 0 or (int(x.min()) >= 0 and int(x.max()) < seen)
+    if not is_inside or not bool((x.diff() > 0).all()):
+        raise ValueError(f"{name} must ascend within 0 .. {seen - 1}, the tokens seen")
+
+
+def _fill(kv: KVCache, parts: Sequence[_Given], seen: Sequence[int]) -> None:
+    """Puts entries into pages."""
+    lengths = torch.stack([part.lengths for part in parts])  # [L, B, Hkv]
+    longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
+    for index, part in enumerate(parts):
+        view = kv.layer(index)
+        pages = kv.begin(index, part.lengths.sum(1).tolist(), longest)
+        compact_rows(part.keys, part.values, part.positions, part.lengths, view, *pages)
+        view.seen.copy_(torch.tensor(seen))
