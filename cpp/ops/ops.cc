@@ -233,6 +233,19 @@ Backend& checked(const PlanArgs& args) {
   return backend(args.lengths.device.type);
 }
 
+void check_accumulated(Checker& check, const AttendArgs& args) {
+  if (!args.accumulated) return;
+  check.tensor("accumulated", args.accumulated, "B Hkv T", DType::kFloat32);
+  const int64_t most = check.size("M") * check.size("P");
+  check.require(check.size("T") >= most,
+                "accumulated must be [B, Hkv, T] with T at least M * P = ", most, ", got ",
+                args.accumulated.shape_string());
+  check.require(static_cast<bool>(args.lse), "lse must be given with accumulated");
+  check.require(args.decay >= 0 && args.decay <= 1, "decay must lie in 0 .. 1, got ", args.decay);
+  check.require(std::isfinite(args.threshold) && args.threshold >= 0,
+                "threshold must be 0 (1 / number of tokens) or more, got ", args.threshold);
+}
+
 Backend& checked(const AttendArgs& args) {
   Checker check("attend");
   check.floats("queries", args.queries, "B Hq S D");
@@ -257,6 +270,7 @@ Backend& checked(const AttendArgs& args) {
   check_options(check, args.scale, args.softcap);
   check.floats("out", args.out, "B Hq S D");
   check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
+  check_accumulated(check, args);
   return backend(args.queries.device.type);
 }
 

@@ -36,6 +36,7 @@ Pool = Literal["max", "avg", "none"]
 Order = Literal["group_first", "pool_first"]
 Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
 Norm = Literal["l1", "l2_gram"]
+Accumulate = Literal["sum", "max", "last"]
 
 #: Fields of a layer that change with a step.
 _GROWING = (
@@ -388,7 +389,7 @@ def plan(
 
 @verb(
     fake=lambda queries, *_, **_options: _outputs.attended(queries),
-    mutates=(*_GROWING, "schedule"),
+    mutates=(*_GROWING, "schedule", "accumulated"),
 )
 def attend(
     queries: Tensor,
@@ -402,6 +403,11 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     prefetch: bool = False,
+    accumulated: Tensor | None = None,
+    accumulate: Accumulate = "sum",
+    group_reduce: Reduce = "mean",
+    decay: float = 1.0,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
@@ -426,6 +432,17 @@ def attend(
     prefetch : bool
         On CUDA: pages and schedule may be read while the kernel before this one still runs. Say so
         only if that kernel writes neither: not right after ``plan``, ``append`` or ``compact``.
+    accumulated : ``[B, Hkv, T]`` float32, optional
+        Changed: what each slot of a row was given by the queries since its entry came, T at least
+        ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.
+    accumulate : "sum", "max" or "last"
+        A token gives a slot the probabilities ``exp(z - lse)`` of its q heads, as one: added to the
+        sum so far times ``decay``; the largest; or the number of the last token, from 1, that gave
+        ``threshold`` or more (0: 1 / its number).
+    group_reduce : "mean", "max" or "sum"
+        Over the q heads of a group.
+    decay, threshold : float
+        From 0 to 1, and 0 or more.
 
     Returns
     -------
@@ -438,6 +455,7 @@ def attend(
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        _outputs.num_workers(getattr(queries, "device", None)), prefetch, out, lse,
+        _outputs.num_workers(getattr(queries, "device", None)), prefetch,
+        accumulate, group_reduce, decay, threshold, out, lse, accumulated,
     )  # fmt: skip
     return out, lse
