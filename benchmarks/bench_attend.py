@@ -4,6 +4,8 @@ Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by
 over the heads of a sequence. Several layers in turn, more than the last-level cache holds. torch has
 the q heads of a group as queries of their kv head: several times as fast on a CPU as enable_gqa.
 
+With --accumulate it is also timed where it keeps what each slot is given (``_accumulated``).
+
 On a GPU a call also appends the new token. It is timed in a graph of many layers, and launch by
 launch with the L2 cache flushed, and so are FlashInfer and torch (--peers).
 """
@@ -111,6 +113,12 @@ class Padded:
         self.masks = masks
 
 
+def accumulated(layer: ops.Layer) -> Tensor:
+    """``[B, Hkv, T]``, nothing yet."""
+    length = layer.block_table.shape[2] * layer.page_positions.shape[1]
+    return layer.lengths.new_zeros((*layer.lengths.shape, length), dtype=torch.float32)
+
+
 def run(case: Case, options: argparse.Namespace) -> None:
     lengths = ragged_lengths(case)
     paged = Paged(case, lengths)
@@ -133,6 +141,15 @@ def run(case: Case, options: argparse.Namespace) -> None:
     variants: dict[str, Callable[[int], object]] = {"adakv": functools.partial(attend, paged)}
     for kv_dtype in ("int8", "fp8", "int4") if case.dtype != "float32" else ():
         variants[kv_dtype] = functools.partial(attend, Paged(case, lengths, kv_dtype))
+    if options.accumulate:
+        kept = accumulated(paged.layers[0])
+
+        def attend_and_accumulate(i: int) -> None:
+            layer, schedule = paged.layers[i % case.layers], paged.schedule[i % case.layers]
+            how = options.accumulate
+            ops.attend(queries, layer, schedule, accumulated=kept, accumulate=how)
+
+        variants["adakv_accumulated"] = attend_and_accumulate
     variants |= {"sdpa": sdpa, "read": reader}
     timings = harness.measure(variants, rounds=options.rounds)
     rate = reader.num_bytes / timings["read"].median_us * 1e6
@@ -144,6 +161,9 @@ def run(case: Case, options: argparse.Namespace) -> None:
         "share_of_read_rate": reached / rate,
         "longest_over_mean": float(lengths.max()) / case.mean_length,
     }
+    if options.accumulate:
+        plain = timings["adakv"].median_us
+        derived["accumulating_costs"] = timings["adakv_accumulated"].median_us / plain - 1
     for kv_dtype in variants.keys() & {"int8", "fp8", "int4"}:
         derived[f"{kv_dtype}_speedup"] = timings["adakv"].median_us / timings[kv_dtype].median_us
     harness.report("attend", vars(case), timings, derived, options.save)
@@ -159,6 +179,10 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
         "adakv_no_append": functools.partial(layers.attend, appends=False),
         **{name: peer.run for name, peer in peers.items()},
     }
+    if options.accumulate:
+        kept = [accumulated(layer) for layer in layers.layers]
+        how = {"accumulated": kept, "accumulate": options.accumulate}
+        calls["adakv_accumulated"] = functools.partial(layers.attend, **how)
     timings = {f"{n}_launch": t for n, t in launch_times(calls).items()}
     in_graph = {
         name: [functools.partial(call, i) for i in range(count)] for name, call in calls.items()
@@ -166,6 +190,10 @@ def run_on_gpu(case: GpuCase, options: argparse.Namespace) -> None:
     timings |= {f"{n}_graph": t for n, t in graph_times(in_graph).items()}
     derived = {"error": error, "layers": count, "MB": layers.num_bytes / 1e6}
     derived["graph_TB_per_s"] = layers.num_bytes / timings["adakv_graph"].median_us / 1e6
+    for way in ("launch", "graph") if options.accumulate else ():
+        plain = timings[f"adakv_{way}"].median_us
+        costs = timings[f"adakv_accumulated_{way}"].median_us / plain - 1
+        derived[f"accumulating_costs_{way}"] = costs
     for name, peer in peers.items():
         if case.kv_dtype == "auto":  # FlashInfer's fp8 has other scales
             derived[f"{name}_error"] = layers.error(peer.run(0), 0, appended=False)
@@ -209,5 +237,6 @@ GPU_FORMATS = [
 if __name__ == "__main__":
     parser = harness.parser(__doc__)
     parser.add_argument("--peers", action="store_true", help="on a GPU FlashInfer and torch, too")
+    parser.add_argument("--accumulate", choices=("sum", "max", "last"), help="with this, too")
     gpu_cases = [*GPU_BARS, *GPU_SHAPES, *GPU_FORMATS]
     harness.run_cases(parser, cpu=[(CASES, run)], cuda=[(gpu_cases, run_on_gpu)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,12 +138,19 @@ class Layers:
         in_pages = float(self.lengths.sum()) / len(self.lengths) - rest
         return in_pages * self.case.entry_bytes + rest * 4 * self.case.head_dim
 
-    def attend(self, i: int, appends: bool = True) -> Tensor:
+    def attend(
+        self,
+        i: int,
+        appends: bool = True,
+        accumulated: Sequence[Tensor] = (),
+        accumulate: ops.Accumulate = "sum",
+    ) -> Tensor:
         i %= len(self.layers)
-        new = {"keys": self.keys[i], "values": self.values[i]} if appends else {}
-        return ops.attend(self.queries[i], self.layers[i], self.schedule[i], prefetch=True, **new)[
-            0
-        ]
+        new: dict[str, Any] = {"keys": self.keys[i], "values": self.values[i]} if appends else {}
+        if accumulated:
+            new |= {"accumulated": accumulated[i], "accumulate": accumulate}
+        step = self.queries[i], self.layers[i], self.schedule[i]
+        return ops.attend(*step, prefetch=True, **new)[0]
 
     def entries(self, layer: int, row: int, appended: bool) -> tuple[Tensor, Tensor]:
         """Keys and values that a row holds."""

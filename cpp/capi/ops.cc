@@ -13,6 +13,7 @@ static_assert(static_cast<int>(Order::kPoolFirst) == ADAKV_POOL_FIRST);
 static_assert(static_cast<int>(Pool::kNone) == ADAKV_POOL_NONE);
 static_assert(static_cast<int>(Safeguard::kNone) == ADAKV_NO_SAFEGUARD);
 static_assert(static_cast<int>(Norm::kL2Gram) == ADAKV_L2_GRAM);
+static_assert(static_cast<int>(Accumulate::kLast) == ADAKV_KEEP_LAST);
 static_assert(static_cast<int>(PageFormat::kInt4) == ADAKV_INT4_PAGES);
 
 template <typename Args>

@@ -4,11 +4,15 @@
 //
 // With more queries per row than one span takes (a chunk of a prompt), there is work enough without
 // cutting rows: then an item is one block of queries of one row, and nothing is merged.
+//
+// What is accumulated waits for lse, which is known when the whole row has been read. So the products
+// with keys are kept, 4 G bytes an entry beside the 4 D or so that it is read for, and gone through
+// once more.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "adakv/error.h"
+#include "cpu/attend_checks.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/float16.h"
 #include "cpu/kernels.h"
@@ -31,6 +35,13 @@ struct Partial {
   static int64_t num_floats(int64_t num_queries, int64_t head_dim) {
     return num_queries * (2 + head_dim);
   }
+};
+
+/// Products of some queries with the keys of the slots from the first one on that a span takes;
+/// see AttendSpan.
+struct Logits {
+  float* data = nullptr;
+  int64_t stride = 0;
 };
 
 /// A Partial on the stack.
@@ -79,6 +90,12 @@ class Attention {
         attend_span_(kernels().attend_span[static_cast<int>(args.layer.format())]
                                           [static_cast<int>(args.queries.dtype)]) {}
 
+  /// Floats that all rows' Logits take.
+  static int64_t num_logits(const AttendArgs& args) {
+    if (!args.accumulated) return 0;
+    return args.queries.size() / args.queries.shape[3] * logits_stride(args);
+  }
+
   static bool is_split(const AttendArgs& args) {
     return args.layer.lengths.shape[1] > 0 &&
            args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2] <=
@@ -107,7 +124,97 @@ class Attention {
     });
   }
 
+  /// Adds what the queries gave to each slot, which lse tells, to what is accumulated. With few
+  /// queries their products with keys were kept, else they are made again.
+  void accumulate() const {
+    const int64_t most = args_.layer.block_table.shape[2] * args_.layer.pages.shape[2];
+    const int64_t blocks = (most + kBlock - 1) / kBlock;
+    const bool are_kept = is_split(args_);
+    parallel_for(num_rows_ * blocks, [&](int64_t item) {
+      const int64_t row = item / blocks;
+      const int length = rows_[row].length, begin = static_cast<int>(item % blocks * kBlock);
+      const int end = std::min(begin + kBlock, length);
+      if (begin >= end) return;
+      const int num_new = static_cast<int>(adakv::num_new(args_, row / num_kv_heads_));
+      float* to = accumulated(row);
+      std::fill(to + std::max(begin, std::min(end, length - num_new)), to + end, 0.f);
+      const int64_t at_once = are_kept ? num_tokens_ : kMaxSpanQueries / group_;
+      for (int64_t s = num_tokens_ - num_new; s < num_tokens_; s += at_once) {
+        const int64_t count = std::min(at_once, num_tokens_ - s);
+        if (are_kept) {
+          Logits kept = logits(row, begin);
+          kept.data += s * group_ * kept.stride;
+          add(row, begin, end, s, count, kept);
+        } else {
+          float memory[kMaxSpanQueries * kBlock];
+          LocalPartial unused(count * group_);
+          const Logits made = {memory, kBlock};
+          attend_slots(row, begin, end, s * group_, count * group_, unused, made);
+          add(row, begin, end, s, count, made);
+        }
+      }
+    });
+  }
+
  private:
+  static constexpr int kBlock = 256;  // slots at a time; a multiple of every page size
+  static_assert(kBlock % kMaxLanes == 0);
+
+  static int64_t logits_stride(const AttendArgs& args) {
+    const int64_t most = args.layer.block_table.shape[2] * args.layer.pages.shape[2];
+    return (most + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+  }
+
+  /// Those of a row from a slot on, behind the partial results; of all its queries. None unless they
+  /// are wanted.
+  Logits logits(int64_t row, int slot) const {
+    if (!args_.accumulated) return {};
+    const int64_t stride = logits_stride(args_), num_queries = group_ * num_tokens_;
+    const int64_t partials = schedule::max_partials(args_.num_workers);
+    return {partial(partials).max + row * num_queries * stride + slot, stride};
+  }
+
+  float* accumulated(int64_t row) const {
+    const TensorView& view = args_.accumulated;
+    return view.ptr<float>() + row / num_kv_heads_ * view.stride[0] +
+           row % num_kv_heads_ * view.stride[1];
+  }
+
+  /// Slots [begin, end) of a row get what `count` tokens from `first` on give them.
+  void add(
+      int64_t row, int begin, int end, int64_t first, int64_t count, const Logits& from) const {
+    const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
+    AccumulateSpan span = {};
+    span.logits_stride = from.stride;
+    span.group = static_cast<int>(group_);
+    span.scale = scale();
+    span.softcap = args_.softcap;
+    span.accumulate = args_.accumulate;
+    span.group_reduce = args_.group_reduce;
+    span.decay = args_.decay;
+    span.threshold = args_.threshold;
+    span.accumulated = accumulated(row) + begin;
+    float lse[kMaxSpanQueries];
+    span.lse = lse;
+    const TensorView &of_lse = args_.lse, &seen = args_.layer.seen;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t s = first + i, behind = num_tokens_ - 1 - s;
+      const int visible = rows_[row].length - static_cast<int>(behind);
+      span.num_slots = std::min(end, visible) - begin;
+      span.number = static_cast<float>(seen.ptr<int32_t>()[b * seen.stride[0]] - behind);
+      span.logits = from.data + i * group_ * from.stride;
+      for (int64_t g = 0; g < group_; ++g) {
+        lse[g] = of_lse.ptr<float>()[b * of_lse.stride[0] + (h * group_ + g) * of_lse.stride[1] +
+                                     s * of_lse.stride[2]];
+      }
+      kernels().accumulate_span(span);
+    }
+  }
+
+  float scale() const {
+    return args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(head_dim_));
+  }
+
   /// The worker's pages, row by row.
   void run_worker(int64_t worker) const {
     const schedule::Worker& w = workers_[worker];
@@ -121,10 +228,10 @@ class Attention {
       const int end_slot = std::min((end - facts.begin) * page_size, facts.length);
       if (facts.num_partials > 1) {
         const Partial shared = partial(facts.first_partial + worker - facts.first_worker);
-        attend_slots(row, begin_slot, end_slot, 0, num_queries, shared);
+        attend_slots(row, begin_slot, end_slot, 0, num_queries, shared, logits(row, begin_slot));
       } else {
         LocalPartial whole(num_queries);
-        attend_slots(row, begin_slot, end_slot, 0, num_queries, whole);
+        attend_slots(row, begin_slot, end_slot, 0, num_queries, whole, logits(row, begin_slot));
         finish(row, 0, num_queries, whole);
       }
       unit = end;
@@ -142,7 +249,8 @@ class Attention {
                     int end,
                     int64_t first_query,
                     int64_t num_queries,
-                    const Partial& out) const {
+                    const Partial& out,
+                    const Logits& logits = {}) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
     const TensorView& q = args_.queries;
     const TensorView& table = args_.layer.block_table;
@@ -171,11 +279,13 @@ class Attention {
     span.first_query = static_cast<int>(first_query);
     span.num_queries = static_cast<int>(num_queries);
     span.first_visible = rows_[row].length - static_cast<int>(num_tokens_) + 1;
-    span.scale = args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(head_dim_));
+    span.scale = scale();
     span.softcap = args_.softcap;
     span.max = out.max;
     span.sum = out.sum;
     span.acc = out.acc;
+    span.logits = logits.data;
+    span.logits_stride = logits.stride;
     attend_span_(span);
   }
 
@@ -263,103 +373,6 @@ class Attention {
   void (*attend_span_)(const AttendSpan&);
 };
 
-/// Throws unless every page that a row holds lies in the pool: a wild id would lead outside of it.
-void check_pages(const AttendArgs& args) {
-  const TensorView &table = args.layer.block_table, &lengths = args.layer.lengths;
-  const auto num_pages = static_cast<uint32_t>(args.layer.pages.shape[0]);
-  const int32_t page_size = static_cast<int32_t>(args.layer.pages.shape[2]);
-  const int64_t most = table.shape[2] * page_size;
-  for (int64_t b = 0; b < lengths.shape[0]; ++b) {
-    for (int64_t h = 0; h < lengths.shape[1]; ++h) {
-      const int32_t length = lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
-      ADAKV_CHECK(length >= 0 && length <= std::min<int64_t>(most, schedule::kMostLength),
-                  "attend: lengths must lie in 0 .. M * P = ", most, ", got ", length);
-      const int32_t* ids = table.ptr<int32_t>() + b * table.stride[0] + h * table.stride[1];
-      const int32_t* end = ids + schedule::ceil_div(length, page_size);
-      bool are_there = true;
-      for (const int32_t* id = ids; id != end; ++id) {
-        are_there &= static_cast<uint32_t>(*id) < num_pages;
-      }
-      if (are_there) continue;
-      const int32_t* wild = std::find_if(
-          ids, end, [&](int32_t id) { return static_cast<uint32_t>(id) >= num_pages; });
-      throw InvalidArgument(detail::concat("attend: block_table must name pages 0 .. ",
-                                           args.layer.pages.shape[0] - 1, ", got ", *wild,
-                                           " for sequence ", b, ", kv head ", h));
-    }
-  }
-}
-
-/// A schedule of other lengths than the layer's, or no schedule at all, would lead outside of the
-/// rows' pages and of the workspace. It is a few integers for each row and worker.
-class ScheduleCheck {
- public:
-  explicit ScheduleCheck(const AttendArgs& args)
-      : args_(args),
-        num_rows_(args.layer.lengths.shape[0] * args.layer.lengths.shape[1]),
-        workers_(args.schedule.ptr<const schedule::Worker>()),
-        rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)) {}
-
-  void run() const {
-    int64_t units = 0, partials = 0;
-    for (int64_t r = 0; r < num_rows_; ++r) {
-      const schedule::RowFacts& row = rows_[r];
-      const int64_t length = length_after(r);
-      const int64_t pages = (length + page_size_ - 1) / page_size_;
-      ADAKV_CHECK(row.length == length && row.begin == units && row.end == units + pages,
-                  "attend: the schedule must be that of the layer's lengths, new tokens included, ",
-                  "but it says ", row.length, " for row ", r, ", which has ", length);
-      units = row.end;
-      require(row.num_partials == num_workers_of(row));
-      if (row.num_partials <= 1) continue;
-      require(row.first_partial == partials);
-      partials += row.num_partials;
-    }
-    int64_t begin = 0;
-    for (int64_t w = 0; w < args_.num_workers; ++w) {
-      const schedule::Worker& worker = workers_[w];
-      if (worker.begin == 0 && worker.end == 0) continue;  // has nothing to do
-      require(worker.begin == begin && worker.end > begin && worker.end <= units);
-      require(worker.row >= 0 && worker.row < num_rows_ && rows_[worker.row].begin <= begin &&
-              rows_[worker.row].end > begin);
-      begin = worker.end;
-    }
-    require(begin == units);
-  }
-
- private:
-  static void require(bool condition) {
-    ADAKV_CHECK(condition,
-                "attend: schedule must be what plan wrote for this layer and num_workers");
-  }
-
-  /// Entries of a row when the new ones are there.
-  int64_t length_after(int64_t row) const {
-    const TensorView& lengths = args_.layer.lengths;
-    const int64_t b = row / lengths.shape[1], h = row % lengths.shape[1];
-    const int64_t length = lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
-    if (!args_.keys) return length;
-    return length + (args_.num_new ? args_.num_new.ptr<int32_t>()[b] : args_.keys.shape[2]);
-  }
-
-  /// Workers that share a row: from its first one on, each begins where the one before ends.
-  int64_t num_workers_of(const schedule::RowFacts& row) const {
-    if (row.begin == row.end) return 0;
-    require(row.first_worker >= 0 && row.first_worker < args_.num_workers);
-    const schedule::Worker& first = workers_[row.first_worker];
-    require(first.begin <= row.begin && first.end > row.begin);
-    int64_t last = row.first_worker;
-    while (last + 1 < args_.num_workers && workers_[last].end < row.end) ++last;
-    require(workers_[last].end >= row.end);
-    return last - row.first_worker + 1;
-  }
-
-  const AttendArgs& args_;
-  const int64_t num_rows_, page_size_ = args_.layer.pages.shape[2];
-  const schedule::Worker* workers_;  // [num_workers]
-  const schedule::RowFacts* rows_;   // [num_rows]
-};
-
 }  // namespace
 
 void CpuBackend::attend(const AttendArgs& args) {
@@ -375,6 +388,7 @@ void CpuBackend::attend(const AttendArgs& args) {
   } else {
     attention.run_by_queries();
   }
+  if (args.accumulated) attention.accumulate();
   if (full == FullTails::kLeave) quantise_filled(args);
 }
 
@@ -383,7 +397,8 @@ size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {
   const int64_t num_queries =
       args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
   const int64_t floats = Partial::num_floats(num_queries, args.queries.shape[3]);
-  return static_cast<size_t>(schedule::max_partials(args.num_workers) * floats) * sizeof(float);
+  const int64_t partials = schedule::max_partials(args.num_workers) * floats;
+  return static_cast<size_t>(partials + Attention::num_logits(args)) * sizeof(float);
 }
 
 }  // namespace adakv

@@ -36,6 +36,27 @@ struct AttendSpan {
   float* max;     // [num_queries] out: largest logit; -inf if the query saw nothing
   float* sum;     // [num_queries] out: sum of exp(logit - max)
   float* acc;     // [num_queries, D] out: sum of exp(logit - max) * value
+  float* logits;  // [num_queries, logits_stride] out, of the slots from begin_slot on that a query
+                  // sees: q . k, before scale and softcap; null: not wanted
+  int64_t logits_stride;
+};
+
+/// What one token's q heads of a group give some slots that they see; AttendArgs says how.
+struct AccumulateSpan {
+  const float*
+      logits;  // [group, logits_stride] as of AttendSpan, read up to a multiple of kMaxLanes
+  int64_t logits_stride;  // in elements
+  const float* lse;       // [group]
+  int group;
+  int num_slots;
+  float scale;
+  float softcap;  // 0: none
+  Accumulate accumulate;
+  Reduce group_reduce;
+  float decay;
+  float threshold;
+  float number;        // of the token, from 1
+  float* accumulated;  // [num_slots] in and out
 };
 
 /// Results for vectors of this many are written, and read, whole.
@@ -135,8 +156,9 @@ using PerDType = void (*[3])(const Span&);
 struct Kernels {
   const char* isa;
   PerDType<AttendSpan> attend_span[4];  // by PageFormat; quantised pages have no float32
-  QuantiseEntry quantise[4][3];         // by PageFormat and DType, where entries are quantised
-  QuantisePage quantise_page[3];        // by DType
+  void (*accumulate_span)(const AccumulateSpan&);
+  QuantiseEntry quantise[4][3];   // by PageFormat and DType, where entries are quantised
+  QuantisePage quantise_page[3];  // by DType
   PerDType<ScoreSpan> score_sums;
   PerDType<ScoreSpan> score_window;
   PerDType<ValueNormSpan> value_norm_span;

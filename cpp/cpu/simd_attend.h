@@ -257,6 +257,15 @@ inline float softmax_block(
   return correction;
 }
 
+/// Copies what a block has of `count` slots, mostly all of them.
+inline void copy_slots(float* to, const float* from, int count) {
+  if (count == kBlockSlots) {
+    __builtin_memcpy(to, from, kBlockSlots * sizeof(float));
+  } else {
+    __builtin_memcpy(to, from, count * sizeof(float));
+  }
+}
+
 /// One block of slots for kRows queries; see attend_span.
 template <int kRows, bool kFetch, typename Pages>
 inline void attend_block(const AttendSpan& span,
@@ -286,6 +295,12 @@ inline void attend_block(const AttendSpan& span,
       for (int i = 0; i < kBlockSlots; i += kLanes) {
         store(logits[r] + i, load(logits[r] + i) + constants[r]);
       }
+    }
+  }
+  if (span.logits) {
+    for (int r = 0; r < kRows; ++r) {
+      float* to = span.logits + (first_row + r) * span.logits_stride + (begin - span.begin_slot);
+      copy_slots(to, logits[r], end - begin);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -340,6 +355,8 @@ inline void attend_tail(const AttendSpan& span, const float* queries, float* acc
   of_tail.page_ids = &page_id;
   of_tail.first_visible -= span.tail_begin;
   of_tail.end_slot -= span.tail_begin;
+  of_tail.begin_slot = 0;
+  if (span.logits) of_tail.logits += span.tail_begin - span.begin_slot;
   attend_queries(of_tail, Tail(of_tail), {}, 0, of_tail.end_slot, queries, acc, stride);
 }
 

@@ -2,6 +2,7 @@
 // ADAKV_ISA.
 #pragma once
 
+#include "cpu/simd_accumulate.h"
 #include "cpu/simd_attend.h"
 #include "cpu/simd_quantise.h"
 #include "cpu/simd_quantise_page.h"
@@ -19,6 +20,7 @@ const Kernels kKernels = {
       attend_span<CodePages<Int8Code, BFloat16>>},
      {nullptr, attend_span<CodePages<Float8, Float16>>, attend_span<CodePages<Float8, BFloat16>>},
      {nullptr, attend_span<Int4Pages<Float16>>, attend_span<Int4Pages<BFloat16>>}},
+    accumulate_span,
     {{nullptr, nullptr, nullptr},
      {nullptr, quantise<Int8Code, Float16>, quantise<Int8Code, BFloat16>},
      {nullptr, quantise<Float8, Float16>, quantise<Float8, BFloat16>},

@@ -27,6 +27,8 @@ inline constexpr std::array<const char*, 4> kWords<Safeguard> = {"blend", "hard_
 template <>
 inline constexpr std::array<const char*, 2> kWords<Norm> = {"l1", "l2_gram"};
 template <>
+inline constexpr std::array<const char*, 3> kWords<Accumulate> = {"sum", "max", "last"};
+template <>
 inline constexpr std::array<const char*, 4> kWords<PageFormat> = {"auto", "int8", "fp8", "int4"};
 
 /// A member's name and place, in the struct of C++ and in that of C.
@@ -153,11 +155,12 @@ struct MembersOf<AttendArgs> {
   using Cpp = AttendArgs;
   using C = AdakvAttendArgs;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(queries),     ADAKV_MEMBER(layer),    ADAKV_MEMBER(schedule),
-      ADAKV_MEMBER(keys),        ADAKV_MEMBER(values),   ADAKV_MEMBER(num_new),
-      ADAKV_MEMBER(sink_logits), ADAKV_MEMBER(scale),    ADAKV_MEMBER(softcap),
-      ADAKV_MEMBER(num_workers), ADAKV_MEMBER(prefetch), ADAKV_MEMBER(out),
-      ADAKV_MEMBER(lse),
+      ADAKV_MEMBER(queries),      ADAKV_MEMBER(layer),    ADAKV_MEMBER(schedule),
+      ADAKV_MEMBER(keys),         ADAKV_MEMBER(values),   ADAKV_MEMBER(num_new),
+      ADAKV_MEMBER(sink_logits),  ADAKV_MEMBER(scale),    ADAKV_MEMBER(softcap),
+      ADAKV_MEMBER(num_workers),  ADAKV_MEMBER(prefetch), ADAKV_MEMBER(accumulate),
+      ADAKV_MEMBER(group_reduce), ADAKV_MEMBER(decay),    ADAKV_MEMBER(threshold),
+      ADAKV_MEMBER(out),          ADAKV_MEMBER(lse),      ADAKV_MEMBER(accumulated),
   };
 };
 

@@ -8,21 +8,15 @@
 
 #include <cmath>
 #include <limits>
-#include <utility>
 
 #include "adakv/error.h"
 #include "ops/backend.h"
 #include "ops/check.h"
+#include "ops/check_layer.h"
 #include "ops/schedule.h"
 
 namespace adakv {
 namespace {
-
-void check_head_dim(const Checker& check) {
-  const int64_t d = check.size("D");
-  check.require(d >= 8 && d <= 256 && d % 8 == 0,
-                "head dim D must be a multiple of 8, at most 256, got ", d);
-}
 
 // G = Hq / Hkv.
 void check_group(const Checker& check) {
@@ -65,122 +59,6 @@ void check_options(const Checker& check, float scale, float softcap) {
   check.require(std::isfinite(scale), "scale must be finite, got ", scale);
   check.require(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (none) or more, got ",
                 softcap);
-}
-
-// Pages of codes may lie apart, as they do in a KVCache; within a page nothing does, and it is read in
-// pieces of 16 bytes.
-void check_page_parts(const Checker& check, const char* name, const TensorView& view) {
-  if (view.size() == 0) return;
-  int64_t elements = 1;
-  for (int i = view.rank - 1; i > 0; --i) {
-    check.require(view.stride[i] == elements, name,
-                  " must be contiguous from the second dimension on");
-    elements *= view.shape[i];
-  }
-  check.aligned(name, view);
-  const int64_t bytes = view.stride[0] * static_cast<int64_t>(dtype_size(view.dtype));
-  check.require(view.shape[0] == 1 || (view.stride[0] >= elements && bytes % 16 == 0), name,
-                ": pages must lie at least ", elements,
-                " elements and a multiple of 16 bytes apart, got ", view.stride[0], " elements");
-}
-
-void check_tails(Checker& check, const char* name, const TensorView& tails, const char* dims) {
-  check.floats(name, tails, dims);
-  check.require(check.size("2P") == 2 * check.size("P") && tails.stride[2] == check.size("D"), name,
-                " must be [B, Hkv, ", 2 * check.size("P"), ", D], contiguous from the third ",
-                "dimension on, got ", tails.shape_string());
-  check.aligned(name, tails);
-  for (int i = 0; i < 2; ++i) {
-    check.require(tails.shape[i] <= 1 || tails.stride[i] % 8 == 0, name,
-                  ": rows must lie a multiple of 16 bytes apart, got ", tails.stride[i],
-                  " elements");
-  }
-}
-
-void check_int4(Checker& check, const LayerView& layer) {
-  check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
-                " for int4 pages, got ", check.size("P"));
-  const int64_t width = num_scales(PageFormat::kInt4, check.size("D"));
-  check.require(2 * check.size("D/2") == check.size("D"), "pages must be [N, 2, P, ",
-                check.size("D") / 2, "] for int4, got ", layer.pages.shape_string());
-  check.floats("key_scales", layer.key_scales, "N 2 D");
-  check.floats("value_scales", layer.value_scales, "N P 2Z");
-  check.require(check.size("2Z") == width, "value_scales must have ", width,
-                " numbers for each entry, got ", layer.value_scales.shape_string());
-  check_page_parts(check, "pages", layer.pages);
-  check_page_parts(check, "key_scales", layer.key_scales);
-  check_page_parts(check, "value_scales", layer.value_scales);
-  check_tails(check, "tails", layer.tails, "B Hkv 2P D");
-}
-
-void check_quantised(Checker& check, const LayerView& layer) {
-  check.require(check.float_dtype() != DType::kFloat32, "pages of ", dtype_name(layer.pages.dtype),
-                " need keys, values and queries in float16 or bfloat16, got float32");
-  const PageFormat format = layer.format();
-  if (format == PageFormat::kInt4) return check_int4(check, layer);
-  const int64_t width = num_scales(format, check.size("D"));
-  check_page_parts(check, "pages", layer.pages);
-  for (const auto& [name, view] : {std::pair("key_scales", &layer.key_scales),
-                                   std::pair("value_scales", &layer.value_scales)}) {
-    check.floats(name, *view, format == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
-    check.require(view->shape[2] == width, name, " must have ", width,
-                  " numbers for each entry, got ", view->shape_string());
-    check_page_parts(check, name, *view);
-  }
-}
-
-// Behind the checks of D and of the dtype of keys or queries.
-void check_layer(Checker& check, const LayerView& layer) {
-  const PageFormat format = layer.format();
-  if (format == PageFormat::kPlain) {
-    check.floats("pages", layer.pages, "N 2 P D");
-    check.require(!layer.key_scales && !layer.value_scales,
-                  "key_scales and value_scales must be left out for pages of ",
-                  dtype_name(layer.pages.dtype));
-  } else if (format == PageFormat::kInt4) {
-    check.tensor("pages", layer.pages, "N 2 P D/2", DType::kUInt8);
-  } else {
-    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
-  }
-  check.tensor("page_positions", layer.page_positions, "N P", DType::kInt32);
-  check.tensor("block_table", layer.block_table, "B Hkv M", DType::kInt32);
-  check.tensor("lengths", layer.lengths, "B Hkv", DType::kInt32);
-  check.tensor("seen", layer.seen, "B", DType::kInt32);
-  check.tensor("fresh_pages", layer.fresh_pages, "B Hkv F", DType::kInt32);
-  check.require(check.size("F") >= 1, "fresh_pages must have at least one column, got ",
-                layer.fresh_pages.shape_string());
-  const int64_t p = check.size("P"), d = check.size("D");
-  check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
-                "page size P must be a power of two from 8 to 256, got ", p);
-  if (format != PageFormat::kPlain) return check_quantised(check, layer);
-  const int64_t* stride = layer.pages.stride;
-  check.require(
-      check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),
-      "pages must be contiguous");
-}
-
-// A layer that no keys or queries come with: D is that of its pages.
-void check_held_layer(Checker& check, const LayerView& layer) {
-  const bool is_plain = layer.format() == PageFormat::kPlain;
-  if (is_plain) {
-    check.floats("pages", layer.pages, "N 2 P D");
-  } else {
-    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
-    check.floats("key_scales", layer.key_scales,
-                 layer.format() == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
-  }
-  check_head_dim(check);
-  check_layer(check, layer);
-  check_page_parts(check, "pages", layer.pages);
-  check_page_parts(check, "page_positions", layer.page_positions);
-}
-
-void check_any_layer(Checker& check, const LayerView& layer) {
-  if (layer.format() != PageFormat::kInt4) return check_held_layer(check, layer);
-  check.floats("tails", layer.tails, "B Hkv 2P D");
-  check_head_dim(check);
-  check_layer(check, layer);
-  check_page_parts(check, "page_positions", layer.page_positions);
 }
 
 // Tokens that fit one append: KVCache::grow never hands out more.
@@ -355,6 +233,19 @@ Backend& checked(const PlanArgs& args) {
   return backend(args.lengths.device.type);
 }
 
+void check_accumulated(Checker& check, const AttendArgs& args) {
+  if (!args.accumulated) return;
+  check.tensor("accumulated", args.accumulated, "B Hkv T", DType::kFloat32);
+  const int64_t most = check.size("M") * check.size("P");
+  check.require(check.size("T") >= most,
+                "accumulated must be [B, Hkv, T] with T at least M * P = ", most, ", got ",
+                args.accumulated.shape_string());
+  check.require(static_cast<bool>(args.lse), "lse must be given with accumulated");
+  check.require(args.decay >= 0 && args.decay <= 1, "decay must lie in 0 .. 1, got ", args.decay);
+  check.require(std::isfinite(args.threshold) && args.threshold >= 0,
+                "threshold must be 0 (1 / number of tokens) or more, got ", args.threshold);
+}
+
 Backend& checked(const AttendArgs& args) {
   Checker check("attend");
   check.floats("queries", args.queries, "B Hq S D");
@@ -379,6 +270,7 @@ Backend& checked(const AttendArgs& args) {
   check_options(check, args.scale, args.softcap);
   check.floats("out", args.out, "B Hq S D");
   check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
+  check_accumulated(check, args);
   return backend(args.queries.device.type);
 }
 

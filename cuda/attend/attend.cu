@@ -58,6 +58,26 @@ bool cuts_rows(const AttendArgs& args) {
          num_queries(args) <= most_queries(args.layer.format(), args.queries.shape[3]);
 }
 
+/// Whether logits are stored for what accumulates; else they are made again.
+bool stores_logits(const AttendArgs& args) {
+  const int64_t head_dim = args.queries.shape[3];
+  return args.accumulated && args.queries.shape[2] == 1 && cuts_rows(args) &&
+         device_copies_boxes() &&
+         has_storing_kernel(args.layer.format(), head_dim, padded_queries(num_queries(args)));
+}
+
+size_t partial_bytes(const AttendArgs& args) {
+  if (!cuts_rows(args)) return 0;
+  const size_t floats_per_query = args.queries.shape[3] + 2;
+  return schedule::max_partials(args.num_workers) * padded_queries(num_queries(args)) *
+         floats_per_query * sizeof(float);
+}
+
+/// Slots that a row has at most.
+int64_t most_slots(const AttendArgs& args) {
+  return args.layer.block_table.shape[2] * args.layer.page_positions.shape[1];
+}
+
 AttendParams attend_params(const AttendArgs& args) {
   AttendParams p = {};
   p.workers = args.schedule.ptr<const schedule::Worker>();
@@ -81,6 +101,10 @@ AttendParams attend_params(const AttendArgs& args) {
   p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
   if (args.softcap != 0) p.scale /= args.softcap;
   p.softcap = args.softcap;
+  if (stores_logits(args)) {
+    p.logits = args.workspace.ptr<float>() + partial_bytes(args) / sizeof(float);
+    p.logits_length = static_cast<int32_t>(most_slots(args));
+  }
   return p;
 }
 
@@ -124,14 +148,25 @@ void CudaBackend::attend(const AttendArgs& args) {
   } else {
     any_attend(args, p);
   }
+  if (args.accumulated) {
+    if (p.logits) {
+      accumulate_logits(args, p);
+    } else {
+      accumulate_keys(args, p);
+    }
+  }
   if (leaves && !appends_along) quantise_filled_tails(to_append);
 }
 
 size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {
-  if (!cuts_rows(args)) return 0;
-  const size_t floats_per_query = args.queries.shape[3] + 2;
-  return schedule::max_partials(args.num_workers) * padded_queries(num_queries(args)) *
-         floats_per_query * sizeof(float);
+  if (!args.accumulated) return partial_bytes(args);
+  const DeviceGuard guard(args.queries.device);  // which may store logits, whatever others do
+  size_t bytes = partial_bytes(args);
+  if (stores_logits(args)) {
+    bytes += args.layer.lengths.size() * most_slots(args) * padded_queries(num_queries(args)) *
+             sizeof(float);
+  }
+  return bytes;
 }
 
 }  // namespace adakv

@@ -170,6 +170,11 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
 
 template <typename Config>
 void launch_instance(const AttendParams& p, cudaStream_t stream) {
+  constexpr auto kFormat = Config::Format::kFormat;
+  if constexpr (Config::kCopiesBoxes && !Config::kStoresLogits &&
+                has_storing_kernel(kFormat, Config::kHeadDim, Config::kQueries)) {
+    if (p.logits) return launch_instance<StoringLogits<Config>>(p, stream);
+  }
   static_assert(sizeof(AttendShared<Config>) <= Config::kMostBytes);
   const int blocks = schedule::ceil_div(p.group.value * p.num_tokens, Config::kQueries);
   LaunchShape shape;

@@ -36,6 +36,9 @@ struct AttendParams {
   bool leaves_full_tails;    // those that one new token fills have no codes yet
   bool scales_adjoin;        // a tile's scales of values lie right behind those of its keys
   float scale, softcap;      // z = softcap * tanh(q . k * scale); softcap 0: q . k * scale
+  // [num_rows, logits_length, padded queries]: z, by log2(e), of all slots of the rows' pages; or null
+  float* logits;
+  int32_t logits_length;
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
 
@@ -63,6 +66,12 @@ constexpr int most_queries(PageFormat format, int64_t head_dim) {
   return format == PageFormat::kInt4 && head_dim > 128 ? 8 : 16;
 }
 
+/// Whether there are fast kernels that store logits; for most queries of large heads in codes, registers
+/// are short.
+constexpr bool has_storing_kernel(PageFormat format, int64_t head_dim, int num_queries) {
+  return format == PageFormat::kPlain || head_dim <= 128 || num_queries <= 8;
+}
+
 /// Queries that partial results are kept for.
 inline int padded_queries(int64_t num_queries) {
   return num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : 16;
@@ -80,6 +89,13 @@ inline bool device_copies_boxes() {
 /// are not cut: a block does that many queries of a row; then nothing can be appended in the launch.
 template <typename Element, typename Format, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
+
+/// Adds what one query of each q head gave to each slot, of which p.logits has the logits, to what is
+/// accumulated (accumulate.cu). Starts early.
+void accumulate_logits(const AttendArgs& args, const AttendParams& p);
+
+/// The same for any queries, whose logits are made again from the keys.
+void accumulate_keys(const AttendArgs& args, const AttendParams& p);
 
 /// The kernel for everything else (any.cu). It does each row in one piece and appends nothing.
 void any_attend(const AttendArgs& args, const AttendParams& params);

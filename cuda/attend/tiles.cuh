@@ -25,6 +25,7 @@ struct AttendConfig {
   static_assert(!kIsCoded || kCopiesBoxes_);
   static constexpr int kHeadDim = kHeadDim_, kQueries = kQueries_;
   static constexpr bool kCopiesBoxes = kCopiesBoxes_;
+  static constexpr bool kStoresLogits = false;
   static constexpr int kSteps = kHeadDim / 16;  // of the products along the head dim
   static constexpr int kGroups = (kHeadDim + kGroupSize - 1) / kGroupSize;  // with a scale each
   static constexpr int kColumnTiles = (kQueries + 7) / 8;                   // of 8 queries
@@ -86,6 +87,13 @@ struct AttendConfig {
     const int swapped = in_box ^ (slot / (8 / kBoxChunks) % kBoxChunks);
     return ((box * kTileSlots + slot) * kBoxChunks + swapped) * 16;
   }
+};
+
+/// The same, with the logits stored for accumulate_logits().
+template <typename Config>
+struct StoringLogits : Config {
+  static constexpr bool kStoresLogits = true;
+  using TailConfig = StoringLogits<typename Config::TailConfig>;
 };
 
 template <typename Config>

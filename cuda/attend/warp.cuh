@@ -75,8 +75,9 @@ struct WarpState {
   // each two steps 4 g to 4 g + 3.
   float from_zeros[kTiles][kGroups][2];
   float bound = FLT_MIN;  // out is relative to it
-  uint2* operands;     // [kSteps, kTiles, 32]  of codes' queries; of int4 [D / 32, kTiles, 32, 2]
-  float2* query_sums;  // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
+  uint2* operands;       // [kSteps, kTiles, 32]  of codes' queries; of int4 [D / 32, kTiles, 32, 2]
+  float2* query_sums;    // [kGroups, kTiles, 4]  over groups, of queries 2 t and 2 t + 1
+  float* logits_of_row;  // [slots of the row, kQueries], if they are stored
 
   __device__ WarpState(const AttendParams& p, const RowContext& row, AttendShared<Config>& shared)
       : operands(shared.operands + threadIdx.x / kWarpSize * Config::kOperands),
@@ -92,6 +93,10 @@ struct WarpState {
 
   __device__ void begin(const AttendParams& p, const RowContext& row) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    if constexpr (Config::kStoresLogits) {
+      const int64_t index = int64_t{row.b} * p.num_heads.value + row.h;
+      logits_of_row = p.logits + index * p.logits_length * Config::kQueries;
+    }
     __syncwarp();  // nobody needs the sums of the row before
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -301,6 +306,7 @@ struct WarpState {
         if (slot + i / 2 * 8 >= visible[tile][i % 2]) all[i] = -INFINITY;
       }
     }
+    if constexpr (Config::kStoresLogits) store_logits(first_slot, tile, logits);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       float most = fmaxf(logits[0][c], logits[0][2 + c]);
@@ -324,6 +330,20 @@ struct WarpState {
         total += logit[c] + logit[2 + c];
       }
       sum[tile][c] = sum[tile][c] * factor[c] + total;
+    }
+  }
+
+  /// Logits of one tile of columns, also of slots of the page that the row doesn't have.
+  __device__ void store_logits(int32_t first_slot,
+                               int tile,
+                               const float (&logits)[kBlocks][4]) const {
+    const int lane = threadIdx.x % kWarpSize, query = tile * 8 + lane % 4 * 2;
+    if (query >= Config::kQueries) return;
+    float* to = logits_of_row + (first_slot + lane / 4) * Config::kQueries + query;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const float* pair = logits[i / 2] + i % 2 * 2;
+      *reinterpret_cast<float2*>(to + i * 8 * Config::kQueries) = make_float2(pair[0], pair[1]);
     }
   }
 

@@ -18,14 +18,13 @@ Wrong arguments raise ``ValueError`` naming the argument, what was expected and 
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from adakv import _C
+from adakv import _C, _outputs
 from adakv._register import operators as operators
 from adakv._register import verb
 from adakv.tensors import Kept as Kept
@@ -37,6 +36,7 @@ Pool = Literal["max", "avg", "none"]
 Order = Literal["group_first", "pool_first"]
 Safeguard = Literal["blend", "hard_floor", "official_round", "none"]
 Norm = Literal["l1", "l2_gram"]
+Accumulate = Literal["sum", "max", "last"]
 
 #: Fields of a layer that change with a step.
 _GROWING = (
@@ -45,41 +45,7 @@ _GROWING = (
 )
 
 
-@functools.cache
-def _num_workers(device: Any) -> int:
-    """0 for what can't be worked on: the core says why."""
-    if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
-        return 0
-    is_current = device.type == "cuda" and device.index is None
-    index = torch.cuda.current_device() if is_current else device.index or 0
-    return _C.default_num_workers(device.type, index)
-
-
-#: The output for inputs that are no tensors, or not of the dimensions they should be: what is wrong
-#: with them, the core says.
-_NOTHING = torch.empty(0)
-
-
-def _per_entry(keys: Tensor) -> Tensor:
-    try:
-        return keys.new_empty(keys.shape[:3], dtype=torch.float32)
-    except AttributeError:
-        return _NOTHING
-
-
-def _scores(
-    _queries: Tensor,
-    keys: Tensor | None,
-    layer: Layer | None = None,
-    length: int = 0,
-    **_options: Any,
-) -> Tensor:
-    if layer is None:
-        return _per_entry(keys)  # type: ignore[arg-type]
-    return layer.lengths.new_empty((*layer.lengths.shape, length), dtype=torch.float32)
-
-
-@verb(fake=_scores)
+@verb(fake=_outputs.scores)
 def score(
     queries: Tensor,
     keys: Tensor | None,
@@ -148,7 +114,7 @@ def score(
         ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
     if layer is None:
-        scores = _per_entry(keys)  # type: ignore[arg-type]
+        scores = _outputs.per_entry(keys)  # type: ignore[arg-type]
     else:
         shape = (*layer.lengths.shape, length)
         scores = layer.lengths.new_empty(shape, dtype=torch.float32)
@@ -161,7 +127,7 @@ def score(
     return scores
 
 
-@verb(fake=lambda values, w_o, **_: _per_entry(values))
+@verb(fake=lambda values, w_o, **_: _outputs.per_entry(values))
 def value_norm(
     values: Tensor, w_o: Tensor, *, seq_lens: Tensor | None = None, norm: Norm = "l1"
 ) -> Tensor:
@@ -184,19 +150,12 @@ def value_norm(
     -------
     norms : ``[B, Hkv, T]`` float32, ``-inf`` behind ``seq_lens``
     """
-    norms = _per_entry(values)
+    norms = _outputs.per_entry(values)
     _C.value_norm(values, w_o, seq_lens, norm, norms)
     return norms
 
 
-def _per_row(scores: Tensor) -> Tensor:
-    try:
-        return scores.new_empty(scores.shape[:2], dtype=torch.int32)
-    except AttributeError:
-        return _NOTHING
-
-
-@verb(fake=lambda scores, budget, **_: _per_row(scores))
+@verb(fake=lambda scores, budget, **_: _outputs.per_row(scores))
 def allocate(
     scores: Tensor,
     budget: int,
@@ -240,7 +199,7 @@ def allocate(
     budgets : ``[B, Hkv]`` int32, window included
         Sequences of at most ``budget`` tokens keep everything.
     """
-    budgets = _per_row(scores)
+    budgets = _outputs.per_row(scores)
     _C.allocate(scores, seq_lens, budget, window, floor, safeguard, budgets)
     return budgets
 
@@ -392,16 +351,7 @@ def fork(
     _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 
 
-def _schedule(lengths: Tensor) -> Tensor:
-    try:
-        layers, batch, heads = lengths.shape
-        size = _C.schedule_size(batch * heads, _num_workers(lengths.device))
-        return lengths.new_empty((layers, size))
-    except (AttributeError, ValueError):
-        return _NOTHING
-
-
-@verb(fake=lambda lengths, *_, **_options: _schedule(lengths))
+@verb(fake=lambda lengths, *_, **_options: _outputs.schedule(lengths))
 def plan(
     lengths: Tensor,
     block_table: Tensor,
@@ -431,22 +381,16 @@ def plan(
     schedule : ``[L, X]`` int32
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
-    schedule = _schedule(lengths)
-    workers = _num_workers(getattr(lengths, "device", None))
+    schedule = _outputs.schedule(lengths)
+    workers = _outputs.num_workers(getattr(lengths, "device", None))
     _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
     return schedule
 
 
-def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        batch, heads, tokens, dim = queries.shape
-        out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-        return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
-    except (AttributeError, ValueError):
-        return _NOTHING, _NOTHING
-
-
-@verb(fake=lambda queries, *_, **_options: _attended(queries), mutates=(*_GROWING, "schedule"))
+@verb(
+    fake=lambda queries, *_, **_options: _outputs.attended(queries),
+    mutates=(*_GROWING, "schedule", "accumulated"),
+)
 def attend(
     queries: Tensor,
     layer: Layer,
@@ -459,6 +403,11 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     prefetch: bool = False,
+    accumulated: Tensor | None = None,
+    accumulate: Accumulate = "sum",
+    group_reduce: Reduce = "mean",
+    decay: float = 1.0,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
@@ -483,6 +432,17 @@ def attend(
     prefetch : bool
         On CUDA: pages and schedule may be read while the kernel before this one still runs. Say so
         only if that kernel writes neither: not right after ``plan``, ``append`` or ``compact``.
+    accumulated : ``[B, Hkv, T]`` float32, optional
+        Changed: what each slot of a row was given by the queries since its entry came, T at least
+        ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.
+    accumulate : "sum", "max" or "last"
+        A token gives a slot the probabilities ``exp(z - lse)`` of its q heads, as one: added to the
+        sum so far times ``decay``; the largest; or the number of the last token, from 1, that gave
+        ``threshold`` or more (0: 1 / its number).
+    group_reduce : "mean", "max" or "sum"
+        Over the q heads of a group.
+    decay, threshold : float
+        From 0 to 1, and 0 or more.
 
     Returns
     -------
@@ -491,10 +451,11 @@ def attend(
         Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
         attended to.
     """
-    out, lse = _attended(queries)
+    out, lse = _outputs.attended(queries)
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        _num_workers(getattr(queries, "device", None)), prefetch, out, lse,
+        _outputs.num_workers(getattr(queries, "device", None)), prefetch,
+        accumulate, group_reduce, decay, threshold, out, lse, accumulated,
     )  # fmt: skip
     return out, lse

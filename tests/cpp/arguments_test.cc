@@ -244,6 +244,17 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
       "attend: out must be float32, float16 or bfloat16, got int32");
   EXPECT_EQ(after(&Right::attend, &attend, [](AttendArgs& args) { args.num_workers = 0; }),
             "attend: num_workers must be from 1 to 32767, got 0");
+  static float slots[2 * 2 * 32];
+  EXPECT_EQ(after(&Right::attend, &attend,
+                  [](AttendArgs& args) {
+                    args.accumulated = TensorView(slots, {2, 2, 31}, DType::kFloat32);
+                  }),
+            "attend: accumulated must be [B, Hkv, T] with T at least M * P = 32, got [2, 2, 31]");
+  EXPECT_EQ(after(&Right::attend, &attend,
+                  [](AttendArgs& args) {
+                    args.accumulated = TensorView(slots, {2, 2, 32}, DType::kFloat32);
+                  }),
+            "attend: lse must be given with accumulated");
 }
 
 // A schedule for tokens that nobody appended.

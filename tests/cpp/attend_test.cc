@@ -11,6 +11,9 @@ namespace {
 struct Options {
   float scale = 0, softcap = 0;
   bool has_sinks = false;
+  Accumulate accumulate = Accumulate::kSum;
+  Reduce group_reduce = Reduce::kMean;
+  float decay = 1, threshold = 0;
 };
 
 // A cache with one layer and two sequences of two kv heads, whose rows keep the given numbers of
@@ -77,12 +80,20 @@ class Attending {
     args.num_workers = workers;
     args.out = out.view;
     args.lse = lse.view;
+    args.accumulate = options.accumulate;
+    args.group_reduce = options.group_reduce;
+    args.decay = options.decay;
+    args.threshold = options.threshold;
+    args.accumulated = accumulated_.view;
+    std::vector<double> before;
+    for (int64_t i = 0; i < 4 * kMostSlots; ++i) before.push_back(accumulated_.get(i));
     run(&attend, args);
     check(args, queries, out, lse);
+    check_accumulated(args, queries, before);
   }
 
  private:
-  static constexpr int kPrompt = 700;
+  static constexpr int kPrompt = 700, kMostSlots = 60 * 16;
 
   static CacheConfig config(Format format) {
     CacheConfig config;
@@ -92,6 +103,7 @@ class Attending {
     config.head_dim = format.head_dim;
     config.num_pages = 200;
     config.max_row_pages = 60;
+    config.page_size = 16;
     config.dtype = format.dtype;
     return config;
   }
@@ -129,10 +141,51 @@ class Attending {
     expect_close(lse, lses);
   }
 
+  // From what was there before, by the lse that was checked.
+  void check_accumulated(const AttendArgs& args,
+                         const Tensor& queries,
+                         std::vector<double> expected) const {
+    const int64_t columns = args.queries.shape[2], dim = format_.head_dim, heads = 2 * group_;
+    for (int64_t row = 0; row < 4; ++row) {
+      const int64_t b = row / 2, count = args.num_new.ptr<int32_t>()[b];
+      const std::vector<Entry> held = entries_of(args.layer, b, row % 2);
+      const int64_t length = static_cast<int64_t>(held.size());
+      double* slots = expected.data() + row * kMostSlots;
+      std::fill(slots + length - count, slots + length, 0);
+      for (int64_t s = columns - count; s < columns; ++s) {
+        const double number = args.layer.seen.ptr<int32_t>()[b] - (columns - 1 - s);
+        for (int64_t i = 0; i < length - columns + s + 1; ++i) {
+          double sum = 0, most = 0;
+          for (int64_t g = 0; g < group_; ++g) {
+            const int64_t query = (b * heads + row % 2 * group_ + g) * columns + s;
+            double z = 0;
+            for (int64_t d = 0; d < dim; ++d) {
+              z += double(queries.get(query * dim + d)) * held[i].key[d];
+            }
+            z *= args.scale != 0 ? args.scale : 1 / std::sqrt(double(dim));
+            if (args.softcap > 0) z = args.softcap * std::tanh(z / args.softcap);
+            const double p = std::exp(z - double(args.lse.ptr<float>()[query]));
+            sum += p;
+            most = std::max(most, p);
+          }
+          const double given = args.group_reduce == Reduce::kMax   ? most
+                               : args.group_reduce == Reduce::kSum ? sum
+                                                                   : sum / double(group_);
+          if (args.accumulate == Accumulate::kSum) slots[i] = slots[i] * args.decay + given;
+          if (args.accumulate == Accumulate::kMax) slots[i] = std::max(slots[i], given);
+          const double threshold = args.threshold > 0 ? args.threshold : 1 / number;
+          if (args.accumulate == Accumulate::kLast && given >= threshold) slots[i] = number;
+        }
+      }
+    }
+    expect_close(accumulated_, expected);
+  }
+
   Format format_;
   int64_t group_;
   std::mt19937 random_{0};
   KVCache cache_;
+  const Tensor accumulated_{{2, 2, kMostSlots}, DType::kFloat32};
 };
 
 class AttendFormats : public testing::TestWithParam<Format> {};
@@ -150,6 +203,15 @@ TEST(Attend, TakesEveryOption) {
   attending.step(1, {1, 1}, {0.7f, 2.f, true});
   attending.step(1, {0, 1}, {0.f, 0.f, true});
   attending.step(2, {2, 1}, {0.f, 5.f, false});
+}
+
+TEST(Attend, AccumulatesInEveryWay) {
+  Attending attending({DType::kFloat32, 16}, 4, {20, 100, 3, 0});
+  attending.step(1, {1, 1}, {0.f, 0.f, true, Accumulate::kSum, Reduce::kSum, 0.5f});
+  attending.step(3, {2, 3}, {0.f, 0.f, false, Accumulate::kSum, Reduce::kMean, 0.5f});
+  attending.step(1, {1, 0}, {0.f, 2.f, false, Accumulate::kMax, Reduce::kMax});
+  attending.step(11, {11, 4}, {0.f, 0.f, false, Accumulate::kLast, Reduce::kMean, 1, 0.2f});
+  attending.step(1, {1, 1}, {0.f, 0.f, false, Accumulate::kLast, Reduce::kMax});
 }
 
 }  // namespace

@@ -402,6 +402,13 @@ class Call {
 
     args.out = floats({B, Hq, S, D});
     if (input_.one_in(2)) args.lse = floats({B, Hq, S}, DType::kFloat32);
+    if (args.lse && input_.one_in(2)) {
+      args.accumulated = floats({B, Hkv, M * P}, DType::kFloat32);
+      args.accumulate = static_cast<Accumulate>(input_.range(0, 2));
+      args.group_reduce = static_cast<Reduce>(input_.range(0, 2));
+      args.decay = option(0.5f);
+      args.threshold = option(0.f);
+    }
     call(&attend, args);
   }
 

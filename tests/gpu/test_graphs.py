@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accumulated import accumulate
 from adakv import ops
 from adakv.cache import KVCache
 from lockstep import GROUP, KV_HEADS, LAYERS, SEQUENCES, Lockstep, entries
@@ -83,6 +84,41 @@ def test_prefetching_gives_the_same_bits() -> None:
         for i, out in enumerate(results):
             assert torch.equal(out, expected[i % LAYERS])
             out.fill_(float("nan"))
+
+
+def test_a_graph_accumulates() -> None:
+    """Launches overlap, and share their scratch memory: none may see another one's logits."""
+    both = Lockstep()
+    for sequence, length in enumerate((600, 150, 33)):
+        both.prefill(sequence, length, most=length)
+    cache, times = both.cuda, 12
+    queries = [entries(SEQUENCES, 1, KV_HEADS * GROUP).cuda() for _ in range(LAYERS)]
+    schedule = ops.plan(*cache.plan_inputs, new_tokens=0)
+    length = cache.all_layers.block_table.shape[-1] * cache.page_size
+    sums = torch.zeros(LAYERS, SEQUENCES, KV_HEADS, length, device="cuda")
+    expected = [
+        ops.attend(queries[i], cache.layer(i), schedule[i], accumulated=sums[i])[0]
+        for i in range(LAYERS)
+    ]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [
+            ops.attend(queries[i], cache.layer(i), schedule[i], prefetch=True, accumulated=sums[i])
+            for _ in range(times)
+            for i in range(LAYERS)
+        ]
+    graph.replay()
+    graph.replay()
+    for i, (out, _) in enumerate(results):
+        assert torch.equal(out, expected[i % LAYERS])
+    for i in range(LAYERS):
+        both_dtypes = []
+        for dtype in (torch.float64, torch.bfloat16):
+            wanted = torch.zeros(SEQUENCES, KV_HEADS, length)
+            for _ in range(1 + 2 * times):
+                wanted = accumulate(queries[i], cache.layer(i), wanted.double(), dtype=dtype)
+            both_dtypes.append(wanted)
+        assert_close(sums[i], *both_dtypes)
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:

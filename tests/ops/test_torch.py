@@ -85,6 +85,7 @@ def operators(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str
     entries = (torch.randn(BATCH, HEADS, LENGTH, DIM) for _ in range(2))
     room_for_pages = (*room["layer"], room["page_ids"], room["page_indptr"])
     norms = torch.rand_like(scores)
+    most = s["layer"].block_table.shape[2] * s["layer"].pages.shape[2]
     return {
         "score": ((p["queries"], p["keys"]), lens | {"scale": 0.1, "window_reduce": "max"}),
         "value_norm": ((p["values"], p["w_o"]), lens),
@@ -93,7 +94,10 @@ def operators(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str
         "compact": ((*entries, *kept, *room_for_pages), {}),
         "append": ((*new.values(), *s["layer"]), {}),
         "plan": (table, {"new_tokens": 2}),
-        "attend": ((s["queries"], *s["layer"], schedule), new | {"scale": 0.1}),
+        "attend": (
+            (s["queries"], *s["layer"], schedule),
+            new | {"scale": 0.1, "accumulated": torch.rand(BATCH, HEADS, most)},
+        ),
     }
 
 

@@ -299,6 +299,8 @@ typedef enum AdakvSafeguard {
 } AdakvSafeguard;
 /** The size of an entry's part in the layer's output. */
 typedef enum AdakvNorm { ADAKV_L1, ADAKV_L2_GRAM } AdakvNorm;
+/** How what an entry is given in one step joins what it was given before. */
+typedef enum AdakvAccumulate { ADAKV_KEEP_SUM, ADAKV_KEEP_MAX, ADAKV_KEEP_LAST } AdakvAccumulate;
 
 /** What adakv_score() takes: ScoreArgs of ops.h. */
 typedef struct AdakvScoreArgs {
@@ -433,8 +435,13 @@ typedef struct AdakvAttendArgs {
   float softcap;                  /* 0: none */
   int32_t num_workers;            /* as given to adakv_plan() */
   int32_t prefetch;               /* 0; see ops.h */
+  AdakvAccumulate accumulate;     /* what accumulated keeps */
+  AdakvReduce group_reduce;       /* over the q heads of a group, for accumulated */
+  float decay;                    /* 1; of a sum, from token to token */
+  float threshold;                /* of ADAKV_KEEP_LAST; 0: 1 / number of tokens */
   const AdakvTensor* out;         /* [B, Hq, S, D], out */
-  const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional */
+  const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional without accumulated */
+  const AdakvTensor* accumulated; /* [B, Hkv, T] float32, in and out, optional; T >= M * P */
   void* workspace;                /* scratch memory on the tensors' device */
   size_t workspace_bytes;         /* adakv_attend_workspace() */
   void* stream;                   /* a cudaStream_t; NULL on the CPU */

@@ -41,6 +41,8 @@ enum class Order : uint8_t { kGroupFirst, kPoolFirst };
 enum class Safeguard : uint8_t { kBlend, kHardFloor, kOfficialRound, kNone };
 /// The size of an entry's part in the layer's output, see ValueNormArgs.
 enum class Norm : uint8_t { kL1, kL2Gram };
+/// How what an entry is given in one step joins what it was given before, see AttendArgs.
+enum class Accumulate : uint8_t { kSum, kMax, kLast };
 
 /// How strongly the last W queries of the prompt attend to each entry (SnapKV, arXiv 2404.14469;
 /// the base of Ada-KV and CriticalKV). With W = T, all of its queries (H2O, arXiv 2306.14048).
@@ -246,25 +248,38 @@ int default_num_workers(Device device);
 /// % P of a row are what its tail says, and where S = 1 and keys are given, a page that the new entry
 /// fills is quantised after it was read.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
+///
+/// With accumulated, each slot of a row keeps what the q heads gave it. For each new token s in turn,
+///   p[q]    = exp(z[q] - lse[q]) of a slot that s sees, else 0
+///   r       = group_reduce over q of h ( p[q] )
+///   kSum:   accumulated[b,h,slot] = decay * accumulated[b,h,slot] + r
+///   kMax:   accumulated[b,h,slot] = max(accumulated[b,h,slot], r)
+///   kLast:  accumulated[b,h,slot] = i if r >= threshold; i: tokens of b up to s, seen - (S - 1 - s)
+/// The slots of the new tokens begin at 0, whatever was there. What lies behind a row is left alone.
 struct AttendArgs {
-  TensorView queries;       // [B, Hq, S, D]
-  LayerView layer;          // in; in and out if keys are given
-  TensorView schedule;      // [schedule_size(B * Hkv, num_workers)] int32, of this layer
-  TensorView keys;          // [B, Hkv, S, D]  optional: the new tokens' keys
-  TensorView values;        // [B, Hkv, S, D]  optional: the new tokens' values
-  TensorView num_new;       // [B] int32, 0 .. S; not given: all S
-  TensorView sink_logits;   // [Hq] float32    optional
-  float scale = 0.f;        // 0: 1 / sqrt(D)
-  float softcap = 0.f;      // 0: none
-  int num_workers = 0;      // as given to plan
-  bool prefetch = false;    // CUDA: pages and schedule may be read while the kernel before this one
-                            // runs, because it doesn't write them
-  TensorView out;           // [B, Hq, S, D], out
-  TensorView lse;           // [B, Hq, S] float32, out, optional: natural log
+  TensorView queries;      // [B, Hq, S, D]
+  LayerView layer;         // in; in and out if keys are given
+  TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, of this layer
+  TensorView keys;         // [B, Hkv, S, D]  optional: the new tokens' keys
+  TensorView values;       // [B, Hkv, S, D]  optional: the new tokens' values
+  TensorView num_new;      // [B] int32, 0 .. S; not given: all S
+  TensorView sink_logits;  // [Hq] float32    optional
+  float scale = 0.f;       // 0: 1 / sqrt(D)
+  float softcap = 0.f;     // 0: none
+  int num_workers = 0;     // as given to plan
+  bool prefetch = false;   // CUDA: pages and schedule may be read while the kernel before this one
+                           // runs, because it doesn't write them
+  Accumulate accumulate = Accumulate::kSum;  // what accumulated keeps
+  Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
+  float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
+  float threshold = 0.f;                     // of kLast; 0: 1 / i
+  TensorView out;                            // [B, Hq, S, D], out
+  TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
+  TensorView accumulated;   // [B, Hkv, T] float32, in and out, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;  // where CUDA work is put
 };
-/// Writes args.out and args.lse; changes args.layer if keys are given.
+/// Writes args.out and args.lse; changes args.accumulated, and args.layer if keys are given.
 void attend(const AttendArgs& args);
 
 /// Bytes of scratch memory that score needs, aligned to 16, from shapes and options only. Checks the

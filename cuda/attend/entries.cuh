@@ -1,0 +1,165 @@
+// Entries of a row one by one, of any dtype and format: for kernels that take whatever comes.
+#pragma once
+
+#include "attend/attend.h"
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
+
+namespace adakv {
+
+/// A query, and the row that it looks at.
+struct Query {
+  int32_t b, h, head, token;
+  int32_t length;   // entries of the row
+  int32_t visible;  // slots before this are seen; 0 for padding
+
+  /// The page of a slot of its row.
+  __device__ int32_t page(const LayerRows& layer, int32_t slot) const {
+    return layer.block_table.at(b, h)[slot / layer.page_size];
+  }
+};
+
+/// Where a key and its value lie, as they are.
+template <typename Element>
+struct Entry {
+  static constexpr int kLoads = 16;  // of a lane on their way at a time
+
+  const char* at = nullptr;
+
+  Entry() = default;
+  __device__ Entry(const AttendParams& p, const Query& query, int32_t slot)
+      : at(p.layer.key(query.page(p.layer, slot), slot % p.layer.page_size)) {}
+
+  __device__ Entry of_lane(int32_t lane) const {
+    Entry entry;
+    entry.at =
+        reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(at), lane));
+    return entry;
+  }
+
+  __device__ float key(const LayerRows&, int32_t d) const {
+    return to_float(reinterpret_cast<const Element*>(at)[d]);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    return to_float(reinterpret_cast<const Element*>(at + layer.half_page_bytes())[d]);
+  }
+};
+
+/// The same of codes, with scales of the dtype Element.
+template <typename Element, typename Format>
+struct CodedEntry {
+  static constexpr int kLoads = 8;
+
+  int32_t page = 0, slot = 0;
+
+  CodedEntry() = default;
+  __device__ CodedEntry(const AttendParams& p, const Query& query, int32_t slot)
+      : page(query.page(p.layer, slot)), slot(slot % p.layer.page_size) {}
+
+  __device__ CodedEntry of_lane(int32_t lane) const {
+    CodedEntry entry;
+    entry.page = __shfl_sync(kFullWarp, page, lane);
+    entry.slot = __shfl_sync(kFullWarp, slot, lane);
+    return entry;
+  }
+
+  __device__ float key(const LayerRows& layer, int32_t d) const {
+    return element(layer.key(page, slot) + d, layer.key_scales, d);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    return element(layer.key(page, slot) + layer.half_page_bytes() + d, layer.value_scales, d);
+  }
+
+ private:
+  __device__ float element(const char* code, const ScaleRows& scales, int32_t d) const {
+    const Element* scale =
+        reinterpret_cast<const Element*>(scales.at(page, slot)) + d / kGroupSize * Format::kScales;
+    const float x = decode<Format>(*reinterpret_cast<const uint8_t*>(code));
+    return to_float(scale[0]) * x + (Format::kScales == 2 ? to_float(scale[1]) : 0.f);
+  }
+};
+
+/// The same of int4, whose last entries are in the row's tail.
+template <typename Element>
+struct Int4Entry {
+  static constexpr int kLoads = 8;
+
+  const char* tail = nullptr;  // the key, if it is in the tail
+  int32_t page = 0, slot = 0;
+
+  Int4Entry() = default;
+  __device__ Int4Entry(const AttendParams& p, const Query& query, int32_t slot)
+      : page(query.page(p.layer, slot)), slot(slot % kPageSlots) {
+    if (slot < p.tail_begin(query.b, query.length)) return;
+    tail = p.layer.tail(query.b, query.h, false, slot % kPageSlots, 0);
+  }
+
+  __device__ Int4Entry of_lane(int32_t lane) const {
+    Int4Entry entry;
+    const uint64_t address = reinterpret_cast<uint64_t>(tail);
+    entry.tail = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, address, lane));
+    entry.page = __shfl_sync(kFullWarp, page, lane);
+    entry.slot = __shfl_sync(kFullWarp, slot, lane);
+    return entry;
+  }
+
+  __device__ float key(const LayerRows& layer, int32_t d) const {
+    if (tail) return to_float(reinterpret_cast<const Element*>(tail)[d]);
+    const auto number = [&](int32_t row) {
+      return to_float(reinterpret_cast<const Element*>(layer.key_scales.at(page, row))[d]);
+    };
+    return number(0) * code(layer.key(page, slot), d) + number(1);
+  }
+
+  __device__ float value(const LayerRows& layer, int32_t d) const {
+    if (tail) {
+      return to_float(reinterpret_cast<const Element*>(tail)[kPageSlots * layer.head_dim + d]);
+    }
+    const Element* scale = reinterpret_cast<const Element*>(layer.value_scales.at(page, slot)) +
+                           d / kGroupSize * Int4::kScales;
+    const float x = code(layer.key(page, slot) + layer.half_page_bytes(), d);
+    return to_float(scale[0]) * x + to_float(scale[1]);
+  }
+
+ private:
+  static __device__ float code(const char* codes, int32_t d) {
+    return reinterpret_cast<const uint8_t*>(codes)[d / 2] >> d % 2 * 4 & 15;
+  }
+};
+
+/// Calls the body with the columns of a head dim that a lane holds.
+template <typename Body>
+void dispatch_columns(int64_t head_dim, const Body& body) {
+  if (head_dim <= 1 * kWarpSize) return body(IntTag<1>{});
+  if (head_dim <= 2 * kWarpSize) return body(IntTag<2>{});
+  if (head_dim <= 4 * kWarpSize) return body(IntTag<4>{});
+  body(IntTag<8>{});
+}
+
+/// Calls the body with the dtype, the kind of entry and the columns of a lane that a call is about.
+template <typename Body>
+void dispatch_entries(const AttendArgs& args, const Body& body) {
+  const auto run = [&](auto element, auto entry) {
+    dispatch_columns(args.queries.shape[3], [&](auto columns) { body(element, entry, columns); });
+  };
+  const PageFormat format = args.layer.format();
+  if (format == PageFormat::kPlain) {
+    dispatch_dtype(args.queries.dtype, [&](auto element) {
+      run(element, TypeTag<Entry<typename decltype(element)::type>>{});
+    });
+  } else {
+    dispatch_codes(args.queries.dtype, format, [&](auto element, auto codes) {
+      using Element = typename decltype(element)::type;
+      using Format = typename decltype(codes)::type;
+      if constexpr (std::is_same_v<Format, Int4>) {
+        run(element, TypeTag<Int4Entry<Element>>{});
+      } else {
+        run(element, TypeTag<CodedEntry<Element, Format>>{});
+      }
+    });
+  }
+}
+
+}  // namespace adakv
