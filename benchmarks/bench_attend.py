@@ -1,8 +1,9 @@
 """attend over ragged pages, against torch SDPA on the same entries padded to the longest row.
 
 Lengths are as Ada-KV gives them: a floor of 0.2 of the mean budget, the rest by a Dirichlet draw
-over the heads of a sequence. Several layers in turn, more than the last-level cache holds. torch has
-the q heads of a group as queries of their kv head: several times as fast on a CPU as enable_gqa.
+over the heads of a sequence. Several layers in turn, more than the last-level cache holds. For
+torch the q heads of a group are queries of their kv head, on a CPU several times as fast as
+enable_gqa.
 
 With --accumulate it is also timed where it keeps what each slot is given (``_accumulated``).
 
