@@ -5,7 +5,7 @@
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds,kept_scores,shrinking}.py
-3  torch ops, cache, step  python/adakv/{errors,shown,_register,_outputs,tensors,ops,fork}.py,
+3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
                            python/adakv/{moving,formats,cache,room,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
@@ -49,7 +49,7 @@ FLOORS = {
     "ops": 3,
     "tensors": 3,
     "_register": 3,
-    "_outputs": 3,
+    "_schedules": 3,
     "cache": 3,
     "formats": 3,
     "devices": 3,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adakv import _C, _outputs
+from adakv import _C, _schedules
 from adakv._register import operators as operators
 from adakv._register import verb
 from adakv.tensors import Kept as Kept
@@ -45,7 +45,28 @@ _GROWING = (
 )
 
 
-@verb(fake=_outputs.scores)
+def _per_entry(keys: Tensor) -> Tensor:
+    """A number for each entry of a prompt, ``[B, Hkv, T]`` float32."""
+    try:
+        return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    except AttributeError:
+        return _schedules.NOTHING
+
+
+def _scores(
+    _queries: Tensor,
+    keys: Tensor | None,
+    layer: Layer | None = None,
+    length: int = 0,
+    **_options: Any,
+) -> Tensor:
+    """Scores of a prompt's entries, or of the first ``length`` of a layer's rows."""
+    if layer is None:
+        return _per_entry(keys)  # type: ignore[arg-type]
+    return layer.lengths.new_empty((*layer.lengths.shape, length), dtype=torch.float32)
+
+
+@verb(fake=_scores)
 def score(
     queries: Tensor,
     keys: Tensor | None,
@@ -114,7 +135,7 @@ def score(
         ``-inf`` where an entry doesn't compete: in the window and behind ``seq_lens``.
     """
     if layer is None:
-        scores = _outputs.per_entry(keys)  # type: ignore[arg-type]
+        scores = _per_entry(keys)  # type: ignore[arg-type]
     else:
         shape = (*layer.lengths.shape, length)
         scores = layer.lengths.new_empty(shape, dtype=torch.float32)
@@ -127,7 +148,7 @@ def score(
     return scores
 
 
-@verb(fake=lambda values, w_o, **_: _outputs.per_entry(values))
+@verb(fake=lambda values, w_o, **_: _per_entry(values))
 def value_norm(
     values: Tensor, w_o: Tensor, *, seq_lens: Tensor | None = None, norm: Norm = "l1"
 ) -> Tensor:
@@ -150,12 +171,20 @@ def value_norm(
     -------
     norms : ``[B, Hkv, T]`` float32, ``-inf`` behind ``seq_lens``
     """
-    norms = _outputs.per_entry(values)
+    norms = _per_entry(values)
     _C.value_norm(values, w_o, seq_lens, norm, norms)
     return norms
 
 
-@verb(fake=lambda scores, budget, **_: _outputs.per_row(scores))
+def _per_row(scores: Tensor) -> Tensor:
+    """A number for each row, ``[B, Hkv]`` int32."""
+    try:
+        return scores.new_empty(scores.shape[:2], dtype=torch.int32)
+    except AttributeError:
+        return _schedules.NOTHING
+
+
+@verb(fake=lambda scores, budget, **_: _per_row(scores))
 def allocate(
     scores: Tensor,
     budget: int,
@@ -199,7 +228,7 @@ def allocate(
     budgets : ``[B, Hkv]`` int32, window included
         Sequences of at most ``budget`` tokens keep everything.
     """
-    budgets = _outputs.per_row(scores)
+    budgets = _per_row(scores)
     _C.allocate(scores, seq_lens, budget, window, floor, safeguard, budgets)
     return budgets
 
@@ -351,7 +380,7 @@ def fork(
     _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 
 
-@verb(fake=lambda lengths, *_, **_options: _outputs.schedule(lengths))
+@verb(fake=lambda lengths, *_, **_options: _schedules.schedule(lengths))
 def plan(
     lengths: Tensor,
     block_table: Tensor,
@@ -381,14 +410,24 @@ def plan(
     schedule : ``[L, X]`` int32
         ``schedule[l]`` is what :func:`attend` takes in layer l. Valid for this step.
     """
-    schedule = _outputs.schedule(lengths)
-    workers = _outputs.num_workers(getattr(lengths, "device", None))
+    schedule = _schedules.schedule(lengths)
+    workers = _schedules.num_workers(getattr(lengths, "device", None))
     _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
     return schedule
 
 
+def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The output ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``, and its lse ``[B, Hq, S]``."""
+    try:
+        batch, heads, tokens, dim = queries.shape
+        out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+        return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
+    except (AttributeError, ValueError):
+        return _schedules.NOTHING, _schedules.NOTHING
+
+
 @verb(
-    fake=lambda queries, *_, **_options: _outputs.attended(queries),
+    fake=lambda queries, *_, **_options: _attended(queries),
     mutates=(*_GROWING, "schedule", "accumulated"),
 )
 def attend(
@@ -451,11 +490,11 @@ def attend(
         Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
         attended to.
     """
-    out, lse = _outputs.attended(queries)
+    out, lse = _attended(queries)
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        _outputs.num_workers(getattr(queries, "device", None)), prefetch,
+        _schedules.num_workers(getattr(queries, "device", None)), prefetch,
         accumulate, group_reduce, decay, threshold, out, lse, accumulated,
     )  # fmt: skip
     return out, lse
