@@ -173,6 +173,10 @@ class TiledBlocks {
       }
     }
     for (int r = 0; r < num_queries; ++r) {
+      if (span_.logits) {
+        float* to = span_.logits + r * span_.logits_stride + (begin - span_.begin_slot);
+        copy_slots(to, logits[r], count);
+      }
       const int limit = span_.first_visible + (span_.first_query + r) / span_.group;
       max[r] = span_.max[r];
       total[r] = span_.sum[r];

@@ -68,6 +68,7 @@ CASES = [
     Case(head_dim=8, group=16),
     Case(head_dim=120, group=5, page_size=8),
     Case(page_size=256, lengths=((700, 256, 1),)),
+    Case(page_size=256, lengths=((5000, 40),), group=8, head_dim=128),
     Case(lengths=((2000, 5, 70), (0, 0, 0), (1, 900, 0))),
     Case(lengths=((3000,),), group=2, head_dim=128),
     Case(with_sinks=True, softcap=3.0),
