@@ -275,7 +275,7 @@ struct AttendArgs {
   float threshold = 0.f;                     // of kLast; 0: 1 / i
   TensorView out;                            // [B, Hq, S, D], out
   TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
-  TensorView accumulated;   // [B, Hkv, T] float32, in and out, optional; T at least M * P
+  TensorView accumulated;   // [B, Hkv, T] float32, out and in, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;  // where CUDA work is put
 };
