@@ -33,9 +33,9 @@ def on_cpu() -> tuple[list[float], list[float]]:
     (run,) = (
         record
         for record in records("cpu-end-to-end.jsonl")
-        if record["sizes"]["dtype"] == "float32" and "decode/model_column_max" in record["timings"]
+        if record["sizes"]["dtype"] == "float32" and "decode/model_rank_fusion" in record["timings"]
     )
-    names = ("full", "model_column_max")
+    names = ("full", "model_rank_fusion")
     return (
         [run["derived"][f"bytes/{name}"] / 1e6 for name in names],
         [run["timings"][f"decode/{name}"]["median_us"] / 1e3 for name in names],
