@@ -109,12 +109,10 @@ class Reserve(NamedTuple):
         place = order.new_zeros((rows, length))  # of an entry in the reserve
         place[self.kept.rows(rows), self.kept.positions.long()] = order
         places = place[kept.rows(rows), kept.positions.clamp(min=0).long()]
-        places = places.where(kept.positions >= 0, -1)
-        shape = (batch, heads, count, -1)
-        keys, values = (x.expand(shape) for x in (self.keys, self.values))
-        ops.compact(keys, values, Kept(places, kept.indptr), view, page_ids, page_indptr)
+        chosen = Kept(places.where(kept.positions >= 0, -1), kept.indptr)
+        entries = self.keys, self.values, self.kept.positions
+        _compact_places(*entries, chosen, view, page_ids, page_indptr)
         view.seen.fill_(length)
-        _renumber(view, lambda places: self.kept.positions[places])
 
 
 def compact_rows(
@@ -134,9 +132,23 @@ def compact_rows(
     if count == 0:  # rows must have something to choose from
         keys, values = (x.new_zeros(1, x.shape[1]) for x in (keys, values))
         positions = places.new_zeros(1)
-    shape = (*lengths.shape, len(keys), -1)
     all_of_it = Kept(places, indptr)
-    ops.compact(keys.expand(shape), values.expand(shape), all_of_it, view, page_ids, page_indptr)
+    _compact_places(keys, values, positions, all_of_it, view, page_ids, page_indptr)
+
+
+def _compact_places(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    chosen: Kept,
+    view: Layer,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+) -> None:
+    """:func:`adakv.ops.compact` of entries of all rows, keys and values ``[E, D]`` that stood at
+    ``positions`` ``[E]``: of those that are ``chosen`` by their places among them."""
+    shape = (*view.lengths.shape, len(keys), -1)
+    ops.compact(keys.expand(shape), values.expand(shape), chosen, view, page_ids, page_indptr)
     _renumber(view, lambda places: positions[places])
 
 

@@ -15,11 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import adakv
 from adakv.hf.attachment import CACHE
-from hf.families import FAMILIES, HYBRIDS, LLAMA, VOCAB, Family
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
+from hf.families import FAMILIES, HYBRIDS, LLAMA, Family
+from hf.forwards import ids, logits
 
 
 def generated(model: PreTrainedModel, prompt: Tensor, cache: Any = None, **settings: Any) -> Tensor:
@@ -112,12 +109,6 @@ def test_assisted_decoding_of_an_evicted_prompt_takes_guesses_back() -> None:
         generated(model, prompt, cache, max_new_tokens=40, prompt_lookup_num_tokens=4)
     assert cache.seen == [prompt.shape[1] + 39]
     assert cache.stats()["lengths"].float().mean() < 40 + 40
-
-
-def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(tokens, **{CACHE: cache}, use_cache=True, **settings).logits
-    return out
 
 
 @pytest.mark.parametrize("budget", [40, 128])

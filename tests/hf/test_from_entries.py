@@ -10,20 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import adakv
-from adakv.hf.attachment import CACHE
-from hf.families import FAMILIES, LLAMA, VOCAB
+from hf.families import FAMILIES, LLAMA
+from hf.forwards import ids, logits
 
 LAYERS, HEADS = 4, 2
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
-
-
-def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(tokens, **{CACHE: cache}, use_cache=True, **settings).logits
-    return out
 
 
 def full_cache(model: PreTrainedModel, prompt: Tensor) -> DynamicCache:

@@ -15,12 +15,9 @@ from transformers import DynamicCache
 
 import adakv
 from hf.families import FAMILIES, LLAMA, V4, VOCAB
+from hf.forwards import ids
 
 pytestmark = pytest.mark.model
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
 
 
 @torch.no_grad()

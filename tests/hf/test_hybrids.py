@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import adakv
-from hf.families import HYBRIDS, V4, VOCAB, Family
+from hf.families import HYBRIDS, V4, Family
+from hf.forwards import ids
 from tolerance import assert_close
 
 pytestmark = [
@@ -23,10 +24,6 @@ pytestmark = [
 STOPPED = ("Qwen3Next", "FalconH1", "NemotronH")
 
 hybrids = pytest.mark.parametrize("family", HYBRIDS, ids=str)
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
 
 
 @torch.no_grad()

@@ -14,15 +14,12 @@ from transformers import DynamicCache
 import adakv
 from adakv.hf.padding import Padding
 from hf.families import LLAMA, VOCAB
+from hf.forwards import ids
 
 pytestmark = pytest.mark.model
 
 HIDDEN = torch.finfo(torch.float32).min
 PROMPT, NEW = 60, 4
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
 
 
 @torch.no_grad()

@@ -11,23 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import adakv
 from adakv.hf import saving
-from adakv.hf.attachment import CACHE
-from hf.families import FAMILIES, HYBRIDS, LLAMA, VOCAB
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
-
-
-def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(tokens, **{CACHE: cache}, use_cache=True, **settings).logits
-    return out
+from hf.families import FAMILIES, HYBRIDS, LLAMA
+from hf.forwards import ids, logits
 
 
 @pytest.mark.parametrize("page_size", [8, 64])

@@ -14,22 +14,12 @@ from transformers import PreTrainedModel
 import adakv
 from adakv.cache import sequences
 from adakv.entries import Held
-from adakv.hf.attachment import CACHE
 from adakv.policy import get
 from adakv.policy.presets import names
-from hf.families import FAMILIES, LLAMA, VOCAB
+from hf.families import FAMILIES, LLAMA
+from hf.forwards import ids, logits
 
 LAYERS = 4
-
-
-def ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length))
-
-
-def logits(model: PreTrainedModel, tokens: Tensor, cache: Any, **settings: Any) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(tokens, **{CACHE: cache}, use_cache=True, **settings).logits
-    return out
 
 
 def assert_alike(model: PreTrainedModel, batch: int, *caches: Any, count: int) -> None:
@@ -56,7 +46,7 @@ def kept(cache: Any) -> list[list[list[int]]]:
 
 
 def shared(a: Any, b: Any) -> float:
-    """Of the entries of ``a`` the share that ``b`` has, too."""
+    """The share of the entries of ``a`` that ``b`` has, too."""
     pairs = [
         pair for both in zip(kept(a), kept(b), strict=True) for pair in zip(*both, strict=True)
     ]

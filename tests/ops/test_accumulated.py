@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,49 +13,8 @@ import reference
 from accumulated import accumulate
 from adakv import ops
 from cases import FORMATS, INT4, copied, int32, noncontiguous, paged_layer
+from ops.test_attend import Case, layer_of, options_of, random_queries, schedule_of
 from tolerance import assert_close
-
-
-@dataclass(frozen=True)
-class Case:
-    lengths: tuple[tuple[int, ...], ...] = ((40, 300, 3), (17, 16, 33))  # [B][Hkv]
-    group: int = 4
-    new_tokens: int = 1
-    head_dim: int = 64
-    page_size: int = 16
-    num_new: tuple[int, ...] | None = None
-    softcap: float | None = None
-    with_sinks: bool = False
-
-    def __str__(self) -> str:
-        longest = max(map(max, self.lengths))
-        shape = f"n{longest}-G{self.group}-S{self.new_tokens}-D{self.head_dim}-P{self.page_size}"
-        flags = [name for name in ("num_new", "softcap", "with_sinks") if getattr(self, name)]
-        return "-".join([shape, *flags])
-
-    def layer(self, dtype: torch.dtype, kv_dtype: str, device: torch.device) -> ops.Layer:
-        return paged_layer(
-            [list(row) for row in self.lengths],
-            page_size=self.page_size,
-            head_dim=self.head_dim,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            device=device,
-        )
-
-    def queries(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        heads = len(self.lengths[0]) * self.group
-        shape = (len(self.lengths), heads, self.new_tokens, self.head_dim)
-        return noncontiguous(torch.randn(shape).to(device, dtype))
-
-    def options(self, device: torch.device) -> dict[str, Any]:
-        heads = len(self.lengths[0]) * self.group
-        return {
-            "num_new": None if self.num_new is None else int32(self.num_new, device),
-            "sink_logits": torch.randn(heads, device=device) if self.with_sinks else None,
-            "softcap": self.softcap,
-        }
-
 
 CASES = [
     Case(),
@@ -81,11 +40,6 @@ WAYS: list[dict[str, Any]] = [
     {"accumulate": "sum", "decay": 0.9, "group_reduce": "max"},
     {"accumulate": "max", "group_reduce": "sum"},
 ]
-
-
-def schedule_of(layer: ops.Layer, **options: Any) -> Tensor:
-    tables = (x[None] for x in (layer.lengths, layer.block_table, layer.fresh_pages))
-    return ops.plan(*tables, page_size=layer.pages.shape[2], **options)[0]
 
 
 def some_accumulated(layer: ops.Layer) -> Tensor:
@@ -120,8 +74,8 @@ def assert_last(actual: Tensor, *args: Any, threshold: float, **options: Any) ->
 def test_accumulated_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
-    layer = case.layer(dtype, kv_dtype, device)
-    queries, options = case.queries(dtype, device), case.options(device)
+    layer = layer_of(case, dtype, kv_dtype, device)
+    queries, options = random_queries(case, dtype, device), options_of(case, device)
     before, schedule = some_accumulated(layer), schedule_of(layer, new_tokens=0)
     attended = [
         reference.attend(queries, layer, dtype=x, **options) for x in (torch.float64, dtype)
@@ -141,8 +95,8 @@ def test_accumulated_equals_definition(
 def test_the_last_time_equals_definition(
     case: Case, group_reduce: str, device: torch.device
 ) -> None:
-    layer = case.layer(torch.float32, "auto", device)
-    queries, options = case.queries(torch.float32, device), case.options(device)
+    layer = layer_of(case, torch.float32, "auto", device)
+    queries, options = random_queries(case, torch.float32, device), options_of(case, device)
     before, schedule = some_accumulated(layer), schedule_of(layer, new_tokens=0)
     options["group_reduce"] = group_reduce
     for threshold in (0.02, 0.3):
@@ -190,7 +144,7 @@ def test_accumulated_over_many_steps(
     way = {"accumulate": "sum", "decay": 0.9}
     for step in range(steps):
         keys, values = (torch.randn(2, 3, new_tokens, 128).to(device, dtype) for _ in "kv")
-        queries = replace(case, new_tokens=new_tokens).queries(dtype, device)
+        queries = random_queries(replace(case, new_tokens=new_tokens), dtype, device)
         counts = int32((new_tokens, new_tokens - step % 2), device)
         schedule = schedule_of(layer, new_tokens=new_tokens, num_new=counts)
         ops.attend(
@@ -206,9 +160,10 @@ def test_accumulated_over_many_steps(
 
 def test_accumulated_gives_the_same_bits_for_any_number_of_threads() -> None:
     """And attention has those that it has without."""
+    cpu = torch.device("cpu")
     for case in (CASES[10], CASES[15]):
-        layer = case.layer(torch.float32, "auto", torch.device("cpu"))
-        queries, options = case.queries(torch.float32, torch.device("cpu")), case.options("cpu")
+        layer = layer_of(case, torch.float32, "auto", cpu)
+        queries, options = random_queries(case, torch.float32, cpu), options_of(case, cpu)
         before, schedule = some_accumulated(layer), schedule_of(layer, new_tokens=0)
         threads, results = torch.get_num_threads(), []
         plain, _ = ops.attend(queries, layer, schedule, **options)

@@ -68,6 +68,17 @@ def schedule_of(layer: ops.Layer, **options: Any) -> Tensor:
     )[0]
 
 
+def layer_of(case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device) -> ops.Layer:
+    return paged_layer(
+        [list(row) for row in case.lengths],
+        page_size=case.page_size,
+        head_dim=case.head_dim,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=device,
+    )
+
+
 def random_queries(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor:
     heads = len(case.lengths[0]) * case.group
     shape = (len(case.lengths), heads, case.new_tokens, case.head_dim)
@@ -89,14 +100,7 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
 def test_attend_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
-    layer = paged_layer(
-        [list(row) for row in case.lengths],
-        page_size=case.page_size,
-        head_dim=case.head_dim,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=device,
-    )
+    layer = layer_of(case, dtype, kv_dtype, device)
     queries, options = random_queries(case, dtype, device), options_of(case, device)
     schedule = schedule_of(layer, new_tokens=0)
     out, lse = ops.attend(queries, layer, schedule, **options)

@@ -18,7 +18,7 @@ from rich.table import Table
 import adakv
 from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
-from adakv.cli.options import Place, file_option, place_options, read_option
+from adakv.cli.options import Place, every_option, file_option, place_options, read_option
 from adakv.cli.progress import progress_bar
 from adakv.cli.protect import Span, protect_option
 from adakv.cli.types import FILE
@@ -138,12 +138,7 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--evict-prompt", is_flag=True, help="With --written: evict from prompts, too."
         ),
-        click.option(
-            "--every",
-            type=click.IntRange(min=1),
-            metavar="TOKENS",
-            help="With --written: choose after every so many tokens.  [default: 128]",
-        ),
+        every_option("--written"),
         click.option(
             "--written",
             type=click.IntRange(min=1),

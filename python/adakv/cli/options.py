@@ -232,6 +232,16 @@ read_option = click.option(
 )
 
 
+def every_option(option: str) -> Callable[[Any], Any]:
+    """``--every``, which goes with another option."""
+    return click.option(
+        "--every",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help=f"With {option}: choose after every so many tokens.  [default: 128]",
+    )
+
+
 def text_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command with a ``setting`` the options of what its steps evict, and what they
     read."""
@@ -262,12 +272,7 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--evict-prompt", is_flag=True, help="Evict from what was kept of the prompt, too."
         ),
-        click.option(
-            "--every",
-            type=click.IntRange(min=1),
-            metavar="TOKENS",
-            help="With --decode-budget: choose after every so many tokens.  [default: 128]",
-        ),
+        every_option("--decode-budget"),
         click.option(
             "--decode-policy",
             metavar="POLICY",

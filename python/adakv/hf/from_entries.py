@@ -86,7 +86,7 @@ def _rows(name: str, given: Any, sizes: dict[str, int]) -> Any:
 
 
 def _shape_of(cache: Any, keys: list[list[list[Tensor]]]) -> Shape:
-    """Of entries as the model has them."""
+    """The shape of a cache whose entries are as the model has them."""
     cache._allocation.check_keys(cache.model.dtype)
     modules = families.attention_modules(cache.model, range(len(cache.layers)))
     dims = [getattr(x, "head_dim", None) for x in modules]

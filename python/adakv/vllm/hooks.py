@@ -230,7 +230,7 @@ def make_cache(
 
 
 def most_requests(config: VllmConfig) -> int:
-    """Of a step, padding included."""
+    """Most requests that a step works on, padding included."""
     recorded = config.compilation_config.max_cudagraph_capture_size or 0
     return max(config.scheduler_config.max_num_seqs, recorded)
 
