@@ -27,6 +27,7 @@ from adakv.ops import Kept
 from adakv.policy import written
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 from adakv.policy.more_tokens import MoreTokens
+from adakv.tensors import moved
 
 __all__ = [
     "Allocator",
@@ -343,7 +344,7 @@ class Policy:
         if all(x.keeps_everything for of_layer in budgets for x in of_layer):
             return None
         first = self.score(layers[0], budgets[0])
-        return [first.to(x.keys.device, non_blocking=True) for x in layers]
+        return [moved(first, x.keys.device) for x in layers]
 
     def score(self, inputs: LayerInputs, budgets: Sequence[LayerBudget]) -> Tensor:
         """The scorer's scores ``[B, Hkv, T]`` of a layer with such budgets, one a sequence."""
@@ -420,7 +421,7 @@ class Policy:
         there = scores[0].device  # layers may lie on several devices
         joined = scores[0]
         if len(layers) > 1:
-            joined = torch.cat([s.to(there, non_blocking=True) for s in scores], dim=1)
+            joined = torch.cat([moved(s, there) for s in scores], dim=1)
         means = tuple(x.mean for x in budgets)
         shares = self.allocator.allocate(joined, first, means, window=self.window)
         heads = first.num_kv_heads
