@@ -41,8 +41,9 @@ class Ranks(Engine):
         pids, boundaries, lengths, counts = zip(
             *self.core.model_executor.collective_rpc(held), strict=True
         )
+        boundaries = [x.cpu() for x in boundaries]  # of GPUs of their own
         assert torch.equal(*boundaries)
-        both = torch.cat(lengths, -1)
+        both = torch.cat([x.cpu() for x in lengths], -1)
         return SimpleNamespace(boundaries=boundaries[0], lengths=both, pids=pids, counts=counts)
 
 
