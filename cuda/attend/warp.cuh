@@ -62,6 +62,8 @@ struct WarpState {
   using Codes = CodeReader<Format>;
   static constexpr int kGroups = Config::kGroups, kBlocks = Config::kBlocks;
   static constexpr int kGroupSteps = kGroupSize / 16;
+  // How far a logit may be above its base, in powers of 2: f16 holds up to 2^16.
+  static constexpr float kSlack = 8;
   // Steps that a row of a matrix of codes has, and what a lane reads of a query at a time.
   static constexpr int kChunkSteps = Config::kIsCoded ? 8 / Format::kBits : 1;
   static constexpr int kQueryBytes = Config::kIsCoded ? 8 * kChunkSteps : 4;
@@ -69,8 +71,9 @@ struct WarpState {
   const char* query_data[kTiles];               // of query g, from element 2 t on
   uint32_t queries[kTiles][Config::kSteps][2];  // B operands, if they are held
   int32_t visible[kTiles][2];                   // slots before this are seen
-  float max[kTiles][2], sum[kTiles][2];         // of the exponents of 2; the sum is of this lane's
-  float out[kTiles][Config::kSteps][4];         // rows: head dim 16 step + g and + 8
+  // Bases of the exponents of 2, a maximum that is at most kSlack behind; this lane's sums of powers.
+  float max[kTiles][2], sum[kTiles][2];
+  float out[kTiles][Config::kSteps][4];  // rows: head dim 16 step + g and + 8
   // Of codes: what zeros add, this lane's (NaN where a value is). Rows of out are head dim 16 step + 2 g and + 1; in int4 of
   // each two steps 4 g to 4 g + 3.
   float from_zeros[kTiles][kGroups][2];
@@ -187,15 +190,12 @@ struct WarpState {
     } else {
       multiply_keys(data.entries, logits);
     }
-    float factors[kTiles][2];
-    bool has_new_max = false;
     const bool sees_all = first_slot + Config::kTileSlots <= length - p.num_tokens + 1;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      soften(p, first_slot, sees_all, tile, logits[tile], factors[tile]);
-      has_new_max |= factors[tile][0] != 1 || factors[tile][1] != 1;
+      scale_logits(p, first_slot, sees_all, tile, logits[tile]);
+      soften(tile, logits[tile]);
     }
-    if (__any_sync(kFullWarp, has_new_max)) rescale(factors);
     if constexpr (Config::kIsCoded) {
       add_value_codes(data, length - first_slot, logits);
     } else {
@@ -281,14 +281,12 @@ struct WarpState {
     }
   }
 
-  /// Logits to powers of 2 relative to the maximum so far; of what is there already only the sum is
-  /// rescaled by `factor`.
-  __device__ void soften(const AttendParams& p,
-                         int32_t first_slot,
-                         bool sees_all,
-                         int tile,
-                         float (&logits)[kBlocks][4],
-                         float (&factor)[2]) {
+  /// Products to logits of base 2; those of slots that a query doesn't see are -inf.
+  __device__ void scale_logits(const AttendParams& p,
+                               int32_t first_slot,
+                               bool sees_all,
+                               int tile,
+                               float (&logits)[kBlocks][4]) const {
     float* all = logits[0];
     if (p.softcap == 0) {
       const float scale = p.scale * kLog2e;
@@ -307,29 +305,58 @@ struct WarpState {
       }
     }
     if constexpr (Config::kStoresLogits) store_logits(first_slot, tile, logits);
+  }
+
+  /// Logits to powers of 2 relative to their queries' bases, which are added to the sums. The bases
+  /// stay as they are while no logit is much above them: to find a maximum, all lanes must talk.
+  __device__ void soften(int tile, float (&logits)[kBlocks][4]) {
+    float most[2];  // of this lane
+    bool is_above = false;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      float most = fmaxf(logits[0][c], logits[0][2 + c]);
-      for (int block = 1; block < kBlocks; ++block) {
-        most = fmaxf(most, fmaxf(logits[block][c], logits[block][2 + c]));
-      }
+      most[c] = fmaxf(logits[0][c], logits[0][2 + c]);
 #pragma unroll
-      for (int step = 4; step < kWarpSize; step *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
+      for (int block = 1; block < kBlocks; ++block) {
+        most[c] = fmaxf(most[c], fmaxf(logits[block][c], logits[block][2 + c]));
       }
-      most = fmaxf(most, max[tile][c]);
-      const float base = most == -INFINITY ? 0.f : most;
-      factor[c] = fast_exp2(max[tile][c] - base);
-      max[tile][c] = most;
-      float total = 0;
+      is_above |= most[c] > max[tile][c] + kSlack;
+    }
+    if (__any_sync(kFullWarp, is_above)) raise_bases(tile, most);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float base = max[tile][c] == -INFINITY ? 0.f : max[tile][c];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         float(&logit)[4] = logits[block];
         logit[c] = fast_exp2(logit[c] - base);
         logit[2 + c] = fast_exp2(logit[2 + c] - base);
-        total += logit[c] + logit[2 + c];
+        sum[tile][c] += logit[c] + logit[2 + c];
       }
-      sum[tile][c] = sum[tile][c] * factor[c] + total;
+    }
+  }
+
+  /// Makes the bases the maxima so far, of which `most` is this lane's share, and what is there
+  /// relative to them.
+  __device__ void raise_bases(int tile, float (&most)[2]) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int step = 4; step < kWarpSize; step *= 2) {
+        most[c] = fmaxf(most[c], __shfl_xor_sync(kFullWarp, most[c], step));
+      }
+      most[c] = fmaxf(most[c], max[tile][c]);
+      const float factor = fast_exp2(max[tile][c] - (most[c] == -INFINITY ? 0.f : most[c]));
+      max[tile][c] = most[c];
+      sum[tile][c] *= factor;
+#pragma unroll
+      for (int step = 0; step < Config::kSteps; ++step) {
+        out[tile][step][c] *= factor;
+        out[tile][step][2 + c] *= factor;
+      }
+      if constexpr (Config::kIsCoded) {
+#pragma unroll
+        for (int z = 0; z < kGroups; ++z) from_zeros[tile][z][c] *= factor;
+      }
     }
   }
 
@@ -344,23 +371,6 @@ struct WarpState {
     for (int i = 0; i < 2 * kBlocks; ++i) {
       const float* pair = logits[i / 2] + i % 2 * 2;
       *reinterpret_cast<float2*>(to + i * 8 * Config::kQueries) = make_float2(pair[0], pair[1]);
-    }
-  }
-
-  /// Makes what is there relative to a new maximum.
-  __device__ void rescale(const float (&factors)[kTiles][2]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int step = 0; step < Config::kSteps; ++step) {
-        for (int i = 0; i < 4; ++i) out[tile][step][i] *= factors[tile][i % 2];
-      }
-      if constexpr (Config::kIsCoded) {
-#pragma unroll
-        for (int z = 0; z < kGroups; ++z) {
-          for (int c = 0; c < 2; ++c) from_zeros[tile][z][c] *= factors[tile][c];
-        }
-      }
     }
   }
 

@@ -161,6 +161,28 @@ def test_attend_over_everything_is_full_attention(dtype: torch.dtype, device: to
     assert_close(out, expected, full(queries, keys, values, mask))
 
 
+@pytest.mark.parametrize("slope", [0.05, 0.3, 0.9, -0.3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_follows_logits_that_climb(
+    dtype: torch.dtype, slope: float, device: torch.device
+) -> None:
+    """By less than a power of 256 in 16 slots, and by more, in which a maximum may come late."""
+    layer = paged_layer([[600]], dtype=dtype, device=device)
+    pages = layer.block_table[0, 0, :38].long()
+    climb = slope * torch.arange(608, device=device).view(38, 16)
+    layer.pages[pages, 0, :, 0] = climb.to(dtype)
+    queries = torch.randn(1, 4, 1, 64, device=device).to(dtype)
+    queries[..., 0] = 8  # the square root of the head dim
+    out, lse = ops.attend(queries, layer, schedule_of(layer, new_tokens=0))
+    held = layer.pages[pages].transpose(0, 1).reshape(2, 1, 1, 608, 64)[..., :600, :]
+    keys, values = held.expand(2, 1, 4, 600, 64)
+    full = torch.nn.functional.scaled_dot_product_attention
+    expected = full(queries.double(), keys.double(), values.double())
+    assert_close(out, expected, full(queries, keys, values))
+    logits = queries.double() @ keys.double().transpose(-1, -2) / 8
+    assert_close(lse, logits.logsumexp(-1), logits.float().logsumexp(-1))
+
+
 def test_attend_merges_lse_as_one_softmax(device: torch.device) -> None:
     """Two caches that split the entries, joined through lse, are one cache."""
     layer = paged_layer([[96]], device=device)
