@@ -122,7 +122,7 @@ struct LayerPlan {
   /// rows none is. Chunks below P / N make too many, so a few sizes are left to try, one warp each.
   __device__ int32_t find_chunk(int32_t active) {
     __shared__ int32_t smallest_good, largest_bad;
-    const int32_t largest = schedule::largest_even_chunk(num_units, active);
+    const int32_t largest = schedule::largest_even_chunk(num_units, active, p.page_size);
     if (makes_many_chunks(largest, active)) return 0;
     int32_t low = schedule::ceil_div(num_units, active), high = largest;
     while (low < high) {
@@ -165,10 +165,21 @@ struct LayerPlan {
 
   __device__ void cut_evenly(int32_t active) {
     num_ranges = active;
+    const int32_t row_end = schedule::row_end_units(num_units, active, p.page_size);
+    const auto counted = [&](int32_t r) { return units(r) > 0 ? units(r) + row_end : 0; };
+    // Where rows end in units and row ends is kept as first_worker until rows are shared.
+    const int32_t total = block_exclusive_sum<kThreads>(
+        p.num_rows, counted,
+        [&](int32_t r, int32_t before) { rows[r].first_worker = before + counted(r); }, scratch);
     for (int32_t k = threadIdx.x + 1; k <= active; k += kThreads) {
-      const int32_t even = schedule::even_border(k, num_units, active);
-      const RowFacts& row = rows[row_of(even - 1)];
-      borders[k] = schedule::snapped_border(even, row.begin, row.end, num_units, active);
+      const int32_t border = schedule::even_border(k, total, active);
+      const int32_t r =
+          first_above(border - 1, p.num_rows, [&](int32_t i) { return rows[i].first_worker; });
+      const RowFacts& row = rows[r];
+      const int32_t before = row.first_worker - counted(r);
+      const int32_t even = min(row.end, row.begin + border - before);
+      borders[k] =
+          schedule::snapped_border(even, row.begin, row.end, num_units, active, p.page_size);
     }
   }
 

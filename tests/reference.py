@@ -382,7 +382,7 @@ def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None =
         layer.seen[b] += count
 
 
-def plan_borders(pages: list[int], num_workers: int) -> list[int]:
+def plan_borders(pages: list[int], num_workers: int, page_size: int = 16) -> list[int]:
     """Where the workers' ranges begin and end: ascending units from 0 to the sum of ``pages``."""
     total = sum(pages)
     workers = max(1, min(total // 8, num_workers))
@@ -390,17 +390,25 @@ def plan_borders(pages: list[int], num_workers: int) -> list[int]:
     while chunk < max(pages, default=0) and sum(-(-p // chunk) for p in pages) > workers:
         chunk += 1
     row_ends = np.cumsum([0, *pages]).tolist()
-    if sum(-(-p // chunk) for p in pages) <= workers and 5 * chunk * workers <= 7 * total:
+    largest = min(7 * total // (5 * workers), total // workers + 256 // page_size)
+    if sum(-(-p // chunk) for p in pages) <= workers and chunk <= largest:
         borders = [0]  # whole rows in even parts of at most `chunk` pages
         for begin, p in zip(row_ends, pages, strict=False):
             parts = -(-p // chunk)
             borders += [begin + (j + 1) * p // parts for j in range(parts)]
         return borders
+    # Equal ranges of pages and of what row ends cost; a border near the end of a row moves there.
+    cost = min(256 // page_size, total // (4 * workers))
+    page_of = [0]  # behind each unit of cost, the next page
+    for end, p in zip(row_ends[1:], pages, strict=True):
+        page_of += [*range(end - p + 1, end + 1), *([end] * cost if p else [])]
     borders = []
-    for k in range(workers + 1):  # equal ranges; a border near the end of a row moves there
-        even = k * total // workers
+    for k in range(workers + 1):
+        even = page_of[k * (len(page_of) - 1) // workers]
         nearest = min(row_ends, key=lambda end: (abs(end - even), end))
-        borders.append(nearest if 5 * abs(nearest - even) * workers <= total else even)
+        distance = abs(nearest - even)
+        is_near = 5 * distance * workers <= total and 2 * distance <= 256 // page_size
+        borders.append(nearest if is_near else even)
     return borders
 
 
@@ -429,12 +437,12 @@ def plan(
             old = -(-held[r] // page_size)
             units += block_table[layer, b, h, :old].tolist()
             units += fresh_pages[layer, b, h, : pages[r] - old].tolist()
-        borders = plan_borders(pages, num_workers)
+        borders = plan_borders(pages, num_workers, page_size)
         ranges = [(a, z) for a, z in pairwise(borders) if a < z]
         facts, begin, partials = [], 0, 0
         for r in range(num_rows):
             end = begin + pages[r]
-            sharing = [w for w, (a, z) in enumerate(ranges) if a < end and z > begin]
+            sharing = [w for w, (a, z) in enumerate(ranges) if max(a, begin) < min(z, end)]
             shared = len(sharing) if len(sharing) > 1 else 0
             first = sharing[0] if sharing else 0
             facts.append([begin, end, grown[r], partials, len(sharing), first, 0, 0])

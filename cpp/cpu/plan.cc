@@ -24,7 +24,10 @@ bool makes_few_chunks(const RowFacts* rows, int64_t num_rows, int32_t chunk, int
 }
 
 // Where the workers' ranges begin and end: ascending, from 0 to the number of units.
-std::vector<int32_t> find_borders(const RowFacts* rows, int64_t num_rows, int num_workers) {
+std::vector<int32_t> find_borders(const RowFacts* rows,
+                                  int64_t num_rows,
+                                  int num_workers,
+                                  int page_size) {
   const int32_t num_units = num_rows ? rows[num_rows - 1].end : 0;
   const int32_t active = schedule::active_workers(num_units, num_workers);
   std::vector<int32_t> borders = {0};
@@ -40,7 +43,7 @@ std::vector<int32_t> find_borders(const RowFacts* rows, int64_t num_rows, int nu
     }
   }
   if (makes_few_chunks(rows, num_rows, chunk, active) &&
-      schedule::chunks_are_even(chunk, num_units, active)) {
+      chunk <= schedule::largest_even_chunk(num_units, active, page_size)) {
     for (int64_t r = 0; r < num_rows; ++r) {
       const int32_t units = rows[r].end - rows[r].begin, parts = schedule::ceil_div(units, chunk);
       for (int32_t j = 1; j <= parts; ++j) {
@@ -49,12 +52,25 @@ std::vector<int32_t> find_borders(const RowFacts* rows, int64_t num_rows, int nu
     }
     return borders;
   }
-  int64_t row = 0;
+  const int32_t row_end = schedule::row_end_units(num_units, active, page_size);
+  int64_t row = -1;
+  int32_t total = 0, before = 0;  // of units and row ends: of all rows, and of those before `row`
+  const auto counted = [&](int64_t r) {
+    const int32_t units = rows[r].end - rows[r].begin;
+    return units > 0 ? units + row_end : 0;
+  };
+  for (int64_t r = 0; r < num_rows; ++r) total += counted(r);
+  int32_t behind = 0;  // the same, with `row`
   for (int32_t k = 1; k <= active; ++k) {
-    const int32_t even = schedule::even_border(k, num_units, active);
-    while (rows[row].end < even) ++row;
+    const int32_t border = schedule::even_border(k, total, active);
+    while (behind < border) {
+      before = behind;
+      behind += counted(++row);
+    }
+    const RowFacts& of = rows[row];
+    const int32_t even = std::min(of.end, of.begin + border - before);
     borders.push_back(
-        schedule::snapped_border(even, rows[row].begin, rows[row].end, num_units, active));
+        schedule::snapped_border(even, of.begin, of.end, num_units, active, page_size));
   }
   return borders;
 }
@@ -160,7 +176,8 @@ void CpuBackend::plan(const PlanArgs& args) {
   parallel_for(num_layers, [&](int64_t layer) {
     LayerPlan plan{args, layer};
     plan.write_rows();
-    const std::vector<int32_t> borders = find_borders(plan.rows, plan.num_rows, args.num_workers);
+    const std::vector<int32_t> borders =
+        find_borders(plan.rows, plan.num_rows, args.num_workers, args.page_size);
     plan.share_rows(borders);
     plan.write_workers(borders);
   });

@@ -21,12 +21,14 @@
 //
 // How the P units of a layer are shared out (integers only, so both backends agree):
 //   1. N = clamp(P / 8, 1, num_workers) workers are used: below 8 pages a worker, merging costs
-//   more
-//      than reading.
-//   2. C is the smallest chunk with sum over rows of ceil(units / C) <= N. If C <= 1.4 P / N, each
-//      row is cut into ceil(units / C) even parts, one worker each: nobody does two rows.
-//   3. Else the units are cut into N equal ranges. A border that lies within a fifth of a range of
-//      the end of a row moves there (the nearest end, the lower of two).
+//      more than reading.
+//   2. C is the smallest chunk with sum over rows of ceil(units / C) <= N. If C is at most 1.4 P / N
+//      and at most 256 slots above P / N, each row is cut into ceil(units / C) even parts, one worker
+//      each: nobody does two rows.
+//   3. Else every row counts as its units and c more, for what its end costs the worker: as long as
+//      reading 256 slots, but not above P / (4 N). All are cut into N equal ranges; a border in a
+//      row's c lies at its end. A border within 128 slots and a fifth of P / N of the end of a row
+//      moves there (the nearest end, the lower of two).
 #pragma once
 
 #include <cstdint>
@@ -71,16 +73,26 @@ ADAKV_HOST_DEVICE inline int32_t active_workers(int32_t num_units, int32_t num_w
   return wanted < 1 ? 1 : wanted < num_workers ? wanted : num_workers;
 }
 
-/// Whether chunks of C units that never cross rows are even enough: C <= 1.4 P / N.
-ADAKV_HOST_DEVICE inline bool chunks_are_even(int32_t chunk, int32_t num_units, int32_t active) {
-  return 5 * static_cast<int64_t>(chunk) * active <= 7 * static_cast<int64_t>(num_units);
+/// Slots that a worker reads in the time that the end of a row takes it, under load (H200: 2 us).
+constexpr int32_t kRowEndSlots = 256;
+
+/// The largest chunk of units that never cross rows that is even enough. (Divisions are of 32 bits,
+/// which GPUs have in 20 instructions instead of 70: pages are fewer than 2^32 / 7, workers than
+/// 2^15.)
+ADAKV_HOST_DEVICE inline int32_t largest_even_chunk(int32_t num_units,
+                                                    int32_t active,
+                                                    int32_t page_size) {
+  const uint32_t wider = 7 * static_cast<uint32_t>(num_units) / (5 * static_cast<uint32_t>(active));
+  const uint32_t later = num_units / active + kRowEndSlots / page_size;
+  return static_cast<int32_t>(wider < later ? wider : later);
 }
 
-/// The largest chunk that is even enough. (Divisions are of 32 bits, which GPUs have in 20
-/// instructions instead of 70: pages are fewer than 2^32 / 7, workers than 2^15.)
-ADAKV_HOST_DEVICE inline int32_t largest_even_chunk(int32_t num_units, int32_t active) {
-  return static_cast<int32_t>(7 * static_cast<uint32_t>(num_units) /
-                              (5 * static_cast<uint32_t>(active)));
+/// c: units that the end of a row counts as.
+ADAKV_HOST_DEVICE inline int32_t row_end_units(int32_t num_units,
+                                               int32_t active,
+                                               int32_t page_size) {
+  const int32_t most = num_units / (4 * active), wanted = kRowEndSlots / page_size;
+  return wanted < most ? wanted : most;
 }
 
 /// First unit of part `part` of `num_parts`, of a range of `num_units` units.
@@ -90,11 +102,16 @@ ADAKV_HOST_DEVICE inline int32_t even_border(int32_t part, int32_t num_units, in
 }
 
 /// The border of equal ranges at `even`, of which `left <= even <= right` are the nearest row ends.
-ADAKV_HOST_DEVICE inline int32_t snapped_border(
-    int32_t even, int32_t left, int32_t right, int32_t num_units, int32_t active) {
+ADAKV_HOST_DEVICE inline int32_t snapped_border(int32_t even,
+                                                int32_t left,
+                                                int32_t right,
+                                                int32_t num_units,
+                                                int32_t active,
+                                                int32_t page_size) {
   const int32_t nearest = even - left <= right - even ? left : right;
-  const int64_t distance = nearest < even ? even - nearest : nearest - even;
-  return 5 * distance * active <= num_units ? nearest : even;
+  const int32_t distance = nearest < even ? even - nearest : nearest - even;
+  const bool is_near = int64_t{5} * distance * active <= num_units;
+  return is_near && 2 * distance <= kRowEndSlots / page_size ? nearest : even;
 }
 
 }  // namespace adakv::schedule

@@ -119,7 +119,9 @@ def test_plan_covers_every_unit_once_and_evenly(case: Case, device: torch.device
         units = rows[-1][1] if rows else 0
         assert borders[-1] == units
         if busy:
-            even = units / min(max(units // 8, 1), case.workers)
+            count = min(max(units // 8, 1), case.workers)
+            cost = min(256 // case.page_size, units // (4 * count))  # of a row's end
+            even = (units + cost * sum(row[0] < row[1] for row in rows)) / count
             assert max(w[1] - w[0] for w in busy) <= 1.4 * even + 1
 
         partials: list[int] = []
@@ -129,7 +131,7 @@ def test_plan_covers_every_unit_once_and_evenly(case: Case, device: torch.device
             assert length == held + int(new[b]) and end - begin == -(-length // case.page_size)
             used = -(-held // case.page_size)
             ids = [*table[layer, b, h, :used].tolist(), *fresh[layer, b, h].tolist()]
-            sharing = [w for w in busy if w[0] < end and w[1] > begin]
+            sharing = [w for w in busy if max(w[0], begin) < min(w[1], end)]
             assert count == len(sharing) and unused == [0, 0]
             assert sharing == busy[worker : worker + count]
             partials += range(first, first + count) if count > 1 else []
@@ -159,4 +161,11 @@ def test_plan_is_the_same_before_and_after_append(device: torch.device) -> None:
 def test_plan_keeps_rows_whole_where_that_is_even() -> None:
     assert reference.plan_borders([10, 10, 10, 10], 132) == [0, 10, 20, 30, 40]
     assert reference.plan_borders([64] * 8, 16) == list(range(0, 513, 32))
-    assert reference.plan_borders([10, 100, 3, 0, 40], 4) == [0, 38, 76, 113, 153]
+
+
+def test_plan_counts_the_ends_of_rows() -> None:
+    """A row's end takes a worker as long as 256 slots, or a quarter of its even share."""
+    # 600 pages and 5 ends of 16 make 4 ranges of 170. The first border lies in the fourth row's 16.
+    assert reference.plan_borders([30, 30, 30, 30, 480], 4) == [0, 120, 276, 446, 600]
+    # 153 pages and 4 ends of 9: 47, 94 and 141 are the borders; the last is a page behind an end.
+    assert reference.plan_borders([10, 100, 3, 0, 40], 4) == [0, 38, 85, 113, 153]
