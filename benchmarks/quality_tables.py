@@ -12,12 +12,14 @@ lowest. Bold is the lowest of those that read a prompt once, and a dagger marks 
 difference from the default in either direction that chance rarely gives. With --formats bold is
 better than 16 bits by p below .05. With --compare one table has the geometric mean over shares of
 what each KL is of the default's, and in how many tasks and shares it is better and worse by p below
-.05. With --agreement one table has the share of tokens that the full cache would have chosen, too.
+.05. With --agreement one table has the share of tokens that the full cache would have chosen, too;
+with --agreement-by-kl it is that share of all cells of like KL, whatever their policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -32,6 +34,8 @@ from adakv.policy import DEFAULT
 READS_TWICE = "kvzip"
 LEAST = 1e-6  # nats, for logarithms
 RARELY = 0.05  # p below which a difference is named
+
+STEPS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # nats, between the rows of :func:`agreement_by_kl`
 
 OF_LINE = ("task", "policy", "texts")  # what is the same for all shares
 
@@ -177,6 +181,21 @@ def agreement(results: list[Cell], shown_only: list[str] | None = None) -> Table
     return Table("", ("same next token", "policy", *map(share_name, shares)), tuple(rows))
 
 
+def agreement_by_kl(results: list[Cell]) -> Table:
+    """The share of tokens that the full cache would have chosen, too, of cells of like KL."""
+    rows = []
+    for low, high in itertools.pairwise((0, *STEPS, math.inf)):
+        own = [c["agreement"] for c in results if "agreement" in c and low <= c["kl"] < high]
+        if len(own) < 2:
+            continue
+        least, *_, most = statistics.quantiles(own, n=10, method="inclusive")
+        name = f"below {high:g}" if low == 0 else f"{low:g} to {high:g}"
+        name = f"above {low:g}" if high == math.inf else name
+        shares = (f"{100 * statistics.median(own):.0f} %", f"{100 * least:.0f} to {100 * most:.0f}")
+        rows.append((name, str(len(own)), *shares))
+    return Table("", ("KL", "cells", "same next token: median", "four cells in five"), tuple(rows))
+
+
 def is_better(cell: Cell, own: dict[tuple[str, float], Cell]) -> bool:
     """Whether it is better than the same policy with the same bytes in 16 bits."""
     base = own[plain(cell["policy"]), cell["share"]]
@@ -220,6 +239,7 @@ def main() -> None:
     show.add_argument("--policies", type=lambda names: names.split(","), help="only these rows")
     show.add_argument("--compare", action="store_true")
     show.add_argument("--agreement", action="store_true", help="instead of KL, in one table")
+    show.add_argument("--agreement-by-kl", action="store_true", help="of all cells of like KL")
     for command in (collect, show):
         command.add_argument("--formats", action="store_true")
         command.add_argument("--default", default=DEFAULT, help="what others are compared with")
@@ -229,6 +249,8 @@ def main() -> None:
         only = given.policies
         if given.agreement:
             found = [agreement(results, only)]
+        elif given.agreement_by_kl:
+            found = [agreement_by_kl(results)]
         elif given.compare:
             found = [comparison(results, given.default, shown_only=only)]
         else:

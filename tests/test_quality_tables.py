@@ -154,6 +154,28 @@ def test_quality_tables_of_agreement(script: ModuleType):
     )
 
 
+def test_quality_tables_of_agreement_by_kl(script: ModuleType):
+    """Medians by hand; 0.03 is in the row that begins with it, and one cell alone makes no row."""
+    values = [
+        (0.001, 1.0),
+        (0.01, 0.9),
+        (0.02, 0.5),
+        (0.029, 0.8),
+        (0.03, 0.75),
+        (7.0, 0.4),
+        (9, 0.2),
+    ]
+    cells = [
+        {"task": "qa", "policy": "snapkv", "share": 0.25, "texts": 8, "kl": kl, "agreement": same}
+        for kl, same in values
+    ]
+    del cells[0]["agreement"]
+    assert script.agreement_by_kl([*cells, {"kl": 8.0}]).rows == (
+        ("0.01 to 0.03", "3", "80 %", "56 to 88"),
+        ("above 3", "2", "30 %", "22 to 38"),
+    )
+
+
 @pytest.mark.parametrize(
     ("page", "results", "options"),
     [
@@ -164,6 +186,7 @@ def test_quality_tables_of_agreement(script: ModuleType):
             "quality-smollm2-135m quality-smollm2-135m-default",
             ("--agreement", "--policies", AGREEING),
         ),
+        ("quality.md", "quality-smollm2-135m", ("--agreement-by-kl",)),
         ("lab/quality_qwen.md", "quality-qwen-05b", ("--compare",)),
         ("lab/quality_qwen.md", "quality-qwen-05b-other-texts", ("--policies", OTHERS)),
         (
