@@ -238,15 +238,16 @@ cuda-check: $(VENV)/.ready ## compile the CUDA code for one architecture; needs 
 		-DADAKV_WERROR=ON
 	cmake --build build/cuda --target adakv_cuda
 
-# The wheel is made of the sdist, out of git's sight, so that a release can be made of either.
+# The wheel is made of the sdist, out of git's sight, so that a release can be made of either. It is
+# compiled as far below its sources as `make build` is below its own: then ccache knows them.
 wheel: setup ## an sdist, and of it a wheel for this machine's glibc or later ones, into dist/
 	python -m pip install -q --group wheel
 	rm -rf build/wheel/source build/wheel/*.whl build/wheel/*.tar.gz && mkdir -p build/wheel/source dist
 	python -m build --sdist --no-isolation -o build/wheel .
 	tar -xmf build/wheel/*.tar.gz -C build/wheel/source --strip-components 1
 	GIT_DIR=/nowhere python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel build/wheel/source \
-		-C build-dir=$(CURDIR)/build/wheel/{wheel_tag} -C cmake.define.ADAKV_CUDA=$(CUDA) \
-		$(WHEEL_OPTIONS)
+		-C build-dir=build/wheel -C cmake.define.ADAKV_CUDA=$(CUDA) \
+		-C cmake.define.ADAKV_WERROR=$(WERROR) $(WHEEL_OPTIONS)
 	python -m auditwheel repair -w dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
