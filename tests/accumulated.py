@@ -24,6 +24,7 @@ def accumulate(
     scale: float | None = None,
     softcap: float | None = None,
     appends: bool = False,
+    lse: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """``[B, Hkv, T]``: what each slot was given ``before``, joined by what the newest S tokens give
@@ -31,12 +32,14 @@ def accumulate(
 
     A token gives a slot the probabilities of the q heads of its group, as one. ``"sum"``: added to
     what decays from token to token. ``"max"``: the largest. ``"last"``: the number of the last
-    token, from 1, that gave ``threshold`` or more; without a threshold 1 / its number.
+    token, from 1, that gave ``threshold`` or more; without a threshold 1 / its number. ``lse`` is
+    that of :func:`reference.attend` for the same arguments, which is called where none is given.
     """
     options = {"sink_logits": sink_logits, "scale": scale, "softcap": softcap}
-    _, lse = reference.attend(
-        queries, layer, num_new=num_new, appends=appends, dtype=dtype, **options
-    )
+    if lse is None:
+        _, lse = reference.attend(
+            queries, layer, num_new=num_new, appends=appends, dtype=dtype, **options
+        )
     batch, num_heads, columns, head_dim = queries.shape
     num_kv_heads = layer.lengths.shape[1]
     group = num_heads // num_kv_heads

@@ -7,7 +7,7 @@ are what a user of plain torch would get, which is the yardstick of ``tolerance.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -474,15 +474,16 @@ def attend(
     """
     batch, num_heads, num_columns, head_dim = queries.shape
     num_kv_heads = layer.lengths.shape[1]
+    group = num_heads // num_kv_heads
     out = torch.zeros(batch, num_heads, num_columns, head_dim, dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):
-        for q in range(num_heads):
-            h = q // (num_heads // num_kv_heads)
+        just_filled = appends and num_columns == count == 1
+        for h in range(num_kv_heads):
             length = int(layer.lengths[b, h])
-            just_filled = appends and num_columns == count == 1
             keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
-            for s in range(num_columns - count, num_columns):
+            of_group = range(h * group, h * group + group)
+            for q, s in product(of_group, range(num_columns - count, num_columns)):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
                 z = _capped(z, softcap)

@@ -83,6 +83,14 @@ SIDEWAYS = {
 TRANSFORMERS = ("hf/", "cli/", "eval/")
 
 
+def test_layers_the_documented_floors_are_these():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for floor in (3, 4, 5):
+        (row,) = re.findall(rf"^\| {floor} \|.*\|(.*)\|$", page, re.MULTILINE)
+        told = re.findall(r"\w+", re.sub(r"python/adakv/|\.py", "", row))
+        assert sorted(told) == sorted(name for name, at in FLOORS.items() if at == floor)
+
+
 VERBS = re.findall(
     r"^void (\w+)\(const", (ROOT / "cpp/include/adakv/ops.h").read_text(), re.MULTILINE
 )
