@@ -65,7 +65,7 @@ def test_a_budget_for_all_of_a_text_changes_nothing(policy: str):
 @pytest.mark.parametrize("pin_prompt", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rows_stay_within_their_budget(policy: str, pin_prompt: bool):
-    model = LLAMA.model()
+    model = LLAMA.model(num_hidden_layers=2)
     ids = torch.randint(3, VOCAB, (1, 70))
     cache = evicting(model, policy, pin_prompt=pin_prompt)
     held = []
@@ -227,7 +227,7 @@ def test_rows_of_a_batch_have_room_for_every_tokens_after_each_choice(
 ):
     """More than all heads' budgets together: what a row holds before a choice says too little of
     what it may hold behind it."""
-    model = LLAMA.model()
+    model = LLAMA.model(num_hidden_layers=2)
     (result,) = adakv.generate_batch(
         model,
         [torch.randint(3, VOCAB, (60,))],
