@@ -270,13 +270,8 @@ class Steps:
 
     def expected(self, layer: int, counts: list[int], dtype: torch.dtype) -> Tensor:
         """``[tokens, Hq, D]``, what the step has to give, computed in ``dtype``."""
-        return torch.cat(
-            [
-                self._attention(request, layer, request.computed + i, dtype)
-                for request, count in zip(self.requests, counts, strict=True)
-                for i in range(count)
-            ]
-        )
+        pairs = zip(self.requests, counts, strict=True)
+        return torch.cat([self._attention(r, layer, count, dtype) for r, count in pairs])
 
     def check(self, out: Tensor, layer: int, counts: list[int]) -> None:
         """Compares what came out of a layer."""
@@ -333,16 +328,28 @@ class Steps:
             for x, rows in zip(kept, borders, strict=True)
         ]
 
-    def _attention(self, request: Request, layer: int, position: int, dtype: torch.dtype) -> Tensor:
+    def _attention(self, request: Request, layer: int, count: int, dtype: torch.dtype) -> Tensor:
+        """``[count, Hq, D]`` of a request's new tokens, each of which sees those before it."""
+        end = request.computed + count
+        queries = request.queries[layer, request.computed : end].to(dtype)
         out = []
-        new = torch.arange(request.boundary, position + 1, device=self.device)
-        everything = torch.arange(position + 1, device=self.device)
         for h in range(HEADS):
-            seen = torch.cat([request.kept[layer][h], new]) if request.kept else everything
-            q = request.queries[layer, position, h * GROUP : (h + 1) * GROUP].to(dtype)
-            k, v = (x[layer, seen, h].to(dtype) for x in (request.keys, request.values))
-            out.append((q @ k.T * SCALE).softmax(-1) @ v)
-        return torch.cat(out)[None]
+            keys, values = self._row(request, layer, h, end, dtype)
+            numbers = torch.arange(len(keys), device=self.device)
+            ahead = numbers > numbers[len(keys) - count :, None]  # [count, n]
+            logits = queries[:, h * GROUP : (h + 1) * GROUP] @ keys.T * SCALE  # [count, G, n]
+            out.append(logits.masked_fill(ahead[:, None], -torch.inf).softmax(-1) @ values)
+        return torch.cat(out, 1)
+
+    def _row(
+        self, request: Request, layer: int, head: int, end: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, D]`` that the token before ``end`` sees."""
+        seen = torch.arange(request.boundary if request.kept else 0, end, device=self.device)
+        if request.kept:
+            seen = torch.cat([request.kept[layer][head], seen])
+        keys, values = (x[layer, seen, head].to(dtype) for x in (request.keys, request.values))
+        return keys, values
 
 
 def run_step(steps: Steps, counts: list[int]) -> Step:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import codes
-from engine_steps import GROUP, HEADS, LAYERS, SCALE, Request, Steps
+from engine_steps import HEADS, LAYERS, Request, Steps
 
 PAGE = 32
 
@@ -114,12 +114,9 @@ class Int4Steps(Steps):
                 row.end = held[layer][head].shape[1]
         return kept
 
-    def _attention(self, request: Request, layer: int, position: int, dtype: torch.dtype) -> Tensor:
-        out = []
-        for h, row in enumerate(self._rows_of(request)[layer]):
-            kept = len(request.kept[layer][h]) if request.kept else 0
-            count = kept + position + 1 - (request.boundary if request.kept else 0)
-            q = request.queries[layer, position, h * GROUP : (h + 1) * GROUP].to(dtype)
-            k, v = row.held(dtype)[:, :count]
-            out.append((q @ k.T * SCALE).softmax(-1) @ v)
-        return torch.cat(out)[None]
+    def _row(
+        self, request: Request, layer: int, head: int, end: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        kept = len(request.kept[layer][head]) - request.boundary if request.kept else 0
+        keys, values = self._rows_of(request)[layer][head].held(dtype)[:, : kept + end]
+        return keys, values
