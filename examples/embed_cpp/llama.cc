@@ -26,9 +26,9 @@ const float* weight(const adakv::SafeTensors& file,
   const adakv::TensorView found = file.tensor(name);
   const adakv::TensorView expected(nullptr, shape, adakv::DType::kFloat32);
   check(bool(found), "no tensor " + name);
-  check(found.dtype == expected.dtype && found.shape_string() == expected.shape_string(),
-        name + " must be float32 " + expected.shape_string() + ", got " +
-            adakv::dtype_name(found.dtype) + " " + found.shape_string());
+  check(found.dtype == expected.dtype, name + " must be float32");
+  check(found.shape_string() == expected.shape_string(),
+        name + " must be " + expected.shape_string() + ", got " + found.shape_string());
   return found.ptr<float>();
 }
 

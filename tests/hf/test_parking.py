@@ -31,10 +31,11 @@ def written(
         **settings,
     )
     texts: list[list[int]] = [[] for _ in prompts]
-    since: dict[int, Counter[int]] = {}  # tokens of the others since the last one of each
+    # Tokens of the others since the last one of each: one a step, and another of who joins.
+    since: dict[int, Counter[int]] = {}
     waited, most = set(), 0
     for new in stream:
-        if any(count > 1 for count in since.get(new.index, Counter()).values()):
+        if any(count > 2 for count in since.get(new.index, Counter()).values()):
             waited.add(new.index)
         for counts in since.values():
             counts[new.index] += 1
