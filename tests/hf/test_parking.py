@@ -60,8 +60,8 @@ def written(
 def test_texts_are_the_same_with_parking(settings: dict[str, Any], device: torch.device) -> None:
     model = LLAMA.model(num_hidden_layers=2).to(device)
     page_bytes = 16 * (2 * 16 * 4 + 4)
-    expected, none, few = written(model, None, 160 * page_bytes, **settings)
-    texts, waited, most = written(model, "cpu", 160 * page_bytes, **settings)
+    expected, none, few = written(model, None, 176 * page_bytes, **settings)
+    texts, waited, most = written(model, "cpu", 176 * page_bytes, **settings)
     assert texts == expected
     assert [len(text) for text in texts] == list(NEW)
     assert not none and waited and most >= few
