@@ -7,7 +7,7 @@
 #           fixed version from the index that pip is set up for; for a certain CUDA version, or for
 #           the small CPU-only build, give what pytorch.org's selector prints after `pip install`
 #   CUDA    AUTO, ON or OFF; by default CUDA code is built where there is a GPU to run it
-#   FUZZ_SECONDS  how long `make fuzz` looks, each of its two targets
+#   FUZZ_SECONDS  how long `make fuzz` looks, each of its three targets
 #   VLLM_VENV     the environment of vLLM, which wants other versions than the rest
 #   MODEL   the model of the demo, of the end-to-end benchmark and of `make quality`, a file or folder
 #   TEXT, QA, EVAL_OPTIONS  what `make quality` reads: a text, questions in SQuAD's layout if there
@@ -169,7 +169,7 @@ test-arm: setup ## the C++ tests for 64-bit ARM, cross-compiled and run by QEMU
 fuzz: setup ## look for inputs that break the core: libFuzzer with Clang, else random inputs
 	$(call core,fuzz,-DADAKV_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		-DADAKV_SANITIZE=address$(comma)undefined $(if $(CLANG),-DCMAKE_CXX_COMPILER=$(CLANG)))
-	for target in arguments history; do \
+	for target in arguments cache_file history; do \
 		mkdir -p build/fuzz/corpus/$$target && build/fuzz/tests/fuzz/fuzz_$$target \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 -print_final_stats=1 \
 			-artifact_prefix=build/fuzz/$$target- \

@@ -1,4 +1,4 @@
-// The Python module adakv._C: version, backends, errors, and what ops.cc and cache.cc bind.
+// The Python module adakv._C: version, backends, errors, and what ops.cc, cache.cc and cache_file.cc bind.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +12,7 @@ namespace adakv {
 
 void bind_ops(pybind11::module_& module);
 void bind_cache(pybind11::module_& module);
+void bind_cache_file(pybind11::module_& module);
 
 }  // namespace adakv
 
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_instruction_set", &adakv::cpu_instruction_set);
   adakv::bind_ops(module);
   adakv::bind_cache(module);
+  adakv::bind_cache_file(module);
 }

@@ -7,6 +7,7 @@ With ``--check`` it writes nothing, and fails if the file says something else.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,8 @@ def signature(function: Any) -> str:
     """``name(parameter: type, ...) -> type``, as pybind11 writes it above the docstring."""
     line = function.__doc__.splitlines()[0]
     name, _, rest = line.partition("(")
-    parameters = rest.replace("self: adakv._C.KVCache", "self")
-    parameters = parameters.replace("tuple[adakv._C.", "tuple[")
+    parameters = re.sub(r"\b(self|arg0): adakv\._C\.\w+", "self", rest)
+    parameters = parameters.replace("adakv._C.", "")
     return f"def {name}({parameters}: ..."
 
 
@@ -43,7 +44,7 @@ def members(namespace: dict[str, Any]) -> Iterator[str]:
             yield from (f"    {line}" for line in lines or ["..."])
         elif isinstance(member, property):
             yield "@property"
-            yield signature(member.fget).replace("def (arg0: adakv._C.KVCache", f"def {name}(self")
+            yield signature(member.fget).replace("def (", f"def {name}(")
         elif isinstance(member, staticmethod):
             yield "@staticmethod"
             yield signature(member.__func__)

@@ -53,6 +53,19 @@ class CudaMemory final : public Memory {
                                        cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
   }
 
+  void copy_rows_to_host(void* host,
+                         const void* data,
+                         size_t pitch_bytes,
+                         size_t row_bytes,
+                         size_t rows,
+                         Stream stream) override {
+    const DeviceGuard guard(device_);
+    const auto s = static_cast<cudaStream_t>(stream);
+    ADAKV_CUDA_CHECK("memory", cudaMemcpy2DAsync(host, row_bytes, data, pitch_bytes, row_bytes,
+                                                 rows, cudaMemcpyDeviceToHost, s));
+    ADAKV_CUDA_CHECK("memory", cudaStreamSynchronize(s));
+  }
+
   // Packed rows as one: a pitch has its limits (2^31 bytes), and a pool is larger.
   void copy_rows(void* to,
                  size_t to_pitch,

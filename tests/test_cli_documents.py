@@ -60,7 +60,7 @@ def test_what_is_wrong_is_one_line(
     none = str(tmp_path / "none.kv")
     for arguments, message in (
         (["ask", none, "--question", "Why?"], "can't be read"),
-        (["ask", str(book), "--question", "Why?"], "is not a cache"),
+        (["ask", str(book), "--question", "Why?"], "is no safetensors file"),
         (["ask", str(book)], "--question"),
         (["compress", model, str(book)], "--out"),
         (["compress", model, str(book), "--out", str(book)], "would overwrite"),

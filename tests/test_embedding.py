@@ -106,6 +106,42 @@ def test_embedding_keeps_and_writes_what_python_does(
     assert sum(len(row) for row in cpp["kept"][0]) == (2 * 60 if ratio < 1 else 2 * 603)
 
 
+@pytest.mark.model
+def test_embedding_answers_from_a_book(
+    embed: Path, folder: Path, tmp_path: Path, device: torch.device
+):
+    """A text that Python has read; the question comes behind it, in C++ and in Python."""
+    from transformers import AutoModelForCausalLM
+
+    from adakv.hf.saving import fingerprint
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = torch.tensor([[int(x) for x in (folder / "tokens.txt").read_text().split()]])
+    question, written = text[:, 40:75], []
+    with torch.inference_mode(), adakv.attach(model):
+        cache = adakv.Cache(model, ratio=0.1)
+        model(text, past_key_values=cache)
+        cache.save(tmp_path / "book.kv")
+        tokens = question
+        while len(written) < 20:
+            tokens = model(tokens, past_key_values=cache).logits[:, -1:].argmax(-1)
+            written.append(int(tokens))
+    (tmp_path / "question.txt").write_text(" ".join(map(str, question[0].tolist())))
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    (mine / "fingerprint.txt").write_text(fingerprint(model))
+    command = [embed, mine, tmp_path / "question.txt", "--book", tmp_path / "book.kv"]
+    output = run(*command, "--new-tokens", 20, "--threads", 1, "--device", device.type)
+    assert [int(x) for x in output.split()] == written
+    for name, text, message in (
+        ("mine/fingerprint.txt", "0" * 64, "made for another model"),
+        ("book.kv", "no cache", "is no safetensors file"),
+    ):
+        (tmp_path / name).write_text(text)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,7 @@
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
-                           python/adakv/{moving,formats,cache,room,devices,shape,step}.py
+                           python/adakv/{moving,formats,cache_file,cache,room,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -51,6 +51,7 @@ FLOORS = {
     "_register": 3,
     "_schedules": 3,
     "cache": 3,
+    "cache_file": 3,
     "formats": 3,
     "devices": 3,
     "room": 3,

@@ -184,6 +184,10 @@ struct AdakvCache {
   }
 };
 
+adakv::KVCache& adakv::capi::cache_of(const AdakvCache* cache) {
+  return cache->cache;
+}
+
 using adakv::capi::given;
 using adakv::capi::guarded;
 

@@ -57,6 +57,9 @@ Device device_of(const char* name, AdakvDevice device);
 DType dtype_of(const char* name, AdakvDataType dtype);
 TensorView view_of(const char* name, const AdakvTensor* tensor);
 
+/// The cache behind a pointer of C.
+KVCache& cache_of(const AdakvCache* cache);
+
 /// A view as C sees it; `shape` and `strides` [4] receive its sizes.
 AdakvTensor tensor_of(const TensorView& view, int64_t* shape, int64_t* strides);
 

@@ -1,4 +1,5 @@
-"""Writes what the C++ runtime reads: config.json, model.safetensors in float32, and token ids.
+"""Writes what the C++ runtime reads: config.json, model.safetensors in float32, token ids, and the
+fingerprint of the weights, by which it knows a book that `adakv compress` made for them.
 
 python examples/embed_cpp/export.py MODEL FOLDER [--num-tokens 4096] [--text FILE]
 
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 
 from adakv.cli.inputs import load_model, manual_text
+from adakv.hf.attachment import decoder_of
+from adakv.hf.saving import fingerprint
 
 
 def main() -> None:
@@ -30,6 +33,7 @@ def main() -> None:
         parser.error(f"the text has {len(tokens)} tokens, --num-tokens asks for {args.num_tokens}")
     model.save_pretrained(args.folder, max_shard_size="100GB")
     tokenizer.save_pretrained(args.folder)
+    (args.folder / "fingerprint.txt").write_text(fingerprint(decoder_of(model)))
     (args.folder / "tokens.txt").write_text(" ".join(map(str, tokens)) + "\n")
     print(f"{args.folder}: model.safetensors, config.json and {len(tokens)} tokens")
 

@@ -1,4 +1,4 @@
-// Just enough JSON for config.json and the head of a safetensors file.
+// Just enough JSON for config.json.
 #pragma once
 
 #include <map>

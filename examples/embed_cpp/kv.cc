@@ -1,6 +1,7 @@
 #include "kv.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace embed {
 
@@ -21,6 +22,15 @@ Kv::Kv(const Place& place,
       cache_(config(max_new_tokens), place.memory(), place.stream()),
       num_workers_(adakv::default_num_workers(place.device())) {}
 
+Kv::Kv(const Place& place, const Sizes& sizes, const adakv::CacheFile& book, int64_t max_new_tokens)
+    : place_(place),
+      sizes_(sizes),
+      tokens_(book.seen()[0]),
+      cache_(config(book, max_new_tokens), place.memory(), place.stream()),
+      num_workers_(adakv::default_num_workers(place.device())) {
+  book.load(cache_, 0, place.stream());
+}
+
 int64_t Kv::num_kept() const {
   return sizes_.kv_heads * std::min<int64_t>(policy_.budget, tokens_);
 }
@@ -37,6 +47,17 @@ adakv::CacheConfig Kv::config(int64_t max_new_tokens) const {
                                                                      sizes_.kv_heads, kPageSize));
   config.max_row_pages = static_cast<int32_t>((tokens_ + max_new_tokens) / kPageSize + 2);
   config.dtype = DType::kFloat32;
+  config.device = place_.device();
+  return config;
+}
+
+adakv::CacheConfig Kv::config(const adakv::CacheFile& book, int64_t max_new_tokens) const {
+  adakv::CacheConfig config = book.config(max_new_tokens, kPageSize);
+  const bool fits = config.num_layers == sizes_.layers && config.num_kv_heads == sizes_.kv_heads &&
+                    config.head_dim == sizes_.head_dim;
+  if (!fits) throw std::runtime_error("the book was made for a model of another shape");
+  const bool is_one = config.num_sequences == 1 && config.dtype == DType::kFloat32;
+  if (!is_one) throw std::runtime_error("the book must be one text, in float32");
   config.device = place_.device();
   return config;
 }

@@ -34,6 +34,10 @@ class Kv {
      int64_t tokens,
      int64_t max_new_tokens);
 
+  /// What a book holds, which somebody has read before (`adakv compress`), and room for
+  /// `max_new_tokens` tokens after it. Throws std::runtime_error for one of another model.
+  Kv(const Place& place, const Sizes& sizes, const adakv::CacheFile& book, int64_t max_new_tokens);
+
   /// Takes a layer's prompt: keeps what the policy chooses and copies it into pages.
   /// queries [T, Hq * D], keys and values [T, Hkv * D], after RoPE; w_o [E, Hq * D].
   void take_prompt(int32_t layer,
@@ -59,6 +63,7 @@ class Kv {
 
  private:
   adakv::CacheConfig config(int64_t max_new_tokens) const;
+  adakv::CacheConfig config(const adakv::CacheFile& book, int64_t max_new_tokens) const;
   int64_t num_kept() const;
   adakv::TensorView per_head(float* data, int64_t tokens, int64_t heads) const;
   adakv::TensorView floats(float* data, std::initializer_list<int64_t> shape) const;
@@ -72,7 +77,7 @@ class Kv {
   const Place& place_;
   Sizes sizes_;
   Policy policy_;
-  int64_t tokens_;
+  int64_t tokens_;  // of the prompt
   adakv::KVCache cache_;
   int32_t num_workers_;
   Array<float> queries_{place_}, keys_{place_}, values_{place_}, w_o_{place_};  // the model's

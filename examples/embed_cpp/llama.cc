@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 
@@ -16,6 +17,19 @@ constexpr int64_t kChunk = 512;  // tokens of a prompt that go through a layer's
 
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
+}
+
+// The numbers of a weight, which stay in the pages of the file.
+const float* weight(const adakv::SafeTensors& file,
+                    const std::string& name,
+                    std::initializer_list<int64_t> shape) {
+  const adakv::TensorView found = file.tensor(name);
+  const adakv::TensorView expected(nullptr, shape, adakv::DType::kFloat32);
+  check(bool(found), "no tensor " + name);
+  check(found.dtype == expected.dtype, name + " must be float32");
+  check(found.shape_string() == expected.shape_string(),
+        name + " must be " + expected.shape_string() + ", got " + found.shape_string());
+  return found.ptr<float>();
 }
 
 }  // namespace
@@ -63,8 +77,8 @@ Llama::Llama(const std::string& folder)
   const int64_t q_width = c.heads * c.head_dim, kv_width = c.kv_heads * c.head_dim;
   for (int64_t i = 0; i < c.layers; ++i) {
     const std::string name = "model.layers." + std::to_string(i) + ".";
-    const auto get = [&](const char* part, std::vector<int64_t> shape) {
-      return file_.get(name + part + ".weight", shape);
+    const auto get = [&](const char* part, std::initializer_list<int64_t> shape) {
+      return weight(file_, name + part + ".weight", shape);
     };
     layers_.push_back(
         {get("input_layernorm", {c.width}), get("self_attn.q_proj", {q_width, c.width}),
@@ -74,10 +88,10 @@ Llama::Llama(const std::string& folder)
          get("mlp.up_proj", {c.inner_width, c.width}),
          get("mlp.down_proj", {c.width, c.inner_width})});
   }
-  embedding_ = file_.get("model.embed_tokens.weight", {c.vocabulary, c.width});
-  norm_ = file_.get("model.norm.weight", {c.width});
-  const bool is_tied = !file_.has("lm_head.weight");
-  head_ = is_tied ? embedding_ : file_.get("lm_head.weight", {c.vocabulary, c.width});
+  embedding_ = weight(file_, "model.embed_tokens.weight", {c.vocabulary, c.width});
+  norm_ = weight(file_, "model.norm.weight", {c.width});
+  const bool is_tied = !file_.tensor("lm_head.weight");
+  head_ = is_tied ? embedding_ : weight(file_, "lm_head.weight", {c.vocabulary, c.width});
   logits_.resize(c.vocabulary);
   // In float32 and in this order, as transformers computes them: at position 4000 one unit in the
   // last place turns a head by a thousandth of a degree and more.
@@ -85,6 +99,12 @@ Llama::Llama(const std::string& folder)
     const float exponent = static_cast<float>(i) / static_cast<float>(c.head_dim);
     frequencies_.push_back(1.f / std::pow(static_cast<float>(c.rope_theta), exponent));
   }
+}
+
+size_t Llama::weight_bytes() const {
+  size_t bytes = 0;
+  for (const auto& [name, view] : file_.tensors()) bytes += view.size() * sizeof(float);
+  return bytes;
 }
 
 void Llama::embed(const int32_t* tokens, int64_t count, float* x) const {

@@ -1,6 +1,8 @@
 // A Llama: reads a folder as transformers writes it, a prompt at once and then token by token.
 #pragma once
 
+#include <adakv/adakv.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "kv.h"
-#include "safetensors.h"
 
 namespace embed {
 
@@ -27,7 +28,7 @@ class Llama {
   explicit Llama(const std::string& folder);
 
   const Config& config() const { return config_; }
-  size_t weight_bytes() const { return file_.bytes(); }
+  size_t weight_bytes() const;
 
   /// Reads a prompt into `kv`; the most likely next token. `progress` hears of every layer done.
   int32_t prefill(const std::vector<int32_t>& tokens,
@@ -54,7 +55,7 @@ class Llama {
   int32_t next_token(const float* x);
 
   Config config_;
-  SafeTensors file_;
+  adakv::SafeTensors file_;
   std::vector<Layer> layers_;
   const float *embedding_, *norm_, *head_;
   std::vector<float> frequencies_;         // [D / 2] of RoPE

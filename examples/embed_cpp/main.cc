@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -25,15 +26,18 @@ using Clock = std::chrono::steady_clock;
 constexpr char kUsage[] =
     "usage: embed MODEL TOKENS [--ratio R | --budget N] [--critical] [--new-tokens N]\n"
     "             [--device cpu|cuda] [--threads N] [--json FILE]\n"
+    "       embed MODEL TOKENS --book FILE [...]\n"
     "  MODEL       folder with config.json and model.safetensors (float32) of a Llama\n"
     "  TOKENS      file with the token ids of the prompt\n"
     "  --ratio     share of the prompt's cache to keep (0.1)\n"
     "  --budget    instead: mean entries to keep per kv head\n"
     "  --critical  select by CriticalKV's two stages\n"
+    "  --book      the prompt comes behind the text that `adakv compress --dtype float32` wrote to "
+    "FILE\n"
     "  --device    where the cache lives and adakv works on it (cpu)\n";
 
 struct Options {
-  std::string model, tokens, json, device = "cpu";
+  std::string model, tokens, json, book, device = "cpu";
   double ratio = 0.1;
   int32_t budget = 0;
   bool is_critical = false;
@@ -69,9 +73,12 @@ Options parse(int argc, char** argv) {
         options.new_tokens = static_cast<int64_t>(number(word, value, 1));
       } else if (word == "--threads") {
         options.threads = static_cast<int>(number(word, value, 1));
-      } else if (word == "--device" || word == "--json") {
+      } else if (word == "--device" || word == "--json" || word == "--book") {
         if (!value) throw std::runtime_error(word + " wants a value");
-        (word == "--json" ? options.json : options.device) = value;
+        std::string& option = word == "--json"   ? options.json
+                              : word == "--book" ? options.book
+                                                 : options.device;
+        option = value;
       } else {
         throw std::runtime_error("unknown option " + word + "\n" + kUsage);
       }
@@ -107,6 +114,52 @@ std::string list(const std::vector<T>& values) {
   return "[" + text + "]";
 }
 
+// What a prompt may keep.
+embed::Policy policy_of(const Options& options, int64_t length) {
+  embed::Policy policy;
+  policy.is_critical = options.is_critical;
+  const int32_t share = static_cast<int32_t>(std::floor(options.ratio * double(length) + 0.5));
+  policy.budget = options.budget ? options.budget : std::max(policy.window + 1, share);
+  if (policy.budget < policy.window) {
+    throw std::runtime_error("--budget must be at least the window, " +
+                             std::to_string(policy.window));
+  }
+  return policy;
+}
+
+// A book that was made for the model. Its weights are told by a fingerprint that Python takes of
+// them, which export.py writes beside them; without it only the shape is compared.
+std::unique_ptr<adakv::CacheFile> book_of(const Options& options) {
+  if (options.book.empty()) return nullptr;
+  auto book = std::make_unique<adakv::CacheFile>(options.book);
+  std::ifstream file(options.model + "/fingerprint.txt");
+  std::string fingerprint;
+  if (file >> fingerprint && book->texts().at("model") != fingerprint) {
+    throw std::runtime_error(options.book + " was made for another model, or for other weights");
+  }
+  return book;
+}
+
+// Reads the prompt, as a whole or behind a book; its first new token.
+int32_t read_prompt(const std::vector<int32_t>& prompt,
+                    int64_t position,
+                    embed::Llama& model,
+                    embed::Kv& kv) {
+  const bool has_bar = isatty(2);
+  int32_t next = 0;
+  if (position == 0) {
+    next = model.prefill(prompt, kv, [&](int64_t done) {
+      if (has_bar) {
+        std::fprintf(stderr, "\rprompt: layer %d of %d", int(done), int(model.config().layers));
+      }
+    });
+  } else {
+    for (const int32_t token : prompt) next = model.decode(token, position++, kv);
+  }
+  if (has_bar) std::fprintf(stderr, "\n");
+  return next;
+}
+
 void run(const Options& options) {
   const int threads = options.threads ? options.threads : omp_get_num_procs();
   omp_set_num_threads(threads);
@@ -116,33 +169,27 @@ void run(const Options& options) {
   embed::Llama model(options.model);
   const embed::Config& config = model.config();
   const std::vector<int32_t> prompt = read_tokens(options.tokens);
+  const std::unique_ptr<adakv::CacheFile> book = book_of(options);
+  const int64_t before = book ? book->seen()[0] : 0;
   const int64_t length = static_cast<int64_t>(prompt.size());
-  embed::Policy policy;
-  policy.is_critical = options.is_critical;
-  const int32_t share = static_cast<int32_t>(std::floor(options.ratio * double(length) + 0.5));
-  policy.budget = options.budget ? options.budget : std::max(policy.window + 1, share);
-  if (policy.budget < policy.window) {
-    throw std::runtime_error("--budget must be at least the window, " +
-                             std::to_string(policy.window));
-  }
   const embed::Sizes sizes = {
       static_cast<int32_t>(config.layers), static_cast<int32_t>(config.heads),
       static_cast<int32_t>(config.kv_heads), static_cast<int32_t>(config.head_dim)};
-  embed::Kv kv(place, sizes, policy, length, options.new_tokens);
+  const auto kv_memory =
+      book ? std::make_unique<embed::Kv>(place, sizes, *book, length + options.new_tokens)
+           : std::make_unique<embed::Kv>(place, sizes, policy_of(options, length), length,
+                                         options.new_tokens);
+  embed::Kv& kv = *kv_memory;
 
-  const bool has_bar = isatty(2);
   const auto start = Clock::now();
-  std::vector<int32_t> tokens = {model.prefill(prompt, kv, [&](int64_t done) {
-    if (has_bar) std::fprintf(stderr, "\rprompt: layer %d of %d", int(done), sizes.layers);
-  })};
-  if (has_bar) std::fprintf(stderr, "\n");
+  std::vector<int32_t> tokens = {read_prompt(prompt, before, model, kv)};
   const auto prefilled = Clock::now();
   std::vector<std::vector<std::vector<int32_t>>> kept;
   for (int32_t i = 0; i < sizes.layers; ++i) kept.push_back(kv.positions(i));
   const auto decoding = Clock::now();
   while (static_cast<int64_t>(tokens.size()) < options.new_tokens) {
     tokens.push_back(
-        model.decode(tokens.back(), length + static_cast<int64_t>(tokens.size()) - 1, kv));
+        model.decode(tokens.back(), before + length + static_cast<int64_t>(tokens.size()) - 1, kv));
   }
   const auto end = Clock::now();
 

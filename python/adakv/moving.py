@@ -7,24 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adakv.cache import KVCache
+from adakv.cache import KVCache, sequences
 
 _SHARED = ("pages", "page_positions", "key_scales", "value_scales")
 
 
-def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
-    """A cache on a device that holds what ``kv`` does, bit for bit, with room for so many tokens
-    more of each sequence. Nothing is shared with ``kv`` or its forks.
+def moved(
+    kv: KVCache, device: torch.device, new_tokens: int, slots: slice = slice(None)
+) -> KVCache:
+    """A cache on a device that holds what ``kv`` does in some slots, bit for bit, with room for so
+    many tokens more of each sequence. Nothing is shared with ``kv`` or its forks.
 
     Raises ``adakv.Error`` if the memory can't be had.
     """
-    lengths = kv.lengths()
-    totals = lengths.sum(2).tolist()  # [L][B]
+    totals = kv.lengths(slots).sum(2).tolist()  # [L][B]
     sizes = {"num_kv_heads": kv.num_kv_heads, "page_size": kv.page_size}
     pages = sum(kv.pages_for(n, new_tokens, **sizes) for layer in totals for n in layer)
     new = KVCache(
         num_layers=kv.num_layers,
-        num_sequences=kv.num_sequences,
+        num_sequences=len(totals[0]),
         head_dim=kv.head_dim,
         num_pages=pages,
         max_row_pages=kv.max_row_pages,
@@ -33,20 +34,33 @@ def moved(kv: KVCache, device: torch.device, new_tokens: int) -> KVCache:
         device=device,
         **sizes,
     )
+    move_into(new, 0, kv, slots)
+    return new
+
+
+def move_into(new: KVCache, first_sequence: int, kv: KVCache, slots: slice = slice(None)) -> None:
+    """Puts what ``kv`` holds in some slots into empty ones of another cache, from
+    ``first_sequence`` on, with pages of their own.
+
+    Raises ``adakv.Error`` if there are too few free pages.
+    """
+    lengths = kv.lengths(slots)
     longest = [int(n) for n in lengths.amax((0, 2)).tolist()]
-    for index, (old, view) in enumerate(zip(kv.layers, new.layers, strict=True)):
-        table = begin_rows(new, index, lengths[index], longest, old.seen)
+    places = slice(first_sequence, first_sequence + lengths.shape[1])
+    for index in range(kv.num_layers):
+        old = sequences(kv.layer(index), slots)
+        view = sequences(new.layer(index), places)
+        table = begin_rows(new, index, lengths[index], longest, old.seen, first_sequence)
         old_table = old.block_table.cpu()
         before = old_table[old_table >= 0].long().to(kv.device)  # row by row, as they are dealt
-        after = table[table >= 0].long().to(device)
+        after = table[table >= 0].long().to(new.device)
         for name in _SHARED:
             x, y = getattr(old, name), getattr(view, name)
             if x is not None:
                 x, y = (bytes_of(part) for part in (x, y))
-                y[after] = x[before].to(device)
+                y[after] = x[before].to(new.device)
         if old.tails is not None and view.tails is not None:
             view.tails.copy_(old.tails)
-    return new
 
 
 def bytes_of(pages: Tensor) -> Tensor:
@@ -55,12 +69,21 @@ def bytes_of(pages: Tensor) -> Tensor:
 
 
 def begin_rows(
-    kv: KVCache, layer: int, lengths: Tensor, longest: Sequence[int], seen: Tensor
+    kv: KVCache,
+    layer: int,
+    lengths: Tensor,
+    longest: Sequence[int],
+    seen: Tensor,
+    first_sequence: int = 0,
 ) -> Tensor:
     """Gives rows of a layer pages for ``lengths`` ``[B, Hkv]`` entries, which are to be filled, as
-    compact deals them; their table ``[B, Hkv, M]`` int32, on the CPU as ``lengths``."""
-    view = kv.layer(layer)
-    page_ids, starts = (x.cpu() for x in kv.begin(layer, lengths.sum(1).tolist(), longest))
+    compact deals them, from a sequence on; their table ``[B, Hkv, M]`` int32, on the CPU as
+    ``lengths``."""
+    view = sequences(kv.layer(layer), slice(first_sequence, first_sequence + len(lengths)))
+    totals = lengths.sum(1).tolist()
+    page_ids, starts = (
+        x.cpu() for x in kv.begin(layer, totals, longest, first_sequence=first_sequence)
+    )
     counts = -(-lengths.long() // kv.page_size)  # [B, Hkv]
     table = torch.full(view.block_table.shape, -1, dtype=torch.int32)
     is_used = torch.arange(table.shape[2]) < counts[..., None]

@@ -497,3 +497,4 @@ AdakvStatus adakv_cuda_available(void);
 }
 #endif
 #pragma GCC visibility pop
+#include "adakv/c_file.h"

@@ -145,6 +145,9 @@ class KVCache {
 
   /// As given, and raised by reserve().
   const CacheConfig& config() const { return config_; }
+  /// Where its tensors lie.
+  Memory& memory() const { return memory_; }
+
   /// How many pages are free and used. Forks have one pool.
   const PagePool& pool() const;
 

@@ -48,6 +48,16 @@ class Memory {
                          size_t rows,
                          Stream stream) = 0;
 
+  /// Copies `rows` rows of `row_bytes`, each `pitch_bytes` after the one before on the device, packed
+  /// to the host, after everything that was put into `stream`; returns when they are there. Only
+  /// saving a cache needs it. Host memory is copied here; for other devices this throws Error.
+  virtual void copy_rows_to_host(void* host,
+                                 const void* data,
+                                 size_t pitch_bytes,
+                                 size_t row_bytes,
+                                 size_t rows,
+                                 Stream stream);
+
   /// Sets every byte of `rows` rows of `row_bytes`, `pitch_bytes` apart, to `value`, in stream
   /// order.
   virtual void fill_rows(

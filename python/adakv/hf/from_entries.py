@@ -12,7 +12,6 @@ from adakv.cache import KVCache
 from adakv.entries import compact_rows
 from adakv.errors import integer
 from adakv.hf import families
-from adakv.hf.pool_size import pages_of
 from adakv.policy.presets import get
 from adakv.shape import Shape
 
@@ -60,9 +59,7 @@ def from_entries(
     parts = [
         _layer(index, [x[index] for x in rows], counts, shape) for index in range(len(rows[0]))
     ]
-    plain, page_size = cache._allocation.pages(cache.budget, shape)
-    lengths = torch.stack([part.lengths for part in parts])
-    kv = pages_of(plain, page_size, lengths, cache._allocation.max_new_tokens)
+    kv = cache.pages_for_rows(shape, torch.stack([part.lengths for part in parts]))
     _fill(kv, parts, counts)
     columns = max(counts)
     cache.go_on_from(kv, counts, list(counts), columns)

@@ -11,17 +11,17 @@ A prompt's pages are known before it is read, so that none runs out on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from adakv.devices import AnyCache
-from adakv.errors import integer, short
+from adakv.errors import integer
 from adakv.formats import check_page_size
 from adakv.hf import long_rope
 from adakv.hf.allocation import Allocation
@@ -29,16 +29,16 @@ from adakv.hf.attachment import CACHE, attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.families import input_device
+from adakv.hf.parking import FIRST_ROOM, Parked, check_parks, place_for, with_return
 from adakv.hf.pool_size import Need, cache_for, first_tokens, shape_of
 from adakv.hf.prefix import Prefix, check_shared
-from adakv.hf.prompts import Requests, is_one
+from adakv.hf.prompts import Requests
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
+from adakv.hf.stopping import End, Stop
 from adakv.hf.wrappers import unwrapped
 from adakv.policy import DEFAULT, Budget, Policy, Protection
 from adakv.reselection import Rule
-
-End = Literal["eos", "stop_string", "length"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class BatchOptions:
         free beside the prefill of the longest prompt.
     page_size : int, optional
         Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
+    park : str or torch.device, optional
+        Where sequences wait when the pages don't suffice for what all of them write, as ``"cpu"``:
+        prompts then join when there are pages for their first tokens. Default: they join when there
+        are pages for all that they may write. Texts are the same.
     cuda_graph : bool
         On CUDA, record a step once and replay it, which spares the host nearly all of its work.
     compile : bool
@@ -79,6 +83,7 @@ class BatchOptions:
     max_batch: int = 64
     cache_bytes: int | None = None
     page_size: int | None = None
+    park: str | torch.device | None = None
     cuda_graph: bool = True
     compile: bool = False
 
@@ -88,6 +93,7 @@ class BatchOptions:
         object.__setattr__(self, "max_batch", integer("max_batch", self.max_batch, 1))
         if self.page_size is not None:
             object.__setattr__(self, "page_size", check_page_size(self.page_size))
+        place_for(self.park)
         if self.seed is not None:
             object.__setattr__(self, "seed", integer("seed", self.seed, -(2**62), 2**62))
         if self.cache_bytes is not None:
@@ -132,6 +138,10 @@ class _Sequence:
     need: Need  # for these
     protection: Protection
     tokens: list[int] = field(default_factory=list)
+
+    def give_room(self, room: int, need_of: Callable[[int, int], Need]) -> None:
+        """It is to have pages for so many tokens."""
+        self.room, self.need = room, need_of(len(self.prompt), room)
 
 
 def generate_batch(
@@ -263,7 +273,10 @@ def generate_stream(
     steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
     chance = None if sampling.is_greedy else seed
-    return _Batch(decoder, steps, reader, stop, chance, fit.need_of, fit.waiting, fit.prefix).run()
+    park = place_for(options.park)
+    return _Batch(
+        decoder, steps, reader, stop, chance, fit.need_of, fit.waiting, fit.prefix, park
+    ).run()
 
 
 class _Fit(NamedTuple):
@@ -290,6 +303,8 @@ def _fit(
     """
     shape = shape_of(model)
     check_shared(requests.prefix, rule, shape.groups)
+    if options.park is not None:
+        check_parks(requests.prefix is not None, rule, shape.groups)
     lengths, chosen_from = requests.lengths, [len(prompt) for prompt in requests.chosen_from]
     before = 0 if requests.prefix is None else chosen_from[0]
     long_rope.check_batch(decoder_of(model).config, lengths, requests.counts, before)
@@ -302,6 +317,8 @@ def _fit(
     reader.budget, (shape, page_size) = limit, allocation.pages(limit, shape)
     sizes: dict[str, Any] = {"budget": limit, "shape": shape, "page_size": page_size}
     need_of: Callable[[int, int], Need] = partial(Need.of, rule=rule, **sizes)
+    if options.park is not None:
+        need_of = partial(with_return, need_of, shape)
     prefix = None
     if requests.prefix is not None:
         prefix = Prefix(requests.prefix, protection, need_of(before, 1))
@@ -318,6 +335,9 @@ def _fit(
         page_size=page_size,
         prefix=prefix and prefix.need,
     )
+    if options.park is not None:
+        for sequence in waiting:
+            sequence.give_room(min(sequence.room, FIRST_ROOM), need_of)
     return _Fit(kv, waiting, need_of, prefix)
 
 
@@ -365,6 +385,8 @@ class _Batch:
     need_of: Callable[[int, int], Need]  # a prompt's tokens, and those after it
     waiting: deque[_Sequence]
     prefix: Prefix | None = None
+    park: torch.device | None = None  # where sequences wait for pages
+    parked: deque[tuple[_Sequence, Parked]] = field(default_factory=deque)
     spare: int = 0  # pages beside those of sequences: of the prefix, and for a choice from one text
     slots: int = 0  # for sequences
     running: dict[int, _Sequence] = field(default_factory=dict)  # by slot
@@ -382,20 +404,28 @@ class _Batch:
         with attach(self.decoder.model):
             if self.prefix is not None:
                 self.prefix.read(self.decoder.model, self.reader, self.decoder.kv)
-            while self.waiting or self.running:
+            while self.waiting or self.running or self.parked:
                 yield from self._admit()
                 yield from self._step()
 
     def _admit(self) -> Iterator[NewToken]:
-        """Lets prompts in, in their order, while there is room."""
+        """Lets prompts in, in their order, while there is room; those that were parked first."""
         for slot in range(self.slots):
-            while slot not in self.running and self.waiting:
-                taken = sum(sequence.need.pages for sequence in self.running.values())
-                pages = self.decoder.kv.num_pages - self.spare
-                if taken + self.waiting[0].need.pages > pages:
+            while slot not in self.running and (self.parked or self.waiting):
+                sequence = self.parked[0][0] if self.parked else self.waiting[0]
+                if not self._has_room(sequence):
                     return
-                sequence = self.running[slot] = self.waiting.popleft()
-                yield self._take(slot, self._prefill(slot, sequence))
+                self.running[slot] = sequence
+                if self.parked:
+                    self.parked.popleft()[1].put_back(self.decoder, slot)
+                else:
+                    self.waiting.popleft()
+                    yield self._take(slot, self._prefill(slot, sequence))
+
+    def _has_room(self, *more: _Sequence) -> bool:
+        """Whether there are pages for all that runs, and for more."""
+        needs = [sequence.need.pages for sequence in (*self.running.values(), *more)]
+        return sum(needs) <= self.decoder.kv.num_pages - self.spare
 
     def _prefill(self, slot: int, sequence: _Sequence) -> int:
         """Reads a prompt; its first token."""
@@ -433,8 +463,11 @@ class _Batch:
         """
         longer = [one for one in self.running.values() if len(one.tokens) == one.room]
         for sequence in longer:
-            sequence.room = min(2 * sequence.room, sequence.max_new_tokens)
-            sequence.need = self.need_of(len(sequence.prompt), sequence.room)
+            sequence.give_room(min(2 * sequence.room, sequence.max_new_tokens), self.need_of)
+        while self.park is not None and len(self.running) > 1 and not self._has_room():
+            last = max(self.running, key=lambda slot: self.running[slot].index)
+            sequence = self.running.pop(last)
+            self.parked.appendleft((sequence, Parked.take(self.decoder, last, self.park)))
         if longer:
             needs = [sequence.need for sequence in self.running.values()]
             self.decoder.kv.reserve(
@@ -454,47 +487,3 @@ class _Batch:
         text = self.stop.text(sequence.tokens)
         result = BatchResult(sequence.index, len(sequence.prompt), sequence.tokens, text, end)
         return NewToken(sequence.index, token, result)
-
-
-class Stop:
-    """When a text is over."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        eos: int | Sequence[int] | None,
-        strings: str | Sequence[str],
-    ) -> None:
-        if eos is None and model.generation_config is not None:
-            eos = model.generation_config.eos_token_id
-        eos = () if eos is None else eos
-        tokens = list(eos) if isinstance(eos, Iterable) and not is_one(eos) else [eos]
-        self._eos = {integer("eos_token_id", token, 0) for token in tokens}
-        self._strings = [strings] if isinstance(strings, str) else list(strings)
-        for string in self._strings:
-            if not isinstance(string, str):
-                raise ValueError(f"stop_strings must be strings, got {short(string)}")
-        if "" in self._strings:
-            raise ValueError("stop_strings must not be empty")
-        if self._strings and tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer")
-        self._tokenizer = tokenizer
-        # Every token but special ones is a byte at least; the first may lose a space.
-        self._tail = max((len(string.encode()) for string in self._strings), default=0) + 1
-
-    def end(self, tokens: list[int], max_new_tokens: int) -> End | None:
-        """Why a text is over, if it is, after its newest token."""
-        if tokens[-1] in self._eos:
-            return "eos"
-        if self._strings:
-            tail = self._tokenizer.decode(tokens[-self._tail :])
-            if any(string in tail for string in self._strings):
-                return "stop_string"
-        return "length" if len(tokens) == max_new_tokens else None
-
-    def text(self, tokens: list[int]) -> str | None:
-        """The text that tokens make, if there is a tokenizer."""
-        if self._tokenizer is None:
-            return None
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -46,6 +46,14 @@ class Slots(NamedTuple):
     uniforms: Tensor  # [B, U] float64    numbers in [0, 1) to choose the next U of them by
 
 
+class Slot(NamedTuple):
+    """What a sequence takes with it when it leaves its slot."""
+
+    rows: Slots  # its own, without the B
+    generator: torch.Generator | None
+    num_used: int  # of its newest numbers
+
+
 class Decoder:
     """Sequences in the slots of a cache.
 
@@ -152,6 +160,22 @@ class Decoder:
         self._num_new[slot] = 0
         self._generators.pop(slot, None)
         self._texts.pop(slot, None)
+
+    def take_out(self, slot: int) -> Slot:
+        """:meth:`end`, but the sequence will go on: :meth:`put_back`. It has no text that is chosen
+        from."""
+        rows = Slots(*(tensor[slot].clone() for tensor in self.slots))
+        left = Slot(rows, self._generators.get(slot), self._num_used[slot])
+        self.end(slot)
+        return left
+
+    def put_back(self, slot: int, left: Slot) -> None:
+        """The sequence goes on, in an empty slot that holds its entries."""
+        for tensor, row in zip(self.slots, left.rows, strict=True):
+            tensor[slot] = row
+        self._num_new[slot], self._num_used[slot] = 1, left.num_used
+        if left.generator is not None:
+            self._generators[slot] = left.generator
 
     def _draw(self, slot: int) -> None:
         """The next numbers of a sequence."""

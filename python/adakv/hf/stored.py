@@ -6,12 +6,16 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import from_entries, saving
 from adakv.hf.attachment import UNKNOWN
 from adakv.hf.branches import BranchingCache, check_branches
 from adakv.hf.layers import FullAttentionLayer
+from adakv.hf.pool_size import pages_of
+from adakv.shape import Shape
 
 Self = TypeVar("Self", bound="StoredCache")
 
@@ -45,7 +49,20 @@ class StoredCache(BranchingCache):
                 saving.check_window(layer)
         if cache.eviction.text is not None and cache._seen != list(cache.prompt_lens):
             raise ValueError("save: a text is evicted from (decode_budget), which files don't hold")
-        saving.save(cache, path, notes or {})
+        saving.save(cache, cache._kv, path, notes or {})
+
+    @property
+    def columns(self) -> int:
+        """Columns of the model's masks so far: tokens of each sequence with padding."""
+        cache: Any = self
+        return int(cache._full[0].num_seen)
+
+    def pages_for_rows(self, shape: Shape, lengths: Tensor) -> KVCache:
+        """Pages for rows of ``lengths`` ``[L, B, Hkv]`` int32, which are to be filled, and for
+        tokens behind them."""
+        cache: Any = self
+        stored, page_size = cache._allocation.pages(cache.budget, shape)
+        return pages_of(stored, page_size, lengths, cache._allocation.max_new_tokens)
 
     @classmethod
     def load(

@@ -1,0 +1,73 @@
+// Caches in files for Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "adakv/cache_file.h"
+#include "given.h"
+#include "tensor_view.h"
+
+namespace adakv {
+namespace {
+
+using Texts = std::map<std::string, std::string>;
+using Views = std::map<std::string, Given<TensorView>>;
+
+// A tensor in the memory of a file, which it keeps open.
+struct FileTensor {
+  py::object tensor;
+};
+
+void save(const std::string& path, const KVCache& cache, const Texts& texts, const Views& others) {
+  std::map<std::string, TensorView> views;
+  for (const auto& [name, tensor] : others) views[name] = take(name.c_str(), tensor);
+  const Stream stream = current_stream(cache.config().device);
+  const py::gil_scoped_release release;
+  save_cache(path, cache, texts, views, stream);
+}
+
+void load(const CacheFile& self, KVCache& cache) {
+  const Stream stream = current_stream(cache.config().device);
+  const py::gil_scoped_release release;
+  self.load(cache, 0, stream);
+}
+
+}  // namespace
+}  // namespace adakv
+
+template <>
+struct pybind11::detail::type_caster<adakv::FileTensor> {
+  static constexpr auto name = const_name("torch.Tensor");
+  static handle cast(adakv::FileTensor given, return_value_policy, handle) {
+    return given.tensor.release();
+  }
+};
+
+namespace adakv {
+
+void bind_cache_file(py::module_& module) {
+  using py::arg;
+  py::class_<CacheFile, std::shared_ptr<CacheFile>>(module, "CacheFile")
+      .def(py::init<const std::string&>(), arg("path"))
+      .def_property_readonly("texts", &CacheFile::texts)
+      .def_property_readonly("seen", &CacheFile::seen)
+      .def("lengths",
+           [](const std::shared_ptr<CacheFile>& self) {
+             return FileTensor{tensor_of(self->lengths(), self)};
+           })
+      .def("others", &CacheFile::others)
+      .def(
+          "other",
+          [](const std::shared_ptr<CacheFile>& self, const std::string& name) {
+            return FileTensor{tensor_of(self->other(name), self)};
+          },
+          arg("name"))
+      .def("load", &load, arg("cache"));
+  module.def("save_cache", &save, arg("path"), arg("cache"), arg("texts"), arg("others"));
+}
+
+}  // namespace adakv
