@@ -30,6 +30,7 @@ from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshol
 from adakv.policy.fusion import RankFusion
 from adakv.policy.gates import Gate
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
+from adakv.policy.learned import LearnedScorer
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
 from adakv.policy.presets import DEFAULT, get, get_read, names
@@ -97,6 +98,7 @@ __all__ = [
     "LayerEntropy",
     "LayerInputs",
     "LayerSchedule",
+    "LearnedScorer",
     "MassShare",
     "ModelWide",
     "MoreTokens",
