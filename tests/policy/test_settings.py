@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from adakv import policy
 from adakv.policy import (
     Adaptive,
+    AttentionPredictor,
     Defensive,
     ExpectedAttention,
     Gate,
@@ -28,11 +29,13 @@ from adakv.policy import (
     Uniform,
     WholePages,
 )
+from predictor_file import predictor_file
 
 NO_PARTS = {
     "Budget",
     "ByteBudget",
     "LayerInputs",
+    "PageRead",
     "PressScorer",
     "Profile",
     "Policy",
@@ -69,7 +72,8 @@ def needed(tmp_path: Path) -> dict[type, dict[str, Any]]:
     for part, of_layer in shapes.items():
         tensors = {f"layers.0.{name}": torch.ones(shape) for name, shape in of_layer.items()}
         save_file(tensors, tmp_path / part.__name__)
-    return {part: {"file": str(tmp_path / part.__name__)} for part in shapes}
+    files = {part: {"file": str(tmp_path / part.__name__)} for part in shapes}
+    return files | {AttentionPredictor: {"file": predictor_file(tmp_path)[0]}}
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
