@@ -155,3 +155,41 @@ def test_a_learned_scorer_runs_on_the_command_line(
     command = ["generate", model, str(texts / "numbers.txt"), "--decode-policy", policy]
     command += ["--decode-budget", "40", "--max-new-tokens", "60", "--policy", "full"]
     assert run_command_line(command) == 0
+
+
+@trains("train_predictor")
+def test_what_tokens_looked_at(trainer: Any) -> None:
+    queries, entries = torch.randn(1, 4, 90, 8), torch.randn(1, 2, 90, 8)
+    inputs = LayerInputs(queries, entries, entries, None, (90,), 0, 1)
+    looked = trainer.looked_at(inputs)
+    assert looked.shape == (4, 90, 6)
+    for q in range(4):
+        p = foreseen.attention(queries[0, q], entries[0, q // 2])
+        pages = [p[:, page * 16 : page * 16 + 16].amax(1) for page in range(6)]
+        torch.testing.assert_close(looked[q].double(), torch.stack(pages, 1), atol=1e-3, rtol=0)
+
+
+@trains("train_predictor")
+def test_a_habit_is_learnt(trainer: Any) -> None:
+    """Pages that are looked at every second step: the last step says the opposite."""
+    torch.manual_seed(0)
+    odd = torch.rand(20, 1, 40) < 0.5
+    step = torch.arange(640)[None, :, None] % 2 == 0
+    looked = (odd == step).half()
+    weights = trainer.fitted(looked, history=8, steps=150, batch=32)
+    foretold, last = trainer.shares_of_best(looked, weights, 8)
+    assert last < 0.2 and foretold > 0.9
+
+
+@trains("train_predictor")
+@pytest.mark.model
+@pytest.mark.usefixtures("one_thread")
+def test_a_predictor_runs_on_the_command_line(
+    trainer: Any, model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "predictor.safetensors"
+    sizes = ("--prompts", 2, "--length", 250, "--steps", 2, "--batch", 4, "--history", 4)
+    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes)
+    read = f"AttentionPredictor(file={str(out)!r}, history=4)"
+    command = ["generate", model, str(texts / "numbers.txt"), "--policy", "full", "--read", read]
+    assert run_command_line([*command, "--max-new-tokens", "12"]) == 0

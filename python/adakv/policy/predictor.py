@@ -87,7 +87,9 @@ class AttentionPredictor(PageRead):
         return self.best(ranks[..., :length], lengths, page_size=page_size)
 
 
-class _Network(NamedTuple):
+class Network(NamedTuple):
+    """Two convolutions over steps and pages, a mean over the steps, and one number of each page."""
+
     conv1: Tensor  # [16, 1, 3, 3]
     bias1: Tensor  # [16]
     conv2: Tensor  # [32, 16, 3, 3]
@@ -107,7 +109,7 @@ class _Network(NamedTuple):
         return x.masked_fill(~is_there, -torch.inf)
 
 
-_SHAPES = {
+SHAPES = {
     "conv1.weight": (16, 1, 3, 3),
     "conv1.bias": (16,),
     "conv2.weight": (32, 16, 3, 3),
@@ -117,11 +119,11 @@ _SHAPES = {
 }
 
 
-def _network(weights: Weights) -> _Network:
-    for name, shape in _SHAPES.items():
+def _network(weights: Weights) -> Network:
+    for name, shape in SHAPES.items():
         if tuple(weights.of(name).shape) != shape:
             raise ValueError(
                 f"file must hold {name} {list(shape)}, and in {weights.path!r} it is "
                 f"{list(weights.of(name).shape)}"
             )
-    return _Network(*(weights.of(name) for name in _SHAPES))
+    return Network(*(weights.of(name) for name in SHAPES))
