@@ -17,20 +17,14 @@ are a few tens of thousands of tokens in the place of a million.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+import training
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adakv
 from adakv.policy import LayerInputs, ModelWide, Need, Policy, RepeatAttention, TopScore
@@ -138,49 +132,13 @@ def explained(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> float:
     return float(torch.stack(shares).mean())
 
 
-def stretches(paths: list[Path], tokenizer: Any, length: int, count: int) -> list[Tensor]:
-    """``[1, length]`` tokens each, of files that chance puts in order, at most three of a file."""
-    found: list[Tensor] = []
-    for text in _texts(paths):
-        tokens = tokenizer(text[: 40 * length], return_tensors="pt", verbose=False)["input_ids"]
-        found += [part for part in tokens.split(length, 1)[:3] if part.shape[1] == length]
-        if len(found) >= count:
-            return found[:count]
-    raise SystemExit(f"--texts hold {len(found)} stretches of {length} tokens, not {count}")
-
-
-def _texts(paths: list[Path]) -> Iterator[str]:
-    """Files in UTF-8, in folders too, each once."""
-    inside = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
-    files = sorted({file.resolve() for file in inside if file.is_file()})
-    random.Random(0).shuffle(files)
-    for file in files:
-        with contextlib.suppress(UnicodeDecodeError):
-            yield file.read_text(encoding="utf-8")
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a folder or a name on the Hugging Face hub")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="files and folders")
-    parser.add_argument("--out", type=Path, default=Path("gate.safetensors"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--length", type=int, default=1000, help="tokens of a prompt")
+def main() -> None:
+    parser = training.parser(__doc__, "gate.safetensors", prompts=40)
     parser.add_argument("--per-prompt", type=int, default=500, help="tokens that are trained on")
     parser.add_argument("--width", type=int, default=0, help="units between; 0: a line")
     parser.add_argument("--epochs", type=int, default=12)
-    return parser.parse_args()
-
-
-def main() -> None:
-    options, start = parsed(), time.perf_counter()
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    model = model.to(options.device).eval()
-    prompts = stretches(options.texts, tokenizer, options.length, options.prompts)
-    prompts = [prompt.to(model.device) for prompt in prompts]
+    options, start = parser.parse_args(), time.perf_counter()
+    model, prompts = training.loaded(options)
     x, y = samples(model, prompts, options.per_prompt, options.device)
     read = time.perf_counter()
     held_out = max(len(prompts) // 10, 1) * options.per_prompt
@@ -190,7 +148,7 @@ def main() -> None:
     else:
         weights = line(*trained)
     share = explained(weights, x[:, -held_out:], y[:, -held_out:])
-    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, options.out)
+    training.write(weights, options.out)
     end = time.perf_counter()
     print(f"{options.out}: {share:.2f} of the variance of other prompts' scores explained")
     print(f"{read - start:.0f} s to read {len(prompts)} prompts twice, {end - read:.0f} s to fit")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,48 @@ def listed_pages(
     best = weights.amax(0) if older else weights.sum(0)
     listed = best.argsort(descending=True, stable=True).tolist()[: max(budget - num_newest, 0)]
     return sorted(x for x in listed if best[x] >= 0) + list(range(older, num_pages))
+
+
+def foretold(history: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """``[m]``: what the network says of the pages between the first and the newest, from the
+    largest attention of each in the last steps ``[H, m]`` (AttentionPredictor, arXiv
+    2502.04077)."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d((1, None)), torch.nn.Flatten(1, 2),
+        torch.nn.Conv1d(32, 1, 1),
+    ).double()  # fmt: skip
+    for number, place in (("1", 0), ("2", 2), ("3", 6)):
+        layer: Any = network[place]
+        layer.weight.data = weights[f"conv{number}.weight"].double()
+        layer.bias.data = weights[f"conv{number}.bias"].double()
+    with torch.no_grad():
+        return network(history.double()[None, None])[0, 0]
+
+
+def foretold_pages(
+    histories: Tensor,
+    length: int,
+    weights: dict[str, Tensor],
+    *,
+    page_size: int,
+    share: float,
+    least: int = 8,
+    first: int = 4,
+    newest: int = 4,
+) -> list[int]:
+    """Which pages of one row of so many entries a step reads, ascending, by the histories of the
+    group's q heads ``[G, H, m]``."""
+    count = -(-length // page_size)
+    newest = min(newest, count)
+    middle = [*range(first, count - newest)]
+    always = {*range(min(first, count)), *range(count - newest, count)}
+    budget = max(-(-count * round(share * 2**20) // 2**20), min(least, count))
+    worth = dict.fromkeys(middle, 0.0)
+    if middle:
+        of_heads = [foretold(of_head[:, middle], weights) for of_head in histories]
+        worth = dict(zip(middle, torch.stack(of_heads).amax(0).tolist(), strict=True))
+    best = sorted(middle, key=lambda page: (-worth[page], page))
+    room = max(budget - len(always), 0)
+    return sorted(always | {*best[:room]})

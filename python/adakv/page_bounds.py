@@ -36,15 +36,12 @@ class PageBounds(PageReader):
         self._num_pages = 0  # of the longest row of this step
 
     def forget(self) -> None:
-        """Entries have moved."""
         self._kv = None
         self._bounds = torch.empty(0)
 
     def begin_step(
         self, kv: KVCache, seen: Sequence[int], num_new: Sequence[int], columns: int
     ) -> None:
-        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b, of
-        which ``seen[b]`` have been there before; before room is made for it."""
         if columns > kv.page_size:
             self.forget()
             return

@@ -170,7 +170,7 @@ class Reselection:
         self._prompt_lens = list(prompt_lens)
         self._prompt_totals: list[list[int]] = []  # [L][B] entries kept of prompts
         self._prompt_rows: list[int] = []  # [B] most that a row may hold of them
-        self._carried: list[Tensor | None] = [None] * num_layers  # scores [B, Hkv, T]
+        self._carried: list[Tensor | None] = [None] * num_layers  # [B, Hkv, T, ...]
         self._written = [*written] or [0] * len(prompt_lens)  # tokens of the texts
         # By the last choice, in each layer.
         most = max(self._written) if ask else rule.budget
@@ -249,8 +249,7 @@ class Reselection:
         most = -(-max(longest) // kv.page_size) * kv.page_size
         if not self._is_full:
             for layer in range(self._num_layers):
-                inputs = self._inputs(kv, slots, layer, most)
-                self._carried[layer] = self.rule.policy.scorer.score(inputs)
+                self._carried[layer] = self._scores(self._inputs(kv, slots, layer, most))[1]
             self._unheard = 0
             return
         self._count_prompts(lengths)
@@ -295,10 +294,15 @@ class Reselection:
     def _scored(self, inputs: HeldInputs) -> _Scored:
         """What rows hold, with its scores."""
         policy, held = self.rule.policy, inputs.held
-        scores = policy.scorer.score(inputs)
+        scores, carried = self._scores(inputs)
         marks = {"pinned": self._pinned(held), "protected": self._marked(held)}
         competing = Competing.of(policy, inputs, scores, **marks)
-        return _Scored(competing, scores if self.rule.carries else None)
+        return _Scored(competing, carried)
+
+    def _scores(self, inputs: HeldInputs) -> tuple[Tensor, Tensor | None]:
+        """``[B, Hkv, T]``, and what the scorer wants to be handed the next time."""
+        scorer: Any = self.rule.policy.scorer
+        return scorer.carry(inputs) if self.rule.carries else (scorer.score(inputs), None)
 
     def _count_prompts(self, lengths: Sequence[Sequence[Sequence[int]]]) -> None:
         """What was kept of the prompts, before anything of the texts is evicted."""
@@ -361,14 +365,14 @@ class Reselection:
             **known,
         )
 
-    def _carried_to(self, layer: int, held: Held) -> Tensor:
-        """The scores of the last time, ``[B, Hkv, T]``, 0 of what is newer."""
-        shape = *held.lengths.shape, held.longest
-        carried = held.lengths.new_zeros(shape, dtype=torch.float32)
+    def _carried_to(self, layer: int, held: Held) -> Tensor | None:
+        """What the scorer knew the last time, ``[B, Hkv, T, ...]``, 0 of what is newer."""
         before = self._carried[layer]
-        if before is not None:
-            length = min(before.shape[2], carried.shape[2])
-            carried[..., :length] = before[..., :length]
+        if before is None:
+            return None
+        carried = before.new_zeros(*held.lengths.shape, held.longest, *before.shape[3:])
+        length = min(before.shape[2], held.longest)
+        carried[:, :, :length] = before[:, :, :length]
         return carried
 
     def _pinned(self, held: Held) -> Tensor | None:
@@ -407,7 +411,7 @@ class _Scored(NamedTuple):
     """What rows of a layer hold, with its scores."""
 
     competing: Competing
-    carried: Tensor | None  # the scores themselves, if they are needed again
+    carried: Tensor | None  # what the scorer wants to be handed again
 
 
 class _Plan(NamedTuple):

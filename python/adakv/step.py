@@ -65,6 +65,17 @@ class PageReader(Protocol):
     """What has a step read some pages of a row only, such as
     :class:`adakv.page_bounds.PageBounds`."""
 
+    def forget(self) -> None:
+        """Entries have moved."""
+        ...
+
+    def begin_step(
+        self, kv: KVCache, seen: Sequence[int], num_new: Sequence[int], columns: int
+    ) -> None:
+        """A step of so many columns comes, the last ``num_new[b]`` of them tokens of sequence b, of
+        which ``seen[b]`` have been there before; before room is made for it."""
+        ...
+
     def reads_some(self, layer: int) -> bool:
         """Whether not all pages of a layer are read in this step."""
         ...

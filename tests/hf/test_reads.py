@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 import adakv
-from adakv.policy import Quest
+from adakv.policy import AttentionPredictor, Quest
 from hf.families import FAMILIES, LLAMA, VOCAB, Family
 from hf.test_hf import GREEDY, prompts
 from hf.test_model_wide import held
+from predictor_file import predictor_file
 
 pytestmark = pytest.mark.model
 
@@ -123,6 +125,23 @@ def test_branches_crops_and_beams_read_what_they_hold() -> None:
         results.append(found)
     for plain, listed in zip(*results, strict=True):
         torch.testing.assert_close(plain, listed, atol=1e-4, rtol=1e-4)
+
+
+def test_pages_may_be_foretold(tmp_path: Path) -> None:
+    """All entries stay; with all pages listed nothing changes, and with some of them something,
+    from the first step on that isn't read whole."""
+    model, found, kept = LLAMA.model(), [], []
+    file, _ = predictor_file(tmp_path)
+    how = {"history": 2, "full_layers": 0, "first": 1, "newest": 1, "least": 2, "every": 100}
+    for share in (None, 1.0, 0.25):
+        read = None if share is None else AttentionPredictor(file=file, share=share, **how)  # type: ignore[arg-type]
+        cache = adakv.Cache(model, "ada_snapkv", 60, read=read)
+        found.append(logits(model, cache))
+        kept.append(held(cache))
+    assert kept[0] == kept[1] == kept[2]
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    far = (found[2] - found[0]).abs().amax((1, 2))
+    assert far[:2].max() < 1e-4 and far[2] > 1e-3
 
 
 def test_a_saved_cache_can_be_read_in_part(tmp_path: Any) -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from adakv import policy
 from adakv.policy import (
     Adaptive,
+    AttentionPredictor,
     Defensive,
     ExpectedAttention,
     Gate,
     KeyDiff,
+    LearnedScorer,
     ModelWide,
     Policy,
     PromptAttention,
@@ -27,11 +29,13 @@ from adakv.policy import (
     Uniform,
     WholePages,
 )
+from predictor_file import predictor_file
 
 NO_PARTS = {
     "Budget",
     "ByteBudget",
     "LayerInputs",
+    "PageRead",
     "PressScorer",
     "Profile",
     "Policy",
@@ -58,24 +62,31 @@ OTHERS = [None, 5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan]  
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> dict[str, Any]:
-    """The settings that a part has to be given: those of a gate."""
-    path = tmp_path / "gate.safetensors"
-    save_file({"layers.0.weight": torch.ones(1, 2), "layers.0.bias": torch.ones(1)}, path)
-    return {"file": str(path)}
+def needed(tmp_path: Path) -> dict[type, dict[str, Any]]:
+    """The settings that parts have to be given: the files of those that were trained."""
+    shapes = {
+        Gate: {"weight": (1, 2), "bias": (1,)},
+        LearnedScorer: {"fc1.weight": (1, 9, 2), "fc1.bias": (1, 2),
+                        "fc2.weight": (1, 2, 1), "fc2.bias": (1, 1)},
+    }  # fmt: skip
+    for part, of_layer in shapes.items():
+        tensors = {f"layers.0.{name}": torch.ones(shape) for name, shape in of_layer.items()}
+        save_file(tensors, tmp_path / part.__name__)
+    files = {part: {"file": str(tmp_path / part.__name__)} for part in shapes}
+    return files | {AttentionPredictor: {"file": predictor_file(tmp_path)[0]}}
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
-def test_every_setting_is_checked_by_name(part: type, setting: Any, gate: dict[str, Any]):
-    given = gate if part is Gate else {}
+def test_every_setting_is_checked_by_name(part: type, setting: Any, needed: Any):
+    given = needed.get(part, {})
     for wrong in WRONG.get(setting.type, OTHERS):
         with pytest.raises(ValueError, match=rf"^{setting.name} must be "):
             part(**given | {setting.name: wrong})
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
-def test_numbers_of_numpy_are_numbers(part: type, setting: Any, gate: dict[str, Any]):
-    given = gate if part is Gate else {}
+def test_numbers_of_numpy_are_numbers(part: type, setting: Any, needed: Any):
+    given = needed.get(part, {})
     usual = setting.default
     kind = {"int": numpy.int64, "float": numpy.float32, "bool": numpy.bool_}.get(setting.type)
     if kind is None:

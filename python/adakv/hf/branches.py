@@ -23,7 +23,7 @@ from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
 from adakv.moving import moved
-from adakv.page_bounds import PageBounds
+from adakv.page_history import reader_of
 from adakv.policy import Budget
 
 Self = TypeVar("Self", bound="BranchingCache")
@@ -364,7 +364,7 @@ def _copied(cache: Any) -> Any:
     new._repetition = Repetition(new, is_needed="repeat" in cache.budget.policy.needs)
     new.eviction = copy.copy(cache.eviction)
     new.notices, new.step = Notices(), None
-    new._reader = None if new._read is None else PageBounds(new._read)
+    new._reader = None if new._read is None else reader_of(new._read)
     new._states = copy.deepcopy(cache._states)
     new._seen = list(cache._seen)
     sources = list(range(len(new._seen)))

@@ -34,9 +34,9 @@ from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
-from adakv.page_bounds import PageBounds
+from adakv.page_history import reader_of
 from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses, get_read
-from adakv.policy.reads import Quest
+from adakv.policy.reads import PageRead
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
@@ -104,7 +104,7 @@ class Cache(ShownCache):
         the text for as many entries as both have together.
     keep_scores : bool
         Whether what its entries scored stays beside them, 4 bytes each, for :meth:`shrink`.
-    read : str or :class:`adakv.policy.Quest`, optional
+    read : str or :class:`adakv.policy.PageRead`, optional
         Which pages of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
         Default: all of them.
     """
@@ -135,7 +135,7 @@ class Cache(ShownCache):
         every: int | None = None,
         pin_prompt: bool = True,
         keep_scores: bool = False,
-        read: str | Quest | None = None,
+        read: str | PageRead | None = None,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -191,7 +191,7 @@ class Cache(ShownCache):
         self.kept_scores: list[Tensor] | None = None
         """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:
         ``+inf`` of those that always stay, ``-inf`` where none is."""
-        self._reader = None if self._read is None else PageBounds(self._read)
+        self._reader = None if self._read is None else reader_of(self._read)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been

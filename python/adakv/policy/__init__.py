@@ -30,8 +30,10 @@ from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshol
 from adakv.policy.fusion import RankFusion
 from adakv.policy.gates import Gate
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
+from adakv.policy.learned import LearnedScorer
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
+from adakv.policy.predictor import AttentionPredictor
 from adakv.policy.presets import DEFAULT, get, get_read, names
 from adakv.policy.press import PressScorer
 from adakv.policy.profile import Profile
@@ -42,7 +44,7 @@ from adakv.policy.prompt_scorers import (
     RepeatAttention,
 )
 from adakv.policy.protection import Protection, spans_of
-from adakv.policy.reads import Quest
+from adakv.policy.reads import PageRead, Quest
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -71,6 +73,7 @@ __all__ = [
     "Adaptive",
     "AhaKV",
     "Allocator",
+    "AttentionPredictor",
     "Budget",
     "ByteBudget",
     "Capped",
@@ -97,10 +100,12 @@ __all__ = [
     "LayerEntropy",
     "LayerInputs",
     "LayerSchedule",
+    "LearnedScorer",
     "MassShare",
     "ModelWide",
     "MoreTokens",
     "Need",
+    "PageRead",
     "Policy",
     "PressScorer",
     "Profile",

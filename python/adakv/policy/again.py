@@ -14,7 +14,7 @@ from adakv.policy.inputs import LayerInputs
 
 
 def carries(policy: Policy) -> bool:
-    """Whether the policy's scores are those of before and what new queries add."""
+    """Whether the policy's scores are made of what it knew before and what new queries add."""
     return bool(getattr(policy.scorer, "carries", False))
 
 
@@ -99,12 +99,14 @@ def shares_of_all(
 
 
 def moved_scores(scores: Tensor, kept: Kept, *, behind: float = 0.0) -> Tensor:
-    """Scores ``[B, Hkv, T]`` as ``[B, Hkv, T + 1]`` where their entries lie now; what is ``behind``
-    them."""
-    batch, heads, length = scores.shape
+    """Scores ``[B, Hkv, T, ...]``, or whatever else is known of entries, as ``[B, Hkv, T + 1,
+    ...]`` where the entries lie now; what is ``behind`` them."""
+    batch, heads, length, *more = scores.shape
     rows = kept.rows(batch * heads)
     places = torch.arange(len(rows), device=rows.device) - kept.indptr[rows]
-    moved = scores.new_full((batch * heads, length + 1), behind)
-    values = scores.view(batch * heads, length)[rows, kept.positions.clamp(min=0).long()]
-    moved[rows, places.clamp(max=length)] = values.where(kept.positions >= 0, behind)
-    return moved.view(batch, heads, length + 1)
+    moved = scores.new_full((batch * heads, length + 1, *more), behind)
+    values = scores.reshape(batch * heads, length, *more)
+    values = values[rows, kept.positions.clamp(min=0).long()]
+    is_there = (kept.positions >= 0).view(-1, *(1 for _ in more))
+    moved[rows, places.clamp(max=length)] = values.where(is_there, behind)
+    return moved.view(batch, heads, length + 1, *more)

@@ -79,7 +79,9 @@ class Scorer(Protocol):
         alone, whose scores are then those of all others.
 
         Of a text that is chosen from again (``inputs.positions`` is there) a scorer with an
-        attribute ``carries`` that is true is handed all new queries, and its scores of before.
+        attribute ``carries`` that is true is handed all new queries. Its method ``carry(inputs)``
+        is called in the place of this one, and gives the scores and what it wants to be handed the
+        next time, ``[B, Hkv, T, ...]`` float32: ``inputs.carried``.
         """
         ...
 

@@ -14,7 +14,9 @@ from adakv.policy import (
     fusion,
     gates,
     layer_shares,
+    learned,
     mass_share,
+    predictor,
     profile,
     prompt_scorers,
     reads,
@@ -34,10 +36,12 @@ _PARTS = {
         fusion,
         gates,
         layer_shares,
+        learned,
         mass_share,
         profile,
         prompt_scorers,
         reads,
+        predictor,
         scorers,
         selectors,
         text_scorers,
@@ -61,9 +65,9 @@ def parse(text: str) -> Policy:
     return cast(Policy, _parsed("policy", text, _policy))
 
 
-def parse_read(text: str) -> reads.Quest:
+def parse_read(text: str) -> reads.PageRead:
     """What steps read, written down, as :func:`parse` takes a part."""
-    return cast(reads.Quest, _parsed("read", text, lambda body: _part(body, "pages")))
+    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "pages")))
 
 
 def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adakv.errors import short
 from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_scorer, pin_first
+from adakv.policy.weights import Weights, read, set_file
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,8 @@ class Gate:
         check_scorer(self)
         if self.threshold is not None and not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold must be above 0 and finite, got {self.threshold}")
-        if not isinstance(self.file, (str, Path)):
-            raise ValueError(f"file must be a path, got {short(self.file)}")
-        object.__setattr__(self, "file", str(self.file))
-        self._layers(torch.device("cpu"))
+        set_file(self)
+        read(self.file, torch.device("cpu"), _layers)
 
     def score(self, inputs: LayerInputs) -> Tensor:
         return self.finish(self.fold(None, inputs), inputs)
@@ -80,7 +74,7 @@ class Gate:
 
     def _layer(self, inputs: LayerInputs) -> _Layer:
         """What the file has for a layer, which it was trained for."""
-        layers = self._layers(inputs.device)
+        layers = read(self.file, inputs.device, _layers)
         assert inputs.hidden is not None
         found = len(layers), layers[0].last.shape[0], layers[0].width
         expected = inputs.num_layers, inputs.num_kv_heads, inputs.hidden.shape[2]
@@ -90,13 +84,6 @@ class Gate:
                 f"{_sizes(found)}, another model"
             )
         return layers[inputs.layer]
-
-    def _layers(self, device: torch.device) -> tuple[_Layer, ...]:
-        try:
-            stat = Path(self.file).stat()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"file must be there, got {self.file!r}: {error}") from None
-        return _read(self.file, stat.st_mtime_ns, stat.st_size, device)
 
 
 class _Layer(NamedTuple):
@@ -129,52 +116,31 @@ def _sizes(sizes: tuple[int, int, int]) -> str:
     return f"{sizes[0]} layers of {sizes[1]} kv heads and hidden states of {sizes[2]} numbers"
 
 
-@functools.lru_cache(maxsize=16)
-def _read(path: str, changed: int, size: int, device: torch.device) -> tuple[_Layer, ...]:
-    """A file's layers on a device, in float32; ``changed`` and ``size`` tell it from an older one
-    of the same name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"file must be a safetensors file, got {path!r}: {error}") from None
-    numbers = {int(name.split(".")[1]) for name in tensors if re.match(r"layers\.\d+\.", name)}
-    if numbers != set(range(len(numbers))) or not numbers:
-        raise ValueError(
-            f"file must hold layers.0, layers.1 and so on, and {path!r} holds layers "
-            f"{sorted(numbers)}"
-        )
-    layers = [_layer(path, tensors, f"layers.{layer}") for layer in range(len(numbers))]
+def _layers(weights: Weights) -> tuple[_Layer, ...]:
+    layers = [_layer(weights, f"layers.{layer}") for layer in range(weights.num_layers())]
     if len({(layer.width, len(layer.last)) for layer in layers}) > 1:
-        raise ValueError(f"file must hold layers of one size, and {path!r} holds several")
-    return tuple(
-        _Layer(*(None if x is None else x.float().to(device) for x in layer))  # type: ignore[arg-type]
-        for layer in layers
-    )
+        raise ValueError(f"file must hold layers of one size, and {weights.path!r} holds several")
+    return tuple(layers)
 
 
-def _layer(path: str, tensors: Mapping[str, Tensor], name: str) -> _Layer:
+def _layer(weights: Weights, name: str) -> _Layer:
     def pair(place: str) -> tuple[Tensor, Tensor]:
         names = f"{place}.weight", f"{place}.bias"
-        if missing := [name for name in names if name not in tensors]:
-            raise ValueError(f"file must hold {missing[0]}, and {path!r} doesn't")
-        weight, bias = (tensors[name] for name in names)
+        weight, bias = map(weights.of, names)
         if weight.dim() != 2 or bias.shape != weight.shape[:1] or 0 in weight.shape:
             raise ValueError(
-                f"file must hold {names[0]} [out, in] and {names[1]} [out], and in {path!r} they "
-                f"are {list(weight.shape)} and {list(bias.shape)}"
+                f"file must hold {names[0]} [out, in] and {names[1]} [out], and in "
+                f"{weights.path!r} they are {list(weight.shape)} and {list(bias.shape)}"
             )
         return weight, bias
 
-    if f"{name}.weight" in tensors:
+    if f"{name}.weight" in weights.tensors:
         return _Layer(*pair(name))
     layer = _Layer(*pair(f"{name}.2"), *pair(f"{name}.0"))
     assert layer.first is not None
     if layer.last.shape[1] != len(layer.first):
         raise ValueError(
             f"file must hold {name}.2.weight that takes the {len(layer.first)} numbers of "
-            f"{name}.0.weight, and in {path!r} it takes {layer.last.shape[1]}"
+            f"{name}.0.weight, and in {weights.path!r} it takes {layer.last.shape[1]}"
         )
     return layer

@@ -56,9 +56,9 @@ class LayerInputs:
     positions : ``[B, Hkv, T]`` int32, optional
         Where the entries stand in their sequences, for a text that is chosen from again. Of a
         prompt entry t stands at t.
-    carried : ``[B, Hkv, T]`` float32, optional
-        The scores that the entries had when the text was last chosen from, 0 of newer ones, for a
-        scorer that ``carries``: the queries are all since then.
+    carried : ``[B, Hkv, T, ...]`` float32, optional
+        What a scorer that ``carries`` knew of the entries when the text was last chosen from, 0 of
+        newer ones: the queries are all since then.
     budgets : tuple of int
         Mean entries per kv head that stay of each sequence in this layer, if "budget" is in
         :attr:`Policy.needs`.

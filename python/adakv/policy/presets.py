@@ -22,7 +22,7 @@ from adakv.policy.prompt_scorers import (
     PromptAttention,
     RepeatAttention,
 )
-from adakv.policy.reads import Quest
+from adakv.policy.reads import PageRead
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -142,10 +142,10 @@ def get(policy: str | Policy) -> Policy:
     return _PRESETS[policy]
 
 
-def get_read(read: str | Quest) -> Quest:
-    """What a text like ``"Quest(share=0.25)"`` describes; a :class:`Quest` is given back as it
+def get_read(read: str | PageRead) -> PageRead:
+    """What a text like ``"Quest(share=0.25)"`` describes; a :class:`PageRead` is given back as it
     is."""
-    if isinstance(read, Quest):
+    if isinstance(read, PageRead):
         return read
     if not isinstance(read, str):
         raise ValueError(f"read must be a Quest, or one written down, got {short(read)}")

@@ -73,8 +73,6 @@ class PromptAttention:
         return self.reduce != "mean" and self.stride == 1
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        if inputs.positions is not None:
-            return pin_first(self._with_new(inputs), self.pinned)
         inputs.check_all_queries()
         if inputs.seq_lens is None:
             scores = self._of(inputs, slice(None), inputs.length)
@@ -97,8 +95,8 @@ class PromptAttention:
             lse=None if inputs.lse is None else inputs.lse[sequences, :, rows].contiguous(),
         )
 
-    def _with_new(self, inputs: LayerInputs) -> Tensor:
-        assert inputs.carried is not None
+    def carry(self, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+        """Scores ``[B, Hkv, T]`` of what a text's rows hold, which are all that is carried."""
         new = inputs.attended(
             inputs.queries.shape[2],
             window=0,
@@ -107,7 +105,10 @@ class PromptAttention:
             pool="none",
             distance=self.distance,
         )
-        return inputs.carried + new if self.reduce == "sum" else inputs.carried.maximum(new)
+        if inputs.carried is not None:
+            is_sum = self.reduce == "sum"
+            new = inputs.carried + new if is_sum else inputs.carried.maximum(new)
+        return pin_first(new, self.pinned), new
 
     def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
         """``[stride, B, Hkv or Hq, T]`` float32: what entries got from the queries so far.

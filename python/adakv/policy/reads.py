@@ -16,7 +16,70 @@ _BISECTIONS = 10
 
 
 @dataclass(frozen=True)
-class Quest:
+class PageRead:
+    """How many pages of a row a step reads: what reads have in common.
+
+    ``share``, ``least``, ``newest`` and ``full_layers`` are those of :class:`Quest`.
+    """
+
+    share: float = 0.125
+    least: int = 8
+    newest: int = 1
+    full_layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _check_share("share", self.share)
+        check_range("least", self.least, 0)
+        check_range("newest", self.newest, 1)
+        check_range("full_layers", self.full_layers, 0)
+
+    def __str__(self) -> str:
+        """As :func:`adakv.policy.get_read` reads it."""
+        from adakv.policy.written import brief
+
+        return brief(self)
+
+    def most(self, num_pages: int) -> int:
+        """How many pages a row of so many reads at most."""
+        return max(-(-num_pages * self._share // _UNITS), min(self.least, num_pages))
+
+    def best(
+        self, worth: Tensor, lengths: Tensor, *, page_size: int, new_tokens: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The pages of the largest ``worth`` ``[B, Hkv, m]``, and the newest: ``pages`` and
+        ``counts`` as :meth:`Quest.pages` gives them. What is worth less than 0 isn't read, and
+        nothing is read of the newest ones' worth."""
+        length = worth.shape[2]
+        ends, older, num_newest = self._older(lengths, page_size, new_tokens)
+        least = ends.clamp(max=self.least)
+        budgets = (-(-ends * self._share // _UNITS)).maximum(least)[..., None]
+        most = min(max(self.most(length) - num_newest, 0), length)
+        place = torch.arange(length, device=worth.device)
+        best, pages = worth.masked_fill(place >= older, -1).topk(most, -1)  # [B, Hkv, most]
+        rank = torch.arange(most, device=worth.device)
+        is_read = (best >= 0) & (rank < budgets - (ends[..., None] - older))
+        last = older + torch.arange(num_newest, device=worth.device)
+        last = last.where(last < ends[..., None], length)
+        pages = torch.cat([pages.where(is_read, length), last], -1).sort(-1).values
+        return pages, (pages < length).sum(-1, dtype=torch.int32)
+
+    def _older(
+        self, lengths: Tensor, page_size: int, new_tokens: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Pages of each row ``[B, Hkv]``, how many of them are older than the newest ``[B, Hkv,
+        1]``, and how many these are at most."""
+        ends = -(-lengths.long() // page_size)
+        num_newest = self.newest + -(-(new_tokens - 1) // page_size)
+        return ends, (ends - num_newest).clamp(min=0)[..., None], num_newest
+
+    @property
+    def _share(self) -> int:
+        return round(Fraction(self.share) * _UNITS)
+
+
+@dataclass(frozen=True)
+class Quest(PageRead):
     """The pages whose keys may fit the step's queries best (Quest, arXiv 2406.10774).
 
     Of each page and dimension d the largest and the smallest number of its keys are known. So no
@@ -44,31 +107,11 @@ class Quest:
     ours.
     """
 
-    share: float = 0.125
     mass: float = 1.0
-    least: int = 8
-    newest: int = 1
-    full_layers: int = 2
 
     def __post_init__(self) -> None:
-        check_settings(self)
-        for name in ("share", "mass"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-        check_range("least", self.least, 0)
-        check_range("newest", self.newest, 1)
-        check_range("full_layers", self.full_layers, 0)
-
-    def __str__(self) -> str:
-        """As :func:`adakv.policy.get_read` reads it."""
-        from adakv.policy.written import brief
-
-        return brief(self)
-
-    def most(self, num_pages: int) -> int:
-        """How many pages a row of so many reads at most."""
-        return max(-(-num_pages * self._share // _UNITS), min(self.least, num_pages))
+        super().__post_init__()
+        _check_share("mass", self.mass)
 
     def pages(
         self,
@@ -105,26 +148,10 @@ class Quest:
         counts : ``[B, Hkv]`` int32
             How many there are.
         """
-        length, new_tokens = bounds.shape[2], queries.shape[2]
-        ends = -(-lengths.long() // page_size)  # [B, Hkv]: pages of the rows
-        num_newest = self.newest + -(-(new_tokens - 1) // page_size)
-        older = (ends - num_newest).clamp(min=0)[..., None]  # [B, Hkv, 1]
-        least = ends.clamp(max=self.least)
-        budgets = (-(-ends * self._share // _UNITS)).maximum(least)[..., None]
-        place = torch.arange(length, device=bounds.device)
+        _, older, _ = self._older(lengths, page_size, queries.shape[2])
+        place = torch.arange(bounds.shape[2], device=bounds.device)
         worth = self._worth(queries, bounds, place < older, attention, num_new)
-        most = min(max(self.most(length) - num_newest, 0), length)
-        best, pages = worth.topk(most, -1)  # [B, Hkv, most]
-        rank = torch.arange(most, device=bounds.device)
-        is_read = (best >= 0) & (rank < budgets - (ends[..., None] - older))
-        last = older + torch.arange(num_newest, device=bounds.device)
-        last = last.where(last < ends[..., None], length)
-        pages = torch.cat([pages.where(is_read, length), last], -1).sort(-1).values
-        return pages, (pages < length).sum(-1, dtype=torch.int32)
-
-    @property
-    def _share(self) -> int:
-        return round(Fraction(self.share) * _UNITS)
+        return self.best(worth, lengths, page_size=page_size, new_tokens=queries.shape[2])
 
     def _worth(
         self,
@@ -151,6 +178,11 @@ class Quest:
             is_token = is_token.repeat(1, grouped.shape[2] // columns)  # [B, G * S]
             weights = weights.where(is_token[:, None, :, None], -1)
         return weights.amax(2).masked_fill(~is_older, -1)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
 
 
 def top_p(weights: Tensor, mass: float, steps: int = _BISECTIONS) -> Tensor:
