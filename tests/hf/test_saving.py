@@ -22,15 +22,15 @@ from hf.forwards import ids, logits
 @pytest.mark.parametrize("page_size", [8, 64])
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
 def test_what_is_read_goes_on_like_what_was_written(
-    kv_dtype: str, page_size: int, tmp_path: Path
+    kv_dtype: str, page_size: int, tmp_path: Path, device: torch.device
 ) -> None:
-    model, prompt, path = LLAMA.model(), ids(90, batch=2), tmp_path / "doc.safetensors"
+    model, path = LLAMA.model().to(device), tmp_path / "doc.safetensors"
+    prompt, steps = ids(90, batch=2).to(device), ids(60, batch=2).to(device)
     model = model if kv_dtype == "auto" else model.bfloat16()
     size = None if kv_dtype == "int4" else page_size
     with adakv.attach(model):
         cache = adakv.Cache(model, budget=40, kv_dtype=kv_dtype)
         logits(model, prompt, cache)
-        steps = ids(60, batch=2)
         logits(model, steps[:, :20], cache)
         cache.save(path)
         loaded = adakv.Cache.load(model, path, page_size=size, max_new_tokens=10)
