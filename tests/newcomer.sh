@@ -42,8 +42,6 @@ head -1 printed.txt | sed 's/^/    /' | grep -qxFf - "$folder/adakv/README.md"
 say "the command lines"
 ln -s "$model" MODEL
 cp "$folder/adakv/python/adakv/cli/demo.txt" book.txt
-printf '{"data": [{"paragraphs": [{"context": "%s", "qas": [{"id": "0", "question": "What is it called?", "answers": [{"text": "the Grey Swan", "answer_start": 23}]}]}]}]}' \
-  "The ferry to Torvay is the Grey Swan." > squad.json
 sed -n 's/^    \(adakv .*\)/\1/p' "$folder/adakv/README.md" > commands.sh
 grep -c . commands.sh
 bash -eux commands.sh
