@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import codes
-from adakv.policy import Budget, LayerInputs, Policy, Protection
+from adakv.policy import Budget, LayerInputs, Policy, Protection, TokenClasses
+from adakv.policy.inputs import CLASSES
 from adakv.reading import Chosen, Part, Reader
 from adakv.reselection import Rule
 from adakv.step import Attention
@@ -61,6 +62,7 @@ class Request:
     wait: int = 0  # tokens behind the prompt, before it is compressed
     budget: int = BUDGET
     protected: tuple[tuple[int, int], ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
     order: Order | None = None
     is_warm_up: bool = False  # no scheduler knows of it
     place: int = -1
@@ -246,7 +248,11 @@ class Steps:
                 self.told.orders[request.blocks[0]] = hold
             if request.order is None and request.computed >= request.boundary + request.wait:
                 request.order = Order(
-                    request.computed, request.boundary, request.budget, request.protected
+                    request.computed,
+                    request.boundary,
+                    request.budget,
+                    request.protected,
+                    classes=tuple((*span, CLASSES.index("image")) for span in request.images),
                 )
                 self.told.orders[request.blocks[0]] = request.order
                 if self.plan(request.boundary, request.budget) is not None:
@@ -309,7 +315,9 @@ class Steps:
         """What a reader of the whole prompt at once keeps."""
         n = request.boundary
         protection = Protection.given(request.protected)
-        reader = Reader(Budget(self.policy, request.budget), LAYERS, protection=protection)
+        classes = TokenClasses.given({"image": list(request.images)})
+        budget = Budget(self.policy, request.budget)
+        reader = Reader(budget, LAYERS, protection=protection, classes=classes)
         reader.begin([n], n)
         chosen: dict[int, list[Chosen]] = {}
         for layer in range(LAYERS):

@@ -187,6 +187,9 @@ def test_quality_tables_of_agreement_by_kl(script: ModuleType):
             ("--agreement", "--policies", AGREEING),
         ),
         ("quality.md", "quality-smollm2-135m", ("--agreement-by-kl",)),
+        ("quality.md", "quality-qwen-05b-layers", ("--compare", "--default", "ada_snapkv")),
+        ("lab/quality_qwen.md", "quality-qwen-05b-layers", ()),
+        ("lab/quality_qwen.md", "quality-qwen-05b-layers", ("--agreement",)),
         ("lab/quality_qwen.md", "quality-qwen-05b", ("--compare",)),
         ("lab/quality_qwen.md", "quality-qwen-05b-other-texts", ("--policies", OTHERS)),
         (

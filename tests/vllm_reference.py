@@ -61,6 +61,7 @@ class Reference:
         policy: Policy | None = None,
         *,
         protect: tuple[tuple[int, int], ...] = (),
+        images: tuple[tuple[int, int], ...] = (),
     ) -> None:
         # "eager", as transformers' faster attention functions leave capped logits uncapped.
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +70,7 @@ class Reference:
         self._policy = policy or settings.policy_for(BLOCK)
         self._budget, rule = settings.budget, settings.rule
         self._text = {} if rule is None else rule.arguments
-        self._protect = protect
+        self._protect, self._classes = protect, {"image": list(images)}
         kinds = getattr(self._model.config, "layer_types", None) or []
         self._sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
 
@@ -122,7 +123,7 @@ class Reference:
         policy = self._policy if compression.lengths.any() else adakv.policy.get("full")
         with adakv.attach(self._model):
             given = {"budget": self._budget, "protect": self._protect, **self._text}
-            cache = adakv.Cache(self._model, policy, **given)
+            cache = adakv.Cache(self._model, policy, classes=self._classes, **given)
             logits = [self._model(first, past_key_values=cache).logits[0]]
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
@@ -141,7 +142,7 @@ class Reference:
         boundary, at = compression.boundary, compression.at
         with adakv.attach(self._model):
             given = {"budget": self._budget, "protect": self._protect}
-            cache = adakv.Cache(self._model, self._policy, **given)
+            cache = adakv.Cache(self._model, self._policy, classes=self._classes, **given)
             self._model(text[:, :boundary], past_key_values=cache)
             kept = [cache.kept(layer)[0] for layer in range(len(compression.lengths))]
         assert [[len(x) for x in rows] for rows in kept] == compression.lengths.tolist()

@@ -137,11 +137,18 @@ class Reader:
         self._num_finished = 0
         self._budgets: list[tuple[LayerBudget, ...]] = []  # see budgets()
 
-    def change(self, budget: Budget, protection: Protection | None = None) -> None:
-        """Has another budget from now on, and protects something else. Its policy's scorer must
-        remember of parts what that of the first one does."""
+    def change(
+        self,
+        budget: Budget,
+        protection: Protection | None = None,
+        classes: TokenClasses | None = None,
+    ) -> None:
+        """Has another budget from now on, protects something else, and has other classes if some
+        are given. Its policy's scorer must remember of parts what that of the first one does."""
         self.policy, self._budget, self._budgets = budget.policy, budget, []
         self._protection, self._protected = protection or None, []
+        if classes is not None:
+            self._classes, self._numbers = classes, []
         if self._folding is not None and isinstance(budget.policy.scorer, FoldingScorer):
             self._folding = budget.policy.scorer
 

@@ -204,8 +204,6 @@ def test_a_policy_of_images_asks_for_classes() -> None:
         with pytest.raises(ValueError, match=r"classes must be given .*adakv\.classes_of"):
             model(input_ids=ids, **given, **{CACHE: cache})
         assert cache.seen == [] and cache.stats()["bytes"] == 0
-        with pytest.raises(ValueError, match="of an image needs a cache of its own"):
-            adakv.generate_batch(LLAMA.model(), [ids[0]], policy="aircache", budget=64)
     with pytest.raises(ValueError, match="inputs must have input_ids, as of a processor, got"):
         adakv.classes_of(model, ids)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names no token that stands for an image or a sound"):

@@ -156,6 +156,35 @@ def test_budgets_made_anew_after_every_layer_keep_the_same(device):
         assert [row[:-window] for row in kept_rows(rows, heads)[0]] == expected
 
 
+def test_equal_scores_pinned_entries_and_prompts_of_unequal_length(device):
+    """Each prompt as by dealing one by one: equal scores go by position, then by head."""
+    num_layers, heads, window, pinned = 4, 2, 3, 2
+    lengths, budgets = (40, 29), (15, 11)
+    levels = torch.tensor([0.0, 0.1, 0.1, 0.4, 0.8])
+    scores = [
+        levels[torch.randint(len(levels), (2, heads, 40))] ** (2 * i) for i in range(num_layers)
+    ]
+    for of_layer in scores:
+        of_layer[:, :, :pinned] = INF
+    joined = torch.cat(scores, 1).to(device)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    inputs = bare_inputs(
+        scores[0].to(device), num_layers=num_layers, prompt_lens=lengths, seq_lens=lens
+    )
+    found = LayerEntropy(floor=0).allocate(joined, inputs, budgets, window=window)
+    for b, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        candidates = [of_layer[b, :, pinned : length - window] for of_layer in scores]
+        weights = [normalised_entropy(c) for c in candidates]
+        total = num_layers * heads * (budget - window - pinned)
+        given = apportioned(weights, [c.numel() for c in candidates], total)
+        expected = []
+        for c, count in zip(candidates, given, strict=True):
+            best = c.T.flatten().sort(descending=True, stable=True).indices[:count]
+            of_heads = torch.bincount(best % heads, minlength=heads)
+            expected += [pinned + window + n for n in of_heads.tolist()]
+        assert found[b].tolist() == expected
+
+
 @pytest.mark.parametrize("name", ["lava", "critical_lava"])
 def test_lava_spends_its_budget_to_the_entry(device, name):
     """And in a batch every prompt has shares of its own."""

@@ -97,6 +97,22 @@ def test_engine_cache_compresses_requests_that_have_written(
     assert len(steps.told.entries) > 2 and steps.told.num_late > 2
 
 
+@pytest.mark.parametrize("name", ["csp", "ClassAttention(rows='cross') * ModelWide() * TopScore()"])
+def test_engine_cache_knows_what_is_of_an_image(device: torch.device, name: str):
+    """As the request says; of one that says nothing all is text."""
+    chosen = Settings(name, BUDGET, "exact").policy_for(BLOCK)
+    kept = []
+    for images in ((), ((3, 60), (70, 131))):
+        torch.manual_seed(0)
+        steps = Steps(chosen, device, torch.float32)
+        request = steps.add(150)
+        request.images = images
+        for count in (90, 60, 1, 1):
+            run_step(steps, [count])
+        kept.append([row.tolist() for rows in request.kept for row in rows])
+    assert kept[0] != kept[1]
+
+
 @pytest.mark.parametrize(("kv_dtype", "dtype"), [("int8", torch.float16), ("fp8", torch.bfloat16)])
 @pytest.mark.parametrize("name", ["ada_snapkv", "critical_ada_snapkv", "h2o", "model_column_max"])
 @pytest.mark.parametrize("flash", [None, FLASH])

@@ -25,6 +25,10 @@ WISHES: list[tuple[Any, int, tuple[tuple[int, int], ...]]] = [
 ]
 
 
+#: Spans of images of some requests with a policy that reads them.
+IMAGES: list[tuple[tuple[int, int], ...]] = [(), ((3, 90),), ((20, 60), (100, 230))]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
@@ -55,6 +59,25 @@ def test_requests_get_what_they_ask_for(model: str, policy: str, when: Any, pool
         num_cut += bool(compression.lengths.any())
         tokens, reference = run.tokens[number], Reference(model, own, protect=spans)
         assert reference.choices(prompts[number], tokens, [compression]) == tokens, number
+    assert num_cut >= 2
+
+
+@pytest.mark.parametrize("when", ["always", "pressure"])
+def test_requests_say_what_is_of_an_image(model: str, when: Any):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(250, 400))] for _ in IMAGES]
+    wishes = {i: {"classes": {"image": spans}} for i, spans in enumerate(IMAGES) if spans}
+    settings = Settings("csp", 64, "exact", when)
+    pool = {"always": 200, "pressure": 30}[when]
+    options = {"num_gpu_blocks_override": pool, "max_model_len": 512, "runs_ahead": True}
+    with engine(model, settings, **options) as it:
+        run = it.run(prompts, 40, wishes=wishes)
+    num_cut = 0
+    for number, spans in enumerate(IMAGES):
+        tokens, compressions = run.tokens[number], run.compressions[number]
+        num_cut += bool(compressions[-1].lengths.any())
+        reference = Reference(model, settings, images=spans)
+        assert reference.choices(prompts[number], tokens, compressions) == tokens, number
     assert num_cut >= 2
 
 

@@ -77,7 +77,9 @@ def test_settings_are_none_without_an_entry():
         ({"when": "never"}, r"when must be one of \('always', 'pressure'\), got 'never'"),
         ({"policy": "pyramidkv@ffy0"}, "layers keep more than the budget in sum"),
         ({"policy": "kvzip"}, "reads the prompt twice"),
-        ({"policy": "aircache"}, "reads which tokens are of an image"),
+        ({"policy": "aircache"}, "evicts of images alone"),
+        ({"policy": "hae"}, "evicts of images alone"),
+        ({"decode_budget": 64, "policy": "csp"}, "decode_budget: ClassAttention needs classes"),
         ({"policy": "ada_snapkv@ffy0"}, "rounding drifts"),
         ({"policy": "corm"}, "its budget is the most that stays"),
         ({"policy": "full"}, "keeps everything"),
@@ -161,6 +163,7 @@ def test_plan_has_room_for_what_policies_keep(name: str, mode: str):
                 layer=layer,
                 num_layers=layers,
                 attention=Attention(rotate=rotate),
+                classes=torch.randint(2, (1, length), dtype=torch.uint8),
             )
             for layer in range(layers)
         ]
@@ -231,12 +234,14 @@ def test_requests_say_what_they_wish():
     sent = '{"protect_prefix": 20, "protect": [[50, 60], [20, 30]]}'
     assert Wishes.of({"adakv": sent}).spans == ((0, 30), (50, 60))
     assert Wishes.of({"adakv": {"policy": "off"}}).policy == "off"
+    sent = '{"classes": {"image": [[50, 60], [3, 30]], "instruction": [[30, 40]]}}'
+    assert Wishes.of({"adakv": sent}).class_spans == ((3, 30, 1), (30, 40, 3), (50, 60, 1))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (5, "must be a dict of budget, policy, protect, protect_prefix, or one in JSON, got 5"),
+        (5, "must be a dict of budget, .* protect_prefix, classes, or one in JSON, got 5"),
         ("{", r"or one in JSON, got '\{'"),
         ({"ratio": 0.1}, "must be a dict of budget"),
         ({"budget": "64"}, "budget must be an integer, got '64'"),
@@ -245,6 +250,10 @@ def test_requests_say_what_they_wish():
         ({"protect": [[5, 5]]}, r"protect must be a list of up to 16 pairs .* got \[\[5, 5\]\]"),
         ({"protect": 7}, "protect must be a list .* got 7"),
         ({"protect": [[2 * i, 2 * i + 1] for i in range(17)]}, "protect must be a list of up to"),
+        ({"classes": [[3, 9]]}, r"classes must be a dict of spans by class \(image, audio, instr"),
+        ({"classes": {"picture": [[3, 9]]}}, "classes must be a dict of spans .* got"),
+        ({"classes": {"image": [[3, 9], [8, 10]]}}, "classes must be .* that don't overlap"),
+        ({"classes": {"image": [[3, 9]]}}, "classes must be empty: the engine's policy doesn't"),
         ({"budget": 129}, "budget must be at most the engine's 128, got 129"),
         ({"budget": 31}, "budget must be at least 32 entries, for the policy's window, got 31"),
         ({"budget": 64, "protect_prefix": 33}, "at least 65 entries, .* and the 33 protected"),
@@ -254,6 +263,11 @@ def test_requests_say_what_they_wish():
 def test_requests_say_what_is_wrong(given: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Wishes.of({"adakv": given}).check(Settings(budget=128).limits)
+
+
+def test_requests_have_images():
+    given = {"budget": 64, "classes": {"image": [[3, 90]]}, "protect_prefix": 3}
+    Wishes.of({"adakv": given}).check(Settings("csp", 128).limits)
 
 
 def test_requests_protect_nothing_in_layers_of_unequal_budgets():
@@ -275,8 +289,10 @@ def test_ledger_compares_both_halves(ledger: tuple[str, Ledger]):
     name, scheduler = ledger
     worker = Ledger(name, 10)
     spans = ((0, 5), (90, 120))
-    scheduler.give_order(3, Order(407, 400, 64, spans))
-    assert worker.order(3, 400, 405) == Order(407, 400, 64, spans)
+    classes = tuple((10 * i, 10 * i + 5, 1 + i % 3) for i in range(MAX_SPANS))
+    for given in (Order(407, 400, 64, spans), Order(407, 400, 64, spans, 9, classes)):
+        scheduler.give_order(3, given)
+        assert worker.order(3, 400, 405) == given
     assert worker.order(2, 400, 405) is None and worker.has_orders
     with pytest.raises(adakv.Error, match=r"compress 399 tokens .* block 3, .* planned 400"):
         worker.order(3, 399, 407)
@@ -308,7 +324,7 @@ def test_ledger_is_as_large_as_the_pool_that_it_is_opened_for_last(ledger: tuple
     worker = Ledger.open(name, 10)
     assert worker is Ledger.open(name, 10)
     assert worker.order(9, 400, 400) == Order(400, 400, 64)
-    assert path_of(name).stat().st_size == 8 * (9 + (10 + 2 * MAX_SPANS) * 10)
+    assert path_of(name).stat().st_size == 8 * (9 + (11 + 5 * MAX_SPANS) * 10)
 
 
 def test_ledger_is_gone_with_the_process_that_removes_it(ledger: tuple[str, Ledger]):

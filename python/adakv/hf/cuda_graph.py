@@ -23,6 +23,9 @@ from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.hf.slots import Decoder
 from adakv.hf.wrappers import unwrapped
 
+#: What arguments are called that bring images, videos and sounds.
+_BESIDE = ("mm_encoder_outputs", "pixel_values", "image_", "video_", "input_features")
+
 
 class Steps:
     """Runs the steps of a decoder.
@@ -130,16 +133,9 @@ def cuda_graph_sample(
     Raises
     ------
     ValueError
-        If it is not; for ``num_beams`` above 1; for scores or attentions as outputs.
+        If it is not; for ``num_beams`` above 1; for scores or attentions as outputs; for images.
     """
-    cache = model_kwargs.get(CACHE)
-    if not isinstance(cache, Cache):
-        raise ValueError(f"{CACHE} must be an adakv.Cache, got {type(cache).__name__}")
-    if (generation_config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams must be 1, got {generation_config.num_beams}")
-    for name in ("scores", "logits", "attentions", "hidden_states"):
-        if getattr(generation_config, f"output_{name}", False):
-            raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
+    cache = _checked(generation_config, model_kwargs)
     length = input_ids.shape[1]
     most = (generation_config.max_length or 2**31) - length
     what = f"max_new_tokens: the prompt has {length} tokens, and its text of {most} more"
@@ -184,6 +180,25 @@ def cuda_graph_sample(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache})
     return input_ids
+
+
+def _checked(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Cache:
+    """The cache; raises ``ValueError`` for what :func:`cuda_graph_sample` can't do."""
+    cache = model_kwargs.get(CACHE)
+    if not isinstance(cache, Cache):
+        raise ValueError(f"{CACHE} must be an adakv.Cache, got {type(cache).__name__}")
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams must be 1, got {generation_config.num_beams}")
+    for name in ("scores", "logits", "attentions", "hidden_states"):
+        if getattr(generation_config, f"output_{name}", False):
+            raise ValueError(f"output_{name} must be False: the recorded step gives tokens only")
+    for name, given in model_kwargs.items():
+        if name.startswith(_BESIDE) and given is not None:
+            raise ValueError(
+                f"images and sounds must not be given to cuda_graph_sample, which reads tokens "
+                f"alone, got {name}: leave custom_generate out, or use adakv.generate_batch"
+            )
+    return cache
 
 
 def _read(model: PreTrainedModel, input_ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:

@@ -62,6 +62,9 @@ UNLIKE_ITS_CACHE = {
     "mllama_text_model": "has cross-attention, whose keys are of images and not of the text",
 }
 
+#: Positions of first tokens, for model types that don't count from 0.
+FIRST_POSITION = {"paligemma": 1}
+
 #: Heads that there are kernels for: so many numbers, of which a head has a multiple of 8.
 MAX_HEAD_DIM = 256
 

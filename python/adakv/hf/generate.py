@@ -11,7 +11,7 @@ A prompt's pages are known before it is read, so that none runs out on the way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,19 +25,20 @@ from adakv.errors import integer
 from adakv.formats import check_page_size
 from adakv.hf import long_rope
 from adakv.hf.allocation import Allocation
-from adakv.hf.attachment import CACHE, attach, decoder_of
+from adakv.hf.attachment import attach, decoder_of
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.families import input_device
 from adakv.hf.parking import FIRST_ROOM, Parked, check_parks, place_for, with_return
 from adakv.hf.pool_size import Need, cache_for, first_tokens, shape_of
 from adakv.hf.prefix import Prefix, check_shared
-from adakv.hf.prompts import Requests
+from adakv.hf.prompts import Given, Requests, read
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
 from adakv.hf.stopping import End, Stop
+from adakv.hf.token_classes import classes_of_all
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy, Protection
+from adakv.policy import DEFAULT, Budget, Policy, Protection, TokenClasses
 from adakv.reselection import Rule
 
 
@@ -133,10 +134,12 @@ class _Sequence:
 
     index: int
     prompt: Tensor  # [T] int64
+    inputs: Mapping[str, Any]  # beside it, such as images
     max_new_tokens: int
     room: int  # tokens that there are pages for
     need: Need  # for these
     protection: Protection
+    classes: TokenClasses
     tokens: list[int] = field(default_factory=list)
 
     def give_room(self, room: int, need_of: Callable[[int, int], Need]) -> None:
@@ -146,7 +149,7 @@ class _Sequence:
 
 def generate_batch(
     model: PreTrainedModel,
-    prompts: Sequence[str | Sequence[int] | Tensor],
+    prompts: Sequence[Given],
     *,
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
@@ -155,7 +158,8 @@ def generate_batch(
     kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
-    prefix: str | Sequence[int] | Tensor | None = None,
+    classes: Any = None,
+    prefix: Given | None = None,
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -174,8 +178,9 @@ def generate_batch(
     model : PreTrainedModel
         A decoder in eval mode whose layers all have full attention. It is attached meanwhile, if it
         isn't yet.
-    prompts : strings, lists of token ids or ``[T]`` integer tensors
-        Strings need a tokenizer.
+    prompts : strings, lists of token ids, ``[T]`` integer tensors or mappings
+        Strings need a tokenizer. A mapping is what the model's processor gave for one prompt, such
+        as ``input_ids`` and ``pixel_values``; others may stand beside it.
     policy, budget, ratio, budget_bytes, kv_dtype
         As in :class:`adakv.Cache`. ``budget_bytes`` is for each sequence; all have one format, by
         which the prompts with all of their entries fit, if there is one.
@@ -185,7 +190,10 @@ def generate_batch(
         Tokens that stay, of all prompts or of each: see :meth:`adakv.policy.Protection.given`.
     protect_tokens : ints
         Ids of tokens that stay wherever a prompt has them.
-    prefix : string, list of token ids or ``[T]`` integer tensor, optional
+    classes : dict, optional
+        As in :class:`adakv.Cache`, of all prompts or of each. Default: for policies that ask, what
+        :func:`adakv.classes_of` finds in each.
+    prefix : as a prompt, optional
         What all prompts begin with, each of which is then what comes behind it (a string without
         special tokens). It is read once, budget and ``protect`` are for it, and what is kept of it
         is stored once; all of a prompt behind it stays. Not with ``decode_budget``.
@@ -217,6 +225,7 @@ def generate_batch(
         kv_dtype=kv_dtype,
         protect=protect,
         protect_tokens=protect_tokens,
+        classes=classes,
         prefix=prefix,
         decode_budget=decode_budget,
         decode_policy=decode_policy,
@@ -232,7 +241,7 @@ def generate_batch(
 
 def generate_stream(
     model: PreTrainedModel,
-    prompts: Sequence[str | Sequence[int] | Tensor],
+    prompts: Sequence[Given],
     *,
     policy: str | Policy = DEFAULT,
     budget: int | None = None,
@@ -241,7 +250,8 @@ def generate_stream(
     kv_dtype: str | None = None,
     protect: Any = None,
     protect_tokens: Sequence[int] = (),
-    prefix: str | Sequence[int] | Tensor | None = None,
+    classes: Any = None,
+    prefix: Given | None = None,
     decode_budget: int | None = None,
     decode_policy: str | Policy | None = None,
     every: int | None = None,
@@ -258,17 +268,24 @@ def generate_stream(
     options = BatchOptions.given(options)
     limit = Budget.given(policy, budget, ratio, budget_bytes)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
-    _check_can_read(limit.policy)
+    if "repeat" in limit.policy.needs:
+        raise ValueError(
+            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
+        )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
     text = {} if rule is None else rule.arguments
     reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
     requests = Requests.given(model, tokenizer, prompts, max_new_tokens, prefix)
-    protection = Protection.of_prompts(protect, protect_tokens, requests.chosen_from)
+    chosen_from = requests.chosen_from
+    protection = Protection.of_prompts(protect, protect_tokens, chosen_from)
     if not requests.ids:
         return iter(())
-    fit = _fit(model, requests, protection, rule, reader, allocation, options)
+    if classes is None and "classes" in limit.policy.needs:
+        classes = classes_of_all(model, chosen_from)
+    requests = requests._replace(protection=protection, classes=TokenClasses.given(classes))
+    fit = _fit(model, requests, rule, reader, allocation, options)
     decoder = Decoder(model, fit.kv, sampling, rule)
     steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
@@ -291,7 +308,6 @@ class _Fit(NamedTuple):
 def _fit(
     model: PreTrainedModel,
     requests: Requests,
-    protection: Protection,
     rule: Rule | None,
     reader: Cache,
     allocation: Allocation,
@@ -312,8 +328,7 @@ def _fit(
     most_new = max(rooms) + (max(lengths) - before if before else 0)
     limit = allocation.decide(reader.budget, shape, chosen_from, rule, new=most_new)
     limit.check(chosen_from)
-    name = "prefix" if before else "prompts[{}]"
-    protection.check(limit, chosen_from, shape.num_layers, name=name)
+    requests.check(limit, shape.num_layers)
     reader.budget, (shape, page_size) = limit, allocation.pages(limit, shape)
     sizes: dict[str, Any] = {"budget": limit, "shape": shape, "page_size": page_size}
     need_of: Callable[[int, int], Need] = partial(Need.of, rule=rule, **sizes)
@@ -321,9 +336,10 @@ def _fit(
         need_of = partial(with_return, need_of, shape)
     prefix = None
     if requests.prefix is not None:
-        prefix = Prefix(requests.prefix, protection, need_of(before, 1))
-        need_of, protection = partial(Need.of_branch, before, **sizes), Protection()
-    waiting = _waiting(requests, rooms, protection, need_of)
+        prefix = Prefix(requests, need_of(before, 1))
+        need_of = partial(Need.of_branch, before, **sizes)
+        requests = requests._replace(protection=Protection(), classes=TokenClasses())
+    waiting = _waiting(requests, rooms, need_of)
     kv = cache_for(
         model,
         [*requests.chosen_from, *requests.ids],
@@ -333,21 +349,12 @@ def _fit(
         max_batch=options.max_batch,
         cache_bytes=options.cache_bytes,
         page_size=page_size,
-        prefix=prefix and prefix.need,
+        prefix=None if prefix is None else prefix.need,
     )
     if options.park is not None:
         for sequence in waiting:
             sequence.give_room(min(sequence.room, FIRST_ROOM), need_of)
     return _Fit(kv, waiting, need_of, prefix)
-
-
-def _check_can_read(policy: Policy) -> None:
-    for need, what in (
-        ("repeat", "a prompt that is read twice"),
-        ("classes", "a prompt of which it reads what tokens are of an image"),
-    ):
-        if need in policy.needs:
-            raise ValueError(f"policy: {what} needs a cache of its own: adakv.Cache")
 
 
 def _rooms(
@@ -362,14 +369,14 @@ def _rooms(
 def _waiting(
     requests: Requests,
     rooms: Sequence[int],
-    protection: Protection,
     need_of: Callable[[int, int], Need],
 ) -> deque[_Sequence]:
     """The prompts in their order, with what each one needs."""
-    each = enumerate(zip(requests.ids, requests.counts, rooms, strict=True))
+    each = enumerate(zip(requests.ids, requests.inputs, requests.counts, rooms, strict=True))
+    stays, is_of = requests.protection.of_one, requests.classes.of_one
     return deque(
-        _Sequence(i, prompt, count, room, need_of(len(prompt), room), protection.of_one(i))
-        for i, (prompt, count, room) in each
+        _Sequence(i, ids, beside, count, room, need_of(len(ids), room), stays(i), is_of(i))
+        for i, (ids, beside, count, room) in each
     )
 
 
@@ -432,16 +439,15 @@ class _Batch:
         generator = None
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + sequence.index)
-        kv, seen = self.decoder.kv, len(sequence.prompt)
+        model, kv, first = self.decoder.model, self.decoder.kv, None
         if self.prefix is not None:
-            seen += self.prefix.branch(self.reader, kv, slot)
+            first = self.prefix.branch(self.reader, kv, slot)
         else:
-            self.reader.protection = sequence.protection
+            self.reader.protection, self.reader.classes = sequence.protection, sequence.classes
             self.reader.fill(kv, slot)
-        ids = sequence.prompt[None].to(kv.device)
-        output = self.decoder.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: self.reader})
+        logits, position = read(model, sequence.prompt, sequence.inputs, self.reader, first)
         text = self.reader.eviction.text
-        self.decoder.begin(slot, output.logits[0, -1], seen, generator, text)
+        self.decoder.begin(slot, logits, position, generator, text)
         return int(self.decoder.slots.tokens[slot])
 
     def _step(self) -> Iterator[NewToken]:

@@ -7,52 +7,50 @@ and is read behind it as a second turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from adakv.cache import KVCache
 from adakv.devices import AnyCache, Group
-from adakv.hf.attachment import CACHE
 from adakv.hf.pool_size import Need
-from adakv.policy import Protection
+from adakv.hf.prompts import Requests, read
 from adakv.reselection import Rule
 
 if TYPE_CHECKING:
     from adakv.hf.cache import Cache
 
 
-class Prefix(NamedTuple):
+@dataclass
+class Prefix:
     """Tokens that all prompts begin with.
 
     Parameters
     ----------
-    ids : ``[T]`` int64
-    protection : :class:`adakv.policy.Protection`
-        What must stay of them.
+    requests : :class:`adakv.hf.prompts.Requests`
+        With the prefix, and what must stay of it.
     need : :class:`adakv.hf.pool_size.Need`
-        What is kept of them takes these pages.
+        What is kept of it takes these pages.
     """
 
-    ids: Tensor
-    protection: Protection
+    requests: Requests
     need: Need
+    end: int = 0  #: the position of what comes behind it, once it is read
 
     def read(self, model: Any, reader: Cache, kv: AnyCache) -> None:
-        """Has the model read them into the last slot of ``kv``."""
-        reader.protection = self.protection
+        """Has the model read it into the last slot of ``kv``."""
+        (ids,), given = self.requests.chosen_from, self.requests
+        reader.protection, reader.classes = given.protection, given.classes
         reader.fill(kv, kv.num_sequences - 1)
-        ids = self.ids[None].to(kv.device)
-        model(ids, use_cache=True, logits_to_keep=1, **{CACHE: reader})
+        _, self.end = read(model, ids, given.prefix_inputs, reader)
 
     def branch(self, reader: Cache, kv: AnyCache, slot: int) -> int:
-        """Empties the reader, which goes on behind them in a slot of ``kv``. How many they are."""
+        """Empties the reader, which goes on behind it in a slot of ``kv``; from which position."""
         assert isinstance(kv, KVCache)  # check_shared refuses others
         kv.fork_into(slot, [kv.num_sequences - 1])
         reader.reset()
-        seen = len(self.ids)
+        (seen,) = map(len, self.requests.chosen_from)
         reader.go_on_from(kv, [seen], [seen], seen, first_sequence=slot)
-        return seen
+        return self.end
 
 
 def check_shared(prefix: Any, rule: Rule | None, groups: Sequence[Group]) -> None:

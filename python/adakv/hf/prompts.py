@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adakv.errors import integer, short
+from adakv.hf import families
+from adakv.hf.attachment import CACHE
+from adakv.policy import Budget, Protection, TokenClasses
+
+if TYPE_CHECKING:
+    from adakv.hf.cache import Cache
+
+Given = str | Sequence[int] | Tensor | Mapping[str, Any]
 
 
 class Requests(NamedTuple):
     """Prompts to be written behind, which may share what they begin with."""
 
     ids: list[Tensor]  #: ``[T]`` int64 of each, behind the prefix
+    inputs: list[Mapping[str, Any]]  #: what the model takes beside them, such as images
     counts: list[int]  #: most new tokens of each
     prefix: Tensor | None  #: ``[T]`` int64
+    prefix_inputs: Mapping[str, Any]
+    protection: Protection = Protection()  #: of what is chosen from
+    classes: TokenClasses = TokenClasses()
 
     @classmethod
     def given(
         cls,
         model: Any,
         tokenizer: Any,
-        prompts: Sequence[str | Sequence[int] | Tensor],
+        prompts: Sequence[Given],
         max_new_tokens: int | Sequence[int],
-        prefix: str | Sequence[int] | Tensor | None,
+        prefix: Given | None,
     ) -> Requests:
         """From what users give. Raises ``ValueError`` if that makes no sense."""
-        begins = None if prefix is None else token_ids(model, tokenizer, "prefix", prefix)
-        ids = all_token_ids(model, tokenizer, prompts, go_on=prefix is not None)
-        return cls(ids, new_token_counts(max_new_tokens, len(ids)), begins)
+        begins, beside = None, dict[str, Any]()
+        if prefix is not None:
+            tokens, beside = apart("prefix", prefix)
+            begins = token_ids(model, tokenizer, "prefix", tokens)
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise ValueError(
+                f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
+            )
+        ids, inputs = [], list[Mapping[str, Any]]()
+        for i, prompt in enumerate(prompts):
+            name = f"prompts[{i}]"
+            if prefix is not None and isinstance(prompt, Mapping):
+                raise ValueError(
+                    f"{name} must be a string or token ids behind a prefix, which is the one that "
+                    f"may be a mapping; got {short(prompt)}"
+                )
+            tokens, others = apart(name, prompt)
+            ids.append(token_ids(model, tokenizer, name, tokens, goes_on=prefix is not None))
+            inputs.append(others)
+        return cls(ids, inputs, new_token_counts(max_new_tokens, len(ids)), begins, beside)
 
     @property
     def chosen_from(self) -> list[Tensor]:
@@ -43,23 +72,61 @@ class Requests(NamedTuple):
         before = 0 if self.prefix is None else len(self.prefix)
         return [before + len(prompt) for prompt in self.ids]
 
+    def check(self, budget: Budget, num_layers: int) -> None:
+        """Raises ``ValueError`` if more must stay than a budget holds, or if there are no classes
+        for a policy that reads them."""
+        lengths = [len(prompt) for prompt in self.chosen_from]
+        name = "prompts[{}]" if self.prefix is None else "prefix"
+        self.protection.check(budget, lengths, num_layers, name=name)
+        stays = self.protection.spans(lengths)
+        self.classes.check(budget, lengths, num_layers, stays, name=name)
 
-def all_token_ids(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | Sequence[int] | Tensor],
-    *,
-    go_on: bool = False,
-) -> list[Tensor]:
-    """:func:`token_ids` of each prompt, which may ``go_on`` behind others."""
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+
+def apart(name: str, prompt: Given) -> tuple[Any, dict[str, Any]]:
+    """A prompt's tokens, and what a processor gave beside them."""
+    if not isinstance(prompt, Mapping):
+        return prompt, {}
+    others = {key: value for key, value in prompt.items() if key != "input_ids"}
+    ids, mask = prompt.get("input_ids"), others.get("attention_mask")
+    ids = ids[0] if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == 1 else ids
+    if not isinstance(ids, Tensor) or ids.dim() != 1:
         raise ValueError(
-            f"prompts must be a list of prompts, got {type(prompts).__name__}; give [prompt]"
+            f"{name} must have the input_ids [1, T] of one prompt, as a processor gives them with "
+            f"return_tensors='pt', got {short(ids)}"
         )
-    return [
-        token_ids(model, tokenizer, f"prompts[{i}]", prompt, goes_on=go_on)
-        for i, prompt in enumerate(prompts)
-    ]
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ValueError(f"{name} must have no padding: have the processor read each prompt alone")
+    return ids, others
+
+
+@torch.no_grad()
+def read(
+    model: Any, ids: Tensor, inputs: Mapping[str, Any], cache: Cache, first: int | None = None
+) -> tuple[Tensor, int]:
+    """Has a model read a prompt ``[T]``, with what there is beside it, into a cache.
+
+    Returns the logits ``[V]`` of its last token, and the position of the next one. ``first`` is
+    that of its first token, if something is before it.
+    """
+    device = families.input_device(model)
+    given = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+    if first is None:
+        first = families.FIRST_POSITION.get(model.config.model_type, 0)
+    else:
+        given["position_ids"] = torch.arange(first, first + len(ids), device=device)[None]
+    before = _shifts(model)
+    output = model(
+        ids[None].to(device), use_cache=True, logits_to_keep=1, **given, **{CACHE: cache}
+    )
+    # What was there before is of another prompt.
+    found = [int(x) for x, y in zip(_shifts(model), before, strict=True) if x is not y]
+    return output.logits[0, -1], first + len(ids) + sum(found[:1])
+
+
+def _shifts(model: Any) -> list[Any]:
+    """How far positions are ahead of tokens behind the last prompt with images that a model has
+    read, if its images stand in two dimensions (M-RoPE): most often they are behind."""
+    return [x.rope_deltas for x in model.modules() if "rope_deltas" in vars(x)]
 
 
 def token_ids(

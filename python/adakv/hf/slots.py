@@ -40,7 +40,7 @@ class Slots(NamedTuple):
     """
 
     tokens: Tensor  # [B, 1] int64    the newest
-    positions: Tensor  # [B, 1] int64    where it stands in its sequence
+    positions: Tensor  # [B, 1] int64    where it stands in its sequence, for RoPE
     written: Tensor  # [B, 1] int64    how many there are after the prompt
     num_new: Tensor  # [B, 1] int32    1 if there is a sequence
     uniforms: Tensor  # [B, U] float64    numbers in [0, 1) to choose the next U of them by
@@ -102,11 +102,11 @@ class Decoder:
         self,
         slot: int,
         logits: Tensor,
-        prompt_len: int,
+        position: int,
         generator: torch.Generator | None = None,
         text: Reselection | None = None,
     ) -> None:
-        """A prompt of ``prompt_len`` tokens is in the slot: chooses its first token.
+        """A prompt is in the slot: chooses its first token, which will stand at ``position``.
 
         ``logits`` ``[V]`` are those of its last token. Chance comes from ``generator``, a CPU's, of
         which the sequence's token i takes number i; without one nothing is left to chance. ``text``
@@ -119,7 +119,7 @@ class Decoder:
             self._generators[slot] = generator
             self._draw(slot)
         mine.tokens[:] = self._sampling.choose(logits[None], mine.uniforms[:1])
-        mine.positions[:] = prompt_len
+        mine.positions[:] = position
         mine.written[:] = 1
         mine.num_new[:] = 1
         self._num_new[slot] = 1

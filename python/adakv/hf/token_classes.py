@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from adakv.errors import short
 from adakv.hf.wrappers import unwrapped
@@ -52,3 +54,9 @@ def classes_of(model: Any, inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
         raise ValueError(f"inputs must have input_ids, as of a processor, got {short(inputs)}")
     prompts, mask = inputs["input_ids"], inputs.get("attention_mask")
     return {name: spans_of(prompts, tokens, mask) for name, tokens in ids.items() if tokens}
+
+
+def classes_of_all(model: Any, prompts: Sequence[Tensor]) -> dict[str, list[Any]]:
+    """:func:`classes_of` of prompts ``[T]`` of any lengths, at least one."""
+    found = [classes_of(model, {"input_ids": ids}) for ids in prompts]
+    return {name: [of_prompt[name] for of_prompt in found] for name in found[0]}

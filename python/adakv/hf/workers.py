@@ -119,8 +119,7 @@ def _units(
     evenly = -(-count // num_processes)
     size = max(1, min(evenly, max(-(-count // (UNITS * num_processes)), options.max_batch)))
     protect, counts = settings["protect"], new_token_counts(settings["max_new_tokens"], count)
-    prefix = settings.get("prefix")
-    is_common = prefix is not None or Protection.given(protect).is_common
+    prefix, classes = settings.get("prefix"), settings.get("classes") or {}
     if isinstance(prefix, Tensor):
         settings = settings | {"prefix": prefix.tolist()}
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
@@ -128,11 +127,18 @@ def _units(
         mine = slice(first, first + size)
         own = {
             "max_new_tokens": list(counts[mine]),
-            "protect": protect if is_common else protect[mine],
+            "protect": _of(protect, mine, prefix),
             "options": replace(options, seed=seed + first),
+            "classes": {name: _of(given, mine, prefix) for name, given in classes.items()} or None,
         }
         texts = [x.tolist() if isinstance(x, Tensor) else x for x in prompts[mine]]
         yield Unit(first, texts, settings | own)
+
+
+def _of(given: Any, mine: slice, prefix: Any) -> Any:
+    """Of spans or masks, what is for some of the prompts; all of it if it is for a prefix."""
+    is_common = prefix is not None or Protection.given(given).is_common
+    return given if is_common else given[mine]
 
 
 class _Worker:

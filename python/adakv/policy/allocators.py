@@ -104,7 +104,7 @@ class Uniform:
             shape = scores[sequences].shape[:2]
             return torch.full(shape, budget, dtype=torch.int32, device=scores.device)
 
-        return _for_sequences(fill, budgets)
+        return for_sequences(fill, budgets)
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         return num_kv_heads * min(budget, prompt_len)
@@ -166,7 +166,7 @@ class Adaptive:
                 safeguard=self.safeguard,
             )
 
-        return _for_sequences(run, budgets)
+        return for_sequences(run, budgets)
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         everything = num_kv_heads * prompt_len
@@ -266,7 +266,7 @@ def _num_scored(scores: Tensor, inputs: LayerInputs, window: int) -> Tensor:
     return held.sum(-1, dtype=torch.int32)
 
 
-def _for_sequences(run: Callable[[slice, int], Tensor], budgets: tuple[int, ...]) -> Tensor:
+def for_sequences(run: Callable[[slice, int], Tensor], budgets: tuple[int, ...]) -> Tensor:
     """``run`` on all sequences at once if they have one budget, else on each."""
     if len(set(budgets)) == 1:
         return run(slice(None), budgets[0])

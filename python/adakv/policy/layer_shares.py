@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adakv.policy.allocators import Adaptive, Flat
+from adakv import ops
+from adakv.policy.allocators import Adaptive, Flat, for_sequences
 from adakv.policy.base import LayerSchedule
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 
@@ -47,15 +48,18 @@ class LayerEntropy:
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
         of_layers = _by_layer(scores, inputs, window)  # [B, L, Hkv, T]
-        dealt = _dealt(of_layers, self.weights(of_layers.flatten(2))).flatten(1, 2)
+        weights = self.weights(of_layers.flatten(2))
+        dealt = _dealt(of_layers, weights, budgets, window=window).flatten(1, 2)
         return Adaptive(floor=self.floor).allocate(dealt, inputs, budgets, window=window)
 
     def weights(self, scores: Tensor) -> Tensor:
         """``[B, L]`` float64, e, from ``[B, L, n]``; what is infinite doesn't compete."""
         mass = _finite(scores)
-        p = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
-        count = scores.isfinite().sum(-1).clamp(min=2)
-        entropy: Tensor = torch.special.entr(p).sum(-1)
+        total = mass.sum(-1).clamp(min=1e-300)
+        count = scores.isfinite().count_nonzero(-1).clamp(min=2)
+        logs = mass.clamp(min=1e-300).log_()  # of 0 as large as you like
+        entropy: Tensor = total.log() - (mass * logs).sum(-1) / total
+        entropy = entropy.clamp(min=0) * (total > 1e-300)
         return entropy / count.log()
 
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
@@ -93,7 +97,8 @@ class StrengthSkew:
         batch, num_layers, heads, length = of_layers.shape
         shape = (batch, -1, 1, length) if self.of_heads else (batch, num_layers, heads, length)
         of_rows = of_layers.reshape(shape).mean(2)  # [B, L or L * Hkv, T]
-        dealt = _dealt(of_rows[:, :, None], self.weights(of_rows))[:, :, 0]
+        weights = self.weights(of_rows)
+        dealt = _dealt(of_rows[:, :, None], weights, budgets, window=window)[:, :, 0]
         shares = Adaptive(floor=0.0).allocate(dealt, inputs, budgets, window=window)
         return shares if self.of_heads else shares.repeat_interleave(heads, 1)
 
@@ -113,7 +118,7 @@ class StrengthSkew:
 
 def _finite(scores: Tensor) -> Tensor:
     """float64, at least 0; 0 for what is infinite."""
-    return scores.clamp(min=0).masked_fill(~scores.isfinite(), 0).double()
+    return scores.double().where(scores.isfinite(), 0).clamp_(min=0)
 
 
 def _of_mean(x: Tensor) -> Tensor:
@@ -129,18 +134,30 @@ def _by_layer(scores: Tensor, inputs: LayerInputs, window: int) -> Tensor:
     return candidates.view(batch, inputs.num_layers, rows // inputs.num_layers, length)
 
 
-def _dealt(scores: Tensor, weights: Tensor) -> Tensor:
-    """Scores ``[B, L, Hkv, T]`` float32 by whose order layers get entries in proportion to weights
-    ``[B, L]``, as Webster and Sainte-Lague deal seats.
+def _dealt(scores: Tensor, weights: Tensor, budgets: tuple[int, ...], *, window: int) -> Tensor:
+    """Scores ``[B, L, Hkv, T]`` as 1 for entries that get a part of the budgets and 0 for others:
+    layers get some in proportion to weights ``[B, L]``, as Webster and Sainte-Lague deal seats.
 
-    Within a layer by its own scores: equal ones lower position first, then lower head.
+    Within a layer the best: of equal ones those at lower positions, then in lower heads.
     """
     batch, num_layers, heads, length = scores.shape
     of_layer = scores.transpose(2, 3).flatten(2)  # [B, L, T * Hkv]
-    order = of_layer.sort(dim=2, descending=True, stable=True).indices
-    places = torch.arange(length * heads, device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(2, order, places)
-    rank = rank - (of_layer == torch.inf).sum(2, keepdim=True)  # among those that compete
-    quotients = weights.clamp(min=_LEAST)[..., None].double() / (rank + 0.5)
-    dealt = quotients.float().where(of_layer.isfinite(), of_layer)
+    competes = of_layer.isfinite()
+    num_pinned = (of_layer == torch.inf).count_nonzero(2)[..., None]
+    num_there = num_pinned + competes.count_nonzero(2)[..., None]
+    # What each further seat of a layer is worth, whoever takes it.
+    seats = torch.arange(0.5, length * heads, device=scores.device)
+    quotients = weights.clamp(min=_LEAST)[..., None] / (seats - num_pinned)
+    quotients = quotients.float().masked_fill(seats < num_pinned, torch.inf)
+    quotients = quotients.masked_fill(seats > num_there, -torch.inf)
+    shared = tuple(heads * (budget - window) for budget in budgets)
+
+    def deal(sequences: slice, budget: int) -> Tensor:
+        return ops.allocate(quotients[sequences], budget, window=0, floor=0.0)
+
+    total = num_layers * sum(shared)
+    kept = ops.select(of_layer, for_sequences(deal, shared), window=0, total=total)
+    takes = of_layer.new_zeros(batch * num_layers, 1 + length * heads)  # behind the last one is -1
+    takes[kept.rows(len(takes)), kept.positions.long() + 1] = takes.new_ones(())
+    dealt = takes[:, 1:].view(of_layer.shape).where(competes, of_layer)
     return dealt.view(batch, num_layers, length, heads).transpose(2, 3)

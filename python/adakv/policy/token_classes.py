@@ -65,8 +65,18 @@ class TokenClasses:
                 raise ValueError(f"classes: a token of sequence {index} is of two of them")
         return found
 
+    def of_one(self, index: int) -> TokenClasses:
+        """Those of one of the sequences."""
+        return TokenClasses(tuple((name, marked.of_one(index)) for name, marked in self.where))
+
     def check(
-        self, budget: Budget, lengths: Sequence[int], num_layers: int, protected: Sequence[Spans]
+        self,
+        budget: Budget,
+        lengths: Sequence[int],
+        num_layers: int,
+        protected: Sequence[Spans],
+        *,
+        name: str = "sequence {}",
     ) -> None:
         """Raises ``ValueError`` if a policy reads classes and there are none, or if it evicts those
         of one class alone and what else there is, and what is protected, has no room."""
@@ -86,7 +96,7 @@ class TokenClasses:
             leaves = found[only][index] if only in found else ()
             others = _rest(leaves, length)
             said = (
-                f"classes: sequence {index} has {_count(others)} tokens that are not of class "
+                f"classes: {name.format(index)} has {_count(others)} tokens that are not of class "
                 f"{only!r}, which alone the policy evicts"
             )
             check_room(budget, joined((*others, *stays), length), length, num_layers, said)

@@ -129,7 +129,8 @@ class Settings:
         """What single requests may ask for."""
         scorer = self.preset.scorer
         protects = self.preset.is_model_wide or isinstance(self.preset.allocator.layers, Flat)
-        return Limits(self.budget, scorer.window + scorer.pinned, protects)
+        least, reads_classes = scorer.window + scorer.pinned, "classes" in self.preset.needs
+        return Limits(self.budget, least, protects, reads_classes)
 
     @property
     def window(self) -> int | None:
@@ -155,8 +156,8 @@ def why_not(policy: Policy) -> str | None:
         return "its budget is one of bytes, and an engine's blocks hold entries as the model does"
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
-    if "classes" in policy.needs:
-        return "it reads which tokens are of an image, which nobody says here"
+    if getattr(policy.scorer, "evicts", None) is not None:
+        return "it evicts of images alone, so that prompts with other tokens may have no room"
     if "hidden" in policy.needs:
         return "it needs hidden states, which an engine's attention isn't given"
     if isinstance(layers, Everything):

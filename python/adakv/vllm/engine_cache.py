@@ -43,6 +43,7 @@ from adakv.vllm.prompts import (
     READ_BY_TORCH,
     BlockBudget,
     Prompt,
+    classes_of,
     entries_of,
     is_plain,
     read_by_torch,
@@ -362,7 +363,8 @@ class EngineCache:
         budget = self._budget.changed(order)
         planned = None if order.budget == 0 else budget.plan(boundary)
         if planned is not None:
-            prompt.reader.change(budget, Protection.given(order.protected))
+            protection = Protection.given(order.protected)
+            prompt.reader.change(budget, protection, classes_of(order))
             self._compress(prompt, blocks, computed, planned)
         if order.due and self.texts is not None:
             self.texts.begin(request, prompt.first_block, boundary, order.due, planned)

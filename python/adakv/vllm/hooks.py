@@ -174,6 +174,7 @@ def customized(spec: Any) -> Any:
         under_pressure=settings.when == "pressure",
         least=settings.limits.least,
         protects=settings.limits.protects,
+        reads_classes=settings.limits.reads_classes,
         window=settings.window,
         spans_layers=spans_layers(settings.preset),
         decode_budget=rule and rule.budget,

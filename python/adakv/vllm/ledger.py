@@ -21,6 +21,7 @@ import fcntl
 import mmap
 import os
 import tempfile
+from itertools import chain
 from multiprocessing.util import Finalize  # unlike atexit, children of multiprocessing run it
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,8 @@ class Counts(NamedTuple):
 
 
 _PREFIX = "adakv-ledger-"
-_COLUMNS = len(Order._fields) + 2 * (MAX_SPANS + 1)  # of an order, with the number of its spans
+# Of an order, with the numbers of its spans.
+_COLUMNS = len(Order._fields) + 2 * (MAX_SPANS + 1) + 3 * MAX_SPANS
 _ledgers: dict[str, Ledger] = {}
 
 
@@ -92,9 +94,10 @@ class Ledger:
 
     def give_order(self, first_block: int, order: Order) -> None:
         """The scheduler wants something of the request with that first block."""
-        spans = [place for span in order.protected for place in span]
+        spans, classes = (list(chain(*x)) for x in (order.protected, order.classes))
         self._done[first_block] = -1
         numbers = [order.boundary, order.budget or 0, order.due, len(spans), *spans]
+        numbers += [len(classes), *classes]
         self._orders[first_block, 1 : 1 + len(numbers)] = numbers
         self._orders[first_block, 0] = order.at  # the last one: now it may be read
         if order.budget or order.due:
@@ -123,7 +126,9 @@ class Ledger:
                 f"{first_block}, but the scheduler planned {planned}"
             )
         spans = zip(places[:count:2], places[1:count:2], strict=True)
-        return Order(at, planned, budget, tuple(spans), due)
+        classes = places[count + 1 : count + 1 + places[count]]
+        of_classes = zip(classes[::3], classes[1::3], classes[2::3], strict=True)
+        return Order(at, planned, budget, tuple(spans), due, tuple(of_classes))
 
     def done(self, first_block: int, boundary: int) -> None:
         """A worker has dealt with the request."""

@@ -33,6 +33,8 @@ class Order(NamedTuple):
     budget: int | None = None  #: None: the engine's; 0: not now, but maybe later
     protected: tuple[tuple[int, int], ...] = ()  #: spans of tokens that every head keeps
     due: int = 0  #: tokens from which on its text is chosen from; 0: all of it stays
+    #: begin, end and number of the class of spans of tokens that are no text
+    classes: tuple[tuple[int, int, int], ...] = ()
 
 
 class Scheduler:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adakv.policy import Budget
+from adakv.policy import Budget, TokenClasses
+from adakv.policy.inputs import CLASSES
 from adakv.reading import Reader
 from adakv.step import Attention
 from adakv.vllm.later import Later
@@ -78,6 +79,14 @@ def entries_of(
         for x, half in zip((keys, values), tail.split(size, 2), strict=True):
             x[:, :, first:length] = half[:, :, : max(count, 0)]
     return keys, values
+
+
+def classes_of(order: Order) -> TokenClasses:
+    """What the tokens of a request are of; those of one that says nothing are text."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in CLASSES[1:]}
+    for begin, end, number in order.classes:
+        spans[CLASSES[number]].append((begin, end))
+    return TokenClasses.given(spans)
 
 
 def is_plain(attention: Attention) -> bool:

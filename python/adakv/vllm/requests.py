@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-#: Spans of tokens that a request may protect, besides its first tokens.
+from adakv.policy.inputs import CLASSES
+
+#: Spans of tokens that a request may protect, besides its first tokens; and that it may have of
+#: classes.
 MAX_SPANS = 16
 
 _FORM = "a list of up to 16 pairs [begin, end] with 0 <= begin < end"
@@ -24,6 +28,7 @@ class Limits(NamedTuple):
     budget: int  #: the engine's
     least: int = 1  #: entries that its policy keeps in any case
     protects: bool = True  #: whether its layers all keep equally much, so that each has room
+    reads_classes: bool = False  #: whether its policy asks which tokens are of an image
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Wishes:
         Spans ``[begin, end]`` of tokens, those before ``end``, that every head keeps.
     protect_prefix : int
         The same for the first tokens.
+    classes : dict
+        Such spans by ``"image"``, ``"audio"`` or ``"instruction"``; other tokens are text.
 
     Raises
     ------
@@ -51,6 +58,7 @@ class Wishes:
     policy: str | None = None
     protect: Sequence[Sequence[int]] = ()
     protect_prefix: int = 0
+    classes: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("policy", self.policy, '"off"', self.policy in (None, "off"))
@@ -58,6 +66,9 @@ class Wishes:
         first = self.protect_prefix
         _check("protect_prefix", first, "a number of tokens", _is_count(first))
         _check("protect", self.protect, _FORM, _are_spans(self.protect))
+        names, given = ", ".join(CLASSES[1:]), self.classes
+        form = f"a dict of spans by class ({names}), of up to 16 pairs in all that don't overlap"
+        _check("classes", given, form, _are_classes(given))
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> Wishes:
@@ -66,7 +77,7 @@ class Wishes:
         if isinstance(given, str):
             with contextlib.suppress(json.JSONDecodeError):
                 given = json.loads(given)
-        names = [field.name for field in fields(cls)]
+        names = [x.name for x in fields(cls)]
         if not isinstance(given, Mapping) or set(given) - set(names):
             raise ValueError(
                 f'extra_args["adakv"] must be a dict of {", ".join(names)}, or one in JSON, '
@@ -86,6 +97,17 @@ class Wishes:
             joined.append((begin, end))
         return tuple(joined)
 
+    @property
+    def class_spans(self) -> tuple[tuple[int, int, int], ...]:
+        """Begin, end and number of the class of each span of a class, in order."""
+        return tuple(
+            sorted(
+                (begin, end, CLASSES.index(name))
+                for name, spans in self.classes.items()
+                for begin, end in spans
+            )
+        )
+
     def check(self, limits: Limits) -> None:
         """Raises ``ValueError`` if an engine can't do it."""
         budget = limits.budget if self.budget is None else self.budget
@@ -104,6 +126,12 @@ class Wishes:
             self.protect or self.protect_prefix,
             "empty: layers of the engine's policy keep unequally much, whatever is protected",
             limits.protects or not protected,
+        )
+        _check(
+            "classes",
+            self.classes,
+            "empty: the engine's policy doesn't read them",
+            limits.reads_classes or not self.classes,
         )
 
 
@@ -128,3 +156,13 @@ def _are_spans(given: Any) -> bool:
             for span in given
         )
     )
+
+
+def _are_classes(given: Any) -> bool:
+    if not isinstance(given, Mapping) or not set(given) <= set(CLASSES[1:]):
+        return False
+    if not all(map(_are_spans, given.values())):
+        return False
+    spans = sorted(tuple(span) for of_class in given.values() for span in of_class)
+    is_apart = all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    return is_apart and len(spans) <= MAX_SPANS

@@ -164,7 +164,8 @@ class CompressedManager(PrefixManager):
                 notes.due = max(notes.boundary + spec.most_of_text, heard)
             if notes.planned is not None:
                 notes.at, budget = computed, notes.wishes.budget or spec.budget
-        order = Order(computed, notes.boundary, budget, notes.wishes.spans, notes.due)
+        wishes = notes.wishes
+        order = Order(computed, notes.boundary, budget, wishes.spans, notes.due, wishes.class_spans)
         self._ledger.give_order(first_block, order)
 
     def _choose_text(self, first_block: int, notes: Notes, computed: int) -> None:
@@ -208,7 +209,7 @@ class CompressedManager(PrefixManager):
         spec = self.kv_cache_spec
         try:
             wishes = Wishes.of(params and params.extra_args)
-            wishes.check(Limits(spec.budget, spec.least, spec.protects))
+            wishes.check(Limits(spec.budget, spec.least, spec.protects, spec.reads_classes))
         except ValueError as error:
             _logger.warning("request %s is not compressed: %s", request_id, error)
             return Wishes(policy="off")
@@ -336,7 +337,7 @@ class CompressedSpec(FullAttentionSpec):
         Whether layers keep unequally much: :func:`adakv.vllm.pages.spans_layers`.
     under_pressure : bool
         Whether requests are compressed only when blocks run short.
-    least, protects
+    least, protects, reads_classes
         See :class:`adakv.vllm.requests.Limits`.
     decode_budget, every
         See :class:`adakv.vllm.config.Settings`; ``every`` is 0 if all of a text stays.
@@ -353,6 +354,7 @@ class CompressedSpec(FullAttentionSpec):
     least: int = 1
     decode_window: int = 0
     protects: bool = True
+    reads_classes: bool = False
     decode_budget: int | None = None
     every: int = 0
 
