@@ -51,6 +51,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
                                     Int max_row_pages,
                                     Given<const char*> dtype,
                                     Given<PageFormat> kv_dtype,
+                                    bool has_biases,
                                     Given<const char*> device_type,
                                     Int device_index) {
   CacheConfig config;
@@ -63,6 +64,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
   config.max_row_pages = take("max_row_pages", max_row_pages);
   config.dtype = dtype_of(take("dtype", dtype));
   config.format = take("kv_dtype", kv_dtype);
+  config.has_biases = has_biases;
   config.device =
       named_device(take("device_type", device_type), take("device_index", device_index));
   Memory& memory = device_memory(config.device);  // says first if there is no such device
@@ -138,8 +140,8 @@ void bind_cache(py::module_& module) {
   py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), arg("num_layers"), arg("num_sequences"),
            arg("num_kv_heads"), arg("head_dim"), arg("page_size"), arg("num_pages"),
-           arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("device_type"),
-           arg("device_index"))
+           arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("has_biases"),
+           arg("device_type"), arg("device_index"))
       .def(
           "layer",
           [](const KVCache& self, Int layer) {

@@ -169,6 +169,7 @@ __device__ inline void append_entries(const AppendParams& p, int32_t b, const Ap
                              : layer.fresh_pages.at(b, h)[column - used];
         if (slot == 0) layer.block_table.at(b, h)[column] = page;
         layer.page_positions[page * layer.positions_stride + slot] = seen + i;
+        if (layer.page_biases) layer.page_biases[page * layer.biases_stride + slot] = 0;
       }
       int32_t row = 0, chunk = 0;
 #pragma unroll 1

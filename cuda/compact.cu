@@ -25,6 +25,7 @@ constexpr int kChunksAtOnce = 8;  // that a lane has under way
 
 struct CompactParams {
   EntryRows keys, values;      // [B, Hkv, T, D]
+  EntryRows biases;            // [B, Hkv, T] float16, or none
   const int32_t* positions;    // [K]
   const int32_t* indptr;       // [B * Hkv + 1]
   const int32_t* seq_lens;     // [B] or null
@@ -195,6 +196,11 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
     const int32_t position = lane < count ? p.positions[begin + lane] : 0;
     if (!is_value && lane < count) {
       layer.page_positions[id * layer.positions_stride + slot + lane] = position;
+      if (layer.page_biases) {
+        const char* bias = p.biases.data ? p.biases.at(b, row.head, position) : nullptr;
+        layer.page_biases[id * layer.biases_stride + slot + lane] =
+            bias ? *reinterpret_cast<const uint16_t*>(bias) : 0;
+      }
     }
     const EntryRows& entries = is_value ? p.values : p.keys;
     Fill::run(p,
@@ -353,6 +359,7 @@ void CudaBackend::compact(const CompactArgs& args) {
   CompactParams p = {};
   p.keys = entry_rows(args.keys);
   p.values = entry_rows(args.values);
+  p.biases = entry_rows(args.biases);
   p.positions = args.positions.ptr<int32_t>();
   p.indptr = args.indptr.ptr<int32_t>();
   p.seq_lens = args.seq_lens ? args.seq_lens.ptr<int32_t>() : nullptr;

@@ -218,6 +218,13 @@ def apart(x: Tensor) -> Tensor:
     return host[:, :size].unflatten(1, x.shape[1:]) if len(x) else x
 
 
+def with_biases(layer: Layer) -> Layer:
+    """A layer of plain pages with random biases of its entries, and NaN in all other slots."""
+    is_held = layer.page_positions >= 0
+    biases = torch.randn(is_held.shape, device=is_held.device).where(is_held, torch.nan)
+    return layer._replace(page_biases=biases.half())
+
+
 def copied(layer: Layer) -> Layer:
     """A layer of its own with the same contents, on the CPU."""
     return mapped(layer, lambda x: torch.empty_like(x, device="cpu").copy_(x))
@@ -242,7 +249,7 @@ def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
         return *(x.cpu()[whole] for x in held if x is not None), tail.cpu(), positions
     pages = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
     both = layer.pages.cpu()[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-    slots = (layer.page_positions, layer.key_scales, layer.value_scales)
+    slots = (layer.page_positions, layer.key_scales, layer.value_scales, layer.page_biases)
     return both, *(x.cpu()[pages].flatten(0, 1)[:length] for x in slots if x is not None)
 
 

@@ -27,7 +27,8 @@ def fork(
     compact.
     """
     page_size = layer.page_positions.shape[1]
-    scales = [x for x in (layer.key_scales, layer.value_scales) if x is not None]
+    others = (layer.key_scales, layer.value_scales, layer.page_biases)
+    scales = [x for x in others if x is not None]
     for b, a in enumerate(sources.tolist()):
         mine = page_ids[int(page_indptr[b]) : int(page_indptr[b + 1])].tolist()
         left = 0 if back is None else int(back[b])

@@ -20,7 +20,8 @@ def compact_in_place(
     positions, indptr = kept[0].tolist(), kept[1].tolist()
     halves = [layer.pages[:, 0], layer.pages[:, 1]]  # [N, P, D] each
     scales = [x for x in (layer.key_scales, layer.value_scales) if x is not None]
-    parts = [*halves, *scales, layer.page_positions]
+    biases = [] if layer.page_biases is None else [layer.page_biases]
+    parts = [*halves, *scales, layer.page_positions, *biases]
     before = [x.clone() for x in parts]
     tables = layer.block_table.clone()
     layer.block_table.fill_(-1)

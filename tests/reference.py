@@ -307,6 +307,15 @@ def row_of(
     )
 
 
+def biases_of(layer: Any, b: int, h: int) -> Tensor:
+    """What is added to the logits of a row's entries ``[length]``; zeros without biases."""
+    length = int(layer.lengths[b, h])
+    if layer.page_biases is None:
+        return torch.zeros(length)
+    pages = layer.block_table[b, h, : -(-length // layer.page_biases.shape[1])].long().cpu()
+    return layer.page_biases.cpu()[pages].flatten()[:length]
+
+
 def compact(
     keys: Tensor | None,
     values: Tensor | None,
@@ -316,6 +325,7 @@ def compact(
     page_indptr: Tensor,
     *,
     seq_lens: Tensor | None = None,
+    biases: Tensor | None = None,
 ) -> None:
     """Deals pages to rows in order, then one fresh page to each; slot i: the i-th kept position."""
     if keys is None or values is None:
@@ -336,6 +346,9 @@ def compact(
                 if slot % page_size == 0:
                     layer.block_table[b, h, slot // page_size] = next(pages)
                 _store(layer, b, h, slot, keys[b, h, position], values[b, h, position], position)
+                if biases is not None:
+                    page = int(layer.block_table[b, h, slot // page_size])
+                    layer.page_biases[page, slot % page_size] = biases[b, h, position]
         for h in range(num_heads):
             layer.fresh_pages[b, h, 0] = next(pages)
 
@@ -347,6 +360,8 @@ def _store(
     page = int(layer.block_table[b, h, slot // page_size])
     kv_dtype = kv_dtype_of(layer)
     layer.page_positions[page, slot % page_size] = position
+    if layer.page_biases is not None:
+        layer.page_biases[page, slot % page_size] = 0
     if kv_dtype == "int4":
         tail = layer.tails[b, h].unflatten(0, (2, page_size))
         tail[0, slot % page_size], tail[1, slot % page_size] = key, value
@@ -486,7 +501,7 @@ def attend(
             for q, s in product(of_group, range(num_columns - count, num_columns)):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
-                z = _capped(z, softcap)
+                z = _capped(z, softcap) + biases_of(layer, b, h)[:seen].to(dtype)
                 if sink_logits is not None:
                     z = torch.cat([z, sink_logits[q : q + 1].cpu().to(dtype)])
                 lse[b, q, s] = z.logsumexp(0)

@@ -48,11 +48,12 @@ void check_config(const CacheConfig& c) {
               dtype_name(c.dtype));
   ADAKV_CHECK(c.format <= PageFormat::kInt4,
               "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
-  ADAKV_CHECK(c.format == PageFormat::kPlain || c.dtype != DType::kFloat32,
+  if (c.format == PageFormat::kPlain) return;
+  ADAKV_CHECK(!c.has_biases, "KVCache: has_biases must be false for quantised pages");
+  ADAKV_CHECK(c.dtype != DType::kFloat32,
               "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
-  if (c.format != PageFormat::kInt4) return;
-  ADAKV_CHECK(c.page_size == kInt4PageSize, "KVCache: page_size must be ", kInt4PageSize,
-              " for int4 pages, got ", c.page_size);
+  ADAKV_CHECK(c.format != PageFormat::kInt4 || c.page_size == kInt4PageSize,
+              "KVCache: page_size must be ", kInt4PageSize, " for int4 pages, got ", c.page_size);
 }
 
 // Memory for some tensors, which become views of it.
@@ -161,6 +162,7 @@ void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
     copy_first(memory_, pool.pages, old.pages, touched, stream);
     if (config.format == PageFormat::kPlain) {  // else they lie in the pages
       copy_first(memory_, pool.page_positions, old.page_positions, touched, stream);
+      copy_first(memory_, pool.page_biases, old.page_biases, touched, stream);
     }
   }
   struct Table {

@@ -19,13 +19,15 @@ struct PageParts {
         value_scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
         key_scales(c.format == PageFormat::kInt4 ? 2 * c.head_dim * sizeof(uint16_t)
                                                  : value_scales),
-        positions(c.page_size * sizeof(int32_t)) {}
+        positions(c.page_size * sizeof(int32_t)),
+        biases(c.has_biases ? c.page_size * sizeof(uint16_t) : 0) {}
 
-  int64_t bytes() const { return codes + key_scales + value_scales + positions; }
+  int64_t bytes() const { return codes + key_scales + value_scales + positions + biases; }
 
   int64_t codes;  // of keys and values
   int64_t value_scales, key_scales;
   int64_t positions;
+  int64_t biases;
 };
 
 // Lays tensors out one behind the other in one allocation: first without a base to learn the size,
@@ -54,6 +56,9 @@ inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) 
   if (c.format == PageFormat::kPlain) {
     view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
     view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
+    if (c.has_biases) {
+      view.page_biases = layout.add({c.num_pages, c.page_size}, DType::kFloat16);
+    }
     return;
   }
   const PageParts parts(c);

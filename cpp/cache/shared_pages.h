@@ -10,7 +10,7 @@ namespace adakv {
 
 struct SharedPages {
   PagePool pool;
-  std::shared_ptr<void> data;     // pages and page_positions
+  std::shared_ptr<void> data;     // what LayerView has [N, ...] of
   std::vector<KVCache*> members;  // the cache and its forks, as long as they live
 };
 

@@ -114,6 +114,7 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
   config.dtype = dtype_of("config.dtype", c.dtype);
   config.device = device_of("config.device", c.device);
   config.format = enumerator<PageFormat>("config.format", c.format);
+  config.has_biases = c.has_biases != 0;
   return config;
 }
 

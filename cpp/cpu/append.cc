@@ -67,6 +67,9 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count, con
     const int64_t from = args.keys.shape[2] - count + i;
     write(page, slot, source(args.keys, from), source(args.values, from));
     layer.page_positions.ptr<int32_t>()[page * layer.page_positions.stride[0] + slot] = seen + i;
+    if (layer.page_biases) {
+      layer.page_biases.ptr<uint16_t>()[page * layer.page_biases.stride[0] + slot] = 0;
+    }
     ++*length;
   }
 }

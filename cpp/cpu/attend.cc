@@ -262,6 +262,8 @@ class Attention {
       span.scales[i] = scales.data;
       span.scale_stride[i] = scales.stride[0];
     }
+    span.biases = args_.layer.page_biases.data;
+    span.bias_stride = args_.layer.page_biases.stride[0];
     span.tail_begin = tail_begin(b, rows_[row].length);
     span.tail = args_.layer.tails.ptr<const char>() +
                 (b * args_.layer.tails.stride[0] + h * args_.layer.tails.stride[1]) *

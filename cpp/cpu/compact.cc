@@ -95,6 +95,23 @@ void write_page(const PageWriter& writer,
   }
 }
 
+// The biases of the entries at `positions` of row (b, h), of one page.
+void write_biases(const CompactArgs& args,
+                  int64_t b,
+                  int64_t h,
+                  int64_t page,
+                  const int32_t* begin,
+                  const int32_t* end) {
+  const TensorView &from = args.biases, &to = args.layer.page_biases;
+  uint16_t* out = to.ptr<uint16_t>() + page * to.stride[0];
+  if (!from) {
+    std::fill(out, out + (end - begin), uint16_t{0});
+    return;
+  }
+  const uint16_t* biases = from.ptr<uint16_t>() + b * from.stride[0] + h * from.stride[1];
+  std::transform(begin, end, out, [&](int32_t position) { return biases[position]; });
+}
+
 // The same of the whole pages of a row (b, h) in int4; what is behind them goes to the row's tail.
 void write_int4_row(const TailWriter& writer,
                     const Row& keys,
@@ -153,6 +170,7 @@ void CpuBackend::compact(const CompactArgs& args) {
       if (!layer.tails) write_page(writer, keys, values, pages[i], begin, end);
       std::copy(begin, end,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
+      if (layer.page_biases) write_biases(args, b, h, pages[i], begin, end);
     }
     if (layer.tails) {
       write_int4_row(tails, keys, values, b, h, pages, positions, positions + kept);

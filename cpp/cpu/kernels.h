@@ -22,6 +22,8 @@ struct AttendSpan {
   int64_t scale_stride[2];  // in elements, from page to page
   const void* tail;         // [2 P, D] of int4: keys and values of the slots from tail_begin on
   int tail_begin;           // a multiple of the page size
+  const void* biases;       // [N, P] float16 of plain pages, added to logits; null: none
+  int64_t bias_stride;      // in elements, from page to page
   const int32_t* page_ids;  // pages of the row, from its slot 0
   int page_size;
   int head_dim;

@@ -230,13 +230,19 @@ inline void add_values(const Pages& row,
 /// Turns a block's logits of one query into weights, and takes the new maximum and sum. Returns
 /// the factor for what was summed up before. Slots from `visible` on hold anything; they get weight
 /// 0.
-template <int kSlots = kBlockSlots>
-inline float softmax_block(
-    float* logits, int visible, float scale, float softcap, float& max_logit, float& total) {
+template <int kSlots, bool kHasBiases>
+inline float softmax_block(float* logits,
+                           const float* biases,
+                           int visible,
+                           float scale,
+                           float softcap,
+                           float& max_logit,
+                           float& total) {
   F32 largest = broadcast(-kInfinity);
   for (int i = 0; i < kSlots; i += kLanes) {
     F32 z = load(logits + i) * scale;
     if (softcap > 0) z = softcap * tanh(z / softcap);
+    if constexpr (kHasBiases) z += load(biases + i);
     z = choose(lane_numbers() + i < visible, z, broadcast(-kInfinity));
     store(logits + i, z);
     largest = max(z, largest);
@@ -257,6 +263,20 @@ inline float softmax_block(
   return correction;
 }
 
+/// The same of a query of a span, with the biases of the block's slots unless these are null.
+template <int kSlots>
+inline float softmax_block(const AttendSpan& span,
+                           float* logits,
+                           const float* biases,
+                           int visible,
+                           float& max_logit,
+                           float& total) {
+  return biases != nullptr ? softmax_block<kSlots, true>(logits, biases, visible, span.scale,
+                                                         span.softcap, max_logit, total)
+                           : softmax_block<kSlots, false>(logits, nullptr, visible, span.scale,
+                                                          span.softcap, max_logit, total);
+}
+
 /// Copies what a block has of `count` slots, mostly all of them.
 inline void copy_slots(float* to, const float* from, int count) {
   if (count == kBlockSlots) {
@@ -271,6 +291,7 @@ template <int kRows, bool kFetch, typename Pages>
 inline void attend_block(const AttendSpan& span,
                          const Pages& row,
                          const typename Pages::Scales& scales,
+                         const float* biases,
                          int begin,
                          int end,
                          int first_row,
@@ -306,8 +327,8 @@ inline void attend_block(const AttendSpan& span,
   for (int r = 0; r < kRows; ++r) {
     const int s = (span.first_query + first_row + r) / span.group;
     const int limit = span.first_visible + s < end ? span.first_visible + s : end;
-    correction[r] = softmax_block(logits[r], limit - begin, span.scale, span.softcap,
-                                  span.max[first_row + r], span.sum[first_row + r]);
+    correction[r] = softmax_block<kBlockSlots>(span, logits[r], biases, limit - begin,
+                                               span.max[first_row + r], span.sum[first_row + r]);
   }
   add_values<kRows, kFetch>(row, begin, end, span.end_slot, scales.values, &logits[0][0],
                             correction, acc + first_row * stride, stride);
@@ -323,6 +344,8 @@ inline void attend_queries(const AttendSpan& span,
                            const float* queries,
                            float* acc,
                            int stride) {
+  alignas(64) float memory[kBlockSlots];
+  const float* biases = fill_biases(span, begin, block_end, memory);
   for (int first = 0; first < span.num_queries; first += kQueriesAtOnce) {
     const int rows =
         span.num_queries - first < kQueriesAtOnce ? span.num_queries - first : kQueriesAtOnce;
@@ -333,9 +356,11 @@ inline void attend_queries(const AttendSpan& span,
     const auto run = [&](auto num_rows) {
       constexpr int kRows = decltype(num_rows)::value;
       if (first == 0) {
-        attend_block<kRows, true>(span, row, scales, begin, end, first, queries, acc, stride);
+        attend_block<kRows, true>(span, row, scales, biases, begin, end, first, queries, acc,
+                                  stride);
       } else {
-        attend_block<kRows, false>(span, row, scales, begin, end, first, queries, acc, stride);
+        attend_block<kRows, false>(span, row, scales, biases, begin, end, first, queries, acc,
+                                   stride);
       }
     };
     if (rows == 4) run(std::integral_constant<int, 4>{});

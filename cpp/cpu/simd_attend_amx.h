@@ -159,9 +159,12 @@ class TiledBlocks {
     const int num_blocks = (count + kBlockSlots - 1) / kBlockSlots;
     alignas(64) float logits[kMaxSpanQueries][kSlots];
     float max[kMaxSpanQueries], total[kMaxSpanQueries], correction[kMaxSpanQueries];
+    alignas(64) float memory[kSlots];
+    const float* biases = span_.biases == nullptr ? nullptr : memory;
     for (int i = 0; i < num_blocks; ++i) {
       const int from = begin + i * kBlockSlots;
       row_.fill(scales_[i], from, from + in_block(i, count), span_.end_slot);
+      fill_biases(span_, from, from + in_block(i, count), memory + i * kBlockSlots);
     }
     for (int first = 0; first < num_queries; first += kColumnQueries) {
       for (int i = 0; i < num_blocks; ++i) {
@@ -180,8 +183,8 @@ class TiledBlocks {
       const int limit = span_.first_visible + (span_.first_query + r) / span_.group;
       max[r] = span_.max[r];
       total[r] = span_.sum[r];
-      correction[r] = softmax_block<kSlots>(logits[r], (limit < end ? limit : end) - begin,
-                                            span_.scale, span_.softcap, max[r], total[r]);
+      correction[r] = softmax_block<kSlots>(span_, logits[r], biases,
+                                            (limit < end ? limit : end) - begin, max[r], total[r]);
     }
     if (!multiply_values(count, &logits[0][0])) return false;
     for (int r = 0; r < num_queries; ++r) {

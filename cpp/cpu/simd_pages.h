@@ -47,6 +47,26 @@ struct RowPages {
   const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
 };
 
+/// Widens the biases of the slots [begin, end), at most a block of them; returns `out`, or null if
+/// there are none.
+inline const float* fill_biases(const AttendSpan& span, int begin, int end, float* out) {
+  if (span.biases == nullptr) return nullptr;
+  const int log_page_size = __builtin_ctz(span.page_size);
+  Float16 together[kBlockSlots] = {};
+  for (int slot = begin; slot < end; slot += kSlotGroup) {
+    const Float16* from = static_cast<const Float16*>(span.biases) +
+                          span.page_ids[slot >> log_page_size] * span.bias_stride +
+                          (slot & (span.page_size - 1));
+    __builtin_memcpy(together + (slot - begin), from, kSlotGroup * sizeof(Float16));
+  }
+  for (int i = 0; i < kBlockSlots; i += kPair) {
+    const F32Pair pair = load_in_order(together + i);
+    store(out + i, pair.first);
+    store(out + i + kLanes, pair.second);
+  }
+  return out;
+}
+
 template <typename Element>
 struct PlainPages : RowPages<Element> {
   using Code = Element;

@@ -88,6 +88,10 @@ void check_layer(Checker& check, const LayerView& layer) {
     check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
   }
   check.tensor("page_positions", layer.page_positions, "N P", DType::kInt32);
+  check.optional("page_biases", layer.page_biases, "N P", DType::kFloat16);
+  check.require(!layer.page_biases || format == PageFormat::kPlain,
+                "page_biases must be left out for pages of ", dtype_name(layer.pages.dtype),
+                ": plain ones alone have biases");
   check.tensor("block_table", layer.block_table, "B Hkv M", DType::kInt32);
   check.tensor("lengths", layer.lengths, "B Hkv", DType::kInt32);
   check.tensor("seen", layer.seen, "B", DType::kInt32);
@@ -97,6 +101,7 @@ void check_layer(Checker& check, const LayerView& layer) {
   const int64_t p = check.size("P"), d = check.size("D");
   check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
                 "page size P must be a power of two from 8 to 256, got ", p);
+  if (layer.page_biases) check_page_parts(check, "page_biases", layer.page_biases);
   if (format != PageFormat::kPlain) return check_quantised(check, layer);
   const int64_t* stride = layer.pages.stride;
   check.require(

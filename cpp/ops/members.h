@@ -53,9 +53,10 @@ struct MembersOf<LayerView> {
   using Cpp = LayerView;
   using C = AdakvLayer;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(pages),      ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
-      ADAKV_MEMBER(lengths),    ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
-      ADAKV_MEMBER(key_scales), ADAKV_MEMBER(value_scales),   ADAKV_MEMBER(tails),
+      ADAKV_MEMBER(pages),       ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
+      ADAKV_MEMBER(lengths),     ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
+      ADAKV_MEMBER(key_scales),  ADAKV_MEMBER(value_scales),   ADAKV_MEMBER(tails),
+      ADAKV_MEMBER(page_biases),
   };
 };
 
@@ -111,7 +112,7 @@ struct MembersOf<CompactArgs> {
   static constexpr std::tuple kAll = {
       ADAKV_MEMBER(keys),        ADAKV_MEMBER(values),   ADAKV_MEMBER(positions),
       ADAKV_MEMBER(indptr),      ADAKV_MEMBER(seq_lens), ADAKV_MEMBER(page_ids),
-      ADAKV_MEMBER(page_indptr), ADAKV_MEMBER(layer),
+      ADAKV_MEMBER(page_indptr), ADAKV_MEMBER(biases),   ADAKV_MEMBER(layer),
   };
 };
 

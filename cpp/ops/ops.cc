@@ -82,6 +82,7 @@ Backend& checked(const ScoreArgs& args) {
     check.require(static_cast<bool>(args.layer.pages), "keys or a layer must be given");
     check.require(!args.seq_lens, "seq_lens must be left out with a layer, which has lengths");
     check.require(!args.layer.tails, "layer must not be of int4");
+    check.require(!args.layer.page_biases, "layer must be without page_biases");
     check_head_dim(check);
     check_layer(check, args.layer);
   }
@@ -158,6 +159,7 @@ Backend& checked(const CompactArgs& args) {
     check_head_dim(check);
   } else {
     check.require(!args.seq_lens, "seq_lens must be left out where keys are");
+    check.require(!args.biases, "biases must be left out where keys are: entries keep theirs");
     check.require(!args.layer.tails, "keys and values must be given for a layer of int4");
     check_held_layer(check, args.layer);
   }
@@ -172,6 +174,9 @@ Backend& checked(const CompactArgs& args) {
   check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ",
                 check.size("B") + 1, " elements, got ", check.size("B+1"));
   if (args.keys) check_layer(check, args.layer);
+  check.optional("biases", args.biases, "B Hkv T", DType::kFloat16);
+  check.require(!args.biases || static_cast<bool>(args.layer.page_biases),
+                "biases must be left out for a layer without page_biases");
   return backend(args.positions.device.type);
 }
 
@@ -235,6 +240,8 @@ Backend& checked(const PlanArgs& args) {
 
 void check_accumulated(Checker& check, const AttendArgs& args) {
   if (!args.accumulated) return;
+  check.require(!args.layer.page_biases,
+                "accumulated must be left out for a layer with page_biases");
   check.tensor("accumulated", args.accumulated, "B Hkv T", DType::kFloat32);
   const int64_t most = check.size("M") * check.size("P");
   check.require(check.size("T") >= most,

@@ -14,13 +14,13 @@ struct PagePiece {
   int64_t page_stride, bytes;  // a multiple of 16 each
 };
 
-/// Keys and values, their scales if there are any, and the positions.
+/// Keys and values, their scales if there are any, the positions, and the biases if there are any.
 struct PagePieces {
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 5;
 
   explicit PagePieces(const LayerView& layer) {
-    for (const TensorView* tensor :
-         {&layer.pages, &layer.key_scales, &layer.value_scales, &layer.page_positions}) {
+    for (const TensorView* tensor : {&layer.pages, &layer.key_scales, &layer.value_scales,
+                                     &layer.page_positions, &layer.page_biases}) {
       if (!*tensor) continue;
       const auto element_bytes = static_cast<int64_t>(dtype_size(tensor->dtype));
       int64_t elements = 1;

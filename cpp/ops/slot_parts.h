@@ -15,9 +15,9 @@ struct SlotPart {
   int32_t slot_bytes;
 };
 
-/// The keys, the values, their scales if there are any, and the positions.
+/// The keys, the values, their scales if there are any, the positions, and the biases if there are any.
 struct SlotParts {
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 6;
 
   explicit SlotParts(const LayerView& layer) {
     const TensorView& pages = layer.pages;
@@ -35,6 +35,8 @@ struct SlotParts {
                         static_cast<int32_t>(scales->shape[2] * bytes)};
     }
     parts[count++] = {layer.page_positions.ptr<char>(), layer.page_positions.stride[0] * 4, 4};
+    if (!layer.page_biases) return;
+    parts[count++] = {layer.page_biases.ptr<char>(), layer.page_biases.stride[0] * 2, 2};
   }
 
   SlotPart parts[kMost];

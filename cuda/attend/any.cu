@@ -2,6 +2,7 @@
 // the fast kernels (attend.cuh) don't take is done here.
 //
 //   z[t] = q . key[t] * scale, or softcap * tanh(that / softcap)       of the slots that q sees
+//          + bias[t], if the entries have biases
 //   out  = sum over t of exp(z[t]) * value[t] / total
 //   lse  = log(total),  total = exp(sink) + sum over t of exp(z[t])
 //
@@ -33,6 +34,11 @@ __device__ Query find_query(const AttendParams& p) {
   query.visible = is_padding ? 0 : max(0, visible);
   return query;
 }
+
+template <typename Entry>
+constexpr bool kHasBias = false;
+template <typename Element>
+constexpr bool kHasBias<BiasedEntry<Element>> = true;
 
 /// What a warp has found out; out[j] is column lane + 32 j.
 template <int kColumns>
@@ -66,7 +72,7 @@ __device__ void add_slots(const AttendParams& p,
   float z = -INFINITY;
 #pragma unroll(Entry::kLoads / kColumns)
   for (int32_t i = 0; i < count; ++i) {
-    const Entry entry = mine.of_lane(i);
+    const auto entry = mine.of_lane(i);
     float dot = 0;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -76,6 +82,7 @@ __device__ void add_slots(const AttendParams& p,
     if (lane == i) z = dot * p.scale;
   }
   if (p.softcap != 0 && lane < count) z = p.softcap * tanhf(z);  // the scale is divided by it
+  if constexpr (kHasBias<Entry>) z += mine.bias;
 
   // The maximum so far, and by what factor the sum and output so far shrink.
   const float most = fmaxf(result.max, warp_max(z));
@@ -88,7 +95,7 @@ __device__ void add_slots(const AttendParams& p,
 #pragma unroll(Entry::kLoads / kColumns)
   for (int32_t i = 0; i < count; ++i) {
     const float share = __shfl_sync(kFullWarp, probability, i);
-    const Entry entry = mine.of_lane(i);
+    const auto entry = mine.of_lane(i);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) out[j] += share * entry.value(p.layer, columns[j]);
   }
@@ -155,11 +162,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 void any_attend(const AttendArgs& args, const AttendParams& params) {
   const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
   const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
-  dispatch_entries(args, [&](auto element, auto entry, auto columns) {
+  const auto run = [&](auto element, auto entry, auto columns) {
     attend_any_kernel<typename decltype(element)::type, typename decltype(entry)::type, columns>
         <<<static_cast<uint32_t>(grid), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
             params, head_dim);
-  });
+  };
+  if (args.layer.page_biases) {
+    dispatch_dtype(args.queries.dtype, [&](auto element) {
+      using Biased = BiasedEntry<typename decltype(element)::type>;
+      dispatch_columns(head_dim, [&](auto columns) { run(element, TypeTag<Biased>{}, columns); });
+    });
+  } else {
+    dispatch_entries(args, run);
+  }
   ADAKV_CUDA_CHECK("attend", cudaGetLastError());
 }
 

@@ -46,6 +46,19 @@ struct Entry {
   }
 };
 
+/// The same with the bias of its logit.
+template <typename Element>
+struct BiasedEntry : Entry<Element> {
+  float bias = 0;
+
+  BiasedEntry() = default;
+  __device__ BiasedEntry(const AttendParams& p, const Query& query, int32_t slot)
+      : Entry<Element>(p, query, slot) {
+    const int64_t page = query.page(p.layer, slot) * p.layer.biases_stride;
+    bias = bits_to_float<__half>(p.layer.page_biases[page + slot % p.layer.page_size]);
+  }
+};
+
 /// The same of codes, with scales of the dtype Element.
 template <typename Element, typename Format>
 struct CodedEntry {

@@ -75,6 +75,8 @@ struct LayerRows {
   // What plain pages don't need comes last: parameters come from memory a line at a time.
   ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
   EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
+  uint16_t* page_biases;               // [N, P] float16, or null
+  int64_t biases_stride;               // of a page
 
   /// The key in a slot of a page; its value is half_page_bytes() further.
   __device__ char* key(int32_t page, int32_t slot) const {
@@ -103,6 +105,8 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.tails = entry_rows(layer.tails);
   rows.page_positions = layer.page_positions.ptr<int32_t>();
   rows.positions_stride = layer.page_positions.stride[0];
+  rows.page_biases = layer.page_biases ? layer.page_biases.ptr<uint16_t>() : nullptr;
+  rows.biases_stride = layer.page_biases.stride[0];
   rows.block_table = int_rows(layer.block_table);
   rows.lengths = int_rows(layer.lengths);
   rows.fresh_pages = int_rows(layer.fresh_pages);

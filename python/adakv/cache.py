@@ -32,7 +32,7 @@ from adakv.ops import Layer
 _MOST = 2**31 - 1  # of what is counted in int32
 
 #: Fields of a layer that all layers share, and those with a row for each sequence.
-_SHARED = ("pages", "page_positions", "key_scales", "value_scales")
+_SHARED = ("pages", "page_positions", "key_scales", "value_scales", "page_biases")
 _ROWS = ("block_table", "lengths", "seen", "fresh_pages", "tails")
 
 
@@ -59,6 +59,8 @@ class KVCache:
     kv_dtype : "auto", "int8", "fp8" or "int4"
         How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
         float16 or bfloat16.
+    has_biases : bool
+        Whether each entry has a bias, which attend adds to its logit; only with "auto".
 
     Raises
     ------
@@ -81,10 +83,11 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         kv_dtype: str = "auto",
+        has_biases: bool = False,
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
         device = device_of(device)
-        kv_dtype = check_kv_dtype(kv_dtype, dtype)
+        kv_dtype = check_kv_dtype(kv_dtype, dtype, has_biases=has_biases)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
         num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
@@ -102,6 +105,7 @@ class KVCache:
         self.page_size = page_size
         self.dtype = dtype
         self.kv_dtype = kv_dtype
+        self.has_biases = has_biases
         self.device = device
         # Sequences whose pages went to layers as only the device knows.
         self._shared: set[int] = set()
@@ -115,6 +119,7 @@ class KVCache:
             max_row_pages=max_row_pages,
             dtype=str(dtype).removeprefix("torch."),
             kv_dtype=kv_dtype,
+            has_biases=has_biases,
             device_type=device.type,
             device_index=device.index or 0,
         )
@@ -448,7 +453,7 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: keys, values and positions, scales if there are any."""
+        """Bytes of one page: keys, values and positions, scales and biases if there are any."""
         return int(self._cache.page_bytes)
 
     @property

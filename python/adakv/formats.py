@@ -31,11 +31,19 @@ def check_page_size(page_size: int) -> int:
     return size
 
 
-def check_kv_dtype(kv_dtype: str, dtype: torch.dtype | None = None) -> str:
-    """The same; raises ``ValueError`` unless it is a format of pages, and takes ``dtype``."""
+def check_kv_dtype(
+    kv_dtype: str, dtype: torch.dtype | None = None, *, has_biases: bool = False
+) -> str:
+    """The same; raises ``ValueError`` unless it is a format of pages, takes ``dtype``, and has
+    biases of entries if they are asked for."""
     if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
         names = ", ".join(map(repr, KV_DTYPES))
         raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
+    if has_biases and kv_dtype != "auto":
+        raise ValueError(
+            f"kv_dtype: pages of {kv_dtype} have no biases of entries, which Folded() and "
+            "from_entries(bias=...) need; take kv_dtype='auto'"
+        )
     if kv_dtype != "auto" and dtype is torch.float32:
         raise ValueError(
             f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "

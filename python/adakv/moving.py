@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adakv.cache import KVCache, sequences
 
-_SHARED = ("pages", "page_positions", "key_scales", "value_scales")
+_SHARED = ("pages", "page_positions", "key_scales", "value_scales", "page_biases")
 
 
 def moved(
@@ -31,6 +31,7 @@ def moved(
         max_row_pages=kv.max_row_pages,
         dtype=kv.dtype,
         kv_dtype=kv.kv_dtype,
+        has_biases=kv.has_biases,
         device=device,
         **sizes,
     )

@@ -39,10 +39,7 @@ Norm = Literal["l1", "l2_gram"]
 Accumulate = Literal["sum", "max", "last"]
 
 #: Fields of a layer that change with a step.
-_GROWING = (
-    *("pages", "page_positions", "block_table", "lengths", "seen"),
-    *("key_scales", "value_scales", "tails"),
-)
+_GROWING = tuple(field for field in Layer._fields if field != "fresh_pages")
 
 
 def _per_entry(keys: Tensor) -> Tensor:
@@ -120,7 +117,6 @@ def score(
     pool, pool_width : "max", "avg" or "none", and an odd width
         Max-pooling ignores what is outside of the candidates; average pooling counts it as zero (as
         torch and kvpress do).
-
     window : int, optional
         Last positions, which don't compete. Default: W.
     stride : int
@@ -322,6 +318,7 @@ def compact(
     page_indptr: Tensor,
     *,
     seq_lens: Tensor | None = None,
+    biases: Tensor | None = None,
 ) -> None:
     """Moves the kept entries of a prompt into pages; slot i of a row holds its i-th kept position.
 
@@ -339,8 +336,10 @@ def compact(
         to its rows in order, then one fresh page to each row. In place, pages among them that rows
         hold entries in stay theirs.
     seq_lens : ``[B]`` int32, optional
+    biases : ``[B, Hkv, T]`` float16, optional
+        Of the entries, for a layer with ``page_biases``. Default: 0, and in place what they have.
     """
-    _C.compact(keys, values, *kept, seq_lens, page_ids, page_indptr, layer)
+    _C.compact(keys, values, *kept, seq_lens, page_ids, page_indptr, biases, layer)
 
 
 @verb(fake=lambda *_, **_options: None, mutates=_GROWING)
@@ -450,9 +449,10 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
-    ``z = softcap * tanh(q . k * scale / softcap)``, ``out = softmax(z) v`` over the slots ``0 ..
-    length - S + s`` of the row, the head's sink logit included. With ``keys`` and ``values`` they
-    are appended first, in the same launch.
+    ``z = softcap * tanh(q . k * scale / softcap)``, plus the entry's bias if the layer has
+    ``page_biases``; ``out = softmax(z) v`` over the slots ``0 .. length - S + s`` of the row, the
+    head's sink logit included. With ``keys`` and ``values`` they are appended first, in the same
+    launch.
 
     Parameters
     ----------

@@ -31,6 +31,7 @@ class Shape:
     device: torch.device
     kv_dtype: str = "auto"
     groups: tuple[Group, ...] = ()
+    has_biases: bool = False
 
     def cache(
         self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
@@ -60,6 +61,7 @@ class Shape:
             dtype=self.dtype,
             device=self.device,
             kv_dtype=self.kv_dtype,
+            has_biases=self.has_biases,
         )
 
     @property
@@ -81,12 +83,12 @@ class Shape:
         or those of :data:`FROM_MANY_BITS` that keys and values of this dtype can have in pages of
         this size."""
         if kv_dtype is not None:
-            check_kv_dtype(kv_dtype, self.dtype)
+            check_kv_dtype(kv_dtype, self.dtype, has_biases=self.has_biases)
             return [(kv_dtype, page_size_for(kv_dtype, page_size))]
         found = []
         for name in FROM_MANY_BITS:
             try:
-                check_kv_dtype(name, self.dtype)
+                check_kv_dtype(name, self.dtype, has_biases=self.has_biases)
                 found.append((name, page_size_for(name, page_size)))
             except ValueError:
                 continue
@@ -138,7 +140,7 @@ class Footprint:
         """That in pages which hold keys and values as the model has them."""
         size = page_size_for("auto", None)
         columns = -(-self.row_pages * self.page_size // size)
-        shape = replace(self.shape, kv_dtype="auto")
+        shape = replace(self.shape, kv_dtype="auto", has_biases=False)
         return replace(self, shape=shape, page_size=size, row_pages=columns)
 
     def bytes_of(self, totals: Sequence[int]) -> int:

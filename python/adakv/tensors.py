@@ -36,6 +36,8 @@ class Layer(NamedTuple):
     ``key_scales`` is ``[N, 2, D]``, the scale of each dimension of a page's keys, then the zeros.
     ``tails`` ``[B, Hkv, 2 P, D]`` of the dtype of keys and values, only for int4: the last
     ``lengths % P`` entries of each row, P keys, then P values. With all layers ``[L * B, ...]``.
+    ``page_biases`` ``[N, P]`` float16, only of a cache that has biases: what attend adds to the
+    logit of each slot's entry; shared.
     """
 
     pages: Tensor
@@ -47,6 +49,7 @@ class Layer(NamedTuple):
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
     tails: Tensor | None = None
+    page_biases: Tensor | None = None
 
 
 class Source(NamedTuple):

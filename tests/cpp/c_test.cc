@@ -284,7 +284,18 @@ TEST(CFace, QuantisedPagesHaveScales) {
   ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
   EXPECT_EQ(layer.key_scales, nullptr);
   EXPECT_EQ(layer.value_scales, nullptr);
+  EXPECT_EQ(layer.page_biases, nullptr);
+  const size_t page_bytes = adakv_cache_page_bytes(cache);
   adakv_cache_destroy(cache);
+  config.has_biases = 1;
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);
+  ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
+  EXPECT_EQ(layer.page_biases->dtype.code, 2);
+  EXPECT_EQ(layer.page_biases->dtype.bits, 16);
+  EXPECT_EQ(layer.page_biases->shape[1], config.page_size);
+  EXPECT_EQ(adakv_cache_page_bytes(cache), page_bytes + 2 * config.page_size);
+  adakv_cache_destroy(cache);
+  config.has_biases = 0;
   for (const AdakvPageFormat format : {ADAKV_INT8_PAGES, ADAKV_FP8_PAGES}) {
     config.format = format;
     ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);

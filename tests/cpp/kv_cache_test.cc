@@ -160,6 +160,29 @@ TEST(KVCache, QuantisedPagesHoldScalesAndPositions) {
   }
 }
 
+TEST(KVCache, BiasesArePartOfPlainPagesThatHaveThem) {
+  CacheConfig config = small_config();
+  const size_t without = KVCache(config, device_memory({})).page_bytes();
+  EXPECT_FALSE(KVCache(config, device_memory({})).layer(0).page_biases);
+  config.has_biases = true;
+  KVCache cache(config, device_memory({}));
+  const TensorView biases = cache.layer(1).page_biases;
+  EXPECT_EQ(biases.shape_string(), "[400, 8]");
+  EXPECT_EQ(biases.dtype, DType::kFloat16);
+  EXPECT_EQ(cache.page_bytes(), without + 8 * 2);
+  cache.begin(0, 0, {20}, {12});
+  const int64_t used = cache.pool().num_touched() * int64_t{8};
+  for (int64_t i = 0; i < used; ++i) biases.ptr<uint16_t>()[i] = static_cast<uint16_t>(i * 7);
+  cache.reserve(1000, 0);
+  EXPECT_EQ(cache.layer(0).page_biases.shape_string(), "[1000, 8]");
+  for (int64_t i = 0; i < used; ++i) {
+    ASSERT_EQ(cache.layer(0).page_biases.ptr<uint16_t>()[i], static_cast<uint16_t>(i * 7));
+  }
+  config.format = PageFormat::kInt8;
+  config.dtype = DType::kFloat16;
+  EXPECT_THROW(KVCache(config, device_memory({})), InvalidArgument);
+}
+
 TEST(KVCache, Int4PagesHaveTails) {
   CacheConfig config = small_config();
   config.format = PageFormat::kInt4;

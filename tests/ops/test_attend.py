@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ from torch import Tensor
 
 import reference
 from adakv import ops
-from cases import DTYPES, FORMATS, INT4, copied, int32, noncontiguous, paged_layer
+from cases import (
+    DTYPES,
+    FORMATS,
+    INT4,
+    copied,
+    int32,
+    noncontiguous,
+    paged_layer,
+    with_biases,
+)
 from tolerance import assert_close
 
 
@@ -104,6 +114,35 @@ def test_attend_equals_definition(
     queries, options = random_queries(case, dtype, device), options_of(case, device)
     schedule = schedule_of(layer, new_tokens=0)
     out, lse = ops.attend(queries, layer, schedule, **options)
+    expected_out, expected_lse = reference.attend(queries, layer, **options)
+    baseline_out, baseline_lse = reference.attend(queries, layer, dtype=dtype, **options)
+    assert_close(out, expected_out, baseline_out, "out")
+    assert_close(lse, expected_lse, baseline_lse, "lse")
+
+
+def test_attend_adds_biases_by_hand(device: torch.device) -> None:
+    """Logits 0, 0 and log 2 with biases log 3, 0 and -40: weights 3 / 4, 1 / 4 and nearly 0."""
+    layer = with_biases(paged_layer([[3]], head_dim=8, device=device))
+    page = int(layer.block_table[0, 0, 0])
+    layer.pages[page, :, :3] = 0
+    layer.pages[page, 0, 2, 0] = math.log(2) * math.sqrt(8)
+    layer.pages[page, 1, :3, 0] = torch.tensor([4.0, 8.0, 100.0])
+    assert layer.page_biases is not None
+    layer.page_biases[page, :3] = torch.tensor([math.log(3), 0, -40]).half()
+    queries = torch.tensor([1.0] + [0.0] * 7, device=device).view(1, 1, 1, 8)
+    out, lse = ops.attend(queries, layer, schedule_of(layer, new_tokens=0))
+    assert out[0, 0, 0, 0].item() == pytest.approx(5, abs=2e-3)
+    assert lse.item() == pytest.approx(math.log(4), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attend_with_biases_equals_definition(
+    case: Case, dtype: torch.dtype, device: torch.device
+) -> None:
+    layer = with_biases(layer_of(case, dtype, "auto", device))
+    queries, options = random_queries(case, dtype, device), options_of(case, device)
+    out, lse = ops.attend(queries, layer, schedule_of(layer, new_tokens=0), **options)
     expected_out, expected_lse = reference.attend(queries, layer, **options)
     baseline_out, baseline_lse = reference.attend(queries, layer, dtype=dtype, **options)
     assert_close(out, expected_out, baseline_out, "out")

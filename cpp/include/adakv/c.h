@@ -98,6 +98,7 @@ typedef struct AdakvCacheConfig {
   AdakvDataType dtype;    /* float16 or bfloat16; in plain pages also float32 */
   AdakvDevice device;     /* of all tensors */
   AdakvPageFormat format; /* 0: plain pages */
+  int32_t has_biases;     /* 0; whether entries have a bias each, in plain pages */
 } AdakvCacheConfig;
 
 /** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
@@ -140,8 +141,7 @@ typedef struct AdakvMemory {
 /** The tensors of one layer; they belong to the cache and live as long. adakv_cache_reserve() changes
  * where they point to. */
 typedef struct AdakvLayer {
-  const AdakvTensor* pages;          /* [N, 2, P, D]; of quantised pages uint8 or float8_e4m3fn;
-                                        [N, 2, P, D / 2] uint8 of int4 */
+  const AdakvTensor* pages;          /* [N, 2, P, D], or codes: uint8, float8_e4m3fn; int4 D / 2 */
   const AdakvTensor* page_positions; /* [N, P] int32 */
   const AdakvTensor* block_table;    /* [B, Hkv, M] int32 */
   const AdakvTensor* lengths;        /* [B, Hkv] int32 */
@@ -150,6 +150,7 @@ typedef struct AdakvLayer {
   const AdakvTensor* key_scales;   /* [N, P, 2 Z] int8, [N, P, Z] fp8, [N, 2, D] int4, else NULL */
   const AdakvTensor* value_scales; /* the same for values, int4 as int8 */
   const AdakvTensor* tails;        /* [B, Hkv, 2 P, D] int4 (all layers: L * B), else NULL */
+  const AdakvTensor* page_biases;  /* [N, P] float16, if the cache has biases, else NULL */
 } AdakvLayer;
 
 /** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
@@ -370,14 +371,14 @@ typedef struct AdakvSelectArgs {
 
 /** What adakv_compact() takes: CompactArgs of ops.h. */
 typedef struct AdakvCompactArgs {
-  const AdakvTensor* keys;        /* [B, Hkv, T, D]; NULL: in place, positions are slots */
-  const AdakvTensor* values;      /* [B, Hkv, T, D]; NULL with keys */
-  const AdakvTensor* positions;   /* [K] int32 */
-  const AdakvTensor* indptr;      /* [B * Hkv + 1] int32 */
-  const AdakvTensor* seq_lens;    /* [B] int32, optional */
-  const AdakvTensor* page_ids;    /* [Q] int32, of adakv_cache_begin(), on the tensors' device; in
-                                     place of adakv_cache_begin_again() */
+  const AdakvTensor* keys;      /* [B, Hkv, T, D]; NULL: in place, positions are slots */
+  const AdakvTensor* values;    /* [B, Hkv, T, D]; NULL with keys */
+  const AdakvTensor* positions; /* [K] int32 */
+  const AdakvTensor* indptr;    /* [B * Hkv + 1] int32 */
+  const AdakvTensor* seq_lens;  /* [B] int32, optional */
+  const AdakvTensor* page_ids; /* [Q] int32, of adakv_cache_begin() or ..._again(), on the device */
   const AdakvTensor* page_indptr; /* [B + 1] int32 */
+  const AdakvTensor* biases;      /* [B, Hkv, T] float16, optional, of a layer with page_biases */
   AdakvLayer layer;               /* out; in place in and out */
   void* workspace;                /* scratch memory on the tensors' device */
   size_t workspace_bytes;         /* adakv_compact_workspace() */

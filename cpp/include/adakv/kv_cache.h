@@ -68,6 +68,7 @@ struct CacheConfig {
   int32_t max_row_pages = 0;       // most pages of one row
   DType dtype = DType::kBFloat16;  // of keys and values; kFloat32 only in plain pages
   PageFormat format = PageFormat::kPlain;  // of the pages
+  bool has_biases = false;                 // one for each entry; only in plain pages
   Device device = {};                      // where the tensors live: that of the Memory
 };
 
@@ -100,6 +101,9 @@ struct LayerView {
   /// each row, P keys, then P values. Their page has their positions, and gets their codes when it is
   /// full. With all layers [L * B, Hkv, 2 P, D]
   TensorView tails;
+  /// [N, P] float16  what attend adds to the logit of each slot's entry, a finite number; only where
+  /// the config has_biases
+  TensorView page_biases;
 
   /// What the pages hold, which their dtype says, and whether there are tails.
   PageFormat format() const {
@@ -151,7 +155,7 @@ class KVCache {
   /// How many pages are free and used. Forks have one pool.
   const PagePool& pool() const;
 
-  /// Bytes of one page: keys, values and positions, scales if there are any.
+  /// Bytes of one page: keys, values and positions, scales and biases if there are any.
   size_t page_bytes() const;
 
   /// Bytes that a sequence takes beside its pages: in int4 the tails of all its rows, else 0.
@@ -179,7 +183,7 @@ class KVCache {
   /// Makes room for at least `num_pages` pages in the pool and `max_row_pages` in a row, and keeps
   /// what the cache holds. What has to grow is copied to new memory in `stream`, pages that were
   /// never taken excepted: the pool takes twice its memory for a moment. Views from before are
-  /// stale: of `pages` and `page_positions` if the pool grew, of `block_table` if rows did; the
+  /// stale: of what is [N, ...] if the pool grew, of `block_table` if rows did; the
   /// other tensors stay where they are. Forks have one pool, which grows for all. Throws InvalidArgument for sizes that make no sense and
   /// Error if the memory can't be had; then nothing changes.
   void reserve(int32_t num_pages, int32_t max_row_pages, Stream stream = nullptr);

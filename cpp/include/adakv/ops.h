@@ -57,7 +57,7 @@ enum class Accumulate : uint8_t { kSum, kMax, kLast };
 /// With a layer in the place of keys, the keys are those that its rows hold, read where they lie: row
 /// (b, h) has entries 0 .. lengths[b, h] - 1, of which the last ones are its window, and n differs
 /// from row to row. Of quantised pages, a key is what codes and scale say, rounded to the dtype of the
-/// queries; not of int4.
+/// queries; not of int4, and not of a layer with page_biases.
 struct ScoreArgs {
   TensorView queries;   // [B, Hq, W, D]   of each sequence's last positions, after RoPE
   TensorView keys;      // [B, Hkv, T, D]  prompt keys, after RoPE; not given: those of the layer
@@ -148,13 +148,13 @@ void select(const SelectArgs& args);
 /// KVCache::begin gave them) are dealt to its rows: first ceil(length / P) to each row in turn,
 /// then one fresh page to each.
 ///   row (b, h), slot i  <-  keys, values of position positions[indptr[b * Hkv + h] + i]
-/// Quantised pages get the codes and scales of ops/quantise.h. An entry that isn't finite makes its
+/// In a layer with page_biases the entry has the bias that stands beside it, or 0. Quantised pages get the codes and scales of ops/quantise.h. An entry that isn't finite makes its
 /// own scale NaN and no other. They take float16 and bfloat16, no float32. In int4 what does not fill
 /// a page goes to the row's tail.
 ///
 /// Without keys and values, the entries are those that the layer's rows hold, positions are slots of
 /// the row, and everything stays in its place that can (KVCache::begin_again):
-///   slot i  <-  slot positions[indptr[b * Hkv + h] + i], codes, scales and position as they are
+///   slot i  <-  slot positions[indptr[b * Hkv + h] + i], codes, scales, position and bias as they are
 /// A row keeps its first ceil(length / P) pages, but for those that page_ids does not name. These are
 /// replaced, row by row, by pages of page_ids that no row has kept, in their order; the next ones of
 /// them are the fresh pages. seen stays as it is. Not of int4, where a page's keys share scales.
@@ -166,6 +166,7 @@ struct CompactArgs {
   TensorView seq_lens;     // [B] int32   not given: all T
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32
+  TensorView biases;       // [B, Hkv, T] float16  optional, with keys; for a layer with page_biases
   LayerView layer;       // of the same B sequences, out: everything in it; seen = seq_lens. In and
                          // out, but for seen, without keys
   TensorView workspace;  // [workspace_bytes(args) / 4] int32
@@ -200,7 +201,7 @@ void fork(const ForkArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
-/// padding is never stored). Quantised pages as in compact; in int4 entries go to the row's tail,
+/// padding is never stored). A new entry's bias is 0. Quantised pages as in compact; in int4 entries go to the row's tail,
 /// which becomes codes as soon as it is full.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
@@ -241,7 +242,7 @@ int default_num_workers(Device device);
 /// Attention of S new queries over what each row holds. The newest S entries of a row are those of
 /// the S columns, so that
 ///   query s of sequence b sees slots 0 .. lengths[b,h] - S + s
-///   z = softcap * tanh(q . k * scale / softcap)
+///   z = softcap * tanh(q . k * scale / softcap) + bias, if the layer has page_biases
 ///   out = sum of softmax(z, with the head's sink logit) * v
 /// With keys and values given, they are appended first, in the same launch (see append). Of quantised
 /// pages, k and v are what codes and scales say, also for the newest entries; in int4 the last lengths
@@ -256,6 +257,7 @@ int default_num_workers(Device device);
 ///   kMax:   accumulated[b,h,slot] = max(accumulated[b,h,slot], r)
 ///   kLast:  accumulated[b,h,slot] = i if r >= threshold; i: tokens of b up to s, seen - (S - 1 - s)
 /// The slots of the new tokens begin at 0, whatever was there. What lies behind a row is left alone.
+/// Not of a layer with page_biases.
 struct AttendArgs {
   TensorView queries;      // [B, Hq, S, D]
   LayerView layer;         // in; in and out if keys are given
