@@ -55,6 +55,7 @@ void bind_cache_file(py::module_& module) {
       .def(py::init<const std::string&>(), arg("path"))
       .def_property_readonly("texts", &CacheFile::texts)
       .def_property_readonly("seen", &CacheFile::seen)
+      .def_property_readonly("has_biases", &CacheFile::has_biases)
       .def("lengths",
            [](const std::shared_ptr<CacheFile>& self) {
              return FileTensor{tensor_of(self->lengths(), self)};

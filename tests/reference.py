@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codes import dequantise, dequantise_page, quantise, quantise_page
+from folded import biases_of as biases_of
 from forked import fork as fork
 from in_place import compact_in_place
 
@@ -302,18 +303,8 @@ def row_of(
         return entries_of(layer, pages, dtype)[:, :length]
     whole = (length - 1 if just_filled and length else length) // page_size
     tail = layer.tails[b, h].cpu().to(dtype).unflatten(0, (2, page_size))
-    return torch.cat(
-        [entries_of(layer, pages[:whole], dtype), tail[:, : length - whole * page_size]], 1
-    )
-
-
-def biases_of(layer: Any, b: int, h: int) -> Tensor:
-    """What is added to the logits of a row's entries ``[length]``; zeros without biases."""
-    length = int(layer.lengths[b, h])
-    if layer.page_biases is None:
-        return torch.zeros(length)
-    pages = layer.block_table[b, h, : -(-length // layer.page_biases.shape[1])].long().cpu()
-    return layer.page_biases.cpu()[pages].flatten()[:length]
+    rest = tail[:, : length - whole * page_size]
+    return torch.cat([entries_of(layer, pages[:whole], dtype), rest], 1)
 
 
 def compact(
@@ -497,8 +488,8 @@ def attend(
         for h in range(num_kv_heads):
             length = int(layer.lengths[b, h])
             keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
-            of_group = range(h * group, h * group + group)
-            for q, s in product(of_group, range(num_columns - count, num_columns)):
+            columns = range(num_columns - count, num_columns)
+            for q, s in product(range(h * group, h * group + group), columns):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
                 z = _capped(z, softcap) + biases_of(layer, b, h)[:seen].to(dtype)

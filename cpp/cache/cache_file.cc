@@ -114,6 +114,8 @@ void CacheFile::read_texts() {
     fail("its dtype " + text("dtype") + " or kv_dtype " + text("kv_dtype") + " makes no sense");
   }
   seen_ = numbers("seen", config_.num_sequences, kMostTokens);
+  config_.has_biases = bool(file_.tensor(kFirstBiases));
+  if (config_.has_biases && format > 0) fail("it has biases in pages of " + text("kv_dtype"));
 }
 
 // Its tensors are exactly those that its lengths ask for, and what the writer gave beside them.
@@ -185,7 +187,8 @@ void CacheFile::check_cache(const KVCache& cache, int32_t first_sequence) const 
   const CacheConfig& c = cache.config();
   const auto shape = [](const CacheConfig& c) {
     return detail::concat(c.num_layers, " layers of ", c.num_kv_heads, " kv heads of ", c.head_dim,
-                          " ", dtype_name(c.dtype), ", ", kFormatNames[static_cast<int>(c.format)]);
+                          " ", dtype_name(c.dtype), ", ", kFormatNames[static_cast<int>(c.format)],
+                          c.has_biases ? " with biases" : "");
   };
   ADAKV_CHECK(shape(c) == shape(config_), "load: the cache must have ", shape(config_), ", got ",
               shape(c));

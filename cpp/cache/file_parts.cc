@@ -46,6 +46,9 @@ std::vector<FilePart> parts_of(const CacheConfig& config,
   const int64_t bytes = dim * static_cast<int64_t>(dtype_size(codes));
   add("keys", {entries, dim}, codes, &LayerView::pages, bytes);
   add("values", {entries, dim}, codes, &LayerView::pages, bytes, config.page_size * bytes);
+  if (config.has_biases) {
+    add("biases", {entries}, DType::kFloat16, &LayerView::page_biases, 2);
+  }
   if (!is_plain) {
     add("key_scales", {entries, scales}, config.dtype, &LayerView::key_scales, scales * size);
     add("value_scales", {entries, scales}, config.dtype, &LayerView::value_scales, scales * size);

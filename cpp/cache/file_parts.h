@@ -14,6 +14,7 @@ namespace adakv {
 
 constexpr const char* kFileKind = "adakv cache";
 constexpr const char* kFileVersion = "2";
+constexpr const char* kFirstBiases = "layers.0.biases";  // there if entries have biases
 constexpr const char* kFormatNames[] = {"auto", "int8", "fp8", "int4"};  // of PageFormat
 
 /// Whether a tensor has its name from the format, not from who gave it beside the cache.

@@ -80,6 +80,7 @@ AdakvStatus adakv_cache_file_config(const AdakvCacheFile* file,
     out.dtype = tensor.dtype;
     out.device = tensor.device;
     out.format = static_cast<AdakvPageFormat>(c.format);
+    out.has_biases = c.has_biases;
   });
 }
 

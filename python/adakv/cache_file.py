@@ -30,6 +30,7 @@ class CacheFile:
             self._file = _C.CacheFile(self.name)
         self.texts = self._file.texts  #: what is said beside the tensors, by name
         self.seen = self._file.seen  #: tokens of each sequence
+        self.has_biases = self._file.has_biases  #: whether entries have them
         self.lengths = self._file.lengths()  #: ``[L, B, Hkv]`` int32: entries of the rows
 
     def others(self) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ class CacheFile:
         """Puts what the file holds into the first sequences of a cache, which must be empty.
 
         Raises ``adakv.Error`` if it was altered or there are too few free pages, and ``ValueError``
-        for a cache of other layers, heads, dtype or format. Then the sequences are empty.
+        for a cache of other layers, heads, dtype, format or biases. Then the sequences are empty.
         """
         self._file.load(kv._cache)
 

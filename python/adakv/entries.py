@@ -16,6 +16,7 @@ from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
+from adakv.policy.folded import Folded, Folding
 from adakv.policy.inputs import scaled
 from adakv.step import Attention
 
@@ -61,13 +62,14 @@ class Whole(NamedTuple):
     inputs: LayerInputs
     budgets: Sequence[LayerBudget]  #: of each of them
     scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn
+    folding: Folding | None = None  #: of what leaves, if it is
 
     def scored(self, policy: Policy) -> Whole:
         """With scores, unless all of it is kept; without the queries, which are done with."""
         scores = self.scores
         if scores is None and not self.budgets[0].keeps_everything:
             scores = policy.score(self.inputs, self.budgets)
-        return Whole(self.inputs.without_queries(), self.budgets, scores)
+        return self._replace(inputs=self.inputs.without_queries(), scores=scores)
 
     def without_entries(self, policy: Policy) -> Whole:
         """With the norms that the policy's selector will ask for."""
@@ -75,9 +77,23 @@ class Whole(NamedTuple):
             self.inputs.norms(getattr(policy.selector, "norm", "l1"))  # while there are values
         return Whole(self.inputs.without_entries(), self.budgets, self.scores)
 
+    def to_fold(self, rule: Folded, asked: LayerInputs) -> Whole:
+        """With what folds that which leaves, of the same prompts and their newest queries."""
+        if self.budgets[0].keeps_everything:
+            return self
+        return self._replace(folding=Folding(rule, rule.masses(asked)))
+
+    def reserved(self, policy: Policy) -> Whole:
+        """With the scores of what a :class:`Reserve` would hold, and all entries."""
+        _, scores = policy.reserve(self.inputs, self.budgets, scores=self.scores)
+        return self._replace(inputs=self.inputs.without_queries(), scores=scores)
+
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
-        """:func:`adakv.ops.compact` of some of the entries."""
-        ops.compact(self.inputs.keys, self.inputs.values, kept, view, page_ids, page_indptr)
+        """:func:`adakv.ops.compact` of some of the entries, with what is folded into them."""
+        keys, values, biases = self.inputs.keys, self.inputs.values, None
+        if self.folding is not None:
+            values, biases = self.folding.fold(keys, values, kept)
+        ops.compact(keys, values, kept, view, page_ids, page_indptr, biases=biases)
 
 
 class Reserve(NamedTuple):
@@ -123,17 +139,20 @@ def compact_rows(
     view: Layer,
     page_ids: Tensor,
     page_indptr: Tensor,
+    *,
+    biases: Tensor | None = None,
 ) -> None:
-    """:func:`adakv.ops.compact` of entries that lie row by row: keys and values ``[E, D]``, and
-    positions ``[E]`` int32, of rows of ``lengths`` ``[B, Hkv]``."""
+    """:func:`adakv.ops.compact` of entries that lie row by row: keys and values ``[E, D]``,
+    positions ``[E]`` int32 and biases ``[E]`` float16, of rows of ``lengths`` ``[B, Hkv]``."""
     count, device = len(positions), keys.device
     places = torch.arange(count, dtype=torch.int32, device=device)
     indptr = F.pad(lengths.flatten().cumsum(0), (1, 0)).int().to(device)
     if count == 0:  # rows must have something to choose from
         keys, values = (x.new_zeros(1, x.shape[1]) for x in (keys, values))
         positions = places.new_zeros(1)
+        biases = None
     all_of_it = Kept(places, indptr)
-    _compact_places(keys, values, positions, all_of_it, view, page_ids, page_indptr)
+    _compact_places(keys, values, positions, all_of_it, view, page_ids, page_indptr, biases=biases)
 
 
 def _compact_places(
@@ -144,11 +163,15 @@ def _compact_places(
     view: Layer,
     page_ids: Tensor,
     page_indptr: Tensor,
+    *,
+    biases: Tensor | None = None,
 ) -> None:
     """:func:`adakv.ops.compact` of entries of all rows, keys and values ``[E, D]`` that stood at
     ``positions`` ``[E]``: of those that are ``chosen`` by their places among them."""
     shape = (*view.lengths.shape, len(keys), -1)
-    ops.compact(keys.expand(shape), values.expand(shape), chosen, view, page_ids, page_indptr)
+    biases = None if biases is None else biases.expand(shape[:3])
+    entries = keys.expand(shape), values.expand(shape)
+    ops.compact(*entries, chosen, view, page_ids, page_indptr, biases=biases)
     _renumber(view, lambda places: positions[places])
 
 

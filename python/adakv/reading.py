@@ -69,6 +69,7 @@ class _Observed(NamedTuple):
     newest: Part  # without its queries, unless it is the only one
     unfolded: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
     folded: tuple[Any, ...] = ()  # of each group
+    last: Tensor | None = None  # [B, Hq, W, D], the newest queries, for Policy.fold
 
     def joined(self) -> Part:
         """The newest part, with all queries and hidden states that are there, and with the queries'
@@ -212,12 +213,15 @@ class Reader:
         else afterwards.
         """
         before = self._observed[layer] or _Observed(part)
+        fold = self.policy.fold
+        last = None if fold is None else fold.newest(part.queries, before.last)
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
         if "hidden" not in self.policy.needs:
             part = part._replace(hidden=None)
         parts: tuple[Part, ...] = (*before.unfolded, part)
         if self._folding is not None and self._groups and self._is_long:
-            self._observed[layer] = self._fold(layer, _Observed(newest, parts, before.folded))
+            observed = _Observed(newest, parts, before.folded, last)
+            self._observed[layer] = self._fold(layer, observed)
             return
         if self._folding is None and "all_queries" not in self.policy.needs:
             window = self._asked(torch.cat([self._asked(x.queries) for x in parts], 2)).clone()
@@ -226,7 +230,7 @@ class Reader:
             lse, hidden = (None if x is None else x.clone() for x in (part.lse, part.hidden))
             kept = part._replace(queries=part.queries.clone(), lse=lse, hidden=hidden)
             parts = (*before.unfolded, kept)
-        self._observed[layer] = _Observed(newest, parts, before.folded)
+        self._observed[layer] = _Observed(newest, parts, before.folded, last)
 
     def finish(
         self,
@@ -259,7 +263,7 @@ class Reader:
         if part is not None and self._observed[layer] is not None:
             self.take(layer, part)
             part = None
-        observed = self._observed[layer] if part is None else _Observed(part)
+        observed = self._observed[layer] if part is None else _Observed(part, last=part.queries)
         if layer != self._num_finished or observed is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
         wholes = self._wholes(layer, observed, repeat)
@@ -339,7 +343,7 @@ class Reader:
         before = observed.folded or (None,) * len(self._groups)
         inputs = self._inputs(layer, part, part.queries.contiguous(), None)
         folded = tuple(self._folding.fold(*pair) for pair in zip(before, inputs, strict=True))
-        return _Observed(observed.newest, (), folded)
+        return observed._replace(unfolded=(), folded=folded)
 
     def _wholes(
         self, layer: int, observed: _Observed, repeat: tuple[Tensor, Tensor] | None
@@ -360,6 +364,10 @@ class Reader:
             inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
+        if self.policy.fold is not None and observed.last is not None:
+            newest = self.policy.fold.newest(observed.last)
+            asked = self._inputs(layer, part, newest, None)
+            wholes = [x.to_fold(self.policy.fold, of) for x, of in zip(wholes, asked, strict=True)]
         if layer > 0 and self.policy.scores_once:
             return [
                 whole._replace(scores=None if scores is None else scores.to(whole.inputs.device))
@@ -421,6 +429,8 @@ class Reader:
 
     def _held(self, whole: Whole) -> Whole | Reserve:
         """What a layer of a model-wide policy holds of some prompts until the last one is there."""
+        if self.policy.reserves and whole.folding is not None:  # what leaves is still to be read
+            return whole.reserved(self.policy)
         if self.policy.reserves:
             held = Reserve.take(self.policy, whole)
             return held if self._holds_entries else Whole(held.inputs, held.budgets, held.scores)

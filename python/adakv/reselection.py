@@ -28,6 +28,7 @@ from adakv.policy.again import (
     Competing,
     carries,
     check_chooses_again,
+    check_unfolded,
     moved_scores,
     shares_of_all,
 )
@@ -92,6 +93,7 @@ class Rule:
             if chosen.when is not None or every is not None or decode_policy is not None:
                 raise ValueError("decode_budget must be given if a text is to be chosen from")
             return None
+        check_unfolded(policy, "decode_budget")
         if every is None:
             every = EveryTokens.every if chosen.when is None else chosen.when.every
         return cls(chosen, budget, every, pin_prompt)

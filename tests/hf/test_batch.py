@@ -80,6 +80,7 @@ SETTINGS = [
     {"policy": "critical_ada_snapkv", "budget": 36},
     {"policy": "ada_pyramidkv", "ratio": 0.7},
     {"policy": "streaming", "budget": 40},
+    {"policy": "WindowAttention() * Adaptive() * TopScore() * Folded(cosine=0.0)", "budget": 40},
     {"policy": "full"},
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -92,6 +93,30 @@ def test_tensors_of_all_heads_and_sequences_of_unequal_length() -> None:
         assert torch.equal(logits(model, step, dense), logits(model, step, cache))
 
 
+def test_an_entry_with_a_bias_stands_for_several() -> None:
+    """Entry 7 three times and entry 20 twice, as transformers' own cache may hold them, are one
+    with a bias of log 3 and one of log 2."""
+    model, prompt = LLAMA.model(), ids(40)
+    full = full_cache(model, prompt)
+    keys, values, positions = chosen(full, [[[[*range(40)]] * HEADS]] * LAYERS)
+    bias = torch.zeros(40)
+    bias[7], bias[20] = math.log(3), math.log(2)
+    again = torch.tensor([*range(40), 7, 7, 20])
+    several = DynamicCache(config=model.config)
+    for index, layer in enumerate(full.layers):
+        several.update(layer.keys[:, :, again], layer.values[:, :, again], index)
+    with adakv.attach(model):
+        cache = adakv.Cache.from_entries(
+            model, keys, values, positions, 40, bias=[[[bias] * HEADS]] * LAYERS
+        )
+        for i in range(3):
+            step, place = ids(1), {"position_ids": torch.tensor([[40 + i]])}
+            expected, got = (logits(model, step, each, **place) for each in (several, cache))
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+    kv = cache.pages
+    assert kv is not None and kv.has_biases
+
+
 def test_rows_may_be_empty() -> None:
     model = LLAMA.model()
     nothing = [torch.zeros(1, HEADS, 0, 16)] * LAYERS
@@ -127,7 +152,19 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 adakv.Cache.from_entries(model, *given)
-        with pytest.raises(ValueError, match="attend adds no bias"):
-            adakv.Cache.from_entries(model, x, x, at, 9, bias=at)
+        bias = [torch.zeros(1, HEADS, 5)] * LAYERS
+        for wrong, message in (
+            (at, r"bias\[0\]\[0\]\[0\] must be floats \[5\], got torch.int64"),
+            ([y[..., :4] for y in bias], r"bias\[0\]\[0\]\[0\] must be floats \[5\]"),
+            (
+                [*bias[:2], bias[2] + 70000, bias[3]],
+                r"bias\[2\]\[0\]\[0\] must be finite in float16",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                adakv.Cache.from_entries(model, x, x, at, 9, bias=wrong)
     with adakv.attach(sliding), pytest.raises(ValueError, match="without full attention"):
         adakv.Cache.from_entries(sliding, x, x, at, 9)
+    model, x = model.bfloat16(), [y.bfloat16() for y in x]
+    with adakv.attach(model), pytest.raises(ValueError, match="pages of int8 have no biases"):
+        adakv.Cache.from_entries(model, x, x, at, 9, bias=bias, kv_dtype="int8")

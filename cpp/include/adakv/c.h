@@ -153,9 +153,8 @@ typedef struct AdakvLayer {
   const AdakvTensor* page_biases;  /* [N, P] float16, if the cache has biases, else NULL */
 } AdakvLayer;
 
-/** Pages of several sequences, in host memory: those of sequence i are ids[indptr[i]] up to
- * ids[indptr[i + 1]]. Belongs to the cache; valid until the next adakv_cache_begin() or
- * adakv_cache_begin_again(). */
+/** Pages of several sequences in host memory, ids[indptr[i]] up to ids[indptr[i + 1]] of sequence i.
+ * The cache's; valid until the next adakv_cache_begin() or adakv_cache_begin_again(). */
 typedef struct AdakvPageList {
   const int32_t* ids;    /* [num_ids] */
   const int32_t* indptr; /* [num_sequences + 1] */

@@ -45,6 +45,9 @@ class CacheFile {
   /// [L, B, Hkv] int32 in host memory: entries of the rows.
   TensorView lengths() const { return lengths_; }
 
+  /// Whether entries have biases; then a cache that they are loaded into must have them.
+  bool has_biases() const { return config_.has_biases; }
+
   /// Sizes of a cache that has room for what the file holds and for `max_new_tokens` tokens behind
   /// each sequence; on the CPU, which is yours to change. `page_size` 0 is 16, of quantised pages 32.
   /// Throws InvalidArgument for numbers that make no sense and Error if no cache is that large.

@@ -348,7 +348,7 @@ def chosen_policies(
             if kv_dtype != "auto":
                 raise InputError(f"--kv-dtypes: {name} has a budget in bytes and its own format")
             chosen[label] = (policy, policy.bits.kv_dtype)
-        elif equal_bytes and kv_dtype != "auto":
+        elif equal_bytes and (kv_dtype != "auto" or policy.has_biases):
             chosen[label] = (replace(policy, bits=MoreTokens(kv_dtype)), kv_dtype)
         else:
             chosen[label] = (policy, kv_dtype)

@@ -65,7 +65,9 @@ class Allocation:
                 )
         elif kv_dtype is None:
             kv_dtype = "auto"
-        self._kv_dtype = None if kv_dtype is None else check_kv_dtype(kv_dtype)
+        self._kv_dtype = None
+        if kv_dtype is not None:
+            self._kv_dtype = check_kv_dtype(kv_dtype, has_biases=budget.policy.has_biases)
         self._page_size = None if page_size is None else check_page_size(page_size)
         if kv_dtype is not None:
             page_size_for(kv_dtype, page_size)

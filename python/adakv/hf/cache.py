@@ -14,6 +14,7 @@ keys and values die with its layer's forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
 from adakv.page_history import reader_of
-from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses, get_read
+from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses
+from adakv.policy.presets import read_by
 from adakv.policy.reads import PageRead
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
@@ -155,7 +157,7 @@ class Cache(ShownCache):
         chosen, needs = self.budget.policy, self.budget.policy.needs
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._groups = groups_of(self.layer_devices(decoder, full))
-        self._keeps_scores, self._read = keep_scores, None if read is None else get_read(read)
+        self._keeps_scores, self._read = keep_scores, read_by(chosen, read)
         check_together(self._groups, self._rule or chunk_budget or self._read)
         self._chunk_budget, self._is_chunked = chunk_budget, chunked_prefill
         self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
@@ -488,7 +490,8 @@ class Cache(ShownCache):
         """What layers put into plain pages."""
         assert self._signature is not None and self._heads is not None
         *_, dtype, device = self._signature
-        return Shape(len(self._full), *self._heads, dtype, device, groups=self._groups)
+        shape = Shape(len(self._full), *self._heads, dtype, device, groups=self._groups)
+        return replace(shape, has_biases=self.budget.policy.has_biases)
 
     @property
     def _slots(self) -> slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from adakv.cache import KVCache
 from adakv.entries import compact_rows
 from adakv.errors import integer
+from adakv.formats import check_kv_dtype
 from adakv.hf import families
 from adakv.policy.presets import get
 from adakv.shape import Shape
@@ -25,6 +27,7 @@ class _Given(NamedTuple):
     values: Tensor  # [E, D]
     positions: Tensor  # [E] int32
     lengths: Tensor  # [B, Hkv] int32
+    biases: Tensor | None  # [E] float16
 
 
 def from_entries(
@@ -36,11 +39,6 @@ def from_entries(
     settings: dict[str, Any],
 ) -> Any:
     """:meth:`adakv.Cache.from_entries`, of keys, values and positions."""
-    if bias is not None:
-        raise ValueError(
-            "bias must be None: attend adds no bias to the logits of entries; fold it into what "
-            "made them, or leave it out"
-        )
     cache = kind(model, get("full"), **settings)
     if len(cache._full) < len(cache.layers):
         raise ValueError(
@@ -53,9 +51,10 @@ def from_entries(
     ]
     heads = families.num_kv_heads(cache.model_config)
     sizes = {"layers": len(cache._full), "sequences": len(counts), "kv heads": heads}
-    names = ("keys", "values", "positions")
-    rows = [_rows(name, x, sizes) for name, x in zip(names, entries, strict=True)]
-    shape = _shape_of(cache, rows[0])
+    given = {**dict(zip(("keys", "values", "positions"), entries, strict=True)), "bias": bias}
+    rows = [_rows(name, x, sizes) for name, x in given.items() if name != "bias" or x is not None]
+    shape = replace(_shape_of(cache, rows[0]), has_biases=bias is not None)
+    check_kv_dtype(settings.get("kv_dtype") or "auto", has_biases=shape.has_biases)
     parts = [
         _layer(index, [x[index] for x in rows], counts, shape) for index in range(len(rows[0]))
     ]
@@ -97,17 +96,20 @@ def _layer(index: int, rows: Sequence[Any], seen: list[int], shape: Shape) -> _G
     lengths = torch.zeros(len(seen), shape.num_kv_heads, dtype=torch.int32)
     for b, count in enumerate(seen):
         for h in range(shape.num_kv_heads):
-            keys, values, positions = (x[b][h] for x in rows)
+            keys, values, positions, *bias = (x[b][h] for x in rows)
             length = lengths[b, h] = keys.shape[0] if keys.dim() else 0
             row = f"[{index}][{b}][{h}]"
             _check_numbers(f"keys{row}", keys, [int(length), shape.head_dim], shape.dtype)
             _check_numbers(f"values{row}", values, [int(length), shape.head_dim], shape.dtype)
             _check_positions(f"positions{row}", positions, int(length), count)
-    keys, values, positions = (
+            for x in bias:
+                _check_bias(f"bias{row}", x, int(length))
+    keys, values, positions, *bias = (
         torch.cat([x.to(shape.device) for of_sequence in of_layer for x in of_sequence])
         for of_layer in rows
     )
-    return _Given(keys, values, positions.int(), lengths)
+    biases = bias[0].half() if bias else None
+    return _Given(keys, values, positions.int(), lengths, biases)
 
 
 def _check_numbers(name: str, x: Tensor, expected: list[int], dtype: torch.dtype) -> None:
@@ -125,6 +127,13 @@ def _check_positions(name: str, x: Tensor, length: int, seen: int) -> None:
         raise ValueError(f"{name} must ascend within 0 .. {seen - 1}, the tokens seen")
 
 
+def _check_bias(name: str, x: Tensor, length: int) -> None:
+    if list(x.shape) != [length] or not x.is_floating_point():
+        raise ValueError(f"{name} must be floats [{length}], got {x.dtype} {list(x.shape)}")
+    if not bool(x.half().isfinite().all()):
+        raise ValueError(f"{name} must be finite in float16, in which it is held")
+
+
 def _fill(kv: KVCache, parts: Sequence[_Given], seen: Sequence[int]) -> None:
     """Puts entries into pages."""
     lengths = torch.stack([part.lengths for part in parts])  # [L, B, Hkv]
@@ -132,5 +141,6 @@ def _fill(kv: KVCache, parts: Sequence[_Given], seen: Sequence[int]) -> None:
     for index, part in enumerate(parts):
         view = kv.layer(index)
         pages = kv.begin(index, part.lengths.sum(1).tolist(), longest)
-        compact_rows(part.keys, part.values, part.positions, part.lengths, view, *pages)
+        entries = part.keys, part.values, part.positions, part.lengths
+        compact_rows(*entries, view, *pages, biases=part.biases)
         view.seen.copy_(torch.tensor(seen))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -317,7 +317,7 @@ def _fit(
 
     Raises ``ValueError`` and ``adakv.Error`` as :func:`generate_batch` does.
     """
-    shape = shape_of(model)
+    shape = replace(shape_of(model), has_biases=reader.budget.policy.has_biases)
     check_shared(requests.prefix, rule, shape.groups)
     if options.park is not None:
         check_parks(requests.prefix is not None, rule, shape.groups)

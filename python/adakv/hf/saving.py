@@ -83,7 +83,7 @@ def load(
     file.check(layers == count, f"it has {layers} layers, the model {count}")
     dim, dtype = file.json("shape")[3], getattr(torch, file.text("dtype"))
     device = next(cache.model.parameters()).device
-    shape = Shape(layers, heads, dim, dtype, device, kv_dtype)
+    shape = Shape(layers, heads, dim, dtype, device, kv_dtype, has_biases=file.has_biases)
     prompts = file.ints("prompt_lens", batch, 0, _MOST_TOKENS)
     columns = file.json("columns")
     is_count = type(columns) is int and max(seen) <= columns <= _MOST_TOKENS
@@ -218,7 +218,7 @@ def fingerprint(model: nn.Module) -> str:
 def policy_text(budget: Budget) -> str:
     """The policy, written down."""
     policy = budget.policy
-    parts = [policy.scorer, policy.allocator, policy.selector, policy.when]
+    parts = [policy.scorer, policy.allocator, policy.selector, policy.fold, policy.when]
     return " * ".join(repr(part) for part in parts if part is not None)
 
 

@@ -109,7 +109,7 @@ class StoredCache(BranchingCache):
         positions: Any,
         seen: int | Sequence[int],
         *,
-        bias: None = None,
+        bias: Any = None,
         max_new_tokens: int = 4096,
         page_size: int | None = None,
         kv_dtype: str | None = None,
@@ -128,8 +128,8 @@ class StoredCache(BranchingCache):
         seen : int or ints ``[B]``
             Tokens of each sequence: its next one has this position. The model's masks have as many
             columns as the longest sequence, padded on the left.
-        bias : None
-            For each entry; steps have none yet.
+        bias : ``[L][B][Hkv]`` floating-point tensors ``[n]``, optional
+            What is added to the logits of the entries, held in float16; in pages of "auto" alone.
         max_new_tokens, page_size, kv_dtype : optional
             As :class:`adakv.Cache` takes them.
 

@@ -27,6 +27,7 @@ from adakv.policy.base import (
 )
 from adakv.policy.budget import Budget, ByteBudget
 from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
+from adakv.policy.folded import Folded
 from adakv.policy.fusion import RankFusion
 from adakv.policy.gates import Gate
 from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
@@ -88,6 +89,7 @@ __all__ = [
     "Everything",
     "ExpectedAttention",
     "Flat",
+    "Folded",
     "FoldingScorer",
     "Gate",
     "Kept",

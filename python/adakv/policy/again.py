@@ -18,8 +18,18 @@ def carries(policy: Policy) -> bool:
     return bool(getattr(policy.scorer, "carries", False))
 
 
+def check_unfolded(policy: Policy, name: str) -> None:
+    """Raises ``ValueError`` if a policy folds what leaves, where ``name`` has it choose again."""
+    if policy.fold is not None:
+        raise ValueError(
+            f"{name}: Folded() folds what leaves a prompt once, when all of it is there, and can't "
+            "go with choosing again; take the policy without it"
+        )
+
+
 def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
     """Raises ``ValueError`` if a policy can't choose again, as ``name`` wants it to."""
+    check_unfolded(policy, name)
     there = {"w_o", "budget", "queries", *(("all_queries",) if carries(policy) else ())}
     if name == "chunk_budget":  # an instruction is read behind every chunk
         there.add("repeat")

@@ -25,6 +25,7 @@ from torch import Tensor
 from adakv import ops, shown
 from adakv.ops import Kept
 from adakv.policy import written
+from adakv.policy.folded import Folded
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 from adakv.policy.more_tokens import MoreTokens
 from adakv.tensors import moved
@@ -184,7 +185,8 @@ class Policy:
     turns it into each layer's.
 
     Prompts are chosen from at their end. ``when`` says how often the text behind one is, if it is
-    (docs/texts.md). ``bits`` has the budget counted in bytes (docs/bits.md).
+    (docs/texts.md). ``bits`` has the budget counted in bytes (docs/bits.md). ``fold`` has what
+    leaves a prompt folded into what stays of it (docs/folding.md).
     """
 
     scorer: Scorer
@@ -192,6 +194,7 @@ class Policy:
     selector: Selector
     when: EveryTokens | None = None
     bits: MoreTokens | None = None
+    fold: Folded | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -358,6 +361,11 @@ class Policy:
     def scores_once(self) -> bool:
         """Whether what the first layer's entries score is what those of all layers score."""
         return bool(getattr(self.scorer, "of_first_layer", False))
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether what stays has biases, which attend adds to logits."""
+        return self.fold is not None and self.fold.biases
 
     @property
     def reserves(self) -> bool:

@@ -94,7 +94,7 @@ class Budget:
         """Entries per kv head that a layer holds, all heads on average, until the last is there."""
         if not self.policy.is_model_wide:
             return 0
-        if not self.policy.reserves:
+        if not self.policy.reserves or self.policy.fold is not None:  # what leaves is still read
             return prompt_len
         return min(self.policy.reserved(self.of(prompt_len), prompt_len), prompt_len)
 
@@ -196,7 +196,8 @@ class ByteBudget(Budget):
     def _most(self, footprint: Footprint, prompt_len: int) -> int | None:
         """Most entries per kv head that have room, all of them at most; None if the fewest that the
         policy can do with have none."""
-        if isinstance(self.limit, Budget) and footprint.shape.kv_dtype == "auto":
+        is_plain = footprint.shape.kv_dtype == "auto" and not footprint.shape.has_biases
+        if isinstance(self.limit, Budget) and is_plain:
             return self.limit.of(prompt_len)
         key = footprint, prompt_len
         if key not in self._known:

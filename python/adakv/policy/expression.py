@@ -25,6 +25,7 @@ from adakv.policy import (
     text_scorers,
 )
 from adakv.policy.base import EveryTokens, Policy
+from adakv.policy.folded import Folded
 from adakv.policy.inputs import did_you_mean
 from adakv.policy.more_tokens import MoreTokens
 
@@ -49,15 +50,19 @@ _PARTS = {
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
 }
-_PARTS |= {"EveryTokens": EveryTokens, "MoreTokens": MoreTokens}
+_PARTS |= {"EveryTokens": EveryTokens, "MoreTokens": MoreTokens, "Folded": Folded}
+
+#: What may follow scorer, allocator and selector, in any order, and what tells it from other parts;
+#: as :class:`Policy` has them.
+_BEHIND = {"EveryTokens": "every", "MoreTokens": "kv_dtype", "Folded": "fold"}
 
 _MOST_SHOWN = 200  # characters of a text in a message
 
 
 def parse(text: str) -> Policy:
     """``scorer * allocator * selector``, each a part of the library with settings by name; behind
-    them ``* EveryTokens(every=128)`` if texts are chosen from, too, and last ``* MoreTokens()`` if
-    the budget is one of bytes.
+    them ``* EveryTokens(every=128)`` if texts are chosen from, too, ``* MoreTokens()`` if the
+    budget is one of bytes, and ``* Folded()`` if what leaves is folded into what stays.
 
     Settings are numbers, strings, truth values or parts, as in ``Adaptive(layers=Pyramid())``.
     Raises ``ValueError`` with the reason if the text is anything else, or a setting is refused.
@@ -84,26 +89,22 @@ def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:
 
 
 def _policy(body: ast.expr) -> Policy:
-    body, bits = _without(body, "MoreTokens", "kv_dtype")
-    body, when = _without(body, "EveryTokens", "every")
-    match body:
-        case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
-            return Policy(
-                _part(scorer, "score"),
-                _part(allocator, "allocate"),
-                _part(selector, "select"),
-                when,
-                bits,
-            )
-    raise ValueError("not of the form scorer * allocator * selector")
-
-
-def _without(body: ast.expr, name: str, does: str) -> tuple[ast.expr, Any]:
-    """A text without its last part, and that part, if it is the one of that name."""
-    match body:
-        case ast.BinOp(parts, ast.Mult(), ast.Call(ast.Name(last)) as part) if last == name:
-            return parts, _part(part, does)
-    return body, None
+    behind: dict[str, Any] = {}
+    while True:
+        match body:
+            case ast.BinOp(parts, ast.Mult(), ast.Call(ast.Name(name)) as part) if (
+                name in _BEHIND and name not in behind
+            ):
+                body, behind[name] = parts, _part(part, _BEHIND[name])
+            case ast.BinOp(ast.BinOp(scorer, ast.Mult(), allocator), ast.Mult(), selector):
+                return Policy(
+                    _part(scorer, "score"),
+                    _part(allocator, "allocate"),
+                    _part(selector, "select"),
+                    *(behind.get(name) for name in _BEHIND),
+                )
+            case _:
+                raise ValueError("not of the form scorer * allocator * selector")
 
 
 def _part(node: ast.expr, does: str) -> Any:

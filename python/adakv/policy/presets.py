@@ -150,3 +150,16 @@ def get_read(read: str | PageRead) -> PageRead:
     if not isinstance(read, str):
         raise ValueError(f"read must be a Quest, or one written down, got {short(read)}")
     return parse_read(read)
+
+
+def read_by(policy: Policy, read: str | PageRead | None) -> PageRead | None:
+    """:func:`get_read` of what steps of a policy's caches read; None if they read everything.
+
+    Raises ``ValueError`` if its entries have biases, as pages are chosen by their keys alone.
+    """
+    if read is not None and policy.has_biases:
+        raise ValueError(
+            "read: it chooses pages by their keys alone, and Folded() gives entries biases; take "
+            "Folded(biases=False), or read everything"
+        )
+    return None if read is None else get_read(read)

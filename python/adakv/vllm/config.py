@@ -154,6 +154,8 @@ def why_not(policy: Policy) -> str | None:
     layers = allocator.layers
     if policy.bits is not None:
         return "its budget is one of bytes, and an engine's blocks hold entries as the model does"
+    if policy.fold is not None:
+        return "Folded() changes values and adds biases, which an engine's blocks don't hold"
     if "repeat" in policy.needs:
         return "it reads the prompt twice"
     if getattr(policy.scorer, "evicts", None) is not None:
