@@ -413,7 +413,7 @@ def plan_borders(pages: list[int], num_workers: int, page_size: int = 16) -> lis
         even = page_of[k * (len(page_of) - 1) // workers]
         nearest = min(row_ends, key=lambda end: (abs(end - even), end))
         distance = abs(nearest - even)
-        is_near = 5 * distance * workers <= total and 2 * distance <= 256 // page_size
+        is_near = 5 * distance * workers <= total and distance <= 256 // page_size
         borders.append(nearest if is_near else even)
     return borders
 

@@ -27,7 +27,7 @@
 //      each: nobody does two rows.
 //   3. Else every row counts as its units and c more, for what its end costs the worker: as long as
 //      reading 256 slots, but not above P / (4 N). All are cut into N equal ranges; a border in a
-//      row's c lies at its end. A border within 128 slots and a fifth of P / N of the end of a row
+//      row's c lies at its end. A border within 256 slots and a fifth of P / N of the end of a row
 //      moves there (the nearest end, the lower of two).
 #pragma once
 
@@ -111,7 +111,7 @@ ADAKV_HOST_DEVICE inline int32_t snapped_border(int32_t even,
   const int32_t nearest = even - left <= right - even ? left : right;
   const int32_t distance = nearest < even ? even - nearest : nearest - even;
   const bool is_near = int64_t{5} * distance * active <= num_units;
-  return is_near && 2 * distance <= kRowEndSlots / page_size ? nearest : even;
+  return is_near && distance <= kRowEndSlots / page_size ? nearest : even;
 }
 
 }  // namespace adakv::schedule
