@@ -53,11 +53,13 @@ inline const float* fill_biases(const AttendSpan& span, int begin, int end, floa
   if (span.biases == nullptr) return nullptr;
   const int log_page_size = __builtin_ctz(span.page_size);
   Float16 together[kBlockSlots] = {};
-  for (int slot = begin; slot < end; slot += kSlotGroup) {
+  for (int i = 0; i < kBlockSlots; i += kSlotGroup) {
+    const int slot = begin + i;
+    if (slot >= end) break;
     const Float16* from = static_cast<const Float16*>(span.biases) +
                           span.page_ids[slot >> log_page_size] * span.bias_stride +
                           (slot & (span.page_size - 1));
-    __builtin_memcpy(together + (slot - begin), from, kSlotGroup * sizeof(Float16));
+    __builtin_memcpy(together + i, from, kSlotGroup * sizeof(Float16));
   }
   for (int i = 0; i < kBlockSlots; i += kPair) {
     const F32Pair pair = load_in_order(together + i);
