@@ -85,6 +85,41 @@ def test_several_texts_behind_one_prompt_that_was_read() -> None:
     assert len({tuple(row) for row in both[0].tolist()}) > 1
 
 
+def contrastive(model: PreTrainedModel, prompt: Tensor, cache: Any, penalty: float) -> list[Any]:
+    """Contrastive search (arXiv 2202.06417, equation 5) as transformers' hub has it: candidates are
+    rows of the cache, and those that are not chosen are dropped from it."""
+    batch, width, texts = len(prompt), 4, []
+    settings: dict[str, Any] = {CACHE: cache, "use_cache": True, "output_hidden_states": True}
+    with torch.no_grad():
+        out = model(prompt, **settings)
+        context = out.hidden_states[-1]  # [B, T, E]
+        for _ in range(30):
+            probabilities, tokens = out.logits[:, -1].softmax(-1).topk(width)
+            cache.batch_repeat_interleave(width)
+            out = model(tokens.reshape(-1, 1), **settings)
+            hidden = out.hidden_states[-1].view(batch, width, -1)
+            alike = torch.cosine_similarity(hidden[:, :, None], context[:, None], dim=-1)
+            value = (1 - penalty) * probabilities - penalty * alike.amax(-1)
+            best = value.argmax(1, keepdim=True)  # [B, 1]
+            rows = best[:, 0] + width * torch.arange(batch)
+            cache.batch_select_indices(rows)
+            out.logits = out.logits[rows]
+            context = torch.cat([context, hidden.flatten(0, 1)[rows][:, None]], 1)
+            texts.append(tokens.gather(1, best)[:, 0].tolist())
+    return texts
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_contrastive_search_gives_the_full_caches_tokens(batch: int) -> None:
+    model, prompt = LLAMA.model(), ids(40, batch=batch)
+    expected = contrastive(model, prompt, DynamicCache(config=model.config), 0.6)
+    assert expected != contrastive(model, prompt, DynamicCache(config=model.config), 0.0)
+    with adakv.attach(model):
+        cache = adakv.Cache(model, budget=96, page_size=8)
+        assert contrastive(model, prompt, cache, 0.6) == expected
+    assert cache.seen == [70] * batch
+
+
 @pytest.mark.parametrize("draft", [False, True])
 def test_assisted_decoding_gives_transformers_tokens(draft: bool) -> None:
     model, part = LLAMA.model(), ids(12)
