@@ -68,6 +68,7 @@ struct Layer {
             fresh_pages.view,
             {},
             {},
+            {},
             {}};
   }
 
