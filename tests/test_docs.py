@@ -83,7 +83,8 @@ REAL_MODEL = ROOT / "demo/model/SmolLM2-135M-Instruct"
 QUICKSTART, *GUIDES = [ROOT / "docs/quickstart.md", *sorted(ROOT.glob("docs/howto/*.md"))]
 #: Pages to look things up in, whose snippets go on from the quickstart's, too.
 REFERENCE = [
-    ROOT / f"docs/{name}.md" for name in ("batch", "bits", "cache", "policies", "reads", "texts")
+    ROOT / f"docs/{name}.md"
+    for name in ("batch", "bits", "cache", "folding", "policies", "reads", "texts")
 ]
 IMAGES = ROOT / "docs/howto/images.md"
 TEMPLATE = (
@@ -130,15 +131,17 @@ def image_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
 
 def run_blocks(page: Path, names: dict[str, Any], model: str, letters: int = 10**6) -> None:
     """With another model, and with so much of the quickstart's text; but for what needs kvpress
-    where that is missing."""
+    where that is missing. What is about images goes on from the page of images."""
     for block in blocks(page):
         if "from kvpress" in block and importlib.util.find_spec("kvpress") is None:
             continue
-        if "adakv.classes_of(" in block and page != IMAGES:
-            run_blocks(IMAGES, names, model)
+        scope = names
+        if page != IMAGES and ("adakv.classes_of(" in block or "processor(" in block):
+            scope = dict(names)
+            run_blocks(IMAGES, scope, model)
         block = block.replace(".read_text()", f".read_text()[:{letters}]")
         block = re.sub(r'^name = ".*"$', f"name = {model!r}", block, flags=re.MULTILINE)
-        exec(compile(block, page.name, "exec"), names)
+        exec(compile(block, page.name, "exec"), scope)
 
 
 @pytest.fixture(scope="module")

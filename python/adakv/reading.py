@@ -170,8 +170,7 @@ class Reader:
                 self._groups = [slice(0, len(lengths))]
             else:  # unequal: one by one, so that padding can be cut off without copying
                 self._groups = [slice(b, b + 1) for b in range(len(lengths))]
-        self.lengths, self._budgets, self._protected = list(lengths), [], []
-        self._numbers = []
+        self.lengths, self._budgets, self._protected, self._numbers = list(lengths), [], [], []
 
     def check_complete(self) -> None:
         """Raises ``ValueError`` if there is a prompt without a token, or with more that must stay
