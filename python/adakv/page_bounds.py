@@ -75,11 +75,7 @@ class PageBounds(PageReader):
             attention=attention,
             num_new=num_new,
         )
-        listed = table.gather(2, pages.clamp(max=length - 1)).where(pages < length, -1)
-        ends = -(-view.lengths // page_size)
-        # What is left out are whole pages.
-        lengths = view.lengths - (ends - counts) * page_size
-        return view._replace(block_table=listed.int(), lengths=lengths)
+        return with_pages(view, pages, counts, length)
 
     def _find(self, view: Layer, table: Tensor, new_tokens: int) -> None:
         """The bounds of a layer's pages, or of those that the step has filled."""
@@ -92,3 +88,13 @@ class PageBounds(PageReader):
         pages = table.clamp(min=0)
         keys = keys_of_pages(view, pages, self._bounds.dtype)  # [B, Hkv, n, P, D]
         self._bounds[pages] = torch.cat([keys.amax(3), keys.amin(3)], -1)
+
+
+def with_pages(view: Layer, pages: Tensor, counts: Tensor, length: int) -> Layer:
+    """A layer with some of the first ``length`` pages of its rows: ``pages`` ``[B, Hkv, n]``,
+    ``length`` behind the last of each, and how many they are, ``counts`` ``[B, Hkv]``."""
+    table = view.block_table[:, :, :length].gather(2, pages.clamp(max=length - 1))
+    page_size = view.pages.shape[2]
+    # What is left out are whole pages.
+    lengths = view.lengths - (-(-view.lengths // page_size) - counts) * page_size
+    return view._replace(block_table=table.where(pages < length, -1), lengths=lengths)

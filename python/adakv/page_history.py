@@ -11,7 +11,7 @@ from torch import Tensor
 from adakv.cache import KVCache
 from adakv.entries import Held, HeldInputs
 from adakv.ops import Layer
-from adakv.page_bounds import PageBounds
+from adakv.page_bounds import PageBounds, with_pages
 from adakv.policy.attention import attention as attended
 from adakv.policy.predictor import AttentionPredictor
 from adakv.policy.reads import PageRead, Quest
@@ -65,19 +65,16 @@ class PageHistory(PageReader):
     ) -> Layer:
         assert self._kv is not None
         page_size, length = view.pages.shape[2], self._num_pages
-        ends = -(-view.lengths // page_size)
         history = self._history(layer, queries, view)  # [B, Hkv, G, H, m]
         behind = self._steps - 1 - self.predictor.history  # steps that were foretold before
         if behind < 0 or behind % self.predictor.every == self.predictor.every - 1:
+            ends = -(-view.lengths // page_size)
             pages = torch.arange(length, device=ends.device).expand(*ends.shape, -1)
             pages = pages.where(pages < ends[..., None], length)
             read = view
         else:
             pages, counts = self.predictor.pages(history, view.lengths, page_size=page_size)
-            table = view.block_table[:, :, :length].gather(2, pages.clamp(max=length - 1))
-            # What is left out are whole pages.
-            lengths = view.lengths - (ends - counts) * page_size
-            read = view._replace(block_table=table.where(pages < length, -1), lengths=lengths)
+            read = with_pages(view, pages, counts, length)
         held = Held(read, pages.shape[2] * page_size, self._kv.dtype)
         inputs = HeldInputs(held, queries, 0, 1, attention=attention)
         most = attended(inputs, slice(None)).view(*history.shape[:3], -1, page_size).amax(-1)
@@ -88,7 +85,7 @@ class PageHistory(PageReader):
         return read
 
     def _history(self, layer: int, queries: Tensor, view: Layer) -> Tensor:
-        """Of a layer, with as many pages as rows have now."""
+        """The history of a layer, with as many pages as rows have now."""
         ring = self._rings.get(layer)
         if ring is None:
             batch, heads = view.lengths.shape
