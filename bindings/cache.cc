@@ -25,9 +25,10 @@ DType dtype_of(const std::string& name) {
 
 // The tensors of a layer, in the order of LayerView; they keep their memory alive, also beyond a
 // reserve().
-struct Tensors {
-  py::tuple tensors;
+struct TensorsKind {
+  static constexpr auto name = py::detail::const_name("tuple[torch.Tensor | None, ...]");
 };
+using Tensors = Named<TensorsKind>;
 
 Tensors tensors_of(const KVCache& cache, const LayerView& view) {
   const std::shared_ptr<const void> owner = cache.holder();
@@ -123,17 +124,6 @@ py::typing::Tuple<std::shared_ptr<KVCache>, py::bytes> fork_cache(KVCache& self,
 }
 
 }  // namespace
-}  // namespace adakv
-
-template <>
-struct pybind11::detail::type_caster<adakv::Tensors> {
-  static constexpr auto name = const_name("tuple[torch.Tensor | None, ...]");
-  static handle cast(adakv::Tensors given, return_value_policy, handle) {
-    return given.tensors.release();
-  }
-};
-
-namespace adakv {
 
 void bind_cache(py::module_& module) {
   using py::arg;

@@ -18,9 +18,10 @@ using Texts = std::map<std::string, std::string>;
 using Views = std::map<std::string, Given<TensorView>>;
 
 // A tensor in the memory of a file, which it keeps open.
-struct FileTensor {
-  py::object tensor;
+struct TensorKind {
+  static constexpr auto name = py::detail::const_name("torch.Tensor");
 };
+using FileTensor = Named<TensorKind>;
 
 void save(const std::string& path, const KVCache& cache, const Texts& texts, const Views& others) {
   std::map<std::string, TensorView> views;
@@ -37,17 +38,6 @@ void load(const CacheFile& self, KVCache& cache) {
 }
 
 }  // namespace
-}  // namespace adakv
-
-template <>
-struct pybind11::detail::type_caster<adakv::FileTensor> {
-  static constexpr auto name = const_name("torch.Tensor");
-  static handle cast(adakv::FileTensor given, return_value_policy, handle) {
-    return given.tensor.release();
-  }
-};
-
-namespace adakv {
 
 void bind_cache_file(py::module_& module) {
   using py::arg;

@@ -30,6 +30,12 @@ std::string description(py::handle object);
 /// A device by torch's name for its type, "cpu" or "cuda". Throws InvalidArgument for others.
 Device named_device(const char* type, int32_t index);
 
+/// A Python object, and as Kind::name what stubs call its type.
+template <typename Kind>
+struct Named {
+  py::object object;
+};
+
 /// A torch tensor over memory that `owner` keeps alive; None for no tensor.
 py::object tensor_of(const TensorView& view, std::shared_ptr<const void> owner);
 
@@ -52,3 +58,11 @@ class Workspace {
 };
 
 }  // namespace adakv
+
+template <typename Kind>
+struct pybind11::detail::type_caster<adakv::Named<Kind>> {
+  static constexpr auto name = Kind::name;
+  static handle cast(adakv::Named<Kind> given, return_value_policy, handle) {
+    return given.object.release();
+  }
+};
