@@ -479,20 +479,20 @@ def attend(
     With ``appends`` as by the call that appends them: one that fills a page of int4 reads it first.
     """
     batch, num_heads, num_columns, head_dim = queries.shape
-    num_kv_heads = layer.lengths.shape[1]
-    group = num_heads // num_kv_heads
+    group = num_heads // layer.lengths.shape[1]
     out = torch.zeros(batch, num_heads, num_columns, head_dim, dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):
         just_filled = appends and num_columns == count == 1
-        for h in range(num_kv_heads):
+        for h in range(num_heads // group):
             length = int(layer.lengths[b, h])
             keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
+            biases = biases_of(layer, b, h).to(dtype)
             columns = range(num_columns - count, num_columns)
             for q, s in product(range(h * group, h * group + group), columns):
                 seen = length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
-                z = _capped(z, softcap) + biases_of(layer, b, h)[:seen].to(dtype)
+                z = _capped(z, softcap) + biases[:seen]
                 if sink_logits is not None:
                     z = torch.cat([z, sink_logits[q : q + 1].cpu().to(dtype)])
                 lse[b, q, s] = z.logsumexp(0)
