@@ -114,19 +114,18 @@ def read(
         first = families.FIRST_POSITION.get(model.config.model_type, 0)
     else:
         given["position_ids"] = torch.arange(first, first + len(ids), device=device)[None]
-    before = _shifts(model)
+    # They say how far positions are ahead of tokens behind the last prompt with images that was
+    # read, if these stand in two dimensions (M-RoPE): most often they are behind.
+    shifting = [x for x in model.modules() if "rope_deltas" in vars(x)]
+    before = [x.rope_deltas for x in shifting]
     output = model(
         ids[None].to(device), use_cache=True, logits_to_keep=1, **given, **{CACHE: cache}
     )
     # What was there before is of another prompt.
-    found = [int(x) for x, y in zip(_shifts(model), before, strict=True) if x is not y]
+    found = [
+        int(x.rope_deltas) for x, y in zip(shifting, before, strict=True) if x.rope_deltas is not y
+    ]
     return output.logits[0, -1], first + len(ids) + sum(found[:1])
-
-
-def _shifts(model: Any) -> list[Any]:
-    """How far positions are ahead of tokens behind the last prompt with images that a model has
-    read, if its images stand in two dimensions (M-RoPE): most often they are behind."""
-    return [x.rope_deltas for x in model.modules() if "rope_deltas" in vars(x)]
 
 
 def token_ids(
