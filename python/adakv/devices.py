@@ -20,7 +20,7 @@ from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
 from adakv.room import make_room
 from adakv.step import Attention, PageReader, PlannedStep, Watcher
-from adakv.tensors import moved
+from adakv.tensors import on_device
 
 
 class Group(NamedTuple):
@@ -221,7 +221,7 @@ class FirstSlots:
             ((_, layers, tables),) = self._parts
             return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher)
         steps = [
-            PlannedStep.plan(layers, tables, num_new=moved(num_new, device))
+            PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))
             for device, layers, tables in self._parts
         ]
         return SplitStep(self._kv, steps, watcher)

@@ -13,7 +13,7 @@ from adakv import shown
 _MOST_ROWS, _MOST_COLUMNS = 64, 120  # of a picture
 
 
-def moved(x: Tensor, device: torch.device) -> Tensor:
+def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. Nobody waits for it, unless it comes from a GPU to the host, which
     would read it before it is there."""
     return x.to(device, non_blocking=device.type == "cuda")

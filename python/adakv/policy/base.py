@@ -28,7 +28,7 @@ from adakv.policy import written
 from adakv.policy.folded import Folded
 from adakv.policy.inputs import LayerInputs, check_range, check_settings
 from adakv.policy.more_tokens import MoreTokens
-from adakv.tensors import moved
+from adakv.tensors import on_device
 
 __all__ = [
     "Allocator",
@@ -349,7 +349,7 @@ class Policy:
         if all(x.keeps_everything for of_layer in budgets for x in of_layer):
             return None
         first = self.score(layers[0], budgets[0])
-        return [moved(first, x.keys.device) for x in layers]
+        return [on_device(first, x.keys.device) for x in layers]
 
     def score(self, inputs: LayerInputs, budgets: Sequence[LayerBudget]) -> Tensor:
         """The scorer's scores ``[B, Hkv, T]`` of a layer with such budgets, one a sequence."""
@@ -431,7 +431,7 @@ class Policy:
         there = scores[0].device  # layers may lie on several devices
         joined = scores[0]
         if len(layers) > 1:
-            joined = torch.cat([moved(s, there) for s in scores], dim=1)
+            joined = torch.cat([on_device(s, there) for s in scores], dim=1)
         means = tuple(x.mean for x in budgets)
         shares = self.allocator.allocate(joined, first, means, window=self.window)
         heads = first.num_kv_heads
