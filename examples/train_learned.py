@@ -157,7 +157,7 @@ def fitted(given: Choices, middle: int, steps: int, rate: float = 1e-2) -> list[
 
 
 def hinge(leaves: Tensor, golden: Tensor) -> Tensor:
-    """Of pairs of entries ``[..., n]``: those that are less needed should leave by a margin."""
+    """The loss of pairs of entries ``[..., n]``: the less needed should leave by a margin."""
     is_pair = golden[..., :, None] < golden[..., None, :]
     apart = leaves[..., :, None] - leaves[..., None, :]
     return (MARGIN - apart).clamp(min=0).where(is_pair, 0).sum() / is_pair.sum().clamp(min=1)

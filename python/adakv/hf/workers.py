@@ -136,7 +136,7 @@ def _units(
 
 
 def _of(given: Any, mine: slice, prefix: Any) -> Any:
-    """Of spans or masks, what is for some of the prompts; all of it if it is for a prefix."""
+    """What spans or masks say of some of the prompts; all of it if it is for a prefix."""
     is_common = prefix is not None or Protection.given(given).is_common
     return given if is_common else given[mine]
 
