@@ -3,9 +3,9 @@
     python benchmarks/long_prompt.py 1048576
     python benchmarks/long_prompt.py 524288 --device cuda
 
-Weights are random. On a CPU the model has two small layers, and 4,096 entries of every kv head stay
-after each chunk of 2,048 tokens; on a GPU it has the shape of Llama-3.1-8B in bfloat16, and 8,192 stay
-after each chunk of 8,192.
+Weights are random. On a CPU the model has two small layers, and 4,096 entries of every kv head
+stay after each chunk of 2,048 tokens; on a GPU it has the shape of Llama-3.1-8B in bfloat16, and
+8,192 stay after each chunk of 8,192.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(model: Any, num_tokens: int, chunk: int) -> str:
 
 
 def peak_gib(model: Any) -> float:
-    """The most memory: of the process, or of the GPU beside the weights, what torch holds included."""
+    """The most memory: of the process, or of the GPU beside the weights."""
     if model.device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     free, total = torch.cuda.mem_get_info()
