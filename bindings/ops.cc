@@ -44,7 +44,7 @@ void run(void (*verb)(const Args&), Args& args) {
 // refused for its strides.
 template <typename Args>
 constexpr bool kIsOfStep = std::is_same_v<Args, AppendArgs> || std::is_same_v<Args, PlanArgs> ||
-                           std::is_same_v<Args, AttendArgs>;
+                           std::is_same_v<Args, AttendArgs> || std::is_same_v<Args, ShortlistArgs>;
 
 /// What was given becomes a member; score has a layer or keys.
 template <typename Args, typename T>
@@ -92,6 +92,7 @@ void bind_ops(py::module_& module) {
   define(module, "fork", &fork);
   define(module, "plan", &plan);
   define(module, "attend", &attend);
+  define(module, "shortlist", &shortlist);
   module.def(
       "schedule_size",
       [](Given<int64_t> num_rows, Given<int32_t> num_workers) {

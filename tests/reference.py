@@ -1,4 +1,4 @@
-"""The nine verbs in plain torch: the specification that both backends are tested against.
+"""The verbs in plain torch: the specification that both backends are tested against.
 
 Loops and float64, no cleverness. Shapes and options are those of ``adakv.ops``; nothing here uses
 a kernel of ours. The three verbs that give floats take a ``dtype``: with the inputs' own dtype they

@@ -60,6 +60,7 @@ FLOORS = {
     "moving": 3,
     "shape": 3,
     "step": 3,
+    "shortlist": 3,
     "policy": 4,
     "entries": 4,
     "reading": 4,

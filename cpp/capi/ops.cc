@@ -1,4 +1,4 @@
-// The nine verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
+// The ten verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
 #include <string>
 #include <type_traits>
 
@@ -111,6 +111,9 @@ AdakvPlanArgs adakv_plan_defaults(void) {
 AdakvAttendArgs adakv_attend_defaults(void) {
   return defaults<adakv::AttendArgs>();
 }
+AdakvShortlistArgs adakv_shortlist_defaults(void) {
+  return defaults<adakv::ShortlistArgs>();
+}
 
 AdakvStatus adakv_score(const AdakvScoreArgs* args) {
   return run(&adakv::score, args);
@@ -139,6 +142,9 @@ AdakvStatus adakv_plan(const AdakvPlanArgs* args) {
 AdakvStatus adakv_attend(const AdakvAttendArgs* args) {
   return run(&adakv::attend, args);
 }
+AdakvStatus adakv_shortlist(const AdakvShortlistArgs* args) {
+  return run(&adakv::shortlist, args);
+}
 
 AdakvStatus adakv_score_workspace(const AdakvScoreArgs* args, size_t* bytes) {
   return workspace<adakv::ScoreArgs>(args, bytes);
@@ -157,6 +163,9 @@ AdakvStatus adakv_compact_workspace(const AdakvCompactArgs* args, size_t* bytes)
 }
 AdakvStatus adakv_attend_workspace(const AdakvAttendArgs* args, size_t* bytes) {
   return workspace<adakv::AttendArgs>(args, bytes);
+}
+AdakvStatus adakv_shortlist_workspace(const AdakvShortlistArgs* args, size_t* bytes) {
+  return workspace<adakv::ShortlistArgs>(args, bytes);
 }
 
 int64_t adakv_schedule_size(int64_t num_rows, int32_t num_workers) {

@@ -20,6 +20,7 @@ class CpuBackend final : public Backend {
   void fork(const ForkArgs& args) override;
   void plan(const PlanArgs& args) override;
   void attend(const AttendArgs& args) override;
+  void shortlist(const ShortlistArgs& args) override;
 
   size_t workspace_bytes(const ScoreArgs& args) const override;
   size_t workspace_bytes(const ValueNormArgs& args) const override;
@@ -27,6 +28,7 @@ class CpuBackend final : public Backend {
   size_t workspace_bytes(const SelectArgs& args) const override;
   size_t workspace_bytes(const CompactArgs& args) const override;
   size_t workspace_bytes(const AttendArgs& args) const override;
+  size_t workspace_bytes(const ShortlistArgs& args) const override;
 };
 
 /// compact without keys and values (compact_in_place.cc).

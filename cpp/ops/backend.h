@@ -1,4 +1,4 @@
-// One backend holds the nine bodies for one device type. The front door (ops.cc) has checked every
+// One backend holds the ten bodies for one device type. The front door (ops.cc) has checked every
 // argument before a body runs, so bodies check nothing, allocate nothing and keep no state.
 #pragma once
 
@@ -23,6 +23,7 @@ class Backend {
   virtual void fork(const ForkArgs& args) = 0;
   virtual void plan(const PlanArgs& args) = 0;
   virtual void attend(const AttendArgs& args) = 0;
+  virtual void shortlist(const ShortlistArgs& args) = 0;
 
   virtual size_t workspace_bytes(const ScoreArgs& args) const = 0;
   virtual size_t workspace_bytes(const ValueNormArgs& args) const = 0;
@@ -30,6 +31,7 @@ class Backend {
   virtual size_t workspace_bytes(const SelectArgs& args) const = 0;
   virtual size_t workspace_bytes(const CompactArgs& args) const = 0;
   virtual size_t workspace_bytes(const AttendArgs& args) const = 0;
+  virtual size_t workspace_bytes(const ShortlistArgs& args) const = 0;
 };
 
 /// The backend of a device type. Throws Error if it was not built, or finds no device (and says

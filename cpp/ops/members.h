@@ -152,6 +152,19 @@ struct MembersOf<PlanArgs> {
 };
 
 template <>
+struct MembersOf<ShortlistArgs> {
+  using Cpp = ShortlistArgs;
+  using C = AdakvShortlistArgs;
+  static constexpr std::tuple kAll = {
+      ADAKV_MEMBER(queries),     ADAKV_MEMBER(bounds),         ADAKV_MEMBER(lengths),
+      ADAKV_MEMBER(block_table), ADAKV_MEMBER(num_new),        ADAKV_MEMBER(scale),
+      ADAKV_MEMBER(softcap),     ADAKV_MEMBER(page_size),      ADAKV_MEMBER(share),
+      ADAKV_MEMBER(mass),        ADAKV_MEMBER(least),          ADAKV_MEMBER(newest),
+      ADAKV_MEMBER(listed),      ADAKV_MEMBER(listed_lengths),
+  };
+};
+
+template <>
 struct MembersOf<AttendArgs> {
   using Cpp = AttendArgs;
   using C = AdakvAttendArgs;

@@ -13,6 +13,7 @@
 #include "ops/backend.h"
 #include "ops/check.h"
 #include "ops/check_layer.h"
+#include "ops/listing.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -281,6 +282,38 @@ Backend& checked(const AttendArgs& args) {
   return backend(args.queries.device.type);
 }
 
+Backend& checked(const ShortlistArgs& args) {
+  Checker check("shortlist");
+  check.floats("queries", args.queries, "B Hq S D");
+  check_head_dim(check);
+  check.floats("bounds", args.bounds, "N 2D");
+  check.require(
+      check.size("2D") == 2 * check.size("D") && args.bounds.stride[0] == check.size("2D"),
+      "bounds must be contiguous [N, 2 D] with D = ", check.size("D"), ", got ",
+      args.bounds.shape_string());
+  check.aligned("bounds", args.bounds);
+  check.tensor("lengths", args.lengths, "B Hkv", DType::kInt32);
+  check_group(check);
+  check.tensor("block_table", args.block_table, "B Hkv M", DType::kInt32);
+  check_counts(check, "num_new", args.num_new, check.size("S"));
+  check_options(check, args.scale, args.softcap);
+  check.require(args.page_size >= 1 && args.page_size <= 256, "page_size must be 1 to 256, got ",
+                args.page_size);
+  check_row_lengths(check, args.lengths, check.size("M") * args.page_size);
+  check.require(args.share > 0 && args.share <= 1, "share must be above 0 and at most 1, got ",
+                args.share);
+  check.require(args.mass > 0 && args.mass <= 1, "mass must be above 0 and at most 1, got ",
+                args.mass);
+  check.require(args.least >= 0, "least must not be negative, got ", args.least);
+  check.require(args.newest >= 1, "newest must be at least 1, got ", args.newest);
+  check.tensor("listed", args.listed, "B Hkv X", DType::kInt32);
+  check.tensor("listed_lengths", args.listed_lengths, "B Hkv", DType::kInt32);
+  const int64_t newest = std::min(check.size("M"), listing::newest_pages(args));
+  check.require(check.size("X") >= newest, "listed must have room for the newest ", newest,
+                " pages of a row, got ", args.listed.shape_string());
+  return backend(args.queries.device.type);
+}
+
 // Arguments as backends get them.
 template <typename Args>
 const Args& for_backend(const Args& args) {
@@ -336,6 +369,9 @@ void plan(const PlanArgs& args) {
 void attend(const AttendArgs& args) {
   run("attend", &Backend::attend, args);
 }
+void shortlist(const ShortlistArgs& args) {
+  run("shortlist", &Backend::shortlist, args);
+}
 
 size_t workspace_bytes(const ScoreArgs& args) {
   return checked(args).workspace_bytes(for_backend(args));
@@ -353,6 +389,9 @@ size_t workspace_bytes(const CompactArgs& args) {
   return checked(args).workspace_bytes(args);
 }
 size_t workspace_bytes(const AttendArgs& args) {
+  return checked(args).workspace_bytes(args);
+}
+size_t workspace_bytes(const ShortlistArgs& args) {
   return checked(args).workspace_bytes(args);
 }
 

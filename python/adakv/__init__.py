@@ -1,6 +1,6 @@
 """adakv: head-wise KV-cache eviction with real memory and real speed.
 
-``adakv.ops`` holds the nine verbs, ``adakv.cache`` the cache memory, ``adakv.policy`` what to
+``adakv.ops`` holds the verbs, ``adakv.cache`` the cache memory, ``adakv.policy`` what to
 keep, and ``adakv.attach`` and ``adakv.Cache`` put it all under a Hugging Face model.
 """
 

@@ -74,13 +74,19 @@ def operators() -> Iterator[None]:
     That is with fake tensors, ``make_fx`` and ``torch.export.export(strict=False)``. It holds for
     all threads.
     """
-    for body, in_graph in _in_graph.items():
-        setattr(sys.modules[body.__module__], body.__name__, in_graph)
     try:
+        for body, in_graph in _in_graph.items():
+            _put(body, in_graph)
         yield
     finally:
         for body in _in_graph:
-            setattr(sys.modules[body.__module__], body.__name__, body)
+            _put(body, body)
+
+
+def _put(body: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Has a function stand where a verb is: in its own module, and among the others."""
+    for module in (body.__module__, "adakv.ops"):
+        setattr(sys.modules[module], body.__name__, function)
 
 
 def _tuple_kind(annotation: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The nine verbs as torch functions, and as torch operators for compiled graphs.
+"""The verbs as torch functions, and as torch operators for compiled graphs.
 
     prefill:  score, value_norm -> allocate -> select -> compact
-    decode:   plan, append -> attend
+    decode:   plan, append -> attend;  sparse reads: append -> shortlist -> plan -> attend
 
 Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads, Hkv
 kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page size, N
@@ -11,9 +11,8 @@ bfloat16, all of one dtype and device, with a contiguous last dimension; other s
 
 Every function here is also ``torch.ops.adakv.<verb>``, with fake implementations and declared
 mutation, and takes that way by itself inside ``torch.compile``. None of them waits for the device,
-copies to the host or is differentiable. A function allocates the outputs and calls the core.
-
-Wrong arguments raise ``ValueError`` naming the argument, what was expected and what came.
+copies to the host or is differentiable. Wrong arguments raise ``ValueError`` naming the argument,
+what was expected and what came.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from torch import Tensor
 from adakv import _C, _schedules
 from adakv._register import operators as operators
 from adakv._register import verb
+from adakv.shortlist import shortlist as shortlist
 from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
 from adakv.tensors import Source as Source

@@ -11,6 +11,7 @@ from adakv.cache import KVCache
 from adakv.entries import keys_of_pages
 from adakv.ops import Layer
 from adakv.policy import Quest
+from adakv.shortlist import shortlist
 from adakv.step import Attention, PageReader
 
 
@@ -50,6 +51,8 @@ class PageBounds(PageReader):
         if self._is_new:
             size = kv.num_pages, 2 * kv.head_dim
             self._bounds = torch.empty(size, dtype=kv.dtype, device=kv.device)
+        else:
+            self._find_filled(kv.all_layers)
         self._kv, self._seen = kv, [n + new for n, new in zip(seen, num_new, strict=True)]
         self._num_pages = kv.row_pages_to_grow(num_new)
 
@@ -64,30 +67,37 @@ class PageBounds(PageReader):
         attention: Attention,
         num_new: Tensor | None,
     ) -> Layer:
-        table = view.block_table[:, :, : self._num_pages].long()  # [B, Hkv, m]
-        length, page_size = table.shape[2], view.pages.shape[2]
-        self._find(view, table, queries.shape[2])
-        pages, counts = self.quest.pages(
+        table = view.block_table[:, :, : self._num_pages]  # [B, Hkv, m]
+        if self._is_new:
+            self._find(view, table)
+        quest = self.quest
+        pages, lengths = shortlist(
             queries,
-            self._bounds[table.clamp(min=0)],
+            self._bounds,
             view.lengths,
-            page_size=page_size,
-            attention=attention,
+            table,
             num_new=num_new,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            page_size=view.pages.shape[2],
+            share=quest.share,
+            mass=quest.mass,
+            least=quest.least,
+            newest=quest.newest,
         )
-        return with_pages(view, pages, counts, length)
+        return view._replace(block_table=pages, lengths=lengths)
 
-    def _find(self, view: Layer, table: Tensor, new_tokens: int) -> None:
-        """The bounds of a layer's pages, or of those that the step has filled."""
-        page_size = view.pages.shape[2]
-        if not self._is_new:
-            count = -(-new_tokens // page_size)
-            last = (view.lengths // page_size)[..., None].long() - 1
-            filled = last - torch.arange(count, device=last.device)
-            table = table.gather(2, filled.clamp(min=0))
-        pages = table.clamp(min=0)
-        keys = keys_of_pages(view, pages, self._bounds.dtype)  # [B, Hkv, n, P, D]
-        self._bounds[pages] = torch.cat([keys.amax(3), keys.amin(3)], -1)
+    def _find_filled(self, layers: Layer) -> None:
+        """The bounds of the last whole page of each row of all layers, which the step before may
+        have filled. It has not been among a row's older pages until now."""
+        last = layers.lengths // layers.pages.shape[2] - 1  # [L, B, Hkv]
+        self._find(layers, layers.block_table.gather(3, last.clamp(min=0)[..., None].long()))
+
+    def _find(self, layers: Layer, table: Tensor) -> None:
+        """The bounds of pages ``[...]`` of rows."""
+        pages = table.long().clamp(min=0)
+        keys = keys_of_pages(layers, pages, self._bounds.dtype)  # [..., P, D]
+        self._bounds[pages] = torch.cat([keys.amax(-2), keys.amin(-2)], -1)
 
 
 def with_pages(view: Layer, pages: Tensor, counts: Tensor, length: int) -> Layer:

@@ -19,6 +19,7 @@ struct Right {
   Layer layer{2, 2, 8, 8, 30, 4, 1};
   Tensor out{{2, 4, 3, 8}, DType::kFloat32}, entries{{2, 2, 3, 8}, DType::kFloat32};
   Tensor schedules{{1, schedule_size(4, 2)}, DType::kInt32};
+  Tensor bounds{{30, 16}, DType::kFloat32}, listed{{2, 2, 4}, DType::kInt32};
 
   ScoreArgs score() const {
     ScoreArgs args;
@@ -84,6 +85,17 @@ struct Right {
     args.out = out.view;
     return args;
   }
+  ShortlistArgs shortlist() const {
+    ShortlistArgs args;
+    args.queries = queries.view;
+    args.bounds = bounds.view;
+    args.lengths = layer.lengths.view;
+    args.block_table = layer.block_table.view;
+    args.page_size = 8;
+    args.listed = listed.view;
+    args.listed_lengths = budgets.view;
+    return args;
+  }
 };
 
 // What a verb says about arguments that are right but for one change.
@@ -107,6 +119,7 @@ TEST(Arguments, RightOnesAreWelcome) {
   EXPECT_EQ(complaint([&] { run(&select, right.select()); }), "");
   EXPECT_EQ(complaint([&] { plan(right.plan()); }), "");
   EXPECT_EQ(complaint([&] { run(&attend, right.attend()); }), "");
+  EXPECT_EQ(complaint([&] { run(&shortlist, right.shortlist()); }), "");
 }
 
 TEST(Arguments, EveryTensorHasMemoryBehindIt) {
@@ -255,6 +268,22 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
                     args.accumulated = TensorView(slots, {2, 2, 32}, DType::kFloat32);
                   }),
             "attend: lse must be given with accumulated");
+}
+
+TEST(Arguments, ShortlistNamesWhatIsWrong) {
+  const auto shortlist_after = [](void (*change)(ShortlistArgs&)) {
+    return after(&Right::shortlist, &shortlist, change);
+  };
+  EXPECT_EQ(shortlist_after([](ShortlistArgs& args) { args.bounds.shape[1] = 8; }),
+            "shortlist: bounds must be contiguous [N, 2 D] with D = 8, got [30, 8]");
+  EXPECT_EQ(shortlist_after([](ShortlistArgs& args) { args.share = NAN; }),
+            "shortlist: share must be above 0 and at most 1, got nan");
+  EXPECT_EQ(shortlist_after([](ShortlistArgs& args) { args.newest = 0; }),
+            "shortlist: newest must be at least 1, got 0");
+  EXPECT_EQ(shortlist_after([](ShortlistArgs& args) { args.listed.shape[2] = 1; }),
+            "shortlist: listed must have room for the newest 2 pages of a row, got [2, 2, 1]");
+  EXPECT_EQ(shortlist_after([](ShortlistArgs& args) { args.lengths.ptr<int32_t>()[2] = 33; }),
+            "shortlist: lengths must lie in 0 .. 32, got 33 for row (1, 0)");
 }
 
 // A schedule for tokens that nobody appended.

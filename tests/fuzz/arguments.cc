@@ -42,7 +42,7 @@ class Call {
         F(input.range(1, 4)) {}
 
   void run_one() {
-    switch (input_.range(0, 8)) {
+    switch (input_.range(0, 9)) {
       case 0:
         return score_call();
       case 1:
@@ -59,6 +59,8 @@ class Call {
         return fork_call();
       case 7:
         return plan_call();
+      case 8:
+        return shortlist_call();
       default:
         return attend_call();
     }
@@ -410,6 +412,25 @@ class Call {
       args.threshold = option(0.f);
     }
     call(&attend, args);
+  }
+
+  void shortlist_call() {
+    ShortlistArgs args;
+    args.queries = floats({B, Hq, S, D});
+    args.bounds = floats({N, 2 * D});
+    args.lengths = ints({B, Hkv}, 0, M * P);
+    args.block_table = ints({B, Hkv, M}, 0, N - 1);
+    args.num_new = counts(S);
+    args.scale = option(0.5f);
+    args.softcap = option(input_.one_in(3) ? 5.f : 0.f);
+    args.page_size = number(P);
+    args.share = option(static_cast<float>(input_.range(1, 10)) / 10);
+    args.mass = option(input_.one_in(2) ? 0.5f : 1.f);
+    args.least = number(input_.range(0, 4));
+    args.newest = number(input_.range(1, 3));
+    args.listed = ints({B, Hkv, input_.one_in(3) ? input_.range(0, M) : M}, 0, 0);
+    args.listed_lengths = ints({B, Hkv}, 0, 0);
+    call(&shortlist, args);
   }
 
   Input& input_;

@@ -10,5 +10,5 @@
 #include "adakv/safetensors.h"
 #include "adakv/types.h"
 
-/// Head-wise KV cache eviction: nine verbs on tensors, and the memory of a compressed cache.
+/// Head-wise KV cache eviction: ten verbs on tensors, and the memory of a compressed cache.
 namespace adakv {}

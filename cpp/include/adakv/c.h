@@ -1,5 +1,5 @@
 /** @file
- * adakv for C, and for everything that can call C: the nine verbs of ops.h and the cache of
+ * adakv for C, and for everything that can call C: the ten verbs of ops.h and the cache of
  * kv_cache.h. What a verb computes is said there, once; here is how to call it.
  *
  * Every function that can fail returns an AdakvStatus and throws nothing. After a failure nothing
@@ -492,9 +492,9 @@ AdakvStatus adakv_set_num_threads(int32_t num_threads);
 
 /** ADAKV_OK if the CUDA backend is built in and finds a device; else the last error says why not. */
 AdakvStatus adakv_cuda_available(void);
-
 #ifdef __cplusplus
 }
 #endif
 #pragma GCC visibility pop
 #include "adakv/c_file.h"
+#include "adakv/c_shortlist.h"

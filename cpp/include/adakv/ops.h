@@ -1,12 +1,13 @@
-// The nine verbs.
+// The ten verbs.
 //
 //   prefill:  score, value_norm -> allocate -> select -> compact
 //   decode:   plan, append -> attend
+//   sparse reads, while decoding: append -> shortlist -> plan -> attend
 //
 // Each verb is one struct and one function. A struct lists inputs, options, outputs, then scratch
 // memory and the stream. The function checks its arguments (InvalidArgument names the argument,
 // what was expected and what came), then runs the backend of the tensors' device. No verb allocates
-// device memory, waits for the device or copies to the host; on CUDA all nine can be recorded in a
+// device memory, waits for the device or copies to the host; on CUDA all ten can be recorded in a
 // graph. All tensors of a call live on one device. Floating-point tensors of a call have one dtype
 // unless said.
 //
@@ -284,6 +285,40 @@ struct AttendArgs {
 /// Writes args.out and args.lse; changes args.accumulated, and args.layer if keys are given.
 void attend(const AttendArgs& args);
 
+/// Which pages of what its rows hold a step reads (Quest, arXiv 2406.10774; top-p as in SpecAttn, arXiv
+/// 2510.27641). A row has n = ceil(lengths[b,h] / P) pages, of which the last newest + ceil((S - 1) / P)
+/// are listed always. Of each other page p
+///   z[q,s,p] = softcap * tanh(scale / softcap * sum over d of max(queries[q,s,d] * largest[p,d],
+///              queries[q,s,d] * smallest[p,d]))
+///   w[q,s,:] = softmax over the row's other pages of z[q,s,:]
+///   worth[p] = max over q of h and s of w[q,s,p]
+/// and the best are listed, up to max(ceil(share * n), min(least, n)) pages of the row in all; equal
+/// worth: lower page first. With mass below 1, a page counts for a query only if w is at least a
+/// threshold, found by ten bisections between 0 and the largest w, above which the row of w has that
+/// much of its sum; and a page that counts for none is not listed. In float32; NaN bounds are -inf.
+/// share is rounded to a multiple of 2^-20.
+struct ShortlistArgs {
+  TensorView queries;      // [B, Hq, S, D]
+  TensorView bounds;       // [N, 2 D]   largest, then smallest of a page's keys in each dimension
+  TensorView lengths;      // [B, Hkv] int32      the step's S tokens included
+  TensorView block_table;  // [B, Hkv, M] int32
+  TensorView num_new;      // [B] int32, 0 .. S; not given: all S
+  float scale = 0.f;       // 0: 1 / sqrt(D)
+  float softcap = 0.f;     // 0: none
+  int page_size = 16;      // P
+  double share = 0.125;    // of a row's pages, above 0, at most 1
+  double mass = 1.;        // above 0, at most 1
+  int least = 8;           // pages that a row lists at least, if it has them
+  int newest = 1;          // at least 1
+  TensorView listed;  // [B, Hkv, X] int32, out   ascending, then -1; a row lists X pages at most
+  TensorView listed_lengths;  // [B, Hkv] int32, out   entries of the listed pages
+  TensorView workspace;       // [workspace_bytes(args) / 4] int32
+  Stream stream = nullptr;    // where CUDA work is put
+};
+/// Writes args.listed and args.listed_lengths: with them in the place of its table and lengths, plan
+/// and attend take a layer as one that holds just these pages.
+void shortlist(const ShortlistArgs& args);
+
 /// Bytes of scratch memory that score needs, aligned to 16, from shapes and options only. Checks the
 /// arguments, but for the workspace itself.
 size_t workspace_bytes(const ScoreArgs& args);
@@ -297,6 +332,8 @@ size_t workspace_bytes(const SelectArgs& args);
 size_t workspace_bytes(const CompactArgs& args);
 /// The same for attend.
 size_t workspace_bytes(const AttendArgs& args);
+/// The same for shortlist.
+size_t workspace_bytes(const ShortlistArgs& args);
 
 /// Threads that the CPU backend may use, this call's thread included: 1 to 4096. Results do not depend
 /// on it.

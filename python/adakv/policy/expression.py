@@ -72,7 +72,7 @@ def parse(text: str) -> Policy:
 
 def parse_read(text: str) -> reads.PageRead:
     """What steps read, written down, as :func:`parse` takes a part."""
-    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "pages")))
+    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "most")))
 
 
 def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:

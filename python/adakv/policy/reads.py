@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from adakv.policy.inputs import check_range, check_settings
-from adakv.step import Attention
-
-_UNITS = 2**20  # in which a share is counted, so that hosts and devices round alike
-_BISECTIONS = 10
+from adakv.shortlist import UNITS, most_pages
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,19 @@ class PageRead:
 
     def most(self, num_pages: int) -> int:
         """How many pages a row of so many reads at most."""
-        return max(-(-num_pages * self._share // _UNITS), min(self.least, num_pages))
+        return most_pages(num_pages, self.share, self.least)
 
     def best(
         self, worth: Tensor, lengths: Tensor, *, page_size: int, new_tokens: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The pages of the largest ``worth`` ``[B, Hkv, m]``, and the newest: ``pages`` and
-        ``counts`` as :meth:`Quest.pages` gives them. What is worth less than 0 isn't read, and
-        nothing is read of the newest ones' worth."""
+        """The pages of the largest ``worth`` ``[B, Hkv, m]``, and the newest: their numbers in the
+        row ``[B, Hkv, w]`` int64, ascending, m behind the last, and how many they are, ``[B, Hkv]``
+        int32. What is worth less than 0 isn't read, and nothing is read of the newest ones' worth.
+        """
         length = worth.shape[2]
         ends, older, num_newest = self._older(lengths, page_size, new_tokens)
         least = ends.clamp(max=self.least)
-        budgets = (-(-ends * self._share // _UNITS)).maximum(least)[..., None]
+        budgets = (-(-ends * self._share // UNITS)).maximum(least)[..., None]
         most = min(max(self.most(length) - num_newest, 0), length)
         place = torch.arange(length, device=worth.device)
         best, pages = worth.masked_fill(place >= older, -1).topk(most, -1)  # [B, Hkv, most]
@@ -75,7 +73,7 @@ class PageRead:
 
     @property
     def _share(self) -> int:
-        return round(Fraction(self.share) * _UNITS)
+        return round(Fraction(self.share) * UNITS)
 
 
 @dataclass(frozen=True)
@@ -113,88 +111,7 @@ class Quest(PageRead):
         super().__post_init__()
         _check_share("mass", self.mass)
 
-    def pages(
-        self,
-        queries: Tensor,
-        bounds: Tensor,
-        lengths: Tensor,
-        *,
-        page_size: int,
-        attention: Attention,
-        num_new: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Which pages of each row a step reads, in the order of their slots.
-
-        Parameters
-        ----------
-        queries : ``[B, Hq, S, D]``
-            Of the step, whose tokens the rows hold already.
-        bounds : ``[B, Hkv, m, 2 D]``
-            The largest, then the smallest number of each page and dimension; not read of a row's
-            newest pages and behind its end. No row has more than m pages.
-        lengths : ``[B, Hkv]`` int32
-            Entries that each row holds.
-        page_size : int
-            P.
-        attention : :class:`adakv.step.Attention`
-            Scale and softcap of the logits; sink logits are left out.
-        num_new : ``[B]`` int32, optional
-            How many of the S columns, counted from the right, are tokens of each sequence.
-
-        Returns
-        -------
-        pages : ``[B, Hkv, w]`` int64
-            Numbers in the row, ascending; m behind the last. w is what the host knows.
-        counts : ``[B, Hkv]`` int32
-            How many there are.
-        """
-        _, older, _ = self._older(lengths, page_size, queries.shape[2])
-        place = torch.arange(bounds.shape[2], device=bounds.device)
-        worth = self._worth(queries, bounds, place < older, attention, num_new)
-        return self.best(worth, lengths, page_size=page_size, new_tokens=queries.shape[2])
-
-    def _worth(
-        self,
-        queries: Tensor,
-        bounds: Tensor,
-        is_older: Tensor,
-        attention: Attention,
-        num_new: Tensor | None,
-    ) -> Tensor:
-        """``[B, Hkv, m]`` float32: the most weight that a query gives to a page; -1 for those that
-        are not older than the newest ones (``is_older`` ``[B, Hkv, m]``), or not needed."""
-        batch, heads = bounds.shape[:2]
-        columns, head_dim = queries.shape[2:]
-        grouped = queries.reshape(batch, heads, -1, head_dim)  # [B, Hkv, G * S, D]
-        signed = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], -1)
-        z = (signed.float() @ bounds.float().mT) * (attention.scale or head_dim**-0.5)
-        if attention.softcap:
-            z = attention.softcap * torch.tanh(z / attention.softcap)
-        weights = z.masked_fill(~is_older[:, :, None], -torch.inf).softmax(-1)
-        if self.mass < 1:
-            weights = weights.where(weights >= top_p(weights, self.mass), -1)
-        if num_new is not None:
-            is_token = torch.arange(columns, device=z.device) >= columns - num_new[:, None]
-            is_token = is_token.repeat(1, grouped.shape[2] // columns)  # [B, G * S]
-            weights = weights.where(is_token[:, None, :, None], -1)
-        return weights.amax(2).masked_fill(~is_older, -1)
-
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-
-
-def top_p(weights: Tensor, mass: float, steps: int = _BISECTIONS) -> Tensor:
-    """The threshold ``[..., 1]`` of each row of ``weights`` ``[..., n]``, of at least 0: those from
-    it on have at least ``mass`` of the row's sum, and nearly as few as possible.
-
-    By bisection between 0 and the largest weight, without sorting (SpecAttn, arXiv 2510.27641).
-    """
-    high = weights.amax(-1, keepdim=True)
-    low, wanted = torch.zeros_like(high), mass * weights.sum(-1, keepdim=True)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        is_enough = weights.where(weights >= middle, 0).sum(-1, keepdim=True) >= wanted
-        low, high = middle.where(is_enough, low), high.where(is_enough, middle)
-    return low

@@ -1,0 +1,440 @@
+// Pages of each row that a step reads; see ops.h. Two launches:
+//   1. z of every query and page: the bounds of all pages are read once, and that is most of the time
+//   2. a block for each row: what the softmax of each query needs, the most weight that any query
+//      gives to a page, the key of the last page that gets in (digit by digit, from histograms), and
+//      the pages themselves, ascending
+#include "ops/listing.h"
+
+#include <cfloat>
+
+#include "common/check.cuh"
+#include "common/device_guard.h"
+#include "common/dispatch.cuh"
+#include "common/dtype.cuh"
+#include "common/reduce.cuh"
+#include "cuda_backend.h"
+
+namespace adakv {
+namespace {
+
+constexpr int kChunk = 8;       // elements that a lane loads at once
+constexpr int kMostChunks = 2;  // of a page, for each lane: D 256
+constexpr int kQueries = 4;     // that a warp has in registers
+constexpr int kProductThreads = 256;
+constexpr int kPagesPerBlock = 64;
+constexpr int kThreads = 512;  // that choose for a row
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kDigitBits = 8;
+constexpr int kBins = 1 << kDigitBits;
+
+struct ShortlistParams {
+  const void* queries;         // [B, Hq, S, D]
+  const void* bounds;          // [N, 2 D]
+  const int32_t* lengths;      // [B, Hkv]
+  const int32_t* block_table;  // [B, Hkv, M]
+  const int32_t* num_new;      // [B] or null
+  int32_t* listed;             // [B, Hkv, X]
+  int32_t* listed_lengths;     // [B, Hkv]
+  float* z;                    // [B * Hkv, G * S, M]; query g * S + s
+  float* sums;                 // [B * Hkv, G * S, 3]: largest z, 1 / sum, least weight that counts
+  uint32_t* keys;              // [B * Hkv, M]
+  int64_t query_stride[3], bounds_stride, lengths_stride[2], table_stride[2], listed_stride[2],
+      listed_lengths_stride[2];
+  int32_t heads, group, tokens, dim, width;  // width: M
+  float scale, softcap, mass;
+  listing::Rule rule;
+
+  __device__ int32_t length(int32_t b, int32_t h) const {
+    return lengths[b * lengths_stride[0] + h * lengths_stride[1]];
+  }
+  __device__ const int32_t* table(int32_t b, int32_t h) const {
+    return block_table + b * table_stride[0] + h * table_stride[1];
+  }
+  /// Pages of a row, of which a longer one than its table has only those that are there.
+  __device__ listing::Row row(int32_t b, int32_t h) const {
+    const int64_t most = int64_t{width} * rule.page_size;
+    return rule.of(static_cast<int32_t>(min(int64_t{length(b, h)}, most)));
+  }
+  /// Whether all older pages are listed, whatever their bounds are.
+  __device__ bool lists_all(const listing::Row& row) const {
+    return row.wanted >= row.older && mass == 1.f;
+  }
+};
+
+template <typename Element>
+__device__ void load_chunk(const Element* from, float (&out)[kChunk]) {
+  constexpr int kFours = kChunk * sizeof(Element) / sizeof(uint4);
+  uint4 loaded[kFours];
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) loaded[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  const Element* elements = reinterpret_cast<const Element*>(loaded);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) out[i] = to_float(elements[i]);
+}
+
+// grid: [B * Hkv, ceil(M / kPagesPerBlock), ceil(G * S / kQueries)]; kLanes lanes share a page.
+template <typename Element, int kLanes>
+__global__ void __launch_bounds__(kProductThreads)
+    bound_products_kernel(const __grid_constant__ ShortlistParams p) {
+  const int32_t r = blockIdx.x, b = r / p.heads, h = r % p.heads;
+  const listing::Row row = p.row(b, h);
+  const int32_t first_page = blockIdx.y * kPagesPerBlock;
+  if (first_page >= row.older || row.wanted == 0 || p.lists_all(row)) return;
+  const int32_t lane = threadIdx.x % kLanes, chunks = 2 * p.dim / kChunk;
+  const int32_t num_queries = p.group * p.tokens, first_query = blockIdx.z * kQueries;
+
+  float q[kMostChunks][kQueries][kChunk];
+#pragma unroll
+  for (int c = 0; c < kMostChunks; ++c) {
+    const int32_t chunk = lane + c * kLanes;
+    const bool is_largest = chunk < chunks / 2;
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const int32_t query = first_query + i;
+#pragma unroll
+      for (int d = 0; d < kChunk; ++d) q[c][i][d] = 0;
+      if (chunk >= chunks || query >= num_queries) continue;
+      const Element* from = static_cast<const Element*>(p.queries) + b * p.query_stride[0] +
+                            (h * p.group + query / p.tokens) * p.query_stride[1] +
+                            query % p.tokens * p.query_stride[2] +
+                            (is_largest ? chunk : chunk - chunks / 2) * kChunk;
+#pragma unroll
+      for (int d = 0; d < kChunk; ++d) {
+        const float x = to_float(from[d]);
+        q[c][i][d] = is_largest ? fmaxf(x, 0.f) : fminf(x, 0.f);
+      }
+    }
+  }
+
+  const int32_t* table = p.table(b, h);
+  const int32_t end = min(first_page + kPagesPerBlock, row.older);
+  // All lanes of a warp take part in every round.
+  const int32_t per_round = kProductThreads / kLanes, mine = threadIdx.x / kLanes;
+  for (int32_t begin = first_page; begin < end; begin += per_round) {
+    const int32_t page = begin + mine;
+    float sums[kQueries] = {};
+    if (page < end) {
+      const Element* bounds = static_cast<const Element*>(p.bounds) + table[page] * p.bounds_stride;
+#pragma unroll
+      for (int c = 0; c < kMostChunks; ++c) {
+        const int32_t chunk = lane + c * kLanes;
+        if (chunk >= chunks) break;
+        float x[kChunk];
+        load_chunk(bounds + chunk * kChunk, x);
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) {
+#pragma unroll
+          for (int d = 0; d < kChunk; ++d) sums[i] += q[c][i][d] * x[d];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) {
+        sums[i] += __shfl_xor_sync(kFullWarp, sums[i], step);
+      }
+      const int32_t query = first_query + i;
+      if (lane != i || page >= end || query >= num_queries) continue;
+      float z = sums[i] * p.scale;
+      if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
+      z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
+      p.z[(int64_t(r) * num_queries + query) * p.width + page] = z;
+    }
+  }
+}
+
+// What one row's block chooses by.
+class RowChooser {
+ public:
+  struct Shared {
+    int32_t histogram[kBins];
+    int32_t before[2][kWarps];  // pages of the warps: above the last key, equal to it
+    uint32_t prefix;            // digits of the last key that gets in
+    int32_t wanted;             // pages that are still to be found, of those with this prefix
+  };
+
+  __device__ RowChooser(const ShortlistParams& p, int32_t r, Shared& shared)
+      : p_(p),
+        shared_(shared),
+        r_(r),
+        b_(r / p.heads),
+        h_(r % p.heads),
+        row_(p.row(b_, h_)),
+        warp_(threadIdx.x / kWarpSize),
+        lane_(threadIdx.x % kWarpSize),
+        num_queries_(p.group * p.tokens),
+        z_(p.z + int64_t(r) * num_queries_ * p.width),
+        sums_(p.sums + int64_t(r) * num_queries_ * 3),
+        keys_(p.keys + int64_t(r) * p.width) {}
+
+  __device__ void run() {
+    int32_t count = row_.older;
+    uint32_t last = 0;
+    int32_t equal = 0;  // pages with the key `last` that get in, the first ones
+    if (!p_.lists_all(row_)) {
+      for (int32_t i = warp_; i < num_queries_; i += kWarps) sum_up(i);
+      __syncthreads();
+      const int32_t eligible = row_.wanted > 0 ? make_keys() : 0;
+      count = min(row_.wanted, eligible);
+      if (count == eligible) {
+        last = 1;
+        equal = count;
+      } else {
+        last = find_last(count, equal);
+      }
+    }
+    write(count, last, equal);
+  }
+
+ private:
+  /// Whether a query's token is no padding.
+  __device__ bool counts(int32_t query) const {
+    return !p_.num_new || query % p_.tokens >= p_.tokens - p_.num_new[b_];
+  }
+
+  /// The largest z of a query, the sum of its exponentials, and the least weight that counts.
+  __device__ void sum_up(int32_t query) const {
+    const float* z = z_ + int64_t(query) * p_.width;
+    float largest = -INFINITY, sum = 0, least = 0;
+    if (row_.wanted > 0) {
+      for (int32_t i = lane_; i < row_.older; i += kWarpSize) largest = fmaxf(largest, z[i]);
+      largest = warp_max(largest);
+      if (largest == -INFINITY) largest = 0;
+      for (int32_t i = lane_; i < row_.older; i += kWarpSize) sum += expf(z[i] - largest);
+      sum = warp_sum(sum);
+    }
+    const float inverse = sum > 0 ? 1 / sum : 0;
+    if (p_.mass < 1 && sum > 0) {
+      float low = 0, high = inverse;
+      for (int i = 0; i < listing::kBisections; ++i) {
+        const float middle = (low + high) / 2;
+        float above = 0;
+        for (int32_t k = lane_; k < row_.older; k += kWarpSize) {
+          const float weight = expf(z[k] - largest) * inverse;
+          above += weight >= middle ? weight : 0;
+        }
+        (warp_sum(above) >= p_.mass ? low : high) = middle;
+      }
+      least = low;
+    }
+    if (lane_ == 0) {
+      sums_[3 * query] = largest;
+      sums_[3 * query + 1] = inverse;
+      sums_[3 * query + 2] = least;
+    }
+  }
+
+  /// Keys of all older pages: higher for more worth, 0 for those that aren't listed. Gives the number of
+  /// the others.
+  __device__ int32_t make_keys() const {
+    int32_t eligible = 0;
+    for (int32_t begin = 0; begin < row_.older; begin += kThreads) {
+      const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
+      float worth = -1;
+      if (page < row_.older) {
+        for (int32_t i = 0; i < num_queries_; ++i) {
+          if (!counts(i)) continue;
+          const float weight =
+              expf(z_[int64_t(i) * p_.width + page] - sums_[3 * i]) * sums_[3 * i + 1];
+          if (weight >= sums_[3 * i + 2]) worth = fmaxf(worth, weight);
+        }
+        keys_[page] = worth < 0 ? 0 : __float_as_uint(worth) + 1;
+      }
+      eligible += __syncthreads_count(worth >= 0);
+    }
+    return eligible;
+  }
+
+  /// The key of the last of `count` pages that get in, and how many of those with this key do.
+  __device__ uint32_t find_last(int32_t count, int32_t& equal) const {
+    if (threadIdx.x == 0) {
+      shared_.prefix = 0;
+      shared_.wanted = count;
+    }
+    for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+      for (int32_t i = threadIdx.x; i < kBins; i += kThreads) shared_.histogram[i] = 0;
+      __syncthreads();
+      const uint32_t prefix = shared_.prefix;
+      const uint32_t above = shift + kDigitBits < 32 ? ~0u << (shift + kDigitBits) : 0;
+      for (int32_t begin = 0; begin < row_.older; begin += kThreads) {
+        const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
+        const uint32_t key = page < row_.older ? keys_[page] : 0;
+        const bool counts = key != 0 && (key & above) == prefix;
+        const uint32_t digit = counts ? key >> shift & (kBins - 1) : kBins;
+        const uint32_t same = __match_any_sync(kFullWarp, digit);
+        if (counts && lane_ == __ffs(same) - 1) {
+          atomicAdd(&shared_.histogram[digit], __popc(same));
+        }
+      }
+      __syncthreads();
+      if (warp_ == 0) find_digit(shift);
+      __syncthreads();
+    }
+    equal = shared_.wanted;
+    return shared_.prefix;
+  }
+
+  /// The bin in which the last wanted page is, from the top; a warp.
+  __device__ void find_digit(int shift) const {
+    constexpr int kPerLane = kBins / kWarpSize;
+    // Lane 0 has the highest bins.
+    const int32_t highest = kBins - 1 - lane_ * kPerLane;
+    int32_t mine = 0;
+    for (int i = 0; i < kPerLane; ++i) mine += shared_.histogram[highest - i];
+    int32_t before = warp_inclusive_sum(mine) - mine;
+    const int32_t wanted = shared_.wanted;
+    __syncwarp();
+    if (before >= wanted || before + mine < wanted) return;
+    for (int i = 0; i < kPerLane; ++i) {
+      const int32_t in_bin = shared_.histogram[highest - i];
+      if (before + in_bin >= wanted) {
+        shared_.prefix |= static_cast<uint32_t>(highest - i) << shift;
+        shared_.wanted = wanted - before;
+        return;
+      }
+      before += in_bin;
+    }
+  }
+
+  /// The pages above `last`, and the first `equal` of those that have it; or all, if `last` is 0.
+  __device__ void write(int32_t count, uint32_t last, int32_t equal) const {
+    const int32_t* table = p_.table(b_, h_);
+    int32_t* listed = p_.listed + b_ * p_.listed_stride[0] + h_ * p_.listed_stride[1];
+    const uint32_t lower_lanes = (1u << lane_) - 1;
+    int32_t num_above = 0, num_equal = 0;  // of the pages before
+    for (int32_t begin = 0; begin < row_.older && count > 0; begin += kThreads) {
+      const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
+      const uint32_t key = page >= row_.older ? 0 : last == 0 ? 1 : keys_[page];
+      const bool is_above = key > last, is_equal = key == last && key != 0;
+      const uint32_t above = __ballot_sync(kFullWarp, is_above);
+      const uint32_t ties = __ballot_sync(kFullWarp, is_equal);
+      if (lane_ == 0) {
+        shared_.before[0][warp_] = __popc(above);
+        shared_.before[1][warp_] = __popc(ties);
+      }
+      __syncthreads();
+      int32_t all_above = 0, all_ties = 0, above_before = num_above, ties_before = num_equal;
+      for (int i = 0; i < kWarps; ++i) {
+        const int32_t of_above = shared_.before[0][i], of_ties = shared_.before[1][i];
+        if (i < warp_) {
+          above_before += of_above;
+          ties_before += of_ties;
+        }
+        all_above += of_above;
+        all_ties += of_ties;
+      }
+      above_before += __popc(above & lower_lanes);
+      ties_before += __popc(ties & lower_lanes);
+      if (is_above || (is_equal && ties_before < equal)) {
+        listed[above_before + min(ties_before, equal)] = table[page];
+      }
+      num_above += all_above;
+      num_equal += all_ties;
+      __syncthreads();
+    }
+    const int32_t newest = row_.total - row_.older;
+    for (int32_t i = threadIdx.x; i < p_.rule.most - count; i += kThreads) {
+      listed[count + i] = i < newest ? table[row_.older + i] : -1;
+    }
+    if (threadIdx.x == 0) {
+      p_.listed_lengths[b_ * p_.listed_lengths_stride[0] + h_ * p_.listed_lengths_stride[1]] =
+          p_.length(b_, h_) - (row_.older - count) * p_.rule.page_size;
+    }
+  }
+
+  const ShortlistParams& p_;
+  Shared& shared_;
+  const int32_t r_, b_, h_;
+  const listing::Row row_;
+  const int32_t warp_, lane_, num_queries_;
+  const float* z_;
+  float* sums_;
+  uint32_t* keys_;
+};
+
+// grid: [B * Hkv].
+__global__ void __launch_bounds__(kThreads)
+    shortlist_kernel(const __grid_constant__ ShortlistParams p) {
+  __shared__ RowChooser::Shared shared;
+  RowChooser(p, blockIdx.x, shared).run();
+}
+
+/// Numbers of the workspace, of 4 bytes each: z, sums, keys.
+struct Parts {
+  int64_t z, sums, keys;
+
+  explicit Parts(const ShortlistArgs& args) {
+    const int64_t rows = args.lengths.shape[0] * args.lengths.shape[1];
+    const int64_t queries = args.queries.shape[0] * args.queries.shape[1] * args.queries.shape[2];
+    const int64_t width = args.block_table.shape[2];
+    z = queries * width;
+    sums = queries * 3;
+    keys = rows * width;
+  }
+};
+
+ShortlistParams params_of(const ShortlistArgs& args) {
+  ShortlistParams p = {};
+  p.rule = listing::Rule(args);
+  p.queries = args.queries.data;
+  p.bounds = args.bounds.data;
+  p.lengths = args.lengths.ptr<int32_t>();
+  p.block_table = args.block_table.ptr<int32_t>();
+  p.num_new = args.num_new ? args.num_new.ptr<int32_t>() : nullptr;
+  p.listed = args.listed.ptr<int32_t>();
+  p.listed_lengths = args.listed_lengths.ptr<int32_t>();
+  const Parts parts(args);
+  p.z = args.workspace.ptr<float>();
+  p.sums = p.z + parts.z;
+  p.keys = reinterpret_cast<uint32_t*>(p.sums + parts.sums);
+  std::copy_n(args.queries.stride, 3, p.query_stride);
+  p.bounds_stride = args.bounds.stride[0];
+  std::copy_n(args.lengths.stride, 2, p.lengths_stride);
+  std::copy_n(args.block_table.stride, 2, p.table_stride);
+  std::copy_n(args.listed.stride, 2, p.listed_stride);
+  std::copy_n(args.listed_lengths.stride, 2, p.listed_lengths_stride);
+  p.heads = static_cast<int32_t>(args.lengths.shape[1]);
+  p.group = static_cast<int32_t>(args.queries.shape[1] / args.lengths.shape[1]);
+  p.tokens = static_cast<int32_t>(args.queries.shape[2]);
+  p.dim = static_cast<int32_t>(args.queries.shape[3]);
+  p.width = static_cast<int32_t>(args.block_table.shape[2]);
+  p.scale = args.scale != 0 ? args.scale : 1.f / std::sqrt(static_cast<float>(p.dim));
+  p.softcap = args.softcap;
+  p.mass = static_cast<float>(args.mass);
+  return p;
+}
+
+}  // namespace
+
+void CudaBackend::shortlist(const ShortlistArgs& args) {
+  const DeviceGuard guard(args.queries.device);
+  const uint32_t rows = static_cast<uint32_t>(args.lengths.shape[0] * args.lengths.shape[1]);
+  if (rows == 0) return;
+  const ShortlistParams p = params_of(args);
+  cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
+  const auto blocks = [](int32_t count, int32_t size) {
+    return static_cast<uint32_t>((count + size - 1) / size);
+  };
+  const dim3 grid(rows, blocks(p.width, kPagesPerBlock), blocks(p.group * p.tokens, kQueries));
+  if (grid.y > 0 && grid.z > 0) {
+    dispatch_dtype(args.queries.dtype, [&](auto element) {
+      using Element = typename decltype(element)::type;
+      if (2 * p.dim / kChunk <= kWarpSize / 2) {
+        bound_products_kernel<Element, kWarpSize / 2><<<grid, kProductThreads, 0, stream>>>(p);
+      } else {
+        bound_products_kernel<Element, kWarpSize><<<grid, kProductThreads, 0, stream>>>(p);
+      }
+    });
+    ADAKV_CUDA_CHECK("shortlist", cudaGetLastError());
+  }
+  shortlist_kernel<<<rows, kThreads, 0, stream>>>(p);
+  ADAKV_CUDA_CHECK("shortlist", cudaGetLastError());
+}
+
+size_t CudaBackend::workspace_bytes(const ShortlistArgs& args) const {
+  const Parts parts(args);
+  return static_cast<size_t>(parts.z + parts.sums + parts.keys) * sizeof(float);
+}
+
+}  // namespace adakv
