@@ -59,6 +59,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the part step",
     )
+    group.add_argument("--read", help="what steps read, of the part step: 'Quest(share=0.125)'")
     group.add_argument("--plot", metavar="FILE.png", help="draw the decode steps")
 
 

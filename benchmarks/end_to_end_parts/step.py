@@ -20,6 +20,7 @@ from adakv.cache import KVCache
 from adakv.hf.cuda_graph import Steps
 from adakv.hf.sampling import Sampling
 from adakv.hf.slots import Decoder
+from adakv.policy import get_read
 from adakv.shape import Shape
 from cuda_timing import device_times, wall_times
 from end_to_end_parts.bench import NEW_TOKENS, SPARE_BYTES, STEPS, Bench, free_memory
@@ -53,7 +54,8 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
         totals = lengths.sum(1).tolist()
         ids, indptr = kv.begin(layer, totals, [length] * batch)
         ops.compact(keys, values, first_entries(lengths.flatten()), kv.layer(layer), ids, indptr)
-    decoder = Decoder(bench.model, kv, Sampling())
+    read = None if bench.args.read is None else get_read(bench.args.read)
+    decoder = Decoder(bench.model, kv, Sampling(), read=read)
     logits = torch.randn(bench.config.vocab_size, device="cuda")
     for slot in range(batch):
         decoder.begin(slot, logits, length)
@@ -118,6 +120,8 @@ def measure(bench: Bench, batch: int, length: int, mean: int) -> None:
         "copy_TB_per_s": bench.bandwidth / 1e12,
     }
     sizes = {"batch": batch, "tokens": length, "mean": mean, "kv_dtype": bench.args.kv_dtype}
+    if bench.args.read is not None:
+        sizes["read"] = bench.args.read
     bench.report("step", sizes, times, **derived)
 
 

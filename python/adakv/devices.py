@@ -215,11 +215,14 @@ class FirstSlots:
             layers = tuple(sequences(layer, slots) for layer in part.layers)
             self._parts.append((part.device, layers, (lengths, block_table, fresh_pages)))
 
-    def plan(self, num_new: Tensor, watcher: Watcher | None) -> PlannedStep | SplitStep:
-        """A step in which each sequence has ``num_new`` ``[B]`` tokens."""
+    def plan(
+        self, num_new: Tensor, watcher: Watcher | None, reader: PageReader | None = None
+    ) -> PlannedStep | SplitStep:
+        """A step in which each sequence has ``num_new`` ``[B]`` tokens; a ``reader`` is for caches
+        on one device."""
         if isinstance(self._kv, KVCache):
             ((_, layers, tables),) = self._parts
-            return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher)
+            return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher, reader=reader)
         steps = [
             PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))
             for device, layers, tables in self._parts

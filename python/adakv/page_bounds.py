@@ -20,41 +20,44 @@ class PageBounds(PageReader):
     up to a page of tokens choose what they read.
 
     They are found out when a step first asks, and then kept up to date page by page; where anything
-    else has happened to the rows meanwhile they are found out again. They take ``2 D`` numbers of
+    else has happened to a sequence meanwhile its are found out again. They take ``2 D`` numbers of
     the keys' dtype for each page.
 
     Parameters
     ----------
     quest : :class:`adakv.policy.Quest`
+    is_recorded : bool
+        Whether steps may be recorded in CUDA graphs: then rows are looked at as far as they may
+        ever get, instead of as far as the step's longest.
     """
 
-    def __init__(self, quest: Quest) -> None:
-        self.quest = quest
+    def __init__(self, quest: Quest, *, is_recorded: bool = False) -> None:
+        self.quest, self._is_recorded = quest, is_recorded
         self._kv: KVCache | None = None  # that the bounds are of
-        self._seen: list[int] = []  # tokens of its sequences then
+        self._seen: list[int] = []  # tokens of its sequences, -1 where it has to be looked at anew
         self._bounds = torch.empty(0)  # [N, 2 D], the largest, then the smallest
-        self._is_new = True  # of the whole pages none is known
-        self._num_pages = 0  # of the longest row of this step
+        self._num_pages: int | None = None  # of the longest row of this step
 
-    def forget(self) -> None:
-        self._kv = None
-        self._bounds = torch.empty(0)
+    def forget(self, slots: slice = slice(None)) -> None:
+        self._seen[slots] = [-1] * len(self._seen[slots])
 
     def begin_step(
         self, kv: KVCache, seen: Sequence[int], num_new: Sequence[int], columns: int
     ) -> None:
+        shape = kv.num_pages, 2 * kv.head_dim
         if columns > kv.page_size:
-            self.forget()
+            self._kv = None
             return
-        is_same = kv is self._kv and list(seen) == self._seen
-        self._is_new = not is_same or len(self._bounds) != kv.num_pages
-        if self._is_new:
-            size = kv.num_pages, 2 * kv.head_dim
-            self._bounds = torch.empty(size, dtype=kv.dtype, device=kv.device)
-        else:
+        if kv is not self._kv or self._bounds.shape != shape or len(seen) != len(self._seen):
+            self._kv, self._seen = kv, [-1] * len(seen)
+            self._bounds = torch.empty(shape, dtype=kv.dtype, device=kv.device)
+        changed = [b for b, n in enumerate(seen) if n != self._seen[b]]
+        if changed:
+            self._find_all(kv, changed)
+        if len(changed) < len(seen):
             self._find_filled(kv.all_layers)
-        self._kv, self._seen = kv, [n + new for n, new in zip(seen, num_new, strict=True)]
-        self._num_pages = kv.row_pages_to_grow(num_new)
+        self._seen = [n + new for n, new in zip(seen, num_new, strict=True)]
+        self._num_pages = None if self._is_recorded else kv.row_pages_to_grow(num_new)
 
     def reads_some(self, layer: int) -> bool:
         return self._kv is not None and layer >= self.quest.full_layers
@@ -67,15 +70,12 @@ class PageBounds(PageReader):
         attention: Attention,
         num_new: Tensor | None,
     ) -> Layer:
-        table = view.block_table[:, :, : self._num_pages]  # [B, Hkv, m]
-        if self._is_new:
-            self._find(view, table)
         quest = self.quest
         pages, lengths = shortlist(
             queries,
             self._bounds,
             view.lengths,
-            table,
+            view.block_table[:, :, : self._num_pages],
             num_new=num_new,
             scale=attention.scale,
             softcap=attention.softcap,
@@ -86,6 +86,13 @@ class PageBounds(PageReader):
             newest=quest.newest,
         )
         return view._replace(block_table=pages, lengths=lengths)
+
+    def _find_all(self, kv: KVCache, slots: Sequence[int]) -> None:
+        """The bounds of all pages of some sequences, layer by layer."""
+        chosen = torch.tensor(slots, device=kv.device)
+        most = kv.row_pages_to_grow([0] * kv.num_sequences)
+        for layer in kv.layers:
+            self._find(layer, layer.block_table[chosen, :, :most])
 
     def _find_filled(self, layers: Layer) -> None:
         """The bounds of the last whole page of each row of all layers, which the step before may

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakv.cache import KVCache
+from adakv.devices import AnyCache
 from adakv.entries import Held, HeldInputs
 from adakv.ops import Layer
 from adakv.page_bounds import PageBounds, with_pages
@@ -92,6 +93,18 @@ class PageHistory(PageReader):
             group = queries.shape[1] // heads
             return queries.new_zeros(batch, heads, group, 0, self._num_pages, dtype=torch.float32)
         return F.pad(ring, (0, self._num_pages - ring.shape[4]))
+
+
+def recorded_reader_of(read: PageRead, kv: AnyCache) -> PageBounds:
+    """The same for steps that may be recorded in CUDA graphs.
+
+    Raises ``ValueError`` for reads that aren't made for it, and for layers on several devices.
+    """
+    if not isinstance(read, Quest):
+        raise ValueError(f"read must be a Quest where steps are recorded, got {read}")
+    if not isinstance(kv, KVCache):
+        raise ValueError("read must be left out with layers on several devices")
+    return PageBounds(read, is_recorded=True)
 
 
 def reader_of(read: PageRead) -> PageReader:

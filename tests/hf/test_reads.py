@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adakv
-from adakv.policy import AttentionPredictor, Quest
+from adakv.policy import AttentionPredictor, get
 from hf.families import FAMILIES, LLAMA, VOCAB, Family
 from hf.test_hf import GREEDY, prompts
 from hf.test_model_wide import held
@@ -164,9 +164,49 @@ def test_what_cannot_be_done_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             adakv.Cache(model, "full", read=wrong)  # type: ignore[arg-type]
-    cache = adakv.Cache(model, "full", read=Quest())
-    with adakv.attach(model), pytest.raises(ValueError, match="read: its steps can't be recorded"):
+    with pytest.raises(ValueError, match="read: it chooses pages by their keys alone"):
+        adakv.generate_batch(
+            model, [[5] * 9], policy=f"{get('ada_snapkv')} * Folded()", budget=60,
+            options=adakv.BatchOptions(read=SOME),
+        )  # fmt: skip
+
+
+def test_steps_that_foretell_are_not_recorded(tmp_path: Path) -> None:
+    model, (file, _) = LLAMA.model(), predictor_file(tmp_path)
+    cache = adakv.Cache(model, "full", read=AttentionPredictor(file=file))
+    message = "read must be a Quest where steps are recorded, got AttentionPredictor"
+    with adakv.attach(model), pytest.raises(ValueError, match=message):
         model.generate(
             torch.ones(1, 9, dtype=torch.int64), past_key_values=cache, max_new_tokens=4,
             custom_generate=adakv.cuda_graph_sample,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "int4"])
+def test_recorded_steps_read_the_same_pages(kv_dtype: str) -> None:
+    """In transformers' loop, in a loop of recorded steps, which begins twice, and in a batch."""
+    model = LLAMA.model().to(torch.bfloat16)
+    torch.manual_seed(0)
+    ids = torch.randint(3, VOCAB, (1, 150))
+    texts = []
+    for custom in (None, adakv.cuda_graph_sample):
+        cache = adakv.Cache(model, "ada_snapkv", 90, kv_dtype=kv_dtype, read=SOME)
+        with adakv.attach(model):
+            text = ids
+            for _ in range(2):
+                text = model.generate(
+                    text, attention_mask=torch.ones_like(text), past_key_values=cache,
+                    custom_generate=custom, **GREEDY,
+                )  # fmt: skip
+        texts.append(text[0, 150:].tolist())
+    options = adakv.BatchOptions(read=SOME, eos_token_id=(), max_batch=2)
+    others = [torch.randint(3, VOCAB, (n,)) for n in (120, 40)]
+    prompts = [others[0], ids[0], others[1]]
+    batch = adakv.generate_batch(
+        model, prompts, policy="ada_snapkv", budget=90, kv_dtype=kv_dtype, max_new_tokens=24,
+        options=options,
+    )  # fmt: skip
+    texts.append(batch[1].tokens)
+    assert texts[0] == texts[1]
+    if kv_dtype != "int4":  # whose pages are quantised earlier in steps of one token alone
+        assert texts[0] == texts[2]

@@ -364,7 +364,7 @@ def _copied(cache: Any) -> Any:
     new._repetition = Repetition(new, is_needed="repeat" in cache.budget.policy.needs)
     new.eviction = copy.copy(cache.eviction)
     new.notices, new.step = Notices(), None
-    new._reader = None if new._read is None else reader_of(new._read)
+    new._reader = None if new.read is None else reader_of(new.read)
     new._states = copy.deepcopy(cache._states)
     new._seen = list(cache._seen)
     sources = list(range(len(new._seen)))

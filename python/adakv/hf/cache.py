@@ -157,8 +157,8 @@ class Cache(ShownCache):
         chosen, needs = self.budget.policy, self.budget.policy.needs
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._groups = groups_of(self.layer_devices(decoder, full))
-        self._keeps_scores, self._read = keep_scores, read_by(chosen, read)
-        check_together(self._groups, self._rule or chunk_budget or self._read)
+        self._keeps_scores, self.read = keep_scores, read_by(chosen, read)
+        check_together(self._groups, self._rule or chunk_budget or self.read)
         self._chunk_budget, self._is_chunked = chunk_budget, chunked_prefill
         self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
@@ -193,7 +193,7 @@ class Cache(ShownCache):
         self.kept_scores: list[Tensor] | None = None
         """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:
         ``+inf`` of those that always stay, ``-inf`` where none is."""
-        self._reader = None if self._read is None else reader_of(self._read)
+        self._reader = None if self.read is None else reader_of(self.read)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been
@@ -301,8 +301,6 @@ class Cache(ShownCache):
             "its layers without full attention have steps that can't be recorded; generate without "
             "custom_generate"
         )
-        if self._read is not None:
-            raise ValueError("read: its steps can't be recorded; generate without custom_generate")
         if self.reading is not None:
             self._finish_all()
         self._end_prompt()

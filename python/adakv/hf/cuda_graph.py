@@ -144,7 +144,7 @@ def cuda_graph_sample(
     chooser = _Logits()
     pages, seen = cache.decoded_pages()
     text, rule = cache.eviction.text, cache.eviction.decode
-    decoder = Decoder(unwrapped(model), pages, chooser, rule)
+    decoder = Decoder(unwrapped(model), pages, chooser, rule, cache.read)
     decoder.take_over(seen, text)
     steps = Steps(decoder)
     pad = generation_config._pad_token_tensor

@@ -38,7 +38,8 @@ from adakv.hf.slots import Decoder
 from adakv.hf.stopping import End, Stop
 from adakv.hf.token_classes import classes_of_all
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, Policy, Protection, TokenClasses
+from adakv.policy import DEFAULT, Budget, PageRead, Policy, Protection, TokenClasses
+from adakv.policy.presets import read_by
 from adakv.reselection import Rule
 
 
@@ -69,6 +70,8 @@ class BatchOptions:
         Where sequences wait when the pages don't suffice for what all of them write, as ``"cpu"``:
         prompts then join when there are pages for their first tokens. Default: they join when there
         are pages for all that they may write. Texts are the same.
+    read : str or :class:`adakv.policy.Quest`, optional
+        Which pages of what a head holds a step reads, as in :class:`adakv.Cache`.
     cuda_graph : bool
         On CUDA, record a step once and replay it, which spares the host nearly all of its work.
     compile : bool
@@ -85,6 +88,7 @@ class BatchOptions:
     cache_bytes: int | None = None
     page_size: int | None = None
     park: str | torch.device | None = None
+    read: str | PageRead | None = None
     cuda_graph: bool = True
     compile: bool = False
 
@@ -286,7 +290,7 @@ def generate_stream(
         classes = classes_of_all(model, chosen_from)
     requests = requests._replace(protection=protection, classes=TokenClasses.given(classes))
     fit = _fit(model, requests, rule, reader, allocation, options)
-    decoder = Decoder(model, fit.kv, sampling, rule)
+    decoder = Decoder(model, fit.kv, sampling, rule, read_by(limit.policy, options.read))
     steps = Steps(decoder, cuda_graph=options.cuda_graph, compile=options.compile)
     seed = int(torch.randint(2**48, ())) if options.seed is None else options.seed
     chance = None if sampling.is_greedy else seed

@@ -26,9 +26,11 @@ from adakv.devices import AnyCache, FirstSlots, SplitStep
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
+from adakv.page_history import recorded_reader_of
+from adakv.policy.reads import PageRead
 from adakv.recent import RecentQueries
 from adakv.reselection import Reselection, Rule
-from adakv.step import PlannedStep
+from adakv.step import PageReader, PlannedStep
 
 _UNIFORMS = 256  # numbers of a sequence that are drawn at a time
 
@@ -52,6 +54,7 @@ class Slot(NamedTuple):
     rows: Slots  # its own, without the B
     generator: torch.Generator | None
     num_used: int  # of its newest numbers
+    seen: int  # tokens that went by
 
 
 class Decoder:
@@ -67,6 +70,13 @@ class Decoder:
         Most often a :class:`adakv.hf.sampling.Sampling`.
     rule : :class:`adakv.reselection.Rule`, optional
         By which texts are evicted from while they are written.
+    read : :class:`adakv.policy.PageRead`, optional
+        Which pages of a row a step reads.
+
+    Raises
+    ------
+    ValueError
+        For a read whose steps can't be recorded, or of layers on several devices.
     """
 
     def __init__(
@@ -75,6 +85,7 @@ class Decoder:
         kv: AnyCache,
         sampling: Chooser,
         rule: Rule | None = None,
+        read: PageRead | None = None,
     ) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
@@ -86,6 +97,8 @@ class Decoder:
         self._num_used = [0] * kv.num_sequences  # of their newest numbers
         self._generators: dict[int, torch.Generator] = {}  # by slot
         self._texts: dict[int, Reselection] = {}  # that are chosen from, by slot
+        self._seen = [0] * kv.num_sequences  # tokens of their sequences
+        self._reader = None if read is None else recorded_reader_of(read, kv)
         self._queries = None
         if rule is not None:
             assert isinstance(kv, KVCache)
@@ -124,6 +137,13 @@ class Decoder:
         mine.num_new[:] = 1
         self._num_new[slot] = 1
         self._num_used[slot] = 1
+        self._begin_reading(slot, position)
+
+    def _begin_reading(self, slot: int, seen: int) -> None:
+        """The slot holds another sequence."""
+        self._seen[slot] = seen
+        if self._reader is not None:
+            self._reader.forget(slice(slot, slot + 1))
 
     def take_over(self, seen: Sequence[int], text: Reselection | None = None) -> None:
         """All slots hold sequences, of so many tokens; their newest ones are still to be given.
@@ -132,7 +152,7 @@ class Decoder:
         """
         self.slots.positions[:, 0] = torch.tensor(seen)
         self.slots.num_new.fill_(1)
-        self._num_new = [1] * len(seen)
+        self._num_new, self._seen = [1] * len(seen), list(seen)
         if text is not None:
             assert isinstance(text.recent, RecentQueries) and self._queries is not None
             self._queries.fill(text.recent.all_layers(), self.slots.positions)
@@ -165,7 +185,7 @@ class Decoder:
         """:meth:`end`, but the sequence will go on: :meth:`put_back`. It has no text that is chosen
         from."""
         rows = Slots(*(tensor[slot].clone() for tensor in self.slots))
-        left = Slot(rows, self._generators.get(slot), self._num_used[slot])
+        left = Slot(rows, self._generators.get(slot), self._num_used[slot], self._seen[slot])
         self.end(slot)
         return left
 
@@ -174,6 +194,7 @@ class Decoder:
         for tensor, row in zip(self.slots, left.rows, strict=True):
             tensor[slot] = row
         self._num_new[slot], self._num_used[slot] = 1, left.num_used
+        self._begin_reading(slot, left.seen)
         if left.generator is not None:
             self._generators[slot] = left.generator
 
@@ -192,6 +213,10 @@ class Decoder:
             If there are too few free pages. Nothing changes.
         """
         self.kv.grow(self._num_new, 1)
+        if self._reader is not None:
+            assert isinstance(self.kv, KVCache)  # others have no reader
+            self._reader.begin_step(self.kv, self._seen, self._num_new, 1)
+        self._seen = [n + new for n, new in zip(self._seen, self._num_new, strict=True)]
         for slot in self._generators:
             if self._num_used[slot] == _UNIFORMS:
                 self._draw(slot)
@@ -212,7 +237,10 @@ class Decoder:
         for slot in due:
             text = self._texts[slot]
             assert isinstance(self.kv, KVCache)  # others have no rule
-            text.choose(self.kv, slice(slot, slot + text.num_sequences))
+            slots = slice(slot, slot + text.num_sequences)
+            text.choose(self.kv, slots)
+            if self._reader is not None:
+                self._reader.forget(slots)
         return bool(due)
 
     @contextmanager
@@ -232,7 +260,7 @@ class Decoder:
         slots = Slots(*(tensor[:width] for tensor in self.slots))
         queries = self._queries
         watcher = None if queries is None else StepQueries(queries, slots.positions)
-        return Step(self.model, self.kv, self._sampling, slots, watcher)
+        return Step(self.model, self.kv, self._sampling, slots, watcher, self._reader)
 
 
 class SlotQueries:
@@ -304,11 +332,12 @@ class Step:
         sampling: Chooser,
         slots: Slots,
         watcher: StepQueries | None = None,
+        reader: PageReader | None = None,
     ) -> None:
         self._model = model
         self._sampling = sampling
         self._slots = slots
-        self._cache = StepCache(kv, slots.num_new[:, 0], watcher)
+        self._cache = StepCache(kv, slots.num_new[:, 0], watcher, reader)
         # Models make no mask if they are given one; attend reads none.
         self._mask = slots.tokens[:, :, None, None].to(kv.dtype)
 
@@ -332,18 +361,24 @@ class Step:
 class StepCache(TransformersCache):
     """The first slots of a cache, as a model's forward over one token of each takes them."""
 
-    def __init__(self, kv: AnyCache, num_new: Tensor, watcher: StepQueries | None = None) -> None:
+    def __init__(
+        self,
+        kv: AnyCache,
+        num_new: Tensor,
+        watcher: StepQueries | None = None,
+        reader: PageReader | None = None,
+    ) -> None:
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.num_attended = 0  # layers, in this step
         self._num_new = num_new  # [B] int32
-        self._watcher = watcher
+        self._watcher, self._reader = watcher, reader
         self._first = FirstSlots(kv, len(num_new))
         super().__init__(layers=[StepLayer(self, index) for index in range(kv.num_layers)])
 
     def plan(self) -> None:
         """Shares out the step's work, for all layers."""
         self.num_attended = 0
-        self.step = self._first.plan(self._num_new, self._watcher)
+        self.step = self._first.plan(self._num_new, self._watcher, self._reader)
 
     def end_step(self) -> None:
         """Forgets the plan, which is good for one step.

@@ -49,6 +49,7 @@ _PARTS = {
     )
     for name, part in vars(module).items()
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
+    if part is not reads.PageRead  # what reads have in common
 }
 _PARTS |= {"EveryTokens": EveryTokens, "MoreTokens": MoreTokens, "Folded": Folded}
 
@@ -72,7 +73,7 @@ def parse(text: str) -> Policy:
 
 def parse_read(text: str) -> reads.PageRead:
     """What steps read, written down, as :func:`parse` takes a part."""
-    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "most")))
+    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "full_layers")))
 
 
 def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:
