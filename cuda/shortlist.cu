@@ -17,13 +17,14 @@
 namespace adakv {
 namespace {
 
-constexpr int kChunk = 8;       // elements that a lane loads at once
-constexpr int kMostChunks = 2;  // of a page, for each lane: D 256
-constexpr int kQueries = 4;     // that a warp has in registers
+constexpr int kChunk = 8;    // elements that a lane loads at once
+constexpr int kQueries = 4;  // that lanes multiply a page with
+constexpr int kPages = 4;    // that lanes have under way
 constexpr int kProductThreads = 256;
 constexpr int kPagesPerBlock = 64;
-constexpr int kThreads = 512;  // that choose for a row
+constexpr int kThreads = 256;  // that choose for a row
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kHeld = 4;  // keys that a thread has in registers
 constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 
@@ -36,7 +37,6 @@ struct ShortlistParams {
   int32_t* listed;             // [B, Hkv, X]
   int32_t* listed_lengths;     // [B, Hkv]
   float* z;                    // [B * Hkv, G * S, M]; query g * S + s
-  float* sums;                 // [B * Hkv, G * S, 3]: largest z, 1 / sum, least weight that counts
   uint32_t* keys;              // [B * Hkv, M]
   int64_t query_stride[3], bounds_stride, lengths_stride[2], table_stride[2], listed_stride[2],
       listed_lengths_stride[2];
@@ -72,35 +72,52 @@ __device__ void load_chunk(const Element* from, float (&out)[kChunk]) {
   for (int i = 0; i < kChunk; ++i) out[i] = to_float(elements[i]);
 }
 
-// grid: [B * Hkv, ceil(M / kPagesPerBlock), ceil(G * S / kQueries)]; kLanes lanes share a page.
-template <typename Element, int kLanes>
+// Sums over kLanes lanes of 16 numbers of each: lane i gets the sum of number i * 16 / kLanes. Each step
+// halves what a lane still has, so that 16 sums take as many exchanges.
+template <int kLanes>
+__device__ float sum_sixteen(float (&x)[16]) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int half = 8, step = kLanes / 2; half > 0; half /= 2, step /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool takes_upper = lane & step;
+      const float mine = takes_upper ? x[i + half] : x[i];
+      const float other = takes_upper ? x[i] : x[i + half];
+      x[i] = mine + __shfl_xor_sync(kFullWarp, other, step);
+    }
+  }
+  if (kLanes == kWarpSize) x[0] += __shfl_xor_sync(kFullWarp, x[0], 1);
+  return x[0];
+}
+
+// grid: [B * Hkv, ceil(M / kPagesPerBlock), ceil(G * S / kQueries)]; kLanes lanes share a page, kChunks
+// pieces of it each, and have kPages of them under way.
+template <typename Element, int kLanes, int kChunks>
 __global__ void __launch_bounds__(kProductThreads)
     bound_products_kernel(const __grid_constant__ ShortlistParams p) {
+  static_assert(kPages * kQueries == 16, "sum_sixteen");
   const int32_t r = blockIdx.x, b = r / p.heads, h = r % p.heads;
   const listing::Row row = p.row(b, h);
   const int32_t first_page = blockIdx.y * kPagesPerBlock;
   if (first_page >= row.older || row.wanted == 0 || p.lists_all(row)) return;
   const int32_t lane = threadIdx.x % kLanes, chunks = 2 * p.dim / kChunk;
   const int32_t num_queries = p.group * p.tokens, first_query = blockIdx.z * kQueries;
-
-  float q[kMostChunks][kQueries][kChunk];
+  float q[kChunks][kQueries][kChunk];
 #pragma unroll
-  for (int c = 0; c < kMostChunks; ++c) {
+  for (int c = 0; c < kChunks; ++c) {
     const int32_t chunk = lane + c * kLanes;
     const bool is_largest = chunk < chunks / 2;
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      const int32_t query = first_query + i;
-#pragma unroll
-      for (int d = 0; d < kChunk; ++d) q[c][i][d] = 0;
-      if (chunk >= chunks || query >= num_queries) continue;
+      const int32_t query = min(first_query + i, num_queries - 1);
       const Element* from = static_cast<const Element*>(p.queries) + b * p.query_stride[0] +
                             (h * p.group + query / p.tokens) * p.query_stride[1] +
                             query % p.tokens * p.query_stride[2] +
                             (is_largest ? chunk : chunk - chunks / 2) * kChunk;
 #pragma unroll
       for (int d = 0; d < kChunk; ++d) {
-        const float x = to_float(from[d]);
+        const float x = chunk < chunks ? to_float(from[d]) : 0;
         q[c][i][d] = is_largest ? fmaxf(x, 0.f) : fminf(x, 0.f);
       }
     }
@@ -108,37 +125,41 @@ __global__ void __launch_bounds__(kProductThreads)
 
   const int32_t* table = p.table(b, h);
   const int32_t end = min(first_page + kPagesPerBlock, row.older);
+  constexpr int kPerRound = kProductThreads / kLanes;  // pages between two of a group of lanes
+  const int32_t mine = threadIdx.x / kLanes;
   // All lanes of a warp take part in every round.
-  const int32_t per_round = kProductThreads / kLanes, mine = threadIdx.x / kLanes;
-  for (int32_t begin = first_page; begin < end; begin += per_round) {
-    const int32_t page = begin + mine;
-    float sums[kQueries] = {};
-    if (page < end) {
-      const Element* bounds = static_cast<const Element*>(p.bounds) + table[page] * p.bounds_stride;
+  for (int32_t round = first_page; round < end; round += kPages * kPerRound) {
+    const int32_t begin = round + mine;
+    float sums[16] = {};  // page * kQueries + query
 #pragma unroll
-      for (int c = 0; c < kMostChunks; ++c) {
-        const int32_t chunk = lane + c * kLanes;
-        if (chunk >= chunks) break;
-        float x[kChunk];
-        load_chunk(bounds + chunk * kChunk, x);
+    for (int c = 0; c < kChunks; ++c) {
+      const bool is_there = lane + c * kLanes < chunks;
+      float x[kPages][kChunk];
+#pragma unroll
+      for (int k = 0; k < kPages; ++k) {
+        // What is behind the last page is the last one once more.
+        const int32_t page = table[min(begin + k * kPerRound, end - 1)];
+        const auto* bounds = static_cast<const Element*>(p.bounds) + page * p.bounds_stride;
+        load_chunk(bounds + (is_there ? lane + c * kLanes : 0) * kChunk, x[k]);
+#pragma unroll
+        for (float& number : x[k]) number = is_there ? number : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kPages; ++k) {
 #pragma unroll
         for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
-          for (int d = 0; d < kChunk; ++d) sums[i] += q[c][i][d] * x[d];
+          for (int d = 0; d < kChunk; ++d) sums[k * kQueries + i] += q[c][i][d] * x[k][d];
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-#pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) {
-        sums[i] += __shfl_xor_sync(kFullWarp, sums[i], step);
-      }
-      const int32_t query = first_query + i;
-      if (lane != i || page >= end || query >= num_queries) continue;
-      float z = sums[i] * p.scale;
-      if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
-      z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
+    float z = sum_sixteen<kLanes>(sums) * p.scale;
+    if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
+    z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
+    const int32_t number = lane * 16 / kLanes;
+    const int32_t page = begin + number / kQueries * kPerRound;
+    const int32_t query = first_query + number % kQueries;
+    if (lane * 16 % kLanes == 0 && page < end && query < num_queries) {
       p.z[(int64_t(r) * num_queries + query) * p.width + page] = z;
     }
   }
@@ -150,8 +171,9 @@ class RowChooser {
   struct Shared {
     int32_t histogram[kBins];
     int32_t before[2][kWarps];  // pages of the warps: above the last key, equal to it
-    uint32_t prefix;            // digits of the last key that gets in
-    int32_t wanted;             // pages that are still to be found, of those with this prefix
+    float of_warps[kQueries][kWarps];
+    uint32_t prefix;  // digits of the last key that gets in
+    int32_t wanted;   // pages that are still to be found, of those with this prefix
   };
 
   __device__ RowChooser(const ShortlistParams& p, int32_t r, Shared& shared)
@@ -165,7 +187,6 @@ class RowChooser {
         lane_(threadIdx.x % kWarpSize),
         num_queries_(p.group * p.tokens),
         z_(p.z + int64_t(r) * num_queries_ * p.width),
-        sums_(p.sums + int64_t(r) * num_queries_ * 3),
         keys_(p.keys + int64_t(r) * p.width) {}
 
   __device__ void run() {
@@ -173,8 +194,6 @@ class RowChooser {
     uint32_t last = 0;
     int32_t equal = 0;  // pages with the key `last` that get in, the first ones
     if (!p_.lists_all(row_)) {
-      for (int32_t i = warp_; i < num_queries_; i += kWarps) sum_up(i);
-      __syncthreads();
       const int32_t eligible = row_.wanted > 0 ? make_keys() : 0;
       count = min(row_.wanted, eligible);
       if (count == eligible) {
@@ -188,66 +207,132 @@ class RowChooser {
   }
 
  private:
-  /// Whether a query's token is no padding.
-  __device__ bool counts(int32_t query) const {
-    return !p_.num_new || query % p_.tokens >= p_.tokens - p_.num_new[b_];
+  /// Visits this thread's older pages, with the keys that they have: visit(page, key).
+  template <typename Visit>
+  __device__ void for_each_page(const Visit& visit) {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i * kThreads + thread < row_.older) visit(i * kThreads + thread, held_[i]);
+    }
+    for (int32_t page = kHeld * kThreads + thread; page < row_.older; page += kThreads) {
+      visit(page, keys_[page]);
+    }
   }
 
-  /// The largest z of a query, the sum of its exponentials, and the least weight that counts.
-  __device__ void sum_up(int32_t query) const {
-    const float* z = z_ + int64_t(query) * p_.width;
-    float largest = -INFINITY, sum = 0, least = 0;
-    if (row_.wanted > 0) {
-      for (int32_t i = lane_; i < row_.older; i += kWarpSize) largest = fmaxf(largest, z[i]);
-      largest = warp_max(largest);
-      if (largest == -INFINITY) largest = 0;
-      for (int32_t i = lane_; i < row_.older; i += kWarpSize) sum += expf(z[i] - largest);
-      sum = warp_sum(sum);
-    }
-    const float inverse = sum > 0 ? 1 / sum : 0;
-    if (p_.mass < 1 && sum > 0) {
-      float low = 0, high = inverse;
-      for (int i = 0; i < listing::kBisections; ++i) {
-        const float middle = (low + high) / 2;
-        float above = 0;
-        for (int32_t k = lane_; k < row_.older; k += kWarpSize) {
-          const float weight = expf(z[k] - largest) * inverse;
-          above += weight >= middle ? weight : 0;
-        }
-        (warp_sum(above) >= p_.mass ? low : high) = middle;
-      }
-      least = low;
-    }
+  /// The key of this thread's page number i.
+  __device__ uint32_t key_of(int32_t i, int32_t page) const {
+    uint32_t key = i < kHeld ? 0 : keys_[page];
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) key = i == k ? held_[k] : key;
+    return key;
+  }
+
+  /// The maxima, or the sums, of some numbers over the block, in a fixed order.
+  template <bool kIsMax>
+  __device__ void reduce(float (&x)[kQueries]) const {
+#pragma unroll
+    for (float& mine : x) mine = kIsMax ? warp_max(mine) : warp_sum(mine);
     if (lane_ == 0) {
-      sums_[3 * query] = largest;
-      sums_[3 * query + 1] = inverse;
-      sums_[3 * query + 2] = least;
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) shared_.of_warps[i][warp_] = x[i];
     }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const float other = lane_ < kWarps ? shared_.of_warps[i][lane_] : kIsMax ? -INFINITY : 0.f;
+      x[i] = kIsMax ? warp_max(other) : warp_sum(other);
+    }
+    __syncthreads();
   }
 
   /// Keys of all older pages: higher for more worth, 0 for those that aren't listed. Gives the number of
   /// the others.
-  __device__ int32_t make_keys() const {
-    int32_t eligible = 0;
-    for (int32_t begin = 0; begin < row_.older; begin += kThreads) {
-      const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
-      float worth = -1;
-      if (page < row_.older) {
-        for (int32_t i = 0; i < num_queries_; ++i) {
-          if (!counts(i)) continue;
-          const float weight =
-              expf(z_[int64_t(i) * p_.width + page] - sums_[3 * i]) * sums_[3 * i + 1];
-          if (weight >= sums_[3 * i + 2]) worth = fmaxf(worth, weight);
-        }
-        keys_[page] = worth < 0 ? 0 : __float_as_uint(worth) + 1;
-      }
-      eligible += __syncthreads_count(worth >= 0);
-    }
+  __device__ int32_t make_keys() {
+    for_each_page([](int32_t, uint32_t& key) { key = 0; });
+    for (int32_t first = 0; first < num_queries_; first += kQueries) weigh(first);
+    int32_t mine = 0;
+    for_each_page([&](int32_t, uint32_t& key) { mine += key != 0; });
+    mine = warp_sum(mine);
+    if (lane_ == 0) shared_.before[0][warp_] = mine;
+    __syncthreads();
+    const int32_t eligible = warp_sum(lane_ < kWarps ? shared_.before[0][lane_] : 0);
+    __syncthreads();
     return eligible;
   }
 
+  /// Raises the keys of pages to what some queries give them.
+  __device__ void weigh(int32_t first) {
+    const float* z[kQueries];
+    bool counts[kQueries];
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const int32_t query = first + i, token = query % p_.tokens;
+      counts[i] = query < num_queries_ &&
+                  (!p_.num_new || token >= p_.tokens - p_.num_new[b_]);  // else padding
+      z[i] = z_ + int64_t(min(query, num_queries_ - 1)) * p_.width;
+    }
+    float largest[kQueries], sum[kQueries] = {}, least[kQueries] = {};
+#pragma unroll
+    for (float& x : largest) x = -INFINITY;
+    for_each_page([&](int32_t page, uint32_t) {
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) largest[i] = fmaxf(largest[i], z[i][page]);
+    });
+    reduce<true>(largest);
+#pragma unroll
+    for (float& x : largest) x = x == -INFINITY ? 0 : x;
+    for_each_page([&](int32_t page, uint32_t) {
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) sum[i] += expf(z[i][page] - largest[i]);
+    });
+    reduce<false>(sum);
+    const auto weight = [&](int i, int32_t page) {
+      return sum[i] > 0 ? expf(z[i][page] - largest[i]) / sum[i] : 0.f;
+    };
+    if (p_.mass < 1) find_least(weight, sum, least);
+    for_each_page([&](int32_t page, uint32_t& key) {
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+        const float mine = weight(i, page);
+        if (counts[i] && mine >= least[i]) key = max(key, __float_as_uint(mine) + 1);
+      }
+    });
+  }
+
+  /// The least weights that count: bisected between 0 and the largest.
+  template <typename Weight>
+  __device__ void find_least(const Weight& weight,
+                             const float (&sum)[kQueries],
+                             float (&least)[kQueries]) {
+    float high[kQueries], all[kQueries] = {};
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) high[i] = sum[i] > 0 ? 1 / sum[i] : 0;
+    for_each_page([&](int32_t page, uint32_t) {
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) all[i] += weight(i, page);
+    });
+    reduce<false>(all);
+    for (int round = 0; round < listing::kBisections; ++round) {
+      float above[kQueries] = {};
+      for_each_page([&](int32_t page, uint32_t) {
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) {
+          const float mine = weight(i, page);
+          above[i] += mine >= (least[i] + high[i]) / 2 ? mine : 0;
+        }
+      });
+      reduce<false>(above);
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+        const float middle = (least[i] + high[i]) / 2;
+        (above[i] >= p_.mass * all[i] ? least[i] : high[i]) = middle;
+      }
+    }
+  }
+
   /// The key of the last of `count` pages that get in, and how many of those with this key do.
-  __device__ uint32_t find_last(int32_t count, int32_t& equal) const {
+  __device__ uint32_t find_last(int32_t count, int32_t& equal) {
     if (threadIdx.x == 0) {
       shared_.prefix = 0;
       shared_.wanted = count;
@@ -257,16 +342,11 @@ class RowChooser {
       __syncthreads();
       const uint32_t prefix = shared_.prefix;
       const uint32_t above = shift + kDigitBits < 32 ? ~0u << (shift + kDigitBits) : 0;
-      for (int32_t begin = 0; begin < row_.older; begin += kThreads) {
-        const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
-        const uint32_t key = page < row_.older ? keys_[page] : 0;
-        const bool counts = key != 0 && (key & above) == prefix;
-        const uint32_t digit = counts ? key >> shift & (kBins - 1) : kBins;
-        const uint32_t same = __match_any_sync(kFullWarp, digit);
-        if (counts && lane_ == __ffs(same) - 1) {
-          atomicAdd(&shared_.histogram[digit], __popc(same));
-        }
-      }
+      for_each_page([&](int32_t, uint32_t key) {
+        if (key == 0 || (key & above) != prefix) return;
+        const uint32_t digit = key >> shift & (kBins - 1);
+        atomicAdd(&shared_.histogram[digit], 1);
+      });
       __syncthreads();
       if (warp_ == 0) find_digit(shift);
       __syncthreads();
@@ -298,14 +378,14 @@ class RowChooser {
   }
 
   /// The pages above `last`, and the first `equal` of those that have it; or all, if `last` is 0.
-  __device__ void write(int32_t count, uint32_t last, int32_t equal) const {
+  __device__ void write(int32_t count, uint32_t last, int32_t equal) {
     const int32_t* table = p_.table(b_, h_);
     int32_t* listed = p_.listed + b_ * p_.listed_stride[0] + h_ * p_.listed_stride[1];
     const uint32_t lower_lanes = (1u << lane_) - 1;
     int32_t num_above = 0, num_equal = 0;  // of the pages before
     for (int32_t begin = 0; begin < row_.older && count > 0; begin += kThreads) {
       const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
-      const uint32_t key = page >= row_.older ? 0 : last == 0 ? 1 : keys_[page];
+      const uint32_t key = page >= row_.older ? 0 : last == 0 ? 1 : key_of(begin / kThreads, page);
       const bool is_above = key > last, is_equal = key == last && key != 0;
       const uint32_t above = __ballot_sync(kFullWarp, is_above);
       const uint32_t ties = __ballot_sync(kFullWarp, is_equal);
@@ -349,8 +429,8 @@ class RowChooser {
   const listing::Row row_;
   const int32_t warp_, lane_, num_queries_;
   const float* z_;
-  float* sums_;
   uint32_t* keys_;
+  uint32_t held_[kHeld];  // keys of this thread's first pages; others are in memory
 };
 
 // grid: [B * Hkv].
@@ -360,16 +440,15 @@ __global__ void __launch_bounds__(kThreads)
   RowChooser(p, blockIdx.x, shared).run();
 }
 
-/// Numbers of the workspace, of 4 bytes each: z, sums, keys.
+/// Numbers of the workspace, of 4 bytes each.
 struct Parts {
-  int64_t z, sums, keys;
+  int64_t z, keys;
 
   explicit Parts(const ShortlistArgs& args) {
     const int64_t rows = args.lengths.shape[0] * args.lengths.shape[1];
     const int64_t queries = args.queries.shape[0] * args.queries.shape[1] * args.queries.shape[2];
     const int64_t width = args.block_table.shape[2];
     z = queries * width;
-    sums = queries * 3;
     keys = rows * width;
   }
 };
@@ -386,8 +465,7 @@ ShortlistParams params_of(const ShortlistArgs& args) {
   p.listed_lengths = args.listed_lengths.ptr<int32_t>();
   const Parts parts(args);
   p.z = args.workspace.ptr<float>();
-  p.sums = p.z + parts.z;
-  p.keys = reinterpret_cast<uint32_t*>(p.sums + parts.sums);
+  p.keys = reinterpret_cast<uint32_t*>(p.z + parts.z);
   std::copy_n(args.queries.stride, 3, p.query_stride);
   p.bounds_stride = args.bounds.stride[0];
   std::copy_n(args.lengths.stride, 2, p.lengths_stride);
@@ -420,11 +498,11 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
   if (grid.y > 0 && grid.z > 0) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Element = typename decltype(element)::type;
-      if (2 * p.dim / kChunk <= kWarpSize / 2) {
-        bound_products_kernel<Element, kWarpSize / 2><<<grid, kProductThreads, 0, stream>>>(p);
-      } else {
-        bound_products_kernel<Element, kWarpSize><<<grid, kProductThreads, 0, stream>>>(p);
-      }
+      const int32_t chunks = 2 * p.dim / kChunk;
+      const auto kernel = chunks <= kWarpSize / 2 ? bound_products_kernel<Element, kWarpSize / 2, 1>
+                          : chunks <= kWarpSize   ? bound_products_kernel<Element, kWarpSize, 1>
+                                                  : bound_products_kernel<Element, kWarpSize, 2>;
+      kernel<<<grid, kProductThreads, 0, stream>>>(p);
     });
     ADAKV_CUDA_CHECK("shortlist", cudaGetLastError());
   }
@@ -434,7 +512,7 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
 
 size_t CudaBackend::workspace_bytes(const ShortlistArgs& args) const {
   const Parts parts(args);
-  return static_cast<size_t>(parts.z + parts.sums + parts.keys) * sizeof(float);
+  return static_cast<size_t>(parts.z + parts.keys) * sizeof(float);
 }
 
 }  // namespace adakv

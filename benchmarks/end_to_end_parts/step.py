@@ -51,6 +51,8 @@ def filled_decoder(bench: Bench, batch: int, length: int, mean: int) -> Decoder:
     for layer in range(layers):
         rest = (draw.sample((batch,)) * (mean - even) * heads).int()
         lengths = (even + rest).clamp(max=length)
+        if mean == length:  # a full cache
+            lengths.fill_(length)
         totals = lengths.sum(1).tolist()
         ids, indptr = kv.begin(layer, totals, [length] * batch)
         ops.compact(keys, values, first_entries(lengths.flatten()), kv.layer(layer), ids, indptr)

@@ -244,6 +244,6 @@ def test_shortlist_is_an_operator(device: torch.device) -> None:
     how = {"page_size": 8, "share": 0.25, "least": 2}
     torch.library.opcheck(torch.ops.adakv.shortlist.default, given, how)
     expected = shortlist(*given, **how)  # type: ignore[arg-type]
-    compiled = torch.compile(shortlist, fullgraph=True)(*given, **how)
+    compiled = torch.compile(lambda *x: shortlist(*x, **how), fullgraph=True)(*given)
     for a, b in zip(compiled, expected, strict=True):
         assert torch.equal(a, b)
