@@ -11,6 +11,7 @@
 #include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/dtype.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "cuda_backend.h"
 
@@ -21,8 +22,8 @@ constexpr int kChunk = 8;    // elements that a lane loads at once
 constexpr int kQueries = 4;  // that lanes multiply a page with
 constexpr int kPages = 4;    // that lanes have under way
 constexpr int kProductThreads = 256;
-constexpr int kPagesPerBlock = 64;
-constexpr int kThreads = 256;  // that choose for a row
+constexpr int kLeastPages = 64, kMostPages = 256;  // of a block, of them
+constexpr int kThreads = 256;                      // that choose for a row
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kHeld = 4;  // keys that a thread has in registers
 constexpr int kDigitBits = 8;
@@ -41,6 +42,7 @@ struct ShortlistParams {
   int64_t query_stride[3], bounds_stride, lengths_stride[2], table_stride[2], listed_stride[2],
       listed_lengths_stride[2];
   int32_t heads, group, tokens, dim, width;  // width: M
+  int32_t pages_per_block;                   // of the first launch
   float scale, softcap, mass;
   listing::Rule rule;
 
@@ -61,16 +63,20 @@ struct ShortlistParams {
   }
 };
 
+// kChunk elements as they are in memory.
 template <typename Element>
-__device__ void load_chunk(const Element* from, float (&out)[kChunk]) {
-  constexpr int kFours = kChunk * sizeof(Element) / sizeof(uint4);
-  uint4 loaded[kFours];
+struct Piece {
+  static constexpr int kFours = kChunk * sizeof(Element) / sizeof(uint4);
+  uint4 fours[kFours];
+
+  __device__ void load(const Element* from) {
 #pragma unroll
-  for (int i = 0; i < kFours; ++i) loaded[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
-  const Element* elements = reinterpret_cast<const Element*>(loaded);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) out[i] = to_float(elements[i]);
-}
+    for (int i = 0; i < kFours; ++i) fours[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  }
+  __device__ float operator[](int i) const {
+    return to_float(reinterpret_cast<const Element*>(fours)[i]);
+  }
+};
 
 // Sums over kLanes lanes of 16 numbers of each: lane i gets the sum of number i * 16 / kLanes. Each step
 // halves what a lane still has, so that 16 sums take as many exchanges.
@@ -91,7 +97,7 @@ __device__ float sum_sixteen(float (&x)[16]) {
   return x[0];
 }
 
-// grid: [B * Hkv, ceil(M / kPagesPerBlock), ceil(G * S / kQueries)]; kLanes lanes share a page, kChunks
+// grid: [B * Hkv, ceil(M / pages_per_block), ceil(G * S / kQueries)]; kLanes lanes share a page, kChunks
 // pieces of it each, and have kPages of them under way.
 template <typename Element, int kLanes, int kChunks>
 __global__ void __launch_bounds__(kProductThreads)
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kProductThreads)
   static_assert(kPages * kQueries == 16, "sum_sixteen");
   const int32_t r = blockIdx.x, b = r / p.heads, h = r % p.heads;
   const listing::Row row = p.row(b, h);
-  const int32_t first_page = blockIdx.y * kPagesPerBlock;
+  const int32_t first_page = blockIdx.y * p.pages_per_block;
   if (first_page >= row.older || row.wanted == 0 || p.lists_all(row)) return;
   const int32_t lane = threadIdx.x % kLanes, chunks = 2 * p.dim / kChunk;
   const int32_t num_queries = p.group * p.tokens, first_query = blockIdx.z * kQueries;
@@ -124,35 +130,43 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 
   const int32_t* table = p.table(b, h);
-  const int32_t end = min(first_page + kPagesPerBlock, row.older);
+  const int32_t end = min(first_page + p.pages_per_block, row.older);
   constexpr int kPerRound = kProductThreads / kLanes;  // pages between two of a group of lanes
+  Piece<Element> pieces[kPages][kChunks];
+  // What is behind the last page is the last one once more; what is behind a page's last chunk its
+  // first, times 0.
+  const auto load = [&](int32_t begin) {
+#pragma unroll
+    for (int k = 0; k < kPages; ++k) {
+      const int32_t page = table[min(begin + k * kPerRound, end - 1)];
+      const auto* bounds = static_cast<const Element*>(p.bounds) + page * p.bounds_stride;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int32_t chunk = lane + c * kLanes;
+        pieces[k][c].load(bounds + (chunk < chunks ? chunk : 0) * kChunk);
+      }
+    }
+  };
   const int32_t mine = threadIdx.x / kLanes;
+  load(first_page + mine);
   // All lanes of a warp take part in every round.
   for (int32_t round = first_page; round < end; round += kPages * kPerRound) {
     const int32_t begin = round + mine;
     float sums[16] = {};  // page * kQueries + query
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const bool is_there = lane + c * kLanes < chunks;
-      float x[kPages][kChunk];
+    for (int k = 0; k < kPages; ++k) {
 #pragma unroll
-      for (int k = 0; k < kPages; ++k) {
-        // What is behind the last page is the last one once more.
-        const int32_t page = table[min(begin + k * kPerRound, end - 1)];
-        const auto* bounds = static_cast<const Element*>(p.bounds) + page * p.bounds_stride;
-        load_chunk(bounds + (is_there ? lane + c * kLanes : 0) * kChunk, x[k]);
+      for (int c = 0; c < kChunks; ++c) {
+        const bool is_there = lane + c * kLanes < chunks;
 #pragma unroll
-        for (float& number : x[k]) number = is_there ? number : 0;
-      }
+        for (int d = 0; d < kChunk; ++d) {
+          const float x = is_there ? pieces[k][c][d] : 0;
 #pragma unroll
-      for (int k = 0; k < kPages; ++k) {
-#pragma unroll
-        for (int i = 0; i < kQueries; ++i) {
-#pragma unroll
-          for (int d = 0; d < kChunk; ++d) sums[k * kQueries + i] += q[c][i][d] * x[k][d];
+          for (int i = 0; i < kQueries; ++i) sums[k * kQueries + i] += q[c][i][d] * x;
         }
       }
     }
+    load(begin + kPages * kPerRound);  // while sums are exchanged
     float z = sum_sixteen<kLanes>(sums) * p.scale;
     if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
     z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
@@ -489,12 +503,21 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
   const DeviceGuard guard(args.queries.device);
   const uint32_t rows = static_cast<uint32_t>(args.lengths.shape[0] * args.lengths.shape[1]);
   if (rows == 0) return;
-  const ShortlistParams p = params_of(args);
+  ShortlistParams p = params_of(args);
   cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   const auto blocks = [](int32_t count, int32_t size) {
     return static_cast<uint32_t>((count + size - 1) / size);
   };
-  const dim3 grid(rows, blocks(p.width, kPagesPerBlock), blocks(p.group * p.tokens, kQueries));
+  const uint32_t num_parts = blocks(p.group * p.tokens, kQueries);
+  // As many as keep every multiprocessor busy several times.
+  const int sms =
+      device_attribute("shortlist", args.queries.device.index, cudaDevAttrMultiProcessorCount);
+  p.pages_per_block = kMostPages;
+  while (p.pages_per_block > kLeastPages &&
+         int64_t{rows} * num_parts * blocks(p.width, p.pages_per_block) < 4 * sms) {
+    p.pages_per_block /= 2;
+  }
+  const dim3 grid(rows, blocks(p.width, p.pages_per_block), num_parts);
   if (grid.y > 0 && grid.z > 0) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Element = typename decltype(element)::type;

@@ -131,6 +131,8 @@ def check_heads(model: torch.nn.Module, full: Sequence[int]) -> None:
 
 def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.nn.Module]:
     """Modules that attend in some of a decoder's layers, as far as they say it of themselves."""
+    if not layers:
+        return []
     return [
         module
         for module in model.modules()
