@@ -353,20 +353,17 @@ inline void attend_queries(const AttendSpan& span,
         span.first_visible + (span.first_query + first + rows - 1) / span.group;
     const int end = block_end < last_visible ? block_end : last_visible;
     if (end <= begin) continue;
-    const auto run = [&](auto num_rows) {
-      constexpr int kRows = decltype(num_rows)::value;
-      if (first == 0) {
-        attend_block<kRows, true>(span, row, scales, biases, begin, end, first, queries, acc,
-                                  stride);
-      } else {
-        attend_block<kRows, false>(span, row, scales, biases, begin, end, first, queries, acc,
-                                   stride);
-      }
+    const auto run = [&](auto num_rows, auto fetches) {
+      constexpr bool kFetch = decltype(fetches)::value;
+      attend_block<decltype(num_rows)::value, kFetch>(span, row, scales, biases, begin, end, first,
+                                                      queries, acc, stride);
     };
-    if (rows == 4) run(std::integral_constant<int, 4>{});
-    if (rows == 3) run(std::integral_constant<int, 3>{});
-    if (rows == 2) run(std::integral_constant<int, 2>{});
-    if (rows == 1) run(std::integral_constant<int, 1>{});
+    // Few queries behind others fetch again what is there, which costs less than one more loop.
+    if (rows == 4 && first > 0) run(std::integral_constant<int, 4>{}, std::false_type{});
+    if (rows == 4 && first == 0) run(std::integral_constant<int, 4>{}, std::true_type{});
+    if (rows == 3) run(std::integral_constant<int, 3>{}, std::true_type{});
+    if (rows == 2) run(std::integral_constant<int, 2>{}, std::true_type{});
+    if (rows == 1) run(std::integral_constant<int, 1>{}, std::true_type{});
   }
 }
 
@@ -390,18 +387,8 @@ inline void attend_tail(const AttendSpan& span, const float* queries, float* acc
 template <typename Pages>
 struct NoBlocks {
   static constexpr int kSlots = kBlockSlots;
-  static bool suits(const AttendSpan&) { return true; }
   NoBlocks(const AttendSpan&, const Pages&, const float*) {}
   bool attend(int, int, float*) { return false; }
-};
-
-template <typename... Types>
-struct BlockList {};
-
-/// What is tried for a format, the first that suits a span.
-template <typename Pages>
-struct BlocksOf {
-  using Types = BlockList<NoBlocks<Pages>>;
 };
 
 template <typename Pages, typename Blocks>
@@ -462,18 +449,9 @@ void attend_span_by(const AttendSpan& span) {
   }
 }
 
-template <typename Pages, typename First, typename... Rest>
-void attend_span_by_first(const AttendSpan& span, BlockList<First, Rest...>) {
-  if (First::suits(span)) {
-    attend_span_by<Pages, First>(span);
-  } else if constexpr (sizeof...(Rest) > 0) {
-    attend_span_by_first<Pages>(span, BlockList<Rest...>{});
-  }
-}
-
 template <typename Pages>
 void attend_span(const AttendSpan& span) {
-  attend_span_by_first<Pages>(span, typename BlocksOf<Pages>::Types{});
+  attend_span_by<Pages, NoBlocks<Pages>>(span);
 }
 
 }  // namespace adakv::ADAKV_ISA

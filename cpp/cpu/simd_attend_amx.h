@@ -461,20 +461,4 @@ class TiledBlocks {
   Scales scales_[kBlocks];
 };
 
-template <typename Pages>
-using TiledOrNone = BlockList<TiledBlocks<Pages, 64>, TiledBlocks<Pages, 128>, NoBlocks<Pages>>;
-
-template <>
-struct BlocksOf<PlainPages<BFloat16>> {
-  using Types = TiledOrNone<PlainPages<BFloat16>>;
-};
-template <typename Code>
-struct BlocksOf<CodePages<Code, BFloat16>> {
-  using Types = TiledOrNone<CodePages<Code, BFloat16>>;
-};
-template <>
-struct BlocksOf<Int4Pages<BFloat16>> {
-  using Types = TiledOrNone<Int4Pages<BFloat16>>;
-};
-
 }  // namespace adakv::ADAKV_ISA
