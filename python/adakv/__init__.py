@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adakv.hf import (
         BatchOptions,
         Cache,
+        DraftModel,
         attach,
         classes_of,
         cuda_graph_sample,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchOptions",
     "Cache",
+    "DraftModel",
     "Error",
     "Policy",
     "__version__",

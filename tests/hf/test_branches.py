@@ -3,9 +3,11 @@ is evicted, and branches of one cache know nothing of each other."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +25,19 @@ def generated(model: PreTrainedModel, prompt: Tensor, cache: Any = None, **setti
     settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, **settings}
     out: Tensor = model.generate(prompt, **{CACHE: cache}, **settings)
     return out
+
+
+@contextlib.contextmanager
+def called(model: PreTrainedModel) -> Iterator[list[tuple[list[int], Any]]]:
+    """Tokens and cache of each forward."""
+    calls: list[tuple[list[int], Any]] = []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append((kwargs["input_ids"].flatten().tolist(), kwargs[CACHE]))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield calls
+    hook.remove()
 
 
 BEAMS = [f for f in FAMILIES if f.prefix in ("Mistral", "Gemma3", "GptOss")] + HYBRIDS[:2]
@@ -133,6 +148,49 @@ def test_assisted_decoding_gives_transformers_tokens(draft: bool) -> None:
         cache = adakv.Cache(model, budget=128)
         assert torch.equal(generated(model, prompt, cache, **settings), expected)
         assert cache.seen == [prompt.shape[1] + 39]
+
+
+@pytest.mark.parametrize("budget", [40, 200])
+def test_a_draft_with_a_compressed_cache(budget: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokens are the large model's whatever the draft keeps; where that is all, the draft
+    guesses, and is called, as with transformers' cache."""
+    model, draft, prompt = LLAMA.model(), LLAMA.model(num_hidden_layers=2), ids(90)
+    settings: dict[str, Any] = {"max_new_tokens": 40}
+    full = DynamicCache(config=model.config)
+    with called(draft) as forwards:
+        expected = generated(model, prompt, full, assistant_model=draft, **settings)
+    with adakv.attach(model), adakv.attach(draft):
+        compressed = adakv.DraftModel(draft, budget=budget)
+        for _ in range(2):  # each prompt has a cache of its own
+            with called(draft) as ours:
+                cache = adakv.Cache(model, budget=200)
+                out = generated(model, prompt, cache, assistant_model=compressed, **settings)
+            assert torch.equal(out, expected)
+            caches = {id(cache): cache for _, cache in ours}
+            assert len(caches) == 1
+            (of_draft,) = caches.values()
+            assert isinstance(of_draft, adakv.Cache)
+            held = int(of_draft.stats()["lengths"].max())
+            assert (held < 90 + 40) if budget == 40 else (held >= 90)
+            if budget == 200:
+                assert [x for x, _ in ours] == [x for x, _ in forwards]
+    assert not caplog.messages
+
+
+def test_a_draft_checks_what_it_is_given() -> None:
+    with pytest.raises(ValueError, match="budget"):
+        adakv.DraftModel(LLAMA.model(), budget=0)
+
+
+def test_guesses_are_no_second_turn(caplog: pytest.LogCaptureFixture) -> None:
+    model, prompt = LLAMA.model(), ids(60)
+    with adakv.attach(model), torch.no_grad():
+        cache = prefilled(model, prompt, adakv.Cache(model, budget=40))
+        cache.crop(-1)
+        logits(model, ids(4), cache)
+        assert not caplog.messages
+        logits(model, ids(4), prefilled(model, prompt, adakv.Cache(model, budget=40)))
+    assert "second turn" in caplog.text
 
 
 def test_assisted_decoding_of_an_evicted_prompt_takes_guesses_back() -> None:

@@ -3,6 +3,7 @@
 from adakv.hf.attachment import Attachment, attach, detach
 from adakv.hf.cache import Cache
 from adakv.hf.cuda_graph import cuda_graph_sample
+from adakv.hf.drafts import DraftModel
 from adakv.hf.generate import (
     BatchOptions,
     BatchResult,
@@ -18,6 +19,7 @@ __all__ = [
     "BatchOptions",
     "BatchResult",
     "Cache",
+    "DraftModel",
     "NewToken",
     "attach",
     "classes_of",

@@ -182,6 +182,7 @@ class BranchingCache(TransformersCache):
         given = integer("tokens_to_remove", tokens_to_remove, -(2**31))
         columns = cache._full[0].num_seen if cache._full else 0
         count = -given if given <= 0 else max(columns - given, 0)
+        cache.notices.of_guesses()
         if count == 0 or columns == 0:
             return
         own = [layer for layer in cache.layers if not isinstance(layer, FullAttentionLayer)]
@@ -196,6 +197,8 @@ class BranchingCache(TransformersCache):
 
     def activate_past_recording(self) -> None:
         """Tokens may be taken back: layers with a window keep what leaves it."""
+        cache: Any = self
+        cache.notices.of_guesses()
         for layer in self.layers:
             if not isinstance(layer, FullAttentionLayer) and hasattr(
                 layer, "activate_past_recording"
