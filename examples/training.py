@@ -34,7 +34,24 @@ def loaded(options: argparse.Namespace) -> tuple[Any, list[Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     model = model.to(options.device).eval()
     prompts = stretches(options.texts, tokenizer, options.length, options.prompts)
+    if getattr(options, "chat", False):
+        before = opening(tokenizer)
+        for i in range(1, len(prompts), 2):
+            prompts[i] = torch.cat([before, prompts[i]], 1)[:, : options.length]
     return model, [prompt.to(model.device) for prompt in prompts]
+
+
+def opening(tokenizer: Any) -> Tensor:
+    """``[1, n]``: what the tokenizer's chat template puts before a message."""
+    if not tokenizer.chat_template:
+        raise SystemExit("--chat needs a tokenizer with a chat template")
+    text = "<the text>"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    before, found, _ = chat.partition(text)
+    if not found:
+        raise SystemExit("--chat needs a chat template that repeats a message as it is")
+    tokens: Tensor = tokenizer(before, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return tokens
 
 
 def stretches(paths: list[Path], tokenizer: Any, length: int, count: int) -> list[Tensor]:

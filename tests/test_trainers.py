@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import foreseen
 import reference
@@ -65,11 +66,58 @@ def test_a_line_is_found(trainer: Any) -> None:
 
 
 @trains("train_gate")
-def test_two_layers_come_near_a_bend(trainer: Any) -> None:
+@pytest.mark.parametrize("ranking", [0, 1])
+def test_two_layers_come_near_a_bend(trainer: Any, ranking: float) -> None:
     x, y = lines(4000)
     y = y.abs()
-    line, two = trainer.line(x, y), trainer.two_layers(x, y, 32, 200)
+    edges = y.flatten().quantile(torch.tensor([1 / 2, 3 / 4, 7 / 8, 15 / 16])).expand(4000, -1)
+    samples = trainer.Samples(x, y, edges)
+    fit = trainer.Fit(32, epochs=200, ranking=ranking)
+    two = trainer.two_layers(samples.part(slice(3500)), samples.part(slice(3500, None)), fit)
+    line = trainer.line(x, y)
     assert trainer.explained(line, x, y) < 0.5 < 0.9 < trainer.explained(two, x, y)
+    best, worse = (trainer.agreement(of, samples, 500) for of in (two, line))
+    assert all(a > 0.75 and a > b for a, b in zip(best, worse, strict=True))
+
+
+@trains("train_gate")
+def test_two_layers_end_in_time(trainer: Any) -> None:
+    x, y = lines(4000)
+    samples = trainer.Samples(x, y, y[0, :, :1].expand(-1, 4))
+    weights = trainer.two_layers(samples, samples, trainer.Fit(32, epochs=10**6, seconds=0.5))
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@trains("train_gate")
+def test_agreement_counts_what_is_among_the_best_of_a_prompt(trainer: Any) -> None:
+    scores = torch.arange(32.0).view(1, 32, 1)  # two prompts of 16 tokens
+    hidden = torch.cat([torch.arange(16), torch.arange(16).flip(0)]).view(1, 32, 1)
+    others = trainer.Samples(hidden.bfloat16(), scores, scores[0].expand(-1, 4))
+    rising = {"layers.0.weight": torch.ones(1, 1), "layers.0.bias": torch.zeros(1)}
+    assert trainer.agreement(rising, others, 16) == [0.5, 0.5, 0.5, 0.5]  # all, then none
+
+
+@trains("train_gate")
+def test_a_gate_needs_a_prompt_to_hold_out(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(trainer, monkeypatch, "model", "--texts", "texts", "--prompts", 1)
+    assert "--prompts must be at least 2" in capsys.readouterr().err
+
+
+@trains("training")
+@pytest.mark.model
+def test_a_chat_begins_as_its_template_does(trainer: Any, model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with pytest.raises(SystemExit, match="--chat needs a tokenizer with a chat template"):
+        trainer.opening(tokenizer)
+    tokenizer.chat_template = "<user>{{ messages[0].content }}</user>"
+    before = trainer.opening(tokenizer)
+    assert tokenizer.decode(before[0]) == "<user>"
+    tokenizer.chat_template = "<user>{{ messages[0].content | upper }}</user>"
+    with pytest.raises(SystemExit, match="repeats a message as it is"):
+        trainer.opening(tokenizer)
 
 
 @trains("train_gate")
@@ -86,6 +134,7 @@ def test_a_gate_runs_on_the_command_line(
 ) -> None:
     out = tmp_path / "gate.safetensors"
     sizes = ("--prompts", 2, "--length", 100, "--per-prompt", 80, "--epochs", 1, "--width", width)
+    sizes += ("--seconds", 60)
     train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes)
     policy = f"{Gate(str(out))} * ModelWide() * TopScore()"
     command = ["generate", model, str(texts / "numbers.txt"), "--policy", policy, "--budget", "48"]
