@@ -430,6 +430,31 @@ def test_generate_and_eval_read_some_of_the_pages(model: str, text: str, tmp_pat
     assert kl[0] < 1e-6 < kl[1]
 
 
+@pytest.mark.parametrize(("whole", "some"), [
+    ("SpecAttn(small={0!r}, mass=1.0)", "SpecAttn(small={0!r}, mass=0.2, full_layers=0)"),
+    ("SmallKV(small={0!r}, share=1.0)", "SmallKV(small={0!r}, share=0.1)"),
+])  # fmt: skip
+def test_generate_and_eval_read_by_a_small_model(
+    model: str, text: str, tmp_path: Path, whole: str, some: str
+):
+    """The model itself beside it: where nothing is left out it says the same."""
+    texts = []
+    for read in ([], ["--read", whole.format(model)]):
+        out = tmp_path / f"{len(read)}.json"
+        arguments = ["generate", model, text, "--policy", "full", "--max-new-tokens", "6"]
+        assert run_command_line([*arguments, *read, "--json", str(out)]) == 0
+        texts.append(json.loads(out.read_text())["runs"][-1]["tokens"])
+    assert texts[0] == texts[1]
+    kl = []
+    for number, read in enumerate((whole, some)):
+        out = tmp_path / f"read{number}.json"
+        arguments = ["eval", model, "--text", text, "--tokens", "200", "--prompts", "1"]
+        arguments += ["--policies", "full", "--shares", "1", "--read", read.format(model)]
+        assert run_command_line([*arguments, "--json", str(out)]) == 0
+        kl.append(json.loads(out.read_text())["cells"][0]["metrics"]["kl"]["mean"])
+    assert kl[0] < 1e-5 < kl[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,7 +5,7 @@
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds,page_history,
-                           kept_scores,shrinking}.py
+                           beside,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
                            python/adakv/{moving,formats,cache_file,cache,room,devices,shape,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
@@ -70,6 +70,7 @@ FLOORS = {
     "recent": 4,
     "page_bounds": 4,
     "page_history": 4,
+    "beside": 4,
     "hf": 5,
     "vllm": 5,
 }
@@ -80,6 +81,7 @@ SIDEWAYS = {
     ("reading", "entries"),
     ("reading", "kept_scores"),
     *(("page_bounds", x) for x in ("policy", "entries")),
+    *(("beside", x) for x in ("policy", "page_bounds")),
     *(("page_history", x) for x in ("policy", "entries", "page_bounds")),
     *(("reselection", x) for x in ("policy", "entries", "recent")),
     *(("kept_scores", x) for x in ("policy", "entries")),

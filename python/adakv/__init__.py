@@ -50,6 +50,7 @@ __all__ = [
     "generate_stream",
     "get_cmake_dir",
     "get_include",
+    "match_layers",
     "ops",
     "policies",
     "policy",

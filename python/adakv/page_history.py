@@ -15,7 +15,7 @@ from adakv.ops import Layer
 from adakv.page_bounds import PageBounds, with_pages
 from adakv.policy.attention import attention as attended
 from adakv.policy.predictor import AttentionPredictor
-from adakv.policy.reads import PageRead, Quest
+from adakv.policy.reads import Quest, Read
 from adakv.step import Attention, PageReader
 
 
@@ -95,19 +95,19 @@ class PageHistory(PageReader):
         return F.pad(ring, (0, self._num_pages - ring.shape[4]))
 
 
-def recorded_reader_of(read: PageRead, kv: AnyCache) -> PageBounds:
+def recorded_reader_of(read: Read, kv: AnyCache) -> PageBounds:
     """The same for steps that may be recorded in CUDA graphs.
 
     Raises ``ValueError`` for reads that aren't made for it, and for layers on several devices.
     """
     if not isinstance(read, Quest):
-        raise ValueError(f"read must be a Quest where steps are recorded, got {read}")
+        raise ValueError(f"read must be a Quest where steps are recorded, got a {type(read).__name__}")
     if not isinstance(kv, KVCache):
         raise ValueError("read must be left out with layers on several devices")
     return PageBounds(read, is_recorded=True)
 
 
-def reader_of(read: PageRead) -> PageReader:
+def reader_of(read: Read) -> Reader:
     """What chooses for a cache by a read, and keeps what it chooses by."""
     if isinstance(read, AttentionPredictor):
         return PageHistory(read)

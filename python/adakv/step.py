@@ -93,6 +93,11 @@ class PageReader(Protocol):
         newest entries are among them, and the last ones."""
         ...
 
+    def mixed(self, layer: int, out: Tensor) -> Tensor:
+        """``[B, Hq, S, D]``, what a layer attended to in what was listed, with whatever else it
+        reads."""
+        return out
+
 
 class PlannedStep:
     """A step whose work has been shared out, to be attended to layer by layer.
@@ -216,12 +221,13 @@ class PlannedStep:
         """
         if self._watcher is not None:
             self._watcher.put(layer, queries)
-        view, schedule = self._layers[layer], None
+        view, schedule, is_listed = self._layers[layer], None, False
         if self._pieces:
             self._append_pieces(layer, keys, values)
         elif self._reader is not None and self._reader.reads_some(layer):
             ops.append(keys, values, view, num_new=self._num_new)
             view = self._reader.listed(layer, view, queries, attention, self._num_new)
+            is_listed = True
         else:
             schedule = self.schedules[layer]
         is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
@@ -239,6 +245,9 @@ class PlannedStep:
             # it, but no further than there.)
             prefetch=layer > 0 and is_planned,
         )
+        if is_listed:
+            assert self._reader is not None
+            out = self._reader.mixed(layer, out)
         return out.transpose(1, 2)
 
     def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> None:

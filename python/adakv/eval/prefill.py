@@ -21,6 +21,7 @@ from adakv import policy as policies
 from adakv.hf import Cache, hidden
 from adakv.hf.attachment import CACHE, AttendingLayer, cache_layers, decoder_of
 from adakv.hf.layers import attend_to_prompt
+from adakv.hf.looking import read_beside
 from adakv.policy import Need, Policy
 from adakv.reading import Part
 
@@ -200,4 +201,5 @@ class Prefill:
         if "repeat" in policies.get(policy).needs:
             with torch.inference_mode():
                 cache.repeat(self._prompt)
+        read_beside(cache, self._prompt)
         return cache

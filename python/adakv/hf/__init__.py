@@ -11,6 +11,7 @@ from adakv.hf.generate import (
     generate_batch,
     generate_stream,
 )
+from adakv.hf.looking import match_layers
 from adakv.hf.token_classes import classes_of
 from adakv.hf.workers import generate_on
 
@@ -28,4 +29,5 @@ __all__ = [
     "generate_batch",
     "generate_on",
     "generate_stream",
+    "match_layers",
 ]

@@ -20,10 +20,10 @@ from adakv.errors import Error, integer
 from adakv.formats import device_of
 from adakv.hf import hidden, hybrid, long_rope, pool_size
 from adakv.hf.layers import FullAttentionLayer
+from adakv.hf.looking import reader_of
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
 from adakv.moving import moved
-from adakv.page_history import reader_of
 from adakv.policy import Budget
 
 Self = TypeVar("Self", bound="BranchingCache")
@@ -367,7 +367,7 @@ def _copied(cache: Any) -> Any:
     new._repetition = Repetition(new, is_needed="repeat" in cache.budget.policy.needs)
     new.eviction = copy.copy(cache.eviction)
     new.notices, new.step = Notices(), None
-    new._reader = None if new.read is None else reader_of(new.read)
+    new._reader = None if new.read is None else reader_of(new.read, new)
     new._states = copy.deepcopy(cache._states)
     new._seen = list(cache._seen)
     sources = list(range(len(new._seen)))

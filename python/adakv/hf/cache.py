@@ -30,15 +30,15 @@ from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, 
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
 from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer
+from adakv.hf.looking import reader_of
 from adakv.hf.notices import Notices
 from adakv.hf.padding import Padding
 from adakv.hf.repetition import Repetition
 from adakv.hf.shown import ShownCache
 from adakv.hf.wrappers import unwrapped
-from adakv.page_history import reader_of
 from adakv.policy import DEFAULT, Budget, ByteBudget, Policy, Protection, TokenClasses
 from adakv.policy.presets import read_by
-from adakv.policy.reads import PageRead
+from adakv.policy.reads import Read
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
@@ -106,8 +106,8 @@ class Cache(ShownCache):
         the text for as many entries as both have together.
     keep_scores : bool
         Whether what its entries scored stays beside them, 4 bytes each, for :meth:`shrink`.
-    read : str or :class:`adakv.policy.PageRead`, optional
-        Which pages of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
+    read : str or :class:`adakv.policy.Read`, optional
+        Which part of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
         Default: all of them.
     """
 
@@ -137,7 +137,7 @@ class Cache(ShownCache):
         every: int | None = None,
         pin_prompt: bool = True,
         keep_scores: bool = False,
-        read: str | PageRead | None = None,
+        read: str | Read | None = None,
     ) -> None:
         model = unwrapped(model)
         decoder = decoder_of(model)
@@ -193,7 +193,7 @@ class Cache(ShownCache):
         self.kept_scores: list[Tensor] | None = None
         """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:
         ``+inf`` of those that always stay, ``-inf`` where none is."""
-        self._reader = None if self.read is None else reader_of(self.read)
+        self._reader = None if self.read is None else reader_of(self.read, self)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
         self.is_midway = False  # since something was stored and until the last layer has been

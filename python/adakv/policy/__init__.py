@@ -25,6 +25,7 @@ from adakv.policy.base import (
     Scorer,
     Selector,
 )
+from adakv.policy.beside import SmallKV, SpecAttn
 from adakv.policy.budget import Budget, ByteBudget
 from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.folded import Folded
@@ -45,7 +46,7 @@ from adakv.policy.prompt_scorers import (
     RepeatAttention,
 )
 from adakv.policy.protection import Protection, spans_of
-from adakv.policy.reads import PageRead, Quest
+from adakv.policy.reads import PageRead, Quest, Read
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -117,11 +118,14 @@ __all__ = [
     "Quest",
     "Random",
     "RankFusion",
+    "Read",
     "Recency",
     "RepeatAttention",
     "SampledRest",
     "Scorer",
     "Selector",
+    "SmallKV",
+    "SpecAttn",
     "StrengthSkew",
     "TokenClasses",
     "TopScore",

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from adakv.policy import (
     allocators,
+    beside,
     class_scorers,
     fusion,
     gates,
@@ -43,6 +44,7 @@ _PARTS = {
         prompt_scorers,
         reads,
         predictor,
+        beside,
         scorers,
         selectors,
         text_scorers,
@@ -71,9 +73,9 @@ def parse(text: str) -> Policy:
     return cast(Policy, _parsed("policy", text, _policy))
 
 
-def parse_read(text: str) -> reads.PageRead:
+def parse_read(text: str) -> reads.Read:
     """What steps read, written down, as :func:`parse` takes a part."""
-    return cast(reads.PageRead, _parsed("read", text, lambda body: _part(body, "full_layers")))
+    return cast(reads.Read, _parsed("read", text, lambda body: _part(body, "reads")))
 
 
 def _parsed(what: str, text: str, made: Callable[[ast.expr], Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class AttentionPredictor(PageRead):
     first: int = 4
     history: int = 64
     every: int = 5
+    reads: ClassVar[str] = "pages"
 
     def __post_init__(self) -> None:
         super().__post_init__()

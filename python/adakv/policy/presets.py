@@ -22,7 +22,7 @@ from adakv.policy.prompt_scorers import (
     PromptAttention,
     RepeatAttention,
 )
-from adakv.policy.reads import PageRead
+from adakv.policy.reads import Read
 from adakv.policy.scorers import (
     Defensive,
     KeyDiff,
@@ -142,17 +142,17 @@ def get(policy: str | Policy) -> Policy:
     return _PRESETS[policy]
 
 
-def get_read(read: str | PageRead) -> PageRead:
-    """What a text like ``"Quest(share=0.25)"`` describes; a :class:`PageRead` is given back as it
+def get_read(read: str | Read) -> Read:
+    """What a text like ``"Quest(share=0.25)"`` describes; a :class:`Read` is given back as it
     is."""
-    if isinstance(read, PageRead):
+    if isinstance(read, Read):
         return read
     if not isinstance(read, str):
         raise ValueError(f"read must be a Quest, or one written down, got {short(read)}")
     return parse_read(read)
 
 
-def read_by(policy: Policy, read: str | PageRead | None) -> PageRead | None:
+def read_by(policy: Policy, read: str | Read | None) -> Read | None:
     """:func:`get_read` of what steps of a policy's caches read; None if they read everything.
 
     Raises ``ValueError`` if its entries have biases, as pages are chosen by their keys alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,19 @@ from adakv.shortlist import UNITS, most_pages
 
 
 @dataclass(frozen=True)
-class PageRead:
-    """How many pages of a row a step reads: what reads have in common.
+class Read:
+    """What of all that rows hold a step reads, such as :class:`Quest`."""
+
+    def __str__(self) -> str:
+        """As :func:`adakv.policy.get_read` reads it."""
+        from adakv.policy.written import brief
+
+        return brief(self)
+
+
+@dataclass(frozen=True)
+class PageRead(Read):
+    """How many pages of a row a step reads: what reads of whole pages have in common.
 
     ``share``, ``least``, ``newest`` and ``full_layers`` are those of :class:`Quest`.
     """
@@ -26,16 +38,10 @@ class PageRead:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        _check_share("share", self.share)
+        check_share("share", self.share)
         check_range("least", self.least, 0)
         check_range("newest", self.newest, 1)
         check_range("full_layers", self.full_layers, 0)
-
-    def __str__(self) -> str:
-        """As :func:`adakv.policy.get_read` reads it."""
-        from adakv.policy.written import brief
-
-        return brief(self)
 
     def most(self, num_pages: int) -> int:
         """How many pages a row of so many reads at most."""
@@ -106,12 +112,14 @@ class Quest(PageRead):
     """
 
     mass: float = 1.0
+    reads: ClassVar[str] = "pages"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_share("mass", self.mass)
+        check_share("mass", self.mass)
 
 
-def _check_share(name: str, value: float) -> None:
+def check_share(name: str, value: float) -> None:
+    """Raises ``ValueError`` unless it is a share, and not nothing."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
