@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import beside
+import listed_pages
 from adakv.policy import SmallKV, SpecAttn, get_read
-from adakv.policy.beside import head_map, layer_map
+from adakv.policy.beside import head_map, layer_map, top_p
 
 
 def test_layers_are_matched_in_order_at_the_least_cost() -> None:
@@ -30,6 +31,23 @@ def test_heads_are_matched_by_their_best_entries() -> None:
             indices = [beside.jaccard(row, other, count) for other in theirs]
             assert indices[found] == max(indices)
     assert head_map(theirs, theirs, 10).tolist() == [*range(7)]
+
+
+def test_golden_numbers_of_a_mass() -> None:
+    weights = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04], dtype=torch.float64)
+    threshold = top_p(weights, 0.85)
+    assert float(threshold) == pytest.approx(0.099609, abs=1e-6)
+    assert (weights >= threshold).nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_a_mass_is_held_by_few(device: torch.device) -> None:
+    torch.manual_seed(0)
+    weights = (3 * torch.randn(4, 9, 300, device=device)).softmax(-1)
+    for mass in (0.1, 0.9, 0.99):
+        found = top_p(weights, mass)
+        expected = [[listed_pages.top_p(row.double().cpu(), mass) for row in x] for x in weights]
+        torch.testing.assert_close(found[..., 0].cpu().double(), torch.tensor(expected).double())
+        assert (weights.where(weights >= found, 0).sum(-1) >= mass - 1e-5).all()
 
 
 def test_golden_numbers_of_heads() -> None:
