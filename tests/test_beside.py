@@ -51,7 +51,15 @@ class Looking:
 class Text:
     """One sequence; without ``whole`` its rows hold unequally much of it."""
 
-    def __init__(self, device: torch.device, length: int, *, whole: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        length: int,
+        *,
+        whole: bool,
+        of_model: torch.device | None = None,
+    ) -> None:
+        self.of_model = of_model or device
         self.kv = KVCache(
             num_layers=LAYERS, num_sequences=1, num_kv_heads=HEADS, head_dim=DIM, num_pages=400,
             max_row_pages=60, page_size=PAGE, dtype=torch.float32, device=device,
@@ -78,8 +86,8 @@ class Text:
         self.seen += columns
         found = []
         for layer in range(LAYERS):
-            queries = self.random(1, HEADS * GROUP, columns, DIM)
-            new = (self.random(1, HEADS, columns, DIM) for _ in range(2))
+            queries = self.random(1, HEADS * GROUP, columns, DIM).to(self.of_model)
+            new = (self.random(1, HEADS, columns, DIM).to(self.of_model) for _ in range(2))
             out = step.attend(layer, queries, *new, ATTENTION)
             found.append((queries[0].double().cpu(), out[0].transpose(0, 1).double().cpu()))
         return found
@@ -117,10 +125,15 @@ def test_steps_read_the_pages_that_the_draft_looks_at(device: torch.device, colu
 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("share", [0.2, 0.7])
-def test_steps_attend_to_tiers(device: torch.device, share: float, renormalise: bool) -> None:
+@pytest.mark.parametrize("reserve", ["device", "cpu"])
+def test_steps_attend_to_tiers(
+    device: torch.device, reserve: str, share: float, renormalise: bool
+) -> None:
+    """Also where the cache's pages lie on the CPU, and the model doesn't."""
     torch.manual_seed(0)
     read = SmallKV(small="small", share=share, renormalise=renormalise)
-    text = Text(device, 90, whole=True)
+    place = torch.device("cpu") if reserve == "cpu" else device
+    text = Text(place, 90, whole=True, of_model=device)
     reader, heads = Tiers(read, text.looking), text.looking.head_map(LAYERS)
     came_back, before = 0, {}
     for _ in range(40):

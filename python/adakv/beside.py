@@ -123,16 +123,18 @@ class Tier(NamedTuple):
         _, place = (~stays).nonzero(as_tuple=True)
         held = torch.cat([self.held, self.held.new_empty(heads, count - had)], 1)
         held[row, place] = entry
-        source = view.block_table[0, row, entry // view.pages.shape[2]].long()
-        slot = entry % view.pages.shape[2]
+        rows, entries = (x.to(view.pages.device) for x in (row, entry))
+        source = view.block_table[0, rows, entries // view.pages.shape[2]].long()
+        slot = entries % view.pages.shape[2]
         for part in range(half):
-            new = view.pages[source, part + 2 - half, slot]
+            new = view.pages[source, part + 2 - half, slot].to(pages.device)
             pages[row, place // page_size, part, place % page_size] = new
         return Tier(held, pages)
 
 
 class Tiers(BesideReader):
-    """Entries of one sequence in tiers, copied out of the cache's pages, which hold all of them.
+    """Entries of one sequence in tiers, copied out of the cache's pages, which hold all of them and
+    may lie on another device than the model.
 
     Parameters
     ----------
@@ -187,24 +189,30 @@ class Tiers(BesideReader):
         heads, of_small = view.lengths.shape[1], self._map[layer]
         sums, weights = (x[of_small].to(queries.device) for x in self._of_heads)
         attended, marginal = self.read.tiers(sums, heads)
-        both, values = self._tiers.get(layer) or self._empty(view)
+        both, values = self._tiers.get(layer) or self._empty(view, queries.device)
         self._tiers[layer] = both.with_those(attended, view), values.with_those(marginal, view)
         both, values = self._tiers[layer]
         by_row = values.held.repeat_interleave(queries.shape[1] // heads, 0)
         self._weights = weights.gather(1, by_row)
         pages = both.pages.flatten(0, 1)
         table = torch.arange(len(pages), dtype=torch.int32, device=pages.device)
-        lengths = torch.full_like(view.lengths, both.held.shape[1])
         return view._replace(
             pages=pages,
-            page_positions=view.page_positions.new_zeros(len(pages), pages.shape[2]),
+            page_positions=table.new_zeros(len(pages), pages.shape[2]),
             block_table=table.view(1, heads, -1),
-            lengths=lengths,
+            lengths=table.new_full((1, heads), both.held.shape[1]),
+            fresh_pages=view.fresh_pages.to(pages.device),
         )
 
     def attended(self, layer: int) -> Tensor:
         """``[Hkv, n]`` int64: the entries that a layer attended to last, in any order."""
         return self._tiers[layer][0].held
+
+    @property
+    def bytes(self) -> int:
+        """Of all tiers, room for the next steps included."""
+        tiers = (tier.pages for both in self._tiers.values() for tier in both)
+        return sum(pages.numel() * pages.itemsize for pages in tiers)
 
     def mixed(self, layer: int, out: Tensor) -> Tensor:
         values = self._tiers[layer][1]
@@ -212,8 +220,9 @@ class Tiers(BesideReader):
         return self.read.mixed(out[0, :, 0], self._weights, found)[None, :, None]
 
     @staticmethod
-    def _empty(view: Layer) -> tuple[Tier, Tier]:
+    def _empty(view: Layer, device: torch.device) -> tuple[Tier, Tier]:
         heads, (_, _, page_size, head_dim) = view.lengths.shape[1], view.pages.shape
-        held = view.lengths.new_empty(heads, 0, dtype=torch.int64)
-        both, values = (view.pages.new_empty(heads, 0, n, page_size, head_dim) for n in (2, 1))
+        held = torch.empty(heads, 0, dtype=torch.int64, device=device)
+        like = torch.empty(0, dtype=view.pages.dtype, device=device)
+        both, values = (like.new_empty(heads, 0, n, page_size, head_dim) for n in (2, 1))
         return Tier(held, both), Tier(held, values)

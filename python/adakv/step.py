@@ -225,7 +225,8 @@ class PlannedStep:
         if self._pieces:
             self._append_pieces(layer, keys, values)
         elif self._reader is not None and self._reader.reads_some(layer):
-            ops.append(keys, values, view, num_new=self._num_new)
+            place = view.pages.device  # most often that of the queries
+            ops.append(keys.to(place), values.to(place), view, num_new=self._num_new)
             view = self._reader.listed(layer, view, queries, attention, self._num_new)
             is_listed = True
         else:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import Cache as TransformersCache
 
 from adakv.beside import DraftPages, Look, Tiers
+from adakv.cache import KVCache
 from adakv.entries import GrowingEntries
 from adakv.hf import families
 from adakv.hf.attachment import (
@@ -30,6 +31,8 @@ from adakv.hf.attachment import (
     decoder_of,
     eagerly,
 )
+from adakv.hf.pool_size import FIRST_TOKENS
+from adakv.moving import moved
 from adakv.page_history import reader_of as page_reader_of
 from adakv.policy import LayerInputs, Read
 from adakv.policy.attention import attention
@@ -247,6 +250,15 @@ def reader_of(read: Read, cache: Cache) -> PageReader:
     return page_reader_of(read)
 
 
+def _place(cache: Cache, read: SmallKV, *, is_read: bool) -> None:
+    """Moves what a cache holds to where a step wants it: one that reads tiers alone, or
+    everything."""
+    assert isinstance(cache._kv, KVCache)
+    device = torch.device("cpu") if is_read and read.reserve == "cpu" else cache.model.device
+    if cache._kv.device != device:
+        cache._kv = moved(cache._kv, device, min(cache._allocation.max_new_tokens, FIRST_TOKENS))
+
+
 def _check_whole(cache: Cache) -> None:
     """Raises ``ValueError`` unless it holds everything, in plain pages."""
     kv_dtype, policy = cache._allocation._kv_dtype, cache.budget.policy
@@ -290,7 +302,11 @@ def _before_forward(
         raise ValueError("read: a small model beside reads tokens: give input_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
         raise ValueError("read: a small model beside takes a prompt without padding")
-    small.read(tokens, cache._full[0].num_seen)
+    had = cache._full[0].num_seen
+    small.read(tokens, had)
+    if isinstance(cache._reader, Tiers) and cache._kv is not None and cache.reading is None:
+        is_read = tokens.shape[1] == 1 and small.looks(had + 1) is not None
+        _place(cache, cache._reader.read, is_read=is_read)
 
 
 @functools.lru_cache(maxsize=2)

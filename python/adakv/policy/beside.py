@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from adakv.errors import short
-from adakv.policy.inputs import check_range, check_settings
+from adakv.policy.inputs import check_choice, check_range, check_settings
 from adakv.policy.reads import PageRead, Read, check_share
 
 _BISECTIONS = 10
@@ -101,6 +101,9 @@ class SmallKV(Read):
     renormalise : bool
         Whether the weights of the entries that are attended to are scaled down by the weight of the
         marginal ones, so that all are 1 together. The paper's formula has them as they are.
+    reserve : "device" or "cpu"
+        Where all entries lie while a text is written: where the model does, or in the CPU's memory,
+        from which entries are copied when they become critical or marginal.
 
     For q heads of one kv head the sums are added, which is ours: the paper doesn't say.
     """
@@ -109,12 +112,14 @@ class SmallKV(Read):
     share: float = 0.2
     map_tokens: int = 128
     renormalise: bool = True
+    reserve: Literal["device", "cpu"] = "device"
     reads: ClassVar[str] = "entries"
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_share("share", self.share)
         check_range("map_tokens", self.map_tokens, 8)
+        check_choice("reserve", self.reserve, ("device", "cpu"))
 
     def counts(self, length: int) -> tuple[int, int, int]:
         """How many of so many entries are critical, newest and marginal."""
