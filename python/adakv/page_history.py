@@ -101,13 +101,14 @@ def recorded_reader_of(read: Read, kv: AnyCache) -> PageBounds:
     Raises ``ValueError`` for reads that aren't made for it, and for layers on several devices.
     """
     if not isinstance(read, Quest):
-        raise ValueError(f"read must be a Quest where steps are recorded, got a {type(read).__name__}")
+        kind = type(read).__name__
+        raise ValueError(f"read must be a Quest where steps are recorded, got {kind}")
     if not isinstance(kv, KVCache):
         raise ValueError("read must be left out with layers on several devices")
     return PageBounds(read, is_recorded=True)
 
 
-def reader_of(read: Read) -> Reader:
+def reader_of(read: Read) -> PageReader:
     """What chooses for a cache by a read, and keeps what it chooses by."""
     if isinstance(read, AttentionPredictor):
         return PageHistory(read)

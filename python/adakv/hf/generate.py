@@ -38,7 +38,7 @@ from adakv.hf.slots import Decoder
 from adakv.hf.stopping import End, Stop
 from adakv.hf.token_classes import classes_of_all
 from adakv.hf.wrappers import unwrapped
-from adakv.policy import DEFAULT, Budget, PageRead, Policy, Protection, TokenClasses
+from adakv.policy import DEFAULT, Budget, Policy, Protection, Read, TokenClasses
 from adakv.policy.presets import read_by
 from adakv.reselection import Rule
 
@@ -88,7 +88,7 @@ class BatchOptions:
     cache_bytes: int | None = None
     page_size: int | None = None
     park: str | torch.device | None = None
-    read: str | PageRead | None = None
+    read: str | Read | None = None
     cuda_graph: bool = True
     compile: bool = False
 

@@ -27,7 +27,7 @@ from adakv.errors import Error
 from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
 from adakv.page_history import recorded_reader_of
-from adakv.policy.reads import PageRead
+from adakv.policy.reads import Read
 from adakv.recent import RecentQueries
 from adakv.reselection import Reselection, Rule
 from adakv.step import PageReader, PlannedStep
@@ -70,7 +70,7 @@ class Decoder:
         Most often a :class:`adakv.hf.sampling.Sampling`.
     rule : :class:`adakv.reselection.Rule`, optional
         By which texts are evicted from while they are written.
-    read : :class:`adakv.policy.PageRead`, optional
+    read : :class:`adakv.policy.Read`, optional
         Which pages of a row a step reads.
 
     Raises
@@ -85,7 +85,7 @@ class Decoder:
         kv: AnyCache,
         sampling: Chooser,
         rule: Rule | None = None,
-        read: PageRead | None = None,
+        read: Read | None = None,
     ) -> None:
         def zeros(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(kv.num_sequences, columns, dtype=dtype, device=kv.device)
