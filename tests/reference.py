@@ -19,6 +19,8 @@ from codes import dequantise, dequantise_page, quantise, quantise_page
 from folded import biases_of as biases_of
 from forked import fork as fork
 from in_place import compact_in_place
+from ranked import largest_remainder as largest_remainder
+from ranked import ranked
 
 INF = float("inf")
 
@@ -179,26 +181,6 @@ def gate(hidden: Tensor, weights: dict[str, Tensor], layer: int) -> Tensor:
         hidden = z * (1 + torch.erf(z / 2**0.5)) / 2
         place += ".2"
     return (hidden @ named[f"{place}.weight"].mT + named[f"{place}.bias"]).mT
-
-
-def ranked(values: np.ndarray) -> np.ndarray:
-    """Flat indices of ``[H, n]``, best first: by value (NaN as -inf), then position, then head."""
-    values = np.where(np.isnan(values), -INF, values)
-    head, position = np.indices(values.shape)
-    return np.lexsort((head.ravel(), position.ravel(), -values.ravel()))
-
-
-def largest_remainder(shares: list[float], total: int) -> list[int]:
-    """Whole numbers that sum to ``total``, from shares rounded to 9 decimals.
-
-    What is left after rounding down goes to the larger remainder first, then to the lower index.
-    """
-    nanos = [round(share * 1e9) for share in shares]
-    whole = [x // 10**9 for x in nanos]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (-(nanos[i] % 10**9), i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def allocate(
@@ -472,11 +454,14 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     appends: bool = False,
+    others: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest S tokens (appended already) over slots ``0 .. length - S + s``.
 
     With ``appends`` as by the call that appends them: one that fills a page of int4 reads it first.
+    With the out and lse of ``others`` the rows hold none of these tokens, and every query sees all
+    slots, and one more, whose logit is that lse and whose value is that out.
     """
     batch, num_heads, num_columns, head_dim = queries.shape
     group = num_heads // layer.lengths.shape[1]
@@ -490,11 +475,15 @@ def attend(
             biases = biases_of(layer, b, h).to(dtype)
             columns = range(num_columns - count, num_columns)
             for q, s in product(range(h * group, h * group + group), columns):
-                seen = length - num_columns + s + 1
+                seen = length if others else length - num_columns + s + 1
                 z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
-                z = _capped(z, softcap) + biases[:seen]
+                z, v = _capped(z, softcap) + biases[:seen], values[:seen]
+                if others is not None:
+                    before, logit = (x[b, q, s].cpu().to(dtype) for x in others)
+                    z, v = torch.cat([z, logit[None]]), torch.cat([v, before[None]])
                 if sink_logits is not None:
                     z = torch.cat([z, sink_logits[q : q + 1].cpu().to(dtype)])
-                lse[b, q, s] = z.logsumexp(0)
-                out[b, q, s] = z.softmax(0)[:seen] @ values[:seen]
+                if not z.isneginf().all():
+                    lse[b, q, s] = z.logsumexp(0)
+                    out[b, q, s] = z.softmax(0)[: len(v)] @ v
     return out, lse

@@ -280,7 +280,8 @@ class Attention {
     span.query_token_stride = q.stride[2];
     span.first_query = static_cast<int>(first_query);
     span.num_queries = static_cast<int>(num_queries);
-    span.first_visible = rows_[row].length - static_cast<int>(num_tokens_) + 1;
+    const int64_t hidden = args_.others_out ? 0 : num_tokens_ - 1;  // to the first query
+    span.first_visible = rows_[row].length - static_cast<int>(hidden);
     span.scale = scale();
     span.softcap = args_.softcap;
     span.max = out.max;
@@ -322,7 +323,8 @@ class Attention {
     finish(row, 0, num_queries, total);
   }
 
-  /// Divides by the sum, the sink's share included, and stores out and lse.
+  /// Divides by the sum, the shares of the sink and of other entries included, and stores out and
+  /// lse.
   void finish(int64_t row, int64_t first_query, int64_t num_queries, const Partial& result) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
     const int64_t num_new = adakv::num_new(args_, b);
@@ -330,6 +332,7 @@ class Attention {
       const int64_t s = (first_query + r) / group_;
       const int64_t q = h * group_ + (first_query + r) % group_;
       float factor = 0, lse = -INFINITY;
+      if (args_.others_out) add_others(b, q, s, r, result);
       if (s >= num_tokens_ - num_new && result.max[r] != -INFINITY) {
         float max = result.max[r], sum = result.sum[r];
         if (args_.sink_logits) {
@@ -346,6 +349,31 @@ class Attention {
         view.ptr<float>()[b * view.stride[0] + q * view.stride[1] + s * view.stride[2]] = lse;
       }
     }
+  }
+
+  /// Adds what a query was given by other entries to its result: their lse is the logarithm of a sum.
+  void add_others(int64_t b, int64_t q, int64_t s, int64_t r, const Partial& result) const {
+    const TensorView &out = args_.others_out, &lses = args_.others_lse;
+    const float lse =
+        lses.ptr<const float>()[b * lses.stride[0] + q * lses.stride[1] + s * lses.stride[2]];
+    if (lse == -INFINITY) return;
+    const float max = std::max(result.max[r], lse);
+    const float mine = std::exp(result.max[r] - max), theirs = std::exp(lse - max);
+    float* acc = result.acc + r * head_dim_;
+    for (int64_t d = 0; d < head_dim_; ++d) acc[d] = mine != 0 ? acc[d] * mine : 0.f;
+    const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
+    if (out.dtype == DType::kFloat32) add_scaled(out.ptr<float>() + offset, head_dim_, theirs, acc);
+    if (out.dtype == DType::kFloat16)
+      add_scaled(out.ptr<Float16>() + offset, head_dim_, theirs, acc);
+    if (out.dtype == DType::kBFloat16)
+      add_scaled(out.ptr<BFloat16>() + offset, head_dim_, theirs, acc);
+    result.max[r] = max;
+    result.sum[r] = (mine != 0 ? result.sum[r] * mine : 0.f) + theirs;
+  }
+
+  template <typename Element>
+  static void add_scaled(const Element* from, int64_t count, float factor, float* acc) {
+    for (int64_t d = 0; d < count; ++d) acc[d] += factor * to_float(from[d]);
   }
 
   template <typename Element>

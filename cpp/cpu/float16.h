@@ -1,4 +1,4 @@
-// The two 16-bit formats, one number at a time, for storing results; kernels widen whole vectors
+// The two 16-bit formats, one number at a time, for results; kernels widen whole vectors
 // (simd.h). And what quantised pages hold.
 //
 // The functions are static: what one instruction set was compiled for must not serve another (simd.h).
@@ -77,6 +77,24 @@ static inline void from_float(float x, Float16& out) {
     half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | half);
+}
+
+static inline float to_float(float x) {
+  return x;
+}
+
+static inline float to_float(BFloat16 x) {
+  return detail::bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
+
+static inline float to_float(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fff;
+  float size = static_cast<float>(magnitude) * 0x1p-24f;  // subnormal
+  if (magnitude >= 0x400) {
+    const uint32_t exponents = magnitude >= 0x7c00 ? 0x70000000 : 0x38000000;  // of infinity, NaN
+    size = detail::bits_float((magnitude << 13) + exponents);
+  }
+  return (x.bits & 0x8000) != 0 ? -size : size;
 }
 
 }  // namespace adakv

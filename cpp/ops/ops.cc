@@ -254,6 +254,16 @@ void check_accumulated(Checker& check, const AttendArgs& args) {
                 "threshold must be 0 (1 / number of tokens) or more, got ", args.threshold);
 }
 
+void check_others(Checker& check, const AttendArgs& args) {
+  check.require(static_cast<bool>(args.others_out) == static_cast<bool>(args.others_lse),
+                "others_out and others_lse must be given together");
+  if (!args.others_out) return;
+  check.floats("others_out", args.others_out, "B Hq S D");
+  check.tensor("others_lse", args.others_lse, "B Hq S", DType::kFloat32);
+  check.require(!args.keys && !args.sink_logits && !args.accumulated,
+                "keys, values, sink_logits and accumulated must be left out with others_out");
+}
+
 Backend& checked(const AttendArgs& args) {
   Checker check("attend");
   check.floats("queries", args.queries, "B Hq S D");
@@ -279,6 +289,7 @@ Backend& checked(const AttendArgs& args) {
   check.floats("out", args.out, "B Hq S D");
   check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
   check_accumulated(check, args);
+  check_others(check, args);
   return backend(args.queries.device.type);
 }
 

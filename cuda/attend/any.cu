@@ -30,7 +30,7 @@ __device__ Query find_query(const AttendParams& p) {
   query.token = p.group.quotient(number);
   const bool is_padding = query.token < p.num_tokens - p.new_tokens(query.b);
   query.length = p.rows[row].length;
-  const int32_t visible = query.length - p.num_tokens + query.token + 1;
+  const int32_t visible = query.length - p.num_hidden(query.token);
   query.visible = is_padding ? 0 : max(0, visible);
   return query;
 }
@@ -132,9 +132,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   // 3. All threads join the sums, relative to the highest maximum. A sink is one logit more,
-  //    without a value. A query that sees nothing has out 0 and lse -inf, sink or not.
-  const bool is_empty = query.visible == 0;
-  const float sink = p.sink_logits && !is_empty ? p.sink_logits[query.head] : -INFINITY;
+  //    without a value, and other entries are one with what they gave. A query that sees nothing has
+  //    out 0 and lse -inf, sink or not.
+  const float others = p.others_of(query.b, query.head, query.token);
+  const bool is_empty = query.visible == 0 && others == -INFINITY;
+  const float sink = p.sink_logits && !is_empty ? p.sink_logits[query.head] : others;
   float most = sink, total = 0, factors[kWarps];
   for (int w = 0; w < kWarps; ++w) most = fmaxf(most, max[w]);
   const float base = is_empty ? 0 : most;
@@ -142,13 +144,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     factors[w] = expf(max[w] - base);
     total += factors[w] * sum[w];
   }
-  total += expf(sink - base);
+  const float share = expf(sink - base);  // of the sink, or of other entries
+  total += share;
 
   // 4. Each thread joins a column of the outputs, and one stores the lse.
   Element* out = reinterpret_cast<Element*>(p.out.at(query.b, query.head, query.token));
+  const Element* given = nullptr;
+  if (others != -INFINITY) {
+    given = reinterpret_cast<const Element*>(p.others_out.at(query.b, query.head, query.token));
+  }
   for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
     float x = 0;
     for (int w = 0; w < kWarps; ++w) x += factors[w] * image[w][d];
+    if (given != nullptr) x += share * to_float(given[d]);
     out[d] = from_float<Element>(is_empty ? 0 : x / total);
   }
   if (threadIdx.x == 0 && p.lse.data) {

@@ -40,9 +40,9 @@ bool has_fast_kernel(const AttendArgs& args) {
   const bool fits_tiles = page_size % tile_slots(args.layer.format(), head_dim) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
   const size_t query_alignment = args.layer.tails ? 16 : is_coded(args) ? 8 : 4;
-  const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
-                          rows_are_aligned(args.queries, query_alignment) &&
-                          rows_are_aligned(args.out, 8);
+  const bool is_aligned =
+      rows_are_aligned(args.layer.pages, 16) && rows_are_aligned(args.queries, query_alignment) &&
+      rows_are_aligned(args.out, 8) && (!args.others_out || rows_are_aligned(args.others_out, 8));
   if (!is_coded(args)) return fits_tiles && is_aligned;
   return fits_tiles && is_aligned && scales_are_aligned(args.layer.key_scales) &&
          scales_are_aligned(args.layer.value_scales) && device_copies_boxes();
@@ -88,6 +88,8 @@ AttendParams attend_params(const AttendArgs& args) {
   p.queries = entry_rows(args.queries);
   p.out = entry_rows(args.out);
   p.lse = entry_rows(args.lse);
+  p.others_out = entry_rows(args.others_out);
+  p.others_lse = entry_rows(args.others_lse);
   p.num_new = args.num_new ? args.num_new.ptr<int32_t>() : nullptr;
   p.sink_logits = args.sink_logits ? args.sink_logits.ptr<float>() : nullptr;
   p.partials = args.workspace.ptr<float>();

@@ -20,7 +20,8 @@
 
 namespace adakv {
 
-/// Rows without entries have no worker: out is 0, lse -inf. By one warp of each block.
+/// Rows without entries have no worker: out is 0, lse -inf, or what other entries gave. By one warp of
+/// each block.
 template <typename Config>
 __device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
   const int32_t lane = threadIdx.x % kWarpSize;
@@ -34,9 +35,14 @@ __device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
       const int32_t query = row.first_query + i / Config::kHeadDim, column = i % Config::kHeadDim;
       const int32_t head = row.h * p.group.value + p.group.remainder(query);
       const int32_t token = p.group.quotient(query);
-      reinterpret_cast<uint16_t*>(p.out.at(row.b, head, token))[column] = 0;
+      const float lse = p.others_of(row.b, head, token);
+      uint16_t bits = 0;
+      if (lse != -INFINITY) {
+        bits = reinterpret_cast<const uint16_t*>(p.others_out.at(row.b, head, token))[column];
+      }
+      reinterpret_cast<uint16_t*>(p.out.at(row.b, head, token))[column] = bits;
       if (column > 0 || !p.lse.data) continue;
-      *reinterpret_cast<float*>(p.lse.at(row.b, head, token)) = -INFINITY;
+      *reinterpret_cast<float*>(p.lse.at(row.b, head, token)) = lse;
     }
   }
 }

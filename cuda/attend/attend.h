@@ -25,6 +25,8 @@ struct AttendParams {
   EntryRows queries;         // [B, Hq, S, D]
   EntryRows out;             // [B, Hq, S, D]
   EntryRows lse;             // [B, Hq, S] float32, or none
+  EntryRows others_out;      // [B, Hq, S, D], or none
+  EntryRows others_lse;      // [B, Hq, S] float32, or none
   AppendParams append;       // keys.data is null: nothing to append
   const int32_t* num_new;    // [B] or null
   const float* sink_logits;  // [Hq] or null
@@ -41,6 +43,17 @@ struct AttendParams {
   int32_t logits_length;
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
+
+  /// Newest slots of a row that a token doesn't see.
+  __device__ int32_t num_hidden(int32_t token) const {
+    return others_lse.data ? 0 : num_tokens - 1 - token;
+  }
+
+  /// The lse of what other entries gave a query: -inf if there are none, and of padding.
+  __device__ float others_of(int32_t b, int32_t head, int32_t token) const {
+    if (!others_lse.data || token < num_tokens - new_tokens(b)) return -INFINITY;
+    return *reinterpret_cast<const float*>(others_lse.at(b, head, token));
+  }
 
   /// Where the entries of a row of int4 begin that are read from its tail.
   __device__ int32_t tail_begin(int32_t b, int32_t length) const {

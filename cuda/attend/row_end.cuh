@@ -80,10 +80,11 @@ class RowEnd {
   }
 
   /// Writes four columns of a query's result.
-  __device__ void finish(int query, int column, const Part& part) const {
+  __device__ void finish(int query, int column, Part part) const {
     const int32_t number = row_.first_query + query, token = p_.group.quotient(number);
     const int32_t head = row_.h * p_.group.value + p_.group.remainder(number);
     float factor = 0, lse = -INFINITY;
+    if (p_.others_lse.data) add_others(head, token, column, part);
     if (token >= p_.num_tokens - p_.new_tokens(row_.b) && part.max != -INFINITY) {
       const float sink = p_.sink_logits ? p_.sink_logits[head] * kLog2e : -INFINITY;
       const float most = fmaxf(part.max, sink), share = fast_exp2(part.max - most);
@@ -106,6 +107,17 @@ class RowEnd {
   }
 
  private:
+  /// Adds four columns of what other entries gave to a query's result.
+  __device__ void add_others(int32_t head, int32_t token, int column, Part& part) const {
+    using Element = typename Config::Element;
+    const float lse = p_.others_of(row_.b, head, token);
+    if (lse == -INFINITY) return;
+    const char* from = p_.others_out.at(row_.b, head, token) + column * 2;
+    const uint2 packed = *reinterpret_cast<const uint2*>(from);
+    const float2 low = unpack<Element>(packed.x), high = unpack<Element>(packed.y);
+    part.add({lse * kLog2e, 1, make_float4(low.x, low.y, high.x, high.y)});
+  }
+
   __device__ Part add_warps(int query, int column) const {
     Part part = Part::none();
 #pragma unroll

@@ -127,7 +127,7 @@ struct WarpState {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int32_t token = p.group.quotient(row.first_query + tile * 8 + 2 * t + c);
-        visible[tile][c] = row.length - p.num_tokens + token + 1;
+        visible[tile][c] = row.length - p.num_hidden(token);
         max[tile][c] = -INFINITY;
         sum[tile][c] = 0;
       }
@@ -190,7 +190,7 @@ struct WarpState {
     } else {
       multiply_keys(data.entries, logits);
     }
-    const bool sees_all = first_slot + Config::kTileSlots <= length - p.num_tokens + 1;
+    const bool sees_all = first_slot + Config::kTileSlots <= length - p.num_hidden(0);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       scale_logits(p, first_slot, sees_all, tile, logits[tile]);

@@ -53,4 +53,11 @@ __device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+/// The two elements of pack().
+template <typename Element>
+__device__ inline float2 unpack(uint32_t pair) {
+  return make_float2(bits_to_float<Element>(static_cast<uint16_t>(pair)),
+                     bits_to_float<Element>(static_cast<uint16_t>(pair >> 16)));
+}
+
 }  // namespace adakv

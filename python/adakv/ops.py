@@ -94,8 +94,8 @@ def score(
     Parameters
     ----------
     queries : ``[B, Hq, W, D]``
-        Queries of each sequence's last W positions, or of every ``stride``-th one, its last one
-        among them; after RoPE. Queries for positions before the first are not looked at.
+        Of each sequence's last W positions, or of every ``stride``-th one, its last one among them;
+        after RoPE. Those for positions before the first are not looked at.
     keys : ``[B, Hkv, T, D]``, optional
         Prompt keys, after RoPE.
     layer, length : :class:`Layer` and int, optional
@@ -107,23 +107,20 @@ def score(
     sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax and attend to nothing (gpt-oss).
     lse : ``[B, Hq, W]`` float32, optional
-        Log-sum-exp of z (natural log, sink logits included), if the attention handed it over; saves
-        a pass over the keys.
+        Log-sum-exp of z (natural log, sinks included), if attention gave it: saves a pass of keys.
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
     window_reduce, group_reduce : "mean", "max" or "sum"
     order : "group_first" or "pool_first"
         Whether the group is reduced before pooling or after.
     pool, pool_width : "max", "avg" or "none", and an odd width
-        Max-pooling ignores what is outside of the candidates; average pooling counts it as zero (as
-        torch and kvpress do).
+        "max" ignores what is outside of the candidates, "avg" counts it as 0 (as torch does).
     window : int, optional
         Last positions, which don't compete. Default: W.
     stride : int
         Positions from one query to the next.
     distance : int
-        Positions that a query must be behind an entry to count for it. A mean is over the queries
-        that count; entries for which none does score 0.
+        Positions that a query must be behind an entry to count for it, also in a mean; 0 if none is.
 
     Returns
     -------
@@ -148,8 +145,7 @@ def score(
 def value_norm(
     values: Tensor, w_o: Tensor, *, seq_lens: Tensor | None = None, norm: Norm = "l1"
 ) -> Tensor:
-    """How far an entry can move the layer's output (CriticalKV, arXiv 2502.03805, Theorem 3.3 and
-    Algorithm 1).
+    """How far an entry can move the layer's output (CriticalKV, arXiv 2502.03805, Theorem 3.3).
 
     Parameters
     ----------
@@ -278,17 +274,16 @@ def select(
     ----------
     scores : ``[B, Hkv, T]`` float32
     budgets : ``[B, Hkv]`` int32
-        Entries to keep per row, window included; clamped to what the row has (``min(window,
-        seq_len)`` to ``seq_len``).
+        Entries to keep per row, window included; clamped to ``min(window, seq_len) .. seq_len``.
     window : int
     seq_lens : ``[B]`` int32, optional
     norms : ``[B, Hkv, T]`` float32, optional
     first : float, 0 to 1
     eps : float
-        Against scores of zero; the scores are means, so that 1e-4 means something.
+        Against scores of zero; scores are means, so that 1e-4 means something.
     total : int, optional
         Size of ``Kept.positions``, at least the sum of the (clamped) budgets. Default: that sum,
-        for which a CUDA device has to be waited for; pass it where it is known.
+        for which a CUDA device has to be waited for.
 
     Returns
     -------
@@ -446,6 +441,8 @@ def attend(
     group_reduce: Reduce = "mean",
     decay: float = 1.0,
     threshold: float = 0.0,
+    others_out: Tensor | None = None,
+    others_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
@@ -469,8 +466,8 @@ def attend(
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
     prefetch : bool
-        On CUDA: pages and schedule may be read while the kernel before this one still runs. Say so
-        only if that kernel writes neither: not right after ``plan``, ``append`` or ``compact``.
+        On CUDA: pages and schedule may be read while the kernel before this one still runs, which
+        must write neither: not right after ``plan``, ``append`` or ``compact``.
     accumulated : ``[B, Hkv, T]`` float32, optional
         Changed: what each slot of a row was given by the queries since its entry came, T at least
         ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.
@@ -482,6 +479,9 @@ def attend(
         Over the q heads of a group.
     decay, threshold : float
         From 0 to 1, and 0 or more.
+    others_out, others_lse : ``[B, Hq, S, D]`` and ``[B, Hq, S]`` float32, optional
+        What attention over other entries gave, sink logits included: the result is over both. The
+        rows hold none of the S tokens, and every query sees all of their slots. Without ``keys``.
 
     Returns
     -------
@@ -495,6 +495,6 @@ def attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
         _schedules.num_workers(getattr(queries, "device", None)), prefetch,
-        accumulate, group_reduce, decay, threshold, out, lse, accumulated,
+        accumulate, group_reduce, decay, threshold, others_out, others_lse, out, lse, accumulated,
     )  # fmt: skip
     return out, lse

@@ -268,6 +268,9 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
                     args.accumulated = TensorView(slots, {2, 2, 32}, DType::kFloat32);
                   }),
             "attend: lse must be given with accumulated");
+  EXPECT_EQ(
+      after(&Right::attend, &attend, [](AttendArgs& args) { args.others_out = args.queries; }),
+      "attend: others_out and others_lse must be given together");
 }
 
 TEST(Arguments, ShortlistNamesWhatIsWrong) {

@@ -3,8 +3,7 @@
  * kv_cache.h. What a verb computes is said there, once; here is how to call it.
  *
  * Every function that can fail returns an AdakvStatus and throws nothing. After a failure nothing
- * was changed, and adakv_last_error() says what was wrong: the argument, what was expected and what
- * came.
+ * was changed, and adakv_last_error() names the argument, what was expected and what came.
  *
  * Tensors are DLPack's DLTensor. Include dlpack/dlpack.h before this header to use that type; the
  * one declared here has the same layout. Where a tensor is optional, NULL leaves it out.
@@ -37,8 +36,7 @@ typedef enum AdakvStatus {
 /** What this thread's last failed call said; "" if none failed. Valid until its next failure. */
 const char* adakv_last_error(void);
 
-/** "0.1.0". Before 1.0 every minor version may change structs: compare the first two numbers with
- * those of the headers you compiled against. */
+/** "0.1.0". Minor versions before 1.0 may change structs: compare with those of your headers. */
 const char* adakv_version(void);
 
 /* ---- Tensors --------------------------------------------------------------------------------- */
@@ -439,6 +437,8 @@ typedef struct AdakvAttendArgs {
   AdakvReduce group_reduce;       /* over the q heads of a group, for accumulated */
   float decay;                    /* 1; of a sum, from token to token */
   float threshold;                /* of ADAKV_KEEP_LAST; 0: 1 / number of tokens */
+  const AdakvTensor* others_out;  /* [B, Hq, S, D], optional: what other entries gave */
+  const AdakvTensor* others_lse;  /* [B, Hq, S] float32, with it */
   const AdakvTensor* out;         /* [B, Hq, S, D], out */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional without accumulated */
   const AdakvTensor* accumulated; /* [B, Hkv, T] float32, in and out, optional; T >= M * P */

@@ -251,6 +251,12 @@ int default_num_workers(Device device);
 /// fills is quantised after it was read.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 ///
+/// With others_out and others_lse, the launch goes on from attention over other entries, which gave
+/// them: rows hold none of the S columns, every query sees all of their slots, and one more, with
+///   z = others_lse and v = others_out
+/// So attention over any parts of the entries, one launch a part, is that over all of them. (Sinks
+/// join the first part's softmax alone.)
+///
 /// With accumulated, each slot of a row keeps what the q heads gave it. For each new token s in turn,
 ///   p[q]    = exp(z[q] - lse[q]) of a slot that s sees, else 0
 ///   r       = group_reduce over q of h ( p[q] )
@@ -276,7 +282,9 @@ struct AttendArgs {
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
   float threshold = 0.f;                     // of kLast; 0: 1 / i
-  TensorView out;                            // [B, Hq, S, D], out
+  TensorView others_out;    // [B, Hq, S, D]  optional, without keys, sink_logits and accumulated
+  TensorView others_lse;    // [B, Hq, S] float32, with others_out
+  TensorView out;           // [B, Hq, S, D], out
   TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
   TensorView accumulated;   // [B, Hkv, T] float32, out and in, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32
