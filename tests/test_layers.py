@@ -5,9 +5,10 @@
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds,page_history,
-                           beside,kept_scores,shrinking}.py
+                           beside,kept_scores,shrinking,compaction}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
-                           python/adakv/{moving,formats,cache_file,cache,room,devices,shape,step}.py
+                           python/adakv/{moving,formats,cache_file,cache,room,tiers,devices,shape,
+                           step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -59,6 +60,7 @@ FLOORS = {
     "fork": 3,
     "moving": 3,
     "shape": 3,
+    "tiers": 3,
     "step": 3,
     "shortlist": 3,
     "policy": 4,
@@ -66,6 +68,7 @@ FLOORS = {
     "reading": 4,
     "reselection": 4,
     "kept_scores": 4,
+    "compaction": 4,
     "shrinking": 4,
     "recent": 4,
     "page_bounds": 4,
@@ -80,6 +83,8 @@ SIDEWAYS = {
     ("reading", "policy"),
     ("reading", "entries"),
     ("reading", "kept_scores"),
+    ("reading", "compaction"),
+    *(("compaction", x) for x in ("policy", "entries")),
     *(("page_bounds", x) for x in ("policy", "entries")),
     *(("beside", x) for x in ("policy", "page_bounds")),
     *(("page_history", x) for x in ("policy", "entries", "page_bounds")),

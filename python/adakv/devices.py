@@ -21,6 +21,7 @@ from adakv.ops import Layer
 from adakv.room import make_room
 from adakv.step import Attention, PageReader, PlannedStep, Watcher
 from adakv.tensors import on_device
+from adakv.tiers import TieredCache
 
 
 class Group(NamedTuple):
@@ -166,7 +167,7 @@ class SplitCache:
         return sum(part.pages_used for part in self.parts)
 
 
-AnyCache = KVCache | SplitCache
+AnyCache = KVCache | SplitCache | TieredCache
 
 
 class SplitStep:
@@ -199,16 +200,33 @@ def grow_step(
     """:meth:`PlannedStep.grow`, on all devices; a reader of pages and ``slots`` want one device."""
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
+    if isinstance(kv, TieredCache):
+        others = _of_other_tiers(kv, slots)
+        return PlannedStep.grow(
+            kv.first, num_new, columns, watcher=watcher, others=others, slots=slots
+        )
     kv._make_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
     return SplitStep(kv, steps, watcher)
+
+
+def _of_other_tiers(kv: TieredCache, slots: slice) -> tuple[PlannedStep, ...]:
+    """What a step attends to in the tiers behind the first one."""
+    steps = []
+    for cache in kv.caches[1:]:
+        lengths, block_table, fresh_pages = (table[:, slots] for table in cache.plan_inputs)
+        layers = tuple(sequences(layer, slots) for layer in cache.layers)
+        tables = lengths, block_table, fresh_pages
+        steps.append(PlannedStep.plan(layers, tables, new_tokens=0))
+    return tuple(steps)
 
 
 class FirstSlots:
     """The first slots of a cache, whose steps of one token each are planned again and again."""
 
     def __init__(self, kv: AnyCache, count: int) -> None:
-        self._kv, slots = kv, slice(0, count)
+        self._kv, self._slots = kv, slice(0, count)
+        slots = self._slots
         self._parts = []
         for part in kv.parts:
             lengths, block_table, fresh_pages = (table[:, slots] for table in part.plan_inputs)
@@ -223,6 +241,10 @@ class FirstSlots:
         if isinstance(self._kv, KVCache):
             ((_, layers, tables),) = self._parts
             return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher, reader=reader)
+        if isinstance(self._kv, TieredCache):
+            ((_, layers, tables),) = self._parts
+            others = _of_other_tiers(self._kv, self._slots)
+            return PlannedStep.plan(layers, tables, num_new=num_new, others=others)
         steps = [
             PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))
             for device, layers, tables in self._parts

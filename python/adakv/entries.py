@@ -71,6 +71,19 @@ class Whole(NamedTuple):
             scores = policy.score(self.inputs, self.budgets)
         return self._replace(inputs=self.inputs.without_queries(), scores=scores)
 
+    def with_scores(self, policy: Policy) -> Whole:
+        """With scores, also where all of it is kept."""
+        if self.scores is not None:
+            return self
+        if self.inputs.length <= policy.window:  # all of it always stays
+            nothing = self.inputs.keys.new_zeros(self.inputs.shape, dtype=torch.float32)
+            return self._replace(scores=nothing)
+        return self._replace(scores=policy.score(self.inputs, self.budgets))
+
+    def pinned(self, policy: Policy) -> Tensor:
+        """Its scores, ``+inf`` for what always stays."""
+        return _pinned(policy, self.inputs, self.scores)
+
     def without_entries(self, policy: Policy) -> Whole:
         """With the norms that the policy's selector will ask for."""
         if "w_o" in needs_of(policy.selector):
@@ -116,6 +129,10 @@ class Reserve(NamedTuple):
         keys, values = inputs.keys[where], inputs.values[where]
         return cls(inputs.without_entries(), whole.budgets, scores, keys, values, kept)
 
+    def pinned(self, policy: Policy) -> Tensor:
+        """Its scores, ``+inf`` for what always stays."""
+        return _pinned(policy, self.inputs, self.scores)
+
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of its entries."""
         batch, heads, length, _ = self.inputs.keys.shape
@@ -129,6 +146,11 @@ class Reserve(NamedTuple):
         entries = self.keys, self.values, self.kept.positions
         _compact_places(*entries, chosen, view, page_ids, page_indptr)
         view.seen.fill_(length)
+
+
+def _pinned(policy: Policy, inputs: LayerInputs, scores: Tensor | None) -> Tensor:
+    assert scores is not None
+    return inputs.pin_window(inputs.pin_protected(scores), policy.window)
 
 
 def compact_rows(

@@ -14,7 +14,11 @@ SCALE_GROUP = 64
 
 
 def page_size_for(kv_dtype: str, page_size: int | None) -> int:
-    """``page_size``, or if there is none what is good for a format of pages."""
+    """``page_size``, or if there is none what is good for a format of pages, or for several tiers
+    (:class:`adakv.tiers.Tiers`), which have one in common."""
+    if ":" in kv_dtype:
+        names = [tier.partition(":")[0].strip() for tier in kv_dtype.split("+")]
+        return max(page_size_for(name, page_size) for name in names)
     if page_size is None:
         return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
     size = check_page_size(page_size)

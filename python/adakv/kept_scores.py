@@ -22,17 +22,9 @@ class KeptScores:
         self._layers: list[Tensor] = []  # [B, Hkv, T + 1] of what stays
         self._waiting: list[list[Tensor]] = []  # [L][groups] of what may still stay
 
-    def put(self, policy: Policy, layer: int, wholes: Sequence[Whole]) -> list[Whole]:
-        """A layer's prompts with their scores, also where all of them will be kept, which nobody
-        scores otherwise."""
-        scored = [_scored(policy, whole) for whole in wholes]
-        pinned = []
-        for whole in scored:
-            inputs, scores = whole.inputs, whole.scores
-            assert scores is not None
-            pinned.append(inputs.pin_window(inputs.pin_protected(scores), policy.window))
-        self._waiting[layer:] = [pinned]
-        return scored
+    def put(self, policy: Policy, layer: int, wholes: Sequence[Whole]) -> None:
+        """A layer's prompts, with their scores."""
+        self._waiting[layer:] = [[whole.pinned(policy) for whole in wholes]]
 
     def keep(self, layer: int, kept: Sequence[Kept]) -> None:
         """Says what stays of a layer, of each group."""
@@ -51,12 +43,3 @@ class KeptScores:
 def fitting(scores: Tensor, length: int) -> Tensor:
     """``[B, Hkv, length]``, ``-inf`` behind what there is."""
     return F.pad(scores, (0, length - scores.shape[2]), value=-torch.inf)
-
-
-def _scored(policy: Policy, whole: Whole) -> Whole:
-    inputs, scores = whole.inputs, whole.scores
-    if scores is not None:
-        return whole
-    if inputs.length <= policy.window:  # all of it always stays
-        return whole._replace(scores=inputs.keys.new_zeros(inputs.shape, dtype=torch.float32))
-    return whole._replace(scores=policy.score(inputs, whole.budgets))

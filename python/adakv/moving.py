@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from adakv.cache import KVCache, sequences
+from adakv.tiers import TieredCache
 
 _SHARED = ("pages", "page_positions", "key_scales", "value_scales", "page_biases")
+
+
+def moved_tiers(kv: TieredCache, device: torch.device, new_tokens: int) -> TieredCache:
+    """:func:`moved`, of each tier."""
+    first, *others = kv.caches
+    caches = [moved(first, device, new_tokens), *(moved(cache, device, 0) for cache in others)]
+    return TieredCache(kv.tiers, caches)
 
 
 def moved(

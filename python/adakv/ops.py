@@ -120,7 +120,7 @@ def score(
     stride : int
         Positions from one query to the next.
     distance : int
-        Positions that a query must be behind an entry to count for it, also in a mean; 0 if none is.
+        Positions that a query must be behind an entry to count for it, in a mean as well; else 0.
 
     Returns
     -------

@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.cache import KVCache, sequences
+from adakv.compaction import Chosen, Compaction
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import GrowingEntries, Reserve, Whole
 from adakv.errors import Error
 from adakv.kept_scores import KeptScores
-from adakv.ops import Kept
 from adakv.policy import (
     Budget,
     FoldingScorer,
@@ -53,14 +52,6 @@ class Part(NamedTuple):
     w_o: Callable[[], Tensor] | None = None
     lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
     hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
-
-
-class Chosen(NamedTuple):
-    """What is kept of some of the prompts, all of one length, in a layer."""
-
-    prompts: slice
-    kept: Kept
-    entries: Whole | Reserve
 
 
 class _Observed(NamedTuple):
@@ -101,7 +92,10 @@ class Reader:
     classes : :class:`adakv.policy.TokenClasses`, optional
         What their tokens are of, for policies that read it.
     keeps_scores : bool
-        Whether :attr:`kept_scores` are there. Then prompts that fit are scored, too.
+        Whether :attr:`kept_scores` are there.
+    has_tiers : bool
+        Whether what is kept goes to several tiers, by its scores. For both, prompts that fit are
+        scored, too.
     """
 
     def __init__(
@@ -113,6 +107,7 @@ class Reader:
         protection: Protection | None = None,
         classes: TokenClasses | None = None,
         keeps_scores: bool = False,
+        has_tiers: bool = False,
     ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
@@ -122,6 +117,7 @@ class Reader:
         """Layers that are in pages."""
         self.kept_scores = KeptScores() if keeps_scores else None
         """What the entries scored that stay."""
+        self._scores_all = keeps_scores or has_tiers
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
@@ -266,8 +262,10 @@ class Reader:
         if layer != self._num_finished or observed is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
         wholes = self._wholes(layer, observed, repeat)
+        if self._scores_all:
+            wholes = [whole.with_scores(self.policy) for whole in wholes]
         if self.kept_scores is not None:
-            wholes = self.kept_scores.put(self.policy, layer, wholes)
+            self.kept_scores.put(self.policy, layer, wholes)
         self._observed[layer] = None
         self._joined.pop(layer, None)
         self._num_finished += 1
@@ -298,22 +296,13 @@ class Reader:
         else:
             budgets = self.budgets(kv.num_kv_heads)
             totals = [[x.total for x in budgets[layer]] for layer in layers]
-        page_ids, next_page = kv.begin_layers(
-            layers, totals, self.lengths, first_sequence=first_sequence
+        compaction = Compaction(
+            kv, self.policy, layers, totals, self.lengths, first_sequence=first_sequence
         )
-        slots = slice(first_sequence, first_sequence + len(self.lengths))
         for layer in layers:
-            view = kv.layers[layer]
-            if len(self.lengths) < kv.num_sequences:
-                view = sequences(view, slots)
             if self.kept_scores is not None:
                 self.kept_scores.keep(layer, [x.kept for x in chosen[layer]])
-            for prompts, kept, entries in chosen.pop(layer):
-                starts = next_page[prompts.start : prompts.stop + 1]
-                rows = view if len(self._groups) == 1 else sequences(view, prompts)
-                entries.compact(kept, rows, page_ids, starts)
-            if chosen and isinstance(kv, KVCache):
-                kv.advance_pages(next_page, view.lengths)
+            compaction.compact(layer, chosen.pop(layer), is_last=not chosen)
         self.num_compacted += len(layers)
 
     def totals(self, num_kv_heads: int) -> list[list[int]]:
@@ -392,7 +381,7 @@ class Reader:
     def _keeps_all_of(self, group: slice, whole: Whole) -> bool:
         """Whether nothing is to be scored of some prompts: in their layer, or in any of those whose
         scores it has."""
-        if self.kept_scores is not None:
+        if self._scores_all:
             return whole.inputs.length <= self.policy.window
         if not self.policy.scores_once:
             return whole.budgets[0].keeps_everything

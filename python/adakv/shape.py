@@ -12,6 +12,7 @@ import torch
 from adakv.cache import KVCache
 from adakv.devices import AnyCache, Group, SplitCache
 from adakv.formats import check_kv_dtype, page_size_for
+from adakv.tiers import TieredCache, Tiers
 
 #: Formats of pages from the most bits to the fewest, in which a budget in bytes tries them.
 FROM_MANY_BITS = ("auto", "int8", "int4")
@@ -46,6 +47,19 @@ class Shape:
                 parts.append(shape._cache(num_sequences, pages, max_row_pages, page_size))
             return SplitCache(self.groups, parts)
         return self._cache(num_sequences, num_pages, max_row_pages, page_size)
+
+    def tiered_cache(
+        self, num_sequences: int, num_pages: Sequence[int], max_row_pages: int, page_size: int
+    ) -> AnyCache:
+        """The same with so many pages of each tier (:class:`adakv.tiers.Tiers`), on one device."""
+        tiers = Tiers.given(self.kv_dtype)
+        if len(tiers.formats) == 1:
+            return self.cache(num_sequences, num_pages[0], max_row_pages, page_size)
+        caches = [
+            replace(self, kv_dtype=name)._cache(num_sequences, pages, max_row_pages, page_size)
+            for name, pages in zip(tiers.formats, num_pages, strict=True)
+        ]
+        return TieredCache(tiers, caches)
 
     def _cache(
         self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int

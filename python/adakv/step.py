@@ -115,6 +115,9 @@ class PlannedStep:
     watcher : :class:`Watcher`, optional
     reader : :class:`PageReader`, optional
         Without one all pages are read.
+    others : :class:`PlannedStep`, optional
+        Over entries of the same rows that lie elsewhere, in other tiers, to which nothing is
+        appended: each planned with ``new_tokens=0``.
     """
 
     def __init__(
@@ -125,12 +128,13 @@ class PlannedStep:
         *,
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
+        others: Sequence[PlannedStep] = (),
         _pieces: Sequence[_Piece] = (),
     ) -> None:
         self._layers = layers
         self.schedules = schedules
         self._num_new = num_new
-        self._watcher, self._reader = watcher, reader
+        self._watcher, self._reader, self._others = watcher, reader, others
         self._pieces = _pieces
 
     @classmethod
@@ -144,6 +148,7 @@ class PlannedStep:
         out: Tensor | None = None,
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
+        others: Sequence[PlannedStep] = (),
     ) -> PlannedStep:
         """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
 
@@ -155,7 +160,8 @@ class PlannedStep:
         schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
         if out is not None:
             schedules = out[:, : schedules.shape[1]].copy_(schedules)
-        return cls(layers, schedules.unbind(), num_new, watcher=watcher, reader=reader)
+        heard: dict[str, Any] = {"watcher": watcher, "reader": reader, "others": others}
+        return cls(layers, schedules.unbind(), num_new, **heard)
 
     @classmethod
     def grow(
@@ -166,6 +172,7 @@ class PlannedStep:
         *,
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
+        others: Sequence[PlannedStep] = (),
         slots: slice = slice(None),
     ) -> PlannedStep:
         """Makes room for a step in all layers of a cache, and plans it.
@@ -207,10 +214,9 @@ class PlannedStep:
             left -= now
         of_step = _on_device(num_new, columns, kv)
         if pieces:
-            return cls(layers, (), of_step, watcher=watcher, _pieces=pieces)
-        return cls.plan(
-            layers, tables, new_tokens=columns, num_new=of_step, watcher=watcher, reader=reader
-        )
+            return cls(layers, (), of_step, watcher=watcher, others=others, _pieces=pieces)
+        heard: dict[str, Any] = {"watcher": watcher, "reader": reader, "others": others}
+        return cls.plan(layers, tables, new_tokens=columns, num_new=of_step, **heard)
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, attention: Attention
@@ -232,7 +238,7 @@ class PlannedStep:
         else:
             schedule = self.schedules[layer]
         is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
-        out, _ = ops.attend(
+        out, lse = ops.attend(
             queries,
             view,
             planned(view) if schedule is None else schedule,
@@ -249,6 +255,18 @@ class PlannedStep:
         if is_listed:
             assert self._reader is not None
             out = self._reader.mixed(layer, out)
+        for step in self._others:
+            out, lse = ops.attend(
+                queries,
+                step._layers[layer],
+                step.schedules[layer],
+                num_new=self._num_new,
+                scale=attention.scale,
+                softcap=attention.softcap,
+                prefetch=True,  # the launch before appends to other pages
+                others_out=out,
+                others_lse=lse,
+            )
         return out.transpose(1, 2)
 
     def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> None:

@@ -78,6 +78,14 @@ class Kept(NamedTuple):
         index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
         return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
 
+    def mask(self, like: Tensor) -> Tensor:
+        """What is kept, as bool of the shape ``[B, Hkv, T]`` of another tensor."""
+        rows, length = like.shape[0] * like.shape[1], like.shape[2]
+        mask = torch.zeros(rows, length + 1, dtype=torch.bool, device=like.device)
+        column = self.positions.where(self.positions >= 0, length).long()
+        mask[self.rows(rows), column] = mask.new_ones(())  # True would come from the host
+        return mask[:, :length].view(like.shape)
+
     def __repr__(self) -> str:
         try:
             counts = self.indptr.diff().tolist()

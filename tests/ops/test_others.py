@@ -1,4 +1,4 @@
-"""attend that goes on from attention over other entries: parts of the entries, one launch a part."""
+"""attend that goes on from attention over other entries: one launch for each part of them."""
 
 from __future__ import annotations
 

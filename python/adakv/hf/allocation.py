@@ -3,12 +3,12 @@ budget in bytes when its prompts' lengths do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from adakv.devices import AnyCache
+from adakv.devices import AnyCache, Group, check_together
 from adakv.errors import integer
 from adakv.formats import check_kv_dtype, check_page_size, page_size_for
 from adakv.hf import pool_size
@@ -16,6 +16,7 @@ from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
 from adakv.reselection import Rule
 from adakv.shape import Shape
+from adakv.tiers import Tiers
 
 
 class Allocation:
@@ -26,8 +27,8 @@ class Allocation:
     budget : :class:`adakv.policy.Budget`
         How much is kept of its prompts.
     kv_dtype : str, optional
-        The format of the pages. Default: as the model has keys and values, or what a budget in
-        bytes finds.
+        The format of the pages, or several tiers. Default: as the model has keys and values, or
+        what a budget in bytes finds.
     page_size : int, optional
         Entries of a page.
     max_new_tokens : int
@@ -67,16 +68,45 @@ class Allocation:
             kv_dtype = "auto"
         self._kv_dtype = None
         if kv_dtype is not None:
-            self._kv_dtype = check_kv_dtype(kv_dtype, has_biases=budget.policy.has_biases)
+            tiers = Tiers.given(kv_dtype)
+            self._kv_dtype = str(tiers)
+            for name in tiers.formats:
+                check_kv_dtype(name, has_biases=budget.policy.has_biases)
+            if self.has_tiers:
+                _check_budget(budget, kv_dtype)
         self._page_size = None if page_size is None else check_page_size(page_size)
         if kv_dtype is not None:
             page_size_for(kv_dtype, page_size)
         self.max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether rows have several formats."""
+        return self._kv_dtype is not None and ":" in self._kv_dtype
+
+    def check_together(
+        self, groups: Sequence[Group], text: Mapping[str, object], keep_scores: bool
+    ) -> None:
+        """Raises ``ValueError`` for arguments of caches that don't go together: of those that evict
+        from texts or read some pages, by their names, layers on several devices can do none, and
+        several tiers neither these nor ``keep_scores``."""
+        check_together(groups, next(filter(None, text.values()), None))
+        if not self.has_tiers:
+            return
+        if groups:
+            raise ValueError("kv_dtype: several tiers need all layers on one device")
+        for name, value in {**text, "keep_scores": keep_scores}.items():
+            if value:
+                raise ValueError(
+                    f"{name} must be left out with several tiers, got kv_dtype={self._kv_dtype!r}: "
+                    "entries stay in the tier that they are in"
+                )
+
     def check_keys(self, dtype: torch.dtype) -> None:
         """Raises ``ValueError`` if pages of its format don't take keys and values like these."""
         if self._kv_dtype is not None:
-            check_kv_dtype(self._kv_dtype, dtype)
+            for name in Tiers.given(self._kv_dtype).formats:
+                check_kv_dtype(name, dtype)
 
     def decide(
         self,
@@ -148,3 +178,14 @@ class Allocation:
         if rule is not None:
             return self.max_new_tokens
         return min(self.max_new_tokens, pool_size.FIRST_TOKENS)
+
+
+def _check_budget(budget: Budget, kv_dtype: str) -> None:
+    """Raises ``ValueError`` for budgets that don't go with several tiers."""
+    if isinstance(budget, ByteBudget):
+        name = "budget_bytes" if budget.policy.bits is None else "policy: a budget counted in bytes"
+        raise ValueError(f"{name} doesn't go with several tiers yet, got kv_dtype={kv_dtype!r}")
+    if budget.policy.fold is not None:
+        raise ValueError(
+            f"kv_dtype: Folded() folds into the entries of one format, got {kv_dtype!r}"
+        )

@@ -23,10 +23,13 @@ from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.looking import reader_of
 from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
-from adakv.moving import moved
+from adakv.moving import moved, moved_tiers
 from adakv.policy import Budget
+from adakv.tiers import TieredCache
 
 Self = TypeVar("Self", bound="BranchingCache")
+
+_Kv = TypeVar("_Kv", KVCache, TieredCache)
 
 #: What a layer of ours has of its own; all else are states that transformers keeps in it.
 _OWN = {"index", "num_seen", "attention", "_cache", "_config", "_is_last", "_rotate"}
@@ -217,7 +220,9 @@ class BranchingCache(TransformersCache):
 
 def move(cache: Any, device: torch.device) -> None:
     """:meth:`adakv.Cache.move_to`, for a cache that holds something; also to where it is."""
-    if cache._kv is not None:
+    if isinstance(cache._kv, TieredCache):
+        cache._kv = moved_tiers(cache._kv, device, new_tokens_of(cache))
+    elif cache._kv is not None:
         cache._kv = moved(cache._kv, device, new_tokens_of(cache))
     if cache.kept_scores is not None:
         cache.kept_scores = [x.to(device) for x in cache.kept_scores]
@@ -287,7 +292,7 @@ def check_crop(cache: Any, count: int, columns: int) -> None:
                 f"crop: a {type(layer).__name__} can't take tokens back, as its states or window "
                 "have moved on (call activate_past_recording() before)"
             )
-    if cache._kv.kv_dtype == "int4":
+    if cache._kv.layers[0].tails is not None:
         raise ValueError(
             "crop: tokens can't be taken back in kv_dtype='int4', whose keys share scales"
         )
@@ -299,6 +304,11 @@ def check_held(cache: Any, back: Sequence[int]) -> None:
     if all(n <= m for n, m in zip(back, after, strict=True)):
         return  # nothing is evicted from these
     kv: KVCache = cache._kv
+    if isinstance(kv, TieredCache):
+        raise ValueError(
+            "crop: tokens of a prompt can't be taken back from several tiers, got "
+            f"kv_dtype={kv.kv_dtype!r}"
+        )
     layers, counts = kv.all_layers, torch.tensor(back, device=kv.device)[:, None]
     first = torch.tensor(cache._seen, device=kv.device)[:, None] - counts
     slot = (layers.lengths - counts).clamp(min=0).long()  # [L, B, Hkv]
@@ -315,8 +325,8 @@ def check_held(cache: Any, back: Sequence[int]) -> None:
 
 
 def forked(
-    kv: KVCache, sources: Sequence[int], back: Sequence[int] = (), *, whole: bool = False
-) -> KVCache:
+    kv: _Kv, sources: Sequence[int], back: Sequence[int] = (), *, whole: bool = False
+) -> _Kv:
     """:meth:`adakv.cache.KVCache.fork`, for which the pool grows if it must."""
     pool_size.make_room_to_fork(kv, sources, whole=whole)
     return kv.fork(sources, back=back, whole=whole)

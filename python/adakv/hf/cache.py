@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adakv.cache import KVCache
-from adakv.devices import AnyCache, SplitStep, check_together, groups_of, grow_step
+from adakv.devices import AnyCache, SplitStep, groups_of, grow_step
 from adakv.errors import Error
 from adakv.hf import families, hidden, long_rope, pool_size
 from adakv.hf.allocation import Allocation
@@ -83,9 +83,8 @@ class Cache(ShownCache):
     page_size : int, optional
         Entries of a page: a power of two from 8 to 256. Default: 16, of codes 32; of int4 always.
     kv_dtype : "auto", "int8", "fp8" or "int4", optional
-        How pages hold keys and values: as the model has them, which is the default, or in about
-        half of their bytes, in int4 30 % (docs/bits.md), for models in float16 or bfloat16; int4 on
-        the CPU only.
+        How pages hold keys and values: as the model has them, the default, or in about half of
+        their bytes, in int4 30 %; or tiers, as "auto:1/4 + int4:3/4" (docs/bits.md).
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     classes : dict, optional
@@ -95,7 +94,7 @@ class Cache(ShownCache):
         on average (docs/texts.md): the cache never holds more than these and one chunk.
     decode_budget : int, optional
         Mean entries to keep per kv head of the tokens after the prompt, which are evicted while
-        they are written (docs/texts.md). Default: all of them stay.
+        they are written (docs/texts.md). Default: all stay.
     decode_policy : str or :class:`adakv.Policy`, optional
         Which of them. Default: as ``policy``.
     every : int, optional
@@ -152,13 +151,13 @@ class Cache(ShownCache):
         self._allocation = Allocation(
             self.budget, kv_dtype, page_size, max_new_tokens, is_chunked=chunk_budget is not None
         )
-        self.protection = Protection.given(protect)
-        self.classes = TokenClasses.given(classes)
+        self.protection, self.classes = Protection.given(protect), TokenClasses.given(classes)
         chosen, needs = self.budget.policy, self.budget.policy.needs
         self._rule = Rule.given(chosen, decode_policy, decode_budget, every, pin_prompt)
         self._groups = groups_of(self.layer_devices(decoder, full))
         self._keeps_scores, self.read = keep_scores, read_by(chosen, read)
-        check_together(self._groups, self._rule or chunk_budget or self.read)
+        text = {"decode_budget": self._rule, "chunk_budget": chunk_budget, "read": self.read}
+        self._allocation.check_together(self._groups, text, keep_scores)
         self._chunk_budget, self._is_chunked = chunk_budget, chunked_prefill
         self.waits = chunked_prefill or ("repeat" in needs and chunk_budget is None)  # for more
         if "w_o" in needs:
@@ -189,6 +188,7 @@ class Cache(ShownCache):
             protection=self.protection,
             classes=self.classes,
             keeps_scores=self._keeps_scores,
+            has_tiers=self._allocation.has_tiers,
         )
         self.kept_scores: list[Tensor] | None = None
         """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:

@@ -279,6 +279,10 @@ def generate_stream(
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
+    if allocation.has_tiers:
+        raise ValueError(
+            f"kv_dtype: several tiers need a cache of their own, adakv.Cache, got {kv_dtype!r}"
+        )
     text = {} if rule is None else rule.arguments
     reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
     requests = Requests.given(model, tokenizer, prompts, max_new_tokens, prefix)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv import room
 from adakv.cache import KVCache
+from adakv.compaction import totals_of_tiers
 from adakv.devices import AnyCache, groups_of
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
@@ -22,6 +23,7 @@ from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
 from adakv.reselection import Rule
 from adakv.shape import Footprint, Shape, unit_bytes
+from adakv.tiers import TieredCache, Tiers
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096
@@ -242,13 +244,20 @@ def cache_of(
     what a rule leaves of them."""
     heads = shape.num_kv_heads
     stored = new if rule is None else min(new, rule.most)
-    pages = sum(
-        KVCache.pages_for(total, stored, num_kv_heads=heads, page_size=page_size)
-        for totals in reader.totals(heads)
-        for total in totals
+    tiers = totals_of_tiers(
+        Tiers.given(shape.kv_dtype), reader.policy, reader.totals(heads), reader.lengths, heads
     )
+    pages = [
+        sum(
+            KVCache.pages_for(n, stored, num_kv_heads=heads, page_size=page_size)
+            for totals in of_tier
+            for n in totals
+        )
+        for of_tier, stored in zip(tiers, [stored, *[0] * len(tiers)], strict=False)
+    ]
     row_pages = row_pages_for(max(reader.lengths), new, shape, page_size, rule)
-    return shape.cache(num_sequences, pages, row_pages, page_size)  # the pool decides what is full
+    # The pool decides what is full.
+    return shape.tiered_cache(num_sequences, pages, row_pages, page_size)
 
 
 def pages_of(shape: Shape, page_size: int, lengths: Tensor, max_new_tokens: int) -> KVCache:
@@ -277,11 +286,17 @@ def make_room(kv: AnyCache, num_new: Sequence[int], first_sequence: int = 0) -> 
         room.make_room(part, num_new)
 
 
-def make_room_to_fork(kv: KVCache, sources: Sequence[int], *, whole: bool = False) -> None:
+def make_room_to_fork(
+    kv: KVCache | TieredCache, sources: Sequence[int], *, whole: bool = False
+) -> None:
     """Has a cache grow if there are too few pages for a fork of the sequences ``sources``.
 
     Raises ``adakv.Error`` if there is no memory for them. The cache goes on working.
     """
+    if isinstance(kv, TieredCache):
+        for cache in kv.caches:
+            make_room_to_fork(cache, sources, whole=whole)
+        return
     pages = kv.pages_to_fork(sources, whole=whole)
     if pages > kv.num_free:
         gc.collect()  # forks that nobody has any more, but that are part of cycles

@@ -13,6 +13,7 @@ from adakv.moving import moved
 from adakv.policy import Budget
 from adakv.shrinking import check_shrinks, shrunk
 from adakv.step import Attention
+from adakv.tiers import TieredCache
 
 
 def shrink(cache: Any, smaller: Budget) -> None:
@@ -22,6 +23,10 @@ def shrink(cache: Any, smaller: Budget) -> None:
         raise ValueError("shrink: texts are evicted from (decode_budget), which has moved entries")
     if cache._kv is None:
         return
+    if isinstance(cache._kv, TieredCache):
+        raise ValueError(
+            f"shrink: entries stay in the tier that they are in, got {cache._kv.kv_dtype!r}"
+        )
     if cache.kept_scores is None:
         raise ValueError(
             "shrink: what its entries scored isn't known: make the cache with keep_scores=True"

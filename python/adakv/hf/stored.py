@@ -16,6 +16,7 @@ from adakv.hf.branches import BranchingCache, check_branches
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import pages_of
 from adakv.shape import Shape
+from adakv.tiers import TieredCache
 
 Self = TypeVar("Self", bound="StoredCache")
 
@@ -44,6 +45,8 @@ class StoredCache(BranchingCache):
         check_branches(cache, "save")
         if cache._kv is None:
             raise Error("save: the cache holds nothing")
+        if isinstance(cache._kv, TieredCache):
+            raise ValueError(f"save: files hold one format, got kv_dtype={cache._kv.kv_dtype!r}")
         for layer in cache.layers:
             if not isinstance(layer, FullAttentionLayer) or hasattr(layer, "number_of_states"):
                 saving.check_window(layer)

@@ -66,25 +66,16 @@ class Folded:
         kept : :class:`adakv.ops.Kept`
             What stays. Values and biases of other entries mean nothing.
         """
-        stays = _mask(kept, masses) & (masses > 0)
+        stays = kept.mask(masses) & (masses > 0)
         target, cosine = _nearest(keys, stays)
         of_target = masses.gather(2, target)
-        is_folded = ~_mask(kept, masses) & (cosine >= self.cosine) & (masses <= of_target)
+        is_folded = ~kept.mask(masses) & (cosine >= self.cosine) & (masses <= of_target)
         weights = (masses / of_target).where(is_folded, 0)  # [B, Hkv, T]
         sums = torch.zeros_like(weights).scatter_add_(2, target, weights)
         index = target[..., None].expand_as(values)
         merged = values.float().scatter_add(2, index, weights[..., None] * values.float())
         merged = (merged / (1 + sums)[..., None]).to(values.dtype)
         return merged, sums.log1p().half() if self.biases else None
-
-
-def _mask(kept: Kept, masses: Tensor) -> Tensor:
-    """``[B, Hkv, T]`` bool: what is kept."""
-    rows, length = masses.shape[0] * masses.shape[1], masses.shape[2]
-    mask = torch.zeros(rows, length + 1, dtype=torch.bool, device=masses.device)
-    column = kept.positions.where(kept.positions >= 0, length).long()
-    mask[kept.rows(rows), column] = mask.new_ones(())  # True would come from the host
-    return mask[:, :length].view(masses.shape)
 
 
 def _nearest(keys: Tensor, may_be: Tensor) -> tuple[Tensor, Tensor]:

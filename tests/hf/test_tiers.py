@@ -1,0 +1,197 @@
+"""Caches with several formats in one row under transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import adakv
+from hf.families import LLAMA
+from hf.test_bits import divergence, llama, logits
+from hf.test_hf import GREEDY, prompts
+
+pytestmark = pytest.mark.model
+
+POLICIES = ["snapkv", "ada_snapkv", "critical_ada_snapkv", "model_column_max", "model_rank_fusion"]
+SIX = "auto:1/2 + auto:1/3 + auto:1/6"
+
+
+def tiers_of(cache: Any, layer: int) -> list[list[list[torch.Tensor]]]:
+    """Positions, by tier, sequence and kv head."""
+    return [part.positions(layer) for part in cache.pages.caches]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tiers_of_one_format_are_one_cache(policy: str) -> None:
+    """In float32, whatever is in which tier: the same entries, the same logits but for rounding."""
+    model = LLAMA.model()
+    whole = adakv.Cache(model, policy, budget=64)
+    expected = logits(model, whole)
+    cache = adakv.Cache(model, policy, budget=64, kv_dtype=SIX)
+    got = logits(model, cache)
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+    for layer in range(2):
+        for ours, theirs in zip(cache.kept(layer), whole.kept(layer), strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    assert torch.equal(cache.stats()["lengths"], whole.stats()["lengths"])
+
+
+def test_the_loop_of_slots_writes_the_same_text() -> None:
+    model, texts = llama(torch.bfloat16), []
+    batch = prompts(150, (0, 33))
+    with adakv.attach(model):
+        for loop in ({}, {"custom_generate": adakv.cuda_graph_sample}):
+            cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype="auto:1/4 + int8:3/4")
+            given = {"past_key_values": cache, **GREEDY, "max_new_tokens": 40}
+            texts.append(model.generate(**batch, **given, **loop))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
+def test_a_budget_above_the_prompt_is_the_full_cache(policy: str) -> None:
+    model = LLAMA.model()
+    expected = logits(model, adakv.Cache(model, "full"))
+    got = logits(model, adakv.Cache(model, policy, budget=500, kv_dtype=SIX))
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_the_first_tier_has_the_window_and_the_highest_scores_and_grows() -> None:
+    model = llama(torch.bfloat16)
+    cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype="auto:1/4 + int4:3/4")
+    logits(model, cache, steps=20)
+    first, second = tiers_of(cache, 0)
+    for b, n in enumerate([150, 117, 50]):  # of the prompts; budget 64, window 32
+        kept = min(n, 64)
+        of_first = 32 + -(-(kept - 32) // 4)
+        for h in range(2):
+            assert first[b][h].tolist()[-20:] == list(range(n, n + 20))
+            assert set(range(n - 32, n)) <= set(first[b][h].tolist())
+            assert len(first[b][h]) == of_first + 20
+            assert len(second[b][h]) == kept - of_first
+
+
+def test_bytes_are_those_of_the_tiers_pages() -> None:
+    model = llama(torch.bfloat16)
+    cache = adakv.Cache(model, "snapkv", budget=96, kv_dtype="auto:1/4 + int4:3/4")
+    logits(model, cache)
+    kv = cache.pages
+    assert kv is not None
+    caches: Any = kv.caches  # type: ignore[union-attr]
+    assert [part.kv_dtype for part in caches] == ["auto", "int4"]
+    stats = cache.stats()
+    assert stats["bytes"] == sum(part.bytes_used for part in caches) == kv.bytes_used
+    assert stats["kv_dtype"] == "auto:1/4 + int4:3/4"
+    lengths = caches[1].lengths()  # each row ends a page, and has a fresh one
+    assert caches[1].pages_used <= int(lengths.sum()) // 32 + 3 * lengths.numel()
+    assert "auto:1/4 + int4:3/4" in repr(cache)
+
+
+def test_more_bits_are_nearer_to_the_full_cache() -> None:
+    model = llama(torch.bfloat16)
+    full = logits(model, adakv.Cache(model, "full"))
+    lost = [
+        divergence(logits(model, adakv.Cache(model, "snapkv", budget=500, kv_dtype=kind)), full)
+        for kind in ("auto:1/2 + int8:1/2", "int8:1/2 + int4:1/2", "int4")
+    ]
+    assert lost == sorted(lost)
+    assert lost[0] < lost[2] / 4
+
+
+def test_forks_and_beams_have_all_tiers() -> None:
+    model = llama(torch.bfloat16)
+    kind = "auto:1/4 + int8:3/4"
+    batch = prompts(150, (0, 33))
+    with adakv.attach(model):
+        tokens = [
+            model.generate(
+                **batch,
+                past_key_values=adakv.Cache(model, "snapkv", budget=64, kv_dtype=kv_dtype),
+                **{**GREEDY, "num_beams": 3, "max_new_tokens": 12},
+            )
+            for kv_dtype in (kind, "auto")
+        ]
+        cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind)
+        with torch.no_grad():
+            model(**batch, past_key_values=cache)
+        forks = cache.fork(2)
+        assert [x.stats()["bytes"] > 0 for x in forks] == [True, True]
+        token = torch.full((2, 1), 5)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+        given: dict[str, Any] = {"attention_mask": mask}
+        with torch.no_grad():
+            outs = [model(token, past_key_values=x, **given).logits for x in (*forks, cache)]
+    assert tokens[0].shape == tokens[1].shape
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_tokens_behind_the_prompt_are_taken_back_and_moved() -> None:
+    model = llama(torch.bfloat16)
+    batch = prompts(150, (0,))
+    cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype="auto:1/4 + int4:3/4")
+    with adakv.attach(model), torch.no_grad():
+        model(**batch, past_key_values=cache)
+        token = torch.full((1, 1), 5)
+        first = model(token, past_key_values=cache).logits
+        model(token, past_key_values=cache)
+        cache.crop(-2)
+        cache.move_to("cpu")
+        assert torch.equal(model(token, past_key_values=cache).logits, first)
+        with pytest.raises(ValueError, match="can't be taken back from several tiers"):
+            cache.crop(-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decode_budget": 64}, "decode_budget must be left out with several tiers, got kv_dtype"),
+        ({"chunk_budget": 64}, "chunk_budget must be left out with several tiers"),
+        ({"read": "Quest(share=0.25)"}, "read must be left out with several tiers"),
+        ({"keep_scores": True}, "keep_scores must be left out with several tiers"),
+        ({"budget_bytes": "10%", "budget": None}, "budget_bytes doesn't go with several tiers"),
+        ({"policy": "more_tokens"}, "policy: .* doesn't go with several tiers"),
+        (
+            {"policy": "KeyDiff() * Uniform() * TopScore() * Folded(biases=False)"},
+            "kv_dtype: Folded",
+        ),
+        ({"page_size": 16}, "page_size must be 32 for pages of int4, got 16"),
+        ({"kv_dtype": "auto:1/4 + int4:1/4"}, "shares above 0 that sum to 1"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_what_tiers_do_not_go_with_is_named(settings: dict[str, Any], message: str) -> None:
+    model = llama(torch.bfloat16)
+    given = {"policy": "snapkv", "budget": 64, "kv_dtype": "auto:1/4 + int4:3/4"}
+    with pytest.raises(ValueError, match=message):
+        adakv.Cache(model, **{**given, **settings})
+
+
+def test_models_in_float32_and_what_comes_later_are_refused(tmp_path: Any) -> None:
+    model = llama(torch.bfloat16)
+    cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype="auto:1/4 + int4:3/4")
+    with adakv.attach(model), torch.no_grad():
+        model(**prompts(150, (0,)), past_key_values=cache)
+    with pytest.raises(ValueError, match="save: files hold one format, got kv_dtype"):
+        cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match="shrink: entries stay in the tier"):
+        cache.shrink(budget=40)
+    with pytest.raises(ValueError, match="kv_dtype: several tiers need a cache of their own"):
+        list(
+            adakv.hf.generate_batch(
+                model,
+                [torch.arange(3, 60)],
+                policy="snapkv",
+                budget=64,
+                kv_dtype=cache.pages.kv_dtype,
+            )
+        )
+    small = LLAMA.model()
+    cache = adakv.Cache(small, "snapkv", budget=64, kv_dtype="auto:1/4 + int4:3/4")
+    with (
+        adakv.attach(small),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="pages of int4 take float16 and bfloat16"),
+    ):
+        small(**prompts(150, (0,)), past_key_values=cache)
