@@ -79,6 +79,7 @@ def main() -> None:
     options.add_argument("--qa", help="questions in SQuAD's layout (JSON)")
     options.add_argument("--text", help="text to be continued, and to hide needles in")
     options.add_argument("--policies", default="ada_snapkv", help="names, with commas between")
+    options.add_argument("--formats", default=",".join(FORMATS), help="of pages, or tiers")
     options.add_argument("--tokens", type=int, default=1500)
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument(
@@ -98,7 +99,7 @@ def main() -> None:
         "equal_bytes": True,
     }
     file = RecordFile(f"{given.out}.records", about)
-    formats = labelled(given.policies.split(","), FORMATS)
+    formats = labelled(given.policies.split(","), given.formats.split(","))
     chosen = chosen_policies(formats, equal_bytes=True)
     measure = functools.partial(runner.run, model)
     run_all(measure, file, tasks_of(given, tokenizer), chosen, SHARES)

@@ -10,7 +10,7 @@ from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Reserve, Whole
 from adakv.ops import Kept
 from adakv.policy import Policy
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiers import TieredCache
 
 
 class Chosen(NamedTuple):
@@ -55,7 +55,8 @@ class Compaction:
         of_caches: Sequence[Sequence[Sequence[int]]]
         if isinstance(kv, TieredCache):
             self._caches = kv.caches
-            of_caches = totals_of_tiers(kv.tiers, policy, totals, lengths, kv.num_kv_heads)
+            model_wide, window = policy.is_model_wide, policy.window
+            of_caches = kv.tiers.totals(totals, kv.num_kv_heads, window, model_wide=model_wide)
         else:
             self._caches, of_caches = (kv,), (totals,)
         self._pages = [
@@ -90,23 +91,3 @@ class Compaction:
             parts = self._kv.tiers.split(kept, scores, window)
             groups.append([Chosen(prompts, part, entries) for part in parts])
         return [list(of_tier) for of_tier in zip(*groups, strict=True)]
-
-
-def totals_of_tiers(
-    tiers: Tiers,
-    policy: Policy,
-    totals: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    num_kv_heads: int,
-) -> list[list[list[int]]]:
-    """``[tiers][L][B]``: most entries that each tier has of each layer's ``totals`` ``[L][B]``, as
-    :meth:`adakv.policy.Policy.layer_budget` counts them, of prompts of such lengths."""
-    rows = [num_kv_heads] * len(totals)
-    if policy.is_model_wide:  # the whole of it is counted for layer 0
-        rows = [num_kv_heads * len(totals), *[0] * (len(totals) - 1)]
-    windows = [min(policy.window, n) for n in lengths]
-    counts = [
-        [tiers.most(n, count, w) for n, w in zip(of_layer, windows, strict=True)]
-        for of_layer, count in zip(totals, rows, strict=True)
-    ]
-    return [[[n[i] for n in layer] for layer in counts] for i in range(len(tiers.shares))]

@@ -97,7 +97,8 @@ class Shape:
         or those of :data:`FROM_MANY_BITS` that keys and values of this dtype can have in pages of
         this size."""
         if kv_dtype is not None:
-            check_kv_dtype(kv_dtype, self.dtype, has_biases=self.has_biases)
+            for name in Tiers.given(kv_dtype).formats:
+                check_kv_dtype(name, self.dtype, has_biases=self.has_biases)
             return [(kv_dtype, page_size_for(kv_dtype, page_size))]
         found = []
         for name in FROM_MANY_BITS:
@@ -140,6 +141,8 @@ class Footprint:
         text is evicted from while it is written.
     every, first : int
         Tokens from one choice of the text to the next, and up to the first one.
+    window, model_wide : int and bool
+        What tiers have to know of the policy: :meth:`adakv.tiers.Tiers.totals`.
     """
 
     shape: Shape
@@ -148,6 +151,8 @@ class Footprint:
     text: tuple[int, ...] = ()
     every: int = 0
     first: int = 0
+    window: int = 0
+    model_wide: bool = False
 
     @property
     def plain(self) -> Footprint:
@@ -160,6 +165,17 @@ class Footprint:
     def bytes_of(self, totals: Sequence[int]) -> int:
         """Pages, tails and tables of a sequence whose layers keep ``totals`` ``[L]`` entries of its
         prompt, all their kv heads together; with a text at its most."""
+        tiers = Tiers.given(self.shape.kv_dtype)
+        if len(tiers.formats) > 1:
+            heads, model_wide = self.shape.num_kv_heads, self.model_wide
+            layers = [[n] for n in totals]
+            of_tiers = tiers.totals(layers, heads, self.window, model_wide=model_wide)
+            return sum(
+                replace(self, shape=replace(self.shape, kv_dtype=name)).bytes_of(
+                    [n for (n,) in of_tier]
+                )
+                for name, of_tier in zip(tiers.formats, of_tiers, strict=True)
+            )
         unit = unit_bytes(self.shape, self.page_size)
         heads = self.shape.num_kv_heads
         pages = self._pages(totals, 0)

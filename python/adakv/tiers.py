@@ -62,13 +62,28 @@ class Tiers(NamedTuple):
 
     def most(self, total: int, rows: int, window: int) -> list[int]:
         """Entries that each tier takes at most, of ``total`` that so many rows keep together, each
-        of them a window of so many."""
-        if len(self.shares) == 1:
-            return [total]
+        of them a window of so many, or all of its prompt."""
+        if len(self.shares) == 1 or rows == 0:
+            return [total] * len(self.shares)
+        window = min(window, total // rows)
         rest = total - rows * window
         counts = [int(share * rest) + rows for share in self.shares]
         counts[0] += rows * window
         return [min(count, total) for count in counts]
+
+    def totals(
+        self, totals: Sequence[Sequence[int]], num_kv_heads: int, window: int, *, model_wide: bool
+    ) -> list[list[list[int]]]:
+        """``[tiers][L][B]``: most entries that each tier has of each layer's ``totals`` ``[L][B]``,
+        which a model-wide policy counts for layer 0 as a whole."""
+        rows = [num_kv_heads] * len(totals)
+        if model_wide:
+            rows = [num_kv_heads * len(totals), *[0] * (len(totals) - 1)]
+        most = [
+            [self.most(n, count, window) for n in layer]
+            for layer, count in zip(totals, rows, strict=True)
+        ]
+        return [[[n[i] for n in layer] for layer in most] for i in range(len(self.shares))]
 
     def split(self, kept: Kept, scores: Tensor, window: int) -> list[Kept]:
         """What each tier has of entries that are kept.

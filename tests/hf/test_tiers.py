@@ -150,8 +150,6 @@ def test_tokens_behind_the_prompt_are_taken_back_and_moved() -> None:
         ({"chunk_budget": 64}, "chunk_budget must be left out with several tiers"),
         ({"read": "Quest(share=0.25)"}, "read must be left out with several tiers"),
         ({"keep_scores": True}, "keep_scores must be left out with several tiers"),
-        ({"budget_bytes": "10%", "budget": None}, "budget_bytes doesn't go with several tiers"),
-        ({"policy": "more_tokens"}, "policy: .* doesn't go with several tiers"),
         (
             {"policy": "KeyDiff() * Uniform() * TopScore() * Folded(biases=False)"},
             "kv_dtype: Folded",

@@ -53,7 +53,7 @@ class Allocation:
     ) -> None:
         bits = budget.policy.bits
         if bits is not None and bits.kv_dtype is not None:
-            if kv_dtype not in (None, bits.kv_dtype):
+            if kv_dtype is not None and str(Tiers.given(kv_dtype)) != bits.kv_dtype:
                 raise ValueError(
                     f"kv_dtype must be that of the policy, {bits.kv_dtype!r}, got {kv_dtype!r}"
                 )
@@ -72,8 +72,10 @@ class Allocation:
             self._kv_dtype = str(tiers)
             for name in tiers.formats:
                 check_kv_dtype(name, has_biases=budget.policy.has_biases)
-            if self.has_tiers:
-                _check_budget(budget, kv_dtype)
+            if self.has_tiers and budget.policy.fold is not None:
+                raise ValueError(
+                    f"kv_dtype: Folded() folds into entries of one format, got {kv_dtype!r}"
+                )
         self._page_size = None if page_size is None else check_page_size(page_size)
         if kv_dtype is not None:
             page_size_for(kv_dtype, page_size)
@@ -178,14 +180,3 @@ class Allocation:
         if rule is not None:
             return self.max_new_tokens
         return min(self.max_new_tokens, pool_size.FIRST_TOKENS)
-
-
-def _check_budget(budget: Budget, kv_dtype: str) -> None:
-    """Raises ``ValueError`` for budgets that don't go with several tiers."""
-    if isinstance(budget, ByteBudget):
-        name = "budget_bytes" if budget.policy.bits is None else "policy: a budget counted in bytes"
-        raise ValueError(f"{name} doesn't go with several tiers yet, got kv_dtype={kv_dtype!r}")
-    if budget.policy.fold is not None:
-        raise ValueError(
-            f"kv_dtype: Folded() folds into the entries of one format, got {kv_dtype!r}"
-        )

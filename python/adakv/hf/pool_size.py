@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicLayer
 
 from adakv import room
 from adakv.cache import KVCache
-from adakv.compaction import totals_of_tiers
 from adakv.devices import AnyCache, groups_of
 from adakv.errors import Error
 from adakv.hf.attachment import CACHE, cache_layers, decoder_of
@@ -104,6 +103,8 @@ def decided(
             text,
             every=0 if rule is None else rule.every,
             first=0 if rule is None else rule.most,
+            window=budget.policy.window,
+            model_wide=budget.policy.is_model_wide,
         )
         for name, page_size in formats
     ]
@@ -244,16 +245,16 @@ def cache_of(
     what a rule leaves of them."""
     heads = shape.num_kv_heads
     stored = new if rule is None else min(new, rule.most)
-    tiers = totals_of_tiers(
-        Tiers.given(shape.kv_dtype), reader.policy, reader.totals(heads), reader.lengths, heads
-    )
+    window, model_wide = reader.policy.window, reader.policy.is_model_wide
+    tiers = Tiers.given(shape.kv_dtype)
+    totals = tiers.totals(reader.totals(heads), heads, window, model_wide=model_wide)
     pages = [
         sum(
             KVCache.pages_for(n, stored, num_kv_heads=heads, page_size=page_size)
-            for totals in of_tier
-            for n in totals
+            for of_layer in of_tier
+            for n in of_layer
         )
-        for of_tier, stored in zip(tiers, [stored, *[0] * len(tiers)], strict=False)
+        for of_tier, stored in zip(totals, [stored, *[0] * len(totals)], strict=False)
     ]
     row_pages = row_pages_for(max(reader.lengths), new, shape, page_size, rule)
     # The pool decides what is full.
