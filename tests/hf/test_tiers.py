@@ -143,6 +143,38 @@ def test_tokens_behind_the_prompt_are_taken_back_and_moved() -> None:
             cache.crop(-5)
 
 
+def test_budgets_in_bytes_count_the_pages_of_all_tiers() -> None:
+    """As many entries as have room: no more bytes than were given, and not much less."""
+    model = llama(torch.bfloat16)
+    batch = prompts(1500, (0,))
+    for kind in ("auto:1/4 + int4:3/4", "int8:1/2+int4:1/2"):
+        for policy in ("snapkv", "model_column_max"):
+            cache = adakv.Cache(model, policy, budget_bytes="40%", kv_dtype=kind)
+            with adakv.attach(model), torch.no_grad():
+                model(**batch, past_key_values=cache)
+            stats, kv = cache.stats(), cache.pages
+            assert kv is not None
+            allowed = 0.4 * stats["full_bytes"]
+            assert 0.8 * allowed < stats["bytes"] + kv.caches[0].table_bytes <= allowed
+
+
+def test_mikv_holds_what_h2o_would_evict_in_fewer_bits() -> None:
+    """The bytes of a budget of .7 hold all: the window and a fifth of the rest in 16 bits."""
+    model = llama(torch.bfloat16)
+    cache = adakv.Cache(model, "mikv", ratio=0.7)
+    h2o, batch = adakv.Cache(model, "h2o", budget=32 + 294), prompts(1500, (0,))
+    with adakv.attach(model), torch.no_grad():
+        for each in (cache, h2o):
+            model(**batch, past_key_values=each)
+    assert int(cache.stats()["lengths"].min()) == 1500
+    first, second = tiers_of(cache, 1)
+    for h in range(2):
+        assert len(first[0][h]) == 32 + 294
+        assert len(second[0][h]) == 1500 - 32 - 294
+        assert torch.equal(first[0][h], h2o.kept(1)[0][h])
+    assert cache.stats()["bytes"] < 0.7 * cache.stats()["full_bytes"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

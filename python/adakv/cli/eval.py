@@ -27,6 +27,7 @@ from adakv.eval.metrics import Item
 from adakv.eval.records import Record, RecordFile
 from adakv.formats import KV_DTYPES
 from adakv.policy import MoreTokens, Policy
+from adakv.tiers import Tiers
 
 POLICIES = "ada_snapkv,critical_ada_snapkv,snapkv,streaming,random"
 SHARES = "1/2,1/4,1/8,1/16,1/32"
@@ -165,7 +166,8 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     default="auto",
     show_default=True,
     metavar="FORMATS",
-    help=f"Measure every policy in these formats of pages, of {', '.join(KV_DTYPES)}.",
+    help=f"Measure every policy in these formats of pages, of {', '.join(KV_DTYPES)}, "
+    "or tiers, as auto:1/4+int4:3/4.",
 )
 @click.option(
     "--shares",
@@ -322,10 +324,11 @@ def check_policies(names: str) -> list[str]:
 def check_formats(kv_dtypes: str) -> list[str]:
     """Formats of pages in a comma-separated list."""
     found = list(dict.fromkeys(name.strip() for name in kv_dtypes.split(",")))
-    wrong = [name for name in found if name not in KV_DTYPES]
+    wrong = [name for name in found if ":" not in name and name not in KV_DTYPES]
     if wrong:
         raise InputError(f"--kv-dtypes must be of {', '.join(KV_DTYPES)}, got {wrong[0]!r}")
-    return found
+    with refusals():
+        return [str(Tiers.given(name)) for name in found]
 
 
 def labelled(policies: Sequence[str], kv_dtypes: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -21,8 +21,7 @@ from adakv.cli.inputs import (
 )
 from adakv.cli.measure import Run, Setting
 from adakv.cli.progress import progress_bar
-from adakv.cli.types import FILE, TEXT
-from adakv.formats import KV_DTYPES
+from adakv.cli.types import FILE, FORMATS, TEXT
 from adakv.policy.amount import Amount
 
 DEFAULT_RATIO = 0.1
@@ -155,13 +154,14 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
         "fewer bits first, unless --kv-dtype is given, then fewer entries."
     )
     bits_help = (
-        "Hold entries as the model has them (auto), or in half or a third of the bytes.  "
+        "Hold entries as the model has them (auto), in half or a third of the bytes, or in tiers, "
+        "as auto:1/4+int4:3/4.  "
         "[default: auto; with --budget-bytes what fits]"
     )
     for option in (
         click.option(
             "--kv-dtype",
-            type=click.Choice(KV_DTYPES),
+            type=FORMATS,
             help=bits_help,
         ),
         click.option("--budget-bytes", metavar="BYTES", help=bytes_help),

@@ -57,6 +57,7 @@ ABOUT = {
     "hae": ("of images what any word looks at", "all queries, classes"),
     "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
+    "mikv": ("as h2o: a fifth, in 4 bits the rest", QUERIES),
     "full": ("all: nothing is evicted", FREE),
 }
 OTHERS = {

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from adakv.formats import KV_DTYPES
+from adakv.tiers import Tiers
+
 
 class _File(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since 8.5
     """A path, of a file or folder, that the system can be asked for."""
@@ -38,4 +41,16 @@ class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return text
 
 
-FILE, TEXT = _File(), _Text()
+class _Formats(click.Choice):  # type: ignore[type-arg,unused-ignore]
+    """A format of pages, or tiers of several."""
+
+    def convert(self, value: Any, param: Any, context: Any) -> str:
+        if ":" not in str(value):
+            return str(super().convert(value, param, context))
+        try:
+            return str(Tiers.given(str(value)))
+        except ValueError as error:
+            self.fail(str(error).removeprefix("kv_dtype: "), param, context)
+
+
+FILE, TEXT, FORMATS = _File(), _Text(), _Formats(KV_DTYPES)

@@ -49,6 +49,8 @@ _citrus = RepeatAttention(window=32, pinned=0, reduce="mean", all_heads=True)
 _prefixkv = PromptAttention(window=1, pinned=4, all_heads=True)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
+_mikv = MoreTokens("auto:1/5 + int4:4/5")
+
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
 _ffy0_adaptive_pyramid = Adaptive(safeguard="official_round", layers=_ffy0_pyramid)
@@ -98,6 +100,7 @@ _PRESETS: dict[str, Policy] = {
     "hae":                         Policy(DualThreshold(), Capped(floor=1.0), TopScore()),
     "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
+    "mikv":                        Policy(PromptAttention(), Uniform(), TopScore(), bits=_mikv),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),
