@@ -20,7 +20,7 @@ from torch import Tensor
 
 import adakv
 from adakv.cli import output
-from adakv.cli.eval import chosen_policies, labelled, print_tables, run_all
+from adakv.cli.eval import check_shares, chosen_policies, labelled, print_tables, run_all
 from adakv.cli.inputs import load_model
 from adakv.eval import data, plot, runner, summary
 from adakv.eval.metrics import Item
@@ -80,6 +80,7 @@ def main() -> None:
     options.add_argument("--text", help="text to be continued, and to hide needles in")
     options.add_argument("--policies", default="ada_snapkv", help="names, with commas between")
     options.add_argument("--formats", default=",".join(FORMATS), help="of pages, or tiers")
+    options.add_argument("--shares", default=",".join(map(str, SHARES)), help="in 16 bits")
     options.add_argument("--tokens", type=int, default=1500)
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument(
@@ -102,7 +103,7 @@ def main() -> None:
     formats = labelled(given.policies.split(","), given.formats.split(","))
     chosen = chosen_policies(formats, equal_bytes=True)
     measure = functools.partial(runner.run, model)
-    run_all(measure, file, tasks_of(given, tokenizer), chosen, SHARES)
+    run_all(measure, file, tasks_of(given, tokenizer), chosen, check_shares(given.shares))
     names = list(formats)
     wanted = sorted(file.records, key=lambda record: names.index(record.key.policy))
     write(given.out, about, summary.summarize(wanted))

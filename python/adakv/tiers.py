@@ -189,8 +189,8 @@ class TieredCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages of all pools."""
-        return sum(cache.num_pages for cache in self.caches)
+        """Pages of the pool that new tokens take theirs from."""
+        return self.first.num_pages
 
     @property
     def bytes_used(self) -> int:

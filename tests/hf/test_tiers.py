@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adakv
-from hf.families import LLAMA
+from hf.families import LLAMA, VOCAB
 from hf.test_bits import divergence, llama, logits
 from hf.test_hf import GREEDY, prompts
 
@@ -47,6 +47,31 @@ def test_the_loop_of_slots_writes_the_same_text() -> None:
             given = {"past_key_values": cache, **GREEDY, "max_new_tokens": 40}
             texts.append(model.generate(**batch, **given, **loop))
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
+def test_a_batch_writes_what_each_prompt_gets_alone(policy: str) -> None:
+    model = llama(torch.bfloat16)
+    given = [torch.randint(3, VOCAB, (length,)) for length in (170, 60, 140, 90, 40)]
+    settings: dict[str, Any] = {"policy": policy, "budget": 64, "max_new_tokens": 40}
+    settings["kv_dtype"] = "auto:1/4 + int8:3/4"
+    options = adakv.BatchOptions(max_batch=3, eos_token_id=())
+    results = adakv.generate_batch(model, given, options=options, **settings)
+    few = adakv.BatchOptions(max_batch=3, eos_token_id=(), cache_bytes=400_000)
+    fewer = adakv.generate_batch(model, given, options=few, **settings)
+    for prompt, result, other in zip(given, results, fewer, strict=True):
+        with adakv.attach(model):
+            cache = adakv.Cache(model, **settings)
+            alone = model.generate(
+                prompt[None],
+                attention_mask=torch.ones_like(prompt[None]),
+                past_key_values=cache,
+                **GREEDY | {"max_new_tokens": 40},
+            )
+        assert result.tokens == other.tokens == alone[0, len(prompt) :].tolist()
+    with pytest.raises(adakv.Error, match=r"prompts can never fit, .*1000"):
+        none = adakv.BatchOptions(cache_bytes=1000)
+        adakv.generate_batch(model, given, options=none, **settings)
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
@@ -207,16 +232,14 @@ def test_models_in_float32_and_what_comes_later_are_refused(tmp_path: Any) -> No
         cache.save(tmp_path / "cache.safetensors")
     with pytest.raises(ValueError, match="shrink: entries stay in the tier"):
         cache.shrink(budget=40)
-    with pytest.raises(ValueError, match="kv_dtype: several tiers need a cache of their own"):
-        list(
-            adakv.hf.generate_batch(
-                model,
-                [torch.arange(3, 60)],
-                policy="snapkv",
-                budget=64,
-                kv_dtype=cache.pages.kv_dtype,
-            )
-        )
+    given: dict[str, Any] = {"policy": "snapkv", "budget": 64, "kv_dtype": "auto:1/4 + int4:3/4"}
+    for name, more in (
+        ("decode_budget", {"decode_budget": 64}),
+        ("prefix", {"prefix": torch.arange(3, 90)}),
+        ("park", {"options": adakv.BatchOptions(park="cpu")}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be left out with several tiers"):
+            adakv.generate_batch(model, [torch.arange(3, 60)], **given, **more)
     small = LLAMA.model()
     cache = adakv.Cache(small, "snapkv", budget=64, kv_dtype="auto:1/4 + int4:3/4")
     with (

@@ -92,13 +92,13 @@ class Allocation:
         """Raises ``ValueError`` for arguments of caches that don't go together: of those that evict
         from texts or read some pages, by their names, layers on several devices can do none, and
         several tiers neither these nor ``keep_scores``."""
-        check_together(groups, next(filter(None, text.values()), None))
+        check_together(groups, next((x for x in text.values() if x is not None), None))
         if not self.has_tiers:
             return
         if groups:
             raise ValueError("kv_dtype: several tiers need all layers on one device")
-        for name, value in {**text, "keep_scores": keep_scores}.items():
-            if value:
+        for name, value in {**text, "keep_scores": keep_scores or None}.items():
+            if value is not None:
                 raise ValueError(
                     f"{name} must be left out with several tiers, got kv_dtype={self._kv_dtype!r}: "
                     "entries stay in the tier that they are in"

@@ -279,12 +279,11 @@ def generate_stream(
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
-    if allocation.has_tiers:
-        raise ValueError(
-            f"kv_dtype: several tiers need a cache of their own, adakv.Cache, got {kv_dtype!r}"
-        )
+    beside = {"decode_budget": rule, "prefix": prefix, "park": options.park}
+    allocation.check_together((), beside, keep_scores=False)
     text = {} if rule is None else rule.arguments
-    reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
+    tiers = kv_dtype if allocation.has_tiers else None
+    reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, kv_dtype=tiers, **text)
     requests = Requests.given(model, tokenizer, prompts, max_new_tokens, prefix)
     chosen_from = requests.chosen_from
     protection = Protection.of_prompts(protect, protect_tokens, chosen_from)

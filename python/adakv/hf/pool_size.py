@@ -124,9 +124,10 @@ def row_pages_for(
 class Need:
     """What a prompt and the tokens after it take, at most."""
 
-    pages: int  # over all layers
+    pages: int  # over all layers; of several tiers in the first one
     row_pages: int  # of the longest row
     again: int = 0  # pages beside these while its text is chosen from
+    others: tuple[int, ...] = ()  # pages in each of the other tiers
 
     @classmethod
     def of(
@@ -142,6 +143,8 @@ class Need:
         """``new`` tokens are written, the last of which is never stored."""
         heads = shape.num_kv_heads
         totals = budget.totals(prompt_len, num_kv_heads=heads, num_layers=shape.num_layers)
+        row = max(totals)
+        totals, *others = _of_tiers(totals, budget, shape)
 
         def pages_for(text: int, new_tokens: int) -> int:
             return sum(
@@ -151,11 +154,12 @@ class Need:
                 for total in totals
             )
 
-        row = max(totals)
         if rule is None or rule.pins_prompt:
             row = min(prompt_len, row)
         if rule is None or new - 1 < rule.most:
-            return cls(pages_for(0, new - 1), -(-(row + new) // page_size))
+            row_pages, pages = -(-(row + new) // page_size), pages_for(0, new - 1)
+            rest = (sum(_pages_for(n, heads, page_size) for n in tier) for tier in others)
+            return cls(pages, row_pages, others=tuple(rest))
         most = max(pages_for(0, rule.most), pages_for(rule.budget, rule.every))
         row += min(new, rule.most_in_row(shape))
         # A model-wide policy may begin a page more in each layer.
@@ -215,7 +219,7 @@ def cache_for(
         spare += prefix.pages
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
     slots += prefix is not None
-    unit = unit_bytes(shape, page_size)
+    unit = unit_bytes(replace(shape, kv_dtype=Tiers.given(shape.kv_dtype).formats[0]), page_size)
     on_cuda = any(x.type == "cuda" for x in (shape.device, *(g.device for g in shape.groups)))
     if cache_bytes is None and on_cuda:
         longest = max(prompts, key=len)
@@ -223,6 +227,8 @@ def cache_for(
         cache_bytes = _free_bytes(model, longest, waiting, shape)
     if cache_bytes is not None:
         pages = min(pages, max(cache_bytes - slots * unit.tails, 0) // unit.page)
+    if needs[0].others:
+        return _tiered_cache(needs, shape, slots, cache_bytes, page_size)
     for index, need in enumerate(needs):
         if need.pages + spare > pages:
             raise Error(
@@ -230,6 +236,43 @@ def cache_for(
                 f"{unit.page} bytes, and the cache has {pages}"
             )
     return shape.cache(slots, pages, max(need.row_pages for need in needs), page_size)
+
+
+def _of_tiers(totals: Sequence[int], budget: Budget, shape: Shape) -> list[list[int]]:
+    """``[tiers][L]``: most entries of each layer that each tier has of ``totals`` ``[L]``."""
+    policy, layers = budget.policy, [[n] for n in totals]
+    of_tiers = Tiers.given(shape.kv_dtype).totals(
+        layers, shape.num_kv_heads, policy.window, model_wide=policy.is_model_wide
+    )
+    return [[n for (n,) in of_tier] for of_tier in of_tiers]
+
+
+def _pages_for(total: int, num_kv_heads: int, page_size: int) -> int:
+    return KVCache.pages_for(total, 0, num_kv_heads=num_kv_heads, page_size=page_size)
+
+
+def _tiered_cache(
+    needs: Sequence[Need], shape: Shape, slots: int, cache_bytes: int | None, page_size: int
+) -> AnyCache:
+    """A cache of several tiers for any ``slots`` of some prompts, or for as many as there is memory
+    for: what other tiers have is there for all of them."""
+    formats = Tiers.given(shape.kv_dtype).formats
+    units = [unit_bytes(replace(shape, kv_dtype=name), page_size) for name in formats]
+    of_tiers = [
+        sorted(of_tier, reverse=True)
+        for of_tier in zip(*((need.pages, *need.others) for need in needs), strict=True)
+    ]
+    while True:
+        pages = [sum(of_tier[:slots]) for of_tier in of_tiers]
+        size = sum(n * unit.page + slots * unit.tails for n, unit in zip(pages, units, strict=True))
+        if cache_bytes is None or size <= cache_bytes:
+            return shape.tiered_cache(slots, pages, max(x.row_pages for x in needs), page_size)
+        if slots == 1:
+            raise Error(
+                f"prompts can never fit, all of them: one needs {size} bytes in tiers of "
+                f"{shape.kv_dtype}, and there are {cache_bytes}"
+            )
+        slots -= 1
 
 
 def cache_of(
