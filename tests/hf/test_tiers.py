@@ -200,6 +200,24 @@ def test_mikv_holds_what_h2o_would_evict_in_fewer_bits() -> None:
     assert cache.stats()["bytes"] < 0.7 * cache.stats()["full_bytes"]
 
 
+def test_tokens_that_stand_out_keep_their_bits() -> None:
+    """KVSink: those with the largest numbers in a channel, beside the window; all else in int4."""
+    model = llama(torch.bfloat16)
+    batch = prompts(400, (0,))
+    text = "HiddenOutlier(channel=3, layer=1) * Uniform(layers=Everything()) * TopScore()"
+    cache = adakv.Cache(model, text, ratio=1.0, kv_dtype="auto:1/64 + int4:63/64")
+    with adakv.attach(model), torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+        model(**batch, past_key_values=cache)
+    assert int(cache.stats()["lengths"].min()) == 400
+    normed = model.model.layers[2].input_layernorm(states[2])[0, :368, 3].float().abs()
+    expected = [list(range(6)), sorted(normed.topk(6).indices.tolist())]  # 368 / 64, rounded up
+    for layer, tokens in zip((0, 2), expected, strict=True):
+        first, _ = tiers_of(cache, layer)
+        for row in first[0]:
+            assert row.tolist() == [*tokens, *range(368, 400)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -20,6 +20,7 @@ from adakv.policy import (
     Defensive,
     ExpectedAttention,
     Gate,
+    HiddenOutlier,
     KeyDiff,
     LearnedScorer,
     ModelWide,
@@ -63,7 +64,7 @@ OTHERS = [None, 5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan]  
 
 @pytest.fixture
 def needed(tmp_path: Path) -> dict[type, dict[str, Any]]:
-    """The settings that parts have to be given: the files of those that were trained."""
+    """The settings that parts have to be given: most often the files of those that were trained."""
     shapes = {
         Gate: {"weight": (1, 2), "bias": (1,)},
         LearnedScorer: {"fc1.weight": (1, 9, 2), "fc1.bias": (1, 2),
@@ -73,7 +74,8 @@ def needed(tmp_path: Path) -> dict[type, dict[str, Any]]:
         tensors = {f"layers.0.{name}": torch.ones(shape) for name, shape in of_layer.items()}
         save_file(tensors, tmp_path / part.__name__)
     files = {part: {"file": str(tmp_path / part.__name__)} for part in shapes}
-    return files | {AttentionPredictor: {"file": predictor_file(tmp_path)[0]}}
+    files |= {AttentionPredictor: {"file": predictor_file(tmp_path)[0]}}
+    return files | {HiddenOutlier: {"channel": 3}}
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
@@ -87,7 +89,7 @@ def test_every_setting_is_checked_by_name(part: type, setting: Any, needed: Any)
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))
 def test_numbers_of_numpy_are_numbers(part: type, setting: Any, needed: Any):
     given = needed.get(part, {})
-    usual = setting.default
+    usual = given.get(setting.name, setting.default)
     kind = {"int": numpy.int64, "float": numpy.float32, "bool": numpy.bool_}.get(setting.type)
     if kind is None:
         return

@@ -11,6 +11,7 @@ import click
 
 import adakv
 from adakv.cli.bench import bench
+from adakv.cli.calibrate import calibrate
 from adakv.cli.demo import demo
 from adakv.cli.documents import ask, compress, shrink
 from adakv.cli.eval import evaluate
@@ -100,5 +101,6 @@ def cli() -> None:
     """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
 
 
-for command in (demo, generate, compress, shrink, ask, evaluate, report, bench, policies, info):
+_READING = (demo, generate, compress, shrink, ask, evaluate, report, bench, calibrate)
+for command in (*_READING, policies, info):
     cli.add_command(command)

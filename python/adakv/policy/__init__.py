@@ -35,6 +35,7 @@ from adakv.policy.layer_shares import LayerEntropy, StrengthSkew
 from adakv.policy.learned import LearnedScorer
 from adakv.policy.mass_share import MassShare
 from adakv.policy.more_tokens import MoreTokens
+from adakv.policy.outliers import HiddenOutlier
 from adakv.policy.predictor import AttentionPredictor
 from adakv.policy.presets import DEFAULT, get, get_read, names
 from adakv.policy.press import PressScorer
@@ -93,6 +94,7 @@ __all__ = [
     "Folded",
     "FoldingScorer",
     "Gate",
+    "HiddenOutlier",
     "Kept",
     "KeyDiff",
     "KeyNorm",
