@@ -53,6 +53,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
                                     Given<const char*> dtype,
                                     Given<PageFormat> kv_dtype,
                                     bool has_biases,
+                                    Int value_dim,
                                     Given<const char*> device_type,
                                     Int device_index) {
   CacheConfig config;
@@ -66,6 +67,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
   config.dtype = dtype_of(take("dtype", dtype));
   config.format = take("kv_dtype", kv_dtype);
   config.has_biases = has_biases;
+  config.value_dim = take("value_dim", value_dim);
   config.device =
       named_device(take("device_type", device_type), take("device_index", device_index));
   Memory& memory = device_memory(config.device);  // says first if there is no such device
@@ -130,7 +132,7 @@ void bind_cache(py::module_& module) {
   py::class_<KVCache, std::shared_ptr<KVCache>>(module, "KVCache")
       .def(py::init(&make_cache), py::kw_only(), arg("num_layers"), arg("num_sequences"),
            arg("num_kv_heads"), arg("head_dim"), arg("page_size"), arg("num_pages"),
-           arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("has_biases"),
+           arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("has_biases"), arg("value_dim"),
            arg("device_type"), arg("device_index"))
       .def(
           "layer",

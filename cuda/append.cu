@@ -214,7 +214,8 @@ void launch_append(const AppendArgs& args, FullTails full) {
   const dim3 grid(static_cast<uint32_t>(std::clamp<int64_t>(wanted, 1, 256)),
                   static_cast<uint32_t>(p.batch));
   const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
-                          rows_are_aligned(args.layer.pages, 16);
+                          rows_are_aligned(args.layer.pages, 16) &&
+                          rows_are_aligned(args.layer.values(), 16);
   const int32_t num_warps = static_cast<int32_t>(grid.x) * kWarps;
   Steps steps = {Divisor::of(std::clamp(p.layer.num_heads, 1, num_warps)), 0};
   steps.tokens = num_warps / steps.heads.value;
@@ -224,7 +225,12 @@ void launch_append(const AppendArgs& args, FullTails full) {
   const PageFormat format = args.layer.format();
   if (format == PageFormat::kPlain) {
     dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
-      run(TypeTag<AppendByTokens<EntryBatch<typename decltype(chunk)::type, kRows>>>{});
+      using Chunk = typename decltype(chunk)::type;
+      if (args.layer.value_pages) {
+        run(TypeTag<AppendByTokens<EntryBatch<Chunk, kRows, false>>>{});
+      } else {
+        run(TypeTag<AppendByTokens<EntryBatch<Chunk, kRows>>>{});
+      }
     });
   } else {
     dispatch_codes(args.keys.dtype, format, [&](auto element, auto codes) {

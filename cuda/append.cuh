@@ -34,15 +34,17 @@ struct Slot {
 };
 
 /// What a warp copies at a time: 32 chunks of the key and value of a token, for up to kMostRows
-/// rows.
-template <typename Chunk, int kMostRows>
+/// rows. Values that are as wide as keys lie as far behind them in every slot of a page.
+template <typename Chunk, int kMostRows, bool kIsEven = true>
 class EntryBatch {
  public:
   static constexpr int kRows = kMostRows;
 
   /// Chunks of an entry.
   static __device__ int32_t num_chunks(const AppendParams& p) {
-    return 2 * p.layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
+    const int32_t bytes =
+        p.layer.entry_bytes + (kIsEven ? p.layer.entry_bytes : p.layer.value_bytes);
+    return bytes / static_cast<int32_t>(sizeof(Chunk));
   }
 
   /// Starts reading chunks from `first` on, of heads `head`, `head` + step, ...
@@ -53,14 +55,14 @@ class EntryBatch {
                        int32_t step,
                        int32_t num_rows,
                        int32_t first) {
-    const int32_t num_chunks = p.layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
+    const int32_t key_chunks = p.layer.entry_bytes / static_cast<int32_t>(sizeof(Chunk));
     const int32_t chunk = first + threadIdx.x % kWarpSize;
-    const bool is_value = chunk >= num_chunks;
-    const EntryRows& source = is_value ? p.values : p.keys;
-    const int32_t in_entry = is_value ? chunk - num_chunks : chunk;
+    is_value_ = chunk >= key_chunks;
+    const EntryRows& source = is_value_ ? p.values : p.keys;
+    const int32_t in_entry = is_value_ ? chunk - key_chunks : chunk;
     const char* from = source.at(b, head, token) + in_entry * sizeof(Chunk);
-    to_ = in_entry * sizeof(Chunk) + (is_value ? p.layer.half_page_bytes() : 0);
-    count_ = chunk < 2 * num_chunks ? min(num_rows, kRows) : 0;
+    to_ = in_entry * sizeof(Chunk) + (kIsEven && is_value_ ? p.layer.half_page_bytes() : 0);
+    count_ = chunk < num_chunks(p) ? min(num_rows, kRows) : 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const char* row = from + i * step * source.stride[1];
@@ -73,8 +75,17 @@ class EntryBatch {
     const uint64_t mine = reinterpret_cast<uint64_t>(p.layer.key(slot.page, slot.slot));
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const uint64_t key = __shfl_sync(kFullWarp, mine, (first_row + i) % kWarpSize);
-      if (i < count_) *reinterpret_cast<Chunk*>(key + to_) = data_[i];
+      const int lane = (first_row + i) % kWarpSize;
+      uint64_t entry;
+      if constexpr (kIsEven) {
+        entry = __shfl_sync(kFullWarp, mine, lane);
+      } else {
+        const Slot to = slot.of_lane(lane);
+        const char* at =
+            is_value_ ? p.layer.value(to.page, to.slot) : p.layer.key(to.page, to.slot);
+        entry = reinterpret_cast<uint64_t>(at);
+      }
+      if (i < count_) *reinterpret_cast<Chunk*>(entry + to_) = data_[i];
     }
   }
 
@@ -82,6 +93,7 @@ class EntryBatch {
   Chunk data_[kRows];
   int64_t to_;
   int32_t count_;
+  bool is_value_;
 };
 
 /// The same for pages of codes. A chunk is what a lane quantises.
@@ -91,7 +103,8 @@ class CodeBatch {
   static constexpr int kRows = kMostRows;
 
   static __device__ int32_t num_chunks(const AppendParams& p) {
-    return kWarpSize * EntryPart::pieces(padded_head_dim(p.layer.head_dim));
+    return kWarpSize * EntryPart::pieces(padded_head_dim(p.layer.head_dim) +
+                                         padded_head_dim(p.layer.value_dim));
   }
 
   __device__ void read(const AppendParams& p,
@@ -102,7 +115,8 @@ class CodeBatch {
                        int32_t num_rows,
                        int32_t first) {
     const int32_t head_dim = p.layer.head_dim;
-    part_ = EntryPart::of(head_dim, padded_head_dim(head_dim), first / kWarpSize);
+    part_ =
+        EntryPart::of(head_dim, padded_head_dim(head_dim), p.layer.value_dim, first / kWarpSize);
     count_ = min(num_rows, kRows);
     const EntryRows& source = part_.is_value ? p.values : p.keys;
     const char* from = source.at(b, head, token) + part_.element * sizeof(Element);

@@ -35,7 +35,7 @@ struct CompactParams {
   int32_t length, num_columns, num_fresh;  // T, M, F
   int32_t num_spans;                       // of a row of the block table, kColumns each
   int32_t part_slots, part_shift;          // a page is filled in 1 << part_shift parts
-  Divisor entry_chunks;
+  Divisor key_chunks, value_chunks;        // of an entry
 
   __device__ int32_t num_pages(int32_t row) const {
     return layer.num_pages(indptr[row + 1] - indptr[row]);
@@ -105,9 +105,11 @@ struct CopyEntries {
 
 template <typename Chunk>
 __device__ void CopyEntries<Chunk>::run(const CompactParams& p, const Part& part) {
-  char* to = p.layer.key(part.page, part.slot) + (part.is_value ? p.layer.half_page_bytes() : 0);
+  char* to =
+      part.is_value ? p.layer.value(part.page, part.slot) : p.layer.key(part.page, part.slot);
+  const Divisor entry_chunks = part.is_value ? p.value_chunks : p.key_chunks;
   const int32_t count = part.count;
-  const int32_t num_chunks = count * p.entry_chunks.value;
+  const int32_t num_chunks = count * entry_chunks.value;
   const uint64_t policy = read_once_policy();
 #pragma unroll 1
   for (int32_t first = threadIdx.x % kWarpSize; first - first % kWarpSize < num_chunks;
@@ -116,8 +118,8 @@ __device__ void CopyEntries<Chunk>::run(const CompactParams& p, const Part& part
 #pragma unroll
     for (int k = 0; k < kChunksAtOnce; ++k) {
       const int32_t chunk = min(first + k * kWarpSize, num_chunks - 1);
-      const int32_t slot = p.entry_chunks.quotient(chunk);
-      const int32_t in_entry = chunk - slot * p.entry_chunks.value;
+      const int32_t slot = entry_chunks.quotient(chunk);
+      const int32_t in_entry = chunk - slot * entry_chunks.value;
       const int64_t entry = __shfl_sync(kFullWarp, part.position, slot) * part.entry_stride;
       data[k] = read_once(reinterpret_cast<const Chunk*>(part.from + entry) + in_entry, policy);
     }
@@ -135,8 +137,8 @@ struct QuantiseEntries {
   static constexpr int kAtOnce = 3;  // chunks that a lane has under way
 
   static __device__ void run(const CompactParams& p, const Part& part) {
-    const int32_t head_dim = p.layer.head_dim;
-    const int32_t entry_lanes = padded_head_dim(head_dim) / kChunkElements;  // 8, 16, 24 or 32
+    const int32_t width = width_of(p, part);
+    const int32_t entry_lanes = padded_head_dim(width) / kChunkElements;  // 8, 16, 24 or 32
     const int32_t at_once = kWarpSize / entry_lanes;
     const int32_t lane = threadIdx.x % kWarpSize, entry = lane / entry_lanes;
     EntryPart mine;
@@ -156,7 +158,7 @@ struct QuantiseEntries {
         }
       }
       CodedChunk chunks[kAtOnce];
-      quantise<Format, Element>(data, mine.element < p.layer.head_dim, chunks);
+      quantise<Format, Element>(data, mine.element < width, chunks);
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int32_t i = first + k * at_once + entry;
@@ -173,7 +175,11 @@ struct QuantiseEntries {
                                   int32_t entry,
                                   int32_t at_once,
                                   int32_t i) {
-    return entry < at_once && i < part.count && mine.element < p.layer.head_dim;
+    return entry < at_once && i < part.count && mine.element < width_of(p, part);
+  }
+
+  static __device__ int32_t width_of(const CompactParams& p, const Part& part) {
+    return part.is_value ? p.layer.value_dim : p.layer.head_dim;
   }
 };
 
@@ -378,7 +384,8 @@ void CudaBackend::compact(const CompactArgs& args) {
   while (p.part_slots << p.part_shift < 2 * p.layer.page_size) ++p.part_shift;
 
   const bool is_aligned = rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
-                          rows_are_aligned(args.layer.pages, 16);
+                          rows_are_aligned(args.layer.pages, 16) &&
+                          rows_are_aligned(args.layer.values(), 16);
   const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   // A warp for each part, if kept entries are spread evenly over the sequences; in int4 a block for
   // each page.
@@ -396,7 +403,8 @@ void CudaBackend::compact(const CompactArgs& args) {
   if (format == PageFormat::kPlain) {
     dispatch_chunk(is_aligned, args.keys.dtype, [&](auto chunk) {
       using Chunk = typename decltype(chunk)::type;
-      p.entry_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
+      p.key_chunks = Divisor::of(p.layer.entry_bytes / sizeof(Chunk));
+      p.value_chunks = Divisor::of(p.layer.value_bytes / sizeof(Chunk));
       run(TypeTag<CopyEntries<Chunk>>{});
     });
   } else {

@@ -102,6 +102,7 @@ def paged_layer(
     seen: list[int] | None = None,
     device: torch.device | str = "cpu",
     kv_dtype: str = "auto",
+    value_dim: int | None = None,
 ) -> Layer:
     """A layer whose rows hold random entries, with fresh pages for ``new_tokens`` more.
 
@@ -116,7 +117,8 @@ def paged_layer(
     columns = int((used + num_fresh).max()) + 2 if held.numel() else 2
     num_pages = 2 * int((used + num_fresh).sum()) + 3
     free = iter(torch.randperm(num_pages).tolist())
-    pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"))
+    widths = (head_dim, value_dim or head_dim)
+    pages = torch.full((num_pages, 2, page_size, max(widths)), float("nan"))
     page_positions = torch.full((num_pages, page_size), -7, dtype=torch.int32)
     table = torch.full((*held.shape, columns), -1, dtype=torch.int32)
     fresh_pages = torch.full((*held.shape, num_fresh), -1, dtype=torch.int32)
@@ -129,12 +131,12 @@ def paged_layer(
             page = next(free)
             count = min(page_size, length - slot)
             table[b, h, slot // page_size] = page
-            pages[page, :, :count] = torch.randn(2, count, head_dim)
+            pages[page, :, :count] = torch.randn(2, count, max(widths))
             page_positions[page, :count] = positions[slot : slot + count]
         for k in range(num_fresh):
             fresh_pages[b, h, k] = next(free)
     layer = Layer(
-        **held_as(pages.to(dtype), kv_dtype, device),
+        **held_as(pages.to(dtype), kv_dtype, device, widths),
         page_positions=page_positions.to(device),
         block_table=noncontiguous(table.to(device)),
         lengths=noncontiguous(held.to(device)),
@@ -155,10 +157,12 @@ def empty_layer(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     kv_dtype: str = "auto",
+    value_dim: int | None = None,
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
     page_size = 32 if kv_dtype == "int4" else page_size
-    pages = torch.full((num_pages, 2, page_size, head_dim), float("nan"), dtype=dtype)
+    widths = (head_dim, value_dim or head_dim)
+    pages = torch.full((num_pages, 2, page_size, max(widths)), float("nan"), dtype=dtype)
     shapes = [
         (num_pages, page_size),
         (batch, heads, columns),
@@ -168,7 +172,7 @@ def empty_layer(
     ]
     names = ("page_positions", "block_table", "lengths", "seen", "fresh_pages")
     layer = Layer(
-        **held_as(pages, kv_dtype, device),
+        **held_as(pages, kv_dtype, device, widths),
         **{
             name: torch.full(shape, -7, dtype=torch.int32, device=device)
             for name, shape in zip(names, shapes, strict=True)
@@ -177,9 +181,13 @@ def empty_layer(
     return with_tails(layer, pages) if kv_dtype == "int4" else layer
 
 
-def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[str, Tensor]:
+def held_as(
+    pages: Tensor, kv_dtype: str, device: torch.device | str, widths: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """The fields of a layer that hold ``pages`` ``[N, 2, P, D]``; quantised ones lie apart, as they
-    do in a cache."""
+    do in a cache. Of keys and values that differ in their ``widths``, so many dimensions."""
+    if widths is not None and widths[0] != widths[1]:
+        return _held_apart(pages, kv_dtype, device, widths)
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
     if kv_dtype == "int4":
@@ -192,6 +200,24 @@ def held_as(pages: Tensor, kv_dtype: str, device: torch.device | str) -> dict[st
     held, scales = codes.quantise(pages, kv_dtype)
     halves = {"key_scales": scales[:, 0], "value_scales": scales[:, 1]}
     return {name: apart(x.to(device)) for name, x in ({"pages": held} | halves).items()}
+
+
+def _held_apart(
+    pages: Tensor, kv_dtype: str, device: torch.device | str, widths: tuple[int, int]
+) -> dict[str, Tensor]:
+    halves = [
+        pages[:, half, :, :width] for half, width in enumerate(widths)
+    ]  # [N, P, D], [N, P, Dv]
+    fields = {}
+    if kv_dtype != "auto":
+        both = [codes.quantise(half, kv_dtype) for half in halves]
+        halves = [held for held, _ in both]
+        names = ("key_scales", "value_scales")
+        fields = {name: apart(x.to(device)) for name, (_, x) in zip(names, both, strict=True)}
+    host = apart(torch.cat([half.flatten(1) for half in halves], 1).to(device))
+    parts = host.split([half[0].numel() for half in halves], 1)
+    held = [x.unflatten(1, (1, *half.shape[1:])) for x, half in zip(parts, halves, strict=True)]
+    return fields | {"pages": held[0], "value_pages": held[1]}
 
 
 def with_tails(layer: Layer, pages: Tensor) -> Layer:
@@ -236,9 +262,9 @@ def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
 
 
 def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
-    """Keys and values ``[2, length, D]`` of a row in slot order, and their positions; of quantised
-    pages the codes, and the scales of both behind them; of int4 pages those of the whole ones, and
-    the row's tail."""
+    """Keys ``[length, D]`` and values ``[length, Dv]`` of a row in slot order, and their positions;
+    of quantised pages the codes, and the scales of both behind them; of int4 pages those of the
+    whole ones, and the row's tail."""
     length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
     if layer.tails is not None:
         whole = layer.block_table[b, h, : length // page_size].long().cpu()
@@ -248,9 +274,11 @@ def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
         positions = layer.page_positions.cpu()[every].flatten()[:length]
         return *(x.cpu()[whole] for x in held if x is not None), tail.cpu(), positions
     pages = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
-    both = layer.pages.cpu()[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-    slots = (layer.page_positions, layer.key_scales, layer.value_scales, layer.page_biases)
-    return both, *(x.cpu()[pages].flatten(0, 1)[:length] for x in slots if x is not None)
+    slots = (
+        *(layer.pages[:, 0], layer.values),
+        *(layer.page_positions, layer.key_scales, layer.value_scales, layer.page_biases),
+    )
+    return tuple(x.cpu()[pages].flatten(0, 1)[:length] for x in slots if x is not None)
 
 
 def assert_same_layer(actual: Layer, expected: Layer) -> None:

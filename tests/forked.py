@@ -27,7 +27,7 @@ def fork(
     compact.
     """
     page_size = layer.page_positions.shape[1]
-    others = (layer.key_scales, layer.value_scales, layer.page_biases)
+    others = (layer.key_scales, layer.value_scales, layer.page_biases, layer.value_pages)
     scales = [x for x in others if x is not None]
     for b, a in enumerate(sources.tolist()):
         mine = page_ids[int(page_indptr[b]) : int(page_indptr[b + 1])].tolist()

@@ -18,7 +18,7 @@ def compact_in_place(
     batch, num_heads = layer.lengths.shape
     page_size = layer.page_positions.shape[1]
     positions, indptr = kept[0].tolist(), kept[1].tolist()
-    halves = [layer.pages[:, 0], layer.pages[:, 1]]  # [N, P, D] each
+    halves = [layer.pages[:, 0], layer.values]  # [N, P, D] and [N, P, Dv]
     scales = [x for x in (layer.key_scales, layer.value_scales) if x is not None]
     biases = [] if layer.page_biases is None else [layer.page_biases]
     parts = [*halves, *scales, layer.page_positions, *biases]

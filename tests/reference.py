@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codes import dequantise, dequantise_page, quantise, quantise_page
+from codes import quantise, quantise_page
 from folded import biases_of as biases_of
 from forked import fork as fork
 from in_place import compact_in_place
 from ranked import largest_remainder as largest_remainder
 from ranked import ranked
+from rows import entries_of as entries_of
+from rows import kv_dtype_of
+from rows import row_of as row_of
 
 INF = float("inf")
 
@@ -255,40 +258,6 @@ def select(
     return torch.tensor(positions, dtype=torch.int32), torch.tensor(indptr, dtype=torch.int32)
 
 
-def kv_dtype_of(layer: Any) -> str:
-    if layer.tails is not None:
-        return "int4"
-    return {torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}.get(layer.pages.dtype, "auto")
-
-
-def entries_of(layer: Any, pages: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Keys and values ``[2, n, D]`` in the slots of some pages, as attend reads them."""
-    held = layer.pages.cpu()[pages.cpu()].transpose(0, 1)  # [2, pages, P, D]
-    if layer.tails is not None:
-        parts = (layer.pages, layer.key_scales, layer.value_scales)
-        each = [dequantise_page(*(x.cpu()[page] for x in parts), dtype) for page in pages.tolist()]
-        return torch.cat([torch.empty(2, 0, layer.tails.shape[3], dtype=dtype), *each], 1)
-    if layer.key_scales is not None:
-        scales = (layer.key_scales, layer.value_scales)
-        held = dequantise(held, torch.stack([x.cpu()[pages.cpu()] for x in scales]), dtype)
-    return held.flatten(1, 2).to(dtype)
-
-
-def row_of(
-    layer: Any, b: int, h: int, dtype: torch.dtype = torch.float64, *, just_filled: bool = False
-) -> Tensor:
-    """Keys and values ``[2, length, D]`` of a row; a last int4 page that was ``just_filled`` as its
-    tail has it."""
-    length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
-    pages = layer.block_table[b, h, : -(-length // page_size)].long()
-    if layer.tails is None:
-        return entries_of(layer, pages, dtype)[:, :length]
-    whole = (length - 1 if just_filled and length else length) // page_size
-    tail = layer.tails[b, h].cpu().to(dtype).unflatten(0, (2, page_size))
-    rest = tail[:, : length - whole * page_size]
-    return torch.cat([entries_of(layer, pages[:whole], dtype), rest], 1)
-
-
 def compact(
     keys: Tensor | None,
     values: Tensor | None,
@@ -343,10 +312,11 @@ def _store(
             for part, x in zip(parts, quantise_page(*tail), strict=True):
                 part[page] = x
         return
-    for half, (x, scales) in enumerate([(key, layer.key_scales), (value, layer.value_scales)]):
+    keys, values = (layer.pages[:, 0], layer.key_scales), (layer.values, layer.value_scales)
+    for x, (held, scales) in ((key, keys), (value, values)):
         if scales is not None:
             x, scales[page, slot % page_size] = quantise(x, kv_dtype)
-        layer.pages[page, half, slot % page_size] = x
+        held[page, slot % page_size] = x
 
 
 def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None = None) -> None:
@@ -465,7 +435,8 @@ def attend(
     """
     batch, num_heads, num_columns, head_dim = queries.shape
     group = num_heads // layer.lengths.shape[1]
-    out = torch.zeros(batch, num_heads, num_columns, head_dim, dtype=dtype)
+    width = head_dim if layer.value_pages is None else layer.value_pages.shape[3]
+    out = torch.zeros(batch, num_heads, num_columns, width, dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):
         just_filled = appends and num_columns == count == 1

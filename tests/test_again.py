@@ -25,7 +25,9 @@ class History:
     An entry is known by layer, row and position: its key and value are made of these.
     """
 
-    def __init__(self, rng: random.Random, device: torch.device, kv_dtype: str) -> None:
+    def __init__(
+        self, rng: random.Random, device: torch.device, kv_dtype: str, value_dim: int
+    ) -> None:
         self.rng, self.device = rng, device
         self.dtype = torch.float32 if kv_dtype == "auto" else torch.bfloat16
         self.kv = KVCache(
@@ -33,6 +35,7 @@ class History:
             num_sequences=SEQUENCES,
             num_kv_heads=HEADS,
             head_dim=DIM,
+            value_dim=value_dim,
             num_pages=LAYERS * SEQUENCES * HEADS * (MOST // PAGE + 4),
             max_row_pages=MOST // PAGE + 4,
             page_size=PAGE,
@@ -44,12 +47,13 @@ class History:
         self.rows: list[list[list[Row]]] = [
             [[[] for _ in range(HEADS)] for _ in range(SEQUENCES)] for _ in range(LAYERS)
         ]
-        self.table = torch.randn(LAYERS, SEQUENCES, HEADS, 2000, 2, DIM).to(self.dtype)
+        widest = max(DIM, value_dim)
+        self.table = torch.randn(LAYERS, SEQUENCES, HEADS, 2000, 2, widest).to(self.dtype)
 
     def entries(self, layer: int, b: int, begin: int, count: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values ``[1, Hkv, count, D]``."""
+        """Keys ``[1, Hkv, count, D]`` and values ``[1, Hkv, count, Dv]``."""
         both = self.table[layer, b, :, begin : begin + count].to(self.device)
-        return both[None, :, :, 0], both[None, :, :, 1]
+        return both[None, :, :, 0, : self.kv.head_dim], both[None, :, :, 1, : self.kv.value_dim]
 
     def prompt(self, b: int, length: int) -> None:
         """A prompt of which all heads keep what they like."""
@@ -134,10 +138,13 @@ class History:
                 for h, row in enumerate(rows):
                     expected = self.rows[layer][b][h]
                     assert row.tolist() == expected, (layer, b, h)
-                    held = reference.row_of(view, b, h)
-                    table = self.table[layer, b, h, expected].double()  # [n, 2, D]
+                    table = self.table[layer, b, h, expected].double()  # [n, 2, D or Dv]
                     atol = 0 if self.dtype == torch.float32 else 0.2
-                    torch.testing.assert_close(held, table.transpose(0, 1), atol=atol, rtol=0)
+                    for held, wanted in zip(
+                        reference.row_of(view, b, h), table.unbind(1), strict=True
+                    ):
+                        wanted = wanted[:, : held.shape[1]]
+                        torch.testing.assert_close(held, wanted, atol=atol, rtol=0)
                     used = -(-len(expected) // PAGE)
                     pages = view.block_table[b, h].tolist()
                     assert all(page == -1 for page in pages[used:])
@@ -146,10 +153,10 @@ class History:
         assert len(owned) <= self.kv.pages_used
 
 
-def run(seed: int, device: torch.device, kv_dtype: str) -> None:
+def run(seed: int, device: torch.device, kv_dtype: str, value_dim: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    history = History(rng, device, kv_dtype)
+    history = History(rng, device, kv_dtype, value_dim)
     for b in range(SEQUENCES):
         history.prompt(b, rng.randint(1, 30))
     history.check()
@@ -170,7 +177,10 @@ def run(seed: int, device: torch.device, kv_dtype: str) -> None:
     assert history.kv.pages_used == 0
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
-def test_random_histories(kv_dtype: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("kv_dtype", "value_dim"),
+    [("auto", DIM), ("int8", DIM), ("fp8", DIM), ("auto", 24), ("int8", 72)],
+)
+def test_random_histories(kv_dtype: str, value_dim: int, device: torch.device) -> None:
     for seed in range(12):
-        run(seed, device, kv_dtype)
+        run(seed, device, kv_dtype, value_dim)

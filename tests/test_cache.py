@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -229,7 +230,10 @@ def test_reserve_keeps_what_is_held_and_goes_on(device: torch.device) -> None:
     assert model.cache.num_free == model.cache.num_pages > 70
 
 
-def test_reserve_decodes_like_a_cache_that_was_made_large(device: torch.device) -> None:
+@pytest.mark.parametrize("value_dim", [DIM, 24], ids=lambda dim: f"Dv{dim}")
+def test_reserve_decodes_like_a_cache_that_was_made_large(
+    value_dim: int, device: torch.device
+) -> None:
     outs = []
     for large in (True, False):
         torch.manual_seed(0)
@@ -238,13 +242,14 @@ def test_reserve_decodes_like_a_cache_that_was_made_large(device: torch.device) 
             num_sequences=1,
             num_kv_heads=HEADS,
             head_dim=DIM,
+            value_dim=value_dim,
             num_pages=200 if large else 8,
             max_row_pages=40 if large else 3,
             page_size=PAGE,
             dtype=torch.float32,
             device=device,
         )
-        keys, values = torch.randn(2, 1, HEADS, 12, DIM).to(device)
+        keys, values = (torch.randn(1, HEADS, 12, dim).to(device) for dim in (DIM, value_dim))
         budgets = torch.full((1, HEADS), 9, dtype=torch.int32, device=device)
         kept = ops.select(torch.rand(1, HEADS, 12).to(device), budgets, window=2)
         ops.compact(keys, values, kept, cache.layer(0), *cache.begin(0, [9 * HEADS], [12]))
@@ -254,7 +259,7 @@ def test_reserve_decodes_like_a_cache_that_was_made_large(device: torch.device) 
             cache.reserve(max_row_pages=cache.row_pages_to_grow([1]))
             cache.grow([1], 1)
             schedule = ops.plan(*cache.plan_inputs, page_size=PAGE)
-            q, k, v = torch.randn(3, 1, HEADS, 1, DIM).to(device)
+            q, k, v = (torch.randn(1, HEADS, 1, dim).to(device) for dim in (DIM, DIM, value_dim))
             outs.append(ops.attend(q, cache.layer(0), schedule[0], keys=k, values=v)[0])
     assert all(torch.equal(a, b) for a, b in zip(outs[:40], outs[40:], strict=True))
 
@@ -302,3 +307,26 @@ def test_entries_in_the_bytes_of_one_in_16_bits(kv_dtype: str, factor: float, he
         for kind in ("auto", kv_dtype)
     }
     assert sizes["auto"] / sizes[kv_dtype] == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "entry_bytes"),
+    [("auto", 2 * (192 + 128)), ("int8", 192 + 128 + 4 * 5), ("fp8", 192 + 128 + 2 * 5)],
+)
+def test_values_take_the_bytes_of_their_own_width(kv_dtype: str, entry_bytes: int) -> None:
+    """Scales and zeros of 3 groups of a key and 2 of a value."""
+    sizes: dict[str, Any] = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 1}
+    sizes |= {"num_pages": 3, "max_row_pages": 1, "page_size": 32, "kv_dtype": kv_dtype}
+    cache = KVCache(head_dim=192, value_dim=128, **sizes)
+    assert cache.page_bytes == 32 * (entry_bytes + 4)
+    layer = cache.layer(0)
+    assert layer.pages.shape == (3, 1, 32, 192)
+    assert layer.values.shape == (3, 32, 128)
+
+
+def test_int4_holds_values_that_are_as_wide_as_keys() -> None:
+    sizes = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 1, "num_pages": 1}
+    with pytest.raises(ValueError, match="int4 take values that are as wide as keys, got 128 and"):
+        KVCache(head_dim=192, value_dim=128, max_row_pages=1, kv_dtype="int4", **sizes)
+    with pytest.raises(ValueError, match="value_dim"):
+        KVCache(head_dim=192, value_dim=0, max_row_pages=1, **sizes)

@@ -234,6 +234,6 @@ def entries_by_position(kv: KVCache, layer: int) -> list[dict[int, Tensor]]:
     """Key and value of each row by position."""
     view, rows = kv.layer(layer), []
     for pages, positions in zip(view.block_table[0], kv.positions(layer)[0], strict=True):
-        entries = reference.entries_of(view, pages[pages >= 0]).transpose(0, 1)  # [n, 2, D]
+        entries = torch.stack(reference.entries_of(view, pages[pages >= 0]), 1)  # [n, 2, D]
         rows.append(dict(zip(positions.tolist(), entries, strict=False)))
     return rows

@@ -22,10 +22,6 @@ bool is_equal(const TensorView& a, const TensorView& b) {
   return a.rank == b.rank && a.dtype == b.dtype && std::equal(a.shape, a.shape + a.rank, b.shape);
 }
 
-size_t bytes_of(const TensorView& view) {
-  return static_cast<size_t>(view.size()) * dtype_size(view.dtype);
-}
-
 }  // namespace
 
 CacheFile::CacheFile(const std::string& path) : file_(path) {
@@ -78,13 +74,13 @@ void CacheFile::read_sums() {
   // Of those that begin at one place all but the last are empty, and have the sum 0.
   std::map<std::tuple<const void*, size_t, std::string>, uint32_t*> in_order;
   for (const auto& [name, view] : file_.tensors()) {
-    if (name != "checksums") in_order[{view.data, bytes_of(view), name}] = &sums_[name];
+    if (name != "checksums") in_order[{view.data, view.bytes(), name}] = &sums_[name];
   }
   for (const auto& [place, known] : in_order) *known = *sum++;
 }
 
 void CacheFile::read_texts() {
-  const auto numbers = [&](const char* name, int64_t count, int64_t most) {
+  const auto numbers = [&](const char* name, int64_t count, int64_t most, int64_t optional = 0) {
     std::vector<int32_t> result;
     try {
       Scanner scanner(text(name));
@@ -97,15 +93,19 @@ void CacheFile::read_texts() {
     } catch (const Error& error) {
       fail(detail::concat("its ", name, " makes no sense, ", error.what()));
     }
-    if (static_cast<int64_t>(result.size()) != count) {
+    const auto given = static_cast<int64_t>(result.size());
+    if (given < count || given > count + optional) {
       fail(detail::concat("its ", name, " must be ", count, " numbers, got ", result.size()));
     }
     return result;
   };
-  const std::vector<int32_t> shape = numbers("shape", 4, kMostTokens);
+  const std::vector<int32_t> shape = numbers("shape", 4, kMostTokens, 1);
   config_.num_layers = shape[0], config_.num_sequences = shape[1];
   config_.num_kv_heads = shape[2], config_.head_dim = shape[3];
-  if (config_.head_dim % 8 != 0 || config_.head_dim > 256) fail("its head dim makes no sense");
+  config_.value_dim = shape.back();  // that of keys, too, if no other is there
+  for (const int32_t dim : {config_.head_dim, config_.value_dim}) {
+    if (dim % 8 != 0 || dim > 256) fail("its head dim makes no sense");
+  }
   int32_t dtype = 0, format = 0;
   while (dtype < kFloats && text("dtype") != dtype_name(static_cast<DType>(dtype))) ++dtype;
   while (format < 4 && text("kv_dtype") != kFormatNames[format]) ++format;
@@ -115,6 +115,9 @@ void CacheFile::read_texts() {
   }
   seen_ = numbers("seen", config_.num_sequences, kMostTokens);
   config_.has_biases = bool(file_.tensor(kFirstBiases));
+  if (config_.format == PageFormat::kInt4 && config_.value_dim != config_.head_dim) {
+    fail("its values of int4 have another head dim than its keys");
+  }
   if (config_.has_biases && format > 0) fail("it has biases in pages of " + text("kv_dtype"));
 }
 
@@ -141,7 +144,7 @@ void CacheFile::check_parts() const {
 
 void CacheFile::check_sum(const std::string& name) const {
   const TensorView view = file_.tensor(name);
-  if (sums_.at(name) != crc32(view.data, bytes_of(view))) fail(name + " was altered");
+  if (sums_.at(name) != crc32(view.data, view.bytes())) fail(name + " was altered");
 }
 
 std::vector<std::string> CacheFile::others() const {
@@ -186,8 +189,10 @@ CacheConfig CacheFile::config(int64_t max_new_tokens, int32_t page_size) const {
 void CacheFile::check_cache(const KVCache& cache, int32_t first_sequence) const {
   const CacheConfig& c = cache.config();
   const auto shape = [](const CacheConfig& c) {
+    const bool is_even = c.value_dim == c.head_dim;
     return detail::concat(c.num_layers, " layers of ", c.num_kv_heads, " kv heads of ", c.head_dim,
-                          " ", dtype_name(c.dtype), ", ", kFormatNames[static_cast<int>(c.format)],
+                          is_even ? "" : detail::concat(" and ", c.value_dim), " ",
+                          dtype_name(c.dtype), ", ", kFormatNames[static_cast<int>(c.format)],
                           c.has_biases ? " with biases" : "");
   };
   ADAKV_CHECK(shape(c) == shape(config_), "load: the cache must have ", shape(config_), ", got ",

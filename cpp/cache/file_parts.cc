@@ -14,7 +14,7 @@ std::vector<FilePart> parts_of(const CacheConfig& config,
     entries += lengths[r];
     full_pages += lengths[r] / kFull;
   }
-  const int64_t dim = config.head_dim, scales = num_scales(config.format, dim);
+  const int64_t dim = config.head_dim, value_dim = config.value_dim;
   const int64_t groups = (dim + kScaleGroup - 1) / kScaleGroup;
   const auto size = static_cast<int64_t>(dtype_size(config.dtype));
   const std::string prefix = "layers." + std::to_string(layer) + ".";
@@ -43,15 +43,23 @@ std::vector<FilePart> parts_of(const CacheConfig& config,
   }
   const bool is_plain = config.format == PageFormat::kPlain;
   const DType codes = is_plain ? config.dtype : DType::kUInt8;
-  const int64_t bytes = dim * static_cast<int64_t>(dtype_size(codes));
-  add("keys", {entries, dim}, codes, &LayerView::pages, bytes);
-  add("values", {entries, dim}, codes, &LayerView::pages, bytes, config.page_size * bytes);
+  const auto code = static_cast<int64_t>(dtype_size(codes));
+  add("keys", {entries, dim}, codes, &LayerView::pages, dim * code);
+  if (value_dim == dim) {
+    add("values", {entries, dim}, codes, &LayerView::pages, dim * code,
+        config.page_size * dim * code);
+  } else {
+    add("values", {entries, value_dim}, codes, &LayerView::value_pages, value_dim * code);
+  }
   if (config.has_biases) {
     add("biases", {entries}, DType::kFloat16, &LayerView::page_biases, 2);
   }
   if (!is_plain) {
-    add("key_scales", {entries, scales}, config.dtype, &LayerView::key_scales, scales * size);
-    add("value_scales", {entries, scales}, config.dtype, &LayerView::value_scales, scales * size);
+    const auto scales = [&](int64_t width) { return num_scales(config.format, width); };
+    add("key_scales", {entries, scales(dim)}, config.dtype, &LayerView::key_scales,
+        scales(dim) * size);
+    add("value_scales", {entries, scales(value_dim)}, config.dtype, &LayerView::value_scales,
+        scales(value_dim) * size);
   }
   return parts;
 }

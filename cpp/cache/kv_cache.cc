@@ -6,55 +6,14 @@
 #include <utility>
 
 #include "adakv/error.h"
+#include "cache/config.h"
 #include "cache/layout.h"
 #include "cache/shared_pages.h"
 
 namespace adakv {
 namespace {
 
-constexpr int32_t kMostLayers = 1 << 16;
-constexpr int64_t kMostRows = int64_t{1} << 24;     // of all layers
-constexpr int64_t kMostColumns = int64_t{1} << 40;  // of all block tables
 constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max();
-
-void check_page_size(const char* who, int32_t page_size) {
-  ADAKV_CHECK(page_size >= 8 && page_size <= 256 && (page_size & (page_size - 1)) == 0, who,
-              ": page_size must be a power of two from 8 to 256, got ", page_size);
-}
-
-void check_config(const CacheConfig& c) {
-  ADAKV_CHECK(c.num_layers >= 1 && c.num_layers <= kMostLayers, "KVCache: num_layers must be 1 .. ",
-              kMostLayers, ", got ", c.num_layers);
-  ADAKV_CHECK(c.num_sequences >= 1, "KVCache: num_sequences must be at least 1, got ",
-              c.num_sequences);
-  ADAKV_CHECK(c.num_kv_heads >= 1, "KVCache: num_kv_heads must be at least 1, got ",
-              c.num_kv_heads);
-  ADAKV_CHECK(c.head_dim >= 8 && c.head_dim <= 256 && c.head_dim % 8 == 0,
-              "KVCache: head_dim must be a multiple of 8, at most 256, got ", c.head_dim);
-  check_page_size("KVCache", c.page_size);
-  ADAKV_CHECK(c.num_pages >= 1, "KVCache: num_pages must be at least 1, got ", c.num_pages);
-  ADAKV_CHECK(c.max_row_pages >= 1, "KVCache: max_row_pages must be at least 1, got ",
-              c.max_row_pages);
-  int64_t rows = 1;
-  for (const int64_t n : {c.num_layers, c.num_sequences, c.num_kv_heads}) {
-    ADAKV_CHECK(n <= kMostRows / rows,
-                "KVCache: num_layers * num_sequences * num_kv_heads must be at most ", kMostRows,
-                ", got ", c.num_layers, " * ", c.num_sequences, " * ", c.num_kv_heads);
-    rows *= n;
-  }
-  ADAKV_CHECK(c.max_row_pages <= kMostColumns / rows, "KVCache: max_row_pages must be at most ",
-              kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
-  ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
-              dtype_name(c.dtype));
-  ADAKV_CHECK(c.format <= PageFormat::kInt4,
-              "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
-  if (c.format == PageFormat::kPlain) return;
-  ADAKV_CHECK(!c.has_biases, "KVCache: has_biases must be false for quantised pages");
-  ADAKV_CHECK(c.dtype != DType::kFloat32,
-              "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
-  ADAKV_CHECK(c.format != PageFormat::kInt4 || c.page_size == kInt4PageSize,
-              "KVCache: page_size must be ", kInt4PageSize, " for int4 pages, got ", c.page_size);
-}
 
 // Memory for some tensors, which become views of it.
 std::shared_ptr<void> allocate(Memory& memory,
@@ -71,8 +30,7 @@ std::shared_ptr<void> allocate(Memory& memory,
 }
 
 void fill(Memory& memory, const TensorView& view, int value, Stream stream) {
-  const size_t bytes = view.size() * dtype_size(view.dtype);
-  memory.fill_rows(view.data, bytes, value, bytes, 1, stream);
+  memory.fill_rows(view.data, view.bytes(), value, view.bytes(), 1, stream);
 }
 
 // The same for the part that belongs to one sequence: [L, B, ...] -> all layers of sequence b.
@@ -101,10 +59,10 @@ void widen(Memory& memory, const TensorView& to, const TensorView& from, Stream 
 }  // namespace
 
 KVCache::KVCache(const CacheConfig& config, Memory& memory, Stream stream)
-    : config_((check_config(config), config)), memory_(memory) {
+    : config_(checked(config)), memory_(memory) {
   ADAKV_CHECK(memory.device() == config.device, "KVCache: memory is on ",
               device_name(memory.device()), ", but config.device is ", device_name(config.device));
-  std::shared_ptr<void> pool_data = allocate(memory, lay_out_pool, config, all_layers_);
+  std::shared_ptr<void> pool_data = allocate(memory, lay_out_pool, config_, all_layers_);
   shared_ = std::make_shared<SharedPages>(
       SharedPages{PagePool(config.num_pages), std::move(pool_data), {}});
   make_tables(stream);
@@ -117,7 +75,7 @@ KVCache::KVCache(const KVCache& from, int32_t num_sequences, Stream stream)
       all_layers_(from.all_layers_),
       shared_(from.shared_) {
   config_.num_sequences = num_sequences;
-  check_config(config_);
+  checked(config_);
   make_tables(stream);
 }
 
@@ -152,7 +110,7 @@ void KVCache::reserve(int32_t num_pages, int32_t max_row_pages, Stream stream) {
   CacheConfig config = config_;
   config.num_pages = std::max(num_pages, config.num_pages);
   config.max_row_pages = std::max(max_row_pages, config.max_row_pages);
-  check_config(config);
+  checked(config);
   const LayerView& old = all_layers_;
   LayerView pool = old;
   std::shared_ptr<void> pool_data = shared_->data;
@@ -206,8 +164,7 @@ size_t KVCache::page_bytes() const {
 }
 
 size_t KVCache::tail_bytes() const {
-  const TensorView& tails = all_layers_.tails;
-  return static_cast<size_t>(tails.size()) * dtype_size(tails.dtype) / config_.num_sequences;
+  return all_layers_.tails.bytes() / config_.num_sequences;
 }
 
 size_t KVCache::bytes_used() const {

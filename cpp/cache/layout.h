@@ -13,21 +13,30 @@ namespace adakv {
 // The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
 struct PageParts {
   explicit PageParts(const CacheConfig& c)
-      : codes(int64_t{2} * c.page_size * c.head_dim *
-              (c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1) /
-              (c.format == PageFormat::kInt4 ? 2 : 1)),
-        value_scales(c.page_size * num_scales(c.format, c.head_dim) * sizeof(uint16_t)),
+      : keys(code_bytes(c, c.head_dim)),
+        values(code_bytes(c, c.value_dim)),
         key_scales(c.format == PageFormat::kInt4 ? 2 * c.head_dim * sizeof(uint16_t)
-                                                 : value_scales),
+                                                 : scale_bytes(c, c.head_dim)),
+        value_scales(scale_bytes(c, c.value_dim)),
         positions(c.page_size * sizeof(int32_t)),
         biases(c.has_biases ? c.page_size * sizeof(uint16_t) : 0) {}
 
-  int64_t bytes() const { return codes + key_scales + value_scales + positions + biases; }
+  int64_t bytes() const { return keys + values + key_scales + value_scales + positions + biases; }
 
-  int64_t codes;  // of keys and values
-  int64_t value_scales, key_scales;
+  int64_t keys, values;  // or their codes
+  int64_t key_scales, value_scales;
   int64_t positions;
   int64_t biases;
+
+ private:
+  static int64_t code_bytes(const CacheConfig& c, int64_t width) {
+    const int64_t bytes = c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1;
+    return c.page_size * width * bytes / (c.format == PageFormat::kInt4 ? 2 : 1);
+  }
+
+  static int64_t scale_bytes(const CacheConfig& c, int64_t width) {
+    return c.page_size * num_scales(c.format, width) * sizeof(uint16_t);
+  }
 };
 
 // Lays tensors out one behind the other in one allocation: first without a base to learn the size,
@@ -38,7 +47,7 @@ class Layout {
 
   TensorView add(std::initializer_list<int64_t> shape, DType dtype) {
     TensorView view(base_ ? base_ + bytes_ : nullptr, shape, dtype, device_);
-    bytes_ += view.size() * static_cast<int64_t>(dtype_size(dtype));
+    bytes_ += static_cast<int64_t>(view.bytes());
     bytes_ = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
     return view;
   }
@@ -53,29 +62,39 @@ class Layout {
 };
 
 inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
-  if (c.format == PageFormat::kPlain) {
-    view.pages = layout.add({c.num_pages, 2, c.page_size, c.head_dim}, c.dtype);
+  const PageParts parts(c);
+  const bool is_plain = c.format == PageFormat::kPlain, is_int4 = c.format == PageFormat::kInt4;
+  // Of plain pages, positions and biases lie elsewhere.
+  const int64_t page_bytes = is_plain ? parts.keys + parts.values : parts.bytes();
+  const TensorView whole = layout.add({c.num_pages, page_bytes}, DType::kUInt8);
+  const auto part = [&](int64_t begin, std::initializer_list<int64_t> shape, DType dtype) {
+    TensorView tensor(whole.data ? whole.ptr<char>() + begin : nullptr, shape, dtype, c.device);
+    tensor.stride[0] = page_bytes / static_cast<int64_t>(dtype_size(dtype));
+    return tensor;
+  };
+  const DType codes = is_plain                       ? c.dtype
+                      : c.format == PageFormat::kFp8 ? DType::kFloat8
+                                                     : DType::kUInt8;
+  const int64_t width = is_int4 ? c.head_dim / 2 : c.head_dim;
+  view.pages = part(0, {c.num_pages, 2, c.page_size, width}, codes);
+  if (c.value_dim != c.head_dim) {
+    view.pages = view.pages.narrow(1, 0, 1);
+    view.value_pages = part(parts.keys, {c.num_pages, 1, c.page_size, c.value_dim}, codes);
+  }
+  if (is_plain) {
     view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
     if (c.has_biases) {
       view.page_biases = layout.add({c.num_pages, c.page_size}, DType::kFloat16);
     }
     return;
   }
-  const PageParts parts(c);
-  const TensorView whole = layout.add({c.num_pages, parts.bytes()}, DType::kUInt8);
-  const auto part = [&](int64_t begin, std::initializer_list<int64_t> shape, DType dtype) {
-    TensorView tensor(whole.data ? whole.ptr<char>() + begin : nullptr, shape, dtype, c.device);
-    tensor.stride[0] = parts.bytes() / static_cast<int64_t>(dtype_size(dtype));
-    return tensor;
-  };
-  const int64_t width = num_scales(c.format, c.head_dim);
-  const bool is_int4 = c.format == PageFormat::kInt4;
-  view.pages = part(0, {c.num_pages, 2, c.page_size, is_int4 ? c.head_dim / 2 : c.head_dim},
-                    c.format == PageFormat::kFp8 ? DType::kFloat8 : DType::kUInt8);
-  view.value_scales =
-      part(parts.codes + parts.key_scales, {c.num_pages, c.page_size, width}, c.dtype);
-  view.key_scales = is_int4 ? part(parts.codes, {c.num_pages, 2, c.head_dim}, c.dtype)
-                            : part(parts.codes, {c.num_pages, c.page_size, width}, c.dtype);
+  const int64_t key_scales = parts.keys + parts.values,
+                value_scales = key_scales + parts.key_scales;
+  const auto scales = [&](int64_t dim) { return num_scales(c.format, dim); };
+  view.key_scales = is_int4
+                        ? part(key_scales, {c.num_pages, 2, c.head_dim}, c.dtype)
+                        : part(key_scales, {c.num_pages, c.page_size, scales(c.head_dim)}, c.dtype);
+  view.value_scales = part(value_scales, {c.num_pages, c.page_size, scales(c.value_dim)}, c.dtype);
   view.page_positions =
       part(parts.bytes() - parts.positions, {c.num_pages, c.page_size}, DType::kInt32);
 }

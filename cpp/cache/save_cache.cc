@@ -63,7 +63,7 @@ struct FileTensor {
   TensorView view;     // data only of those that the caller gave
   int32_t layer = -1;  // of the others
   size_t place = 0;    // behind the head
-  size_t bytes() const { return view.size() * dtype_size(view.dtype); }
+  size_t bytes() const { return view.bytes(); }
 };
 
 std::vector<int32_t> numbers_of(const KVCache& cache, const TensorView& view, Stream stream) {
@@ -138,13 +138,14 @@ class Writer {
  private:
   void describe(std::map<std::string, std::string>& texts) const {
     const CacheConfig& c = config_;
+    std::vector<int32_t> shape = {c.num_layers, c.num_sequences, c.num_kv_heads, c.head_dim};
+    if (c.value_dim != c.head_dim) shape.push_back(c.value_dim);
     const std::pair<const char*, std::string> own[] = {
         {"kind", kFileKind},
         {"version", kFileVersion},
         {"dtype", dtype_name(c.dtype)},
         {"kv_dtype", kFormatNames[static_cast<int>(c.format)]},
-        {"shape", list(std::initializer_list<int32_t>{c.num_layers, c.num_sequences, c.num_kv_heads,
-                                                      c.head_dim})},
+        {"shape", list(shape)},
         {"seen", list(seen_)}};
     for (const auto& [name, text] : texts) {
       ADAKV_CHECK(is_utf8(name) && is_utf8(text), "save_cache: texts must be UTF-8");

@@ -115,6 +115,7 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
   config.device = device_of("config.device", c.device);
   config.format = enumerator<PageFormat>("config.format", c.format);
   config.has_biases = c.has_biases != 0;
+  config.value_dim = c.value_dim;
   return config;
 }
 

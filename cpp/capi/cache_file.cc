@@ -81,6 +81,7 @@ AdakvStatus adakv_cache_file_config(const AdakvCacheFile* file,
     out.device = tensor.device;
     out.format = static_cast<AdakvPageFormat>(c.format);
     out.has_biases = c.has_biases;
+    out.value_dim = c.value_dim;
   });
 }
 

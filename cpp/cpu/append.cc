@@ -83,7 +83,7 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count, Ful
     });
     return;
   }
-  const PageWriter writer(args.layer, args.keys.shape[3], args.keys.dtype);
+  const PageWriter writer(args.layer, args.keys.dtype);
   append_row(args, b, h, count, [&](int64_t page, int32_t slot, const char* k, const char* v) {
     writer.write_key(page, slot, k);
     writer.write_value(page, slot, v);

@@ -27,13 +27,13 @@ namespace {
 struct Partial {
   float* max;  // [R]
   float* sum;  // [R]
-  float* acc;  // [R, D]
+  float* acc;  // [R, Dv]
 
   Partial(float* data, int64_t num_queries)
       : max(data), sum(data + num_queries), acc(data + 2 * num_queries) {}
 
-  static int64_t num_floats(int64_t num_queries, int64_t head_dim) {
-    return num_queries * (2 + head_dim);
+  static int64_t num_floats(int64_t num_queries, int64_t value_dim) {
+    return num_queries * (2 + value_dim);
   }
 };
 
@@ -85,6 +85,8 @@ class Attention {
         group_(num_kv_heads_ > 0 ? args.queries.shape[1] / num_kv_heads_ : 0),
         num_tokens_(args.queries.shape[2]),
         head_dim_(args.queries.shape[3]),
+        value_dim_(args.out.shape[3]),
+        values_(args.layer.values()),
         workers_(args.schedule.ptr<const schedule::Worker>()),
         rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
         attend_span_(kernels().attend_span[static_cast<int>(args.layer.format())]
@@ -240,7 +242,7 @@ class Attention {
 
   Partial partial(int64_t index) const {
     const int64_t num_queries = group_ * num_tokens_;
-    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, head_dim_),
+    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, value_dim_),
             num_queries};
   }
 
@@ -255,7 +257,8 @@ class Attention {
     const TensorView& q = args_.queries;
     const TensorView& table = args_.layer.block_table;
     AttendSpan span;
-    span.pages = args_.layer.pages.data;
+    span.keys = args_.layer.pages.data;
+    span.values = values_.data;
     span.page_stride = args_.layer.pages.stride[0];
     for (int i = 0; i < 2; ++i) {
       const TensorView& scales = i == 0 ? args_.layer.key_scales : args_.layer.value_scales;
@@ -271,6 +274,7 @@ class Attention {
     span.page_ids = table.ptr<const int32_t>() + b * table.stride[0] + h * table.stride[1];
     span.page_size = static_cast<int>(args_.layer.pages.shape[2]);
     span.head_dim = static_cast<int>(head_dim_);
+    span.value_dim = static_cast<int>(value_dim_);
     span.group = static_cast<int>(group_);
     span.begin_slot = begin;
     span.end_slot = end;
@@ -305,7 +309,7 @@ class Attention {
     LocalPartial total(num_queries);
     std::fill_n(total.max, num_queries, -INFINITY);
     std::fill_n(total.sum, num_queries, 0.f);
-    std::fill_n(total.acc, num_queries * head_dim_, 0.f);
+    std::fill_n(total.acc, num_queries * value_dim_, 0.f);
     for (int i = 0; i < facts.num_partials; ++i) {
       const Partial part = partial(facts.first_partial + i);
       for (int64_t r = 0; r < num_queries; ++r) total.max[r] = std::max(total.max[r], part.max[r]);
@@ -316,8 +320,8 @@ class Attention {
         if (part.max[r] == -INFINITY) continue;
         const float factor = std::exp(part.max[r] - total.max[r]);
         total.sum[r] += factor * part.sum[r];
-        for (int64_t d = 0; d < head_dim_; ++d)
-          total.acc[r * head_dim_ + d] += factor * part.acc[r * head_dim_ + d];
+        for (int64_t d = 0; d < value_dim_; ++d)
+          total.acc[r * value_dim_ + d] += factor * part.acc[r * value_dim_ + d];
       }
     }
     finish(row, 0, num_queries, total);
@@ -343,7 +347,7 @@ class Attention {
         factor = std::exp(result.max[r] - max) / sum;
         lse = max + std::log(sum);
       }
-      store_out(args_.out, b, q, s, result.acc + r * head_dim_, factor);
+      store_out(args_.out, b, q, s, result.acc + r * value_dim_, factor);
       if (args_.lse) {
         const TensorView& view = args_.lse;
         view.ptr<float>()[b * view.stride[0] + q * view.stride[1] + s * view.stride[2]] = lse;
@@ -359,14 +363,14 @@ class Attention {
     if (lse == -INFINITY) return;
     const float max = std::max(result.max[r], lse);
     const float mine = std::exp(result.max[r] - max), theirs = std::exp(lse - max);
-    float* acc = result.acc + r * head_dim_;
-    for (int64_t d = 0; d < head_dim_; ++d) acc[d] = mine != 0 ? acc[d] * mine : 0.f;
+    float* acc = result.acc + r * value_dim_;
+    for (int64_t d = 0; d < value_dim_; ++d) acc[d] = mine != 0 ? acc[d] * mine : 0.f;
     const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
-    if (out.dtype == DType::kFloat32) add_scaled(out.ptr<float>() + offset, head_dim_, theirs, acc);
+    if (out.dtype == DType::kFloat32) add_scaled(out.ptr<float>() + offset, value_dim_, theirs, acc);
     if (out.dtype == DType::kFloat16)
-      add_scaled(out.ptr<Float16>() + offset, head_dim_, theirs, acc);
+      add_scaled(out.ptr<Float16>() + offset, value_dim_, theirs, acc);
     if (out.dtype == DType::kBFloat16)
-      add_scaled(out.ptr<BFloat16>() + offset, head_dim_, theirs, acc);
+      add_scaled(out.ptr<BFloat16>() + offset, value_dim_, theirs, acc);
     result.max[r] = max;
     result.sum[r] = (mine != 0 ? result.sum[r] * mine : 0.f) + theirs;
   }
@@ -389,15 +393,16 @@ class Attention {
                  float factor) const {
     const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
     if (out.dtype == DType::kFloat32)
-      store_scaled(out.ptr<float>() + offset, acc, head_dim_, factor);
+      store_scaled(out.ptr<float>() + offset, acc, value_dim_, factor);
     if (out.dtype == DType::kFloat16)
-      store_scaled(out.ptr<Float16>() + offset, acc, head_dim_, factor);
+      store_scaled(out.ptr<Float16>() + offset, acc, value_dim_, factor);
     if (out.dtype == DType::kBFloat16)
-      store_scaled(out.ptr<BFloat16>() + offset, acc, head_dim_, factor);
+      store_scaled(out.ptr<BFloat16>() + offset, acc, value_dim_, factor);
   }
 
   const AttendArgs& args_;
-  const int64_t num_kv_heads_, num_rows_, group_, num_tokens_, head_dim_;
+  const int64_t num_kv_heads_, num_rows_, group_, num_tokens_, head_dim_, value_dim_;
+  const TensorView values_;
   const schedule::Worker* workers_;  // [num_workers]
   const schedule::RowFacts* rows_;   // [num_rows]
   void (*attend_span_)(const AttendSpan&);
@@ -426,7 +431,7 @@ size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {
   if (!Attention::is_split(args)) return 0;
   const int64_t num_queries =
       args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
-  const int64_t floats = Partial::num_floats(num_queries, args.queries.shape[3]);
+  const int64_t floats = Partial::num_floats(num_queries, args.out.shape[3]);
   const int64_t partials = schedule::max_partials(args.num_workers) * floats;
   return static_cast<size_t>(partials + Attention::num_logits(args)) * sizeof(float);
 }

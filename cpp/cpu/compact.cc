@@ -147,7 +147,7 @@ void CpuBackend::compact(const CompactArgs& args) {
   const LayerView& layer = args.layer;
   const int64_t batch = args.keys.shape[0], heads = args.keys.shape[1];
   const int32_t page_size = static_cast<int32_t>(layer.pages.shape[2]);
-  const PageWriter writer(layer, args.keys.shape[3], args.keys.dtype);
+  const PageWriter writer(layer, args.keys.dtype);
   const TailWriter tails(layer);
   const int64_t columns = layer.block_table.shape[2], num_fresh = layer.fresh_pages.shape[2];
   const int32_t* indptr = args.indptr.ptr<int32_t>();      // [B * Hkv + 1]

@@ -15,8 +15,9 @@ constexpr int kMaxHeadDim = 256;
 /// Attention of some queries of one row over some of its slots, not yet divided by the sum of the
 /// exponentials. The queries are numbered s * group + g.
 struct AttendSpan {
-  const void* pages;        // [N, 2, P, D]
-  int64_t page_stride;      // in elements
+  const void* keys;         // [N, P, D] in pages
+  const void* values;       // [N, P, Dv]
+  int64_t page_stride;      // in elements, of both
   const void* scales[2];    // [N, P, num_scales] of keys and of values, for quantised pages; of
                             // int4 keys [N, 2, D]
   int64_t scale_stride[2];  // in elements, from page to page
@@ -26,7 +27,7 @@ struct AttendSpan {
   int64_t bias_stride;      // in elements, from page to page
   const int32_t* page_ids;  // pages of the row, from its slot 0
   int page_size;
-  int head_dim;
+  int head_dim, value_dim;
   int group;
   int begin_slot, end_slot;                       // begin_slot: a multiple of the page size
   const void* queries;                            // of the group's first q head and s = 0
@@ -37,7 +38,7 @@ struct AttendSpan {
   float softcap;  // 0: none
   float* max;     // [num_queries] out: largest logit; -inf if the query saw nothing
   float* sum;     // [num_queries] out: sum of exp(logit - max)
-  float* acc;     // [num_queries, D] out: sum of exp(logit - max) * value
+  float* acc;     // [num_queries, Dv] out: sum of exp(logit - max) * value
   float* logits;  // [num_queries, logits_stride] out, of the slots from begin_slot on that a query
                   // sees: q . k, before scale and softcap; null: not wanted
   int64_t logits_stride;

@@ -106,7 +106,7 @@ inline void dot_keys(const float* queries,
   for (int i = kRows * kKeys; i < kVectors * kLanes; ++i) lanes[i] = F32{};
   const auto* keys = row.key(slot);
   for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
-    multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.pitch, row.head_dim,
+    multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.key_pitch, row.head_dim,
                                         row.ahead(slot), scales + i * row.width, row.width,
                                         lanes + i);
   }
@@ -151,7 +151,7 @@ inline void add_values(const Pages& row,
                        float* acc,
                        int stride) {
   using Code = typename Pages::Code;
-  const int head_dim = row.head_dim;
+  const int value_dim = row.value_dim;
   alignas(64) float scaled[Pages::kHasScales ? kRows * kBlockSlots : 1];
   float zeros[kRows] = {};
   const auto step = [&](int d, auto num_pairs, auto load_values) __attribute__((always_inline)) {
@@ -176,12 +176,12 @@ inline void add_values(const Pages& row,
         F32Pair v[kPairs];
 #pragma GCC unroll 4
         for (int j = 0; j < kPairs; ++j) {
-          v[j] = load_values(values + i * row.pitch + j * kPair / Pages::kDims);
+          v[j] = load_values(values + i * row.value_pitch + j * kPair / Pages::kDims);
         }
         if (kFetch && i % kSteps == first_slot) {
 #pragma GCC unroll 4
           for (int j = 0; j < kWidth; j += Pages::kLine) {
-            __builtin_prefetch(next + i * row.pitch + j / Pages::kDims);
+            __builtin_prefetch(next + i * row.key_pitch + j / Pages::kDims);
           }
         }
 #pragma GCC unroll 4
@@ -205,8 +205,8 @@ inline void add_values(const Pages& row,
       }
     }
   };
-  for (int first = 0; first < head_dim; first += Pages::kStretch) {
-    const int next = first + Pages::kStretch < head_dim ? first + Pages::kStretch : head_dim;
+  for (int first = 0; first < value_dim; first += Pages::kStretch) {
+    const int next = first + Pages::kStretch < value_dim ? first + Pages::kStretch : value_dim;
     if constexpr (Pages::kHasScales) {
       const float* numbers = scales + first / kScaleGroup * Pages::kNumbers * kBlockSlots;
       scale_weights<kRows, Pages>(numbers, end - begin, weights, scaled, zeros);
@@ -372,7 +372,8 @@ template <typename Tail>
 inline void attend_tail(const AttendSpan& span, const float* queries, float* acc, int stride) {
   const int32_t page_id = 0;
   AttendSpan of_tail = span;
-  of_tail.pages = span.tail;
+  of_tail.keys = span.tail;
+  of_tail.values = static_cast<const uint16_t*>(span.tail) + int64_t{kInt4PageSize} * span.head_dim;
   of_tail.page_stride = 0;
   of_tail.page_ids = &page_id;
   of_tail.first_visible -= span.tail_begin;
@@ -397,8 +398,9 @@ void attend_span_by(const AttendSpan& span) {
   using Query = typename Pages::Query;
   const Pages row(span);
   typename Pages::Scales scales;
-  const int head_dim = span.head_dim;
-  const int stride = (head_dim + kPair - 1) / kPair * kPair;
+  const int head_dim = span.head_dim, value_dim = span.value_dim;
+  const int widest = head_dim > value_dim ? head_dim : value_dim;
+  const int stride = (widest + kPair - 1) / kPair * kPair;  // of acc, too
   alignas(
       64) float queries[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in Query's order
   alignas(64) float acc[kMaxSpanQueries * kMaxHeadDim];  // [num_queries, stride], in Query's order
@@ -408,8 +410,10 @@ void attend_span_by(const AttendSpan& span) {
                           query / span.group * span.query_token_stride +
                           query % span.group * span.query_head_stride;
     for (int d = 0; d < stride; d += kPair) {
-      const F32Pair q =
-          head_dim - d >= kPair ? load_pair(data + d) : load_pair(data + d, head_dim - d);
+      const int left = head_dim - d;
+      const F32Pair q = left >= kPair ? load_pair(data + d)
+                        : left > 0    ? load_pair(data + d, left)
+                                      : F32Pair{};
       if constexpr (std::is_same_v<Query, Element>) {
         store(queries + r * stride + d, q.first);
         store(queries + r * stride + d + kLanes, q.second);
@@ -440,11 +444,11 @@ void attend_span_by(const AttendSpan& span) {
   }
 
   for (int r = 0; r < span.num_queries; ++r) {
-    for (int d = 0; d < head_dim; d += kPair) {
+    for (int d = 0; d < value_dim; d += kPair) {
       float pair[kPair];
       store_pair<Query>(pair, load_pair(acc + r * stride + d));
-      const int count = head_dim - d < kPair ? head_dim - d : kPair;
-      __builtin_memcpy(span.acc + r * head_dim + d, pair, count * sizeof(float));
+      const int count = value_dim - d < kPair ? value_dim - d : kPair;
+      __builtin_memcpy(span.acc + r * value_dim + d, pair, count * sizeof(float));
     }
   }
 }

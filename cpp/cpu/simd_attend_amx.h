@@ -127,7 +127,8 @@ class TiledBlocks {
 
   static bool suits(const AttendSpan& span) {
     const int num_slots = span.end_slot - span.begin_slot;
-    return span.head_dim == kHeadDim && span.num_queries >= kFewestQueries && num_slots >= kSlots &&
+    return span.head_dim == kHeadDim && span.value_dim == kHeadDim &&
+           span.num_queries >= kFewestQueries && num_slots >= kSlots &&
            span.num_queries * int64_t{num_slots} >= kLeastWork &&
            (!kIsPlain || span.page_size % kTile == 0);
   }

@@ -23,27 +23,32 @@ template <typename Element>
 struct RowPages {
   static constexpr int kDims = std::is_same_v<Element, Int4Codes> ? 2 : 1;  // of an element
 
-  const Element* pages;
+  const Element *keys, *values;
   int64_t page_stride;
   const int32_t* page_ids;
   int log_page_size;
-  int head_dim;
-  int pitch;  // from entry to entry, in elements
+  int head_dim, value_dim;
+  int key_pitch, value_pitch;  // from entry to entry, in elements
 
   explicit RowPages(const AttendSpan& span)
-      : pages(static_cast<const Element*>(span.pages)),
+      : keys(static_cast<const Element*>(span.keys)),
+        values(static_cast<const Element*>(span.values)),
         page_stride(span.page_stride),
         page_ids(span.page_ids),
         log_page_size(__builtin_ctz(span.page_size)),
         head_dim(span.head_dim),
-        pitch(span.head_dim / kDims) {}
+        value_dim(span.value_dim),
+        key_pitch(span.head_dim / kDims),
+        value_pitch(span.value_dim / kDims) {}
 
   int in_page(int slot) const { return slot & ((1 << log_page_size) - 1); }
   const Element* key(int slot) const {
-    return pages + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * pitch;
+    return keys + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * key_pitch;
   }
-  const Element* value(int slot) const { return key(slot) + (pitch << log_page_size); }
-  int64_t ahead(int) const { return pitch << log_page_size; }
+  const Element* value(int slot) const {
+    return values + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * value_pitch;
+  }
+  int64_t ahead(int slot) const { return value(slot) - key(slot); }
   const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
 };
 
@@ -112,12 +117,13 @@ struct CodePages : RowPages<Element> {
   };
 
   const AttendSpan& span;
-  int width;  // numbers of a key or value
+  int width, value_width;  // numbers of a key and of a value
 
   explicit CodePages(const AttendSpan& span)
       : RowPages<Element>(span),
         span(span),
-        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
+        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers),
+        value_width((span.value_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
 
   /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
   /// fetches the numbers of the block behind, up to `last`.
@@ -126,16 +132,18 @@ struct CodePages : RowPages<Element> {
     fill(scales.keys, 0, begin, end, last);
     fill(values, 1, begin, end, last);
     for (int i = 0; i < end - begin; ++i) {
-      for (int j = 0; j < width; ++j) scales.values[j * kBlockSlots + i] = values[i * width + j];
+      for (int j = 0; j < value_width; ++j) {
+        scales.values[j * kBlockSlots + i] = values[i * value_width + j];
+      }
     }
   }
 
   void fill(float* out, int which, int begin, int end, int last) const {
     Scale together[kBlockSlots * kMaxWidth] = {};
-    const int group_numbers = kSlotGroup * width;
+    const int group_numbers = kSlotGroup * width_of(which);
     for (int slot = begin; slot < end; slot += kSlotGroup) {
       const Scale* from = in_memory(which, slot);
-      Scale* to = together + (slot - begin) * width;
+      Scale* to = together + (slot - begin) * width_of(which);
       for (int i = 0; i < group_numbers; i += kSlotGroup) {
         __builtin_memcpy(to + i, from + i, kSlotGroup * sizeof(Scale));
       }
@@ -150,10 +158,12 @@ struct CodePages : RowPages<Element> {
     }
   }
 
+  int width_of(int which) const { return which == 0 ? width : value_width; }
+
   const Scale* in_memory(int which, int slot) const {
     const int32_t page = this->page_ids[slot >> this->log_page_size];
     return static_cast<const Scale*>(span.scales[which]) + page * span.scale_stride[which] +
-           this->in_page(slot) * width;
+           this->in_page(slot) * width_of(which);
   }
 
   static Numbers numbers(const float* scales, int d) {

@@ -5,6 +5,11 @@
 namespace adakv {
 namespace {
 
+void check_width(const Checker& check, const char* name, int64_t width) {
+  check.require(width >= 8 && width <= 256 && width % 8 == 0, name,
+                " must be a multiple of 8, at most 256, got ", width);
+}
+
 // Pages of codes may lie apart, as they do in a KVCache; within a page nothing does, and it is read in
 // pieces of 16 bytes.
 void check_page_parts(const Checker& check, const char* name, const TensorView& view) {
@@ -43,15 +48,37 @@ void check_quantised(Checker& check, const LayerView& layer) {
                 " need keys, values and queries in float16 or bfloat16, got float32");
   const PageFormat format = layer.format();
   if (format == PageFormat::kInt4) return check_int4(check, layer);
-  const int64_t width = num_scales(format, check.size("D"));
   check_page_parts(check, "pages", layer.pages);
-  for (const auto& [name, view] : {std::pair("key_scales", &layer.key_scales),
-                                   std::pair("value_scales", &layer.value_scales)}) {
-    check.floats(name, *view, format == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
-    check.require(view->shape[2] == width, name, " must have ", width,
-                  " numbers for each entry, got ", view->shape_string());
-    check_page_parts(check, name, *view);
-  }
+  const auto check_scales = [&](const char* name, const TensorView& view, const char* dims,
+                                int64_t dim) {
+    check.floats(name, view, dims);
+    const int64_t width = num_scales(format, dim);
+    check.require(view.shape[2] == width, name, " must have ", width,
+                  " numbers for each entry, got ", view.shape_string());
+    check_page_parts(check, name, view);
+  };
+  const bool is_int8 = format == PageFormat::kInt8;
+  check_scales("key_scales", layer.key_scales, is_int8 ? "N P 2Z" : "N P Z", check.size("D"));
+  check_scales("value_scales", layer.value_scales, is_int8 ? "N P 2Zv" : "N P Zv",
+               layer.values().shape[3]);
+}
+
+// Values that are as wide as keys lie in the pages themselves.
+void check_values(Checker& check, const LayerView& layer) {
+  if (!layer.value_pages) return;
+  check.require(!layer.tails, "value_pages must be left out for a layer of int4");
+  check.tensor("value_pages", layer.value_pages, "N 1 P Dv", layer.pages.dtype);
+  check_width(check, "value dim Dv", check.size("Dv"));
+  check_page_parts(check, "pages", layer.pages);
+  check_page_parts(check, "value_pages", layer.value_pages);
+  check.require(layer.pages.shape[0] <= 1 || layer.value_pages.stride[0] == layer.pages.stride[0],
+                "value_pages must lie as far apart as pages, ", layer.pages.stride[0],
+                " elements, got ", layer.value_pages.stride[0]);
+}
+
+// The pages' own shape: keys and values, or keys alone where there are value_pages.
+const char* dims_of_pages(const LayerView& layer) {
+  return layer.value_pages ? "N 1 P D" : "N 2 P D";
 }
 
 }  // namespace
@@ -70,22 +97,24 @@ void check_tails(Checker& check, const char* name, const TensorView& tails, cons
 }
 
 void check_head_dim(const Checker& check) {
-  const int64_t d = check.size("D");
-  check.require(d >= 8 && d <= 256 && d % 8 == 0,
-                "head dim D must be a multiple of 8, at most 256, got ", d);
+  check_width(check, "head dim D", check.size("D"));
+}
+
+const char* value_dims(const LayerView& layer, const char* same, const char* own) {
+  return layer.value_pages ? own : same;
 }
 
 void check_layer(Checker& check, const LayerView& layer) {
   const PageFormat format = layer.format();
   if (format == PageFormat::kPlain) {
-    check.floats("pages", layer.pages, "N 2 P D");
+    check.floats("pages", layer.pages, dims_of_pages(layer));
     check.require(!layer.key_scales && !layer.value_scales,
                   "key_scales and value_scales must be left out for pages of ",
                   dtype_name(layer.pages.dtype));
   } else if (format == PageFormat::kInt4) {
     check.tensor("pages", layer.pages, "N 2 P D/2", DType::kUInt8);
   } else {
-    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
+    check.tensor("pages", layer.pages, dims_of_pages(layer), layer.pages.dtype);
   }
   check.tensor("page_positions", layer.page_positions, "N P", DType::kInt32);
   check.optional("page_biases", layer.page_biases, "N P", DType::kFloat16);
@@ -102,7 +131,9 @@ void check_layer(Checker& check, const LayerView& layer) {
   check.require(p >= 8 && p <= 256 && (p & (p - 1)) == 0,
                 "page size P must be a power of two from 8 to 256, got ", p);
   if (layer.page_biases) check_page_parts(check, "page_biases", layer.page_biases);
+  check_values(check, layer);
   if (format != PageFormat::kPlain) return check_quantised(check, layer);
+  if (layer.value_pages) return;
   const int64_t* stride = layer.pages.stride;
   check.require(
       check.size("N") == 0 || (stride[2] == d && stride[1] == p * d && stride[0] == 2 * p * d),
@@ -112,9 +143,9 @@ void check_layer(Checker& check, const LayerView& layer) {
 void check_held_layer(Checker& check, const LayerView& layer) {
   const bool is_plain = layer.format() == PageFormat::kPlain;
   if (is_plain) {
-    check.floats("pages", layer.pages, "N 2 P D");
+    check.floats("pages", layer.pages, dims_of_pages(layer));
   } else {
-    check.tensor("pages", layer.pages, "N 2 P D", layer.pages.dtype);
+    check.tensor("pages", layer.pages, dims_of_pages(layer), layer.pages.dtype);
     check.floats("key_scales", layer.key_scales,
                  layer.format() == PageFormat::kInt8 ? "N P 2Z" : "N P Z");
   }

@@ -9,6 +9,10 @@ namespace adakv {
 /// The head dim D that was bound.
 void check_head_dim(const Checker& check);
 
+/// Names of a tensor's dimensions, the last of which is that of a layer's values: `same` as that of its
+/// keys, or `own`.
+const char* value_dims(const LayerView& layer, const char* same, const char* own);
+
 /// Tails of int4, [B, Hkv, 2 P, D] or of other rows.
 void check_tails(Checker& check, const char* name, const TensorView& tails, const char* dims);
 

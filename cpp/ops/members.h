@@ -56,7 +56,7 @@ struct MembersOf<LayerView> {
       ADAKV_MEMBER(pages),       ADAKV_MEMBER(page_positions), ADAKV_MEMBER(block_table),
       ADAKV_MEMBER(lengths),     ADAKV_MEMBER(seen),           ADAKV_MEMBER(fresh_pages),
       ADAKV_MEMBER(key_scales),  ADAKV_MEMBER(value_scales),   ADAKV_MEMBER(tails),
-      ADAKV_MEMBER(page_biases),
+      ADAKV_MEMBER(page_biases), ADAKV_MEMBER(value_pages),
   };
 };
 

@@ -156,7 +156,7 @@ Backend& checked(const CompactArgs& args) {
                 "keys and values must be given together");
   if (args.keys) {
     check.floats("keys", args.keys, "B Hkv T D");
-    check.floats("values", args.values, "B Hkv T D");
+    check.floats("values", args.values, value_dims(args.layer, "B Hkv T D", "B Hkv T Dv"));
     check_head_dim(check);
   } else {
     check.require(!args.seq_lens, "seq_lens must be left out where keys are");
@@ -184,7 +184,7 @@ Backend& checked(const CompactArgs& args) {
 Backend& checked(const AppendArgs& args) {
   Checker check("append");
   check.floats("keys", args.keys, "B Hkv S D");
-  check.floats("values", args.values, "B Hkv S D");
+  check.floats("values", args.values, value_dims(args.layer, "B Hkv S D", "B Hkv S Dv"));
   check_head_dim(check);
   check_layer(check, args.layer);
   check_new_tokens(check);
@@ -258,7 +258,8 @@ void check_others(Checker& check, const AttendArgs& args) {
   check.require(static_cast<bool>(args.others_out) == static_cast<bool>(args.others_lse),
                 "others_out and others_lse must be given together");
   if (!args.others_out) return;
-  check.floats("others_out", args.others_out, "B Hq S D");
+  check.floats("others_out", args.others_out,
+               value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
   check.tensor("others_lse", args.others_lse, "B Hq S", DType::kFloat32);
   check.require(!args.keys && !args.sink_logits && !args.accumulated,
                 "keys, values, sink_logits and accumulated must be left out with others_out");
@@ -280,13 +281,13 @@ Backend& checked(const AttendArgs& args) {
                 "keys and values must be given together");
   if (args.keys) {
     check.floats("keys", args.keys, "B Hkv S D");
-    check.floats("values", args.values, "B Hkv S D");
+    check.floats("values", args.values, value_dims(args.layer, "B Hkv S D", "B Hkv S Dv"));
     check_new_tokens(check);
   }
   check_counts(check, "num_new", args.num_new, check.size("S"));
   check.optional("sink_logits", args.sink_logits, "Hq", DType::kFloat32);
   check_options(check, args.scale, args.softcap);
-  check.floats("out", args.out, "B Hq S D");
+  check.floats("out", args.out, value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
   check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
   check_accumulated(check, args);
   check_others(check, args);

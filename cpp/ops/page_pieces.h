@@ -16,11 +16,12 @@ struct PagePiece {
 
 /// Keys and values, their scales if there are any, the positions, and the biases if there are any.
 struct PagePieces {
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 6;
 
   explicit PagePieces(const LayerView& layer) {
-    for (const TensorView* tensor : {&layer.pages, &layer.key_scales, &layer.value_scales,
-                                     &layer.page_positions, &layer.page_biases}) {
+    for (const TensorView* tensor :
+         {&layer.pages, &layer.value_pages, &layer.key_scales, &layer.value_scales,
+          &layer.page_positions, &layer.page_biases}) {
       if (!*tensor) continue;
       const auto element_bytes = static_cast<int64_t>(dtype_size(tensor->dtype));
       int64_t elements = 1;

@@ -20,13 +20,10 @@ struct SlotParts {
   static constexpr int kMost = 6;
 
   explicit SlotParts(const LayerView& layer) {
-    const TensorView& pages = layer.pages;
-    const auto element_bytes = static_cast<int64_t>(dtype_size(pages.dtype));
-    const int64_t entry_bytes = pages.shape[3] * element_bytes;
-    const int64_t page_stride = pages.stride[0] * element_bytes;
-    for (int64_t half = 0; half < 2; ++half) {
-      parts[count++] = {pages.ptr<char>() + half * pages.shape[2] * entry_bytes, page_stride,
-                        static_cast<int32_t>(entry_bytes)};
+    for (const TensorView& half : {layer.pages, layer.values()}) {
+      const auto bytes = static_cast<int64_t>(dtype_size(half.dtype));
+      parts[count++] = {half.ptr<char>(), half.stride[0] * bytes,
+                        static_cast<int32_t>(half.shape[3] * bytes)};
     }
     for (const TensorView* scales : {&layer.key_scales, &layer.value_scales}) {
       if (!*scales) continue;

@@ -205,7 +205,7 @@ void accumulate_logits(const AttendArgs& args, const AttendParams& p) {
 
 void accumulate_keys(const AttendArgs& args, const AttendParams& p) {
   const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
-  dispatch_entries(args, [&](auto element, auto entry, auto columns) {
+  dispatch_entries(args, head_dim, [&](auto element, auto entry, auto columns) {
     accumulate_keys_kernel<typename decltype(element)::type, typename decltype(entry)::type,
                            columns>
         <<<grid_of(args, p), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(

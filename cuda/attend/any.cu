@@ -9,6 +9,8 @@
 // grid: [num_rows * G * S]; one CTA: one query over its whole row. Its warps take 32 slots at a
 // time, in turn, and each keeps a maximum, a sum and an output of its own until the row ends.
 // Powers of e are relative to the maximum so far; when that grows, what is there is rescaled.
+#include <algorithm>
+
 #include "attend/entries.cuh"
 #include "common/check.cuh"
 
@@ -50,19 +52,23 @@ struct WarpResult {
 // Takes slots first_slot .. first_slot + 31 of the query's row into a warp's result. For products
 // all lanes read one entry at a time, because that is what lies together, however it is aligned;
 // for the softmax each lane has a slot. A branch around a load would wait for it, so lanes behind
-// the head dim read its last element.
+// the width of keys or values read their last element.
 template <typename Entry, int kColumns>
 __device__ void add_slots(const AttendParams& p,
                           const Query& query,
                           const float* q,  // [32 kColumns], 0 from head_dim on
                           int32_t head_dim,
+                          int32_t value_dim,
                           int32_t first_slot,
                           WarpResult<kColumns>& result) {
   const int32_t lane = threadIdx.x % kWarpSize, slot = first_slot + lane;
   const int32_t count = min(kWarpSize, query.visible - first_slot);
-  int32_t columns[kColumns];
+  int32_t key_columns[kColumns], value_columns[kColumns];
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) columns[j] = min(lane + j * kWarpSize, head_dim - 1);
+  for (int j = 0; j < kColumns; ++j) {
+    key_columns[j] = min(lane + j * kWarpSize, head_dim - 1);
+    value_columns[j] = min(lane + j * kWarpSize, value_dim - 1);
+  }
 
   // Where the entry of this lane's slot lies: the block table has its page.
   Entry mine;
@@ -76,7 +82,7 @@ __device__ void add_slots(const AttendParams& p,
     float dot = 0;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      dot += q[lane + j * kWarpSize] * entry.key(p.layer, columns[j]);
+      dot += q[lane + j * kWarpSize] * entry.key(p.layer, key_columns[j]);
     }
     dot = warp_sum(dot);
     if (lane == i) z = dot * p.scale;
@@ -97,7 +103,7 @@ __device__ void add_slots(const AttendParams& p,
     const float share = __shfl_sync(kFullWarp, probability, i);
     const auto entry = mine.of_lane(i);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) out[j] += share * entry.value(p.layer, columns[j]);
+    for (int j = 0; j < kColumns; ++j) out[j] += share * entry.value(p.layer, value_columns[j]);
   }
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) result.out[j] = result.out[j] * factor + out[j];
@@ -105,7 +111,7 @@ __device__ void add_slots(const AttendParams& p,
 
 template <typename Element, typename Entry, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
-    attend_any_kernel(const __grid_constant__ AttendParams p, int32_t head_dim) {
+    attend_any_kernel(const __grid_constant__ AttendParams p, int32_t head_dim, int32_t value_dim) {
   __shared__ float q[kColumns * kWarpSize];
   __shared__ float image[kWarps][kColumns * kWarpSize], max[kWarps], sum[kWarps];
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -121,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 2. Each warp takes every kWarps-th run of 32 slots, and leaves its result in shared memory.
   WarpResult<kColumns> result;
   for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
-    add_slots<Entry, kColumns>(p, query, q, head_dim, first, result);
+    add_slots<Entry, kColumns>(p, query, q, head_dim, value_dim, first, result);
   }
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) image[warp][lane + j * kWarpSize] = result.out[j];
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (others != -INFINITY) {
     given = reinterpret_cast<const Element*>(p.others_out.at(query.b, query.head, query.token));
   }
-  for (int32_t d = threadIdx.x; d < head_dim; d += kThreads) {
+  for (int32_t d = threadIdx.x; d < value_dim; d += kThreads) {
     float x = 0;
     for (int w = 0; w < kWarps; ++w) x += factors[w] * image[w][d];
     if (given != nullptr) x += share * to_float(given[d]);
@@ -170,18 +176,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 void any_attend(const AttendArgs& args, const AttendParams& params) {
   const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
   const int32_t head_dim = static_cast<int32_t>(args.queries.shape[3]);
+  const int32_t value_dim = static_cast<int32_t>(args.out.shape[3]);
+  const int32_t width = std::max(head_dim, value_dim);
   const auto run = [&](auto element, auto entry, auto columns) {
     attend_any_kernel<typename decltype(element)::type, typename decltype(entry)::type, columns>
         <<<static_cast<uint32_t>(grid), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
-            params, head_dim);
+            params, head_dim, value_dim);
   };
   if (args.layer.page_biases) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Biased = BiasedEntry<typename decltype(element)::type>;
-      dispatch_columns(head_dim, [&](auto columns) { run(element, TypeTag<Biased>{}, columns); });
+      dispatch_columns(width, [&](auto columns) { run(element, TypeTag<Biased>{}, columns); });
     });
   } else {
-    dispatch_entries(args, run);
+    dispatch_entries(args, width, run);
   }
   ADAKV_CUDA_CHECK("attend", cudaGetLastError());
 }

@@ -1,6 +1,7 @@
 // attend: the launcher. Decode over pages of 16 slots or a multiple, 16-bit elements and head dims
 // 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), and pages of codes where there is the
-// bulk copy engine, for some head dims and whole tiles; all else, and biases of entries, to any.cu.
+// bulk copy engine, for some head dims and whole tiles; all else to any.cu, and with that biases of
+// entries, and values of another width than keys.
 #include <cmath>
 
 #include "attend/attend.h"
@@ -35,7 +36,7 @@ bool scales_are_aligned(const TensorView& scales) {
 }
 
 bool has_fast_kernel(const AttendArgs& args) {
-  if (args.layer.page_biases) return false;
+  if (args.layer.page_biases || args.layer.value_pages) return false;
   const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
   const bool fits_tiles = page_size % tile_slots(args.layer.format(), head_dim) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});

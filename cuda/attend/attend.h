@@ -23,7 +23,7 @@ struct AttendParams {
   schedule::RowFacts* rows;         // [num_rows]; attend counts in `arrived`
   LayerRows layer;
   EntryRows queries;         // [B, Hq, S, D]
-  EntryRows out;             // [B, Hq, S, D]
+  EntryRows out;             // [B, Hq, S, Dv]
   EntryRows lse;             // [B, Hq, S] float32, or none
   EntryRows others_out;      // [B, Hq, S, D], or none
   EntryRows others_lse;      // [B, Hq, S] float32, or none

@@ -25,15 +25,20 @@ struct Entry {
   static constexpr int kLoads = 16;  // of a lane on their way at a time
 
   const char* at = nullptr;
+  int64_t to_value = 0;  // from the key, in bytes
 
   Entry() = default;
-  __device__ Entry(const AttendParams& p, const Query& query, int32_t slot)
-      : at(p.layer.key(query.page(p.layer, slot), slot % p.layer.page_size)) {}
+  __device__ Entry(const AttendParams& p, const Query& query, int32_t slot) {
+    const int32_t page = query.page(p.layer, slot), in_page = slot % p.layer.page_size;
+    at = p.layer.key(page, in_page);
+    to_value = p.layer.value(page, in_page) - at;
+  }
 
   __device__ Entry of_lane(int32_t lane) const {
     Entry entry;
     entry.at =
         reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(at), lane));
+    entry.to_value = __shfl_sync(kFullWarp, static_cast<long long>(to_value), lane);
     return entry;
   }
 
@@ -41,8 +46,8 @@ struct Entry {
     return to_float(reinterpret_cast<const Element*>(at)[d]);
   }
 
-  __device__ float value(const LayerRows& layer, int32_t d) const {
-    return to_float(reinterpret_cast<const Element*>(at + layer.half_page_bytes())[d]);
+  __device__ float value(const LayerRows&, int32_t d) const {
+    return to_float(reinterpret_cast<const Element*>(at + to_value)[d]);
   }
 };
 
@@ -82,7 +87,7 @@ struct CodedEntry {
   }
 
   __device__ float value(const LayerRows& layer, int32_t d) const {
-    return element(layer.key(page, slot) + layer.half_page_bytes() + d, layer.value_scales, d);
+    return element(layer.value(page, slot) + d, layer.value_scales, d);
   }
 
  private:
@@ -132,7 +137,7 @@ struct Int4Entry {
     }
     const Element* scale = reinterpret_cast<const Element*>(layer.value_scales.at(page, slot)) +
                            d / kGroupSize * Int4::kScales;
-    const float x = code(layer.key(page, slot) + layer.half_page_bytes(), d);
+    const float x = code(layer.value(page, slot), d);
     return to_float(scale[0]) * x + to_float(scale[1]);
   }
 
@@ -151,11 +156,12 @@ void dispatch_columns(int64_t head_dim, const Body& body) {
   body(IntTag<8>{});
 }
 
-/// Calls the body with the dtype, the kind of entry and the columns of a lane that a call is about.
+/// Calls the body with the dtype, the kind of entry and the columns of a lane that a call is about,
+/// for entries of up to `width` elements.
 template <typename Body>
-void dispatch_entries(const AttendArgs& args, const Body& body) {
+void dispatch_entries(const AttendArgs& args, int64_t width, const Body& body) {
   const auto run = [&](auto element, auto entry) {
-    dispatch_columns(args.queries.shape[3], [&](auto columns) { body(element, entry, columns); });
+    dispatch_columns(width, [&](auto columns) { body(element, entry, columns); });
   };
   const PageFormat format = args.layer.format();
   if (format == PageFormat::kPlain) {

@@ -55,11 +55,11 @@ class NewSlots {
  private:
   static constexpr int kPadded =
       Config::kIsCoded ? padded_head_dim(Config::kHeadDim) : Config::kHeadDim;
-  static constexpr int kPieces = EntryPart::pieces(kPadded);
+  static constexpr int kPieces = EntryPart::pieces(2 * kPadded);
   static constexpr bool kReadsAhead = !Config::kIsCoded || kPieces == 1;  // if registers allow
 
   __device__ uint4 read(int32_t slot, int piece) const {
-    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, piece);
+    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, Config::kHeadDim, piece);
     const EntryRows& source = part.is_value ? p_.append.values : p_.append.keys;
     const char* entry = source.at(row_.b, row_.h, p_.num_tokens - (row_.length - slot));
     if (!part.is_there) return make_uint4(0, 0, 0, 0);
@@ -67,7 +67,7 @@ class NewSlots {
   }
 
   __device__ void write(const TileData& data, int32_t slot, int piece, const uint4& x) const {
-    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, piece);
+    const EntryPart part = EntryPart::of(Config::kHeadDim, kPadded, Config::kHeadDim, piece);
     const int byte = part.element * Config::Format::kBits / 8;
     const uint32_t to = data.entries + (part.is_value ? Config::kHalfBytes : 0) +
                         Config::chunk_offset(slot, byte / 16) + byte % 16;

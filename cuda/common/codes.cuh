@@ -175,22 +175,22 @@ __device__ inline float decode(uint8_t code) {
   }
 }
 
-/// Which eight elements of an entry a lane has. An entry is its key and then its value, each padded
-/// to `padded` elements, in pieces of 32 lanes.
+/// Which eight elements of an entry a lane has. An entry is its key and then its value, each padded as
+/// groups fill it, in pieces of 32 lanes.
 struct EntryPart {
   int32_t element;  // the first of them, of the key or value
   bool is_value, is_there;
 
-  static constexpr __host__ __device__ int pieces(int padded) {
-    return (2 * padded + kWarpSize * kChunkElements - 1) / (kWarpSize * kChunkElements);
+  static constexpr __host__ __device__ int pieces(int padded) {  // of keys and values together
+    return (padded + kWarpSize * kChunkElements - 1) / (kWarpSize * kChunkElements);
   }
 
-  static __device__ EntryPart of(int head_dim, int padded, int piece) {
+  static __device__ EntryPart of(int head_dim, int padded, int value_dim, int piece) {
     const int32_t index = (piece * kWarpSize + threadIdx.x % kWarpSize) * kChunkElements;
     EntryPart part;
     part.is_value = index >= padded;
     part.element = index - (part.is_value ? padded : 0);
-    part.is_there = part.element < head_dim;
+    part.is_there = part.element < (part.is_value ? value_dim : head_dim);
     return part;
   }
 };
@@ -218,7 +218,7 @@ __device__ inline void store_chunk(const LayerRows& layer,
                                    const EntryPart& part,
                                    const CodedChunk& chunk) {
   if (!part.is_there) return;
-  char* codes = layer.key(page, slot) + (part.is_value ? layer.half_page_bytes() : 0);
+  char* codes = part.is_value ? layer.value(page, slot) : layer.key(page, slot);
   if constexpr (Format::kBits == 4) {
     *reinterpret_cast<uint32_t*>(codes + part.element / 2) = chunk.codes.x;
   } else {

@@ -61,26 +61,32 @@ inline ScaleRows scale_rows(const TensorView& x) {
 
 /// A LayerView as kernels take it.
 struct LayerRows {
-  char* pages;               // [N, 2, P, D], elements or codes
-  int64_t page_stride;       // in bytes
+  char* pages;               // [N, P, D] keys, elements or codes
+  char* values;              // [N, P, Dv]
+  int64_t page_stride;       // in bytes, of both
   int32_t* page_positions;   // [N, P]
   int64_t positions_stride;  // of a page
   IntRows block_table;       // [B, Hkv, M]
   IntRows lengths;           // [B, Hkv]
   IntRows fresh_pages;       // [B, Hkv, F]
   int32_t* seen;             // [B]
-  int32_t num_heads, head_dim, page_size;
-  int32_t entry_bytes;  // of a key or a value in a page
-  int32_t page_shift;   // page_size is 1 << page_shift
+  int32_t num_heads, head_dim, value_dim, page_size;
+  int32_t entry_bytes, value_bytes;  // of a key and of a value in a page
+  int32_t page_shift;                // page_size is 1 << page_shift
   // What plain pages don't need comes last: parameters come from memory a line at a time.
   ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
   EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
   uint16_t* page_biases;               // [N, P] float16, or null
   int64_t biases_stride;               // of a page
 
-  /// The key in a slot of a page; its value is half_page_bytes() further.
+  /// The key in a slot of a page.
   __device__ char* key(int32_t page, int32_t slot) const {
     return pages + page_stride * page + slot * entry_bytes;
+  }
+
+  /// Its value; half_page_bytes() further, if it is as wide as the key.
+  __device__ char* value(int32_t page, int32_t slot) const {
+    return values + page_stride * page + slot * value_bytes;
   }
 
   /// Pages that `length` entries fill.
@@ -99,6 +105,8 @@ struct LayerRows {
 inline LayerRows layer_rows(const LayerView& layer) {
   LayerRows rows = {};
   rows.pages = layer.pages.ptr<char>();
+  const TensorView values = layer.values();
+  rows.values = values.ptr<char>();
   rows.page_stride = layer.pages.stride[0] * static_cast<int64_t>(dtype_size(layer.pages.dtype));
   rows.key_scales = scale_rows(layer.key_scales);
   rows.value_scales = scale_rows(layer.value_scales);
@@ -114,9 +122,13 @@ inline LayerRows layer_rows(const LayerView& layer) {
   rows.num_heads = static_cast<int32_t>(layer.lengths.shape[1]);
   rows.page_size = static_cast<int32_t>(layer.page_positions.shape[1]);
   while (1 << rows.page_shift < rows.page_size) ++rows.page_shift;
-  const int32_t row_size = static_cast<int32_t>(layer.pages.shape[3]);
-  rows.head_dim = layer.tails ? 2 * row_size : row_size;
-  rows.entry_bytes = row_size * static_cast<int32_t>(dtype_size(layer.pages.dtype));
+  const int32_t bytes = static_cast<int32_t>(dtype_size(values.dtype));
+  const int32_t key_size = static_cast<int32_t>(layer.pages.shape[3]);
+  const int32_t value_size = static_cast<int32_t>(values.shape[3]);
+  rows.head_dim = layer.tails ? 2 * key_size : key_size;
+  rows.value_dim = layer.tails ? 2 * value_size : value_size;
+  rows.entry_bytes = key_size * bytes;
+  rows.value_bytes = value_size * bytes;
   return rows;
 }
 

@@ -54,7 +54,7 @@ adakv::CacheConfig Kv::config(int64_t max_new_tokens) const {
 adakv::CacheConfig Kv::config(const adakv::CacheFile& book, int64_t max_new_tokens) const {
   adakv::CacheConfig config = book.config(max_new_tokens, kPageSize);
   const bool fits = config.num_layers == sizes_.layers && config.num_kv_heads == sizes_.kv_heads &&
-                    config.head_dim == sizes_.head_dim;
+                    config.head_dim == sizes_.head_dim && config.value_dim == sizes_.head_dim;
   if (!fits) throw std::runtime_error("the book was made for a model of another shape");
   const bool is_one = config.num_sequences == 1 && config.dtype == DType::kFloat32;
   if (!is_one) throw std::runtime_error("the book must be one text, in float32");

@@ -28,11 +28,11 @@ from adakv.errors import integer
 from adakv.fork import fill
 from adakv.formats import check_kv_dtype, check_page_size, device_of, page_size_for
 from adakv.ops import Layer
+from adakv.tensors import SHARED
 
 _MOST = 2**31 - 1  # of what is counted in int32
 
-#: Fields of a layer that all layers share, and those with a row for each sequence.
-_SHARED = ("pages", "page_positions", "key_scales", "value_scales", "page_biases")
+#: Fields of a layer with a row for each sequence.
 _ROWS = ("block_table", "lengths", "seen", "fresh_pages", "tails")
 
 
@@ -45,7 +45,7 @@ class KVCache:
     Parameters
     ----------
     num_layers, num_sequences, num_kv_heads, head_dim : int
-        ``head_dim`` is a multiple of 8, at most 256.
+        ``head_dim`` is that of queries and keys: a multiple of 8, at most 256.
     num_pages : int
         Pages of the pool, shared by all layers. A page holds ``page_size`` entries of one row.
     max_row_pages : int
@@ -61,6 +61,8 @@ class KVCache:
         float16 or bfloat16.
     has_biases : bool
         Whether each entry has a bias, which attend adds to its logit; only with "auto".
+    value_dim : int, optional
+        Width of the values, if it is another one than that of keys; not in int4.
 
     Raises
     ------
@@ -84,14 +86,17 @@ class KVCache:
         device: torch.device | str = "cpu",
         kv_dtype: str = "auto",
         has_biases: bool = False,
+        value_dim: int | None = None,
     ) -> None:
         page_size = page_size_for(kv_dtype, page_size)
         device = device_of(device)
-        kv_dtype = check_kv_dtype(kv_dtype, dtype, has_biases=has_biases)
         num_layers = integer("num_layers", num_layers, 0)
         num_sequences = integer("num_sequences", num_sequences, 0)
         num_kv_heads = integer("num_kv_heads", num_kv_heads, 0)
         head_dim = integer("head_dim", head_dim, 0)
+        value_dim = head_dim if value_dim is None else integer("value_dim", value_dim, 8, 256)
+        dims = head_dim, value_dim
+        kv_dtype = check_kv_dtype(kv_dtype, dtype, has_biases=has_biases, dims=dims)
         num_pages = integer("num_pages", num_pages, 0)
         max_row_pages = integer("max_row_pages", max_row_pages, 0)
         if not isinstance(dtype, torch.dtype):
@@ -100,6 +105,7 @@ class KVCache:
         self.num_sequences = num_sequences
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_dim = value_dim
         self.num_pages = num_pages
         self.max_row_pages = max_row_pages
         self.page_size = page_size
@@ -120,6 +126,7 @@ class KVCache:
             dtype=str(dtype).removeprefix("torch."),
             kv_dtype=kv_dtype,
             has_biases=has_biases,
+            value_dim=value_dim,
             device_type=device.type,
             device_index=device.index or 0,
         )
@@ -129,7 +136,7 @@ class KVCache:
     def _take_tensors(self) -> None:
         self.all_layers = Layer._make(self._cache.all_layers())
         # What all layers share is one tensor: compiled graphs take two for different memory.
-        shared = {name: getattr(self.all_layers, name) for name in _SHARED}
+        shared = {name: getattr(self.all_layers, name) for name in SHARED}
         self._layers = tuple(
             Layer._make(self._cache.layer(layer))._replace(**shared)
             for layer in range(self.num_layers)

@@ -81,7 +81,8 @@ class SplitCache:
         first = self.parts[0]
         self.num_layers = len(self.places)
         self.num_sequences, self.num_kv_heads = first.num_sequences, first.num_kv_heads
-        self.head_dim, self.dtype, self.kv_dtype = first.head_dim, first.dtype, first.kv_dtype
+        self.head_dim, self.value_dim = first.head_dim, first.value_dim
+        self.dtype, self.kv_dtype = first.dtype, first.kv_dtype
         self.page_size, self.page_bytes = first.page_size, first.page_bytes
         self.device = first.device
         """That of the first layer."""

@@ -223,12 +223,16 @@ class Held:
     @cached_property
     def keys(self) -> Tensor:
         """``[B, Hkv, T, D]``, a copy."""
-        return self._entries[0] if self.is_int4 else self._side_by_side(0, self.view.key_scales)
+        if self.is_int4:
+            return self._entries[0]
+        return self._side_by_side(self.view.pages[:, 0], self.view.key_scales)
 
     @cached_property
     def values(self) -> Tensor:
-        """``[B, Hkv, T, D]``, a copy."""
-        return self._entries[1] if self.is_int4 else self._side_by_side(1, self.view.value_scales)
+        """``[B, Hkv, T, Dv]``, a copy."""
+        if self.is_int4:
+            return self._entries[1]
+        return self._side_by_side(self.view.values, self.view.value_scales)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -249,8 +253,8 @@ class Held:
     def _entries(self) -> tuple[Tensor, Tensor]:
         return _int4_entries(self.view, self._pages, self._dtype)
 
-    def _side_by_side(self, half: int, scales: Tensor | None) -> Tensor:
-        entries = self.view.pages[self._pages, half]  # [B, Hkv, m, P, D]
+    def _side_by_side(self, held: Tensor, scales: Tensor | None) -> Tensor:
+        entries = held[self._pages]  # [B, Hkv, m, P, D]
         if scales is not None:
             entries = dequantised(entries, scales[self._pages], self._dtype)
         return entries.flatten(2, 3)
@@ -314,7 +318,7 @@ class HeldInputs(LayerInputs):
 
     @property
     def values(self) -> Tensor:
-        """``[B, Hkv, T, D]``, copied out of the pages."""
+        """``[B, Hkv, T, Dv]``, copied out of the pages."""
         return self.held.values
 
     @property

@@ -36,10 +36,14 @@ def check_page_size(page_size: int) -> int:
 
 
 def check_kv_dtype(
-    kv_dtype: str, dtype: torch.dtype | None = None, *, has_biases: bool = False
+    kv_dtype: str,
+    dtype: torch.dtype | None = None,
+    *,
+    has_biases: bool = False,
+    dims: tuple[int, int] | None = None,
 ) -> str:
-    """The same; raises ``ValueError`` unless it is a format of pages, takes ``dtype``, and has
-    biases of entries if they are asked for."""
+    """The same; raises ``ValueError`` unless it is a format of pages, takes ``dtype``, keys and
+    values of so many ``dims``, and has biases of entries if they are asked for."""
     if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
         names = ", ".join(map(repr, KV_DTYPES))
         raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
@@ -52,6 +56,11 @@ def check_kv_dtype(
         raise ValueError(
             f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
             "float32; load the model in one of them, or take kv_dtype='auto'"
+        )
+    if kv_dtype == "int4" and dims is not None and dims[0] != dims[1]:
+        raise ValueError(
+            f"kv_dtype: pages of int4 take values that are as wide as keys, got {dims[1]} and "
+            f"{dims[0]} numbers; take 'auto', 'int8' or 'fp8'"
         )
     return kv_dtype
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from adakv.cache import KVCache, sequences
+from adakv.tensors import SHARED
 from adakv.tiers import TieredCache
-
-_SHARED = ("pages", "page_positions", "key_scales", "value_scales", "page_biases")
 
 
 def moved_tiers(kv: TieredCache, device: torch.device, new_tokens: int) -> TieredCache:
@@ -35,6 +34,7 @@ def moved(
         num_layers=kv.num_layers,
         num_sequences=len(totals[0]),
         head_dim=kv.head_dim,
+        value_dim=kv.value_dim,
         num_pages=pages,
         max_row_pages=kv.max_row_pages,
         dtype=kv.dtype,
@@ -63,7 +63,7 @@ def move_into(new: KVCache, first_sequence: int, kv: KVCache, slots: slice = sli
         old_table = old.block_table.cpu()
         before = old_table[old_table >= 0].long().to(kv.device)  # row by row, as they are dealt
         after = table[table >= 0].long().to(new.device)
-        for name in _SHARED:
+        for name in SHARED:
             x, y = getattr(old, name), getattr(view, name)
             if x is not None:
                 x, y = (bytes_of(part) for part in (x, y))

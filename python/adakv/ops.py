@@ -4,10 +4,10 @@
     decode:   plan, append -> attend;  sparse reads: append -> shortlist -> plan -> attend
 
 Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads, Hkv
-kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page size, N
-pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the whole batch,
-L layers. A row is one (sequence, kv head) pair. Queries, keys and values are float32, float16 or
-bfloat16, all of one dtype and device, with a contiguous last dimension; other strides are free.
+kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), Dv that of values (or D), E model
+width, P page size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept
+entries of the whole batch, L layers. A row is one (sequence, kv head) pair. Queries, keys and
+values are float32, float16 or bfloat16, of one dtype and device, with any strides but the last, 1.
 
 Every function here is also ``torch.ops.adakv.<verb>``, with fake implementations and declared
 mutation, and takes that way by itself inside ``torch.compile``. None of them waits for the device,
@@ -149,14 +149,14 @@ def value_norm(
 
     Parameters
     ----------
-    values : ``[B, Hkv, T, D]``
-    w_o : ``[E, Hq * D]``
+    values : ``[B, Hkv, T, Dv]``
+    w_o : ``[E, Hq * Dv]``
         Weight of the output projection, as ``torch.nn.Linear`` stores it.
     seq_lens : ``[B]`` int32, optional
         Prompt lengths, 0 to T. Default: all T.
     norm : "l1" or "l2_gram"
         "l1": the mean over the q heads q of the group of ``||v Wo[q]||_1``, with ``Wo[q] = w_o[:,
-        q*D:(q+1)*D].T``. "l2_gram": ``sqrt(v G v^T)`` with ``G`` the mean of ``Wo[q] Wo[q]^T``;
+        q*Dv:(q+1)*Dv].T``. "l2_gram": ``sqrt(v G v^T)`` with ``G`` the mean of ``Wo[q] Wo[q]^T``;
         much cheaper, nearly the same choice.
 
     Returns
@@ -319,7 +319,7 @@ def compact(
 
     Parameters
     ----------
-    keys, values : ``[B, Hkv, T, D]``, optional
+    keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, optional
         Without them the entries are those that the layer's rows hold, positions are slots of the
         rows, and everything stays in its place that can. Not of int4.
     kept : :class:`Kept`
@@ -339,12 +339,11 @@ def compact(
 
 @verb(fake=lambda *_, **_options: None, mutates=_GROWING)
 def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
-    """Adds S new tokens of each sequence to all of its rows, after :meth:`adakv.cache.KVCache.grow`
-    made room.
+    """Adds S new tokens of each sequence to its rows, for which ``KVCache.grow`` has made room.
 
     Parameters
     ----------
-    keys, values : ``[B, Hkv, S, D]``, keys after RoPE
+    keys, values : ``[B, Hkv, S, D]``, after RoPE, and ``[B, Hkv, S, Dv]``
     layer : :class:`Layer`
     num_new : ``[B]`` int32, optional
         How many of the S columns, counted from the right, belong to the sequence; the others are
@@ -410,10 +409,11 @@ def plan(
     return schedule
 
 
-def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
-    """The output ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``, and its lse ``[B, Hq, S]``."""
+def _attended(queries: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The output ``[B, Hq, S, Dv]``, in memory ``[B, S, Hq, Dv]``, and its lse ``[B, Hq, S]``."""
     try:
         batch, heads, tokens, dim = queries.shape
+        dim = dim if layer.value_pages is None else layer.value_pages.shape[3]
         out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
         return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
     except (AttributeError, ValueError):
@@ -421,7 +421,7 @@ def _attended(queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @verb(
-    fake=lambda queries, *_, **_options: _attended(queries),
+    fake=lambda queries, layer, *_, **_options: _attended(queries, layer),
     mutates=(*_GROWING, "schedule", "accumulated"),
 )
 def attend(
@@ -458,7 +458,7 @@ def attend(
     schedule : ``[X]`` int32
         This layer's part of :func:`plan`'s result. On CUDA the launch counts in it, and leaves it
         as it was: two launches must not use one schedule at the same time.
-    keys, values : ``[B, Hkv, S, D]``, optional
+    keys, values : ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``, optional
     num_new : ``[B]`` int32, optional
         As in :func:`append`; padding columns give 0.
     sink_logits : ``[Hq]`` float32, optional
@@ -485,12 +485,12 @@ def attend(
 
     Returns
     -------
-    out : ``[B, Hq, S, D]``, in memory ``[B, S, Hq, D]``
+    out : ``[B, Hq, S, Dv]``, in memory ``[B, S, Hq, Dv]``
     lse : ``[B, Hq, S]`` float32
         Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
         attended to.
     """
-    out, lse = _attended(queries)
+    out, lse = _attended(queries, layer)
     _C.attend(
         queries, layer, schedule, keys, values, num_new, sink_logits,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,

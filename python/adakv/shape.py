@@ -23,6 +23,7 @@ class Shape:
     """What a model's layers put into a cache.
 
     ``groups`` are those of layers on several devices, of which ``device`` is the first.
+    ``value_dim`` is the width of values, if it is another one than that of keys, ``head_dim``.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class Shape:
     kv_dtype: str = "auto"
     groups: tuple[Group, ...] = ()
     has_biases: bool = False
+    value_dim: int | None = None
 
     def cache(
         self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
@@ -76,6 +78,7 @@ class Shape:
             device=self.device,
             kv_dtype=self.kv_dtype,
             has_biases=self.has_biases,
+            value_dim=self.value_dim,
         )
 
     @property
@@ -90,7 +93,12 @@ class Shape:
     @property
     def entry_bytes(self) -> int:
         """A key and a value as the model has them."""
-        return 2 * self.head_dim * self.dtype.itemsize
+        return sum(self.dims) * self.dtype.itemsize
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Numbers of a key and of a value."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     def formats(self, kv_dtype: str | None, page_size: int | None) -> list[tuple[str, int]]:
         """Formats of pages that may be chosen from, with their page sizes: the one that was given,
@@ -98,12 +106,12 @@ class Shape:
         this size."""
         if kv_dtype is not None:
             for name in Tiers.given(kv_dtype).formats:
-                check_kv_dtype(name, self.dtype, has_biases=self.has_biases)
+                check_kv_dtype(name, self.dtype, has_biases=self.has_biases, dims=self.dims)
             return [(kv_dtype, page_size_for(kv_dtype, page_size))]
         found = []
         for name in FROM_MANY_BITS:
             try:
-                check_kv_dtype(name, self.dtype, has_biases=self.has_biases)
+                check_kv_dtype(name, self.dtype, has_biases=self.has_biases, dims=self.dims)
                 found.append((name, page_size_for(name, page_size)))
             except ValueError:
                 continue

@@ -12,6 +12,11 @@ from adakv import shown
 
 _MOST_ROWS, _MOST_COLUMNS = 64, 120  # of a picture
 
+#: Fields of a layer that all layers share.
+SHARED = (
+    "pages", "page_positions", "key_scales", "value_scales", "page_biases", "value_pages",
+)  # fmt: skip
+
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. Nobody waits for it, unless it comes from a GPU to the host, which
@@ -38,6 +43,8 @@ class Layer(NamedTuple):
     ``lengths % P`` entries of each row, P keys, then P values. With all layers ``[L * B, ...]``.
     ``page_biases`` ``[N, P]`` float16, only of a cache that has biases: what attend adds to the
     logit of each slot's entry; shared.
+    ``value_pages`` ``[N, 1, P, Dv]``, only where values have a width Dv of their own: then
+    ``pages`` are ``[N, 1, P, D]``, keys alone; shared.
     """
 
     pages: Tensor
@@ -50,6 +57,13 @@ class Layer(NamedTuple):
     value_scales: Tensor | None = None
     tails: Tensor | None = None
     page_biases: Tensor | None = None
+    value_pages: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """``[N, P, Dv]``, the values or their codes in the slots of pages; their keys are
+        ``pages[:, 0]``."""
+        return self.pages[:, 1] if self.value_pages is None else self.value_pages[:, 0]
 
 
 class Source(NamedTuple):

@@ -131,7 +131,8 @@ class TieredCache:
         first = self.caches[0]
         self.kv_dtype = str(tiers)
         self.num_layers, self.num_sequences = first.num_layers, first.num_sequences
-        self.num_kv_heads, self.head_dim = first.num_kv_heads, first.head_dim
+        self.num_kv_heads = first.num_kv_heads
+        self.head_dim, self.value_dim = first.head_dim, first.value_dim
         self.dtype, self.device, self.page_size = first.dtype, first.device, first.page_size
 
     @property

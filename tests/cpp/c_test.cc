@@ -285,6 +285,7 @@ TEST(CFace, QuantisedPagesHaveScales) {
   EXPECT_EQ(layer.key_scales, nullptr);
   EXPECT_EQ(layer.value_scales, nullptr);
   EXPECT_EQ(layer.page_biases, nullptr);
+  EXPECT_EQ(layer.value_pages, nullptr);
   const size_t page_bytes = adakv_cache_page_bytes(cache);
   adakv_cache_destroy(cache);
   config.has_biases = 1;
@@ -296,6 +297,13 @@ TEST(CFace, QuantisedPagesHaveScales) {
   EXPECT_EQ(adakv_cache_page_bytes(cache), page_bytes + 2 * config.page_size);
   adakv_cache_destroy(cache);
   config.has_biases = 0;
+  config.value_dim = config.head_dim + 8;
+  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);
+  ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
+  EXPECT_EQ(layer.pages->shape[1], 1);
+  EXPECT_EQ(layer.value_pages->shape[3], config.value_dim);
+  adakv_cache_destroy(cache);
+  config.value_dim = 0;
   for (const AdakvPageFormat format : {ADAKV_INT8_PAGES, ADAKV_FP8_PAGES}) {
     config.format = format;
     ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);

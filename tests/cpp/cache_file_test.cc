@@ -85,11 +85,18 @@ TEST(Scanner, RefusesWhatIsNoJson) {
   }
 }
 
-class CacheFileOf : public testing::TestWithParam<PageFormat> {};
+/// A format, and the width of values beside keys of Saved::kDim.
+struct Kind {
+  PageFormat format;
+  int32_t value_dim = Saved::kDim;
+};
+
+class CacheFileOf : public testing::TestWithParam<Kind> {};
 
 TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
   const std::string path = place_for("whole"), again = place_for("again");
-  const Saved saved(GetParam());
+  const auto [format, value_dim] = GetParam();
+  const Saved saved(format, value_dim);
   save_cache(path, saved.cache, {{"model", "a\"b\\é"}}, {{"scores.0", saved.beside.view}});
   const CacheFile file(path);
   EXPECT_EQ(file.texts().at("model"), "a\"b\\é");
@@ -97,8 +104,9 @@ TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
   ASSERT_EQ(file.others(), std::vector<std::string>{"scores.0"});
   EXPECT_EQ(std::memcmp(file.other("scores.0").data, saved.beside.view.data, 12), 0);
   for (const int page_size : {0, 8, 64}) {
-    if (GetParam() == PageFormat::kInt4 && page_size != 0) continue;
+    if (format == PageFormat::kInt4 && page_size != 0) continue;
     CacheConfig config = file.config(5, page_size);
+    EXPECT_EQ(config.value_dim, value_dim);
     config.num_sequences = 4, config.num_pages += 200;
     KVCache cache(config, device_memory({}));
     file.load(cache, 1);
@@ -109,7 +117,7 @@ TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
     save_cache(again, *loaded.cache, {{"model", "a\"b\\é"}}, {{"scores.0", saved.beside.view}});
     EXPECT_EQ(bytes_of_file(again), bytes_of_file(path)) << page_size;
     EXPECT_EQ(cache.grow({0, 1, 1, 0}, 1), 1);
-    if (GetParam() != PageFormat::kPlain) continue;
+    if (format != PageFormat::kPlain || value_dim != Saved::kDim) continue;
     for (int h = 0; h < 2; ++h) {
       const auto got = entries_of(cache.layer(1), 2, h),
                  had = entries_of(saved.cache.layer(1), 1, h);
@@ -125,7 +133,7 @@ TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
 
 TEST_P(CacheFileOf, RefusesEveryBitThatWasChanged) {
   const std::string path = place_for("changed");
-  const Saved saved(GetParam());
+  const Saved saved(GetParam().format, GetParam().value_dim);
   save_cache(path, saved.cache, {{"model", "m"}});
   const std::string whole = bytes_of_file(path);
   const auto load = [&](const std::string& bytes) {
@@ -151,10 +159,14 @@ TEST_P(CacheFileOf, RefusesEveryBitThatWasChanged) {
   EXPECT_THROW(load(whole + "more"), Error);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Formats,
-    CacheFileOf,
-    testing::Values(PageFormat::kPlain, PageFormat::kInt8, PageFormat::kFp8, PageFormat::kInt4));
+INSTANTIATE_TEST_SUITE_P(Formats,
+                         CacheFileOf,
+                         testing::Values(Kind{PageFormat::kPlain},
+                                         Kind{PageFormat::kInt8},
+                                         Kind{PageFormat::kFp8},
+                                         Kind{PageFormat::kInt4},
+                                         Kind{PageFormat::kPlain, 8},
+                                         Kind{PageFormat::kInt8, 72}));
 
 TEST(CacheFile, SaysWhatIsWrong) {
   const std::string path = place_for("wrong");
@@ -184,6 +196,12 @@ TEST(CacheFile, SaysWhatIsWrong) {
       refusal([&] { file.load(other); }),
       "load: the cache must have 2 layers of 2 kv heads of 16 bfloat16, auto, got 2 layers of 2 "
       "kv heads of 16 float32, auto");
+  config = file.config(0);
+  config.value_dim = 8;
+  KVCache narrow(config, device_memory({}));
+  EXPECT_EQ(refusal([&] { file.load(narrow); }),
+            "load: the cache must have 2 layers of 2 kv heads of 16 bfloat16, auto, got 2 layers "
+            "of 2 kv heads of 16 and 8 bfloat16, auto");
   config = file.config(0);
   config.num_pages -= 1;
   KVCache small(config, device_memory({}));

@@ -34,7 +34,7 @@ TEST(KVCache, RefusesConfigsThatMakeNoSense) {
         +[](CacheConfig& c) { c.num_pages = 0; }, +[](CacheConfig& c) { c.max_row_pages = 0; },
         +[](CacheConfig& c) { c.page_size = 0; }, +[](CacheConfig& c) { c.num_layers = 1 << 17; },
         +[](CacheConfig& c) { c.num_sequences = std::numeric_limits<int32_t>::max(); },
-        +[](CacheConfig& c) { c.dtype = DType::kInt32; },
+        +[](CacheConfig& c) { c.dtype = DType::kInt32; }, +[](CacheConfig& c) { c.value_dim = 12; },
         +[](CacheConfig& c) { c.device = {DeviceType::kCuda, 0}; }}) {
     CacheConfig config = small_config();
     change(config);

@@ -20,18 +20,20 @@ struct Saved {
     TensorView view;
   } beside = {TensorView(numbers.data(), {3}, DType::kFloat32)};
 
-  explicit Saved(PageFormat format) : cache(config_of(format), device_memory({})) {
+  explicit Saved(PageFormat format, int32_t value_dim = kDim)
+      : cache(config_of(format, value_dim), device_memory({})) {
     std::mt19937 random(static_cast<uint32_t>(format));
     for (int32_t layer = 0; layer < kLayers; ++layer) compact_layer(layer, random);
   }
   Saved(const Saved&) = delete;
 
-  static CacheConfig config_of(PageFormat format) {
+  static CacheConfig config_of(PageFormat format, int32_t value_dim = kDim) {
     CacheConfig config;
     config.num_layers = kLayers;
     config.num_sequences = kBatch;
     config.num_kv_heads = kHeads;
     config.head_dim = kDim;
+    config.value_dim = value_dim;
     config.page_size = 32;
     config.num_pages = 64;
     config.max_row_pages = 8;
@@ -43,13 +45,14 @@ struct Saved {
  private:
   void compact_layer(int32_t layer, std::mt19937& random) {
     const int32_t lengths[] = {70, 32 + layer, 3, 65}, seen[] = {kTokens, 70};
-    std::vector<uint16_t> entries(size_t{2} * kBatch * kHeads * kTokens * kDim);
+    const int64_t widths[] = {kDim, cache.config().value_dim};
+    std::vector<uint16_t> entries(kBatch * kHeads * kTokens * (widths[0] + widths[1]));
     for (uint16_t& x : entries) {  // bfloat16 in -2 .. -1 and 1 .. 2
       x = static_cast<uint16_t>(0x3F80 | (random() & 0x7F) | (random() & 1) << 15);
     }
     const auto view = [&](size_t half) {
-      return TensorView(&entries[half * entries.size() / 2], {kBatch, kHeads, kTokens, kDim},
-                        DType::kBFloat16);
+      return TensorView(&entries[half * kBatch * kHeads * kTokens * kDim],
+                        {kBatch, kHeads, kTokens, widths[half]}, DType::kBFloat16);
     };
     std::vector<int32_t> positions, indptr = {0}, lens(seen, seen + kBatch);
     for (int r = 0; r < kBatch * kHeads; ++r) {

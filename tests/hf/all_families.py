@@ -91,7 +91,6 @@ REFUSED: list[tuple[str, str, str]] = [
     ("hides keys by a mask", "a mask made of all values", "doge"),
     ("bias of positions", "a bias of positions", "inkling_text inkling2_text"),
     ("index of its own", "blocks of keys chosen by an index", "minimax_m3_vl_text"),
-    ("values of .* numbers", "values of another width than keys", "mimo_v2_flash"),
     ("layers without common", "compressed attention of its own", "deepseek_v4"),
 ]
 

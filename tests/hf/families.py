@@ -83,6 +83,11 @@ FAMILIES = [
     Family("Glm", {"head_dim": 16}),
     Family("Starcoder2", {"sliding_window": None}),
     Family("SmolLM3"),
+    Family(
+        "MiMoV2Flash",
+        {"head_dim": 24, "v_head_dim": 16, "mlp_layer_types": ["dense"] * 4, **_mixed},
+        in_4_57=False,
+    ),
     Family("StableLm", in_4_57=False),  # looks its attention up in the interface since 5.0
 ]
 

@@ -59,7 +59,7 @@ def entries(cache: adakv.Cache, layer: int, b: int, h: int) -> tuple[Tensor, Ten
     kv: Any = cache.pages
     view = kv.layer(layer)
     return (
-        reference.row_of(view, b, h),
+        torch.stack(reference.row_of(view, b, h)),
         reference.biases_of(view, b, h),
         kv.positions(layer)[b][h].long(),
     )

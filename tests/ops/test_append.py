@@ -21,10 +21,12 @@ class Case:
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     kv_dtype: str = "auto"
+    value_dim: int | None = None
 
     def __str__(self) -> str:
         text = f"S{self.columns}-P{self.page_size}-D{self.head_dim}-{str(self.dtype)[6:]}"
         text += f"-{self.kv_dtype}-{self.lengths}"
+        text += "" if self.value_dim is None else f"-Dv{self.value_dim}"
         return text + (f"-new{self.num_new}" if self.num_new else "")
 
 
@@ -60,6 +62,15 @@ CASES = [
         )
     ),
     Case(lengths=((3,),) * 3, columns=512, head_dim=256, dtype=torch.bfloat16, kv_dtype="int8"),
+    *(
+        replace(case, dtype=dtype, kv_dtype=kv_dtype)
+        for dtype, kv_dtype in cases.FORMATS
+        for case in (
+            Case(value_dim=32),
+            Case(head_dim=192, value_dim=128, columns=40, num_new=(40, 0)),
+            Case(head_dim=8, value_dim=256, columns=3, page_size=8),
+        )
+    ),
 ]
 
 
@@ -69,15 +80,17 @@ def test_append_equals_the_definition(case: Case, device: torch.device) -> None:
         [list(row) for row in case.lengths],
         page_size=case.page_size,
         head_dim=case.head_dim,
+        value_dim=case.value_dim,
         dtype=case.dtype,
         kv_dtype=case.kv_dtype,
         new_tokens=case.columns,
         device=device,
     )
     batch, heads = layer.lengths.shape
-    shape = (batch, heads, case.columns, case.head_dim)
+    shape = (batch, heads, case.columns)
     keys, values = (
-        cases.noncontiguous(torch.randn(shape).to(device, case.dtype)) for _ in range(2)
+        cases.noncontiguous(torch.randn(*shape, dim).to(device, case.dtype))
+        for dim in (case.head_dim, case.value_dim or case.head_dim)
     )
     for b, count in enumerate(case.num_new or ()):  # left padding
         keys[b, :, : case.columns - count] = values[b, :, : case.columns - count] = float("nan")

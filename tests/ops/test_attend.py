@@ -36,6 +36,7 @@ class Case:
     softcap: float | None = None
     scale: float | None = None
     with_sinks: bool = False
+    value_dim: int | None = None
 
     def __str__(self) -> str:
         longest = max(map(max, self.lengths))
@@ -43,6 +44,8 @@ class Case:
         flags = [
             name for name in ("num_new", "softcap", "scale", "with_sinks") if getattr(self, name)
         ]
+        if self.value_dim is not None:
+            flags.append(f"Dv{self.value_dim}")
         return "-".join([shape, *flags])
 
 
@@ -66,6 +69,28 @@ CASES = [
     Case(new_tokens=70, lengths=((70, 300), (200, 111)), num_new=(70, 9), softcap=2.0),
     Case(new_tokens=40, lengths=((900,),), group=1, head_dim=128, page_size=32),
 ]
+#: Values narrower and wider than keys, which int4 doesn't hold.
+UNEVEN = [
+    Case(value_dim=32),
+    Case(head_dim=128, value_dim=64, group=8, page_size=32),
+    Case(head_dim=192, value_dim=128, group=2, lengths=((2000, 5, 70), (0, 0, 0), (1, 900, 0))),
+    Case(head_dim=64, value_dim=256, group=16, softcap=3.0, with_sinks=True),
+    Case(head_dim=8, value_dim=120, group=5, page_size=8),
+    Case(head_dim=256, value_dim=8, page_size=256, lengths=((700, 256, 1),)),
+    Case(
+        head_dim=192,
+        value_dim=128,
+        new_tokens=5,
+        lengths=((40, 300, 6), (9, 16, 33)),
+        num_new=(3, 5),
+    ),
+    Case(value_dim=32, new_tokens=70, lengths=((70, 300), (200, 111)), group=3, scale=0.3),
+]
+#: With the formats of pages.
+FORMATTED = [
+    *((case, *of) for case in CASES for of in FORMATS + INT4),
+    *((case, *of) for case in UNEVEN for of in FORMATS),
+]
 
 
 def schedule_of(layer: ops.Layer, **options: Any) -> Tensor:
@@ -83,6 +108,7 @@ def layer_of(case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
         [list(row) for row in case.lengths],
         page_size=case.page_size,
         head_dim=case.head_dim,
+        value_dim=case.value_dim,
         dtype=dtype,
         kv_dtype=kv_dtype,
         device=device,
@@ -105,8 +131,7 @@ def options_of(case: Case, device: torch.device) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + INT4, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "kv_dtype"), FORMATTED, ids=str)
 def test_attend_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
@@ -136,7 +161,7 @@ def test_attend_adds_biases_by_hand(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + UNEVEN, ids=str)
 def test_attend_with_biases_equals_definition(
     case: Case, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -165,13 +190,17 @@ def test_attend_keeps_infinite_values_in_their_dimension(group: int, device: tor
     assert_close(lse, expected_lse, baseline_lse, "lse")
 
 
+@pytest.mark.parametrize("value_dim", [64, 32], ids=lambda dim: f"Dv{dim}")
 @pytest.mark.parametrize("num_new", [None, (3, 1)], ids=str)
-def test_attend_appends_first(num_new: tuple[int, ...] | None, device: torch.device) -> None:
-    lengths = [[40, 15], [16, 100]]
-    layer = paged_layer(lengths, new_tokens=3, dtype=torch.bfloat16, device=device)
+def test_attend_appends_first(
+    num_new: tuple[int, ...] | None, value_dim: int, device: torch.device
+) -> None:
+    sizes = {"new_tokens": 3, "value_dim": value_dim}
+    layer = paged_layer([[40, 15], [16, 100]], dtype=torch.bfloat16, device=device, **sizes)
     by_hand = copied(layer)
     keys, values = (
-        noncontiguous(torch.randn(2, 2, 3, 64).to(device, torch.bfloat16)) for _ in "kv"
+        noncontiguous(torch.randn(2, 2, 3, dim).to(device, torch.bfloat16))
+        for dim in (64, value_dim)
     )
     queries = torch.randn(2, 8, 3, 64).to(device, torch.bfloat16)
     counts = None if num_new is None else int32(num_new, device)

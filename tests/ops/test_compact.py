@@ -23,10 +23,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     seq_lens: tuple[int, ...] | None = None
     kv_dtype: str = "auto"
+    value_dim: int | None = None
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.heads}-T{self.length}-b{self.most}-P{self.page_size}"
         text += f"-D{self.head_dim}-{str(self.dtype)[6:]}-{self.kv_dtype}"
+        text += "" if self.value_dim is None else f"-Dv{self.value_dim}"
         return text + ("-ragged" if self.seq_lens else "")
 
 
@@ -50,6 +52,15 @@ CASES = [
             Case(head_dim=96, seq_lens=(100, 17)),
             Case(length=32, most=32, head_dim=8),
             Case(length=300, most=250, head_dim=256),
+        )
+    ),
+    *(
+        replace(case, dtype=dtype, kv_dtype=kv_dtype)
+        for dtype, kv_dtype in cases.FORMATS
+        for case in (
+            Case(value_dim=32),
+            Case(head_dim=192, value_dim=128, page_size=32, seq_lens=(100, 17)),
+            Case(head_dim=8, value_dim=256, page_size=8),
         )
     ),
 ]
@@ -97,7 +108,8 @@ def test_compact_equals_the_definition(case: Case, full_pages: bool, device: tor
         dtype=case.dtype,
         seq_lens=case.seq_lens,
     )
-    keys, values = prompt.entries(device), prompt.entries(device)
+    keys = prompt.entries(device)
+    values = replace(prompt, head_dim=case.value_dim or case.head_dim).entries(device)
     kept = kept_of(case, device, full_pages)
     ids, indptr, num_pages = pages_of(case, kept, device)
     layer = cases.empty_layer(
@@ -107,6 +119,7 @@ def test_compact_equals_the_definition(case: Case, full_pages: bool, device: tor
         columns=-(-case.length // case.page_size) + 1,
         page_size=case.page_size,
         head_dim=case.head_dim,
+        value_dim=case.value_dim,
         dtype=case.dtype,
         kv_dtype=case.kv_dtype,
         device=device,
@@ -156,30 +169,33 @@ def test_compact_names_what_does_not_fit_and_changes_nothing() -> None:
 
 
 IN_PLACE = [
-    *((dtype, kv_dtype, 16, 64) for dtype, kv_dtype in cases.FORMATS),
-    (torch.bfloat16, "auto", 8, 128),
-    (torch.float16, "auto", 256, 80),
-    (torch.float32, "auto", 16, 256),
-    (torch.bfloat16, "int8", 32, 24),
-    (torch.float16, "fp8", 16, 256),
+    *((dtype, kv_dtype, 16, (64, 64)) for dtype, kv_dtype in cases.FORMATS),
+    (torch.bfloat16, "auto", 8, (128, 128)),
+    (torch.float16, "auto", 256, (80, 80)),
+    (torch.float32, "auto", 16, (256, 256)),
+    (torch.bfloat16, "int8", 32, (24, 24)),
+    (torch.float16, "fp8", 16, (256, 256)),
+    *((dtype, kv_dtype, 16, (192, 128)) for dtype, kv_dtype in cases.FORMATS),
+    (torch.bfloat16, "auto", 8, (24, 256)),
 ]
 
 
-@pytest.mark.parametrize("dtype, kv_dtype, page_size, head_dim", IN_PLACE, ids=str)
+@pytest.mark.parametrize("dtype, kv_dtype, page_size, widths", IN_PLACE, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.97, 1.0])
 def test_compact_in_place_equals_the_definition(
     share: float,
     dtype: torch.dtype,
     kv_dtype: str,
     page_size: int,
-    head_dim: int,
+    widths: tuple[int, int],
     device: torch.device,
 ) -> None:
     lengths = [[100, 1, 700, 16], [0, 64, 333, 2049], [5, 5, 5, 40]]
     layer = cases.paged_layer(
         lengths,
         page_size=page_size,
-        head_dim=head_dim,
+        head_dim=widths[0],
+        value_dim=widths[1],
         dtype=dtype,
         kv_dtype=kv_dtype,
         device=device,

@@ -219,14 +219,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "value_dim"),
+    [("auto", 16), ("int8", 16), ("fp8", 16), ("int4", 16), ("auto", 8), ("int8", 72)],
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fork_equals_the_definition(case: Case, kv_dtype: str, device: torch.device) -> None:
+def test_fork_equals_the_definition(
+    case: Case, kv_dtype: str, value_dim: int, device: torch.device
+) -> None:
     if kv_dtype == "int4" and case.back:
         pytest.skip("its keys share scales")
     dtype = torch.float32 if kv_dtype == "auto" else torch.bfloat16
     lengths, sources = [[17, 40, 24], [16, 32, 19], [0, 9, 1]], [1, 0, 1, 2]
-    settings = {"page_size": 8, "head_dim": 16, "dtype": dtype, "device": device}
+    settings = {"page_size": 8, "head_dim": 16, "value_dim": value_dim}
+    settings |= {"dtype": dtype, "device": device}
     source = cases.paged_layer(lengths, kv_dtype=kv_dtype, **settings)
     num_pages, _, page_size, _ = source.pages.shape
     back = case.back or (0,) * 4

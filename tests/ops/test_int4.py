@@ -171,7 +171,7 @@ def test_entries_are_read_out_of_pages_and_tails(dtype: torch.dtype, device: tor
     held = Held(layer, 200, dtype)
     for b, row in enumerate(lengths):
         for h, length in enumerate(row):
-            keys, values = reference.row_of(layer, b, h).float().to(dtype)
+            keys, values = (x.float().to(dtype) for x in reference.row_of(layer, b, h))
             torch.testing.assert_close(held.keys[b, h, :length].cpu(), keys)
             torch.testing.assert_close(held.values[b, h, :length].cpu(), values)
 

@@ -58,7 +58,8 @@ def written(x: Tensor, kv_dtype: str, device: torch.device) -> ops.Layer:
 def read(layer: ops.Layer) -> Tensor:
     """Keys and values ``[2, n, D]`` float64."""
     count = int(layer.lengths[0, 0])
-    return reference.entries_of(layer, layer.block_table[0, 0, : -(-count // 16)].long())[:, :count]
+    pages = layer.block_table[0, 0, : -(-count // 16)].long()
+    return torch.stack(reference.entries_of(layer, pages))[:, :count]
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
@@ -114,7 +115,7 @@ def test_every_code_is_the_nearest(dtype: torch.dtype, kv_dtype: str, device: to
     if kv_dtype == "int8":
         x, ends = x[:, :62], torch.cat([torch.zeros(len(x), 1), ends], 1)
     x = torch.cat([ends.to(dtype), x], 1)
-    codes = cases.row_entries(written(x, kv_dtype, device), 0, 0)[0]
+    codes = torch.stack(cases.row_entries(written(x, kv_dtype, device), 0, 0)[:2])
     if kv_dtype == "fp8":
         expected = x.float().to(torch.float8_e4m3fn)
     else:

@@ -175,11 +175,13 @@ HELD = [
 
 
 @pytest.mark.parametrize("dtype, kv_dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("value_dim", [None, 32], ids=["even", "Dv32"])
 @pytest.mark.parametrize("lengths, page_size, head_dim", HELD, ids=str)
 def test_score_of_what_rows_hold(
     lengths: list[list[int]],
     page_size: int,
     head_dim: int,
+    value_dim: int | None,
     dtype: torch.dtype,
     kv_dtype: str,
     device: torch.device,
@@ -188,6 +190,7 @@ def test_score_of_what_rows_hold(
         lengths,
         page_size=page_size,
         head_dim=head_dim,
+        value_dim=value_dim,
         dtype=dtype,
         kv_dtype=kv_dtype,
         device=device,

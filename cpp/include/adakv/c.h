@@ -89,7 +89,7 @@ typedef struct AdakvCacheConfig {
   int32_t num_layers;     /* of the model */
   int32_t num_sequences;  /* most sequences at a time */
   int32_t num_kv_heads;   /* of a layer */
-  int32_t head_dim;       /* a multiple of 8, at most 256 */
+  int32_t head_dim;       /* of queries and keys: a multiple of 8, at most 256 */
   int32_t page_size;      /* entries of a page: a power of two, 8 to 256; 16 is good */
   int32_t num_pages;      /* pages of the pool, over all layers */
   int32_t max_row_pages;  /* most pages of one row */
@@ -97,6 +97,7 @@ typedef struct AdakvCacheConfig {
   AdakvDevice device;     /* of all tensors */
   AdakvPageFormat format; /* 0: plain pages */
   int32_t has_biases;     /* 0; whether entries have a bias each, in plain pages */
+  int32_t value_dim;      /* of values, as head_dim, not of int4; 0: the same */
 } AdakvCacheConfig;
 
 /** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
@@ -149,6 +150,7 @@ typedef struct AdakvLayer {
   const AdakvTensor* value_scales; /* the same for values, int4 as int8 */
   const AdakvTensor* tails;        /* [B, Hkv, 2 P, D] int4 (all layers: L * B), else NULL */
   const AdakvTensor* page_biases;  /* [N, P] float16, if the cache has biases, else NULL */
+  const AdakvTensor* value_pages;  /* [N, 1, P, Dv] beside pages [N, 1, P, D], or NULL: Dv is D */
 } AdakvLayer;
 
 /** Pages of several sequences in host memory, ids[indptr[i]] up to ids[indptr[i + 1]] of sequence i.
@@ -216,8 +218,7 @@ AdakvStatus adakv_cache_pages_to_grow(const AdakvCache* cache,
                                       const int32_t* num_new,
                                       int64_t* pages);
 
-/** Columns of the block table that the longest row may need after that: what max_row_pages has to
- * be. */
+/** Columns of the block table that the longest row may need after that: the least max_row_pages. */
 AdakvStatus adakv_cache_row_pages_to_grow(const AdakvCache* cache,
                                           const int32_t* num_new,
                                           int64_t* pages);
@@ -242,8 +243,7 @@ AdakvStatus adakv_cache_fork(AdakvCache* cache,
                              int32_t* stretch);
 
 /** The same, but the branches are sequences of this cache from `first_sequence` on, which must be empty:
- * adakv_fork() fills rows of its own layers. `pages` are good until the cache's next call that gives
- * some. */
+ * adakv_fork() fills rows of its own layers. `pages` are good until the next call that gives some. */
 AdakvStatus adakv_cache_fork_into(AdakvCache* cache,
                                   int32_t first_sequence,
                                   const int32_t* sources,
@@ -326,8 +326,8 @@ typedef struct AdakvScoreArgs {
 
 /** What adakv_value_norm() takes: ValueNormArgs of ops.h. */
 typedef struct AdakvValueNormArgs {
-  const AdakvTensor* values;   /* [B, Hkv, T, D] */
-  const AdakvTensor* w_o;      /* [E, Hq * D] */
+  const AdakvTensor* values;   /* [B, Hkv, T, Dv] */
+  const AdakvTensor* w_o;      /* [E, Hq * Dv] */
   const AdakvTensor* seq_lens; /* [B] int32, optional */
   AdakvNorm norm;              /* exact, or by a Gram matrix */
   const AdakvTensor* norms;    /* [B, Hkv, T] float32, out */
@@ -369,7 +369,7 @@ typedef struct AdakvSelectArgs {
 /** What adakv_compact() takes: CompactArgs of ops.h. */
 typedef struct AdakvCompactArgs {
   const AdakvTensor* keys;      /* [B, Hkv, T, D]; NULL: in place, positions are slots */
-  const AdakvTensor* values;    /* [B, Hkv, T, D]; NULL with keys */
+  const AdakvTensor* values;    /* [B, Hkv, T, Dv]; NULL with keys */
   const AdakvTensor* positions; /* [K] int32 */
   const AdakvTensor* indptr;    /* [B * Hkv + 1] int32 */
   const AdakvTensor* seq_lens;  /* [B] int32, optional */
@@ -385,7 +385,7 @@ typedef struct AdakvCompactArgs {
 /** What adakv_append() takes: AppendArgs of ops.h. */
 typedef struct AdakvAppendArgs {
   const AdakvTensor* keys;    /* [B, Hkv, S, D] */
-  const AdakvTensor* values;  /* [B, Hkv, S, D] */
+  const AdakvTensor* values;  /* [B, Hkv, S, Dv] */
   const AdakvTensor* num_new; /* [B] int32, optional */
   AdakvLayer layer;           /* in and out */
   void* stream;               /* a cudaStream_t; NULL on the CPU */
@@ -426,7 +426,7 @@ typedef struct AdakvAttendArgs {
   AdakvLayer layer;               /* in; in and out if keys are given */
   const AdakvTensor* schedule;    /* [X] int32, of this layer; counted in */
   const AdakvTensor* keys;        /* [B, Hkv, S, D], optional */
-  const AdakvTensor* values;      /* [B, Hkv, S, D], optional */
+  const AdakvTensor* values;      /* [B, Hkv, S, Dv], optional */
   const AdakvTensor* num_new;     /* [B] int32, optional */
   const AdakvTensor* sink_logits; /* [Hq] float32, optional */
   float scale;                    /* 0: 1 / sqrt(D) */
@@ -437,9 +437,9 @@ typedef struct AdakvAttendArgs {
   AdakvReduce group_reduce;       /* over the q heads of a group, for accumulated */
   float decay;                    /* 1; of a sum, from token to token */
   float threshold;                /* of ADAKV_KEEP_LAST; 0: 1 / number of tokens */
-  const AdakvTensor* others_out;  /* [B, Hq, S, D], optional: what other entries gave */
+  const AdakvTensor* others_out;  /* [B, Hq, S, Dv], optional: what other entries gave */
   const AdakvTensor* others_lse;  /* [B, Hq, S] float32, with it */
-  const AdakvTensor* out;         /* [B, Hq, S, D], out */
+  const AdakvTensor* out;         /* [B, Hq, S, Dv], out */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional without accumulated */
   const AdakvTensor* accumulated; /* [B, Hkv, T] float32, in and out, optional; T >= M * P */
   void* workspace;                /* scratch memory on the tensors' device */

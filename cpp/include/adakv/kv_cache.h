@@ -51,8 +51,8 @@ constexpr int32_t kScaleGroup = 64;
 constexpr int32_t kInt4PageSize = 32;
 
 /// 16-bit numbers that a value has beside its codes, and but for kInt4 a key.
-constexpr int64_t num_scales(PageFormat format, int64_t head_dim) {
-  const int64_t groups = (head_dim + kScaleGroup - 1) / kScaleGroup;
+constexpr int64_t num_scales(PageFormat format, int64_t width) {
+  const int64_t groups = (width + kScaleGroup - 1) / kScaleGroup;
   return format == PageFormat::kPlain ? 0 : format == PageFormat::kFp8 ? groups : 2 * groups;
 }
 
@@ -62,23 +62,24 @@ struct CacheConfig {
   int32_t num_layers = 0;          // with full attention: those that hold compressed entries
   int32_t num_sequences = 0;       // most sequences at a time
   int32_t num_kv_heads = 0;        // of each layer
-  int32_t head_dim = 0;            // a multiple of 8, at most 256
+  int32_t head_dim = 0;            // of queries and keys: a multiple of 8, at most 256
   int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256; of kInt4 32
   int32_t num_pages = 0;           // pages of the pool, over all layers
   int32_t max_row_pages = 0;       // most pages of one row
   DType dtype = DType::kBFloat16;  // of keys and values; kFloat32 only in plain pages
   PageFormat format = PageFormat::kPlain;  // of the pages
   bool has_biases = false;                 // one for each entry; only in plain pages
+  int32_t value_dim = 0;                   // of values, as head_dim; 0: the same. Not of kInt4
   Device device = {};                      // where the tensors live: that of the Memory
 };
 
 /// The tensors of one layer (or of some of its sequences). Letters: B sequences, N pages, M most
-/// pages of a row, P page size, Z = ceil(D / 64) scale groups. What is [N, ...] is shared by all
-/// layers.
+/// pages of a row, P page size, D and Dv dimensions of a key and of a value, Z = ceil(D / 64) scale
+/// groups. What is [N, ...] is shared by all layers.
 struct LayerView {
   /// [N, 2, P, D]  keys, then values, of one row each: of the dtype of keys and values, or their
   /// codes, uint8 (int8) or float8 (fp8). [N, 2, P, D / 2] uint8 (int4): two codes a byte, that of
-  /// the dimension before in the low half
+  /// the dimension before in the low half. [N, 1, P, D] keys alone, where there are value_pages
   TensorView pages;
   /// [N, P] int32  where the entry of each slot stood in its sequence
   TensorView page_positions;
@@ -104,6 +105,11 @@ struct LayerView {
   /// [N, P] float16  what attend adds to the logit of each slot's entry, a finite number; only where
   /// the config has_biases
   TensorView page_biases;
+  /// [N, 1, P, Dv]  values, of the dtype of pages and as far apart; only where Dv isn't D
+  TensorView value_pages;
+
+  /// [N, 1, P, Dv]  values, or their codes, wherever they lie.
+  TensorView values() const { return value_pages ? value_pages : pages.narrow(1, 1, 1); }
 
   /// What the pages hold, which their dtype says, and whether there are tails.
   PageFormat format() const {

@@ -12,8 +12,8 @@
 // unless said.
 //
 // Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads,
-// Hkv kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), E model width, P page
-// size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
+// Hkv kv heads, G = Hq / Hkv, D dimensions of a query and a key, Dv of a value (multiples of 8, at most
+// 256; D unless the layer has value_pages), E model width, P page size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
 // whole batch, L layers, Z = ceil(D / 64) scale groups of an entry in quantised pages. A row is one
 // (sequence, kv head) pair. The last dimension of every tensor is contiguous; other strides are
 // free.
@@ -88,8 +88,8 @@ void score(const ScoreArgs& args);
 ///             Wo[q] = w_o[:, q*D : (q+1)*D]^T
 ///   kL2Gram:  norms[h,t] = sqrt(v G_h v^T),  G_h = mean over q of Wo[q] Wo[q]^T; far cheaper
 struct ValueNormArgs {
-  TensorView values;        // [B, Hkv, T, D]
-  TensorView w_o;           // [E, Hq * D]   weight of the output projection as torch stores it
+  TensorView values;        // [B, Hkv, T, Dv]
+  TensorView w_o;           // [E, Hq * Dv]   weight of the output projection as torch stores it
   TensorView seq_lens;      // [B] int32     not given: all T
   Norm norm = Norm::kL1;    // which of the two formulas
   TensorView norms;         // [B, Hkv, T] float32, out; -inf at t >= seq_len
@@ -161,7 +161,7 @@ void select(const SelectArgs& args);
 /// them are the fresh pages. seen stays as it is. Not of int4, where a page's keys share scales.
 struct CompactArgs {
   TensorView keys;         // [B, Hkv, T, D]  optional, with values
-  TensorView values;       // [B, Hkv, T, D]
+  TensorView values;       // [B, Hkv, T, Dv]
   TensorView positions;    // [K] int32
   TensorView indptr;       // [B * Hkv + 1] int32
   TensorView seq_lens;     // [B] int32   not given: all T
@@ -206,7 +206,7 @@ void fork(const ForkArgs& args);
 /// which becomes codes as soon as it is full.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
-  TensorView values;        // [B, Hkv, S, D]
+  TensorView values;        // [B, Hkv, S, Dv]
   TensorView num_new;       // [B] int32, 0 .. S; not given: all S
   LayerView layer;          // in and out: all but fresh_pages
   Stream stream = nullptr;  // where CUDA work is put
@@ -270,7 +270,7 @@ struct AttendArgs {
   LayerView layer;         // in; in and out if keys are given
   TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, of this layer
   TensorView keys;         // [B, Hkv, S, D]  optional: the new tokens' keys
-  TensorView values;       // [B, Hkv, S, D]  optional: the new tokens' values
+  TensorView values;       // [B, Hkv, S, Dv]  optional: the new tokens' values
   TensorView num_new;      // [B] int32, 0 .. S; not given: all S
   TensorView sink_logits;  // [Hq] float32    optional
   float scale = 0.f;       // 0: 1 / sqrt(D)
@@ -282,9 +282,9 @@ struct AttendArgs {
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
   float threshold = 0.f;                     // of kLast; 0: 1 / i
-  TensorView others_out;    // [B, Hq, S, D]  optional, without keys, sink_logits and accumulated
+  TensorView others_out;    // [B, Hq, S, Dv]  optional, without keys, sink_logits and accumulated
   TensorView others_lse;    // [B, Hq, S] float32, with others_out
-  TensorView out;           // [B, Hq, S, D], out
+  TensorView out;           // [B, Hq, S, Dv], out
   TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
   TensorView accumulated;   // [B, Hkv, T] float32, out and in, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32

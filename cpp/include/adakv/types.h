@@ -79,6 +79,9 @@ struct TensorView {
     return static_cast<int64_t>(n);
   }
 
+  /// Bytes of its elements.
+  size_t bytes() const { return static_cast<size_t>(size()) * dtype_size(dtype); }
+
   /// Sets the strides of a contiguous tensor.
   void make_contiguous();
 

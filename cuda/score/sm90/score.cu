@@ -383,8 +383,10 @@ CUtensorMap held_keys(const ScoreArgs& args, int32_t rows) {
   const TensorView& pages = args.layer.pages;
   const auto size = [&](int i) { return static_cast<uint64_t>(pages.shape[i]); };
   const uint64_t bytes = dtype_size(pages.dtype), slot = size(3) * bytes;
-  const TensorMapShape<4> shape = {{size(3), size(2), 2, std::max<uint64_t>(size(0), 1)},
-                                   {slot, size(2) * slot, 2 * size(2) * slot},
+  // Strides of dimensions of one element mean nothing.
+  const uint64_t page = size(0) > 1 ? pages.stride[0] * bytes : size(1) * size(2) * slot;
+  const TensorMapShape<4> shape = {{size(3), size(2), size(1), std::max<uint64_t>(size(0), 1)},
+                                   {slot, size(2) * slot, page},
                                    {kPanelColumns, static_cast<uint32_t>(rows), 1, 1}};
   return encode_tensor_map("score", pages.data, shape);
 }

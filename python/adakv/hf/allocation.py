@@ -104,11 +104,12 @@ class Allocation:
                     "entries stay in the tier that they are in"
                 )
 
-    def check_keys(self, dtype: torch.dtype) -> None:
-        """Raises ``ValueError`` if pages of its format don't take keys and values like these."""
+    def check_keys(self, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+        """Raises ``ValueError`` if pages of its format don't take keys and values like these, of so
+        many numbers each."""
         if self._kv_dtype is not None:
             for name in Tiers.given(self._kv_dtype).formats:
-                check_kv_dtype(name, dtype)
+                check_kv_dtype(name, dtype, dims=dims)
 
     def decide(
         self,
@@ -136,7 +137,7 @@ class Allocation:
         new : int, optional
             Tokens behind the prompts that rows have room for. Default: as :meth:`make` has it.
         """
-        self.check_keys(shape.dtype)
+        self.check_keys(shape.dtype, shape.dims)
         if not isinstance(budget, ByteBudget):
             return budget
         formats, columns = shape.formats(self._kv_dtype, self._page_size), 0

@@ -201,7 +201,7 @@ class Cache(ShownCache):
         self._seen: list[int] = []  # tokens of each sequence, without padding
         self.prompt_lens: list[int] = []  # of these, those of its prompt
         self._signature: tuple[Any, ...] | None = None  # of the first keys, which may be sliding
-        self._heads: tuple[int, int] | None = None  # kv heads and head dim of full attention
+        self._heads: tuple[int, int, int] | None = None  # of full attention: kv heads, D, Dv
         self._num_forwards = 0
         self.notices = Notices()
         self._was_asked = False  # how long it is, since it was last given keys
@@ -216,11 +216,11 @@ class Cache(ShownCache):
         if torch.compiler.is_compiling():
             return eagerly(self.update, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self._with_keys[0]:
-            self._begin_forward(key_states, value_states.dtype)
+            self._begin_forward(key_states, value_states)
         elif layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers: it is of another model")
         if self._heads is None and isinstance(self.layers[layer_idx], FullAttentionLayer):
-            self._heads = (key_states.shape[1], key_states.shape[3])
+            self._heads = (*key_states.shape[1::2], value_states.shape[3])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -311,22 +311,22 @@ class Cache(ShownCache):
         if len(self._full) < len(self.layers):
             raise ValueError(f"model: {reason}")
 
-    def _begin_forward(self, keys: Tensor, dtype: torch.dtype) -> None:
-        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, to be stored in ``dtype``,
-        before any layer is changed."""
+    def _begin_forward(self, keys: Tensor, values: Tensor) -> None:
+        """Finds what would go wrong with new keys ``[B, Hkv, S, D]``, to be stored in the dtype of
+        values ``[B, Hkv, S, Dv]``, before any layer is changed."""
         if not self._states.are_ahead(self._num_forwards):  # else it has been done
             self._check_whole()
         if keys.requires_grad:
             raise ValueError(_FOR_INFERENCE)
         batch, heads, columns, head_dim = keys.shape
-        signature = (batch, heads, head_dim, dtype, keys.device)
+        signature = (batch, heads, head_dim, values.dtype, keys.device)
         if self._signature not in (None, signature):
             raise ValueError(
                 "batch, kv heads, head dim, dtype and device must stay what they were for the "
                 f"prompt, {self._signature}, got {signature}"
             )
         if self._signature is None:
-            self._allocation.check_keys(dtype)
+            self._allocation.check_keys(values.dtype, (head_dim, values.shape[3]))
         had = max(self.seen, default=0)
         long_rope.check_growth(self.rope_limit, had, had + columns, what="the text")
         self._was_asked = False
@@ -488,8 +488,9 @@ class Cache(ShownCache):
         """What layers put into plain pages."""
         assert self._signature is not None and self._heads is not None
         *_, dtype, device = self._signature
-        shape = Shape(len(self._full), *self._heads, dtype, device, groups=self._groups)
-        return replace(shape, has_biases=self.budget.policy.has_biases)
+        heads, dim, value_dim = self._heads
+        shape = Shape(len(self._full), heads, dim, dtype, device, groups=self._groups)
+        return replace(shape, has_biases=self.budget.policy.has_biases, value_dim=value_dim)
 
     @property
     def _slots(self) -> slice:

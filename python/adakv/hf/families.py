@@ -109,24 +109,25 @@ def full_attention(cache_layers: Sequence[object]) -> list[int]:
 def check_heads(model: torch.nn.Module, full: Sequence[int]) -> None:
     """Raises ``ValueError`` unless the heads of the full-attention layers suit the kernels."""
     name, seen = type(model).__name__, set()
-    for module in attention_modules(model, full):
-        dim = getattr(module, "head_dim", None)
-        value_dim = getattr(module, "v_head_dim", dim)
-        if not isinstance(dim, int):
-            continue
-        if value_dim != dim:
-            raise ValueError(
-                f"model: {name} has values of {value_dim} numbers and keys of {dim}; "
-                "adakv needs as many"
-            )
-        if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
-            raise ValueError(
-                f"model: {name} has full attention with heads of {dim} numbers; adakv has kernels "
-                f"for multiples of 8 up to {MAX_HEAD_DIM}"
-            )
-        seen.add(dim)
+    for dims in filter(None, map(head_dims, attention_modules(model, full))):
+        for dim in dims:
+            if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
+                raise ValueError(
+                    f"model: {name} has full attention with heads of {dim} numbers; adakv has "
+                    f"kernels for multiples of 8 up to {MAX_HEAD_DIM}"
+                )
+        seen.add(dims)
     if len(seen) > 1:
-        raise ValueError(f"model: {name} has full-attention layers with different heads: {seen}")
+        raise ValueError(
+            f"model: {name} has full-attention layers with different heads (of keys, of values): "
+            f"{seen}"
+        )
+
+
+def head_dims(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Numbers of a key and of a value, if an attention module says them of itself."""
+    dim = getattr(module, "head_dim", None)
+    return (dim, int(getattr(module, "v_head_dim", dim))) if isinstance(dim, int) else None
 
 
 def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.nn.Module]:

@@ -83,12 +83,13 @@ def _rows(name: str, given: Any, sizes: dict[str, int]) -> Any:
 
 def _shape_of(cache: Any, keys: list[list[list[Tensor]]]) -> Shape:
     """The shape of a cache whose entries are as the model has them."""
-    cache._allocation.check_keys(cache.model.dtype)
     modules = families.attention_modules(cache.model, range(len(cache.layers)))
-    dims = [getattr(x, "head_dim", None) for x in modules]
-    dim = next((int(x) for x in dims if isinstance(x, int)), keys[0][0][0].shape[-1])
+    given = keys[0][0][0].shape[-1]
+    dim, value_dim = next(filter(None, map(families.head_dims, modules)), (given, given))
     device = next(cache.model.parameters()).device
-    return Shape(len(keys), len(keys[0][0]), dim, cache.model.dtype, device)
+    cache._allocation.check_keys(cache.model.dtype, (dim, value_dim))
+    shape = Shape(len(keys), len(keys[0][0]), dim, cache.model.dtype, device)
+    return replace(shape, value_dim=value_dim)
 
 
 def _layer(index: int, rows: Sequence[Any], seen: list[int], shape: Shape) -> _Given:
@@ -99,8 +100,8 @@ def _layer(index: int, rows: Sequence[Any], seen: list[int], shape: Shape) -> _G
             keys, values, positions, *bias = (x[b][h] for x in rows)
             length = lengths[b, h] = keys.shape[0] if keys.dim() else 0
             row = f"[{index}][{b}][{h}]"
-            _check_numbers(f"keys{row}", keys, [int(length), shape.head_dim], shape.dtype)
-            _check_numbers(f"values{row}", values, [int(length), shape.head_dim], shape.dtype)
+            _check_numbers(f"keys{row}", keys, [int(length), shape.dims[0]], shape.dtype)
+            _check_numbers(f"values{row}", values, [int(length), shape.dims[1]], shape.dtype)
             _check_positions(f"positions{row}", positions, int(length), count)
             for x in bias:
                 _check_bias(f"bias{row}", x, int(length))

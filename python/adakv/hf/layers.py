@@ -186,7 +186,7 @@ def attend_to_prompt(
     else:
         result, lse = attend(), None
     query, key = query.to(value.dtype), key.to(value.dtype)
-    width = query.shape[1] * query.shape[3]
+    width = query.shape[1] * value.shape[3]
     w_o = partial(families.output_projection, module, width, value.new_empty(0))
     return result, Part(query, lambda: (key, value), attention_of(kwargs), w_o, lse)
 
@@ -213,7 +213,7 @@ def contents(
     kv_dtype = None
     if kv is not None:
         full = kv.lengths(slots)
-        entry_bytes = 2 * kv.head_dim * kv.dtype.itemsize
+        entry_bytes = (kv.head_dim + kv.value_dim) * kv.dtype.itemsize
         bytes_used, pages_used, kv_dtype = kv.bytes_used, kv.pages_used, kv.kv_dtype
     lengths = [
         full[layer.index]

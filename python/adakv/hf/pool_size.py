@@ -43,11 +43,13 @@ def shape_of(model: PreTrainedModel) -> Shape:
     look = _Look(config=model.config)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), **{CACHE: look})
-    shapes = {shape[:3] for shape in look.shapes}
+    shapes = {shape[:4] for shape in look.shapes}
     if len(shapes) > 1:
         raise ValueError(f"model: its layers have keys of different kinds: {shapes}")
-    devices = [shape[3] for shape in look.shapes]
-    return Shape(len(devices), *shapes.pop(), devices[0], groups=groups_of(devices))
+    devices = [shape[4] for shape in look.shapes]
+    heads, dim, value_dim, dtype = shapes.pop()
+    shape = Shape(len(devices), heads, dim, dtype, devices[0], groups=groups_of(devices))
+    return replace(shape, value_dim=value_dim)
 
 
 class _Look(DynamicCache):
@@ -55,13 +57,14 @@ class _Look(DynamicCache):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.shapes: list[tuple[int, int, torch.dtype, torch.device]] = []
+        self.shapes: list[tuple[int, int, int, torch.dtype, torch.device]] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         _, heads, _, head_dim = key_states.shape
-        self.shapes.append((heads, head_dim, value_states.dtype, value_states.device))
+        kind = value_states.dtype, value_states.device
+        self.shapes.append((heads, head_dim, value_states.shape[3], *kind))
         return key_states, value_states
 
 

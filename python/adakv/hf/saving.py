@@ -81,9 +81,10 @@ def load(
     layers, batch, heads = lengths.shape
     count = sum(isinstance(layer, FullAttentionLayer) for layer in cache.layers)
     file.check(layers == count, f"it has {layers} layers, the model {count}")
-    dim, dtype = file.json("shape")[3], getattr(torch, file.text("dtype"))
+    dims, dtype = file.json("shape")[3:], getattr(torch, file.text("dtype"))
     device = next(cache.model.parameters()).device
-    shape = Shape(layers, heads, dim, dtype, device, kv_dtype, has_biases=file.has_biases)
+    more: dict[str, Any] = {"has_biases": file.has_biases, "value_dim": dims[-1]}
+    shape = Shape(layers, heads, dims[0], dtype, device, kv_dtype, **more)
     prompts = file.ints("prompt_lens", batch, 0, _MOST_TOKENS)
     columns = file.json("columns")
     is_count = type(columns) is int and max(seen) <= columns <= _MOST_TOKENS

@@ -24,7 +24,7 @@ class ShownCache(StoredCache):
     reading: Reader | None
     layers: list[Any]
     model_config: Any
-    _heads: tuple[int, int] | None
+    _heads: tuple[int, int, int] | None
     _kv: AnyCache | None
 
     @property

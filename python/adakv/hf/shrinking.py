@@ -45,7 +45,7 @@ def _attention(cache: Any) -> list[Attention]:
     if "w_o" not in cache.budget.policy.needs:
         return layers
     full = [i for i, x in enumerate(cache.layers) if isinstance(x, FullAttentionLayer)]
-    width = int(cache.model_config.num_attention_heads) * cache._kv.head_dim
+    width = int(cache.model_config.num_attention_heads) * cache._kv.value_dim
     like = torch.empty(0, dtype=cache._kv.dtype, device=cache.model.device)
     projections = families.output_projections(cache.model, full, width, like)
     return [x._replace(w_o=w_o) for x, w_o in zip(layers, projections, strict=True)]

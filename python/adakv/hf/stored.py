@@ -162,7 +162,7 @@ class StoredCache(BranchingCache):
         cache: Any = self
         cache._kv, cache._seen, cache.prompt_lens = kv, seen, prompt_lens
         cache._first, cache.reading = first_sequence, None
-        cache._heads = kv.num_kv_heads, kv.head_dim
+        cache._heads = kv.num_kv_heads, kv.head_dim, kv.value_dim
         cache._num_forwards = 2  # what comes now is not taken for more of the prompt
         for layer in cache._full:
             layer.num_seen, layer.attention = columns, UNKNOWN

@@ -31,7 +31,7 @@ class LayerInputs:
     queries : ``[B, Hq, W, D]``
         Of the window, after RoPE: row w of sequence b is at position ``prompt_lens[b] - W + w``.
         ``[B, Hq, T, D]``, of all positions, if "all_queries" is in :attr:`Policy.needs`.
-    keys, values : ``[B, Hkv, T, D]``
+    keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``
         The prompt, keys after RoPE, padded at the end.
     w_o : ``[E, Hq * D]``, optional
         Weight of the output projection; read only if "w_o" is in :attr:`Policy.needs`.
@@ -94,9 +94,9 @@ class LayerInputs:
     _candidates: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+        if self.keys.dim() != 4 or self.keys.shape[:3] != self.values.shape[:-1]:
             raise ValueError(
-                "keys and values must both be [B, Hkv, T, D], "
+                "keys and values must be [B, Hkv, T, D] and [B, Hkv, T, Dv], "
                 f"got {list(self.keys.shape)} and {list(self.values.shape)}"
             )
         batch, _, length, _ = self.keys.shape
@@ -232,11 +232,13 @@ class LayerInputs:
         """
         count = keys.shape[2]
         places = self.ends[..., None] + torch.arange(count, device=self.device)
-        places = places[..., None].expand_as(keys)
-        joined = torch.cat([self.keys, keys], 2).scatter_(2, places, keys)
-        of_values = joined
-        if values is not None:
-            of_values = torch.cat([self.values, values], 2).scatter_(2, places, values)
+
+        def joined_with(before: Tensor, new: Tensor) -> Tensor:
+            index = places[..., None].expand_as(new)
+            return torch.cat([before, new], 2).scatter_(2, index, new)
+
+        joined = joined_with(self.keys, keys)
+        of_values = joined if values is None else joined_with(self.values, values)
         return LayerInputs(
             queries,
             joined,

@@ -70,7 +70,8 @@ class LearnedScorer:
         """What the file has for a layer, which it was trained for."""
         layers = read(self.file, inputs.device, _trained).layers
         heads, head_dim = inputs.num_kv_heads, inputs.queries.shape[3]
-        width = 2 * head_dim + NUM_STATISTICS * (inputs.queries.shape[1] // heads)
+        entry = head_dim + inputs.values.shape[3]
+        width = entry + NUM_STATISTICS * (inputs.queries.shape[1] // heads)
         found = len(layers), *layers[0].fc1.shape[:2]
         expected = inputs.num_layers, heads, width
         if found != expected:
@@ -93,7 +94,7 @@ def features(inputs: LayerInputs, window: int) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    features : ``[B, Hkv, T, 2 * D + 8 * G]`` float32
+    features : ``[B, Hkv, T, D + Dv + 8 * G]`` float32
         An entry's key and value, and behind them of its attention from each q head of the group:
         the largest, the smallest and the sum over the window's queries, the sums over the last 16,
         8 and 32, the sum over all queries so far, and the same with all that was there before
