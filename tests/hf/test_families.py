@@ -5,6 +5,7 @@ All of tests/hf was run with transformers 4.57.6, 5.23.0 and 5.24.0, if not ever
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,47 @@ def test_full_budget_is_as_exact_as_the_eager_model(family: Family, dtype: torch
     with adakv.attach(model):
         actual = forced_logits(model, adakv.Cache(model, budget=40), tokens)
     assert_close(actual, expected, baseline)
+
+
+MIMO = next(family for family in FAMILIES if family.prefix == "MiMoV2Flash")
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not MIMO.is_available, reason="4.57 lacks it")
+def test_narrow_values_are_weighed_shrunk_forked_and_saved(tmp_path: Path) -> None:
+    """Keys of 24 numbers and values of 16: the output projection is ``[E, Hq * 16]``."""
+    model, tokens = MIMO.model(), torch.randint(3, VOCAB, (2, 60))
+    with adakv.attach(model):
+        cache = adakv.Cache(model, "critical_ada_snapkv", budget=50, keep_scores=True)
+        model(tokens, past_key_values=cache)
+        model(tokens[:, :1], past_key_values=cache)
+        assert cache.stats()["full_bytes"] == 2 * 61 * 2 * 2 * (24 + 16) * 4
+        cache.shrink(budget=40)
+        cache.save(tmp_path / "mimo.adakv")
+        loaded = adakv.Cache.load(model, tmp_path / "mimo.adakv")
+        fork = loaded.fork(1)[0]
+        expected = model(tokens[:, 1:2], past_key_values=cache).logits
+        for other in (loaded, fork):
+            assert torch.equal(model(tokens[:, 1:2], past_key_values=other).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not MIMO.is_available, reason="4.57 lacks it")
+def test_narrow_values_are_quantised_but_for_int4() -> None:
+    model, tokens = MIMO.model().bfloat16(), torch.randint(3, VOCAB, (2, 60))
+    sizes = {}
+    with adakv.attach(model):
+        for kv_dtype in ("auto", "int8", "fp8"):
+            cache = adakv.Cache(model, "ada_snapkv", budget=40, kv_dtype=kv_dtype, page_size=32)
+            model(tokens, past_key_values=cache)
+            model(tokens[:, :1], past_key_values=cache)
+            sizes[kv_dtype] = cache.stats()["bytes"]
+        assert sizes["fp8"] < sizes["int8"] < sizes["auto"]
+        by_bytes = adakv.Cache(model, "ada_snapkv", budget_bytes=sizes["int8"] * 9 // 10)
+        model(tokens, past_key_values=by_bytes)
+        model(tokens[:, :1], past_key_values=by_bytes)
+        assert by_bytes.stats()["kv_dtype"] in ("auto", "int8")
+        int4 = adakv.Cache(model, "ada_snapkv", budget=40, kv_dtype="int4")
+        with pytest.raises(ValueError, match="values that are as wide as keys, got 16 and 24"):
+            model(tokens, past_key_values=int4)
+    assert int4.stats()["seen"] == []
