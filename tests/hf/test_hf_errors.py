@@ -252,7 +252,7 @@ else:
             {**TINY, **_WIDE, **_PER_LAYER, "global_head_dim": 16, "num_kv_shared_layers": 2},
             "shares keys and values between layers",
         ),
-        ("MiMoV2Flash", {**TINY, "head_dim": 16, "v_head_dim": 8}, "values of 8 .* keys of 16"),
+        ("MiMoV2Flash", {**TINY, "head_dim": 16, "v_head_dim": 12}, "heads of 12 numbers"),
     ]
 
 
