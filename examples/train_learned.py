@@ -27,8 +27,7 @@ import torch.nn.functional as F
 import training
 from torch import Tensor
 
-import adakv
-from adakv.policy import LayerInputs, Need, Policy, TopScore, Uniform
+from adakv.policy import LayerInputs, Need
 from adakv.policy.attention import attention
 from adakv.policy.learned import NUM_STATISTICS, features
 
@@ -109,18 +108,14 @@ def choices(inputs: LayerInputs, window: int, budget: int, per_choice: int) -> C
 
 def collected(model: Any, prompts: list[Tensor], window: int, per_choice: int) -> Choices:
     """Those of all layers ``[L * Hkv, C, n, ...]``, of some prompts ``[1, T]``."""
-    of_prompts = []
-    with torch.no_grad(), adakv.attach(model):
-        for number, prompt in enumerate(prompts):
-            # budgets between an eighth and a half of the text
-            budget = max(prompt.shape[1] * (1 + number % 4) // 8 // window, 2) * window
-            teacher = Teacher(window, budget, min(per_choice, budget - window))
-            policy = Policy(teacher, Uniform(), TopScore())
-            cache = adakv.Cache(model, policy, budget=budget)
-            model(prompt, past_key_values=cache, logits_to_keep=1)
-            of_prompts.append(Choices(*(torch.cat([*x]) for x in zip(*teacher.seen, strict=True))))
-            print(f"\r{number + 1} of {len(prompts)} prompts", end="", flush=True)
-    print()
+    # budgets between an eighth and a half of the text
+    parts = [prompt.shape[1] * (1 + number % 4) // 8 for number, prompt in enumerate(prompts)]
+    budgets = [max(part // window, 2) * window for part in parts]
+    teachers = [Teacher(window, x, min(per_choice, x - window)) for x in budgets]
+    training.read(model, prompts, teachers, budgets)
+    of_prompts = [
+        Choices(*(torch.cat([*x]) for x in zip(*teacher.seen, strict=True))) for teacher in teachers
+    ]
     return Choices(*(torch.cat([*x], 1) for x in zip(*of_prompts, strict=True)))
 
 
@@ -183,10 +178,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     options, start = parser.parse_args(), time.perf_counter()
     model, prompts = training.loaded(options)
-    held_out = max(len(prompts) // 8, 1)
     sets = [
         collected(model, some, options.window, options.per_choice)
-        for some in (prompts[:-held_out], prompts[-held_out:])
+        for some in training.held_out(prompts)
     ]
     read = time.perf_counter()
     weights = fitted(sets[0], options.width, options.steps)

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 import training
 from torch import Tensor
 
-import adakv
-from adakv.policy import LayerInputs, Need, Policy, TopScore, Uniform
+from adakv.policy import LayerInputs, Need
 from adakv.policy.attention import attention
 from adakv.policy.predictor import SHAPES, Network
 
@@ -62,16 +61,9 @@ def looked_at(inputs: LayerInputs) -> Tensor:
 def collected(model: Any, prompts: list[Tensor]) -> Tensor:
     """``[N, T, m]``: what the tokens of some prompts ``[1, T]`` looked at, in all layers and q
     heads."""
-    found = []
-    with torch.no_grad(), adakv.attach(model):
-        for number, prompt in enumerate(prompts):
-            teacher = Teacher()
-            cache = adakv.Cache(model, Policy(teacher, Uniform(), TopScore()), ratio=0.5)
-            model(prompt, past_key_values=cache, logits_to_keep=1)
-            found += [x.to(prompt.device) for x in teacher.seen]
-            print(f"\r{number + 1} of {len(prompts)} prompts", end="", flush=True)
-    print()
-    return torch.cat(found)
+    teachers = [Teacher() for _ in prompts]
+    training.read(model, prompts, teachers, [prompt.shape[1] // 2 for prompt in prompts])
+    return torch.cat([looked for teacher in teachers for looked in teacher.seen])
 
 
 def samples(looked: Tensor, count: int, history: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,8 +122,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     options, start = parser.parse_args(), time.perf_counter()
     model, prompts = training.loaded(options)
-    held_out = max(len(prompts) // 8, 1)
-    trained, other = (collected(model, x) for x in (prompts[:-held_out], prompts[-held_out:]))
+    trained, other = (collected(model, some) for some in training.held_out(prompts))
     read = time.perf_counter()
     how = {"history": options.history, "steps": options.steps, "batch": options.batch}
     weights = fitted(trained, **how)

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import adakv
+from adakv.policy import Policy, Scorer, TopScore, Uniform
+
 
 def parser(docstring: str | None, out: str, *, prompts: int) -> argparse.ArgumentParser:
     """Options that all trainers have; ``out`` is the file that they write unless told otherwise."""
@@ -78,3 +81,21 @@ def _texts(paths: list[Path]) -> Iterator[str]:
 def write(weights: dict[str, Tensor], out: Path) -> None:
     """Tensors into a safetensors file."""
     save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, out)
+
+
+def held_out(prompts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those to train on, and an eighth of all to see what was learnt."""
+    count = max(len(prompts) // 8, 1)
+    return prompts[:-count], prompts[-count:]
+
+
+def read(model: Any, prompts: list[Tensor], teachers: list[Scorer], budgets: list[int]) -> None:
+    """Shows each prompt ``[1, T]`` to a teacher, a scorer that writes down what it sees, of which
+    the model's cache keeps so many entries. It says how far it has come."""
+    with torch.no_grad(), adakv.attach(model):
+        for number, prompt in enumerate(prompts):
+            policy = Policy(teachers[number], Uniform(), TopScore())
+            cache = adakv.Cache(model, policy, budget=budgets[number])
+            model(prompt, past_key_values=cache, logits_to_keep=1)
+            print(f"\r{number + 1} of {len(prompts)} prompts", end="", flush=True)
+    print()
