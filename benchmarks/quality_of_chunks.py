@@ -20,12 +20,12 @@ from transformers import DynamicCache
 import adakv
 from adakv.cli.inputs import load_model
 from adakv.eval import data
-from adakv.eval.metrics import Item
+from adakv.eval.metrics import Item, compare
 
 
 @torch.inference_mode()
 def answer_of(model: Any, item: Item, cache: Any, chunk: int) -> Tensor:
-    """Log-probabilities ``[A, V]`` of the answer's tokens, the prompt read in such chunks."""
+    """Logits ``[A, V]`` of the answer's tokens, the prompt read in such chunks."""
     ids = torch.tensor([[*item.prompt, *item.query]])
     for part in ids[:, :-1].split(chunk or ids.shape[1], 1):
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -36,7 +36,7 @@ def answer_of(model: Any, item: Item, cache: Any, chunk: int) -> Tensor:
         model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[0, -1]
         for token in fed
     ]
-    return torch.stack(logits).float().log_softmax(-1)
+    return torch.stack(logits)
 
 
 def main() -> None:
@@ -65,9 +65,9 @@ def main() -> None:
                         cache.repeat_after_prompt(torch.tensor([item.query]))
                     outputs[policy, chunk] = answer_of(model, item, cache, chunk)
         for run, output in outputs.items():
-            kl = (full.exp() * (full - output)).sum(-1).mean().item()
-            found = (output.argmax(-1) == torch.tensor(item.answer)).float().mean().item()
-            runs.setdefault(run, []).append((kl, found))
+            answer = torch.tensor(item.answer)
+            found = (output.argmax(-1) == answer).float().mean().item()
+            runs.setdefault(run, []).append((compare(full, output, answer).kl, found))
     print(f"{'policy':14}{'chunk':>8}{'KL':>8}{'found':>8}")
     for (policy, chunk), results in runs.items():
         kl, found = (sum(column) / len(results) for column in zip(*results, strict=True))

@@ -21,19 +21,20 @@ from transformers import DynamicCache
 import adakv
 from adakv.cli.inputs import load_model
 from adakv.eval import data
-from adakv.eval.metrics import Item
+from adakv.eval.metrics import Item, compare
 
 POLICIES = "model_rank_fusion,ada_snapkv,csp,aircache,hae,random"
 
 
 @torch.inference_mode()
 def answer_of(model: Any, item: Item, cache: Any) -> Tensor:
-    """Log-probabilities ``[A, V]`` of the answer's tokens, behind text and question."""
+    """Logits ``[A, V]`` of the answer's tokens, behind text and question."""
     ids = torch.tensor([[*item.prompt, *item.query]])
     model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     fed = torch.cat([ids[0, -1:], torch.tensor(item.answer[:-1], dtype=torch.int64)])
     read = model(fed[None], past_key_values=cache, use_cache=True)
-    return read.logits[0].float().log_softmax(-1)
+    logits: Tensor = read.logits[0]
+    return logits
 
 
 def main() -> None:
@@ -55,10 +56,10 @@ def main() -> None:
             for policy in given.policies.split(","):
                 cache = adakv.Cache(model, policy, ratio=given.ratio, classes=classes)
                 output = answer_of(model, item, cache)
-                kl = (full.exp() * (full - output)).sum(-1).mean().item()
-                found = (output.argmax(-1) == torch.tensor(item.answer)).float().mean().item()
+                answer = torch.tensor(item.answer)
+                found = (output.argmax(-1) == answer).float().mean().item()
                 held = cache.stats()["lengths"].float().mean().item() / cache.seen[0]
-                runs.setdefault(policy, []).append((kl, found, held))
+                runs.setdefault(policy, []).append((compare(full, output, answer).kl, found, held))
     print(f"{'policy':20}{'KL':>8}{'found':>8}{'held':>8}")
     for policy, results in runs.items():
         kl, found, held = (sum(column) / len(results) for column in zip(*results, strict=True))
