@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 import adakv
-from hf.families import LLAMA, VOCAB
+from hf.families import LLAMA, V4, VOCAB
+from hf.test_images_in_batches import shown, small, words
 
 pytestmark = pytest.mark.model
 
@@ -17,16 +19,16 @@ LENGTHS, NEW = (70, 40, 100, 33), (260, 150, 200, 240)
 
 
 def written(
-    model: Any, park: str | None, pages: int, **settings: Any
+    model: Any, park: str | None, pages: int, prompts: Sequence[Any] = (), **settings: Any
 ) -> tuple[list[list[int]], set[int], int]:
     """The texts, the prompts that waited between two of their tokens, and how many ran at most."""
     torch.manual_seed(3)
-    prompts = [torch.randint(3, VOCAB, (length,)) for length in LENGTHS]
+    prompts = prompts or [torch.randint(3, VOCAB, (length,)) for length in LENGTHS]
     chances = {"temperature": settings.pop("temperature", 0.0), "seed": 7}
     stream = adakv.generate_stream(
         model,
         prompts,
-        max_new_tokens=NEW,
+        max_new_tokens=NEW[: len(prompts)],
         options=adakv.BatchOptions(eos_token_id=(), cache_bytes=pages, park=park, **chances),
         **settings,
     )
@@ -73,6 +75,21 @@ def test_quantised_texts_are_the_same_with_parking(kv_dtype: str, device: torch.
     expected, _, _ = written(model, None, 400_000, budget=40, kv_dtype=kv_dtype)
     texts, waited, _ = written(model, "cpu", 90_000, budget=40, kv_dtype=kv_dtype)
     assert texts == expected and waited
+
+
+@pytest.mark.skipif(V4, reason="one version is enough")
+@pytest.mark.parametrize("name", ["Qwen2VL", "PaliGemma"])
+def test_texts_about_images_are_the_same_with_parking(name: str) -> None:
+    """What waits keeps its place behind the image: RoPE of three positions, tokens of two types."""
+    model = small(name)
+    prompts = [words(50), shown(name, 67, 3, 1), shown(name, 66, 20, 2)]
+    page_bytes = 16 * (2 * 16 * 4 + 4)
+    for policy in ("ada_snapkv", "csp"):
+        settings = {"policy": policy, "budget": 40}
+        expected, none, _ = written(model, None, 1000 * page_bytes, prompts, **settings)
+        texts, waited, _ = written(model, "cpu", 200 * page_bytes, prompts, **settings)
+        assert texts == expected
+        assert not none and waited & {1, 2}
 
 
 def test_parking_is_refused_where_it_can_not_be() -> None:
