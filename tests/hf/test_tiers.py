@@ -255,6 +255,7 @@ def test_models_in_float32_and_what_comes_later_are_refused(tmp_path: Any) -> No
         ("decode_budget", {"decode_budget": 64}),
         ("prefix", {"prefix": torch.arange(3, 90)}),
         ("park", {"options": adakv.BatchOptions(park="cpu")}),
+        ("read", {"options": adakv.BatchOptions(read="Quest(share=0.25)")}),
     ):
         with pytest.raises(ValueError, match=f"{name} must be left out with several tiers"):
             adakv.generate_batch(model, [torch.arange(3, 60)], **given, **more)

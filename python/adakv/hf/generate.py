@@ -68,8 +68,7 @@ class BatchOptions:
         Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
     park : str or torch.device, optional
         Where sequences wait when the pages don't suffice for what all of them write, as ``"cpu"``:
-        prompts then join when there are pages for their first tokens. Default: they join when there
-        are pages for all that they may write. Texts are the same.
+        prompts join when there are pages for their first tokens, else for all that they may write.
     read : str or :class:`adakv.policy.Quest`, optional
         Which pages of what a head holds a step reads, as in :class:`adakv.Cache`.
     cuda_graph : bool
@@ -274,16 +273,16 @@ def generate_stream(
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     if "repeat" in limit.policy.needs:
         raise ValueError(
-            "policy: a prompt that is read twice needs a cache of its own: adakv.Cache"
+            "policy: a prompt that is read twice needs a cache of its own, adakv.Cache"
         )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
-    beside = {"decode_budget": rule, "prefix": prefix, "park": options.park}
+    beside = {"decode_budget": rule, "prefix": prefix, "park": options.park, "read": options.read}
     allocation.check_together((), beside, keep_scores=False)
-    text = {} if rule is None else rule.arguments
-    tiers = kv_dtype if allocation.has_tiers else None
-    reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, kv_dtype=tiers, **text)
+    text: dict[str, Any] = {} if rule is None else rule.arguments
+    text["kv_dtype"] = kv_dtype if allocation.has_tiers else None
+    reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
     requests = Requests.given(model, tokenizer, prompts, max_new_tokens, prefix)
     chosen_from = requests.chosen_from
     protection = Protection.of_prompts(protect, protect_tokens, chosen_from)
