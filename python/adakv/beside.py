@@ -208,12 +208,6 @@ class Tiers(BesideReader):
         """``[Hkv, n]`` int64: the entries that a layer attended to last, in any order."""
         return self._tiers[layer][0].held
 
-    @property
-    def bytes(self) -> int:
-        """Of all tiers, room for the next steps included."""
-        tiers = (tier.pages for both in self._tiers.values() for tier in both)
-        return sum(pages.numel() * pages.itemsize for pages in tiers)
-
     def mixed(self, layer: int, out: Tensor) -> Tensor:
         values = self._tiers[layer][1]
         found = values.pages.flatten(1, 3)[:, : values.held.shape[1]]

@@ -66,10 +66,10 @@ class Allocation:
                 )
         elif kv_dtype is None:
             kv_dtype = "auto"
-        self._kv_dtype = None
+        self.kv_dtype = None
         if kv_dtype is not None:
             tiers = Tiers.given(kv_dtype)
-            self._kv_dtype = str(tiers)
+            self.kv_dtype = str(tiers)
             for name in tiers.formats:
                 check_kv_dtype(name, has_biases=budget.policy.has_biases)
             if self.has_tiers and budget.policy.fold is not None:
@@ -82,9 +82,14 @@ class Allocation:
         self.max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
 
     @property
+    def new_tokens(self) -> int:
+        """Tokens behind what a cache holds that new pages are made for."""
+        return min(self.max_new_tokens, pool_size.FIRST_TOKENS)
+
+    @property
     def has_tiers(self) -> bool:
         """Whether rows have several formats."""
-        return self._kv_dtype is not None and ":" in self._kv_dtype
+        return self.kv_dtype is not None and ":" in self.kv_dtype
 
     def check_together(
         self, groups: Sequence[Group], text: Mapping[str, object], keep_scores: bool
@@ -100,15 +105,15 @@ class Allocation:
         for name, value in {**text, "keep_scores": keep_scores or None}.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} must be left out with several tiers, got kv_dtype={self._kv_dtype!r}: "
+                    f"{name} must be left out with several tiers, got kv_dtype={self.kv_dtype!r}: "
                     "entries stay in the tier that they are in"
                 )
 
     def check_keys(self, dtype: torch.dtype, dims: tuple[int, int]) -> None:
         """Raises ``ValueError`` if pages of its format don't take keys and values like these, of so
         many numbers each."""
-        if self._kv_dtype is not None:
-            for name in Tiers.given(self._kv_dtype).formats:
+        if self.kv_dtype is not None:
+            for name in Tiers.given(self.kv_dtype).formats:
                 check_kv_dtype(name, dtype, dims=dims)
 
     def decide(
@@ -140,7 +145,7 @@ class Allocation:
         self.check_keys(shape.dtype, shape.dims)
         if not isinstance(budget, ByteBudget):
             return budget
-        formats, columns = shape.formats(self._kv_dtype, self._page_size), 0
+        formats, columns = shape.formats(self.kv_dtype, self._page_size), 0
         if kv is not None:
             formats = [(kv.kv_dtype, kv.page_size)]
             columns = max(part.max_row_pages for part in kv.parts)
@@ -158,9 +163,9 @@ class Allocation:
         """The shape with the format of the pages, and the entries of a page."""
         if isinstance(budget, ByteBudget):
             return budget.footprint.shape, budget.footprint.page_size
-        assert self._kv_dtype is not None
-        page_size = page_size_for(self._kv_dtype, self._page_size)
-        return replace(shape, kv_dtype=self._kv_dtype), page_size
+        assert self.kv_dtype is not None
+        page_size = page_size_for(self.kv_dtype, self._page_size)
+        return replace(shape, kv_dtype=self.kv_dtype), page_size
 
     def make(
         self, reader: Reader, budget: Budget, shape: Shape, num_sequences: int, rule: Rule | None

@@ -221,9 +221,9 @@ class BranchingCache(TransformersCache):
 def move(cache: Any, device: torch.device) -> None:
     """:meth:`adakv.Cache.move_to`, for a cache that holds something; also to where it is."""
     if isinstance(cache._kv, TieredCache):
-        cache._kv = moved_tiers(cache._kv, device, new_tokens_of(cache))
+        cache._kv = moved_tiers(cache._kv, device, cache._allocation.new_tokens)
     elif cache._kv is not None:
-        cache._kv = moved(cache._kv, device, new_tokens_of(cache))
+        cache._kv = moved(cache._kv, device, cache._allocation.new_tokens)
     if cache.kept_scores is not None:
         cache.kept_scores = [x.to(device) for x in cache.kept_scores]
     for layer in cache.layers:
@@ -237,11 +237,6 @@ def move(cache: Any, device: torch.device) -> None:
         cache._signature = (*cache._signature[:-1], device)
     if cache.eviction.text is not None:
         cache.eviction.text = cache.eviction.text.to(device)
-
-
-def new_tokens_of(cache: Any) -> int:
-    """Tokens behind what a cache holds that new pages are made for."""
-    return min(cache._allocation.max_new_tokens, pool_size.FIRST_TOKENS)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -31,7 +31,6 @@ from adakv.hf.attachment import (
     decoder_of,
     eagerly,
 )
-from adakv.hf.pool_size import FIRST_TOKENS
 from adakv.moving import moved
 from adakv.page_history import reader_of as page_reader_of
 from adakv.policy import LayerInputs, Read
@@ -256,12 +255,12 @@ def _place(cache: Cache, read: SmallKV, *, is_read: bool) -> None:
     assert isinstance(cache._kv, KVCache)
     device = torch.device("cpu") if is_read and read.reserve == "cpu" else cache.model.device
     if cache._kv.device != device:
-        cache._kv = moved(cache._kv, device, min(cache._allocation.max_new_tokens, FIRST_TOKENS))
+        cache._kv = moved(cache._kv, device, cache._allocation.new_tokens)
 
 
 def _check_whole(cache: Cache) -> None:
     """Raises ``ValueError`` unless it holds everything, in plain pages."""
-    kv_dtype, policy = cache._allocation._kv_dtype, cache.budget.policy
+    kv_dtype, policy = cache._allocation.kv_dtype, cache.budget.policy
     if name_of(policy) != "full" or cache._rule is not None:
         raise ValueError(
             "read: SmallKV takes a cache with policy='full' and no decode_budget, as what is left "
@@ -319,4 +318,5 @@ def _loaded(name: str, large: PreTrainedModel) -> PreTrainedModel:
     try:
         return _loaded_on(name, large.dtype, large.device)
     except (OSError, ValueError) as error:
-        raise ValueError(f"small can't be loaded: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"small can't be loaded: {reason}") from None

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from adakv.hf import families
-from adakv.hf.branches import new_tokens_of
 from adakv.hf.layers import FullAttentionLayer
 from adakv.moving import moved
 from adakv.policy import Budget
@@ -33,7 +32,7 @@ def shrink(cache: Any, smaller: Budget) -> None:
         )
     kv = moved(cache._kv, cache._kv.device, 1)  # with pages of its own, of each layer its own
     scores = shrunk(kv, smaller, cache.kept_scores, cache.prompt_lens, _attention(cache))
-    cache._kv, cache.kept_scores = moved(kv, kv.device, new_tokens_of(cache)), scores
+    cache._kv, cache.kept_scores = moved(kv, kv.device, cache._allocation.new_tokens), scores
     if cache._reader is not None:
         cache._reader.forget()
 
