@@ -92,7 +92,7 @@ class Allocation:
         return self.kv_dtype is not None and ":" in self.kv_dtype
 
     def check_together(
-        self, groups: Sequence[Group], text: Mapping[str, object], keep_scores: bool
+        self, groups: Sequence[Group], text: Mapping[str, object], keep_scores: bool = False
     ) -> None:
         """Raises ``ValueError`` for arguments of caches that don't go together: of those that evict
         from texts or read some pages, by their names, layers on several devices can do none, and

@@ -272,14 +272,12 @@ def generate_stream(
     limit = Budget.given(policy, budget, ratio, budget_bytes)
     rule = Rule.given(limit.policy, decode_policy, decode_budget, every, pin_prompt)
     if "repeat" in limit.policy.needs:
-        raise ValueError(
-            "policy: a prompt that is read twice needs a cache of its own, adakv.Cache"
-        )
+        raise ValueError("policy: a prompt read twice needs a cache of its own: adakv.Cache")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     stop = Stop(model, tokenizer, options.eos_token_id, options.stop_strings)
     allocation = Allocation(limit, kv_dtype, options.page_size)
     beside = {"decode_budget": rule, "prefix": prefix, "park": options.park, "read": options.read}
-    allocation.check_together((), beside, keep_scores=False)
+    allocation.check_together((), beside)
     text: dict[str, Any] = {} if rule is None else rule.arguments
     text["kv_dtype"] = kv_dtype if allocation.has_tiers else None
     reader = Cache(model, policy, budget, ratio, budget_bytes=budget_bytes, **text)
