@@ -27,35 +27,45 @@ constexpr int kLeastPages = 64, kMostPages = 256;  // of a block, of them
 // kChunk elements as they are in memory.
 template <typename Element>
 struct Piece {
-  static constexpr int kFours = kChunk * sizeof(Element) / sizeof(uint4);
-  uint4 fours[kFours];
+  static constexpr int kWords = kChunk * sizeof(Element) / sizeof(uint32_t);
+  uint32_t words[kWords];
 
   __device__ void load(const Element* from) {
 #pragma unroll
-    for (int i = 0; i < kFours; ++i) fours[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+      words[i] = four.x;
+      words[i + 1] = four.y;
+      words[i + 2] = four.z;
+      words[i + 3] = four.w;
+    }
   }
   __device__ float operator[](int i) const {
-    return to_float(reinterpret_cast<const Element*>(fours)[i]);
+    if constexpr (sizeof(Element) == sizeof(float)) return __uint_as_float(words[i]);
+    return bits_to_float<Element>(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
   }
 };
 
-// Sums over kLanes lanes of 16 numbers of each: lane i gets the sum of number i * 16 / kLanes. Each step
-// halves what a lane still has, so that 16 sums take as many exchanges.
+// Sums of 2 * kHalf numbers over the lanes that are up to 2 * kStep - 1 apart, one for each lane: it keeps
+// one half of what it has and gives the other away, so that as many sums take as many exchanges.
+template <int kHalf, int kStep>
+__device__ float exchange(float (&x)[16]) {
+  const bool takes_upper = threadIdx.x & kStep;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float mine = takes_upper ? x[i + kHalf] : x[i];
+    const float other = takes_upper ? x[i] : x[i + kHalf];
+    x[i] = mine + __shfl_xor_sync(kFullWarp, other, kStep);
+  }
+  if constexpr (kHalf > 1) return exchange<kHalf / 2, kStep / 2>(x);
+  return x[0];
+}
+
+// Sums over kLanes lanes of 16 numbers of each: lane i gets that of number i * 16 / kLanes.
 template <int kLanes>
 __device__ float sum_sixteen(float (&x)[16]) {
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int half = 8, step = kLanes / 2; half > 0; half /= 2, step /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const bool takes_upper = lane & step;
-      const float mine = takes_upper ? x[i + half] : x[i];
-      const float other = takes_upper ? x[i] : x[i + half];
-      x[i] = mine + __shfl_xor_sync(kFullWarp, other, step);
-    }
-  }
-  if (kLanes == kWarpSize) x[0] += __shfl_xor_sync(kFullWarp, x[0], 1);
-  return x[0];
+  const float sum = exchange<8, kLanes / 2>(x);
+  return kLanes == 16 ? sum : sum + __shfl_xor_sync(kFullWarp, sum, 1);
 }
 
 // grid: [B * Hkv, ceil(M / pages_per_block), ceil(G * S / kQueries)]; kLanes lanes share a page, kChunks
