@@ -173,6 +173,8 @@ def test_short_texts_are_refused(story: str, tokenizer: Any):
 
 @pytest.mark.parametrize("policy", adakv.policies())
 def test_prefill_fills_caches_as_the_model_would(policy: str, model: Any):
+    if policy == "mikv":
+        pytest.skip("holds codes of 16-bit numbers: tests/hf/test_tiers.py")
     prompt = torch.arange(160)[None] * 7 % 250
     tokens = torch.tensor([5, 6, 7, 8])
     with adakv.attach(model):

@@ -95,6 +95,8 @@ def test_every_policy_generates(policy: str) -> None:
     model, batch = LLAMA.model(), prompts(150, (0, 30))
     if "repeat" in adakv.policy.get(policy).needs:
         pytest.skip("reads its prompts twice: tests/hf/test_model_wide.py")
+    if policy == "mikv":
+        pytest.skip("holds codes of 16-bit numbers: tests/hf/test_tiers.py")
     with adakv.attach(model):
         cache = adakv.Cache(model, policy, budget=80, classes={"image": [(10, 100)]})
         model.generate(**batch, past_key_values=cache, **GREEDY)
