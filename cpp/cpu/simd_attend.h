@@ -44,14 +44,15 @@ constexpr int kKeysAtOnce = kRows == 1                            ? kSlotGroup
                                                                   : kSlotsAtOnce;
 
 /// The products of kRows queries with kSlotsAtOnce keys, of which `scales` has the numbers, lane by
-/// lane, kKeysAtOnce apart from query to query; fetches what lies `ahead` codes behind the keys. One
-/// loop without a function around its body, so that the sums stay in registers.
+/// lane, kKeysAtOnce apart from query to query; fetches as many entries from `ahead` on, of so many
+/// dimensions. One loop without a function around its body, so that the sums stay in registers.
 template <int kRows, bool kFetch, typename Pages>
 inline void multiply_keys(const float* queries,
                           int stride,
                           const typename Pages::Code* keys,
                           int head_dim,
-                          int64_t ahead,
+                          const typename Pages::Code* ahead,
+                          int ahead_dims,
                           const float* scales,
                           int width,
                           F32* lanes) {
@@ -68,7 +69,9 @@ inline void multiply_keys(const float* queries,
       const F32Pair loaded =
           head_dim - d >= kPair ? load_pair(codes) : load_pair(codes, head_dim - d);
       k[i] = Pages::number(loaded, Pages::numbers(scales + i * width, d));
-      if (kFetch && d % Pages::kLine == 0) __builtin_prefetch(codes + ahead);
+      if (kFetch && d % Pages::kLine == 0 && d < ahead_dims) {
+        __builtin_prefetch(ahead + (i * ahead_dims + d) / Pages::kDims);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -107,8 +110,8 @@ inline void dot_keys(const float* queries,
   const auto* keys = row.key(slot);
   for (int i = 0; i < kKeys; i += kSlotsAtOnce) {
     multiply_keys<kRows, kFetch, Pages>(queries, stride, keys + i * row.key_pitch, row.head_dim,
-                                        row.ahead(slot), scales + i * row.width, row.width,
-                                        lanes + i);
+                                        row.ahead(slot) + i * row.value_pitch, row.value_dim,
+                                        scales + i * row.width, row.width, lanes + i);
   }
   float totals[kVectors * kLanes];
   for (int i = 0; i < kVectors; ++i) {
@@ -223,6 +226,12 @@ inline void add_values(const Pages& row,
     if (d < next) {
       step(d, std::integral_constant<int, 1>{},
            [count = next - d](const Code* data) { return load_pair(data, count); });
+    }
+  }
+  if constexpr (!kFetch) return;
+  for (int d = value_dim; d < row.head_dim; d += Pages::kLine) {  // what wider keys have more
+    for (int slot = begin + kBlockSlots; slot < end + kBlockSlots && slot < last; ++slot) {
+      __builtin_prefetch(row.key(slot) + d / Pages::kDims);
     }
   }
 }

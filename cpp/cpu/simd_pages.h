@@ -14,8 +14,8 @@ constexpr int kSlotGroup = 8;  // page sizes are multiples of it
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
 ///   Query            a query is kept in the order in which load_pair(const Query*) has it
 ///   key, value       an entry's codes in memory
-///   ahead, behind_values  what is fetched while a key is read (so many codes from it), and while the
-///                    values of a group are read
+///   ahead, behind_values  what is fetched while the keys of a group are read, entries as wide as
+///                    values, and while its values are read, as wide as keys
 ///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
 ///   kStretch         dimensions that have the same numbers
 ///   numbers, number  scale and zero from dimension d on, and what codes stand for
@@ -48,7 +48,7 @@ struct RowPages {
   const Element* value(int slot) const {
     return values + page_ids[slot >> log_page_size] * page_stride + in_page(slot) * value_pitch;
   }
-  int64_t ahead(int slot) const { return value(slot) - key(slot); }
+  const Element* ahead(int slot) const { return value(slot); }
   const Element* behind_values(int slot) const { return key(slot + kBlockSlots); }
 };
 
@@ -254,10 +254,8 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
   static Numbers numbers(const float*, int) { return {}; }
   static F32Pair number(F32Pair codes, Numbers) { return codes; }
 
-  int64_t ahead(int slot) const {
-    return slot + kBlockSlots < this->span.end_slot
-               ? this->key(slot + kBlockSlots) - this->key(slot)
-               : 0;
+  const Int4Codes* ahead(int slot) const {
+    return this->key(slot + kBlockSlots < this->span.end_slot ? slot + kBlockSlots : slot);
   }
   const Int4Codes* behind_values(int slot) const { return this->value(slot + kBlockSlots); }
 };
