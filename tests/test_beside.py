@@ -12,7 +12,7 @@ import beside
 import foreseen
 import reference
 from adakv import ops
-from adakv.beside import DraftPages, Look, Tiers
+from adakv.beside import DraftPages, Look, SmallEntries
 from adakv.cache import KVCache
 from adakv.policy import SmallKV, SpecAttn
 from adakv.step import Attention, PageReader, PlannedStep
@@ -126,7 +126,7 @@ def test_steps_read_the_pages_that_the_draft_looks_at(device: torch.device, colu
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("share", [0.2, 0.7])
 @pytest.mark.parametrize("reserve", ["device", "cpu"])
-def test_steps_attend_to_tiers(
+def test_steps_attend_to_some_entries_and_values(
     device: torch.device, reserve: str, share: float, renormalise: bool
 ) -> None:
     """Also where the cache's pages lie on the CPU, and the model doesn't."""
@@ -134,7 +134,7 @@ def test_steps_attend_to_tiers(
     read = SmallKV(small="small", share=share, renormalise=renormalise)
     place = torch.device("cpu") if reserve == "cpu" else device
     text = Text(place, 90, whole=True, of_model=device)
-    reader, heads = Tiers(read, text.looking), text.looking.head_map(LAYERS)
+    reader, heads = SmallEntries(read, text.looking), text.looking.head_map(LAYERS)
     came_back, before = 0, {}
     for _ in range(40):
         for layer, (queries, out) in enumerate(text.step(reader, 1)):
@@ -157,12 +157,12 @@ def test_steps_attend_to_tiers(
     assert came_back > 0
 
 
-@pytest.mark.parametrize("kind", ["pages", "tiers"])
+@pytest.mark.parametrize("kind", ["pages", "entries"])
 def test_everything_is_read_unless_the_small_model_has_seen_it(
     device: torch.device, kind: str
 ) -> None:
     text = Text(device, 90, whole=True)
-    reader: PageReader = Tiers(SmallKV(small="x"), text.looking)
+    reader: PageReader = SmallEntries(SmallKV(small="x"), text.looking)
     if kind == "pages":
         reader = DraftPages(SpecAttn(small="x", layers=(0, 1, 1)), text.looking)
     reader.begin_step(text.kv, [90], [1], 1)

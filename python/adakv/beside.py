@@ -1,5 +1,5 @@
-"""Reads by what a small model looks at: which pages a step lists by it, and which entries are in
-which tier."""
+"""Reads by what a small model looks at: which pages a step lists by it, and which entries it has
+copies of."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ class DraftPages(BesideReader):
         return with_pages(view, pages, counts, length)
 
 
-class Tier(NamedTuple):
+class Copies(NamedTuple):
     """Copies of some entries of each row, on the device where they are read."""
 
     held: Tensor  # [Hkv, n] int64, which entry of its row each is
     pages: Tensor  # [Hkv, m, 2 or 1, P, D]: keys and values, or values alone
 
-    def with_those(self, wanted: Tensor, view: Layer) -> Tier:
-        """The tier of the entries ``wanted`` ``[Hkv, n]``: only those that were not in it are
+    def with_those(self, wanted: Tensor, view: Layer) -> Copies:
+        """Copies of the entries ``wanted`` ``[Hkv, n]``: only those that were not there are
         copied, unless it becomes smaller. Their order is of no meaning."""
         heads, count = wanted.shape
         if count < self.held.shape[1]:
@@ -129,12 +129,12 @@ class Tier(NamedTuple):
         for part in range(half):
             new = view.pages[source, part + 2 - half, slot].to(pages.device)
             pages[row, place // page_size, part, place % page_size] = new
-        return Tier(held, pages)
+        return Copies(held, pages)
 
 
-class Tiers(BesideReader):
-    """Entries of one sequence in tiers, copied out of the cache's pages, which hold all of them and
-    may lie on another device than the model.
+class SmallEntries(BesideReader):
+    """Some entries of one sequence, copied out of the cache's pages, which hold all of them and may
+    lie on another device than the model.
 
     Parameters
     ----------
@@ -145,7 +145,9 @@ class Tiers(BesideReader):
         super().__init__(looking)
         self.read = read
         self._map: Sequence[Tensor] = ()
-        self._tiers: dict[int, tuple[Tier, Tier]] = {}  # of each layer, what is attended to first
+        self._copies: dict[
+            int, tuple[Copies, Copies]
+        ] = {}  # of each layer, what is attended to first
         self._kv: KVCache | None = None  # that they are copies of
         self._seen = 0  # tokens of its sequence then
         self._of_heads = torch.empty(0), torch.empty(0)  # sums, weights [L' * Hq', T] of this step
@@ -153,14 +155,14 @@ class Tiers(BesideReader):
 
     def forget(self) -> None:
         super().forget()
-        self._tiers, self._kv = {}, None
+        self._copies, self._kv = {}, None
 
     def begin_step(
         self, kv: KVCache, seen: Sequence[int], num_new: Sequence[int], columns: int
     ) -> None:
         super().begin_step(kv, seen, num_new, columns)
         if kv is not self._kv or list(seen) != [self._seen]:
-            self._tiers = {}
+            self._copies = {}
         if not seen or seen[0] <= 1:
             self._map = ()
         self._kv, self._seen = kv, sum(seen) + columns
@@ -188,10 +190,10 @@ class Tiers(BesideReader):
         assert self._looks is not None
         heads, of_small = view.lengths.shape[1], self._map[layer]
         sums, weights = (x[of_small].to(queries.device) for x in self._of_heads)
-        attended, marginal = self.read.tiers(sums, heads)
-        both, values = self._tiers.get(layer) or self._empty(view, queries.device)
-        self._tiers[layer] = both.with_those(attended, view), values.with_those(marginal, view)
-        both, values = self._tiers[layer]
+        attended, marginal = self.read.entries(sums, heads)
+        both, values = self._copies.get(layer) or self._empty(view, queries.device)
+        self._copies[layer] = both.with_those(attended, view), values.with_those(marginal, view)
+        both, values = self._copies[layer]
         by_row = values.held.repeat_interleave(queries.shape[1] // heads, 0)
         self._weights = weights.gather(1, by_row)
         pages = both.pages.flatten(0, 1)
@@ -206,17 +208,17 @@ class Tiers(BesideReader):
 
     def attended(self, layer: int) -> Tensor:
         """``[Hkv, n]`` int64: the entries that a layer attended to last, in any order."""
-        return self._tiers[layer][0].held
+        return self._copies[layer][0].held
 
     def mixed(self, layer: int, out: Tensor) -> Tensor:
-        values = self._tiers[layer][1]
+        values = self._copies[layer][1]
         found = values.pages.flatten(1, 3)[:, : values.held.shape[1]]
         return self.read.mixed(out[0, :, 0], self._weights, found)[None, :, None]
 
     @staticmethod
-    def _empty(view: Layer, device: torch.device) -> tuple[Tier, Tier]:
+    def _empty(view: Layer, device: torch.device) -> tuple[Copies, Copies]:
         heads, (_, _, page_size, head_dim) = view.lengths.shape[1], view.pages.shape
         held = torch.empty(heads, 0, dtype=torch.int64, device=device)
         like = torch.empty(0, dtype=view.pages.dtype, device=device)
         both, values = (like.new_empty(heads, 0, n, page_size, head_dim) for n in (2, 1))
-        return Tier(held, both), Tier(held, values)
+        return Copies(held, both), Copies(held, values)

@@ -1,4 +1,4 @@
-"""What a small model's attention says: layers and heads that belong together, pages and tiers."""
+"""What a small model's attention says: layers and heads that belong together, pages and entries."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_golden_numbers_of_heads() -> None:
 
 
 @pytest.mark.parametrize(("renormalise", "expected"), [(False, 2.287883), (True, 2.057200)])
-def test_golden_numbers_of_tiers(renormalise: bool, expected: float) -> None:
+def test_golden_numbers_of_values(renormalise: bool, expected: float) -> None:
     """Entries 0 and 2 critical, 4 marginal, and nothing newest: what all give is 2.077046."""
     p = torch.tensor([2.0, 1.0]).softmax(0)
     values, small = torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([0.35, 0.05, 0.40, 0.05, 0.15])
@@ -70,13 +70,13 @@ def test_golden_numbers_of_tiers(renormalise: bool, expected: float) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("length", [1, 2, 7, 100, 1001])
-def test_tiers_have_their_shares(share: float, length: int) -> None:
+def test_entries_have_their_shares(share: float, length: int) -> None:
     torch.manual_seed(0)
     read = SmallKV(small="small", share=share)
     critical, recent, marginal = read.counts(length)
     assert critical + recent + marginal <= length and recent >= 1
     sums = torch.rand(6, length)
-    attended, by_values = read.tiers(sums, 2)
+    attended, by_values = read.entries(sums, 2)
     assert attended.shape == (2, critical + recent) and by_values.shape == (2, marginal)
     for h in range(2):
         order = sums[3 * h : 3 * h + 3, : length - recent].sum(0).argsort(descending=True)

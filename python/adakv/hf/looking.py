@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import Cache as TransformersCache
 
-from adakv.beside import DraftPages, Look, Tiers
+from adakv.beside import DraftPages, Look, SmallEntries
 from adakv.cache import KVCache
 from adakv.entries import GrowingEntries
 from adakv.hf import families
@@ -245,12 +245,12 @@ def reader_of(read: Read, cache: Cache) -> PageReader:
         return DraftPages(replace(read, layers=layers), small)
     if isinstance(read, SmallKV):
         _check_whole(cache)
-        return Tiers(read, Small(read.small, cache, read.map_tokens))
+        return SmallEntries(read, Small(read.small, cache, read.map_tokens))
     return page_reader_of(read)
 
 
 def _place(cache: Cache, read: SmallKV, *, is_read: bool) -> None:
-    """Moves what a cache holds to where a step wants it: one that reads tiers alone, or
+    """Moves what a cache holds to where a step wants it: one that reads copies alone, or
     everything."""
     assert isinstance(cache._kv, KVCache)
     device = torch.device("cpu") if is_read and read.reserve == "cpu" else cache.model.device
@@ -303,7 +303,7 @@ def _before_forward(
         raise ValueError("read: a small model beside takes a prompt without padding")
     had = cache._full[0].num_seen
     small.read(tokens, had)
-    if isinstance(cache._reader, Tiers) and cache._kv is not None and cache.reading is None:
+    if isinstance(cache._reader, SmallEntries) and cache._kv is not None and cache.reading is None:
         is_read = tokens.shape[1] == 1 and small.looks(had + 1) is not None
         _place(cache, cache._reader.read, is_read=is_read)
 

@@ -79,8 +79,8 @@ class SpecAttn(PageRead):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallKV(Read):
-    """Entries in three tiers by what a small model of the same family looks at (SmallKV, NeurIPS
-    2025).
+    """Some entries, and of others the values alone, by what a small model of the same family looks
+    at (SmallKV, NeurIPS 2025).
 
     The small model keeps everything, and reads each token first. Each q head of the model goes by
     that head of the small one which looked at most alike in the first ``map_tokens`` of the prompt:
@@ -127,7 +127,7 @@ class SmallKV(Read):
         critical = min(math.ceil(self.share * length / 2), length - recent)
         return critical, recent, min(math.ceil(self.share * length / 2), length - recent - critical)
 
-    def tiers(self, sums: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    def entries(self, sums: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Which entries of each row are attended to ``[Hkv, critical + newest]``, and of which the
         values alone are read ``[Hkv, marginal]``, int64, by the ``sums`` ``[Hq, T]`` of what the
         small model's heads looked at."""
