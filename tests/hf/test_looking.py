@@ -14,6 +14,7 @@ import adakv
 from adakv.hf.looking import looked_at, looking_cache
 from adakv.policy import SmallKV, SpecAttn
 from hf.families import LLAMA, VOCAB, Family
+from hf.test_families import MIMO
 from hf.test_hf import GREEDY
 
 pytestmark = pytest.mark.model
@@ -173,6 +174,13 @@ def test_what_does_not_go_together_is_refused(
     model = LLAMA.model().to(torch.bfloat16)
     with pytest.raises(ValueError, match=reason):
         adakv.Cache(model, policy, read=read, **settings)
+
+
+@pytest.mark.skipif(not MIMO.is_available, reason="4.57 lacks it")
+def test_values_must_be_as_wide_as_keys() -> None:
+    model = MIMO.model()
+    with pytest.raises(ValueError, match="SmallKV takes values as wide as keys, got heads of"):
+        adakv.Cache(model, "full", read=SmallKV(small=LLAMA.model()))
 
 
 def test_only_one_sequence_of_tokens_goes() -> None:

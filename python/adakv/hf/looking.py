@@ -268,6 +268,13 @@ def _check_whole(cache: Cache) -> None:
         )
     if kv_dtype not in (None, "auto"):
         raise ValueError(f"read: SmallKV takes plain pages, got kv_dtype={kv_dtype!r}")
+    full = families.full_attention(cache_layers(cache.model))
+    for dims in map(families.head_dims, families.attention_modules(cache.model, full)):
+        if dims is not None and dims[0] != dims[1]:
+            raise ValueError(
+                f"read: SmallKV takes values as wide as keys, got heads of {dims[0]} and {dims[1]} "
+                "numbers"
+            )
 
 
 def read_beside(cache: Cache, tokens: Tensor) -> None:
