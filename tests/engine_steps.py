@@ -33,13 +33,13 @@ SCALE = 0.3
 
 
 def watched(policy: Policy) -> tuple[Policy, list[LayerInputs]]:
-    """A policy that folds, and the parts of prompts that it will have folded."""
+    """A policy that takes prompts part by part, and those it will have taken."""
     parts: list[LayerInputs] = []
 
     class Watched(type(policy.scorer)):  # type: ignore[misc]
-        def fold(self, folded: Any, part: LayerInputs) -> Any:
+        def take(self, taken: Any, part: LayerInputs) -> Any:
             parts.append(part)
-            return super().fold(folded, part)
+            return super().take(taken, part)
 
     settings = {f.name: getattr(policy.scorer, f.name) for f in fields(policy.scorer)}
     return replace(policy, scorer=Watched(**settings)), parts

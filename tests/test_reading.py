@@ -52,7 +52,7 @@ def test_parts_are_not_needed_once_they_were_taken(
 
 
 @pytest.mark.parametrize("first_is_known", [True, False])
-def test_log_sum_exp_goes_to_what_folds_if_all_of_it_is_known(
+def test_log_sum_exp_goes_to_what_takes_parts_if_all_of_it_is_known(
     device: torch.device, first_is_known: bool
 ):
     policy, parts = watched(get("h2o"))

@@ -29,9 +29,9 @@ from adakv.errors import Error
 from adakv.kept_scores import KeptScores
 from adakv.policy import (
     Budget,
-    FoldingScorer,
     LayerBudget,
     LayerInputs,
+    PartwiseScorer,
     Protection,
     TokenClasses,
 )
@@ -58,20 +58,20 @@ class _Observed(NamedTuple):
     """What a layer remembers of the parts that it took."""
 
     newest: Part  # without its queries, unless it is the only one
-    unfolded: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
-    folded: tuple[Any, ...] = ()  # of each group
+    parts: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
+    taken: tuple[Any, ...] = ()  # of each group
     last: Tensor | None = None  # [B, Hq, W, D], the newest queries, for Policy.fold
 
     def joined(self) -> Part:
         """The newest part, with all queries and hidden states that are there, and with the queries'
         log-sum-exp if that of all is known."""
-        if len(self.unfolded) == 1:
-            return self.unfolded[0]
-        known = [part.lse for part in self.unfolded if part.lse is not None]
+        if len(self.parts) == 1:
+            return self.parts[0]
+        known = [part.lse for part in self.parts if part.lse is not None]
         return self.newest._replace(
-            queries=torch.cat([part.queries for part in self.unfolded], 2),
-            lse=torch.cat(known, 2) if len(known) == len(self.unfolded) else None,
-            hidden=_all_hidden(self.unfolded),
+            queries=torch.cat([part.queries for part in self.parts], 2),
+            lse=torch.cat(known, 2) if len(known) == len(self.parts) else None,
+            hidden=_all_hidden(self.parts),
         )
 
 
@@ -125,7 +125,7 @@ class Reader:
         self._numbers: list[Tensor] = []  # [B, T] uint8 of each group, if classes are read
         self._first_scores: list[Tensor | None] = []  # of each group, if they are those of all
         scorer = self.policy.scorer
-        self._folding = scorer if isinstance(scorer, FoldingScorer) else None
+        self._partwise = scorer if isinstance(scorer, PartwiseScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
         self._observed: list[_Observed | None] = [None] * num_layers
         self._joined: dict[int, GrowingEntries] = {}
@@ -146,8 +146,8 @@ class Reader:
         self._protection, self._protected = protection or None, []
         if classes is not None:
             self._classes, self._numbers = classes, []
-        if self._folding is not None and isinstance(budget.policy.scorer, FoldingScorer):
-            self._folding = budget.policy.scorer
+        if self._partwise is not None and isinstance(budget.policy.scorer, PartwiseScorer):
+            self._partwise = budget.policy.scorer
 
     @property
     def is_begun(self) -> bool:
@@ -201,9 +201,9 @@ class Reader:
     def take(self, layer: int, part: Part) -> None:
         """Remembers what the policy will have to know of a part's queries.
 
-        That is those of its window, what a :class:`adakv.policy.FoldingScorer` makes of all of
+        That is those of its window, what a :class:`adakv.policy.PartwiseScorer` makes of all of
         them, or, for other scorers of all queries, the queries; and its hidden states, if the
-        policy needs them and nothing folds them. Nothing is folded before a prompt is longer than
+        policy needs them and no scorer takes parts. None does before a prompt is longer than
         its budget, so that short ones don't pay for it. The part's memory may be used for something
         else afterwards.
         """
@@ -213,19 +213,19 @@ class Reader:
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
         if "hidden" not in self.policy.needs:
             part = part._replace(hidden=None)
-        parts: tuple[Part, ...] = (*before.unfolded, part)
-        if self._folding is not None and self._groups and self._is_long:
-            observed = _Observed(newest, parts, before.folded, last)
-            self._observed[layer] = self._fold(layer, observed)
+        parts: tuple[Part, ...] = (*before.parts, part)
+        if self._partwise is not None and self._groups and self._is_long:
+            observed = _Observed(newest, parts, before.taken, last)
+            self._observed[layer] = self._take_parts(layer, observed)
             return
-        if self._folding is None and "all_queries" not in self.policy.needs:
+        if self._partwise is None and "all_queries" not in self.policy.needs:
             window = self._asked(torch.cat([self._asked(x.queries) for x in parts], 2)).clone()
             parts = (newest._replace(queries=window, hidden=_all_hidden(parts)),)
         else:
             lse, hidden = (None if x is None else x.clone() for x in (part.lse, part.hidden))
             kept = part._replace(queries=part.queries.clone(), lse=lse, hidden=hidden)
-            parts = (*before.unfolded, kept)
-        self._observed[layer] = _Observed(newest, parts, before.folded, last)
+            parts = (*before.parts, kept)
+        self._observed[layer] = _Observed(newest, parts, before.taken, last)
 
     def finish(
         self,
@@ -324,22 +324,22 @@ class Reader:
         """Whether not all that came of the prompts will be kept."""
         return any(n > self._budget.of(n) for n in self.lengths)
 
-    def _fold(self, layer: int, observed: _Observed) -> _Observed:
-        """With all queries folded."""
-        assert self._folding is not None
+    def _take_parts(self, layer: int, observed: _Observed) -> _Observed:
+        """With all queries taken."""
+        assert self._partwise is not None
         part = observed.joined()
-        before = observed.folded or (None,) * len(self._groups)
+        before = observed.taken or (None,) * len(self._groups)
         inputs = self._inputs(layer, part, part.queries.contiguous(), None)
-        folded = tuple(self._folding.fold(*pair) for pair in zip(before, inputs, strict=True))
-        return observed._replace(unfolded=(), folded=folded)
+        taken = tuple(self._partwise.take(*pair) for pair in zip(before, inputs, strict=True))
+        return observed._replace(parts=(), taken=taken)
 
     def _wholes(
         self, layer: int, observed: _Observed, repeat: tuple[Tensor, Tensor] | None
     ) -> list[Whole]:
-        """A layer's prompts, group by group, with scores if queries were folded."""
-        if observed.folded and observed.unfolded:
-            observed = self._fold(layer, observed)
-        part, w_o = observed.joined() if observed.unfolded else observed.newest, None
+        """A layer's prompts, group by group, with scores if queries were taken."""
+        if observed.taken and observed.parts:
+            observed = self._take_parts(layer, observed)
+        part, w_o = observed.joined() if observed.parts else observed.newest, None
         if "w_o" in self.policy.needs and part.w_o is not None:
             w_o = part.w_o()
         inputs = self._inputs(layer, part, self._asked(part.queries), w_o)
@@ -361,12 +361,12 @@ class Reader:
                 whole._replace(scores=None if scores is None else scores.to(whole.inputs.device))
                 for whole, scores in zip(wholes, self._first_scores, strict=True)
             ]
-        if self._folding is not None and observed.folded:
+        if self._partwise is not None and observed.taken:
             wholes = [
                 whole
                 if self._keeps_all_of(group, whole)
-                else whole._replace(scores=self._folding.finish(folded, whole.inputs))
-                for group, whole, folded in zip(self._groups, wholes, observed.folded, strict=True)
+                else whole._replace(scores=self._partwise.finish(taken, whole.inputs))
+                for group, whole, taken in zip(self._groups, wholes, observed.taken, strict=True)
             ]
         if self.policy.scores_once:
             wholes = [

@@ -117,9 +117,9 @@ class Spy(PromptAttention):
         self.handed.append(inputs)
         return super().score(inputs)
 
-    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+    def take(self, taken: Tensor | None, part: LayerInputs) -> Tensor:
         self.handed.append(part)
-        return super().fold(folded, part)
+        return super().take(taken, part)
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,12 @@ def test_parts_give_what_the_whole_prompt_gives(
     tmp_path: Path, device: torch.device, kind: str, borders: list[int]
 ) -> None:
     gate, whole = Gate(gate_file(tmp_path, kind)), hidden_inputs(device)
-    hidden, folded = whole.hidden, None
+    hidden, taken = whole.hidden, None
     assert hidden is not None
     for start, end in pairwise([0, *borders, LENGTH]):
-        folded = gate.fold(folded, replace(whole, hidden=hidden[:, start:end]))
-    assert folded is not None
-    torch.testing.assert_close(gate.finish(folded, whole), gate.score(whole))
+        taken = gate.take(taken, replace(whole, hidden=hidden[:, start:end]))
+    assert taken is not None
+    torch.testing.assert_close(gate.finish(taken, whole), gate.score(whole))
 
 
 @pytest.mark.parametrize("allocator", ["Uniform()", "Adaptive()", "Capped()"])

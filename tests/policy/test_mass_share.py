@@ -86,5 +86,5 @@ def test_all_heads_have_their_mean(device):
     scorer = PromptAttention(all_heads=True, pinned=2)
     scores = scorer.score(inputs)
     torch.testing.assert_close(scores[..., 2:], heads.mean(1, True).expand_as(heads)[..., 2:])
-    folded = scorer.fold(None, replace(inputs))
-    torch.testing.assert_close(scorer.finish(folded, inputs), scores)
+    taken = scorer.take(None, replace(inputs))
+    torch.testing.assert_close(scorer.finish(taken, inputs), scores)

@@ -35,16 +35,16 @@ def test_outliers_by_hand(device: torch.device) -> None:
 
 def test_prompts_in_parts_score_the_same(device: torch.device) -> None:
     inputs, scorer = inputs_of(device, layer=1), HiddenOutlier(channel=4, layer=1, window=8)
-    hidden, folded = inputs.hidden, None
+    hidden, taken = inputs.hidden, None
     assert hidden is not None
     for begin, end in ((0, 13), (13, 14), (14, LENGTH)):
-        folded = scorer.fold(folded, replace(inputs, hidden=hidden[:, begin:end]))
+        taken = scorer.take(taken, replace(inputs, hidden=hidden[:, begin:end]))
     expected = hidden[:, None, :, 4].abs().expand(inputs.shape)
     whole = replace(inputs, hidden=None)
-    assert torch.equal(scorer.finish(folded, whole), expected)
+    assert torch.equal(scorer.finish(taken, whole), expected)
     assert torch.equal(scorer.score(inputs), expected)
     with pytest.raises(ValueError, match="hidden must be that of all 40 positions, got 14"):
-        scorer.finish(folded[:, :14], whole)  # type: ignore[index]
+        scorer.finish(taken[:, :14], whole)  # type: ignore[index]
 
 
 def test_outliers_name_what_is_wrong(device: torch.device) -> None:

@@ -33,12 +33,12 @@ from adakv.tensors import on_device
 __all__ = [
     "Allocator",
     "EveryTokens",
-    "FoldingScorer",
     "Kept",
     "LayerBudget",
     "LayerInputs",
     "LayerSchedule",
     "Need",
+    "PartwiseScorer",
     "Policy",
     "Scorer",
     "Selector",
@@ -88,15 +88,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class FoldingScorer(Scorer, Protocol):
+class PartwiseScorer(Scorer, Protocol):
     """A scorer of all queries that can do without most: it takes a prompt part by part."""
 
-    def fold(self, folded: Any, part: LayerInputs) -> Any:
+    def take(self, taken: Any, part: LayerInputs) -> Any:
         """What to remember of the queries up to now, which a caller hands back and never reads.
 
         Parameters
         ----------
-        folded
+        taken
             What came of the parts before; None of the first.
         part : :class:`LayerInputs`
             The prompt as far as it has been read, all sequences of one length; its queries, and its
@@ -104,8 +104,8 @@ class FoldingScorer(Scorer, Protocol):
         """
         ...
 
-    def finish(self, folded: Any, inputs: LayerInputs) -> Tensor:
-        """:meth:`score` of a whole prompt, all of whose parts were folded: doesn't read queries."""
+    def finish(self, taken: Any, inputs: LayerInputs) -> Tensor:
+        """:meth:`score` of a whole prompt, all of whose parts were taken: doesn't read queries."""
         ...
 
 

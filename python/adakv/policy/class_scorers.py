@@ -197,25 +197,25 @@ class DualThreshold:
         inputs.check_all_queries()
         return self.finish(self._looked(None, inputs), inputs)
 
-    def fold(self, folded: Looked | None, part: LayerInputs) -> Looked | None:
+    def take(self, taken: Looked | None, part: LayerInputs) -> Looked | None:
         """Sums and maxima; of other layers than the first nothing."""
-        return None if part.layer else self._looked(folded, part)
+        return None if part.layer else self._looked(taken, part)
 
-    def finish(self, folded: Looked, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
+    def finish(self, taken: Looked, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
         is_image = inputs.is_of(self.evicts)
-        sums = folded.sums.masked_fill(~is_image, 0)
+        sums = taken.sums.masked_fill(~is_image, 0)
         is_unseen = sums < self.share * sums.sum(-1, keepdim=True)
-        sums = sums.masked_fill(is_unseen & (folded.most < self.most), -torch.inf)
+        sums = sums.masked_fill(is_unseen & (taken.most < self.most), -torch.inf)
         return _only(sums, is_image, inputs)
 
-    def _looked(self, folded: Looked | None, part: LayerInputs) -> Looked:
+    def _looked(self, taken: Looked | None, part: LayerInputs) -> Looked:
         batch, num_heads, count, _ = part.queries.shape
         is_text = part.is_of("text", "instruction")
         sums, most = (torch.zeros(batch, part.length, device=part.device) for _ in range(2))
-        if folded is not None:
-            sums[:, : folded.sums.shape[1]] = folded.sums
-            most[:, : folded.most.shape[1]] = folded.most
+        if taken is not None:
+            sums[:, : taken.sums.shape[1]] = taken.sums
+            most[:, : taken.most.shape[1]] = taken.most
         step = max(_NUMBERS // (batch * num_heads * part.length), _ROWS)
         for row in range(0, count, step):
             rows = slice(row, row + step)

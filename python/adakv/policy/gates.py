@@ -51,23 +51,23 @@ class Gate:
         read(self.file, torch.device("cpu"), _layers)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        return self.finish(self.fold(None, inputs), inputs)
+        return self.finish(self.take(None, inputs), inputs)
 
-    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+    def take(self, taken: Tensor | None, part: LayerInputs) -> Tensor:
         """``[B, Hkv, n]`` float32: ``g`` of all positions so far."""
         hidden = part.hidden
         if hidden is None:
             raise ValueError("hidden must be given to a policy with a Gate, got None")
         new = self._layer(part)(hidden)
-        return new if folded is None else torch.cat([folded, new], 2)
+        return new if taken is None else torch.cat([taken, new], 2)
 
-    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        if folded.shape[2] != inputs.length:
+    def finish(self, taken: Tensor, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
+        if taken.shape[2] != inputs.length:
             raise ValueError(
-                f"hidden must be that of all {inputs.length} positions, got {folded.shape[2]}"
+                f"hidden must be that of all {inputs.length} positions, got {taken.shape[2]}"
             )
-        scores = folded.exp()
+        scores = taken.exp()
         if self.threshold is not None:
             scores = scores.masked_fill(scores < self.threshold, -torch.inf)
         return pin_first(scores, self.pinned)

@@ -38,9 +38,9 @@ class HiddenOutlier:
         check_range("layer", self.layer, 0)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        return self.finish(self.fold(None, inputs), inputs)
+        return self.finish(self.take(None, inputs), inputs)
 
-    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+    def take(self, taken: Tensor | None, part: LayerInputs) -> Tensor:
         """``[B, n]`` float32: the sizes of all positions so far."""
         hidden = part.hidden
         if hidden is None:
@@ -52,13 +52,13 @@ class HiddenOutlier:
             )
         new = hidden[:, :, self.channel].float().abs()
         new = new if part.layer >= self.layer else torch.zeros_like(new)
-        return new if folded is None else torch.cat([folded, new], 1)
+        return new if taken is None else torch.cat([taken, new], 1)
 
-    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        if folded.shape[1] != inputs.length:
+    def finish(self, taken: Tensor, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
+        if taken.shape[1] != inputs.length:
             raise ValueError(
-                f"hidden must be that of all {inputs.length} positions, got {folded.shape[1]}"
+                f"hidden must be that of all {inputs.length} positions, got {taken.shape[1]}"
             )
-        scores = folded[:, None].expand(inputs.shape).clone()
+        scores = taken[:, None].expand(inputs.shape).clone()
         return pin_first(scores, self.pinned)

@@ -1,6 +1,6 @@
 """Scorers that read the queries of the whole prompt, or of a repetition of it.
 
-Each costs a pass over the prompt beside the prefill's own attention. Those with a method ``fold``
+Each costs a pass over the prompt beside the prefill's own attention. Those with a method ``take``
 can take it part by part, as it is read, and then need no queries but the newest.
 """
 
@@ -28,7 +28,7 @@ from adakv.policy.inputs import (
 
 WeighBy = Literal["none", "floor", "all"]
 
-_MOST_STRIDE = 1024  # sets of column sums that a folding scorer holds
+_MOST_STRIDE = 1024  # sets of column sums that a partwise scorer holds
 _MOST_FUTURE = 65536
 _FUTURE_PART = 512  # positions of the future that are turned at a time
 
@@ -110,7 +110,7 @@ class PromptAttention:
             new = inputs.carried + new if is_sum else inputs.carried.maximum(new)
         return pin_first(new, self.pinned), new
 
-    def fold(self, folded: Tensor | None, part: LayerInputs) -> Tensor:
+    def take(self, taken: Tensor | None, part: LayerInputs) -> Tensor:
         """``[stride, B, Hkv or Hq, T]`` float32: what entries got from the queries so far.
 
         Which ``stride``-th queries count is known by the last one alone: so there are as many sets,
@@ -124,8 +124,8 @@ class PromptAttention:
         columns = part.keys.new_zeros(
             (self.stride, batch, keys.shape[1], length), dtype=torch.float32
         )
-        if folded is not None:
-            columns[..., :start] = folded
+        if taken is not None:
+            columns[..., :start] = taken
         for number, column in enumerate(columns):
             first = (number - start) % self.stride
             rows = slice(first, None, self.stride)
@@ -144,9 +144,9 @@ class PromptAttention:
             seen.copy_(seen.maximum(new) if self.reduce == "max" else seen + new)
         return columns
 
-    def finish(self, folded: Tensor, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        columns = folded[(inputs.length - 1) % self.stride].clone()
+    def finish(self, taken: Tensor, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
+        columns = taken[(inputs.length - 1) % self.stride].clone()
         if self.reduce == "mean":
             position = torch.arange(inputs.length, device=columns.device)
             behind = inputs.length - 1 - self.distance - position
@@ -187,7 +187,7 @@ class PromptAttention:
 class Columns(NamedTuple):
     """What :class:`ColumnMax` knows of the queries."""
 
-    columns: Tensor  # as PromptAttention.fold has them
+    columns: Tensor  # as PromptAttention.take has them
     last: Tensor  # [B, Hq, window, D], the window's queries; none if they have no weight
 
 
@@ -240,16 +240,16 @@ class ColumnMax:
         prompt = Columns(columns, _last_queries(inputs, self._num_asked))
         return pin_first(self._joined(prompt, inputs), self.pinned)
 
-    def fold(self, folded: Columns | None, part: LayerInputs) -> Columns:
-        """:meth:`PromptAttention.fold`, of maxima, and the window's queries."""
-        last = part.queries if folded is None else torch.cat([folded.last, part.queries], 2)
-        columns = self._attention.fold(None if folded is None else folded.columns, part)
+    def take(self, taken: Columns | None, part: LayerInputs) -> Columns:
+        """:meth:`PromptAttention.take`, of maxima, and the window's queries."""
+        last = part.queries if taken is None else torch.cat([taken.last, part.queries], 2)
+        columns = self._attention.take(None if taken is None else taken.columns, part)
         return Columns(columns, last[:, :, max(last.shape[2] - self._num_asked, 0) :].clone())
 
-    def finish(self, folded: Columns, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
-        columns = self._attention.finish(folded.columns, inputs)
-        return pin_first(self._joined(Columns(columns, folded.last), inputs), self.pinned)
+    def finish(self, taken: Columns, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
+        columns = self._attention.finish(taken.columns, inputs)
+        return pin_first(self._joined(Columns(columns, taken.last), inputs), self.pinned)
 
     @property
     def _num_asked(self) -> int:
@@ -350,9 +350,9 @@ class ExpectedAttention:
 
     def score(self, inputs: LayerInputs) -> Tensor:
         inputs.check_all_queries()
-        return self.finish(self.fold(None, inputs), inputs)
+        return self.finish(self.take(None, inputs), inputs)
 
-    def fold(self, folded: Moments | None, part: LayerInputs) -> Moments:
+    def take(self, taken: Moments | None, part: LayerInputs) -> Moments:
         """The queries so far, joined as Chan, Golub and LeVeque (1979) join samples."""
         rotate = part.attention.rotate
         if rotate is None:
@@ -365,23 +365,23 @@ class ExpectedAttention:
         mean = queries.sum(2) / count.clamp(min=1)
         centred = (queries - mean[:, :, None]).masked_fill(~counts[..., None], 0)
         scatter = centred.mT @ centred
-        if folded is None:
+        if taken is None:
             return Moments(count, mean, scatter)
-        both = (folded.num_queries + count).clamp(min=1)
-        apart = mean - folded.mean
-        weight = (folded.num_queries * count / both)[..., None]
+        both = (taken.num_queries + count).clamp(min=1)
+        apart = mean - taken.mean
+        weight = (taken.num_queries * count / both)[..., None]
         return Moments(
-            folded.num_queries + count,
-            folded.mean + apart * (count / both),
-            folded.scatter + scatter + weight * apart[..., None] * apart[..., None, :],
+            taken.num_queries + count,
+            taken.mean + apart * (count / both),
+            taken.scatter + scatter + weight * apart[..., None] * apart[..., None, :],
         )
 
-    def finish(self, folded: Moments, inputs: LayerInputs) -> Tensor:
-        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were folded."""
+    def finish(self, taken: Moments, inputs: LayerInputs) -> Tensor:
+        """``[B, Hkv, T]``: :meth:`score`, of a prompt whose parts were taken."""
         keys = inputs.keys.float()
         batch, heads, _, head_dim = keys.shape
         scale = inputs.attention.scale or head_dim**-0.5
-        mean, covariance = self._future_queries(folded, inputs)  # [B, Hq, D], [B, Hq, D, D]
+        mean, covariance = self._future_queries(taken, inputs)  # [B, Hq, D], [B, Hq, D, D]
         z = scale * (mean.view(batch, heads, -1, head_dim) @ keys.mT)  # [B, Hkv, G, T]
         if self.covariance:
             grouped = covariance.view(batch, heads, -1, head_dim, head_dim)
@@ -395,12 +395,12 @@ class ExpectedAttention:
             scores *= torch.linalg.vector_norm(inputs.values, dim=-1, dtype=torch.float32)
         return pin_first(scores, self.pinned)
 
-    def _future_queries(self, folded: Moments, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    def _future_queries(self, taken: Moments, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         """Mean ``[B, Hq, D]`` and covariance ``[B, Hq, D, D]`` of the queries to come."""
         future = inputs.ends + torch.arange(self.num_future, device=inputs.keys.device)
         turned = self._mean_rotation(inputs, future)  # [B or 1, 1, D, D]
-        covariance = folded.scatter / folded.num_queries.clamp(min=1)[..., None]
-        return (folded.mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned
+        covariance = taken.scatter / taken.num_queries.clamp(min=1)[..., None]
+        return (taken.mean[:, :, None] @ turned)[:, :, 0], turned.mT @ covariance @ turned
 
     def _mean_rotation(self, inputs: LayerInputs, positions: Tensor) -> Tensor:
         """``[B or 1, 1, D, D]``: row i is the mean over ``positions`` of unit vector i, turned."""

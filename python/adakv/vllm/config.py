@@ -12,7 +12,7 @@ from adakv.policy import (
     Capped,
     Everything,
     Flat,
-    FoldingScorer,
+    PartwiseScorer,
     Policy,
     Pyramid,
     WholePages,
@@ -170,7 +170,7 @@ def why_not(policy: Policy) -> str | None:
         return "its rounding drifts, so how much a layer keeps isn't fixed"
     if isinstance(allocator, Capped):
         return "its budget is the most that stays, so how much a layer keeps isn't fixed"
-    if "all_queries" in policy.needs and not isinstance(policy.scorer, FoldingScorer):
+    if "all_queries" in policy.needs and not isinstance(policy.scorer, PartwiseScorer):
         return "it needs all queries of a prompt at once, more memory than what it gives back"
     return None
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from adakv.ops import Layer, append
-from adakv.policy import FoldingScorer, Policy, Protection
+from adakv.policy import PartwiseScorer, Policy, Protection
 from adakv.reading import Part, Reader
 from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
@@ -111,7 +111,7 @@ class EngineCache:
             policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
         )
         self._attentions, self._w_o = attentions, w_o
-        self._folds = isinstance(policy.scorer, FoldingScorer)
+        self._takes_parts = isinstance(policy.scorer, PartwiseScorer)
         self._torch_is_faster = (
             self.device.type == "cpu"
             and pages[0].entries.dtype == torch.bfloat16
@@ -220,7 +220,7 @@ class EngineCache:
         lse = None
         if step.whole is not None and self._flash is not None:
             pages = self._flash.append(layer, step.whole, self.pages[layer], keys, values)
-            wants = self._folds and is_plain(attention)
+            wants = self._takes_parts and is_plain(attention)
             given = pages, self.num_kv_heads, queries, out, attention
             lse = self._flash.attend(step.whole, *given, wants_lse=wants)
         for row, reading in step.reading.items():
