@@ -19,6 +19,7 @@ namespace adakv {
 namespace {
 
 constexpr size_t kBufferBytes = size_t{1} << 20;
+constexpr size_t kStretchBytes = size_t{8} << 20;  // that the disk begins with at once
 
 /// A file that has its name only when it is whole.
 class NewFile {
@@ -41,6 +42,7 @@ class NewFile {
       if (done <= 0) fail();
       from += done, place += done, bytes -= done;
     }
+    begin_to_store(place);
   }
 
   void finish() {
@@ -50,12 +52,26 @@ class NewFile {
   }
 
  private:
+  /// Has the disk take what was written up to `end` while more is being made, not after all of it.
+  void begin_to_store(size_t end) {
+#if defined(__linux__)
+    if (end < begun_ + kStretchBytes) return;
+    // If it can't, the file is as good.
+    (void)sync_file_range(file_, static_cast<off_t>(begun_), static_cast<off_t>(end - begun_),
+                          SYNC_FILE_RANGE_WRITE);
+    begun_ = end;
+#else
+    (void)end;
+#endif
+  }
+
   [[noreturn]] void fail() const {
     throw Error(path_ + " can't be written: " + std::strerror(errno));
   }
 
   std::string path_, part_;
   int file_ = -1;
+  size_t begun_ = 0;  // the disk has begun with what is before this
 };
 
 struct FileTensor {
