@@ -6,6 +6,9 @@
 #
 #   TORCH  what `pip install` gets for torch; README's line by default
 set -euo pipefail
+# As on a machine without nvcc: where it is, kernels for six architectures take most of an hour on two
+# cores.
+export SKBUILD_CMAKE_DEFINE=ADAKV_CUDA=OFF
 TORCH=${TORCH:-"torch --index-url https://download.pytorch.org/whl/cpu"}
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
