@@ -74,7 +74,9 @@ def test_generate_equals_the_cpu(policy: str) -> None:
     assert kept["cuda"] == kept["cpu"]
 
 
-@pytest.mark.parametrize("loop", [{}, {"custom_generate": adakv.cuda_graph_sample}], ids=str)
+@pytest.mark.parametrize(
+    "loop", [{}, {"custom_generate": adakv.cuda_graph_sample}], ids=["loop", "recorded"]
+)
 def test_tiers_equal_the_cpu(loop: dict[str, Any]) -> None:
     texts = {}
     for device, model in both(LLAMA).items():
