@@ -110,6 +110,11 @@ def test_reads_are_written_down_and_read_again() -> None:
         assert get_read(str(read)) == read
 
 
+def test_a_model_is_written_down_by_its_kind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert str(SpecAttn(small=model, mass=0.9)) == "SpecAttn(small=<Sequential>, mass=0.9)"
+
+
 @pytest.mark.parametrize(
     ("part", "settings", "reason"),
     [

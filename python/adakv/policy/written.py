@@ -10,7 +10,8 @@ from typing import Any
 def brief(part: object) -> str:
     """A part of a policy, with those of its settings that are not the default."""
     if not dataclasses.is_dataclass(part):
-        return repr(part)
+        text = repr(part)
+        return text if "\n" not in text else f"<{type(part).__name__}>"  # such as a model
     settings = []
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
