@@ -5,7 +5,7 @@
 4  policies, reader        python/adakv/policy/,
                            python/adakv/{reading,entries,recent,
                            reselection,page_bounds,page_history,
-                           beside,kept_scores,shrinking,compaction}.py
+                           beside,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
                            python/adakv/{moving,formats,cache_file,cache,room,tiers,devices,shape,
                            step}.py
@@ -68,7 +68,6 @@ FLOORS = {
     "reading": 4,
     "reselection": 4,
     "kept_scores": 4,
-    "compaction": 4,
     "shrinking": 4,
     "recent": 4,
     "page_bounds": 4,
@@ -83,8 +82,6 @@ SIDEWAYS = {
     ("reading", "policy"),
     ("reading", "entries"),
     ("reading", "kept_scores"),
-    ("reading", "compaction"),
-    *(("compaction", x) for x in ("policy", "entries")),
     *(("page_bounds", x) for x in ("policy", "entries")),
     *(("beside", x) for x in ("policy", "page_bounds")),
     *(("page_history", x) for x in ("policy", "entries", "page_bounds")),

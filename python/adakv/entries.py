@@ -19,6 +19,22 @@ from adakv.policy.base import needs_of
 from adakv.policy.folded import Folded, Folding
 from adakv.policy.inputs import scaled
 from adakv.step import Attention
+from adakv.tiers import Tiers
+
+
+class Part(NamedTuple):
+    """What a layer hands over of its prompts: new queries, and all entries so far.
+
+    The B prompts are padded on the left. ``entries()`` gives keys and values ``[B, Hkv, T, D]``,
+    ``w_o()`` the output projection's weight ``[E, Hq * D]``; they are called when they are needed.
+    """
+
+    queries: Tensor  # [B, Hq, S, D], those of the last S columns
+    entries: Callable[[], tuple[Tensor, Tensor]]
+    attention: Attention = Attention()
+    w_o: Callable[[], Tensor] | None = None
+    lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
+    hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
 
 
 class GrowingEntries:
@@ -146,6 +162,20 @@ class Reserve(NamedTuple):
         entries = self.keys, self.values, self.kept.positions
         _compact_places(*entries, chosen, view, page_ids, page_indptr)
         view.seen.fill_(length)
+
+
+class Chosen(NamedTuple):
+    """What is kept of some of the prompts, all of one length, in a layer."""
+
+    prompts: slice
+    kept: Kept
+    entries: Whole | Reserve
+
+    def of_tiers(self, policy: Policy, tiers: Tiers) -> list[Chosen]:
+        """What each tier has of it."""
+        scores = self.entries.pinned(policy)
+        parts = tiers.split(self.kept, scores, min(policy.window, scores.shape[2]))
+        return [self._replace(kept=part) for part in parts]
 
 
 def _pinned(policy: Policy, inputs: LayerInputs, scores: Tensor | None) -> Tensor:

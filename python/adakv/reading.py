@@ -15,16 +15,18 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adakv.compaction import Chosen, Compaction
+from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
+from adakv.entries import Chosen as Chosen
 from adakv.entries import GrowingEntries, Reserve, Whole
+from adakv.entries import Part as Part
 from adakv.errors import Error
 from adakv.kept_scores import KeptScores
 from adakv.policy import (
@@ -36,22 +38,7 @@ from adakv.policy import (
     TokenClasses,
 )
 from adakv.policy.protection import mask_of
-from adakv.step import Attention
-
-
-class Part(NamedTuple):
-    """What a layer hands over of its prompts: new queries, and all entries so far.
-
-    The B prompts are padded on the left. ``entries()`` gives keys and values ``[B, Hkv, T, D]``,
-    ``w_o()`` the output projection's weight ``[E, Hq * D]``; they are called when they are needed.
-    """
-
-    queries: Tensor  # [B, Hq, S, D], those of the last S columns
-    entries: Callable[[], tuple[Tensor, Tensor]]
-    attention: Attention = Attention()
-    w_o: Callable[[], Tensor] | None = None
-    lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
-    hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
+from adakv.tiers import TieredCache
 
 
 class _Observed(NamedTuple):
@@ -296,13 +283,37 @@ class Reader:
         else:
             budgets = self.budgets(kv.num_kv_heads)
             totals = [[x.total for x in budgets[layer]] for layer in layers]
-        compaction = Compaction(
-            kv, self.policy, layers, totals, self.lengths, first_sequence=first_sequence
-        )
+        caches: Sequence[KVCache | SplitCache]
+        of_caches: Sequence[Sequence[Sequence[int]]]
+        if isinstance(kv, TieredCache):
+            window, model_wide = self.policy.window, self.policy.is_model_wide
+            of_caches = kv.tiers.totals(totals, kv.num_kv_heads, window, model_wide=model_wide)
+            caches = kv.caches
+        else:
+            caches, of_caches = (kv,), (totals,)
+        pages = [
+            cache.begin_layers(layers, of_cache, self.lengths, first_sequence=first_sequence)
+            for cache, of_cache in zip(caches, of_caches, strict=True)
+        ]
+        slots = slice(first_sequence, first_sequence + len(self.lengths))
         for layer in layers:
             if self.kept_scores is not None:
                 self.kept_scores.keep(layer, [x.kept for x in chosen[layer]])
-            compaction.compact(layer, chosen.pop(layer), is_last=not chosen)
+            tiers: Sequence[Sequence[Chosen]] = [chosen.pop(layer)]
+            if isinstance(kv, TieredCache):
+                tiers = list(
+                    zip(*(x.of_tiers(self.policy, kv.tiers) for x in tiers[0]), strict=True)
+                )
+            for cache, (page_ids, next_page), of_tier in zip(caches, pages, tiers, strict=True):
+                view = cache.layers[layer]
+                if len(self.lengths) < cache.num_sequences:
+                    view = sequences(view, slots)
+                for prompts, kept, entries in of_tier:
+                    starts = next_page[prompts.start : prompts.stop + 1]
+                    rows = view if len(self._groups) == 1 else sequences(view, prompts)
+                    entries.compact(kept, rows, page_ids, starts)
+                if chosen and isinstance(cache, KVCache):
+                    cache.advance_pages(next_page, view.lengths)
         self.num_compacted += len(layers)
 
     def totals(self, num_kv_heads: int) -> list[list[int]]:

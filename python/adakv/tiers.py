@@ -76,6 +76,8 @@ class Tiers(NamedTuple):
     ) -> list[list[list[int]]]:
         """``[tiers][L][B]``: most entries that each tier has of each layer's ``totals`` ``[L][B]``,
         which a model-wide policy counts for layer 0 as a whole."""
+        if len(self.shares) == 1:
+            return [[list(layer) for layer in totals]]
         rows = [num_kv_heads] * len(totals)
         if model_wide:
             rows = [num_kv_heads * len(totals), *[0] * (len(totals) - 1)]
