@@ -366,7 +366,8 @@ class Attention {
     float* acc = result.acc + r * value_dim_;
     for (int64_t d = 0; d < value_dim_; ++d) acc[d] = mine != 0 ? acc[d] * mine : 0.f;
     const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
-    if (out.dtype == DType::kFloat32) add_scaled(out.ptr<float>() + offset, value_dim_, theirs, acc);
+    if (out.dtype == DType::kFloat32)
+      add_scaled(out.ptr<float>() + offset, value_dim_, theirs, acc);
     if (out.dtype == DType::kFloat16)
       add_scaled(out.ptr<Float16>() + offset, value_dim_, theirs, acc);
     if (out.dtype == DType::kBFloat16)

@@ -258,8 +258,7 @@ void check_others(Checker& check, const AttendArgs& args) {
   check.require(static_cast<bool>(args.others_out) == static_cast<bool>(args.others_lse),
                 "others_out and others_lse must be given together");
   if (!args.others_out) return;
-  check.floats("others_out", args.others_out,
-               value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
+  check.floats("others_out", args.others_out, value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
   check.tensor("others_lse", args.others_lse, "B Hq S", DType::kFloat32);
   check.require(!args.keys && !args.sink_logits && !args.accumulated,
                 "keys, values, sink_logits and accumulated must be left out with others_out");
