@@ -492,9 +492,9 @@ def attend(
     """
     out, lse = _attended(queries, layer)
     _C.attend(
-        queries, layer, schedule, keys, values, num_new, sink_logits,
+        queries, layer, schedule, keys, values, num_new, sink_logits, others_out, others_lse,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
         _schedules.num_workers(getattr(queries, "device", None)), prefetch,
-        accumulate, group_reduce, decay, threshold, others_out, others_lse, out, lse, accumulated,
+        accumulate, group_reduce, decay, threshold, out, lse, accumulated,
     )  # fmt: skip
     return out, lse

@@ -89,4 +89,4 @@ def test_scorers_of_all_queries_take_prompts_in_parts():
     policies = [get(name) for name in names()]
     found = [p for p in policies if "all_queries" in p.needs]
     assert found == [p for p in policies if isinstance(p.scorer, PartwiseScorer)]
-    assert len(found) == 9
+    assert len(found) == 10

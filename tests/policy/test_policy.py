@@ -302,7 +302,7 @@ def test_part_settings_are_checked(make, message):
         ({"prompt_lens": (91, 47, 71)}, r"prompt_lens must be in \[0, 90\]"),
         ({"seq_lens": None}, "seq_lens must be given when prompts are shorter than T = 90"),
         ({"layer": 4}, r"layer must be in \[0, 4\), got 4"),
-        ({"values": torch.zeros(3, 4, 90, 8)}, r"keys and values must both be \[B, Hkv, T, D\]"),
+        ({"values": torch.zeros(3, 4, 89, 8)}, r"keys and values must be \[B, Hkv, T, D\] and"),
     ],
 )
 def test_layer_inputs_are_checked(changes, message):

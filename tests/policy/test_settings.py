@@ -26,6 +26,8 @@ from adakv.policy import (
     ModelWide,
     Policy,
     PromptAttention,
+    SmallKV,
+    SpecAttn,
     TopScore,
     Uniform,
     WholePages,
@@ -57,6 +59,7 @@ WRONG: dict[str, list[Any]] = {
     "float | None": [math.nan, math.inf, True, "2", [2], 0, -1],
     "bool": [0, 1, None, "yes", [True]],
     "str | None": [5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan],
+    "Any": [None, 5, ["mean"], torch.ones(2), b"mean", math.nan],  # for a model or its name
     "LayerSchedule": [5, None, "Pyramid", [1, 2], TopScore()],
 }
 OTHERS = [None, 5, "no such word", ["mean"], torch.ones(2), b"mean", math.nan]  # for a word
@@ -75,7 +78,8 @@ def needed(tmp_path: Path) -> dict[type, dict[str, Any]]:
         save_file(tensors, tmp_path / part.__name__)
     files = {part: {"file": str(tmp_path / part.__name__)} for part in shapes}
     files |= {AttentionPredictor: {"file": predictor_file(tmp_path)[0]}}
-    return files | {HiddenOutlier: {"channel": 3}}
+    beside = {part: {"small": "a/model"} for part in (SmallKV, SpecAttn)}
+    return files | beside | {HiddenOutlier: {"channel": 3}}
 
 
 @pytest.mark.parametrize(("part", "setting"), SETTINGS, ids=lambda x: getattr(x, "name", None))

@@ -429,6 +429,8 @@ typedef struct AdakvAttendArgs {
   const AdakvTensor* values;      /* [B, Hkv, S, Dv], optional */
   const AdakvTensor* num_new;     /* [B] int32, optional */
   const AdakvTensor* sink_logits; /* [Hq] float32, optional */
+  const AdakvTensor* others_out;  /* [B, Hq, S, Dv], optional: what other entries gave */
+  const AdakvTensor* others_lse;  /* [B, Hq, S] float32, with it */
   float scale;                    /* 0: 1 / sqrt(D) */
   float softcap;                  /* 0: none */
   int32_t num_workers;            /* as given to adakv_plan() */
@@ -437,8 +439,6 @@ typedef struct AdakvAttendArgs {
   AdakvReduce group_reduce;       /* over the q heads of a group, for accumulated */
   float decay;                    /* 1; of a sum, from token to token */
   float threshold;                /* of ADAKV_KEEP_LAST; 0: 1 / number of tokens */
-  const AdakvTensor* others_out;  /* [B, Hq, S, Dv], optional: what other entries gave */
-  const AdakvTensor* others_lse;  /* [B, Hq, S] float32, with it */
   const AdakvTensor* out;         /* [B, Hq, S, Dv], out */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional without accumulated */
   const AdakvTensor* accumulated; /* [B, Hkv, T] float32, in and out, optional; T >= M * P */

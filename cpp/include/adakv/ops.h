@@ -273,6 +273,8 @@ struct AttendArgs {
   TensorView values;       // [B, Hkv, S, Dv]  optional: the new tokens' values
   TensorView num_new;      // [B] int32, 0 .. S; not given: all S
   TensorView sink_logits;  // [Hq] float32    optional
+  TensorView others_out;   // [B, Hq, S, Dv] optional, without keys, sink_logits and accumulated
+  TensorView others_lse;   // [B, Hq, S] float32, with others_out
   float scale = 0.f;       // 0: 1 / sqrt(D)
   float softcap = 0.f;     // 0: none
   int num_workers = 0;     // as given to plan
@@ -282,9 +284,7 @@ struct AttendArgs {
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
   float threshold = 0.f;                     // of kLast; 0: 1 / i
-  TensorView others_out;    // [B, Hq, S, Dv]  optional, without keys, sink_logits and accumulated
-  TensorView others_lse;    // [B, Hq, S] float32, with others_out
-  TensorView out;           // [B, Hq, S, Dv], out
+  TensorView out;                            // [B, Hq, S, Dv], out
   TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
   TensorView accumulated;   // [B, Hkv, T] float32, out and in, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32

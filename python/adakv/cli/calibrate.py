@@ -51,6 +51,7 @@ def outlier_of(model: Any, ids: torch.Tensor) -> Outlier:
 @click.option(
     "--tokens",
     type=click.IntRange(min=8),
+    metavar="N",
     default=1024,
     show_default=True,
     help="Read so many tokens of it at most.",

@@ -49,6 +49,7 @@ class SpecAttn(PageRead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_model(self.small)
         check_share("mass", self.mass)
         if not isinstance(self.layers, (tuple, list)) or not all(
             isinstance(x, int) and x >= 0 for x in self.layers
@@ -117,6 +118,7 @@ class SmallKV(Read):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        _check_model(self.small)
         check_share("share", self.share)
         check_range("map_tokens", self.map_tokens, 8)
         check_choice("reserve", self.reserve, ("device", "cpu"))
@@ -147,6 +149,11 @@ class SmallKV(Read):
         more = (grouped @ values.float()).view(-1, head_dim)
         kept = 1 - weights.sum(1, keepdim=True) if self.renormalise else 1
         return (kept * out.float() + more).to(out.dtype)
+
+
+def _check_model(small: Any) -> None:
+    if not isinstance(small, (str, torch.nn.Module)):
+        raise ValueError(f"small must be a model, or its folder or name, got {short(small)}")
 
 
 def top_p(weights: Tensor, mass: float) -> Tensor:
