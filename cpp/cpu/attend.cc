@@ -16,6 +16,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/float16.h"
 #include "cpu/kernels.h"
+#include "cpu/page_check.h"
 #include "cpu/parallel.h"
 #include "cpu/tail_writer.h"
 #include "ops/schedule.h"
@@ -412,7 +413,8 @@ class Attention {
 }  // namespace
 
 void CpuBackend::attend(const AttendArgs& args) {
-  check_pages(args);
+  check_pages("attend", args.layer.block_table, args.layer.lengths, args.layer.pages.shape[0],
+              static_cast<int32_t>(args.layer.pages.shape[2]));
   ScheduleCheck(args).run();
   const FullTails full = reads_filled_tails(args) ? FullTails::kLeave : FullTails::kQuantise;
   if (args.keys) {

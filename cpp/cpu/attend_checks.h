@@ -1,7 +1,6 @@
-// What attend checks of pages and schedules, which it may look at on the CPU.
+// What attend checks of schedules, which it may look at on the CPU.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "adakv/error.h"
@@ -9,33 +8,6 @@
 #include "ops/schedule.h"
 
 namespace adakv {
-
-/// Throws unless every page that a row holds lies in the pool: a wild id would lead outside of it.
-inline void check_pages(const AttendArgs& args) {
-  const TensorView &table = args.layer.block_table, &lengths = args.layer.lengths;
-  const auto num_pages = static_cast<uint32_t>(args.layer.pages.shape[0]);
-  const int32_t page_size = static_cast<int32_t>(args.layer.pages.shape[2]);
-  const int64_t most = table.shape[2] * page_size;
-  for (int64_t b = 0; b < lengths.shape[0]; ++b) {
-    for (int64_t h = 0; h < lengths.shape[1]; ++h) {
-      const int32_t length = lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
-      ADAKV_CHECK(length >= 0 && length <= std::min<int64_t>(most, schedule::kMostLength),
-                  "attend: lengths must lie in 0 .. M * P = ", most, ", got ", length);
-      const int32_t* ids = table.ptr<int32_t>() + b * table.stride[0] + h * table.stride[1];
-      const int32_t* end = ids + schedule::ceil_div(length, page_size);
-      bool are_there = true;
-      for (const int32_t* id = ids; id != end; ++id) {
-        are_there &= static_cast<uint32_t>(*id) < num_pages;
-      }
-      if (are_there) continue;
-      const int32_t* wild = std::find_if(
-          ids, end, [&](int32_t id) { return static_cast<uint32_t>(id) >= num_pages; });
-      throw InvalidArgument(detail::concat("attend: block_table must name pages 0 .. ",
-                                           args.layer.pages.shape[0] - 1, ", got ", *wild,
-                                           " for sequence ", b, ", kv head ", h));
-    }
-  }
-}
 
 /// A schedule of other lengths than the layer's, or no schedule at all, would lead outside of the
 /// rows' pages and of the workspace. It is a few integers for each row and worker.

@@ -7,13 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "adakv/error.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/float16.h"
+#include "cpu/page_check.h"
 #include "cpu/parallel.h"
 
 namespace adakv {
@@ -21,23 +20,6 @@ namespace {
 
 constexpr int kLanes = 16;  // sums side by side, which compilers make vectors of
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-float widen(float x) {
-  return x;
-}
-float widen(BFloat16 x) {
-  return detail::bits_float(static_cast<uint32_t>(x.bits) << 16);
-}
-float widen(Float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023u;
-  if (exponent == 0) {  // a multiple of 2^-24
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  const uint32_t wide = exponent == 31 ? 255u : exponent + 112;
-  return detail::bits_float(sign | wide << 23 | fraction << 13);
-}
 
 // One row, whose queries [R] are those of its group and of all tokens that are no padding.
 template <typename Element>
@@ -99,7 +81,7 @@ class RowPages {
         const Element* from =
             q.ptr<Element>() + b * q.stride[0] + (h * group + g) * q.stride[1] + s * q.stride[2];
         for (int64_t d = 0; d < dim; ++d) {
-          const float x = widen(from[d]);
+          const float x = to_float(from[d]);
           to[d] = x > 0 ? x : 0;
           to[dim + d] = x < 0 ? x : 0;
         }
@@ -115,7 +97,7 @@ class RowPages {
     std::vector<float> bounds(static_cast<size_t>(width_));
     for (int32_t p = 0; p < row_.older; ++p) {
       const Element* page = args_.bounds.ptr<Element>() + table_[p] * args_.bounds.stride[0];
-      for (int64_t d = 0; d < width_; ++d) bounds[d] = widen(page[d]);
+      for (int64_t d = 0; d < width_; ++d) bounds[d] = to_float(page[d]);
       for (int64_t r = 0; r < num_queries_; ++r) {
         float z = product(queries_.data() + r * width_, bounds.data()) * scale;
         if (args_.softcap > 0) z = args_.softcap * std::tanh(z / args_.softcap);
@@ -179,22 +161,6 @@ class RowPages {
   std::vector<float> queries_, z_;
 };
 
-// A wild page would lead outside of the bounds.
-void check_pages(const ShortlistArgs& args) {
-  const TensorView &table = args.block_table, &lengths = args.lengths;
-  const int64_t num_pages = args.bounds.shape[0];
-  for (int64_t b = 0; b < lengths.shape[0]; ++b) {
-    for (int64_t h = 0; h < lengths.shape[1]; ++h) {
-      const int32_t length = lengths.ptr<int32_t>()[b * lengths.stride[0] + h * lengths.stride[1]];
-      const int32_t* ids = table.ptr<int32_t>() + b * table.stride[0] + h * table.stride[1];
-      for (const int32_t* id = ids; (id - ids) * args.page_size < length; ++id) {
-        ADAKV_CHECK(*id >= 0 && *id < num_pages, "shortlist: block_table must name pages 0 .. ",
-                    num_pages - 1, ", got ", *id, " for sequence ", b, ", kv head ", h);
-      }
-    }
-  }
-}
-
 template <typename Element>
 void shortlist_rows(const ShortlistArgs& args) {
   const int64_t heads = args.lengths.shape[1];
@@ -210,7 +176,7 @@ void shortlist_rows(const ShortlistArgs& args) {
 }  // namespace
 
 void CpuBackend::shortlist(const ShortlistArgs& args) {
-  check_pages(args);
+  check_pages("shortlist", args.block_table, args.lengths, args.bounds.shape[0], args.page_size);
   switch (args.queries.dtype) {
     case DType::kFloat16:
       return shortlist_rows<Float16>(args);

@@ -27,12 +27,13 @@ class Looking(Protocol):
     """A small model that has read the same tokens, up to those of the step that comes."""
 
     def looks(self, seen: int) -> Sequence[Look] | None:
-        """Of all its layers; None unless it has seen so many tokens, the last ones in one step of
-        few."""
+        """What all its layers look at; None unless it has seen so many tokens, the last ones in one
+        step of few."""
         ...
 
     def head_map(self, num_layers: int) -> Sequence[Tensor]:
-        """Of each layer's q heads the small model's ``[Hq]``, numbered through its layers."""
+        """The small model's heads that belong to each layer's q heads, ``[Hq]``, numbered through
+        its layers."""
         ...
 
 
@@ -145,9 +146,8 @@ class SmallEntries(BesideReader):
         super().__init__(looking)
         self.read = read
         self._map: Sequence[Tensor] = ()
-        self._copies: dict[
-            int, tuple[Copies, Copies]
-        ] = {}  # of each layer, what is attended to first
+        # Of each layer; what is attended to first.
+        self._copies: dict[int, tuple[Copies, Copies]] = {}
         self._kv: KVCache | None = None  # that they are copies of
         self._seen = 0  # tokens of its sequence then
         self._of_heads = torch.empty(0), torch.empty(0)  # sums, weights [L' * Hq', T] of this step

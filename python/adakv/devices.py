@@ -10,7 +10,7 @@ are numbers of the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -170,6 +170,9 @@ class SplitCache:
 
 AnyCache = KVCache | SplitCache | TieredCache
 
+#: Layers and tables of some sequences.
+_Rows = tuple[tuple[Layer, ...], tuple[Tensor, Tensor, Tensor]]
+
 
 class SplitStep:
     """A step whose work has been shared out on each device."""
@@ -202,7 +205,7 @@ def grow_step(
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
     if isinstance(kv, TieredCache):
-        others = _of_other_tiers(kv, slots)
+        others = _planned_behind(_of_slots(cache, slots) for cache in kv.caches[1:])
         return PlannedStep.grow(
             kv.first, num_new, columns, watcher=watcher, others=others, slots=slots
         )
@@ -211,28 +214,25 @@ def grow_step(
     return SplitStep(kv, steps, watcher)
 
 
-def _of_other_tiers(kv: TieredCache, slots: slice) -> tuple[PlannedStep, ...]:
+def _of_slots(kv: KVCache, slots: slice) -> _Rows:
+    """Layers and tables of some sequences, as :meth:`PlannedStep.plan` takes them."""
+    lengths, block_table, fresh_pages = (table[:, slots] for table in kv.plan_inputs)
+    return tuple(sequences(x, slots) for x in kv.layers), (lengths, block_table, fresh_pages)
+
+
+def _planned_behind(tiers: Iterable[_Rows]) -> list[PlannedStep]:
     """What a step attends to in the tiers behind the first one."""
-    steps = []
-    for cache in kv.caches[1:]:
-        lengths, block_table, fresh_pages = (table[:, slots] for table in cache.plan_inputs)
-        layers = tuple(sequences(layer, slots) for layer in cache.layers)
-        tables = lengths, block_table, fresh_pages
-        steps.append(PlannedStep.plan(layers, tables, new_tokens=0))
-    return tuple(steps)
+    return [PlannedStep.plan(*rows, new_tokens=0) for rows in tiers]
 
 
 class FirstSlots:
     """The first slots of a cache, whose steps of one token each are planned again and again."""
 
     def __init__(self, kv: AnyCache, count: int) -> None:
-        self._kv, self._slots = kv, slice(0, count)
-        slots = self._slots
-        self._parts = []
-        for part in kv.parts:
-            lengths, block_table, fresh_pages = (table[:, slots] for table in part.plan_inputs)
-            layers = tuple(sequences(layer, slots) for layer in part.layers)
-            self._parts.append((part.device, layers, (lengths, block_table, fresh_pages)))
+        self._kv, slots = kv, slice(0, count)
+        self._parts = [(part.device, *_of_slots(part, slots)) for part in kv.parts]
+        behind = kv.caches[1:] if isinstance(kv, TieredCache) else ()
+        self._behind = [_of_slots(cache, slots) for cache in behind]  # tiers, but for the first one
 
     def plan(
         self, num_new: Tensor, watcher: Watcher | None, reader: PageReader | None = None
@@ -244,7 +244,7 @@ class FirstSlots:
             return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher, reader=reader)
         if isinstance(self._kv, TieredCache):
             ((_, layers, tables),) = self._parts
-            others = _of_other_tiers(self._kv, self._slots)
+            others = _planned_behind(self._behind)
             return PlannedStep.plan(layers, tables, num_new=num_new, others=others)
         steps = [
             PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))

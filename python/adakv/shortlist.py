@@ -13,9 +13,14 @@ from adakv._schedules import NOTHING
 UNITS = 2**20  # in which a share is counted, as in cpp/ops/listing.h
 
 
+def share_units(share: float) -> int:
+    """A share as hosts and devices count with it."""
+    return round(share * UNITS)
+
+
 def most_pages(num_pages: int, share: float, least: int) -> int:
     """How many pages of ``num_pages`` are read at most."""
-    return max(-(-num_pages * round(share * UNITS) // UNITS), min(least, num_pages))
+    return max(-(-num_pages * share_units(share) // UNITS), min(least, num_pages))
 
 
 def _listed(

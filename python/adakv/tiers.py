@@ -63,7 +63,7 @@ class Tiers(NamedTuple):
     def most(self, total: int, rows: int, window: int) -> list[int]:
         """Entries that each tier takes at most, of ``total`` that so many rows keep together, each
         of them a window of so many, or all of its prompt."""
-        if len(self.shares) == 1 or rows == 0:
+        if rows == 0:
             return [total] * len(self.shares)
         window = min(window, total // rows)
         rest = total - rows * window

@@ -200,7 +200,7 @@ def looked_at(model: PreTrainedModel, tokens: Tensor) -> list[Look]:
 
 
 def match_layers(model: PreTrainedModel, small: PreTrainedModel, tokens: Tensor) -> tuple[int, ...]:
-    """Of each of a model's layers the one of a small model that looks at most alike.
+    """The layer of a small model that looks at most alike, for each of a model's layers.
 
     By the Kullback-Leibler divergence of the small model's attention from the model's, of their q
     heads' means, summed over the last 64 tokens; no layer belongs to one before that of the layer
@@ -300,10 +300,8 @@ def _before_forward(
         return
     if not any(x is cache for x in (*args, *options.values())):
         return
-    tokens, mask = (
-        options.get("input_ids", args[0] if args else None),
-        options.get("attention_mask"),
-    )
+    tokens = options.get("input_ids", args[0] if args else None)
+    mask = options.get("attention_mask")
     if not isinstance(tokens, Tensor):
         raise ValueError("read: a small model beside reads tokens: give input_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adakv.policy.inputs import check_range, check_settings
-from adakv.shortlist import UNITS, most_pages
+from adakv.shortlist import UNITS, most_pages, share_units
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PageRead(Read):
         length = worth.shape[2]
         ends, older, num_newest = self._older(lengths, page_size, new_tokens)
         least = ends.clamp(max=self.least)
-        budgets = (-(-ends * self._share // UNITS)).maximum(least)[..., None]
+        budgets = (-(-ends * share_units(self.share) // UNITS)).maximum(least)[..., None]
         most = min(max(self.most(length) - num_newest, 0), length)
         place = torch.arange(length, device=worth.device)
         best, pages = worth.masked_fill(place >= older, -1).topk(most, -1)  # [B, Hkv, most]
@@ -76,10 +75,6 @@ class PageRead(Read):
         ends = -(-lengths.long() // page_size)
         num_newest = self.newest + -(-(new_tokens - 1) // page_size)
         return ends, (ends - num_newest).clamp(min=0)[..., None], num_newest
-
-    @property
-    def _share(self) -> int:
-        return round(Fraction(self.share) * UNITS)
 
 
 @dataclass(frozen=True)
