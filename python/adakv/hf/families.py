@@ -132,14 +132,15 @@ def head_dims(module: torch.nn.Module) -> tuple[int, int] | None:
 
 def attention_modules(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.nn.Module]:
     """Modules that attend in some of a decoder's layers, as far as they say it of themselves."""
-    if not layers:
-        return []
-    return [
-        module
-        for module in model.modules()
-        if getattr(module, "layer_idx", None) in layers
-        and type(module).__name__.endswith("Attention")
-    ]
+    found: list[torch.nn.Module] = []
+    ahead = [model] if layers else []
+    while ahead:  # as model.modules(), which takes milliseconds
+        module = ahead.pop()
+        is_attention = type(module).__name__.endswith("Attention")
+        if is_attention and getattr(module, "layer_idx", None) in layers and module not in found:
+            found.append(module)
+        ahead += [*module.children()][::-1]
+    return found
 
 
 def layer_devices(model: torch.nn.Module, layers: Sequence[int]) -> list[torch.device]:
