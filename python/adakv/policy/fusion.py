@@ -45,10 +45,10 @@ class RankFusion(ColumnMax):
         unlike = self._keys.score(inputs).masked_fill(others, -torch.inf)
         # V falls: of two ranks the lower one has the higher value, and the first one's is the score
         # itself. Of the ranking by keys every place in the first T / f lifts an entry.
-        ranked = scores.sort(dim=2, descending=True).values
-        lifts = ranked[..., self.key_factor - 1 :: self.key_factor]
-        order = unlike.sort(dim=2, descending=True, stable=True).indices
-        return scores.scatter_reduce(2, order[..., : lifts.shape[2]], lifts, "amax")
+        ranked = torch.stack([scores, unlike]).sort(dim=3, descending=True, stable=True)
+        lifts = ranked.values[0, ..., self.key_factor - 1 :: self.key_factor]
+        order = ranked.indices[1, ..., : lifts.shape[2]]
+        return scores.scatter_reduce_(2, order, lifts, "amax")
 
     @cached_property
     def _keys(self) -> KeyDiff:

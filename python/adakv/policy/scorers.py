@@ -178,9 +178,24 @@ class KeyDiff:
             keys = keys.masked_fill(~there[..., None], 0)
         norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)  # [B, Hkv, T]
         inverse = norms.clamp_(min=_LEAST_NORM).reciprocal_()
-        mean = (keys * inverse[..., None]).sum(2, keepdim=True)  # float32, up to a factor
+        mean = _product(inverse[:, :, None], keys)  # [B, Hkv, 1, D], up to a factor
         mean = F.normalize(mean, dim=-1, eps=_LEAST_NORM)
-        return pin_first((keys * mean).sum(-1).mul_(inverse).neg_(), self.pinned)
+        return pin_first(_product(mean, keys.mT)[:, :, 0].mul_(inverse).neg_(), self.pinned)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``[B, H, R, N]`` float32: a few rows ``[B, H, R, K]`` float32 times ``[B, H, K, N]``.
+
+    A GPU multiplies bfloat16 as it is, by rows that are written as sums of two bfloat16.
+    """
+    if not (matrix.is_cuda and matrix.dtype is torch.bfloat16):
+        return rows @ matrix.float()
+    high = rows.bfloat16()
+    parts = torch.cat([high, (rows - high).bfloat16()], 2)
+    products = [
+        torch.bmm(x, y, out_dtype=torch.float32) for x, y in zip(parts, matrix, strict=True)
+    ]
+    return torch.stack(products).unflatten(2, (2, -1)).sum(2)
 
 
 @dataclass(frozen=True)
