@@ -27,6 +27,7 @@ struct CompactParams {
   EntryRows keys, values;      // [B, Hkv, T, D]
   EntryRows biases;            // [B, Hkv, T] float16, or none
   const int32_t* positions;    // [K]
+  const int32_t* places;       // [K], where the entries lie among keys and values
   const int32_t* indptr;       // [B * Hkv + 1]
   const int32_t* seq_lens;     // [B] or null
   const int32_t* page_ids;     // [Q]
@@ -91,7 +92,7 @@ __device__ Chunk read_once(const Chunk* from, uint64_t) {
 struct Part {
   const char* from;  // [T, D], entry_stride bytes from one to the next
   int64_t entry_stride;
-  int32_t position;  // in lane i, of entry i
+  int32_t place;     // in lane i, of entry i
   int32_t count;     // of entries
   int32_t page, slot;
   bool is_value;
@@ -120,7 +121,7 @@ __device__ void CopyEntries<Chunk>::run(const CompactParams& p, const Part& part
       const int32_t chunk = min(first + k * kWarpSize, num_chunks - 1);
       const int32_t slot = entry_chunks.quotient(chunk);
       const int32_t in_entry = chunk - slot * entry_chunks.value;
-      const int64_t entry = __shfl_sync(kFullWarp, part.position, slot) * part.entry_stride;
+      const int64_t entry = __shfl_sync(kFullWarp, part.place, slot) * part.entry_stride;
       data[k] = read_once(reinterpret_cast<const Chunk*>(part.from + entry) + in_entry, policy);
     }
 #pragma unroll
@@ -150,10 +151,10 @@ struct QuantiseEntries {
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int32_t i = first + k * at_once + entry;
-        const int64_t position = __shfl_sync(kFullWarp, part.position, i % kWarpSize);
+        const int64_t place = __shfl_sync(kFullWarp, part.place, i % kWarpSize);
         data[k] = make_uint4(0, 0, 0, 0);
         if (is_there(p, part, mine, entry, at_once, i)) {
-          data[k] = load_chunk<Element>(part.from + position * part.entry_stride +
+          data[k] = load_chunk<Element>(part.from + place * part.entry_stride +
                                         mine.element * sizeof(Element));
         }
       }
@@ -199,18 +200,18 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
     const int32_t id = p.page_ids[first_id + page];
     const int32_t begin = row.begin + (page - row.first_page) * layer.page_size + slot;
     const int32_t count = min(p.part_slots, row.end - begin);
-    const int32_t position = lane < count ? p.positions[begin + lane] : 0;
+    const int32_t place = lane < count ? p.places[begin + lane] : 0;
     if (!is_value && lane < count) {
-      layer.page_positions[id * layer.positions_stride + slot + lane] = position;
+      layer.page_positions[id * layer.positions_stride + slot + lane] = p.positions[begin + lane];
       if (layer.page_biases) {
-        const char* bias = p.biases.data ? p.biases.at(b, row.head, position) : nullptr;
+        const char* bias = p.biases.data ? p.biases.at(b, row.head, place) : nullptr;
         layer.page_biases[id * layer.biases_stride + slot + lane] =
             bias ? *reinterpret_cast<const uint16_t*>(bias) : 0;
       }
     }
     const EntryRows& entries = is_value ? p.values : p.keys;
     Fill::run(p,
-              {entries.at(b, row.head, 0), entries.stride[2], position, count, id, slot, is_value});
+              {entries.at(b, row.head, 0), entries.stride[2], place, count, id, slot, is_value});
     job += step;
   }
 }
@@ -264,14 +265,14 @@ template <typename Element>
 class PageEntries {
  public:
   __device__ PageEntries(const CompactParams& p, const FilledRow& row, int32_t b, int32_t begin)
-      : p_(p), row_(row), b_(b), positions_(p.positions + begin) {}
+      : p_(p), row_(row), b_(b), places_(p.places + begin) {}
 
   static size_t bytes(int32_t head_dim) { return 2 * kPageSlots * row_bytes(head_dim); }
 
   /// Eight elements of an entry in memory.
   __device__ uint4 read(bool is_value, int32_t slot, int32_t element) const {
     const EntryRows& entries = is_value ? p_.values : p_.keys;
-    return load_chunk<Element>(entries.at(b_, row_.head, positions_[slot]) + element * 2);
+    return load_chunk<Element>(entries.at(b_, row_.head, places_[slot]) + element * 2);
   }
 
   /// Calls the body with (is_value, slot, element) of each eight elements of `count` entries.
@@ -298,7 +299,7 @@ class PageEntries {
 
   const CompactParams& p_;
   const FilledRow& row_;
-  const int32_t b_, *positions_;
+  const int32_t b_, *places_;
 };
 
 /// One block quantises page `page` of sequence b; entries that fill no page go to the row's tail.
@@ -367,6 +368,7 @@ void CudaBackend::compact(const CompactArgs& args) {
   p.values = entry_rows(args.values);
   p.biases = entry_rows(args.biases);
   p.positions = args.positions.ptr<int32_t>();
+  p.places = (args.places ? args.places : args.positions).ptr<int32_t>();
   p.indptr = args.indptr.ptr<int32_t>();
   p.seq_lens = args.seq_lens ? args.seq_lens.ptr<int32_t>() : nullptr;
   p.page_ids = args.page_ids.ptr<int32_t>();

@@ -13,6 +13,11 @@
 namespace adakv {
 namespace {
 
+// [K]: where kept entries lie among keys and values.
+const int32_t* places_of(const CompactArgs& args) {
+  return (args.places ? args.places : args.positions).ptr<int32_t>();
+}
+
 // For every row the index of its first page in page_ids, and for the fresh page the index behind
 // the last row's: rows of sequence b start at first_page[b * (Hkv + 1)].
 std::vector<int64_t> deal_pages(const CompactArgs& args) {
@@ -22,6 +27,7 @@ std::vector<int64_t> deal_pages(const CompactArgs& args) {
   const int32_t* indptr = args.indptr.ptr<int32_t>();            // [B * Hkv + 1]
   const int32_t* page_indptr = args.page_indptr.ptr<int32_t>();  // [B + 1]
   const int32_t* positions = args.positions.ptr<int32_t>();      // [K]
+  const int32_t* places = places_of(args);                       // [K]
   const int32_t* page_ids = args.page_ids.ptr<int32_t>();        // [Q]
   std::vector<int64_t> first_page;
   for (int64_t b = 0; b < batch; ++b) {
@@ -49,8 +55,10 @@ std::vector<int64_t> deal_pages(const CompactArgs& args) {
                 next - page_indptr[b], " pages, got ", page_indptr[b + 1] - page_indptr[b]);
   }
   for (int32_t i = indptr[0]; i < indptr[batch * heads]; ++i) {
-    ADAKV_CHECK(positions[i] >= 0 && positions[i] < length, "compact: positions must lie in 0 .. ",
-                length - 1, ", got ", positions[i]);
+    ADAKV_CHECK(places[i] >= 0 && places[i] < length, "compact: ",
+                args.places ? "places" : "positions", " must lie in 0 .. ", length - 1, ", got ",
+                places[i]);
+    ADAKV_CHECK(positions[i] >= 0, "compact: positions must not be negative, got ", positions[i]);
   }
   for (int32_t i = page_indptr[0]; i < page_indptr[batch]; ++i) {
     ADAKV_CHECK(page_ids[i] >= 0 && page_ids[i] < args.layer.pages.shape[0],
@@ -69,16 +77,16 @@ struct Row {
         bytes(x.shape[3] * static_cast<int64_t>(dtype_size(x.dtype))),
         data(x.ptr<char>() + (b * x.stride[0] + h * x.stride[1]) * dtype_size(x.dtype)) {}
 
-  const char* entry(int32_t position) const { return data + position * pitch; }
-  void fetch(int32_t position) const {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(entry(position) + i);
+  const char* entry(int32_t place) const { return data + place * pitch; }
+  void fetch(int32_t place) const {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(entry(place) + i);
   }
 
   int64_t pitch, bytes;
   const char* data;
 };
 
-// Writes the entries at `positions`, of one page, as the page's format has it.
+// Writes the entries at some places, of one page, as the page's format has it.
 void write_page(const PageWriter& writer,
                 const Row& keys,
                 const Row& values,
@@ -95,7 +103,7 @@ void write_page(const PageWriter& writer,
   }
 }
 
-// The biases of the entries at `positions` of row (b, h), of one page.
+// The biases of the entries at some places of row (b, h), of one page.
 void write_biases(const CompactArgs& args,
                   int64_t b,
                   int64_t h,
@@ -109,7 +117,7 @@ void write_biases(const CompactArgs& args,
     return;
   }
   const uint16_t* biases = from.ptr<uint16_t>() + b * from.stride[0] + h * from.stride[1];
-  std::transform(begin, end, out, [&](int32_t position) { return biases[position]; });
+  std::transform(begin, end, out, [&](int32_t place) { return biases[place]; });
 }
 
 // The same of the whole pages of a row (b, h) in int4; what is behind them goes to the row's tail.
@@ -161,19 +169,20 @@ void CpuBackend::compact(const CompactArgs& args) {
     };
     const int32_t kept = indptr[r + 1] - indptr[r];
     const int32_t* positions = args.positions.ptr<int32_t>() + indptr[r];  // [kept]
+    const int32_t* places = places_of(args) + indptr[r];                   // [kept]
     const int32_t* pages = page_ids + first_page[b * (heads + 1) + h];
     const int32_t num_pages = schedule::ceil_div(kept, page_size);
     const Row keys(args.keys, b, h), values(args.values, b, h);
     for (int32_t i = 0; i < num_pages; ++i) {
-      const int32_t* begin = positions + i * page_size;
-      const int32_t* end = positions + std::min((i + 1) * page_size, kept);
+      const int32_t first = i * page_size, last = std::min(first + page_size, kept);
+      const int32_t *begin = places + first, *end = places + last;
       if (!layer.tails) write_page(writer, keys, values, pages[i], begin, end);
-      std::copy(begin, end,
+      std::copy(positions + first, positions + last,
                 layer.page_positions.ptr<int32_t>() + pages[i] * layer.page_positions.stride[0]);
       if (layer.page_biases) write_biases(args, b, h, pages[i], begin, end);
     }
     if (layer.tails) {
-      write_int4_row(tails, keys, values, b, h, pages, positions, positions + kept);
+      write_int4_row(tails, keys, values, b, h, pages, places, places + kept);
     }
     int32_t* table = row_of(layer.block_table);
     std::copy(pages, pages + num_pages, table);

@@ -110,9 +110,10 @@ struct MembersOf<CompactArgs> {
   using Cpp = CompactArgs;
   using C = AdakvCompactArgs;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(keys),        ADAKV_MEMBER(values),   ADAKV_MEMBER(positions),
-      ADAKV_MEMBER(indptr),      ADAKV_MEMBER(seq_lens), ADAKV_MEMBER(page_ids),
-      ADAKV_MEMBER(page_indptr), ADAKV_MEMBER(biases),   ADAKV_MEMBER(layer),
+      ADAKV_MEMBER(keys),     ADAKV_MEMBER(values),      ADAKV_MEMBER(positions),
+      ADAKV_MEMBER(indptr),   ADAKV_MEMBER(places),      ADAKV_MEMBER(seq_lens),
+      ADAKV_MEMBER(page_ids), ADAKV_MEMBER(page_indptr), ADAKV_MEMBER(biases),
+      ADAKV_MEMBER(layer),
   };
 };
 

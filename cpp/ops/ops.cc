@@ -160,6 +160,7 @@ Backend& checked(const CompactArgs& args) {
     check_head_dim(check);
   } else {
     check.require(!args.seq_lens, "seq_lens must be left out where keys are");
+    check.require(!args.places, "places must be left out where keys are");
     check.require(!args.biases, "biases must be left out where keys are: entries keep theirs");
     check.require(!args.layer.tails, "keys and values must be given for a layer of int4");
     check_held_layer(check, args.layer);
@@ -169,7 +170,11 @@ Backend& checked(const CompactArgs& args) {
   const int64_t rows = check.size("B") * check.size("Hkv");
   check.require(check.size("R+1") == rows + 1, "indptr must have ", rows + 1, " elements, got ",
                 check.size("R+1"));
-  check_counts(check, "seq_lens", args.seq_lens, check.size("T"));
+  check.optional("places", args.places, "K", DType::kInt32);
+  check.require(!args.places || static_cast<bool>(args.seq_lens),
+                "seq_lens must be given with places");
+  check_counts(check, "seq_lens", args.seq_lens,
+               args.places ? schedule::kMostLength : check.size("T"));
   check.tensor("page_ids", args.page_ids, "Q", DType::kInt32);
   check.tensor("page_indptr", args.page_indptr, "B+1", DType::kInt32);
   check.require(check.size("B+1") == check.size("B") + 1, "page_indptr must have ",

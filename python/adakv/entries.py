@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
@@ -114,7 +113,7 @@ class Whole(NamedTuple):
 
     def reserved(self, policy: Policy) -> Whole:
         """With the scores of what a :class:`Reserve` would hold, and all entries."""
-        _, scores = policy.reserve(self.inputs, self.budgets, scores=self.scores)
+        _, scores, _ = policy.reserve(self.inputs, self.budgets, scores=self.scores)
         return self._replace(inputs=self.inputs.without_queries(), scores=scores)
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
@@ -133,17 +132,17 @@ class Reserve(NamedTuple):
     scores: Tensor  #: [B, Hkv, T] float32, -inf for entries that were dropped
     keys: Tensor  #: [K, D]
     values: Tensor  #: [K, D]
-    kept: Kept  #: where they stood
+    places: Tensor  #: [B, Hkv, T] int32, where an entry lies among keys and values; -1 if dropped
 
     @classmethod
     def take(cls, policy: Policy, whole: Whole) -> Reserve:
         """Copies what the policy holds of it, so that the rest can be freed."""
         inputs, heads = whole.inputs, whole.inputs.num_kv_heads
-        kept, scores = policy.reserve(inputs, whole.budgets, scores=whole.scores)
+        kept, scores, places = policy.reserve(inputs, whole.budgets, scores=whole.scores)
         row = kept.rows(len(scores) * heads)
         where = row // heads, row % heads, kept.positions.long()
         keys, values = inputs.keys[where], inputs.values[where]
-        return cls(inputs.without_entries(), whole.budgets, scores, keys, values, kept)
+        return cls(inputs.without_entries(), whole.budgets, scores, keys, values, places)
 
     def pinned(self, policy: Policy) -> Tensor:
         """Its scores, ``+inf`` for what always stays."""
@@ -151,17 +150,10 @@ class Reserve(NamedTuple):
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of its entries."""
-        batch, heads, length, _ = self.inputs.keys.shape
-        count = len(self.kept.positions)
-        rows = batch * heads
-        order = torch.arange(count, dtype=torch.int32, device=self.keys.device)
-        place = order.new_zeros((rows, length))  # of an entry in the reserve
-        place[self.kept.rows(rows), self.kept.positions.long()] = order
-        places = place[kept.rows(rows), kept.positions.clamp(min=0).long()]
-        chosen = Kept(places.where(kept.positions >= 0, -1), kept.indptr)
-        entries = self.keys, self.values, self.kept.positions
-        _compact_places(*entries, chosen, view, page_ids, page_indptr)
-        view.seen.fill_(length)
+        batch, heads, length = self.places.shape
+        index = kept.rows(batch * heads) * length + kept.positions.clamp(min=0)
+        places, seen = self.places.flatten()[index], torch.full_like(view.seen, length)
+        compact_rows(self.keys, self.values, places, kept, seen, view, page_ids, page_indptr)
 
 
 class Chosen(NamedTuple):
@@ -186,45 +178,30 @@ def _pinned(policy: Policy, inputs: LayerInputs, scores: Tensor | None) -> Tenso
 def compact_rows(
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
+    places: Tensor,
+    kept: Kept,
+    seen: Tensor,
     view: Layer,
     page_ids: Tensor,
     page_indptr: Tensor,
     *,
     biases: Tensor | None = None,
 ) -> None:
-    """:func:`adakv.ops.compact` of entries that lie row by row: keys and values ``[E, D]``,
-    positions ``[E]`` int32 and biases ``[E]`` float16, of rows of ``lengths`` ``[B, Hkv]``."""
-    count, device = len(positions), keys.device
-    places = torch.arange(count, dtype=torch.int32, device=device)
-    indptr = F.pad(lengths.flatten().cumsum(0), (1, 0)).int().to(device)
-    if count == 0:  # rows must have something to choose from
-        keys, values = (x.new_zeros(1, x.shape[1]) for x in (keys, values))
-        positions = places.new_zeros(1)
-        biases = None
-    all_of_it = Kept(places, indptr)
-    _compact_places(keys, values, positions, all_of_it, view, page_ids, page_indptr, biases=biases)
-
-
-def _compact_places(
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    chosen: Kept,
-    view: Layer,
-    page_ids: Tensor,
-    page_indptr: Tensor,
-    *,
-    biases: Tensor | None = None,
-) -> None:
-    """:func:`adakv.ops.compact` of entries of all rows, keys and values ``[E, D]`` that stood at
-    ``positions`` ``[E]``: of those that are ``chosen`` by their places among them."""
+    """:func:`adakv.ops.compact` of entries ``[E, D]`` of all rows one behind the other, with biases
+    ``[E]`` float16: those that are kept lie at ``places`` ``[K]`` int32, and ``seen`` ``[B]`` int32
+    tokens went by."""
     shape = (*view.lengths.shape, len(keys), -1)
-    biases = None if biases is None else biases.expand(shape[:3])
-    entries = keys.expand(shape), values.expand(shape)
-    ops.compact(*entries, chosen, view, page_ids, page_indptr, biases=biases)
-    _renumber(view, lambda places: positions[places])
+    ops.compact(
+        keys.expand(shape),
+        values.expand(shape),
+        kept,
+        view,
+        page_ids,
+        page_indptr,
+        places=places,
+        seq_lens=seen,
+        biases=None if biases is None else biases.expand(shape[:3]),
+    )
 
 
 class Held:
@@ -295,10 +272,11 @@ class Held:
         if not self.is_int4:
             ops.compact(None, None, kept, view, page_ids, page_indptr)
             return
-        seen, positions = view.seen.clone(), self.positions
-        ops.compact(self.keys, self.values, kept, view, page_ids, page_indptr)
-        view.seen.copy_(seen)
-        _renumber(view, lambda places: positions.gather(2, places.flatten(2)).view_as(places))
+        held, places = self.positions.flatten(0, 1), kept.positions
+        positions = held[kept.rows(len(held)), places.clamp(min=0).long()]
+        moved = Kept(positions.where(places >= 0, places), kept.indptr)
+        entries, pages = (self.keys, self.values), (page_ids, page_indptr)
+        ops.compact(*entries, moved, view, *pages, places=places, seq_lens=view.seen.clone())
 
 
 class HeldInputs(LayerInputs):
@@ -420,21 +398,3 @@ def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return (codes.float() * scale + zero).to(dtype)
     scale = scales.repeat_interleave(SCALE_GROUP, -1)[..., :head_dim].float()
     return (codes.float() * scale).to(dtype)
-
-
-def _renumber(view: Layer, position_of: Callable[[Tensor], Tensor]) -> None:
-    """Makes positions of the places that compact wrote, in all pages of the rows.
-
-    ``position_of`` gives those of places ``[B, Hkv, M, P]`` int64. Where a row has no more pages
-    its first one is written again, with the same numbers.
-    """
-    page_size = view.page_positions.shape[1]
-    first_slot = torch.arange(view.block_table.shape[2], device=view.lengths.device) * page_size
-    is_used = first_slot < view.lengths[..., None]  # [B, Hkv, M]
-    pages = view.block_table.where(is_used, view.block_table[..., :1]).long()
-    slots = first_slot * is_used
-    slots = slots[..., None] + torch.arange(page_size, device=slots.device)
-    places = view.page_positions[pages]  # [B, Hkv, M, P]
-    is_held = slots < view.lengths[..., None, None]
-    positions = position_of(places.where(is_held, 0).long())
-    view.page_positions[pages] = positions.where(is_held, places)

@@ -26,6 +26,7 @@ from torch import Tensor
 from adakv import _C, _schedules
 from adakv._register import operators as operators
 from adakv._register import verb
+from adakv.compact import compact as compact
 from adakv.shortlist import shortlist as shortlist
 from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
@@ -303,40 +304,6 @@ def select(
     return kept
 
 
-@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
-def compact(
-    keys: Tensor | None,
-    values: Tensor | None,
-    kept: Kept,
-    layer: Layer,
-    page_ids: Tensor,
-    page_indptr: Tensor,
-    *,
-    seq_lens: Tensor | None = None,
-    biases: Tensor | None = None,
-) -> None:
-    """Moves the kept entries of a prompt into pages; slot i of a row holds its i-th kept position.
-
-    Parameters
-    ----------
-    keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, optional
-        Without them the entries are those that the layer's rows hold, positions are slots of the
-        rows, and everything stays in its place that can. Not of int4.
-    kept : :class:`Kept`
-    layer : :class:`Layer`
-        Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from
-        ``seq_lens``; in place ``seen`` stays.
-    page_ids, page_indptr : ``[Q]`` and ``[B + 1]`` int32
-        Sequence b may use the pages ``page_ids[page_indptr[b]:page_indptr[b + 1]]``; they are dealt
-        to its rows in order, then one fresh page to each row. In place, pages among them that rows
-        hold entries in stay theirs.
-    seq_lens : ``[B]`` int32, optional
-    biases : ``[B, Hkv, T]`` float16, optional
-        Of the entries, for a layer with ``page_biases``. Default: 0, and in place what they have.
-    """
-    _C.compact(keys, values, *kept, seq_lens, page_ids, page_indptr, biases, layer)
-
-
 @verb(fake=lambda *_, **_options: None, mutates=_GROWING)
 def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
     """Adds S new tokens of each sequence to its rows, for which ``KVCache.grow`` has made room.
@@ -352,7 +319,7 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
     _C.append(keys, values, num_new, layer)
 
 
-@verb(fake=lambda *_, **_options: None, mutates=(*_GROWING, "fresh_pages"))
+@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
 def fork(
     source: Source,
     sources: Tensor,

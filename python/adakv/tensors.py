@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -92,13 +94,18 @@ class Kept(NamedTuple):
         index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
         return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
 
-    def mask(self, like: Tensor) -> Tensor:
-        """What is kept, as bool of the shape ``[B, Hkv, T]`` of another tensor."""
-        rows, length = like.shape[0] * like.shape[1], like.shape[2]
-        mask = torch.zeros(rows, length + 1, dtype=torch.bool, device=like.device)
-        column = self.positions.where(self.positions >= 0, length).long()
-        mask[self.rows(rows), column] = mask.new_ones(())  # True would come from the host
-        return mask[:, :length].view(like.shape)
+    def places(self, shape: Sequence[int]) -> Tensor:
+        """``[B, Hkv, T]`` int32: the index in ``positions`` of each entry that is kept, else -1."""
+        size = math.prod(shape)
+        index = self.rows(shape[0] * shape[1]) * shape[2] + self.positions
+        index = index.where(self.positions >= 0, size)  # behind all of them
+        places = self.positions.new_full((size + 1,), -1)
+        order = torch.arange(len(index), dtype=torch.int32, device=places.device)
+        return places.scatter_(0, index, order)[:size].view(*shape)
+
+    def mask(self, shape: Sequence[int]) -> Tensor:
+        """``[B, Hkv, T]`` bool: what is kept."""
+        return self.places(shape) >= 0
 
     def __repr__(self) -> str:
         try:

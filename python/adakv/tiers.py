@@ -101,7 +101,7 @@ class Tiers(NamedTuple):
         """
         lowest, nothing = torch.finfo(torch.float32).min, -torch.inf
         left = scores.float().nan_to_num(lowest, torch.inf, lowest)
-        left = left.masked_fill(~kept.mask(left), nothing)
+        left = left.masked_fill(~kept.mask(left.shape), nothing)
         counts = kept.indptr.diff().view(left.shape[:2]).long()
         rest, upto, taken = counts - window, Fraction(0), torch.zeros_like(counts)
         parts = []
@@ -112,7 +112,7 @@ class Tiers(NamedTuple):
             total = len(kept.positions)
             positions, ends = ops.select(left, (have - taken).int(), window=0, total=total)
             parts.append(Kept(positions, ends))
-            left, taken = left.masked_fill(parts[-1].mask(left), nothing), have
+            left, taken = left.masked_fill(parts[-1].mask(left.shape), nothing), have
         return parts
 
 

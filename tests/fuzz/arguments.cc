@@ -297,6 +297,7 @@ class Call {
       id_indptr.push_back(static_cast<int32_t>(ids.size()));
     }
     args.positions = ints(positions);
+    if (input_.one_in(2)) args.places = ints(positions);
     args.indptr = ints(indptr);
     args.page_ids = ints(ids);
     args.page_indptr = ints(id_indptr);

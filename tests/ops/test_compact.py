@@ -97,9 +97,21 @@ def pages_of(
     return ids.to(device), indptr.to(device), 2 * int(indptr[-1]) + 1
 
 
-@pytest.mark.parametrize("full_pages", [False, True], ids=["ragged", "full_pages"])
+def some_of(
+    entries: torch.Tensor, kept: ops.Kept, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of ``[B, Hkv, T, D]``, in some order, as ``[B, Hkv, K, D]``, and its places."""
+    heads, count = entries.shape[1], len(order)
+    rows = kept.rows(entries.shape[0] * heads)[order]
+    flat = entries[rows // heads, rows % heads, kept.positions[order].long()]
+    places = torch.full_like(kept.positions, -1)
+    places[order] = torch.arange(count, dtype=torch.int32, device=places.device)
+    return flat.expand(*entries.shape[:2], count, -1), places
+
+
+@pytest.mark.parametrize("given", ["ragged", "full_pages", "places"])
 @pytest.mark.parametrize("case", CASES + CORNERS, ids=str)
-def test_compact_equals_the_definition(case: Case, full_pages: bool, device: torch.device) -> None:
+def test_compact_equals_the_definition(case: Case, given: str, device: torch.device) -> None:
     prompt = cases.Prompt(
         batch=case.batch,
         kv_heads=case.heads,
@@ -110,7 +122,7 @@ def test_compact_equals_the_definition(case: Case, full_pages: bool, device: tor
     )
     keys = prompt.entries(device)
     values = replace(prompt, head_dim=case.value_dim or case.head_dim).entries(device)
-    kept = kept_of(case, device, full_pages)
+    kept = kept_of(case, device, given == "full_pages")
     ids, indptr, num_pages = pages_of(case, kept, device)
     layer = cases.empty_layer(
         case.batch,
@@ -125,9 +137,14 @@ def test_compact_equals_the_definition(case: Case, full_pages: bool, device: tor
         device=device,
     )
     expected = cases.copied(layer)
-    seq_lens = prompt.lengths(device)
+    seq_lens, places = prompt.lengths(device), None
+    if given == "places" and seq_lens is None:
+        seq_lens = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
     reference.compact(keys.cpu(), values.cpu(), kept, expected, ids, indptr, seq_lens=seq_lens)
-    ops.compact(keys, values, kept, layer, ids, indptr, seq_lens=seq_lens)
+    if given == "places":
+        order = torch.randperm(int(kept.indptr[-1])).to(device)
+        (keys, places), (values, _) = (some_of(x, kept, order) for x in (keys, values))
+    ops.compact(keys, values, kept, layer, ids, indptr, places=places, seq_lens=seq_lens)
     cases.assert_same_layer(layer, expected)
 
 
@@ -166,6 +183,25 @@ def test_compact_names_what_does_not_fit_and_changes_nothing() -> None:
             ops.compact(keys, keys, kept, layer, ids, indptr)
         for a, b in zip(layer[:6], before[:6], strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_compact_names_what_is_wrong_with_places() -> None:
+    keys = cases.Prompt(batch=1, kv_heads=2).entries(torch.device("cpu"))
+    kept = ops.Kept(cases.int32(range(40)), cases.int32([0, 30, 40]))
+    layer = cases.empty_layer(1, 2, num_pages=6, columns=2)
+    entries, pages = (keys, keys, kept, layer), (cases.int32(range(5)), cases.int32([0, 5]))
+    seen = cases.int32([1000])
+    for places, message in (
+        (kept.positions[1:], r"places must be \[K = 40\], got \[39\]"),
+        (kept.positions + 61, "places must lie in 0 .. 99, got 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.compact(*entries, *pages, places=places, seq_lens=seen)
+    with pytest.raises(ValueError, match="seq_lens must be given with places"):
+        ops.compact(*entries, *pages, places=kept.positions)
+    below = ops.Kept(kept.positions - 1, kept.indptr)
+    with pytest.raises(ValueError, match="positions must not be negative, got -1"):
+        ops.compact(keys, keys, below, layer, *pages, places=kept.positions, seq_lens=seen)
 
 
 IN_PLACE = [

@@ -372,6 +372,7 @@ typedef struct AdakvCompactArgs {
   const AdakvTensor* values;    /* [B, Hkv, T, Dv]; NULL with keys */
   const AdakvTensor* positions; /* [K] int32 */
   const AdakvTensor* indptr;    /* [B * Hkv + 1] int32 */
+  const AdakvTensor* places;    /* [K] int32, optional: where entries lie among keys and values */
   const AdakvTensor* seq_lens;  /* [B] int32, optional */
   const AdakvTensor* page_ids; /* [Q] int32, of adakv_cache_begin() or ..._again(), on the device */
   const AdakvTensor* page_indptr; /* [B + 1] int32 */

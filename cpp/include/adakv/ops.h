@@ -149,9 +149,13 @@ void select(const SelectArgs& args);
 /// KVCache::begin gave them) are dealt to its rows: first ceil(length / P) to each row in turn,
 /// then one fresh page to each.
 ///   row (b, h), slot i  <-  keys, values of position positions[indptr[b * Hkv + h] + i]
-/// In a layer with page_biases the entry has the bias that stands beside it, or 0. Quantised pages get the codes and scales of ops/quantise.h. An entry that isn't finite makes its
-/// own scale NaN and no other. They take float16 and bfloat16, no float32. In int4 what does not fill
-/// a page goes to the row's tail.
+/// If only some entries of a prompt are there, in whatever order, places say where each of them lies:
+/// its keys and values are those of place places[indptr[b * Hkv + h] + i]. seq_lens must be given
+/// then.
+/// In a layer with page_biases the entry has the bias that stands beside it, or 0. Quantised pages
+/// get the codes and scales of ops/quantise.h. An entry that isn't finite makes its own scale NaN and
+/// no other. They take float16 and bfloat16, no float32. In int4 what does not fill a page goes to
+/// the row's tail.
 ///
 /// Without keys and values, the entries are those that the layer's rows hold, positions are slots of
 /// the row, and everything stays in its place that can (KVCache::begin_again):
@@ -164,6 +168,7 @@ struct CompactArgs {
   TensorView values;       // [B, Hkv, T, Dv]
   TensorView positions;    // [K] int32
   TensorView indptr;       // [B * Hkv + 1] int32
+  TensorView places;       // [K] int32   optional, with keys; not given: positions
   TensorView seq_lens;     // [B] int32   not given: all T
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32

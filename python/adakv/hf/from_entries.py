@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adakv.cache import KVCache
@@ -14,6 +15,7 @@ from adakv.entries import compact_rows
 from adakv.errors import integer
 from adakv.formats import check_kv_dtype
 from adakv.hf import families
+from adakv.ops import Kept
 from adakv.policy.presets import get
 from adakv.shape import Shape
 
@@ -142,6 +144,9 @@ def _fill(kv: KVCache, parts: Sequence[_Given], seen: Sequence[int]) -> None:
     for index, part in enumerate(parts):
         view = kv.layer(index)
         pages = kv.begin(index, part.lengths.sum(1).tolist(), longest)
-        entries = part.keys, part.values, part.positions, part.lengths
+        ends = F.pad(part.lengths.flatten().cumsum(0), (1, 0)).int()
+        kept = Kept(part.positions, ends.to(view.seen.device))
+        places = torch.arange(len(part.keys), dtype=torch.int32, device=view.seen.device)
+        tokens = torch.tensor(seen, dtype=torch.int32, device=view.seen.device)
+        entries = part.keys, part.values, places, kept, tokens
         compact_rows(*entries, view, *pages, biases=part.biases)
-        view.seen.copy_(torch.tensor(seen))

@@ -383,7 +383,7 @@ class Policy:
         budget: int | Sequence[LayerBudget],
         *,
         scores: Tensor | None = None,
-    ) -> tuple[Kept, Tensor]:
+    ) -> tuple[Kept, Tensor, Tensor]:
         """The entries of a layer that are held until the last one is there.
 
         Returns
@@ -391,11 +391,14 @@ class Policy:
         kept : :class:`adakv.ops.Kept`
         scores : ``[B, Hkv, T]`` float32
             For :meth:`choose_all`: ``-inf`` where an entry is not held.
+        places : ``[B, Hkv, T]`` int32
+            :meth:`adakv.ops.Kept.places` of those that are.
         """
         budgets = budget if isinstance(budget, Sequence) else self.layer_budgets(inputs, budget)
         if all(x.keeps_everything for x in budgets):
             kept = _keep_everything(inputs)
-            return kept, torch.zeros(inputs.keys.shape[:3], device=inputs.keys.device)
+            scores = torch.zeros(inputs.shape, device=inputs.device)
+            return kept, scores, kept.places(inputs.shape)
         heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
         means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
         scores = self.score(inputs, budgets) if scores is None else scores
@@ -407,10 +410,8 @@ class Policy:
             for mean, n in zip(means, lengths, strict=True)
         )
         kept = self.selector.select(scores, shares, inputs, window=window, total=total)
-        held = torch.zeros_like(scores, dtype=torch.bool).flatten(0, 1)
-        rows = kept.rows(held.shape[0])
-        held[rows, kept.positions.long()] = held.new_ones(())  # True would come from the host
-        return kept, scores.masked_fill(~held.view(scores.shape), -torch.inf)
+        places = kept.places(inputs.shape)
+        return kept, scores.masked_fill(places < 0, -torch.inf), places
 
     def _choose(
         self,

@@ -66,10 +66,10 @@ class Folded:
         kept : :class:`adakv.ops.Kept`
             What stays. Values and biases of other entries mean nothing.
         """
-        stays = kept.mask(masses) & (masses > 0)
+        stays = kept.mask(masses.shape) & (masses > 0)
         target, cosine = _nearest(keys, stays)
         of_target = masses.gather(2, target)
-        is_folded = ~kept.mask(masses) & (cosine >= self.cosine) & (masses <= of_target)
+        is_folded = ~kept.mask(masses.shape) & (cosine >= self.cosine) & (masses <= of_target)
         weights = (masses / of_target).where(is_folded, 0)  # [B, Hkv, T]
         sums = torch.zeros_like(weights).scatter_add_(2, target, weights)
         index = target[..., None].expand_as(values)
