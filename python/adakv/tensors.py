@@ -92,7 +92,7 @@ class Kept(NamedTuple):
     def rows(self, num_rows: int) -> Tensor:
         """``[K]`` int64: the row of each position; of those behind the last row, the last one."""
         index = torch.arange(len(self.positions), dtype=torch.int32, device=self.indptr.device)
-        return torch.searchsorted(self.indptr[1:], index, right=True).clamp(max=num_rows - 1)
+        return torch.searchsorted(self.indptr[1:num_rows], index, right=True)
 
     def places(self, shape: Sequence[int]) -> Tensor:
         """``[B, Hkv, T]`` int32: the index in ``positions`` of each entry that is kept, else -1."""

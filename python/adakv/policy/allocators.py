@@ -247,7 +247,8 @@ class ModelWide:
         self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
     ) -> Tensor:
         shares = self._of_one_layer.allocate(scores, inputs, budgets, window=window)
-        if self.reserve is None:
+        is_one_layer = scores.shape[1] < inputs.num_layers * inputs.num_kv_heads
+        if self.reserve is None or is_one_layer:  # of one alone nothing was dropped yet
             return shares
         return shares.minimum(_num_scored(scores, inputs, window))
 

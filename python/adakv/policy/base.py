@@ -411,7 +411,7 @@ class Policy:
         )
         kept = self.selector.select(scores, shares, inputs, window=window, total=total)
         places = kept.places(inputs.shape)
-        return kept, scores.masked_fill(places < 0, -torch.inf), places
+        return kept, scores.where(places >= 0, -torch.inf), places
 
     def _choose(
         self,

@@ -40,9 +40,10 @@ class RankFusion(ColumnMax):
         check_range("key_factor", self.key_factor, 1)
 
     def _joined(self, prompt: Columns, inputs: LayerInputs) -> Tensor:
-        others = ~inputs.candidates(self.window)  # [B or 1, 1, T]
-        scores = super()._joined(prompt, inputs).masked_fill(others, -torch.inf)
-        unlike = self._keys.score(inputs).masked_fill(others, -torch.inf)
+        scores, unlike = (
+            inputs.fill_others(x, self.window, -torch.inf)
+            for x in (super()._joined(prompt, inputs), self._keys.score(inputs))
+        )
         # V falls: of two ranks the lower one has the higher value, and the first one's is the score
         # itself. Of the ranking by keys every place in the first T / f lifts an entry.
         ranked = torch.stack([scores, unlike]).sort(dim=3, descending=True, stable=True)

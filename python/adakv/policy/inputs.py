@@ -292,6 +292,22 @@ class LayerInputs:
             self._candidates[window] = found
         return self._candidates[window]
 
+    def mean(self, x: Tensor, window: int) -> Tensor:
+        """``[B, Hkv, 1]``: the mean of ``x`` ``[B, Hkv, T]`` over the candidates of each row."""
+        if self.seq_lens is None:
+            count = max(self.length - window, 0)
+            return x[..., :count].sum(-1, keepdim=True) / max(count, 1)
+        candidates = self.candidates(window)
+        total = x.masked_fill(~candidates, 0).sum(-1, keepdim=True)
+        return total / candidates.sum(-1, keepdim=True).clamp(min=1)
+
+    def fill_others(self, x: Tensor, window: int, value: float) -> Tensor:
+        """``x`` ``[B, Hkv, T]``, changed in place: what is no candidate has a value."""
+        if self.seq_lens is None:
+            x[..., max(self.length - window, 0) :].fill_(value)
+            return x
+        return x.masked_fill_(~self.candidates(window), value)
+
     def pin_protected(self, scores: Tensor) -> Tensor:
         """``scores``, or a copy with ``+inf`` for what is protected, if anything is."""
         if self.protected is None:

@@ -273,13 +273,12 @@ class ColumnMax:
     def _with_floor(self, highest: Tensor, inputs: LayerInputs) -> Tensor:
         if self.weigh_by == "none":
             return highest
-        candidates = inputs.candidates(self.window)  # [B or 1, 1, T]
-        highest = highest.masked_fill(~candidates, 0)
-        norms = inputs.norms(self.norm).masked_fill(~candidates, 0)
-        floor = _mean(highest, candidates)
+        norms, floor = inputs.norms(self.norm), inputs.mean(highest, self.window)
         if self.weigh_by == "all":
-            return highest.maximum(floor) * norms
-        return highest.maximum(floor * norms / _mean(norms, candidates))
+            weighed = highest.maximum(floor) * norms
+        else:
+            weighed = highest.maximum(floor * norms / inputs.mean(norms, self.window))
+        return inputs.fill_others(weighed, self.window, 0)
 
     @cached_property
     def _attention(self) -> PromptAttention:
@@ -300,11 +299,6 @@ def _last_queries(inputs: LayerInputs, count: int) -> Tensor:
     behind = torch.arange(-count, 0, device=inputs.keys.device)
     rows = (inputs.ends + behind).clamp(min=0)[:, None, :, None]
     return inputs.queries.gather(2, rows.expand(batch, heads, count, head_dim))
-
-
-def _mean(x: Tensor, candidates: Tensor) -> Tensor:
-    """``[B, Hkv, 1]``: over the candidates; ``x`` is 0 elsewhere."""
-    return x.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Moments(NamedTuple):

@@ -173,9 +173,9 @@ class KeyDiff:
         check_scorer(self)
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        keys, there = inputs.keys, inputs.candidates(0)
+        keys = inputs.keys
         if inputs.seq_lens is not None:  # what is behind may be NaN
-            keys = keys.masked_fill(~there[..., None], 0)
+            keys = keys.masked_fill(~inputs.candidates(0)[..., None], 0)
         norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)  # [B, Hkv, T]
         inverse = norms.clamp_(min=_LEAST_NORM).reciprocal_()
         mean = _product(inverse[:, :, None], keys)  # [B, Hkv, 1, D], up to a factor
