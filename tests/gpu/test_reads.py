@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import adakv
+from adakv.policy import SmallKV, SpecAttn
 from hf.families import LLAMA, VOCAB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
@@ -37,3 +39,30 @@ def test_texts_equal_the_cpu(read: str) -> None:
         texts += [result.tokens for result in batch]
     of_cpu, of_gpu = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     assert of_gpu == of_cpu and of_cpu[0] == of_cpu[1] == of_cpu[2]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        SpecAttn(small="", mass=0.7, least=2, full_layers=0, layers=(0, 0, 1, 1)),
+        SmallKV(small="", share=0.5),
+        SmallKV(small="", share=0.5, reserve="cpu"),
+    ],
+    ids=str,
+)
+def test_reads_beside_a_small_model_equal_the_cpu(read: SpecAttn | SmallKV) -> None:
+    """And with ``reserve="cpu"`` all entries lie there while a text is written."""
+    model, small = LLAMA.model(), LLAMA.model(num_hidden_layers=2)
+    prompt, texts = torch.randint(3, VOCAB, (1, 150)), []
+    for device in ("cpu", "cuda"):
+        mine, beside = (copy.deepcopy(x).to(device) for x in (model, small))
+        cache = adakv.Cache(mine, "full", read=replace(read, small=beside))
+        with adakv.attach(mine):
+            text = mine.generate(
+                prompt.to(device), past_key_values=cache,
+                do_sample=False, eos_token_id=None, max_new_tokens=40,
+            )  # fmt: skip
+        texts.append(text.tolist())
+        is_away = getattr(read, "reserve", "device") == "cpu"
+        assert cache.pages.device.type == ("cpu" if is_away else device)
+    assert texts[0] == texts[1]
