@@ -203,6 +203,7 @@ class SmallEntries(BesideReader):
             page_positions=table.new_zeros(len(pages), pages.shape[2]),
             block_table=table.view(1, heads, -1),
             lengths=table.new_full((1, heads), both.held.shape[1]),
+            seen=view.seen.to(pages.device),
             fresh_pages=view.fresh_pages.to(pages.device),
         )
 
