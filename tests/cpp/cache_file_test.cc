@@ -3,6 +3,7 @@
 #include <adakv/adakv.h>
 #include <adakv/c.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <fstream>
@@ -23,9 +24,15 @@ std::string bytes_of_file(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-std::string place_for(const char* name) {
-  return testing::TempDir() + "adakv_" + name + ".kv";
-}
+/// A file of this process alone, as CTest runs tests side by side; it goes with this.
+struct TempFile {
+  const std::string path;
+
+  explicit TempFile(const char* name)
+      : path(testing::TempDir() + "adakv_" + std::to_string(getpid()) + "_" + name + ".kv") {}
+  TempFile(const TempFile&) = delete;
+  ~TempFile() { std::remove(path.c_str()); }
+};
 
 // What it says when something is refused.
 template <typename Body>
@@ -94,7 +101,8 @@ struct Kind {
 class CacheFileOf : public testing::TestWithParam<Kind> {};
 
 TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
-  const std::string path = place_for("whole"), again = place_for("again");
+  const TempFile temp("whole"), temp_again("again");
+  const std::string &path = temp.path, &again = temp_again.path;
   const auto [format, value_dim] = GetParam();
   const Saved saved(format, value_dim);
   save_cache(path, saved.cache, {{"model", "a\"b\\é"}}, {{"scores.0", saved.beside.view}});
@@ -132,7 +140,8 @@ TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
 }
 
 TEST_P(CacheFileOf, RefusesEveryBitThatWasChanged) {
-  const std::string path = place_for("changed");
+  const TempFile temp("changed");
+  const std::string& path = temp.path;
   const Saved saved(GetParam().format, GetParam().value_dim);
   save_cache(path, saved.cache, {{"model", "m"}});
   const std::string whole = bytes_of_file(path);
@@ -169,7 +178,8 @@ INSTANTIATE_TEST_SUITE_P(Formats,
                                          Kind{PageFormat::kInt8, 72}));
 
 TEST(CacheFile, SaysWhatIsWrong) {
-  const std::string path = place_for("wrong");
+  const TempFile temp("wrong");
+  const std::string& path = temp.path;
   Saved saved(PageFormat::kPlain);
   EXPECT_EQ(refusal([&] { save_cache(path, saved.cache, {{"seen", "[]"}}); }),
             "save_cache: texts must not have seen");
@@ -210,7 +220,8 @@ TEST(CacheFile, SaysWhatIsWrong) {
 }
 
 TEST(CFace, SavesAndLoads) {
-  const std::string path = place_for("c"), again = place_for("c_again");
+  const TempFile temp("c"), temp_again("c_again");
+  const std::string &path = temp.path, &again = temp_again.path;
   const Saved saved(PageFormat::kInt8);
   save_cache(path, saved.cache, {{"model", "m"}}, {{"x", saved.beside.view}});
   AdakvCacheFile* file = nullptr;
