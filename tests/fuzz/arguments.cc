@@ -36,6 +36,10 @@ class Call {
         W(input.range(0, 6)),
         S(input.one_in(4) ? input.range(0, 40) : 1),
         D(input.one_in(10) ? input.range(0, 300) : 8 * input.range(1, 5)),
+        has_value_pages_(input.one_in(3)),
+        Dv(!has_value_pages_  ? D
+           : input.one_in(10) ? input.range(0, 300)
+                              : 8 * input.range(1, 5)),
         P(8 << input.range(0, 2)),
         N(input.range(1, 40)),
         M(input.range(0, 6)),
@@ -75,8 +79,9 @@ class Call {
   /// True now and then, if this input goes wrong at all.
   bool goes_wrong() { return odds_ > 0 && input_.one_in(odds_); }
 
-  /// A view of zeros with memory of its own; maybe with gaps between its rows, maybe wrong.
-  TensorView make(const Shape& shape, DType dtype) {
+  /// A view of zeros with memory of its own; maybe with gaps between its rows, maybe wrong. Its first
+  /// dimension's parts lie `apart` elements apart, if they are no more than that.
+  TensorView make(const Shape& shape, DType dtype, int64_t apart = 0) {
     TensorView view;
     view.dtype = dtype;
     view.rank = static_cast<int32_t>(shape.size());
@@ -95,6 +100,7 @@ class Call {
       view.stride[i] = step;
       step *= std::max<int64_t>(view.shape[i], 1) + (i > 0 && input_.one_in(16) ? 3 : 0);
     }
+    view.stride[0] = std::max(view.stride[0], apart);
     if (wrong == 6 && view.rank > 0) view.stride[view.rank - 1] = input_.range(0, 2);
     allocate_memory(view);
     if (wrong == 7 && view.size() > 0) view.data = nullptr;  // empty ones may have any pointer
@@ -114,8 +120,8 @@ class Call {
   }
 
   /// Random numbers, some of them special.
-  TensorView floats(const Shape& shape, DType dtype) {
-    const TensorView view = make(shape, dtype);
+  TensorView floats(const Shape& shape, DType dtype, int64_t apart = 0) {
+    const TensorView view = make(shape, dtype, apart);
     if (!view.data) return view;
     std::mt19937 random(input_.byte());
     for (int64_t i = 0; i < span_; ++i) {
@@ -178,7 +184,13 @@ class Call {
       return static_cast<int>(std::clamp<int64_t>(x.shape[dim], 0, 64));
     };
     LayerView view;
-    view.pages = floats({N, 2, P, D});
+    if (has_value_pages_) {
+      const int64_t apart = int64_t{P} * std::max(D, Dv);
+      view.pages = floats({N, 1, P, D}, dtype_, apart);
+      view.value_pages = floats({N, 1, P, Dv}, dtype_, apart);
+    } else {
+      view.pages = floats({N, 2, P, D});
+    }
     const int last = size(view.pages, 4, 0) - 1;
     view.page_positions = ints({N, P}, 0, 1000);
     view.block_table = ints({B, Hkv, M}, 0, last);
@@ -283,7 +295,7 @@ class Call {
   void compact_call() {
     CompactArgs args;
     args.keys = floats({B, Hkv, T, D});
-    args.values = floats({B, Hkv, T, D});
+    args.values = floats({B, Hkv, T, Dv});
     std::mt19937 random(input_.byte());
     std::vector<int32_t> positions, indptr = {0}, ids, id_indptr = {0};
     for (int b = 0; b < B; ++b) {
@@ -309,7 +321,7 @@ class Call {
   void append_call() {
     AppendArgs args;
     args.keys = floats({B, Hkv, S, D});
-    args.values = floats({B, Hkv, S, D});
+    args.values = floats({B, Hkv, S, Dv});
     args.num_new = counts(S);
     args.layer = layer();
     call([&] { append(args); });
@@ -381,7 +393,7 @@ class Call {
     args.layer = layer();
     if (input_.one_in(2)) {
       args.keys = floats({B, Hkv, S, D});
-      args.values = floats({B, Hkv, S, D});
+      args.values = floats({B, Hkv, S, Dv});
     }
     args.num_new = counts(S);
     if (input_.one_in(3)) args.sink_logits = floats({Hq}, DType::kFloat32);
@@ -403,9 +415,13 @@ class Call {
     plan_args.schedule = one_layer(args.schedule);
     call([&] { plan(plan_args); });
 
-    args.out = floats({B, Hq, S, D});
+    args.out = floats({B, Hq, S, Dv});
     if (input_.one_in(2)) args.lse = floats({B, Hq, S}, DType::kFloat32);
-    if (args.lse && input_.one_in(2)) {
+    if (!args.keys && input_.one_in(2)) {
+      args.others_out = floats({B, Hq, S, Dv});
+      args.others_lse = floats({B, Hq, S}, DType::kFloat32);
+    }
+    if (args.lse && input_.one_in(args.others_out ? 9 : 2)) {
       args.accumulated = floats({B, Hkv, M * P}, DType::kFloat32);
       args.accumulate = static_cast<Accumulate>(input_.range(0, 2));
       args.group_reduce = static_cast<Reduce>(input_.range(0, 2));
@@ -437,7 +453,9 @@ class Call {
   Input& input_;
   const DType dtype_;
   const int odds_;  // 0: everything is right
-  const int B, Hkv, Hq, T, W, S, D, P, N, M, F;
+  const int B, Hkv, Hq, T, W, S, D;
+  const bool has_value_pages_;
+  const int Dv, P, N, M, F;
   std::vector<Buffer> buffers_;
   int64_t span_ = 0;
 };

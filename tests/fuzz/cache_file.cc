@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "adakv/adakv.h"
@@ -19,12 +20,18 @@
 namespace adakv::fuzz {
 namespace {
 
-// Files as they are written, of each format, with something beside them.
+/// A format, and the width of values beside keys of Saved::kDim.
+constexpr std::pair<PageFormat, int32_t> kKinds[] = {
+    {PageFormat::kPlain, Saved::kDim}, {PageFormat::kInt8, Saved::kDim},
+    {PageFormat::kFp8, Saved::kDim},   {PageFormat::kInt4, Saved::kDim},
+    {PageFormat::kPlain, 8},           {PageFormat::kInt8, 72}};
+
+// Files as they are written, of each kind, with something beside them.
 const std::vector<std::string>& whole_files() {
   static const std::vector<std::string> files = [] {
     std::vector<std::string> files;
-    for (int format = 0; format < 4; ++format) {
-      const Saved saved(static_cast<PageFormat>(format));
+    for (const auto& [format, value_dim] : kKinds) {
+      const Saved saved(format, value_dim);
       const std::string path = "/tmp/adakv_fuzz_" + std::to_string(getpid()) + ".kv";
       save_cache(path, saved.cache, {{"model", "a"}}, {{"scores.0", saved.beside.view}});
       std::ifstream file(path, std::ios::binary);
@@ -75,7 +82,7 @@ std::string piece(Input& input, const std::string& bytes) {
 }
 
 std::string damaged(Input& input) {
-  std::string bytes = whole_files()[input.range(0, 3)];
+  std::string bytes = whole_files()[input.range(0, std::size(kKinds) - 1)];
   const size_t head = SafeTensors(bytes.data(), bytes.size()).head().size();
   for (int i = input.range(0, 5); i > 0; --i) {
     const size_t most = input.one_in(3) ? bytes.size() : std::min(head, bytes.size());

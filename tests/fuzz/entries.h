@@ -13,23 +13,24 @@
 
 namespace adakv::fuzz {
 
-constexpr int kDim = 8;
-
 /// A cache of random sizes.
 inline CacheConfig config_from(Input& input) {
   CacheConfig config;
   config.num_layers = input.range(1, 3);
   config.num_sequences = input.range(1, 3);
   config.num_kv_heads = input.range(1, 3);
-  config.head_dim = kDim;
+  config.head_dim = config.value_dim = 8;
   config.page_size = 8 << input.range(0, 1);
   config.num_pages = input.range(1, 300);
   config.max_row_pages = input.range(1, 40);
-  config.dtype = DType::kFloat32;
-  if (input.one_in(2)) {
-    config.format = PageFormat::kInt4;
-    config.dtype = DType::kBFloat16;
+  config.format = static_cast<PageFormat>(input.range(0, 3));
+  if (config.format == PageFormat::kFp8) config.format = PageFormat::kPlain;
+  config.dtype = config.format == PageFormat::kPlain ? DType::kFloat32 : DType::kBFloat16;
+  if (config.format == PageFormat::kInt4) {
     config.page_size = kInt4PageSize;
+  } else if (input.one_in(2)) {
+    config.head_dim = 8 * input.range(1, 3);
+    config.value_dim = 8 * input.range(1, 3);
   }
   return config;
 }
@@ -99,6 +100,13 @@ class Numbers {
   std::vector<char> bytes_;
 };
 
+/// Writes the key and the value of an entry at a place among others.
+inline void put(const CacheConfig& config, Numbers& keys, Numbers& values, int64_t at, int number) {
+  const int64_t key = at * config.head_dim, value = at * config.value_dim;
+  for (int d = 0; d < config.head_dim; ++d) keys.set(key + d, element(number, d));
+  for (int d = 0; d < config.value_dim; ++d) values.set(value + d, element(number, d) + 1);
+}
+
 /// Element d of a key (half 0) or value (half 1) that a row holds, and how far it may be from what
 /// was written.
 struct Held {
@@ -113,19 +121,25 @@ inline Held held(const LayerView& view,
                  int half,
                  int d) {
   const int64_t size = view.pages.shape[2], in_page = slot % size;
+  const TensorView& scales = half == 0 ? view.key_scales : view.value_scales;
   if (!view.tails) {
-    return {view.pages.ptr<float>()[((page * 2 + half) * size + in_page) * kDim + d], 0};
+    const TensorView part = half == 0 ? view.pages : view.values();
+    const int64_t at = page * part.stride[0] + in_page * part.shape[3] + d;
+    if (!scales) return {part.ptr<float>()[at], 0};
+    const uint16_t* numbers = scales.ptr<uint16_t>() + page * scales.stride[0] + in_page * 2;
+    const float scale = from_bfloat16(numbers[0]), zero = from_bfloat16(numbers[1]);
+    return {scale * static_cast<float>(part.ptr<uint8_t>()[at]) + zero, scale * 0.505f};
   }
+  const int64_t dim = view.tails.shape[3];
   if (slot >= length / size * size) {
     const uint16_t* tail = view.tails.ptr<uint16_t>() + row * view.tails.stride[1];
-    return {from_bfloat16(tail[(half * size + in_page) * kDim + d]), 0};
+    return {from_bfloat16(tail[(half * size + in_page) * dim + d]), 0};
   }
   const uint8_t* codes = view.pages.ptr<uint8_t>() + page * view.pages.stride[0];
-  const uint8_t both = codes[(half * size + in_page) * (kDim / 2) + d / 2];
-  const TensorView& scales = half == 0 ? view.key_scales : view.value_scales;
+  const uint8_t both = codes[(half * size + in_page) * (dim / 2) + d / 2];
   const uint16_t* numbers = scales.ptr<uint16_t>() + page * scales.stride[0];
   const float scale = from_bfloat16(half == 0 ? numbers[d] : numbers[in_page * 2]);
-  const float zero = from_bfloat16(half == 0 ? numbers[kDim + d] : numbers[in_page * 2 + 1]);
+  const float zero = from_bfloat16(half == 0 ? numbers[dim + d] : numbers[in_page * 2 + 1]);
   const int code = d % 2 == 0 ? both & 15 : both >> 4;
   return {scale * static_cast<float>(code) + zero, scale * 0.50001f};
 }
