@@ -138,7 +138,7 @@ TEST(Arguments, EveryTensorHasMemoryBehindIt) {
 TEST(Arguments, ScratchMemoryIsLargeEnough) {
   EXPECT_EQ(score_after([](ScoreArgs&) {}).substr(0, 27), "score: workspace is missing");
   EXPECT_EQ(score_after([](ScoreArgs& args) {
-              static int32_t few[4];
+              alignas(16) static int32_t few[4];
               args.workspace = TensorView(few, {4}, DType::kInt32);
             }).substr(0, 27),
             "score: workspace must have ");
