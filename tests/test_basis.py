@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -90,4 +91,4 @@ def test_rows_and_layers_of_a_basis_are_its_tensors() -> None:
     ],
 )
 def test_widths_are_multiples_of_eight(dim: int, share: float, width: int) -> None:
-    assert width_of(dim, share) == width
+    assert width_of(dim, Fraction(str(share))) == width

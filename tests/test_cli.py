@@ -238,6 +238,7 @@ def test_demo_asks_another_question(model: str, tmp_path: Path, capsys):
         (["--dtype", "int8"], "'int8' is not one of"),
         (["--kv-dtype", "int3"], "'int3' is not one of"),
         (["--kv-dtype", "auto:1/4+int4:1/4"], "tiers must have shares above 0 that sum to 1"),
+        (["--kv-dtype", "ranks=1/4"], "a tier's width must be rank= or channels= and a share"),
         (["--kv-dtype", "fp8", "--dtype", "float32"], "take float16 and bfloat16, got"),
         (["--json", "/proc/no/run.json"], "/proc/no/run.json can't be written"),
     ],

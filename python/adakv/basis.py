@@ -14,8 +14,10 @@ recorded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Pages hold a multiple of so many dimensions.
@@ -60,7 +62,7 @@ class Basis(NamedTuple):
     keys: Tensor
     values: Tensor | None = None
 
-    def of(self, index: int | slice | tuple[slice, ...]) -> Basis:
+    def of(self, index: int | slice | tuple[int | slice, ...]) -> Basis:
         """That of a layer, or of some sequences."""
         return self.each(lambda x: x[index])
 
@@ -83,16 +85,79 @@ class Basis(NamedTuple):
         """What was attended to, ``[B, Hq, S, Dw]``, in all dimensions of the values."""
         return out if self.values is None else along(out, self.values.transpose(-1, -2))
 
+    def fill(self, other: Basis) -> None:
+        """Becomes another one of the same shape."""
+        for mine, theirs in zip(self, other, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+
+    def narrowed(self, key: int, value: int) -> Basis:
+        """That of so many numbers of a key and of a value: the first columns."""
+        return Basis(
+            self.keys[..., :key], None if self.values is None else self.values[..., :value]
+        )
+
     @property
     def num_bytes(self) -> int:
         """What it takes."""
         return sum(x.numel() * x.itemsize for x in self if x is not None)
 
 
-def width_of(dim: int, share: float) -> int:
+def mean_square(queries: Tensor, num_kv_heads: int) -> Tensor:
+    """``[B, Hkv, D]`` float32: of queries ``[B, Hq, W, D]``, and of the q heads of a group."""
+    squares = queries.float().square().mean(2)
+    return squares.view(len(queries), num_kv_heads, -1, queries.shape[3]).mean(2)
+
+
+def channels(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
+    """The channels of a row's keys, those first that give its logits most (ThinK, arXiv
+    2407.21018): the mean of ``q[d]^2`` times the mean of ``k[d]^2``.
+
+    That product is the Frobenius norm of the logits which channel d gives, squared, over their
+    number. Equal ones: lower channel first.
+
+    Parameters
+    ----------
+    asked : ``[B, Hkv, D]`` float32
+        :func:`mean_square` of the queries.
+    keys : ``[B, Hkv, T, D]``
+    held : ``[B, Hkv, T]`` bool
+        Which of them count.
+
+    Returns
+    -------
+    channels : ``[B, Hkv, D]`` int64
+    """
+    weight = held.float()[:, :, None]  # [B, Hkv, 1, T]
+    squares = (weight @ keys.float().square())[:, :, 0]  # their number is the same in all channels
+    return (asked * squares).argsort(dim=2, descending=True, stable=True)
+
+
+def directions(x: Tensor, held: Tensor) -> Tensor:
+    """The directions in which a row's keys or values are largest, those first that have most.
+
+    They are the eigenvectors of ``X^T X``, computed in float32, for which a GPU is waited for.
+
+    Parameters
+    ----------
+    x : ``[B, Hkv, T, D]``
+    held : ``[B, Hkv, T]`` bool
+        Which of them count.
+
+    Returns
+    -------
+    directions : ``[B, Hkv, D, D]`` of the dtype of ``x``, orthonormal columns
+    """
+    counted = x.float() * held[..., None]
+    moments = counted.mT @ counted
+    found: Tensor = torch.linalg.eigh(moments.nan_to_num()).eigenvectors
+    return found.flip(-1).to(x.dtype)
+
+
+def width_of(dim: int, share: Fraction) -> int:
     """Dimensions of ``dim`` that a share of them is, rounded up to what pages can hold.
 
     The others, ``int(dim * (1 - share))``, are left out (as ThinK's code counts them).
     """
-    kept = dim - int(dim * (1 - share) + 1e-9)
+    kept = dim - int(dim * (1 - share))
     return min(-(-kept // MULTIPLE) * MULTIPLE, dim)

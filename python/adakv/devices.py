@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adakv.basis import Basis
 from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
 from adakv.room import make_room
@@ -205,7 +206,7 @@ def grow_step(
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
     if isinstance(kv, TieredCache):
-        others = _planned_behind(_of_slots(cache, slots) for cache in kv.caches[1:])
+        others = _planned_behind(_behind(kv, slots))
         return PlannedStep.grow(
             kv.first, num_new, columns, watcher=watcher, others=others, slots=slots
         )
@@ -220,9 +221,17 @@ def _of_slots(kv: KVCache, slots: slice) -> _Rows:
     return tuple(sequences(x, slots) for x in kv.layers), (lengths, block_table, fresh_pages)
 
 
-def _planned_behind(tiers: Iterable[_Rows]) -> list[PlannedStep]:
+def _behind(kv: TieredCache, slots: slice) -> list[tuple[_Rows, Basis | None]]:
+    """Rows of some sequences in the tiers behind the first one, and what they hold of entries."""
+    return [
+        (_of_slots(cache, slots), None if basis is None else basis.of((slice(None), slots)))
+        for cache, basis in zip(kv.caches[1:], kv.bases[1:], strict=True)
+    ]
+
+
+def _planned_behind(tiers: Iterable[tuple[_Rows, Basis | None]]) -> list[PlannedStep]:
     """What a step attends to in the tiers behind the first one."""
-    return [PlannedStep.plan(*rows, new_tokens=0) for rows in tiers]
+    return [PlannedStep.plan(*rows, new_tokens=0, basis=basis) for rows, basis in tiers]
 
 
 class FirstSlots:
@@ -231,8 +240,7 @@ class FirstSlots:
     def __init__(self, kv: AnyCache, count: int) -> None:
         self._kv, slots = kv, slice(0, count)
         self._parts = [(part.device, *_of_slots(part, slots)) for part in kv.parts]
-        behind = kv.caches[1:] if isinstance(kv, TieredCache) else ()
-        self._behind = [_of_slots(cache, slots) for cache in behind]  # tiers, but for the first one
+        self._behind = _behind(kv, slots) if isinstance(kv, TieredCache) else []
 
     def plan(
         self, num_new: Tensor, watcher: Watcher | None, reader: PageReader | None = None

@@ -4,6 +4,7 @@ stay are compacted."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.basis import mean_square
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
@@ -18,7 +20,7 @@ from adakv.policy.base import needs_of
 from adakv.policy.folded import Folded, Folding
 from adakv.policy.inputs import scaled
 from adakv.step import Attention
-from adakv.tiers import Tiers
+from adakv.tiers import TieredCache, Tiers
 
 
 class Part(NamedTuple):
@@ -78,6 +80,7 @@ class Whole(NamedTuple):
     budgets: Sequence[LayerBudget]  #: of each of them
     scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn
     folding: Folding | None = None  #: of what leaves, if it is
+    squares: Tensor | None = None  #: [B, Hkv, D] float32, of the newest queries, if tiers ask
 
     def scored(self, policy: Policy) -> Whole:
         """With scores, unless all of it is kept; without the queries, which are done with."""
@@ -105,8 +108,11 @@ class Whole(NamedTuple):
             self.inputs.norms(getattr(policy.selector, "norm", "l1"))  # while there are values
         return Whole(self.inputs.without_entries(), self.budgets, self.scores)
 
-    def to_fold(self, rule: Folded, asked: LayerInputs) -> Whole:
-        """With what folds that which leaves, of the same prompts and their newest queries."""
+    def asked(self, rule: Folded | Tiers, asked: LayerInputs) -> Whole:
+        """With what folds that which leaves, or finds the channels that matter, by the newest
+        queries of the same prompts."""
+        if isinstance(rule, Tiers):
+            return self._replace(squares=mean_square(asked.queries, asked.num_kv_heads))
         if self.budgets[0].keeps_everything:
             return self
         return self._replace(folding=Folding(rule, rule.masses(asked)))
@@ -115,6 +121,10 @@ class Whole(NamedTuple):
         """With the scores of what a :class:`Reserve` would hold, and all entries."""
         _, scores, _ = policy.reserve(self.inputs, self.budgets, scores=self.scores)
         return self._replace(inputs=self.inputs.without_queries(), scores=scores)
+
+    def whole(self) -> Whole:
+        """The same."""
+        return self
 
     def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
         """:func:`adakv.ops.compact` of some of the entries, with what is folded into them."""
@@ -133,6 +143,7 @@ class Reserve(NamedTuple):
     keys: Tensor  #: [K, D]
     values: Tensor  #: [K, D]
     places: Tensor  #: [B, Hkv, T] int32, where an entry lies among keys and values; -1 if dropped
+    squares: Tensor | None = None  #: as those of the :class:`Whole`
 
     @classmethod
     def take(cls, policy: Policy, whole: Whole) -> Reserve:
@@ -141,8 +152,15 @@ class Reserve(NamedTuple):
         kept, scores, places = policy.reserve(inputs, whole.budgets, scores=whole.scores)
         row = kept.rows(len(scores) * heads)
         where = row // heads, row % heads, kept.positions.long()
-        keys, values = inputs.keys[where], inputs.values[where]
-        return cls(inputs.without_entries(), whole.budgets, scores, keys, values, places)
+        entries = inputs.keys[where], inputs.values[where]
+        hollow, squares = inputs.without_entries(), whole.squares
+        return cls(hollow, whole.budgets, scores, *entries, places, squares)
+
+    def whole(self) -> Whole:
+        """With keys and values at their places; where nothing is left stands something else."""
+        places = self.places.clamp(min=0).long()
+        inputs = replace(self.inputs, keys=self.keys[places], values=self.values[places])
+        return Whole(inputs, self.budgets, self.scores, squares=self.squares)
 
     def pinned(self, policy: Policy) -> Tensor:
         """Its scores, ``+inf`` for what always stays."""
@@ -163,11 +181,38 @@ class Chosen(NamedTuple):
     kept: Kept
     entries: Whole | Reserve
 
-    def of_tiers(self, policy: Policy, tiers: Tiers) -> list[Chosen]:
-        """What each tier has of it."""
+    def of_tiers(self, policy: Policy, kv: TieredCache, layer: int, slots: slice) -> list[Chosen]:
+        """What each tier has of it. The basis of its rows is written to where ``kv`` has that of
+        sequences in ``slots``."""
         scores = self.entries.pinned(policy)
-        parts = tiers.split(self.kept, scores, min(policy.window, scores.shape[2]))
-        return [self._replace(kept=part) for part in parts]
+        window = min(policy.window, scores.shape[2])
+        before = scores.shape[2] - window
+        scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # the window is before the rest
+        scores[:, :, before:] = torch.inf
+        parts = kv.tiers.split(self.kept, scores, window)
+        if kv.basis is None:
+            return [self._replace(kept=part) for part in parts]
+        whole, held = self.entries.whole(), self.kept.mask(scores.shape)
+        held[:, :, before:] = False
+        keys, values = whole.inputs.keys, whole.inputs.values
+        basis = kv.tiers.basis_of(keys, values, held, whole.squares)
+        kv.basis.of((layer, slots)).of(self.prompts).fill(basis)
+        keys, values = basis.of_entries(keys, values)
+        chosen = []
+        for part, width, cache in zip(parts, kv.tiers.widths, kv.caches, strict=True):
+            entries: Whole | Reserve = self.entries
+            if width is not None:
+                narrow = keys[..., : cache.head_dim], values[..., : cache.value_dim]
+                inputs = replace(whole.inputs, keys=narrow[0], values=narrow[1])
+                entries = whole._replace(inputs=inputs)
+            chosen.append(Chosen(self.prompts, part, entries))
+        return chosen
+
+
+def counts(chosen: Sequence[Chosen], num_kv_heads: int) -> list[int]:
+    """Entries that are kept of each prompt in a layer, known to its device only: waits for it."""
+    kept = [x.kept.indptr[::num_kv_heads].diff() for x in chosen]
+    return [int(n) for of_prompts in kept for n in of_prompts.tolist()]
 
 
 def _pinned(policy: Policy, inputs: LayerInputs, scores: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from adakv.errors import integer
@@ -16,15 +18,21 @@ SCALE_GROUP = 64
 def page_size_for(kv_dtype: str, page_size: int | None) -> int:
     """``page_size``, or if there is none what is good for a format of pages, or for several tiers
     (:class:`adakv.tiers.Tiers`), which have one in common."""
-    if ":" in kv_dtype:
-        names = [tier.partition(":")[0].strip() for tier in kv_dtype.split("+")]
-        return max(page_size_for(name, page_size) for name in names)
+    tiers = re.split(r"[+|]", kv_dtype)
+    if len(tiers) > 1 or format_of(kv_dtype) != kv_dtype:
+        return max(page_size_for(format_of(tier), page_size) for tier in tiers)
     if page_size is None:
         return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
     size = check_page_size(page_size)
     if kv_dtype == "int4" and size != 32:
         raise ValueError(f"page_size must be 32 for pages of int4, got {size}")
     return size
+
+
+def format_of(tier: str) -> str:
+    """The format of a tier as "int8:1/4", "int8/rank=1/4:3/4" or "rank=1/4", which is "auto"."""
+    name, has_width, _ = tier.partition(":")[0].partition("=")
+    return (name.rpartition("/")[0].strip() or "auto") if has_width else name.strip()
 
 
 def check_page_size(page_size: int) -> int:

@@ -16,7 +16,8 @@ def moved_tiers(kv: TieredCache, device: torch.device, new_tokens: int) -> Tiere
     """:func:`moved`, of each tier."""
     first, *others = kv.caches
     caches = [moved(first, device, new_tokens), *(moved(cache, device, 0) for cache in others)]
-    return TieredCache(kv.tiers, caches)
+    basis = kv.basis and kv.basis.each(lambda x: x.to(device, copy=True))
+    return TieredCache(kv.tiers, caches, basis)
 
 
 def moved(

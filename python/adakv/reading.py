@@ -25,7 +25,7 @@ from torch import Tensor
 from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Chosen as Chosen
-from adakv.entries import GrowingEntries, Reserve, Whole
+from adakv.entries import GrowingEntries, Reserve, Whole, counts
 from adakv.entries import Part as Part
 from adakv.errors import Error
 from adakv.kept_scores import KeptScores
@@ -37,8 +37,9 @@ from adakv.policy import (
     Protection,
     TokenClasses,
 )
+from adakv.policy.folded import Folded
 from adakv.policy.protection import mask_of
-from adakv.tiers import TieredCache
+from adakv.tiers import TieredCache, Tiers
 
 
 class _Observed(NamedTuple):
@@ -80,9 +81,8 @@ class Reader:
         What their tokens are of, for policies that read it.
     keeps_scores : bool
         Whether :attr:`kept_scores` are there.
-    has_tiers : bool
-        Whether what is kept goes to several tiers, by its scores. For both, prompts that fit are
-        scored, too.
+    tiers : :class:`adakv.tiers.Tiers`, optional
+        Where what is kept goes, by its scores. For both, prompts that fit are scored, too.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Reader:
         protection: Protection | None = None,
         classes: TokenClasses | None = None,
         keeps_scores: bool = False,
-        has_tiers: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
         self.policy = budget.policy
         self.num_layers = num_layers
@@ -104,7 +104,7 @@ class Reader:
         """Layers that are in pages."""
         self.kept_scores = KeptScores() if keeps_scores else None
         """What the entries scored that stay."""
-        self._scores_all = keeps_scores or has_tiers
+        self._scores_all, self._tiers = keeps_scores or tiers is not None, tiers
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
@@ -195,8 +195,8 @@ class Reader:
         else afterwards.
         """
         before = self._observed[layer] or _Observed(part)
-        fold = self.policy.fold
-        last = None if fold is None else fold.newest(part.queries, before.last)
+        asks = self._asks
+        last = None if asks is None else asks.newest(part.queries, before.last)
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
         if "hidden" not in self.policy.needs:
             part = part._replace(hidden=None)
@@ -279,7 +279,7 @@ class Reader:
                 self.compact({layer: chosen.pop(layer)}, kv, first_sequence=first_sequence)
             return
         if is_split and self.policy.is_model_wide:
-            totals = [_counts(chosen[layer], kv.num_kv_heads) for layer in layers]
+            totals = [counts(chosen[layer], kv.num_kv_heads) for layer in layers]
         else:
             budgets = self.budgets(kv.num_kv_heads)
             totals = [[x.total for x in budgets[layer]] for layer in layers]
@@ -302,7 +302,7 @@ class Reader:
             tiers: Sequence[Sequence[Chosen]] = [chosen.pop(layer)]
             if isinstance(kv, TieredCache):
                 tiers = list(
-                    zip(*(x.of_tiers(self.policy, kv.tiers) for x in tiers[0]), strict=True)
+                    zip(*(x.of_tiers(self.policy, kv, layer, slots) for x in tiers[0]), strict=True)
                 )
             for cache, (page_ids, next_page), of_tier in zip(caches, pages, tiers, strict=True):
                 view = cache.layers[layer]
@@ -329,6 +329,12 @@ class Reader:
             }
             self._budgets = list(zip(*(of_lengths[n] for n in self.lengths), strict=True))
         return self._budgets
+
+    @property
+    def _asks(self) -> Folded | Tiers | None:
+        """What looks at the prompts' newest queries, beside the scorer."""
+        tiers = self._tiers if self._tiers is not None and self._tiers.kind else None
+        return self.policy.fold or tiers
 
     @property
     def _is_long(self) -> bool:
@@ -363,10 +369,10 @@ class Reader:
             inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
-        if self.policy.fold is not None and observed.last is not None:
-            newest = self.policy.fold.newest(observed.last)
-            asked = self._inputs(layer, part, newest, None)
-            wholes = [x.to_fold(self.policy.fold, of) for x, of in zip(wholes, asked, strict=True)]
+        asks = self._asks
+        if asks is not None and observed.last is not None:
+            asked = self._inputs(layer, part, asks.newest(observed.last), None)
+            wholes = [x.asked(asks, of) for x, of in zip(wholes, asked, strict=True)]
         if layer > 0 and self.policy.scores_once:
             return [
                 whole._replace(scores=None if scores is None else scores.to(whole.inputs.device))
@@ -492,9 +498,3 @@ def _all_hidden(parts: Sequence[Part]) -> Tensor | None:
     """A copy of the hidden states ``[B, n, E]`` of all parts, if all of them have some."""
     known = [part.hidden for part in parts if part.hidden is not None]
     return torch.cat(known, 1) if len(known) == len(parts) > 0 else None
-
-
-def _counts(chosen: Sequence[Chosen], num_kv_heads: int) -> list[int]:
-    """Entries that are kept of each prompt in a layer, known to its device only: waits for it."""
-    kept = [x.kept.indptr[::num_kv_heads].diff() for x in chosen]
-    return [int(n) for counts in kept for n in counts.tolist()]

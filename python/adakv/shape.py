@@ -58,10 +58,25 @@ class Shape:
         if len(tiers.formats) == 1:
             return self.cache(num_sequences, num_pages[0], max_row_pages, page_size)
         caches = [
-            replace(self, kv_dtype=name)._cache(num_sequences, pages, max_row_pages, page_size)
-            for name, pages in zip(tiers.formats, num_pages, strict=True)
+            shape._cache(num_sequences, pages, max_row_pages, page_size)
+            for shape, pages in zip(self.of_tiers, num_pages, strict=True)
         ]
         return TieredCache(tiers, caches)
+
+    @property
+    def of_tiers(self) -> list[Shape]:
+        """That of each tier's pages."""
+        tiers = Tiers.given(self.kv_dtype)
+        return [
+            replace(self, kv_dtype=name, head_dim=key, value_dim=value)
+            for name, (key, value) in zip(tiers.formats, tiers.dims(self.dims), strict=True)
+        ]
+
+    @property
+    def basis_bytes(self) -> int:
+        """What a sequence takes beside the pages of its tiers, if they have widths."""
+        rows, size = self.num_layers * self.num_kv_heads, self.dtype.itemsize
+        return rows * Tiers.given(self.kv_dtype).basis_bytes(self.dims, size)
 
     def _cache(
         self, num_sequences: int, num_pages: int, max_row_pages: int, page_size: int
@@ -105,8 +120,7 @@ class Shape:
         or those of :data:`FROM_MANY_BITS` that keys and values of this dtype can have in pages of
         this size."""
         if kv_dtype is not None:
-            for name in Tiers.given(kv_dtype).formats:
-                check_kv_dtype(name, self.dtype, has_biases=self.has_biases, dims=self.dims)
+            Tiers.given(kv_dtype).check(self.dtype, self.dims, has_biases=self.has_biases)
             return [(kv_dtype, page_size_for(kv_dtype, page_size))]
         found = []
         for name in FROM_MANY_BITS:
@@ -178,11 +192,9 @@ class Footprint:
             heads, model_wide = self.shape.num_kv_heads, self.model_wide
             layers = [[n] for n in totals]
             of_tiers = tiers.totals(layers, heads, self.window, model_wide=model_wide)
-            return sum(
-                replace(self, shape=replace(self.shape, kv_dtype=name)).bytes_of(
-                    [n for (n,) in of_tier]
-                )
-                for name, of_tier in zip(tiers.formats, of_tiers, strict=True)
+            return self.shape.basis_bytes + sum(
+                replace(self, shape=shape).bytes_of([n for (n,) in of_tier])
+                for shape, of_tier in zip(self.shape.of_tiers, of_tiers, strict=True)
             )
         unit = unit_bytes(self.shape, self.page_size)
         heads = self.shape.num_kv_heads

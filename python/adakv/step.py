@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.basis import Basis
 from adakv.cache import KVCache, sequences
 from adakv.ops import Layer
 
@@ -118,6 +119,8 @@ class PlannedStep:
     others : :class:`PlannedStep`, optional
         Over entries of the same rows that lie elsewhere, in other tiers, to which nothing is
         appended: each planned with ``new_tokens=0``.
+    basis : :class:`adakv.basis.Basis`, optional
+        Of all layers: what the rows of such other entries hold of each.
     """
 
     def __init__(
@@ -129,9 +132,10 @@ class PlannedStep:
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
         others: Sequence[PlannedStep] = (),
+        basis: Basis | None = None,
         _pieces: Sequence[_Piece] = (),
     ) -> None:
-        self._layers = layers
+        self._layers, self._basis = layers, basis
         self.schedules = schedules
         self._num_new = num_new
         self._watcher, self._reader, self._others = watcher, reader, others
@@ -149,6 +153,7 @@ class PlannedStep:
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
         others: Sequence[PlannedStep] = (),
+        basis: Basis | None = None,
     ) -> PlannedStep:
         """Shares the work of a step of ``new_tokens`` columns out, for all layers at once.
 
@@ -161,7 +166,7 @@ class PlannedStep:
         if out is not None:
             schedules = out[:, : schedules.shape[1]].copy_(schedules)
         heard: dict[str, Any] = {"watcher": watcher, "reader": reader, "others": others}
-        return cls(layers, schedules.unbind(), num_new, **heard)
+        return cls(layers, schedules.unbind(), num_new, basis=basis, **heard)
 
     @classmethod
     def grow(
@@ -256,18 +261,40 @@ class PlannedStep:
             assert self._reader is not None
             out = self._reader.mixed(layer, out)
         for step in self._others:
-            out, lse = ops.attend(
-                queries,
-                step._layers[layer],
-                step.schedules[layer],
-                num_new=self._num_new,
-                scale=attention.scale,
-                softcap=attention.softcap,
-                prefetch=True,  # the launch before appends to other pages
-                others_out=out,
-                others_lse=lse,
-            )
+            out, lse = step._go_on(layer, queries, attention, self._num_new, (out, lse))
         return out.transpose(1, 2)
+
+    def _go_on(
+        self,
+        layer: int,
+        queries: Tensor,
+        attention: Attention,
+        num_new: Tensor | None,
+        others: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Attends to entries of another tier: out and lse over them and over ``others``."""
+        basis = None if self._basis is None else self._basis.of(layer)
+        before, before_lse = others
+        scale, asked, is_whole = attention.scale, queries, basis is None or basis.values is None
+        if basis is not None:
+            scale, asked = scale or queries.shape[3] ** -0.5, basis.of_queries(queries)
+        if not is_whole:  # beside nothing, which weighs as much as the others do
+            before = before.new_zeros((*before.shape[:3], basis.values.shape[3]))  # type: ignore
+        out, lse = ops.attend(
+            asked,
+            self._layers[layer],
+            self.schedules[layer],
+            num_new=num_new,
+            scale=scale,
+            softcap=attention.softcap,
+            prefetch=True,  # the launch before appends to other pages
+            others_out=before,
+            others_lse=before_lse,
+        )
+        if basis is not None and not is_whole:
+            share = (before_lse - lse).nan_to_num(0).exp()  # NaN where neither has anything
+            out = torch.addcmul(basis.whole(out), others[0], share[..., None].to(out.dtype))
+        return out, lse
 
     def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Appends a step that was too wide for one go."""

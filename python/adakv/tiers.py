@@ -1,6 +1,8 @@
 """Tiers: several formats in one row. The entries that matter most have the most bits.
 
     tiers = Tiers.given("auto:1/4 + int4:3/4")
+    tiers = Tiers.given("auto:1/4 + rank=1/4:3/4")  some of their dimensions (adakv.basis)
+    tiers = Tiers.given("channels=.6")              of all but the window, as ThinK
     kv = TieredCache(tiers, parts)      a cache for each tier, with pages of its format
     tiers.split(kept, scores, window)   what is kept, shared out among them
 
@@ -18,47 +20,149 @@ import torch
 from torch import Tensor
 
 from adakv import ops
+from adakv.basis import Basis, channels, directions, width_of
 from adakv.cache import KVCache
 from adakv.errors import short
-from adakv.formats import check_kv_dtype
+from adakv.formats import check_kv_dtype, format_of
 from adakv.ops import Kept, Layer
+
+_LAST_QUERIES = 32  # of a prompt, which say what channels are worth
+
+
+class Width(NamedTuple):
+    """How many dimensions a tier has of each entry, and which.
+
+    ``"channels"``: those channels of the keys that weigh most in their row, and whole values
+    (ThinK, arXiv 2407.21018). ``"rank"``: coordinates of keys and values along the directions in
+    which those of their row are largest.
+    """
+
+    kind: str
+    share: Fraction  #: of all dimensions, see :func:`adakv.basis.width_of`
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.share}"
+
+    def dims(self, dims: tuple[int, int]) -> tuple[int, int]:
+        """Numbers of a key and of a value, of so many."""
+        key, value = (width_of(dim, self.share) for dim in dims)
+        return key, value if self.kind == "rank" else dims[1]
 
 
 class Tiers(NamedTuple):
     """Formats of pages, and what each one gets of a row.
 
     Of what a row keeps, the first tier has the window, and its share of the rest, which scores
-    highest; the next one has its share of the rest, and so on.
+    highest; the next one has its share of the rest, and so on. Entries of a tier with a width have
+    some of their dimensions; new tokens and the window are whole.
     """
 
     formats: tuple[str, ...]
     shares: tuple[Fraction, ...]  #: they sum to 1
+    widths: tuple[Width | None, ...] = (None,)  #: of each; None where entries are whole
 
     @classmethod
     def given(cls, kv_dtype: str) -> Tiers:
         """``"int4"``, one tier, or several as ``"auto:1/4 + int4:3/4"``; a share is a fraction or a
-        decimal number. Raises ``ValueError`` for anything else."""
-        if not isinstance(kv_dtype, str) or ":" not in kv_dtype:
+        decimal number. A format may be followed by ``/rank=1/4`` or ``/channels=.6``, which stand
+        alone where it is ``auto``; one tier of these has all but the window. Raises ``ValueError``
+        for anything else."""
+        if not isinstance(kv_dtype, str) or not set(":=") & set(kv_dtype):
             return cls((check_kv_dtype(kv_dtype),), (Fraction(1),))
         parts = [part.partition(":") for part in kv_dtype.split("+")]
-        try:
-            shares = tuple(Fraction(share.strip()) for _, _, share in parts)
-        except (ValueError, ZeroDivisionError):
-            shares = ()
-        if not shares or min(shares) <= 0 or sum(shares) != 1:
+        names = [name.strip() for name, _, _ in parts]
+        widths = tuple(_width_of(name) for name in names)
+        formats = tuple(check_kv_dtype(format_of(name)) for name in names)
+        if len(parts) == 1 and widths[0] is not None and not parts[0][1]:
+            return cls(formats * 2, (Fraction(0), Fraction(1)), (None, *widths))
+        shares = [_number(share, kv_dtype) for _, _, share in parts]
+        found = [share for share in shares if share is not None]
+        if len(found) < len(parts) or min(found) <= 0 or sum(found) != 1:
             raise ValueError(
                 "kv_dtype: tiers must have shares above 0 that sum to 1, as "
                 f"'auto:1/4 + int4:3/4', got {short(kv_dtype)}"
             )
-        if max(share.denominator for share in shares) > 10**6:
-            raise ValueError(f"kv_dtype: shares must have at most 6 digits, got {short(kv_dtype)}")
-        return cls(tuple(check_kv_dtype(name.strip()) for name, _, _ in parts), shares)
+        if widths[0] is not None:
+            raise ValueError(
+                f"kv_dtype: the first tier must have whole entries, got {short(kv_dtype)}"
+            )
+        if len({width.kind for width in widths if width is not None}) > 1:
+            raise ValueError(
+                f"kv_dtype: tiers must have ranks or channels, not both, got {short(kv_dtype)}"
+            )
+        return cls(formats, tuple(found), widths)
+
+    @property
+    def names(self) -> list[str]:
+        """The format and the width of each, as :meth:`given` reads them."""
+        return [
+            name if width is None else str(width) if name == "auto" else f"{name}/{width}"
+            for name, width in zip(self.formats, self.widths, strict=True)
+        ]
 
     def __str__(self) -> str:
         """As :meth:`given` reads it."""
+        if not self.shares[0]:
+            return self.names[1]
         if len(self.formats) == 1:
             return self.formats[0]
-        return " + ".join(f"{a}:{b}" for a, b in zip(self.formats, self.shares, strict=True))
+        return " + ".join(f"{a}:{b}" for a, b in zip(self.names, self.shares, strict=True))
+
+    def dims(self, dims: tuple[int, int]) -> list[tuple[int, int]]:
+        """Numbers of a key and of a value in each tier, of so many of an entry."""
+        return [dims if width is None else width.dims(dims) for width in self.widths]
+
+    @property
+    def kind(self) -> str | None:
+        """What its widths are of, if there are any."""
+        return next((width.kind for width in self.widths if width is not None), None)
+
+    def widest(self, dims: tuple[int, int]) -> tuple[int, int]:
+        """The largest of these that are those of a width."""
+        widths = [width.dims(dims) for width in self.widths if width is not None]
+        return max(key for key, _ in widths), max(value for _, value in widths)
+
+    def newest(self, queries: Tensor, before: Tensor | None = None) -> Tensor:
+        """A copy of the last queries of ``[B, Hq, S, D]``, behind those ``before``, by which
+        channels are chosen: as many as ThinK takes."""
+        joined = queries if before is None else torch.cat([before, queries], 2)
+        return joined[:, :, -_LAST_QUERIES:].clone()
+
+    def basis_of(self, keys: Tensor, values: Tensor, held: Tensor, squares: Tensor | None) -> Basis:
+        """That of the widest tier, for rows of a layer.
+
+        Parameters
+        ----------
+        keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``
+        held : ``[B, Hkv, T]`` bool
+            Which of them count.
+        squares : ``[B, Hkv, D]`` float32, optional
+            :func:`adakv.basis.mean_square` of the newest queries, for channels.
+        """
+        key, value = self.widest((keys.shape[3], values.shape[3]))
+        if self.kind == "channels":
+            assert squares is not None
+            return Basis(channels(squares, keys, held)[..., :key])
+        return Basis(directions(keys, held)[..., :key], directions(values, held)[..., :value])
+
+    def basis_bytes(self, dims: tuple[int, int], itemsize: int) -> int:
+        """What a row takes for its :class:`adakv.basis.Basis`, of numbers of so many bytes."""
+        if self.kind is None:
+            return 0
+        key, value = self.widest(dims)
+        return 8 * key if self.kind == "channels" else (key * dims[0] + value * dims[1]) * itemsize
+
+    def check(
+        self,
+        dtype: torch.dtype | None = None,
+        dims: tuple[int, int] | None = None,
+        *,
+        has_biases: bool = False,
+    ) -> None:
+        """:func:`adakv.formats.check_kv_dtype` of each tier."""
+        of_tiers = [None] * len(self.formats) if dims is None else self.dims(dims)
+        for name, of_tier in zip(self.formats, of_tiers, strict=True):
+            check_kv_dtype(name, dtype, has_biases=has_biases, dims=of_tier)
 
     def most(self, total: int, rows: int, window: int) -> list[int]:
         """Entries that each tier takes at most, of ``total`` that so many rows keep together, each
@@ -125,12 +229,19 @@ class TieredCache:
     ----------
     tiers : :class:`Tiers`
     caches : :class:`adakv.cache.KVCache`, one for each tier
-        Equal but for their formats and numbers of pages.
+        Equal but for their formats, widths and numbers of pages.
+    basis : :class:`adakv.basis.Basis`, optional
+        Of the widest tier with a width, in all layers and sequences; narrower ones have its first
+        columns. Default: none is known yet.
     """
 
-    def __init__(self, tiers: Tiers, caches: Sequence[KVCache]) -> None:
+    def __init__(self, tiers: Tiers, caches: Sequence[KVCache], basis: Basis | None = None) -> None:
         self.tiers, self.caches = tiers, tuple(caches)
         first = self.caches[0]
+        if basis is None and tiers.kind is not None:
+            basis = _no_basis(tiers, first)
+        self.basis = basis
+        """``[L, B, ...]``, written to when a layer's entries come into pages."""
         self.kv_dtype = str(tiers)
         self.num_layers, self.num_sequences = first.num_layers, first.num_sequences
         self.num_kv_heads = first.num_kv_heads
@@ -141,6 +252,15 @@ class TieredCache:
     def first(self) -> KVCache:
         """The cache that new tokens go to."""
         return self.caches[0]
+
+    @property
+    def bases(self) -> list[Basis | None]:
+        """What the rows of each tier hold of entries; None where these are whole."""
+        basis = self.basis
+        return [
+            basis.narrowed(cache.head_dim, cache.value_dim) if basis and width else None
+            for width, cache in zip(self.tiers.widths, self.caches, strict=True)
+        ]
 
     @property
     def parts(self) -> tuple[KVCache, ...]:
@@ -167,7 +287,8 @@ class TieredCache:
         first, *others = self.caches
         forks = [first.fork(sources, back=back, whole=whole)]
         forks += [cache.fork(sources, whole=whole) for cache in others]
-        return TieredCache(self.tiers, forks)
+        basis = self.basis and self.basis.each(lambda x: x[:, list(sources)])
+        return TieredCache(self.tiers, forks, basis)
 
     def shares_pages(self, sequence: int) -> bool:
         """As :meth:`KVCache.shares_pages`."""
@@ -197,10 +318,55 @@ class TieredCache:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of what sequences own."""
-        return sum(cache.bytes_used for cache in self.caches)
+        """Bytes of what sequences own: their pages, and the bases of those that hold anything."""
+        size = sum(cache.bytes_used for cache in self.caches)
+        if self.basis is None:
+            return size
+        held = int((self.caches[0].lengths()[0].sum(1) > 0).sum())
+        return size + self.basis.num_bytes // self.num_sequences * held
 
     @property
     def pages_used(self) -> int:
         """Pages that are owned by sequences."""
         return sum(cache.pages_used for cache in self.caches)
+
+
+def _width_of(name: str) -> Width | None:
+    """That of a tier such as ``"int8/rank=1/4"``."""
+    before, is_there, share = name.partition("=")
+    if not is_there:
+        return None
+    kind = before.rpartition("/")[2].strip()
+    found = _number(share, name)
+    if kind not in ("channels", "rank") or found is None or not 0 < found <= 1:
+        raise ValueError(
+            "kv_dtype: a tier's width must be rank= or channels= and a share above 0 and up to 1, "
+            f"as 'rank=1/4', got {short(name)}"
+        )
+    return Width(kind, found)
+
+
+def _number(share: str, kv_dtype: str) -> Fraction | None:
+    """A fraction or a decimal number; None if it is neither. ``ValueError`` for many digits."""
+    try:
+        found = Fraction(share.strip())
+    except (ValueError, ZeroDivisionError):
+        return None
+    if found.denominator > 10**6:
+        raise ValueError(f"kv_dtype: shares must have at most 6 digits, got {short(kv_dtype)}")
+    return found
+
+
+def _no_basis(tiers: Tiers, first: KVCache) -> Basis:
+    """Memory for that of the widest tier, of rows whose entries have the dimensions of a first
+    tier."""
+    dims = first.head_dim, first.value_dim
+    key, value = tiers.widest(dims)
+    rows = first.num_layers, first.num_sequences, first.num_kv_heads
+    if tiers.kind == "channels":
+        return Basis(torch.zeros(*rows, key, dtype=torch.int64, device=first.device))
+    keys, values = (
+        torch.zeros(*rows, dim, width, dtype=first.dtype, device=first.device)
+        for dim, width in zip(dims, (key, value), strict=True)
+    )
+    return Basis(keys, values)

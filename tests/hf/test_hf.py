@@ -102,7 +102,7 @@ def test_every_policy_generates(policy: str) -> None:
         model.generate(**batch, past_key_values=cache, **GREEDY)
     entries = cache.stats()["lengths"].sum((0, 2)) - 4 * 2 * 11
     most = torch.tensor([150, 120] if policy == "full" else [80, 80]) * 4 * 2
-    if "@" not in policy:
+    if "@" not in policy and policy != "think":  # whose bytes are counted, in two tiers
         assert torch.equal(entries, most)
     assert (entries <= 1.2 * most).all()
 

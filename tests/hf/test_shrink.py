@@ -16,6 +16,7 @@ from adakv.cache import sequences
 from adakv.entries import Held
 from adakv.policy import get
 from adakv.policy.presets import names
+from adakv.tiers import Tiers
 from hf.families import FAMILIES, LLAMA
 from hf.forwards import ids, logits
 
@@ -72,7 +73,7 @@ REFUSED = {
 def has_tiers(policy: str) -> bool:
     """Whether a preset has several formats in a row, which leave no scores (test_tiers.py)."""
     bits = get(policy).bits
-    return bits is not None and ":" in (bits.kv_dtype or "")
+    return bits is not None and len(Tiers.given(bits.kv_dtype or "auto").formats) > 1
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])

@@ -155,7 +155,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     bits_help = (
         "Hold entries as the model has them (auto), in half or a third of the bytes, or in tiers, "
-        "as auto:1/4+int4:3/4.  "
+        "as auto:1/4+int4:3/4, with fewer dimensions as channels=.6.  "
         "[default: auto; with --budget-bytes what fits]"
     )
     for option in (

@@ -58,6 +58,7 @@ ABOUT = {
     "citrus": ("what an instruction looks at", "an instruction"),
     "more_tokens": ("as snapkv, in 4 bits: more tokens", WINDOW),
     "mikv": ("as h2o: a fifth, in 4 bits the rest", QUERIES),
+    "think": ("as snapkv, with fewer key channels", WINDOW),
     "full": ("all: nothing is evicted", FREE),
 }
 OTHERS = {

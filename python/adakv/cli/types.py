@@ -45,7 +45,7 @@ class _Formats(click.Choice):  # type: ignore[type-arg,unused-ignore]
     """A format of pages, or tiers of several."""
 
     def convert(self, value: Any, param: Any, context: Any) -> str:
-        if ":" not in str(value):
+        if not set(":=") & set(str(value)):
             return str(super().convert(value, param, context))
         try:
             return str(Tiers.given(str(value)))

@@ -10,7 +10,7 @@ import torch
 
 from adakv.devices import AnyCache, Group, check_together
 from adakv.errors import integer
-from adakv.formats import check_kv_dtype, check_page_size, page_size_for
+from adakv.formats import check_page_size, page_size_for
 from adakv.hf import pool_size
 from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
@@ -70,8 +70,7 @@ class Allocation:
         if kv_dtype is not None:
             tiers = Tiers.given(kv_dtype)
             self.kv_dtype = str(tiers)
-            for name in tiers.formats:
-                check_kv_dtype(name, has_biases=budget.policy.has_biases)
+            tiers.check(has_biases=budget.policy.has_biases)
             if self.has_tiers and budget.policy.fold is not None:
                 raise ValueError(
                     f"kv_dtype: Folded() folds into entries of one format, got {kv_dtype!r}"
@@ -87,9 +86,15 @@ class Allocation:
         return min(self.max_new_tokens, pool_size.FIRST_TOKENS)
 
     @property
+    def tiers(self) -> Tiers | None:
+        """The formats of rows, if they have several."""
+        tiers = None if self.kv_dtype is None else Tiers.given(self.kv_dtype)
+        return tiers if tiers is not None and len(tiers.formats) > 1 else None
+
+    @property
     def has_tiers(self) -> bool:
         """Whether rows have several formats."""
-        return self.kv_dtype is not None and ":" in self.kv_dtype
+        return self.tiers is not None
 
     def check_together(
         self, groups: Sequence[Group], text: Mapping[str, object], keep_scores: bool = False
@@ -113,8 +118,7 @@ class Allocation:
         """Raises ``ValueError`` if pages of its format don't take keys and values like these, of so
         many numbers each."""
         if self.kv_dtype is not None:
-            for name in Tiers.given(self.kv_dtype).formats:
-                check_kv_dtype(name, dtype, dims=dims)
+            Tiers.given(self.kv_dtype).check(dtype, dims)
 
     def decide(
         self,

@@ -188,7 +188,7 @@ class Cache(ShownCache):
             protection=self.protection,
             classes=self.classes,
             keeps_scores=self._keeps_scores,
-            has_tiers=self._allocation.has_tiers,
+            tiers=self._allocation.tiers,
         )
         self.kept_scores: list[Tensor] | None = None
         """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:

@@ -222,7 +222,7 @@ def cache_for(
         spare += prefix.pages
     pages = sum(sorted((need.pages for need in needs), reverse=True)[:slots]) + spare
     slots += prefix is not None
-    unit = unit_bytes(replace(shape, kv_dtype=Tiers.given(shape.kv_dtype).formats[0]), page_size)
+    unit = unit_bytes(shape.of_tiers[0], page_size)
     on_cuda = any(x.type == "cuda" for x in (shape.device, *(g.device for g in shape.groups)))
     if cache_bytes is None and on_cuda:
         longest = max(prompts, key=len)
@@ -259,8 +259,7 @@ def _tiered_cache(
 ) -> AnyCache:
     """A cache of several tiers for any ``slots`` of some prompts, or for as many as there is memory
     for: what other tiers have is there for all of them."""
-    formats = Tiers.given(shape.kv_dtype).formats
-    units = [unit_bytes(replace(shape, kv_dtype=name), page_size) for name in formats]
+    units = [unit_bytes(of_tier, page_size) for of_tier in shape.of_tiers]
     of_tiers = [
         sorted(of_tier, reverse=True)
         for of_tier in zip(*((need.pages, *need.others) for need in needs), strict=True)
@@ -268,6 +267,7 @@ def _tiered_cache(
     while True:
         pages = [sum(of_tier[:slots]) for of_tier in of_tiers]
         size = sum(n * unit.page + slots * unit.tails for n, unit in zip(pages, units, strict=True))
+        size += slots * shape.basis_bytes
         if cache_bytes is None or size <= cache_bytes:
             return shape.tiered_cache(slots, pages, max(x.row_pages for x in needs), page_size)
         if slots == 1:

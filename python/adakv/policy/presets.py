@@ -50,6 +50,7 @@ _prefixkv = PromptAttention(window=1, pinned=4, all_heads=True)
 _adaptive_pyramid = Adaptive(layers=Pyramid())
 
 _mikv = MoreTokens("auto:1/5 + int4:4/5")
+_think = MoreTokens("channels=3/5")
 
 _ffy0_pyramid = Pyramid(rounding="official")
 _ffy0_adaptive = Adaptive(safeguard="official_round")
@@ -101,6 +102,7 @@ _PRESETS: dict[str, Policy] = {
     "citrus":                      Policy(_citrus, Uniform(), TopScore()),
     "more_tokens":                 Policy(_snapkv, Uniform(), TopScore(), bits=MoreTokens()),
     "mikv":                        Policy(PromptAttention(), Uniform(), TopScore(), bits=_mikv),
+    "think":                       Policy(_snapkv, Uniform(), TopScore(), bits=_think),
     "full":                        Policy(Recency(pinned=0), Uniform(Everything()), TopScore()),
     "pyramidkv@ffy0":              Policy(_snapkv, Uniform(_ffy0_pyramid), TopScore()),
     "ada_snapkv@ffy0":             Policy(_snapkv, _ffy0_adaptive, TopScore()),
