@@ -13,8 +13,9 @@ recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -152,6 +153,70 @@ def directions(x: Tensor, held: Tensor) -> Tensor:
     moments = counted.mT @ counted
     found: Tensor = torch.linalg.eigh(moments.nan_to_num()).eigenvectors
     return found.flip(-1).to(x.dtype)
+
+
+def energies(entries: Sequence[tuple[Tensor, Tensor]], held: Tensor) -> Tensor:
+    """What each entry has of itself in several tiers: the square of its key in the mean of its
+    row, and so of its value.
+
+    Parameters
+    ----------
+    entries : keys and values ``[B, Hkv, T, Dk]`` of each tier
+        Those of the first one are whole.
+    held : ``[B, Hkv, T]`` bool
+        Those of which the mean is taken.
+
+    Returns
+    -------
+    energies : ``[tiers, B, Hkv, T]`` float32
+    """
+    squares = torch.stack(
+        [torch.stack([x.float().square().sum(3) for x in of_tier]) for of_tier in entries]
+    )  # [tiers, 2, B, Hkv, T]
+    counts = held.sum(2, keepdim=True).clamp(min=1)
+    means = (squares[0] * held).sum(3, keepdim=True) / counts
+    return (squares / means.clamp(min=torch.finfo(torch.float32).tiny)).sum(1)
+
+
+def levels(gains: Tensor, costs: Sequence[int], budget: Tensor) -> Tensor:
+    """Which of R levels each of some things gets, so that a budget saves the most.
+
+    Of the upper hulls of gains over costs the steepest steps are taken, as long as they fit: no
+    choice of the same cost saves more, but that the last thing may come to a level below its hull.
+    Equal ones: lower level first, then the first thing.
+
+    Parameters
+    ----------
+    gains : ``[R, B, n]`` floating point
+        What each level of a thing saves; less than 0 for a thing that gets nothing.
+    costs : ints
+        Of each level, in ascending order.
+    budget : ``[B]`` int64
+
+    Returns
+    -------
+    levels : ``[B, n]`` int64, 0 for nothing, else from 1 to R
+    """
+    all_gains, all_costs = [torch.zeros_like(gains[0]), *gains], [0, *costs]
+    slopes = []  # of the step to each level: the hull has it up to this price
+    for r in range(1, len(all_costs)):
+        of_steps = [
+            torch.stack(
+                [
+                    (all_gains[b] - all_gains[a]) / max(all_costs[b] - all_costs[a], 1)
+                    for b in range(r, len(all_costs))
+                ]
+            ).amax(0)
+            for a in range(r)
+        ]
+        slopes.append(torch.stack(of_steps).amin(0))
+    batch, count = gains.shape[1:]
+    steepest = torch.stack(slopes, 1).flatten(1).sort(dim=1, descending=True, stable=True)
+    steps = torch.tensor([b - a for a, b in pairwise(all_costs)], device=gains.device)
+    spent = steps[steepest.indices // max(count, 1)].cumsum(1)
+    taken = (spent <= budget[:, None]) & (steepest.values >= 0)
+    is_taken = torch.zeros_like(taken).scatter(1, steepest.indices, taken)
+    return is_taken.view(batch, len(costs), count).sum(1)
 
 
 def width_of(dim: int, share: Fraction) -> int:

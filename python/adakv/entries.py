@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.basis import mean_square
+from adakv.basis import energies, mean_square
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
@@ -36,6 +36,12 @@ class Part(NamedTuple):
     w_o: Callable[[], Tensor] | None = None
     lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
     hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
+
+
+def all_hidden(parts: Sequence[Part]) -> Tensor | None:
+    """A copy of the hidden states ``[B, n, E]`` of all parts, if all of them have some."""
+    known = [part.hidden for part in parts if part.hidden is not None]
+    return torch.cat(known, 1) if len(known) == len(parts) > 0 else None
 
 
 class GrowingEntries:
@@ -189,24 +195,37 @@ class Chosen(NamedTuple):
         before = scores.shape[2] - window
         scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # the window is before the rest
         scores[:, :, before:] = torch.inf
-        parts = kv.tiers.split(self.kept, scores, window)
         if kv.basis is None:
+            parts = kv.tiers.split(self.kept, scores, window)
             return [self._replace(kept=part) for part in parts]
         whole, held = self.entries.whole(), self.kept.mask(scores.shape)
         held[:, :, before:] = False
         keys, values = whole.inputs.keys, whole.inputs.values
         basis = kv.tiers.basis_of(keys, values, held, whole.squares)
         kv.basis.of((layer, slots)).of(self.prompts).fill(basis)
-        keys, values = basis.of_entries(keys, values)
-        chosen = []
-        for part, width, cache in zip(parts, kv.tiers.widths, kv.caches, strict=True):
-            entries: Whole | Reserve = self.entries
-            if width is not None:
-                narrow = keys[..., : cache.head_dim], values[..., : cache.value_dim]
-                inputs = replace(whole.inputs, keys=narrow[0], values=narrow[1])
-                entries = whole._replace(inputs=inputs)
-            chosen.append(Chosen(self.prompts, part, entries))
+        wide = basis.of_entries(keys, values)
+        entries = [(keys, values)]
+        for width, cache in zip(kv.tiers.widths[1:], kv.caches[1:], strict=True):
+            narrow = wide[0][..., : cache.head_dim], wide[1][..., : cache.value_dim]
+            entries.append(entries[0] if width is None else narrow)
+        if kv.tiers.mean is None:
+            parts = kv.tiers.split(self.kept, scores, window)
+        else:
+            costs = [cache.page_bytes for cache in kv.caches]
+            parts = kv.tiers.mixed(self.kept, scores, window, energies(entries, held), costs)
+        chosen = [self._replace(kept=parts[0])]
+        for part, (k, v) in zip(parts[1:], entries[1:], strict=True):
+            of_tier = whole._replace(inputs=replace(whole.inputs, keys=k, values=v))
+            chosen.append(Chosen(self.prompts, part, of_tier))
         return chosen
+
+
+def of_tiers(
+    chosen: Sequence[Chosen], policy: Policy, kv: TieredCache, layer: int, slots: slice
+) -> list[list[Chosen]]:
+    """What each tier has of a layer's prompts: :meth:`Chosen.of_tiers`."""
+    of_prompts = [x.of_tiers(policy, kv, layer, slots) for x in chosen]
+    return [list(of_tier) for of_tier in zip(*of_prompts, strict=True)]
 
 
 def counts(chosen: Sequence[Chosen], num_kv_heads: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Chosen as Chosen
-from adakv.entries import GrowingEntries, Reserve, Whole, counts
+from adakv.entries import GrowingEntries, Reserve, Whole, all_hidden, counts, of_tiers
 from adakv.entries import Part as Part
 from adakv.errors import Error
 from adakv.kept_scores import KeptScores
@@ -59,7 +59,7 @@ class _Observed(NamedTuple):
         return self.newest._replace(
             queries=torch.cat([part.queries for part in self.parts], 2),
             lse=torch.cat(known, 2) if len(known) == len(self.parts) else None,
-            hidden=_all_hidden(self.parts),
+            hidden=all_hidden(self.parts),
         )
 
 
@@ -207,7 +207,7 @@ class Reader:
             return
         if self._partwise is None and "all_queries" not in self.policy.needs:
             window = self._asked(torch.cat([self._asked(x.queries) for x in parts], 2)).clone()
-            parts = (newest._replace(queries=window, hidden=_all_hidden(parts)),)
+            parts = (newest._replace(queries=window, hidden=all_hidden(parts)),)
         else:
             lse, hidden = (None if x is None else x.clone() for x in (part.lse, part.hidden))
             kept = part._replace(queries=part.queries.clone(), lse=lse, hidden=hidden)
@@ -274,7 +274,8 @@ class Reader:
         if not layers:
             return
         is_split = isinstance(kv, SplitCache)
-        if is_split and len(layers) > 1:
+        is_mixed = isinstance(kv, TieredCache) and kv.tiers.mean is not None
+        if (is_split or is_mixed) and len(layers) > 1:
             for layer in layers:
                 self.compact({layer: chosen.pop(layer)}, kv, first_sequence=first_sequence)
             return
@@ -283,28 +284,33 @@ class Reader:
         else:
             budgets = self.budgets(kv.num_kv_heads)
             totals = [[x.total for x in budgets[layer]] for layer in layers]
-        caches: Sequence[KVCache | SplitCache]
-        of_caches: Sequence[Sequence[Sequence[int]]]
-        if isinstance(kv, TieredCache):
-            window, model_wide = self.policy.window, self.policy.is_model_wide
-            of_caches = kv.tiers.totals(totals, kv.num_kv_heads, window, model_wide=model_wide)
-            caches = kv.caches
-        else:
-            caches, of_caches = (kv,), (totals,)
-        pages = [
-            cache.begin_layers(layers, of_cache, self.lengths, first_sequence=first_sequence)
-            for cache, of_cache in zip(caches, of_caches, strict=True)
-        ]
         slots = slice(first_sequence, first_sequence + len(self.lengths))
+        where: Any = {"first_sequence": first_sequence}
+        tiers: Sequence[Sequence[Chosen]] = ()
+        caches: Sequence[KVCache | SplitCache]
+        if isinstance(kv, TieredCache):
+            heads, window, model_wide = (
+                kv.num_kv_heads,
+                self.policy.window,
+                self.policy.is_model_wide,
+            )
+            if is_mixed:
+                tiers = of_tiers(chosen[layers[0]], self.policy, kv, layers[0], slots)
+                of_caches = [[counts(x, heads)] for x in tiers]
+            else:
+                of_caches = kv.tiers.totals(totals, heads, window, model_wide=model_wide)
+            caches, pages = kv.caches, kv.begin_layers(layers, of_caches, self.lengths, **where)
+        else:
+            caches, pages = (kv,), [kv.begin_layers(layers, totals, self.lengths, **where)]
         for layer in layers:
             if self.kept_scores is not None:
                 self.kept_scores.keep(layer, [x.kept for x in chosen[layer]])
-            tiers: Sequence[Sequence[Chosen]] = [chosen.pop(layer)]
-            if isinstance(kv, TieredCache):
-                tiers = list(
-                    zip(*(x.of_tiers(self.policy, kv, layer, slots) for x in tiers[0]), strict=True)
-                )
-            for cache, (page_ids, next_page), of_tier in zip(caches, pages, tiers, strict=True):
+            of_layer = chosen.pop(layer)
+            if isinstance(kv, TieredCache) and not is_mixed:
+                tiers = of_tiers(of_layer, self.policy, kv, layer, slots)
+            for cache, (page_ids, next_page), of_tier in zip(
+                caches, pages, tiers or [of_layer], strict=True
+            ):
                 view = cache.layers[layer]
                 if len(self.lengths) < cache.num_sequences:
                     view = sequences(view, slots)
@@ -492,9 +498,3 @@ class Reader:
             ]
             for layer, layers in enumerate(finished)
         }
-
-
-def _all_hidden(parts: Sequence[Part]) -> Tensor | None:
-    """A copy of the hidden states ``[B, n, E]`` of all parts, if all of them have some."""
-    known = [part.hidden for part in parts if part.hidden is not None]
-    return torch.cat(known, 1) if len(known) == len(parts) > 0 else None

@@ -191,7 +191,7 @@ class Footprint:
         if len(tiers.formats) > 1:
             heads, model_wide = self.shape.num_kv_heads, self.model_wide
             layers = [[n] for n in totals]
-            of_tiers = tiers.totals(layers, heads, self.window, model_wide=model_wide)
+            of_tiers = tiers.for_bytes.totals(layers, heads, self.window, model_wide=model_wide)
             return self.shape.basis_bytes + sum(
                 replace(self, shape=shape).bytes_of([n for (n,) in of_tier])
                 for shape, of_tier in zip(self.shape.of_tiers, of_tiers, strict=True)

@@ -3,6 +3,7 @@
     tiers = Tiers.given("auto:1/4 + int4:3/4")
     tiers = Tiers.given("auto:1/4 + rank=1/4:3/4")  some of their dimensions (adakv.basis)
     tiers = Tiers.given("channels=.6")              of all but the window, as ThinK
+    tiers = Tiers.given("auto | rank=1/4 : 1/8")    whole, a quarter or nothing, in an eighth
     kv = TieredCache(tiers, parts)      a cache for each tier, with pages of its format
     tiers.split(kept, scores, window)   what is kept, shared out among them
 
@@ -17,16 +18,19 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
-from adakv.basis import Basis, channels, directions, width_of
+from adakv.basis import Basis, channels, directions, levels, width_of
 from adakv.cache import KVCache
 from adakv.errors import short
 from adakv.formats import check_kv_dtype, format_of
 from adakv.ops import Kept, Layer
+from adakv.room import enlarge
 
 _LAST_QUERIES = 32  # of a prompt, which say what channels are worth
+_LARGE = 1e30  # the weight of what must stay
 
 
 class Width(NamedTuple):
@@ -55,18 +59,25 @@ class Tiers(NamedTuple):
     Of what a row keeps, the first tier has the window, and its share of the rest, which scores
     highest; the next one has its share of the rest, and so on. Entries of a tier with a width have
     some of their dimensions; new tokens and the window are whole.
+
+    Mixed tiers have no shares: each entry goes to the one, or to none, that its weight is worth
+    (:meth:`mixed`).
     """
 
     formats: tuple[str, ...]
-    shares: tuple[Fraction, ...]  #: they sum to 1
+    shares: tuple[Fraction, ...]  #: they sum to 1; of mixed tiers the most that each can have
     widths: tuple[Width | None, ...] = (None,)  #: of each; None where entries are whole
+    mean: Fraction | None = None  #: of mixed tiers: their bytes, in those of whole entries
 
     @classmethod
     def given(cls, kv_dtype: str) -> Tiers:
         """``"int4"``, one tier, or several as ``"auto:1/4 + int4:3/4"``; a share is a fraction or a
         decimal number. A format may be followed by ``/rank=1/4`` or ``/channels=.6``, which stand
-        alone where it is ``auto``; one tier of these has all but the window. Raises ``ValueError``
-        for anything else."""
+        alone where it is ``auto``; one tier of these has all but the window. ``"auto | rank=1/2 |
+        rank=1/4 : 1/3"`` are mixed, in a third of the bytes. Raises ``ValueError`` for anything
+        else."""
+        if isinstance(kv_dtype, str) and "|" in kv_dtype:
+            return cls._mixed(kv_dtype)
         if not isinstance(kv_dtype, str) or not set(":=") & set(kv_dtype):
             return cls((check_kv_dtype(kv_dtype),), (Fraction(1),))
         parts = [part.partition(":") for part in kv_dtype.split("+")]
@@ -92,6 +103,30 @@ class Tiers(NamedTuple):
             )
         return cls(formats, tuple(found), widths)
 
+    @classmethod
+    def _mixed(cls, kv_dtype: str) -> Tiers:
+        names, _, given = kv_dtype.partition(":")
+        mean = _number(given, kv_dtype)
+        first, *others = [name.strip() for name in names.split("|")]
+        widths = [_width_of(name) for name in others]
+        formats = tuple(check_kv_dtype(format_of(name)) for name in (first, *others))
+        ranks = [width.share for width in widths if width is not None and width.kind == "rank"]
+        is_right = "=" not in first and len(ranks) == len(others) and len(set(formats)) == 1
+        if mean is None or not 0 < mean < 1 or not is_right:
+            raise ValueError(
+                "kv_dtype: mixed tiers must be a format, ranks in the same format, and a share of "
+                f"the bytes above 0 and below 1, as 'auto | rank=1/4 : 1/3', got {short(kv_dtype)}"
+            )
+        most = tuple(min(mean / share, Fraction(1)) for share in (Fraction(1), *ranks))
+        return cls(formats, most, (None, *widths), mean)
+
+    @property
+    def for_bytes(self) -> Tiers:
+        """Tiers of fixed shares that take the bytes which mixed ones take at most; or the same."""
+        if self.mean is None:
+            return self
+        return self._replace(shares=(self.mean, *[Fraction(0)] * (len(self.shares) - 1)))
+
     @property
     def names(self) -> list[str]:
         """The format and the width of each, as :meth:`given` reads them."""
@@ -102,6 +137,8 @@ class Tiers(NamedTuple):
 
     def __str__(self) -> str:
         """As :meth:`given` reads it."""
+        if self.mean is not None:
+            return f"{' | '.join(self.names)} : {self.mean}"
         if not self.shares[0]:
             return self.names[1]
         if len(self.formats) == 1:
@@ -219,6 +256,39 @@ class Tiers(NamedTuple):
             left, taken = left.masked_fill(parts[-1].mask(left.shape), nothing), have
         return parts
 
+    def mixed(
+        self, kept: Kept, scores: Tensor, window: int, energies: Tensor, costs: Sequence[int]
+    ) -> list[Kept]:
+        """What each of mixed tiers has of entries that are kept, some of which go to none.
+
+        An entry in a tier saves its score times what it has of its energy there. The rows of a
+        sequence have :attr:`mean` of the bytes of whole entries, the window aside, and save as much
+        as these can (:func:`adakv.basis.levels`). Waits for the device.
+
+        Parameters
+        ----------
+        kept, scores, window
+            As in :meth:`split`; scores below 0 are counted from the lowest of their row.
+        energies : ``[tiers, B, Hkv, T]`` float32
+            What an entry has of its energy in each tier.
+        costs : ints
+            What so many entries take in each, the same number of them.
+        """
+        held = kept.mask(scores.shape)
+        held[:, :, scores.shape[2] - window :] = False
+        weights = scores.float().nan_to_num(0, _LARGE, -_LARGE).clamp(-_LARGE, _LARGE)
+        lowest = weights.masked_fill(~held, 0).amin(2, keepdim=True)
+        gains = (weights - lowest.clamp(max=0)) * energies
+        gains = gains.masked_fill(~held, -1).flatten(2)  # [tiers, B, Hkv * T]
+        order = sorted(range(len(costs)), key=lambda i: costs[i])
+        assert self.mean is not None
+        p, q = self.mean.as_integer_ratio()
+        budget = held.flatten(1).sum(1) * costs[0] * p // q
+        found = levels(gains[order], [costs[i] for i in order], budget).view(scores.shape)
+        masks = [found == 1 + order.index(i) for i in range(len(costs))]
+        masks[0] |= kept.mask(scores.shape) & ~held
+        return [_kept(mask) for mask in masks]
+
 
 class TieredCache:
     """Rows whose entries lie in several :class:`adakv.cache.KVCache`, one for each tier.
@@ -271,6 +341,26 @@ class TieredCache:
     def layers(self) -> tuple[Layer, ...]:
         """The tensors of each layer of the first tier."""
         return self.first.layers
+
+    def begin_layers(
+        self,
+        layers: Sequence[int],
+        totals: Sequence[Sequence[Sequence[int]]],
+        longest: Sequence[int],
+        *,
+        first_sequence: int = 0,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`KVCache.begin_layers`, of each tier, with ``totals`` ``[tiers][L][B]``. Mixed
+        ones grow if they are too small: how much goes to each is known when it comes."""
+        for cache, of_tier in zip(self.caches, totals, strict=True):
+            sizes = {"num_kv_heads": self.num_kv_heads, "page_size": self.page_size}
+            needed = sum(cache.pages_for(n, 0, **sizes) for layer in of_tier for n in layer)
+            if self.tiers.mean is not None and needed > cache.num_free:
+                enlarge(cache, needed - cache.num_free)
+        return [
+            cache.begin_layers(layers, of_tier, longest, first_sequence=first_sequence)
+            for cache, of_tier in zip(self.caches, totals, strict=True)
+        ]
 
     def grow(self, num_new: Sequence[int], columns: int) -> int:
         """As :meth:`KVCache.grow`."""
@@ -329,6 +419,13 @@ class TieredCache:
     def pages_used(self) -> int:
         """Pages that are owned by sequences."""
         return sum(cache.pages_used for cache in self.caches)
+
+
+def _kept(mask: Tensor) -> Kept:
+    """What a mask ``[B, Hkv, T]`` shows; waits for the device."""
+    rows = mask.flatten(0, 1)
+    ends = F.pad(rows.sum(1).cumsum(0), (1, 0))
+    return Kept(rows.nonzero()[:, 1].int(), ends.int())
 
 
 def _width_of(name: str) -> Width | None:

@@ -16,7 +16,7 @@ from hf.test_tiers import POLICIES
 pytestmark = pytest.mark.model
 
 #: For heads of 16: channels are 8 of them, and so are ranks.
-NARROW = ["channels=1/2", "auto:1/4 + rank=1/2:3/4"]
+NARROW = ["channels=1/2", "auto:1/4 + rank=1/2:3/4", "auto | rank=1/2 : 3/4"]
 
 
 @pytest.mark.parametrize("kind", ["channels=1", "auto:1/4 + rank=1:1/4 + rank=9/10:1/2"])
@@ -176,6 +176,37 @@ def test_budgets_in_bytes_count_bases_and_the_pages_of_all_tiers() -> None:
             allowed = 0.4 * stats["full_bytes"]
             taken = stats["bytes"] + kv.caches[0].table_bytes  # type: ignore[union-attr]
             assert 0.8 * allowed < taken <= allowed
+
+
+@pytest.mark.parametrize("policy", ["ada_snapkv", "model_rank_fusion"])
+def test_mixed_tiers_take_their_share_of_the_bytes_in_each_layer(policy: str) -> None:
+    """Of what a policy keeps, that of its window aside; some entries go, and all others lie once in
+    a tier, for each prompt of a batch as alone."""
+    model = LLAMA.model(hidden_size=256)
+    whole = adakv.Cache(model, policy, budget=100)
+    logits(model, whole)
+    cache = adakv.Cache(model, policy, budget=100, kv_dtype="auto | rank=1/2 | rank=1/4 : 1/2")
+    logits(model, cache)
+    window, kv = cache.budget.policy.window, cache.pages
+    caches: Any = kv.caches  # type: ignore[union-attr]
+    costs = [part.page_bytes for part in caches]
+    assert sum(len(part.layers) and int(part.lengths().sum()) > 0 for part in caches) == 3
+    for layer in range(4):
+        kept, held = whole.kept(layer), cache.kept(layer)
+        tiers = [part.positions(layer) for part in caches]
+        for b, n in enumerate((150, 117, 50)):
+            spent = rest = 0
+            for h in range(2):
+                before = [p for p in kept[b][h].tolist() if p < n - window]
+                new = [p for p in kept[b][h].tolist() if p >= n - window]
+                rest += len(before)
+                spent -= costs[0] * len(new)
+                spent += sum(c * len(t[b][h]) for c, t in zip(costs, tiers, strict=True))
+                every = sorted(p for tier in tiers for p in tier[b][h].tolist())
+                assert every == held[b][h].tolist()
+                assert set(new) <= set(tiers[0][b][h].tolist())
+                assert set(every) - set(new) <= set(before)
+            assert rest * costs[0] / 2 - max(costs) <= spent <= rest * costs[0] / 2
 
 
 @pytest.mark.parametrize(

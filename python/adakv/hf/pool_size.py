@@ -302,6 +302,8 @@ def cache_of(
         )
         for of_tier, stored in zip(totals, [stored, *[0] * len(totals)], strict=False)
     ]
+    if tiers.mean is not None:  # what goes to which tier is known when it comes
+        pages = [-(-n // len(pages)) for n in pages]
     row_pages = row_pages_for(max(reader.lengths), new, shape, page_size, rule)
     # The pool decides what is full.
     return shape.tiered_cache(num_sequences, pages, row_pages, page_size)
