@@ -30,7 +30,7 @@ def names(lines: list[str]) -> list[str]:
 def test_every_face_has_the_members_of_the_struct_in_its_order(verb: str) -> None:
     include = CPP / "include" / "adakv"
     ours = names(struct((include / "ops.h").read_text(), f"{verb}Args"))
-    c = "".join((include / name).read_text() for name in ("c.h", "c_shortlist.h"))
+    c = "".join((include / name).read_text() for name in ("c.h", "c_fork.h", "c_shortlist.h"))
     in_c = names(struct(c, f"Adakv{verb}Args"))
     listed = (CPP / "ops" / "members.h").read_text().split(f"MembersOf<{verb}Args> {{")[1]
     members = re.findall(r"ADAKV_MEMBER\((\w+)\)", listed.split("};\n};")[0])

@@ -1,4 +1,5 @@
-"""The rows of a fork are filled: what the device does for :meth:`adakv.cache.KVCache.fork`."""
+"""Branches whose rows share pages: the verb, and what the device does for
+:meth:`adakv.cache.KVCache.fork`."""
 
 from __future__ import annotations
 
@@ -8,11 +9,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adakv import ops
-from adakv.ops import Layer, Source
+from adakv import _C
+from adakv._register import verb
+from adakv.tensors import Layer, Source
 
 if TYPE_CHECKING:
     from adakv.cache import KVCache
+
+
+@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
+def fork(
+    source: Source,
+    sources: Tensor,
+    stretch: Tensor,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+    layer: Layer,
+    *,
+    back: Tensor | None = None,
+    whole: bool = False,
+) -> None:
+    """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares the source's pages:
+    sequence b goes on where the source's ``sources[b]`` is, without its ``back[b]`` newest tokens.
+
+    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids``, from
+    ``page_indptr`` on, the ``layer``'s own: ``[2, Hkv]``, or if ``whole`` as for :func:`compact`.
+    """
+    _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 
 
 def fill(
@@ -52,7 +75,7 @@ def fill(
         x.to(cache.device, non_blocking=True) for x in (stretch, page_ids, starts, *lists)
     )
     for layer, (old, new) in enumerate(zip(cache.layers, branches, strict=True)):
-        ops.fork(
+        fork(
             Source(old.block_table, old.lengths, old.seen, old.tails),
             named,
             stretch,

@@ -26,7 +26,7 @@ from torch import Tensor
 from adakv import _C, _schedules
 from adakv._register import operators as operators
 from adakv._register import verb
-from adakv.compact import compact as compact
+from adakv.fork import fork as fork
 from adakv.shortlist import shortlist as shortlist
 from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
@@ -304,6 +304,43 @@ def select(
     return kept
 
 
+@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
+def compact(
+    keys: Tensor | None,
+    values: Tensor | None,
+    kept: Kept,
+    layer: Layer,
+    page_ids: Tensor,
+    page_indptr: Tensor,
+    *,
+    places: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    biases: Tensor | None = None,
+) -> None:
+    """Moves the kept entries of a prompt into pages; slot i of a row holds its i-th kept position.
+
+    Parameters
+    ----------
+    keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, optional
+        Without them the entries are those that the layer's rows hold, positions are slots of the
+        rows, and everything stays in its place that can. Not of int4.
+    kept : :class:`Kept`
+    layer : :class:`Layer`
+        Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from
+        ``seq_lens``; in place ``seen`` stays.
+    page_ids, page_indptr : ``[Q]`` and ``[B + 1]`` int32
+        Sequence b may use the pages ``page_ids[page_indptr[b]:page_indptr[b + 1]]``; they are dealt
+        to its rows in order, then one fresh page to each row. In place, pages among them that rows
+        hold entries in stay theirs.
+    places : ``[K]`` int32, optional
+        Where kept entries lie among keys and values; needs ``seq_lens``. Default: ``positions``.
+    seq_lens : ``[B]`` int32, optional
+    biases : ``[B, Hkv, T]`` float16, optional
+        Of the entries, for a layer with ``page_biases``. Default: 0, and in place what they have.
+    """
+    _C.compact(keys, values, *kept, places, seq_lens, page_ids, page_indptr, biases, layer)
+
+
 @verb(fake=lambda *_, **_options: None, mutates=_GROWING)
 def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None = None) -> None:
     """Adds S new tokens of each sequence to its rows, for which ``KVCache.grow`` has made room.
@@ -317,27 +354,6 @@ def append(keys: Tensor, values: Tensor, layer: Layer, *, num_new: Tensor | None
         padding and not stored.
     """
     _C.append(keys, values, num_new, layer)
-
-
-@verb(fake=lambda *_, **_options: None, mutates=Layer._fields)
-def fork(
-    source: Source,
-    sources: Tensor,
-    stretch: Tensor,
-    page_ids: Tensor,
-    page_indptr: Tensor,
-    layer: Layer,
-    *,
-    back: Tensor | None = None,
-    whole: bool = False,
-) -> None:
-    """Fills the rows of a fork (:meth:`adakv.cache.KVCache.fork`), which shares the source's pages:
-    sequence b goes on where the source's ``sources[b]`` is, without its ``back[b]`` newest tokens.
-
-    ``stretch`` are tokens of each since its rows got fresh pages; ``page_ids``, from
-    ``page_indptr`` on, the ``layer``'s own: ``[2, Hkv]``, or if ``whole`` as for :func:`compact`.
-    """
-    _C.fork(*source, sources, stretch, back, page_ids, page_indptr, whole, layer)
 
 
 @verb(fake=lambda lengths, *_, **_options: _schedules.schedule(lengths))

@@ -88,8 +88,8 @@ def policies(name: str | None) -> None:
         names = ", ".join(n for n in adakv.policies() if n.endswith(f"@{suffix}"))
         click.echo(textwrap.fill(f"{project}: {names}", 79, subsequent_indent="    "))
     told = (
-        "Measured, choosing adds to a prefill: ada_snapkv up to 1.4 %, critical_ada_snapkv "
-        "1 to 7 %, model_rank_fusion 7 to 23 %, model_column_max 15 to 30 % "
+        "Measured, choosing adds to a prefill: ada_snapkv up to 3 %, critical_ada_snapkv "
+        "1 to 10 %, model_rank_fusion 5 to 14 %, model_column_max 15 to 30 % "
         "(docs/performance.md). docs/policies.md says which one to take."
     )
     click.echo("\n" + textwrap.fill(told, 79))
