@@ -339,8 +339,8 @@ class Reader:
     @property
     def _asks(self) -> Folded | Tiers | None:
         """What looks at the prompts' newest queries, beside the scorer."""
-        tiers = self._tiers if self._tiers is not None and self._tiers.kind else None
-        return self.policy.fold or tiers
+        has_channels = self._tiers is not None and self._tiers.kind == "channels"
+        return self.policy.fold or (self._tiers if has_channels else None)
 
     @property
     def _is_long(self) -> bool:

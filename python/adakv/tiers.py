@@ -454,6 +454,7 @@ def _number(share: str, kv_dtype: str) -> Fraction | None:
     return found
 
 
+@torch.inference_mode(mode=False)  # prompts of later forwards are written there
 def _no_basis(tiers: Tiers, first: KVCache) -> Basis:
     """Memory for that of the widest tier, of rows whose entries have the dimensions of a first
     tier."""

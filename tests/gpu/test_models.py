@@ -77,11 +77,12 @@ def test_generate_equals_the_cpu(policy: str) -> None:
 @pytest.mark.parametrize(
     "loop", [{}, {"custom_generate": adakv.cuda_graph_sample}], ids=["loop", "recorded"]
 )
-def test_tiers_equal_the_cpu(loop: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["auto:1/4 + auto:3/4", "channels=1/2", "auto:1/4 + rank=1/2:3/4"])
+def test_tiers_equal_the_cpu(loop: dict[str, Any], kind: str) -> None:
     batch, texts, kept = prompts(180, 130, 101), {}, {}
     for device, model in both(LLAMA).items():
         given = padded(batch, device)
-        cache = adakv.Cache(model, "ada_snapkv", 70, kv_dtype="auto:1/4 + auto:3/4")
+        cache = adakv.Cache(model, "ada_snapkv", 70, kv_dtype=kind)
         with adakv.attach(model):
             text = model.generate(**given, past_key_values=cache, **GREEDY, **loop)
         texts[device] = text.tolist()
