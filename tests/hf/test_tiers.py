@@ -97,6 +97,21 @@ def test_the_first_tier_has_the_window_and_the_highest_scores_and_grows() -> Non
             assert len(second[b][h]) == kept - of_first
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "model_column_max", "model_rank_fusion"])
+def test_where_all_is_kept_scores_say_what_is_in_which_tier(policy: str) -> None:
+    """Nearly the same as where one entry of a head had to go; without scores it were the first
+    entries."""
+    model, first = LLAMA.model(), []
+    for budget in (149, 150):
+        cache = adakv.Cache(model, policy, budget=budget, kv_dtype="auto:1/4 + auto:3/4")
+        with adakv.attach(model), torch.no_grad():
+            torch.manual_seed(1)
+            model(**prompts(150, (0,)), past_key_values=cache)
+        first.append([set(row.tolist()) for x in range(4) for row in tiers_of(cache, x)[0][0]])
+    same = sum(len(a & b) for a, b in zip(*first, strict=True))
+    assert same > 0.9 * sum(map(len, first[1]))
+
+
 def test_bytes_are_those_of_the_tiers_pages() -> None:
     model = llama(torch.bfloat16)
     cache = adakv.Cache(model, "snapkv", budget=96, kv_dtype="auto:1/4 + int4:3/4")

@@ -397,7 +397,7 @@ class Policy:
         budgets = budget if isinstance(budget, Sequence) else self.layer_budgets(inputs, budget)
         if all(x.keeps_everything for x in budgets):
             kept = _keep_everything(inputs)
-            scores = torch.zeros(inputs.shape, device=inputs.device)
+            scores = torch.zeros(inputs.shape, device=inputs.device) if scores is None else scores
             return kept, scores, kept.places(inputs.shape)
         heads, lengths, window = inputs.num_kv_heads, inputs.prompt_lens, self.window
         means = tuple(self.reserved(x.mean, n) for n, x in zip(lengths, budgets, strict=True))
