@@ -54,6 +54,8 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
                                     Given<PageFormat> kv_dtype,
                                     bool has_biases,
                                     Int value_dim,
+                                    Int key_dims_16,
+                                    Int key_dims_2,
                                     Given<const char*> device_type,
                                     Int device_index) {
   CacheConfig config;
@@ -68,6 +70,7 @@ std::shared_ptr<KVCache> make_cache(Int num_layers,
   config.format = take("kv_dtype", kv_dtype);
   config.has_biases = has_biases;
   config.value_dim = take("value_dim", value_dim);
+  config.key_dims = {take("key_dims_16", key_dims_16), take("key_dims_2", key_dims_2)};
   config.device =
       named_device(take("device_type", device_type), take("device_index", device_index));
   Memory& memory = device_memory(config.device);  // says first if there is no such device
@@ -133,7 +136,7 @@ void bind_cache(py::module_& module) {
       .def(py::init(&make_cache), py::kw_only(), arg("num_layers"), arg("num_sequences"),
            arg("num_kv_heads"), arg("head_dim"), arg("page_size"), arg("num_pages"),
            arg("max_row_pages"), arg("dtype"), arg("kv_dtype"), arg("has_biases"), arg("value_dim"),
-           arg("device_type"), arg("device_index"))
+           arg("key_dims_16"), arg("key_dims_2"), arg("device_type"), arg("device_index"))
       .def(
           "layer",
           [](const KVCache& self, Int layer) {

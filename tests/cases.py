@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import codes
+from adakv.formats import bits_of_keys, has_tails, key_dims
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,8 +22,8 @@ FORMATS = (
     *((dtype, "auto") for dtype in DTYPES),
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
-#: The same of int4, which has pages of 32 entries.
-INT4 = tuple((dtype, "int4") for dtype in DTYPES[1:])
+#: The same where rows have tails and pages 32 entries: int4, and with mixed keys.
+TAILED = tuple((dtype, kv_dtype) for kv_dtype in ("int4", "mixed3") for dtype in DTYPES[1:])
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def paged_layer(
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
     Pages of int4 have 32 entries, whatever ``page_size`` says.
     """
-    page_size = 32 if kv_dtype == "int4" else page_size
+    page_size = 32 if has_tails(kv_dtype) else page_size
     held = int32(lengths)  # [B, Hkv]
     used = -(-held // page_size)
     fresh = -(-(held + new_tokens) // page_size) - used
@@ -143,7 +144,7 @@ def paged_layer(
         seen=int32(seen, device),
         fresh_pages=noncontiguous(fresh_pages.to(device)),
     )
-    return with_tails(layer, pages.to(dtype)) if kv_dtype == "int4" else layer
+    return with_tails(layer, pages.to(dtype)) if has_tails(kv_dtype) else layer
 
 
 def empty_layer(
@@ -160,7 +161,7 @@ def empty_layer(
     value_dim: int | None = None,
 ) -> Layer:
     """A layer before compact: NaN in all slots, nonsense in all integers."""
-    page_size = 32 if kv_dtype == "int4" else page_size
+    page_size = 32 if has_tails(kv_dtype) else page_size
     widths = (head_dim, value_dim or head_dim)
     pages = torch.full((num_pages, 2, page_size, max(widths)), float("nan"), dtype=dtype)
     shapes = [
@@ -178,7 +179,7 @@ def empty_layer(
             for name, shape in zip(names, shapes, strict=True)
         },
     )
-    return with_tails(layer, pages) if kv_dtype == "int4" else layer
+    return with_tails(layer, pages) if has_tails(kv_dtype) else layer
 
 
 def held_as(
@@ -190,6 +191,9 @@ def held_as(
         return _held_apart(pages, kv_dtype, device, widths)
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
+    bits = bits_of_keys(kv_dtype)
+    if bits is not None:
+        return _held_mixed(pages, key_dims(bits, pages.shape[3]), device)
     if kv_dtype == "int4":
         parts = [codes.quantise_page(*page) for page in pages]
         names = ("pages", "key_scales", "value_scales")
@@ -214,10 +218,27 @@ def _held_apart(
         halves = [held for held, _ in both]
         names = ("key_scales", "value_scales")
         fields = {name: apart(x.to(device)) for name, (_, x) in zip(names, both, strict=True)}
-    host = apart(torch.cat([half.flatten(1) for half in halves], 1).to(device))
+    return fields | _side_by_side(*(half.to(device) for half in halves))
+
+
+def _held_mixed(
+    pages: Tensor, dims: tuple[int, int], device: torch.device | str
+) -> dict[str, Tensor]:
+    parts = [codes.quantise_mixed_page(*page, *dims) for page in pages]
+    keys, values, *scales = (torch.stack(x).to(device) for x in zip(*parts, strict=True))
+    fields = {
+        name: apart(x) for name, x in zip(("key_scales", "value_scales"), scales, strict=True)
+    }
+    return fields | _side_by_side(keys, values)
+
+
+def _side_by_side(keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Keys ``[N, P, ...]`` and values in pages, one behind the other."""
+    halves = keys, values
+    host = apart(torch.cat([half.flatten(1) for half in halves], 1))
     parts = host.split([half[0].numel() for half in halves], 1)
     held = [x.unflatten(1, (1, *half.shape[1:])) for x, half in zip(parts, halves, strict=True)]
-    return fields | {"pages": held[0], "value_pages": held[1]}
+    return {"pages": held[0], "value_pages": held[1]}
 
 
 def with_tails(layer: Layer, pages: Tensor) -> Layer:
@@ -268,7 +289,7 @@ def row_entries(layer: Layer, b: int, h: int) -> tuple[Tensor, ...]:
     length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
     if layer.tails is not None:
         whole = layer.block_table[b, h, : length // page_size].long().cpu()
-        held = (layer.pages, layer.key_scales, layer.value_scales)
+        held = (layer.pages, layer.value_pages, layer.key_scales, layer.value_scales)
         tail = layer.tails[b, h].unflatten(0, (2, page_size))[:, : length % page_size]
         every = layer.block_table[b, h, : -(-length // page_size)].long().cpu()
         positions = layer.page_positions.cpu()[every].flatten()[:length]

@@ -44,33 +44,91 @@ def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
 def quantise_page(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What an int4 page gets of its entries ``[P, D]``, of 16 bits: codes ``[2, P, D / 2]``, scales
     and zeros of the keys' dimensions ``[2, D]``, and of the values' groups ``[P, 2 Z]``."""
+    key_codes, key_scales = _quantise_dims(keys, torch.full(keys.shape[1:], 15.0))
+    value_codes, value_scales = _quantise_values(keys, values)
+    return packed(torch.stack([key_codes, value_codes]), 4), key_scales, value_scales
+
+
+def quantise_mixed_page(
+    keys: Tensor, values: Tensor, in_16: int, in_2: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a page gets of its entries ``[P, D]`` whose keys have their first dimensions in 16 bits
+    and their last ones in 2: bytes of keys ``[P, C]``, codes of values ``[P, D / 2]``, scales and
+    zeros of the dimensions of keys that have codes ``[2, D - in_16]``, and of values."""
+    in_4_end = keys.shape[1] - in_2
+    most = torch.full(keys.shape[1:], 15.0)
+    most[in_4_end:] = 3
+    finite = keys.isfinite().all(-1, keepdim=True)
+    codes, scales = _quantise_dims(keys, most)
+    as_they_are = keys[:, :in_16].where(finite, 0).contiguous().view(torch.uint8)
+    parts = as_they_are, packed(codes[:, in_16:in_4_end], 4), packed(codes[:, in_4_end:], 2)
+    value_codes, value_scales = _quantise_values(keys, values)
+    return torch.cat(parts, 1), packed(value_codes, 4), scales[:, in_16:], value_scales
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[..., n]`` as bytes, the first of each byte in its lowest bits."""
+    count = 8 // bits
+    parts = codes.unflatten(-1, (-1, count)).unbind(-1)
+    return sum((part << i * bits for i, part in enumerate(parts)), torch.zeros_like(parts[0]))
+
+
+def unpacked(held: Tensor, bits: int) -> Tensor:
+    """The codes of bytes that :func:`packed` gave."""
+    parts = [held >> i * bits & (1 << bits) - 1 for i in range(8 // bits)]
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def _quantise_dims(keys: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[P, D]``, of each dimension from 0 to ``most`` ``[D]``, and scales and zeros
+    ``[2, D]``."""
     finite = keys.isfinite().all(-1, keepdim=True)  # the others take no part
     k = keys.float()
     low, high = k.where(finite, INF).amin(0), k.where(finite, -INF).amax(0)
     if not finite.any():
         low = high = torch.zeros_like(low)
-    scale = _up((high / 2 - low / 2) / 7.5, keys.dtype).float()  # halves, as all may be too much
-    key_codes = ((k / 2 - low / 2) / (scale / 2)).where(finite & (scale > 0), 0)
-    value_codes, value_scales = quantise(values, "int4")
-    nothing = torch.tensor([torch.nan, 0], dtype=values.dtype).repeat(value_scales.shape[1] // 2)
-    codes = torch.stack(
-        [key_codes.round().clamp(0, 15).to(torch.uint8), value_codes.where(finite, 0)]
-    )
-    return (
-        codes[..., 0::2] | codes[..., 1::2] << 4,
-        torch.stack([scale, low]).to(keys.dtype),
-        value_scales.where(finite, nothing),
-    )
+    # Halves, as all may be too much.
+    scale = _up((high / 2 - low / 2) / (most / 2), keys.dtype).float()
+    codes = ((k / 2 - low / 2) / (scale / 2)).where(finite & (scale > 0), 0)
+    codes = codes.round().clamp(min=0).minimum(most).to(torch.uint8)
+    return codes, torch.stack([scale, low]).to(keys.dtype)
+
+
+def _quantise_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[P, D]`` and scales of an int4 page's values."""
+    finite = keys.isfinite().all(-1, keepdim=True)
+    codes, scales = quantise(values, "int4")
+    nothing = torch.tensor([torch.nan, 0], dtype=values.dtype).repeat(scales.shape[1] // 2)
+    return codes.where(finite, 0), scales.where(finite, nothing)
 
 
 def dequantise_page(
     codes: Tensor, key_scales: Tensor, value_scales: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Keys and values ``[2, P, D]`` that an int4 page stands for."""
-    key_codes, value_codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    key_codes, value_codes = unpacked(codes, 4)
     scale, zero = key_scales.to(dtype)
     keys = key_codes.to(dtype) * scale + zero
     return torch.stack([keys, dequantise(value_codes, value_scales, dtype)])
+
+
+def dequantise_mixed_page(
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Keys and values ``[2, P, D]`` that a page with mixed keys stands for."""
+    value_codes = unpacked(values, 4)
+    in_16 = value_codes.shape[1] - key_scales.shape[1]
+    coded = keys[:, 2 * in_16 :]
+    in_4 = 4 * coded.shape[1] - key_scales.shape[1]  # in half a byte each, the others in a quarter
+    codes = torch.cat([unpacked(coded[:, : in_4 // 2], 4), unpacked(coded[:, in_4 // 2 :], 2)], 1)
+    scale, zero = key_scales.to(dtype)
+    as_they_are = keys[:, : 2 * in_16].contiguous().view(key_scales.dtype).to(dtype)
+    both = torch.cat([as_they_are, codes.to(dtype) * scale + zero], 1)
+    return torch.stack([both, dequantise(value_codes, value_scales, dtype)])
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codes import quantise, quantise_page
+from codes import quantise, quantise_mixed_page, quantise_page
 from folded import biases_of as biases_of
 from forked import fork as fork
 from in_place import compact_in_place
 from ranked import largest_remainder as largest_remainder
 from ranked import ranked
 from rows import entries_of as entries_of
-from rows import kv_dtype_of
+from rows import kv_dtype_of, whole_parts
 from rows import row_of as row_of
 
 INF = float("inf")
@@ -308,8 +308,9 @@ def _store(
         tail = layer.tails[b, h].unflatten(0, (2, page_size))
         tail[0, slot % page_size], tail[1, slot % page_size] = key, value
         if slot % page_size == page_size - 1:
-            parts = (layer.pages, layer.key_scales, layer.value_scales)
-            for part, x in zip(parts, quantise_page(*tail), strict=True):
+            parts = whole_parts(layer)
+            made = quantise_page(*tail) if layer.value_pages is None else _mixed_page(layer, *tail)
+            for part, x in zip(parts, made, strict=True):
                 part[page] = x
         return
     keys, values = (layer.pages[:, 0], layer.key_scales), (layer.values, layer.value_scales)
@@ -317,6 +318,15 @@ def _store(
         if scales is not None:
             x, scales[page, slot % page_size] = quantise(x, kv_dtype)
         held[page, slot % page_size] = x
+
+
+def _mixed_page(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    in_16 = keys.shape[1] - layer.key_scales.shape[2]
+    in_2 = next(
+        n for n in range(keys.shape[1] + 1)
+        if 2 * in_16 + (keys.shape[1] - in_16 - n) / 2 + n / 4 == layer.pages.shape[3]
+    )  # fmt: skip
+    return quantise_mixed_page(keys, values, in_16, in_2)
 
 
 def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None = None) -> None:
@@ -435,7 +445,7 @@ def attend(
     """
     batch, num_heads, num_columns, head_dim = queries.shape
     group = num_heads // layer.lengths.shape[1]
-    width = head_dim if layer.value_pages is None else layer.value_pages.shape[3]
+    width = layer.value_dim or head_dim
     out = torch.zeros(batch, num_heads, num_columns, width, dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codes import dequantise, dequantise_page
+from codes import dequantise, dequantise_mixed_page, dequantise_page
 
 
 def kv_dtype_of(layer: Any) -> str:
@@ -16,13 +16,22 @@ def kv_dtype_of(layer: Any) -> str:
     return {torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}.get(layer.pages.dtype, "auto")
 
 
+def whole_parts(layer: Any) -> tuple[Tensor, ...]:
+    """What an int4 layer's pages get at once: codes and scales."""
+    if layer.value_pages is None:
+        return layer.pages, layer.key_scales, layer.value_scales
+    return layer.pages[:, 0], layer.value_pages[:, 0], layer.key_scales, layer.value_scales
+
+
 def entries_of(
     layer: Any, pages: Tensor, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Keys ``[n, D]`` and values ``[n, Dv]`` in the slots of some pages, as attend reads them."""
     if layer.tails is not None:
-        parts = (layer.pages, layer.key_scales, layer.value_scales)
-        each = [dequantise_page(*(x.cpu()[page] for x in parts), dtype) for page in pages.tolist()]
+        parts, read = whole_parts(layer), dequantise_page
+        if layer.value_pages is not None:
+            read = dequantise_mixed_page
+        each = [read(*(x.cpu()[page] for x in parts), dtype) for page in pages.tolist()]
         both = torch.cat([torch.empty(2, 0, layer.tails.shape[3], dtype=dtype), *each], 1)
         return both[0], both[1]
 

@@ -46,6 +46,15 @@ CacheConfig checked(CacheConfig c) {
               kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
+  ADAKV_CHECK(c.format == PageFormat::kInt4 || !c.key_dims.are_mixed(),
+              "KVCache: key_dims are of int4 pages alone, got ", c.key_dims.in_16, " and ",
+              c.key_dims.in_2, " for others");
+  ADAKV_CHECK(c.key_dims.in_16 >= 0 && c.key_dims.in_16 % 4 == 0 && c.key_dims.in_2 >= 0 &&
+                  c.key_dims.in_2 % 8 == 0 && c.key_dims.in_16 < c.head_dim &&
+                  c.key_dims.in_2 <= c.head_dim - c.key_dims.in_16,
+              "KVCache: key_dims must be a multiple of 4 in 16 bits and one of 8 in 2, of ",
+              c.head_dim, " in all and not all of them in 16, got ", c.key_dims.in_16, " and ",
+              c.key_dims.in_2);
   ADAKV_CHECK(c.format <= PageFormat::kInt4,
               "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
   if (c.format == PageFormat::kPlain) return c;

@@ -13,10 +13,12 @@ namespace adakv {
 // The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
 struct PageParts {
   explicit PageParts(const CacheConfig& c)
-      : keys(code_bytes(c, c.head_dim)),
+      : keys(c.format == PageFormat::kInt4 ? c.page_size * c.key_dims.bytes(c.head_dim)
+                                           : code_bytes(c, c.head_dim)),
         values(code_bytes(c, c.value_dim)),
-        key_scales(c.format == PageFormat::kInt4 ? 2 * c.head_dim * sizeof(uint16_t)
-                                                 : scale_bytes(c, c.head_dim)),
+        key_scales(c.format == PageFormat::kInt4
+                       ? 2 * (c.head_dim - c.key_dims.in_16) * sizeof(uint16_t)
+                       : scale_bytes(c, c.head_dim)),
         value_scales(scale_bytes(c, c.value_dim)),
         positions(c.page_size * sizeof(int32_t)),
         biases(c.has_biases ? c.page_size * sizeof(uint16_t) : 0) {}
@@ -75,11 +77,12 @@ inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) 
   const DType codes = is_plain                       ? c.dtype
                       : c.format == PageFormat::kFp8 ? DType::kFloat8
                                                      : DType::kUInt8;
-  const int64_t width = is_int4 ? c.head_dim / 2 : c.head_dim;
+  const int64_t width = is_int4 ? c.key_dims.bytes(c.head_dim) : c.head_dim;
+  const int64_t value_width = is_int4 ? c.value_dim / 2 : c.value_dim;
   view.pages = part(0, {c.num_pages, 2, c.page_size, width}, codes);
-  if (c.value_dim != c.head_dim) {
+  if (c.value_dim != c.head_dim || c.key_dims.are_mixed()) {
     view.pages = view.pages.narrow(1, 0, 1);
-    view.value_pages = part(parts.keys, {c.num_pages, 1, c.page_size, c.value_dim}, codes);
+    view.value_pages = part(parts.keys, {c.num_pages, 1, c.page_size, value_width}, codes);
   }
   if (is_plain) {
     view.page_positions = layout.add({c.num_pages, c.page_size}, DType::kInt32);
@@ -92,7 +95,7 @@ inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) 
                 value_scales = key_scales + parts.key_scales;
   const auto scales = [&](int64_t dim) { return num_scales(c.format, dim); };
   view.key_scales = is_int4
-                        ? part(key_scales, {c.num_pages, 2, c.head_dim}, c.dtype)
+                        ? part(key_scales, {c.num_pages, 2, c.head_dim - c.key_dims.in_16}, c.dtype)
                         : part(key_scales, {c.num_pages, c.page_size, scales(c.head_dim)}, c.dtype);
   view.value_scales = part(value_scales, {c.num_pages, c.page_size, scales(c.value_dim)}, c.dtype);
   view.page_positions =

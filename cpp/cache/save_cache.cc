@@ -155,6 +155,8 @@ class Writer {
   void describe(std::map<std::string, std::string>& texts) const {
     const CacheConfig& c = config_;
     std::vector<int32_t> shape = {c.num_layers, c.num_sequences, c.num_kv_heads, c.head_dim};
+    ADAKV_CHECK(!c.key_dims.are_mixed(), "save_cache: a file has keys of one format, got ",
+                c.key_dims.in_16, " dimensions in 16 bits and ", c.key_dims.in_2, " in 2");
     if (c.value_dim != c.head_dim) shape.push_back(c.value_dim);
     const std::pair<const char*, std::string> own[] = {
         {"kind", kFileKind},

@@ -116,6 +116,7 @@ CacheConfig config_of(const AdakvCacheConfig& c) {
   config.format = enumerator<PageFormat>("config.format", c.format);
   config.has_biases = c.has_biases != 0;
   config.value_dim = c.value_dim;
+  config.key_dims = {c.key_dims[0], c.key_dims[1]};
   return config;
 }
 

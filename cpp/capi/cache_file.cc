@@ -82,6 +82,7 @@ AdakvStatus adakv_cache_file_config(const AdakvCacheFile* file,
     out.format = static_cast<AdakvPageFormat>(c.format);
     out.has_biases = c.has_biases;
     out.value_dim = c.value_dim;
+    out.key_dims[0] = out.key_dims[1] = 0;  // no file has others
   });
 }
 

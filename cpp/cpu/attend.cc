@@ -90,8 +90,11 @@ class Attention {
         values_(args.layer.values()),
         workers_(args.schedule.ptr<const schedule::Worker>()),
         rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
-        attend_span_(kernels().attend_span[static_cast<int>(args.layer.format())]
-                                          [static_cast<int>(args.queries.dtype)]) {}
+        key_dims_(args.layer.key_dims()),
+        attend_span_((key_dims_.are_mixed()
+                          ? kernels().attend_mixed
+                          : kernels().attend_span[static_cast<int>(
+                                args.layer.format())])[static_cast<int>(args.queries.dtype)]) {}
 
   /// Floats that all rows' Logits take.
   static int64_t num_logits(const AttendArgs& args) {
@@ -268,6 +271,7 @@ class Attention {
     }
     span.biases = args_.layer.page_biases.data;
     span.bias_stride = args_.layer.page_biases.stride[0];
+    span.key_dims = key_dims_;
     span.tail_begin = tail_begin(b, rows_[row].length);
     span.tail = args_.layer.tails.ptr<const char>() +
                 (b * args_.layer.tails.stride[0] + h * args_.layer.tails.stride[1]) *
@@ -407,6 +411,7 @@ class Attention {
   const TensorView values_;
   const schedule::Worker* workers_;  // [num_workers]
   const schedule::RowFacts* rows_;   // [num_rows]
+  const KeyDims key_dims_;
   void (*attend_span_)(const AttendSpan&);
 };
 

@@ -23,6 +23,7 @@ struct AttendSpan {
   int64_t scale_stride[2];  // in elements, from page to page
   const void* tail;         // [2 P, D] of int4: keys and values of the slots from tail_begin on
   int tail_begin;           // a multiple of the page size
+  KeyDims key_dims;         // of int4
   const void* biases;       // [N, P] float16 of plain pages, added to logits; null: none
   int64_t bias_stride;      // in elements, from page to page
   const int32_t* page_ids;  // pages of the row, from its slot 0
@@ -142,15 +143,21 @@ struct GramNormSpan {
 /// Makes codes [D] and scales of an entry [D] as ops/quantise.h says.
 using QuantiseEntry = void (*)(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales);
 
-/// Makes codes [2, P, D / 2], key_scales [2, D] and value_scales [P, 2 Z] of an int4 page, whose P
-/// keys and then P values `entries` points to, as ops/quantise.h says; fetches those of `next`, unless
-/// it is null.
+/// Where an int4 page's codes and scales go.
+struct PageCodes {
+  uint8_t* keys;           // [P, D / 2], or as mixed KeyDims have them
+  uint8_t* values;         // [P, D / 2]
+  uint16_t* key_scales;    // [2, D], or those of the dimensions that have some
+  uint16_t* value_scales;  // [P, 2 Z]
+};
+
+/// Makes an int4 page of the P keys and then P values that `entries` points to, as ops/quantise.h says;
+/// fetches those of `next`, unless it is null.
 using QuantisePage = void (*)(const void* const* entries,
                               const void* const* next,
                               int head_dim,
-                              uint8_t* codes,
-                              uint16_t* key_scales,
-                              uint16_t* value_scales);
+                              KeyDims key_dims,
+                              const PageCodes& to);
 
 /// By DType: float32, float16, bfloat16.
 template <typename Span>
@@ -159,6 +166,7 @@ using PerDType = void (*[3])(const Span&);
 struct Kernels {
   const char* isa;
   PerDType<AttendSpan> attend_span[4];  // by PageFormat; quantised pages have no float32
+  PerDType<AttendSpan> attend_mixed;    // of int4 with mixed KeyDims
   void (*accumulate_span)(const AccumulateSpan&);
   QuantiseEntry quantise[4][3];   // by PageFormat and DType, where entries are quantised
   QuantisePage quantise_page[3];  // by DType

@@ -49,7 +49,7 @@ constexpr int kKeysAtOnce = kRows == 1                            ? kSlotGroup
 template <int kRows, bool kFetch, typename Pages>
 inline void multiply_keys(const float* queries,
                           int stride,
-                          const typename Pages::Code* keys,
+                          const typename Pages::Key* keys,
                           int head_dim,
                           const typename Pages::Code* ahead,
                           int ahead_dims,
@@ -65,7 +65,7 @@ inline void multiply_keys(const float* queries,
     F32Pair k[kSlotsAtOnce];
 #pragma GCC unroll 4
     for (int i = 0; i < kSlotsAtOnce; ++i) {
-      const auto* codes = keys + (i * head_dim + d) / Pages::kDims;
+      const auto* codes = keys + (i * head_dim + d) / Pages::kKeyDims;
       const F32Pair loaded =
           head_dim - d >= kPair ? load_pair(codes) : load_pair(codes, head_dim - d);
       k[i] = Pages::number(loaded, Pages::numbers(scales + i * width, d));

@@ -21,6 +21,7 @@ Kernels make_kernels() {
         attend_span<CodePages<Int8Code, BFloat16>>},
        {nullptr, attend_span<CodePages<Float8, Float16>>, attend_span<CodePages<Float8, BFloat16>>},
        {nullptr, attend_span<Int4Pages<Float16>>, attend_span<Int4Pages<BFloat16>>}},
+      {nullptr, attend_span<MixedPages<Float16>>, attend_span<MixedPages<BFloat16>>},
       accumulate_span,
       {{nullptr, nullptr, nullptr},
        {nullptr, quantise<Int8Code, Float16>, quantise<Int8Code, BFloat16>},

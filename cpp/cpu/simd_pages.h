@@ -13,7 +13,7 @@ constexpr int kSlotGroup = 8;  // page sizes are multiples of it
 
 /// The pages of a row as if they were one array. What attend_span has to know of a format:
 ///   Query            a query is kept in the order in which load_pair(const Query*) has it
-///   key, value       an entry's codes in memory
+///   key, value       an entry's codes in memory, of a key kKeyDims dimensions in each Key
 ///   ahead, behind_values  what is fetched while the keys of a group are read, entries as wide as
 ///                    values, and while its values are read, as wide as keys
 ///   fill             what scales a block has: of keys [slot, width], of values [width, slot]
@@ -21,7 +21,9 @@ constexpr int kSlotGroup = 8;  // page sizes are multiples of it
 ///   numbers, number  scale and zero from dimension d on, and what codes stand for
 template <typename Element>
 struct RowPages {
+  using Key = Element;
   static constexpr int kDims = std::is_same_v<Element, Int4Codes> ? 2 : 1;  // of an element
+  static constexpr int kKeyDims = kDims;                                    // of a Key
 
   const Element *keys, *values;
   int64_t page_stride;
@@ -197,15 +199,19 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
   void fill(Scales& scales, int begin, int, int last) const {
     fetch_scales(begin + kBlockSlots, last);
     fill_values(scales.values, begin);
-    const Input* numbers = key_scales(begin);  // [2, D]
+    fill_keys(scales.keys, key_scales(begin));
+  }
+
+  /// The numbers of a page's keys, [2, D].
+  void fill_keys(float* out, const Input* numbers) const {
     const int head_dim = this->head_dim;
     for (int d = 0; d < head_dim; d += kPair) {
       for (int i = 0; i < 2; ++i) {
         const Input* from = numbers + i * head_dim + d;
         const F32Pair pair =
             head_dim - d >= kPair ? load_pair(from) : load_pair(from, head_dim - d);
-        store(scales.keys + i * kMaxHeadDim + d, pair.first);
-        store(scales.keys + i * kMaxHeadDim + d + kLanes, pair.second);
+        store(out + i * kMaxHeadDim + d, pair.first);
+        store(out + i * kMaxHeadDim + d + kLanes, pair.second);
       }
     }
   }
@@ -258,6 +264,98 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
     return this->key(slot + kBlockSlots < this->span.end_slot ? slot + kBlockSlots : slot);
   }
   const Int4Codes* behind_values(int slot) const { return this->value(slot + kBlockSlots); }
+};
+
+/// What each byte of codes stands for: numbers of 16 bits, that of its lowest kBits first.
+template <typename Scale, int kBits>
+struct CodeTable {
+  uint16_t numbers[256][8 / kBits] = {};
+
+  constexpr CodeTable() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int i = 0; i < 8 / kBits; ++i) {
+        numbers[byte][i] = bits_of(byte >> i * kBits & ((1 << kBits) - 1));
+      }
+    }
+  }
+
+  static constexpr uint16_t bits_of(int code) {
+    constexpr int kFraction = std::is_same_v<Scale, BFloat16> ? 7 : 10;
+    constexpr int kBias = std::is_same_v<Scale, BFloat16> ? 127 : 15;
+    if (code == 0) return 0;
+    int exponent = 0;
+    while (code >> (exponent + 1) != 0) ++exponent;
+    const int fraction = (code << kFraction >> exponent) - (1 << kFraction);
+    return static_cast<uint16_t>((exponent + kBias) << kFraction | fraction);
+  }
+};
+
+/// Pages of int4 whose keys have dimensions in 16, in 4 and in 2 bits. Those of a page are widened once
+/// for all queries, to numbers of which the first ones have scale 1 and zero 0.
+template <typename Scale>
+struct MixedPages : Int4Pages<Scale> {
+  using Base = Int4Pages<Scale>;
+  using Input = typename Base::Input;
+  using Scales = typename Base::Scales;
+  using Key = Input;
+  static constexpr int kKeyDims = 1;
+
+  alignas(64) mutable Input widened[kBlockSlots * kMaxHeadDim];  // keys of the page that was filled
+
+  explicit MixedPages(const AttendSpan& span) : Base(span) { this->key_pitch = span.head_dim; }
+
+  void fill(Scales& scales, int begin, int, int last) const {
+    const int head_dim = this->head_dim, width = static_cast<int>(dims().bytes(head_dim));
+    this->fetch_scales(begin + kBlockSlots, last);
+    this->fill_values(scales.values, begin);
+    Input numbers[2 * kMaxHeadDim];
+    const int coded = head_dim - dims().in_16;
+    for (int i = 0; i < 2; ++i) {
+      const uint16_t number = i == 0 ? Table<4>::bits_of(1) : 0;
+      for (int d = 0; d < dims().in_16; ++d) numbers[i * head_dim + d] = {number};
+      __builtin_memcpy(numbers + i * head_dim + dims().in_16, this->key_scales(begin) + i * coded,
+                       coded * sizeof(Input));
+    }
+    this->fill_keys(scales.keys, numbers);
+    const uint8_t* codes = page(begin);
+    for (int i = 0; i < kBlockSlots; ++i) widen(codes + i * width, widened + i * head_dim);
+    if (begin + kBlockSlots >= last) return;
+    for (int i = 0; i < kBlockSlots * width; i += 64) {
+      __builtin_prefetch(page(begin + kBlockSlots) + i);
+    }
+  }
+
+  const Input* key(int slot) const { return widened + this->in_page(slot) * this->head_dim; }
+  const Int4Codes* ahead(int slot) const { return this->value(slot); }
+
+ private:
+  template <int kBits>
+  using Table = CodeTable<Scale, kBits>;
+
+  KeyDims dims() const { return this->span.key_dims; }
+
+  const uint8_t* page(int slot) const {
+    return reinterpret_cast<const uint8_t*>(this->keys) +
+           this->page_ids[slot >> this->log_page_size] * this->page_stride;
+  }
+
+  void widen(const uint8_t* from, Input* to) const {
+    __builtin_memcpy(to, from, dims().in_16 * sizeof(Input));
+    from += 2 * dims().in_16;
+    to += dims().in_16;
+    widen<4>(this->head_dim - dims().in_16 - dims().in_2, from, to);
+    widen<2>(dims().in_2, from, to);
+  }
+
+  /// So many codes, and goes on behind them.
+  template <int kBits>
+  static void widen(int count, const uint8_t*& from, Input*& to) {
+    static constexpr Table<kBits> kTable;
+    constexpr int kCodes = 8 / kBits;
+    for (int d = 0; d < count; d += kCodes, to += kCodes) {
+      __builtin_memcpy(to, kTable.numbers[*from++], kCodes * sizeof(Input));
+    }
+  }
 };
 
 }  // namespace adakv::ADAKV_ISA

@@ -128,12 +128,13 @@ inline U32 codes_of(F32Pair x, F32Pair zero, F32Pair scale) {
 }
 
 /// kPair dimensions of the keys, or the last `count` if these are no whole pair: scales, and the codes
-/// of the keys that are `finite`, of which there are some.
-template <bool kAllFinite, bool kWhole, typename Element>
+/// of the keys that are `finite`, of which there are some. The largest code is `most` of a dimension.
+template <bool kAllFinite, bool kWhole, typename Element, typename Most>
 inline void quantise_channels(const PageEntries<Element>& page,
                               uint32_t finite,
                               int d,
                               int count,
+                              const Most& most,
                               uint8_t* codes,
                               uint16_t* scales) {
   constexpr const Element* kType = nullptr;
@@ -150,10 +151,12 @@ inline void quantise_channels(const PageEntries<Element>& page,
            x.second < low.second ? x.second : low.second};
     high = {max(x.first, high.first), max(x.second, high.second)};
   }
-  const auto scale_of = [&](F32 lowest, F32 highest) {
-    return round_up((highest * 0.5f - lowest * 0.5f) / (kLargestInt4 * 0.5f), kType);
+  const auto scale_of = [&](F32 lowest, F32 highest, F32 largest) {
+    return round_up((highest * 0.5f - lowest * 0.5f) / (largest * 0.5f), kType);
   };
-  const U32 even = scale_of(low.first, high.first), odd = scale_of(low.second, high.second);
+  const F32Pair largest = most(d);
+  const U32 even = scale_of(low.first, high.first, largest.first);
+  const U32 odd = scale_of(low.second, high.second, largest.second);
   const U32 both_scales = even | odd << 16;
   const U32 both_zeros = bits_of_elements(low.first, kType) | bits_of_elements(low.second, kType)
                                                                   << 16;
@@ -174,17 +177,78 @@ inline void quantise_channels(const PageEntries<Element>& page,
   }
 }
 
-template <bool kAllFinite, typename Element>
+template <bool kAllFinite, typename Element, typename Most>
 inline void quantise_keys(const PageEntries<Element>& page,
                           uint32_t finite,
+                          const Most& most,
                           uint8_t* codes,
                           uint16_t* scales) {
   int d = 0;
   for (; d + kPair <= page.head_dim; d += kPair) {
-    quantise_channels<kAllFinite, true>(page, finite, d, kPair, codes, scales);
+    quantise_channels<kAllFinite, true>(page, finite, d, kPair, most, codes, scales);
   }
   if (d < page.head_dim) {
-    quantise_channels<kAllFinite, false>(page, finite, d, page.head_dim - d, codes, scales);
+    quantise_channels<kAllFinite, false>(page, finite, d, page.head_dim - d, most, codes, scales);
+  }
+}
+
+/// All keys of a page, codes [P, D / 2] and scales [2, D].
+template <typename Element, typename Most>
+inline void quantise_keys(const PageEntries<Element>& page,
+                          uint32_t finite,
+                          const Most& most,
+                          uint8_t* codes,
+                          uint16_t* scales) {
+  if (finite == ~uint32_t{0}) {
+    quantise_keys<true>(page, finite, most, codes, scales);
+  } else if (finite != 0) {
+    quantise_keys<false>(page, finite, most, codes, scales);
+  } else {
+    __builtin_memset(codes, 0, kInt4PageSize * page.head_dim / 2);
+    __builtin_memset(scales, 0, 2 * page.head_dim * sizeof(uint16_t));
+  }
+}
+
+/// The same of keys whose dimensions have 16, 4 and 2 bits: quantised as if all had codes of 4, of which
+/// the last ones are 3 at most, and then put together.
+template <typename Element>
+inline void quantise_mixed_keys(const PageEntries<Element>& page,
+                                uint32_t finite,
+                                KeyDims dims,
+                                uint8_t* codes,
+                                uint16_t* scales) {
+  uint8_t of_page[kInt4PageSize * kMaxHeadDim / 2];
+  uint16_t of_dims[2 * kMaxHeadDim];
+  const int head_dim = page.head_dim, in_4_end = head_dim - dims.in_2;
+  const auto most = [&](int d) {
+    const auto of = [&](I32 lanes) {
+      return choose(lanes < in_4_end, broadcast(kLargestInt4), broadcast(kLargestInt2));
+    };
+    return F32Pair{of(lane_numbers() * 2 + d), of(lane_numbers() * 2 + d + 1)};
+  };
+  quantise_keys(page, finite, most, of_page, of_dims);
+  const int width = static_cast<int>(dims.bytes(head_dim)), in_4 = in_4_end - dims.in_16;
+  for (int i = 0; i < kInt4PageSize; ++i) {
+    uint8_t* to = codes + i * width;
+    const uint8_t* from = of_page + (i * head_dim + dims.in_16) / 2;
+    if (finite >> i & 1) {
+      __builtin_memcpy(to, page.entries[i], 2 * dims.in_16);
+    } else {
+      __builtin_memset(to, 0, 2 * dims.in_16);
+    }
+    to += 2 * dims.in_16;
+    __builtin_memcpy(to, from, in_4 / 2);
+    to += in_4 / 2;
+    from += in_4 / 2;
+    for (int j = 0; j < dims.in_2 / 4; ++j) {
+      const int low = from[2 * j], high = from[2 * j + 1];
+      to[j] = static_cast<uint8_t>((low & 3) | low >> 4 << 2 | (high & 3) << 4 | high >> 4 << 6);
+    }
+  }
+  const int with_codes = head_dim - dims.in_16;
+  for (int half = 0; half < 2; ++half) {
+    __builtin_memcpy(scales + half * with_codes, of_dims + half * head_dim + dims.in_16,
+                     with_codes * sizeof(uint16_t));
   }
 }
 
@@ -259,28 +323,24 @@ template <typename Element>
 void quantise_page(const void* const* entries,
                    const void* const* next,
                    int head_dim,
-                   uint8_t* codes,
-                   uint16_t* key_scales,
-                   uint16_t* value_scales) {
+                   KeyDims key_dims,
+                   const PageCodes& to) {
   const PageEntries<Element> page = {entries, next, head_dim};
   const uint32_t finite = finite_keys(page);
-  const int key_bytes = kInt4PageSize * head_dim / 2;
-  if (finite == ~uint32_t{0}) {
-    quantise_keys<true>(page, finite, codes, key_scales);
-  } else if (finite != 0) {
-    quantise_keys<false>(page, finite, codes, key_scales);
+  if (key_dims.are_mixed()) {
+    quantise_mixed_keys(page, finite, key_dims, to.keys, to.key_scales);
   } else {
-    __builtin_memset(codes, 0, key_bytes);
-    __builtin_memset(key_scales, 0, 2 * head_dim * sizeof(uint16_t));
+    const auto most = [](int) { return F32Pair{broadcast(kLargestInt4), broadcast(kLargestInt4)}; };
+    quantise_keys(page, finite, most, to.keys, to.key_scales);
   }
   const int width = (head_dim + kScaleGroup - 1) / kScaleGroup * 2;
   for (int first = 0; first < kInt4PageSize; first += kLanes) {
     int begin = 0;
     for (; begin + kScaleGroup <= head_dim; begin += kScaleGroup) {
-      quantise_values<true>(page, finite, first, begin, codes + key_bytes, value_scales, width);
+      quantise_values<true>(page, finite, first, begin, to.values, to.value_scales, width);
     }
     if (begin < head_dim) {
-      quantise_values<false>(page, finite, first, begin, codes + key_bytes, value_scales, width);
+      quantise_values<false>(page, finite, first, begin, to.values, to.value_scales, width);
     }
   }
 }

@@ -19,6 +19,7 @@ class TailWriter {
       : layer_(layer),
         head_dim_(layer.tails.shape[3]),
         entry_bytes_(head_dim_ * static_cast<int64_t>(dtype_size(layer.tails.dtype))),
+        key_dims_(layer.key_dims()),
         quantise_page_(kernels().quantise_page[static_cast<int>(layer.tails.dtype)]) {}
 
   /// Puts a key and a value into a slot of the tail of row (b, h).
@@ -39,9 +40,13 @@ class TailWriter {
   /// unless it is null.
   void quantise(const void* const* entries, const void* const* next, int64_t page) const {
     const auto at = [&](const TensorView& x) { return x.ptr<uint16_t>() + page * x.stride[0]; };
-    quantise_page_(entries, next, static_cast<int>(head_dim_),
-                   layer_.pages.ptr<uint8_t>() + page * layer_.pages.stride[0],
-                   at(layer_.key_scales), at(layer_.value_scales));
+    uint8_t* keys = layer_.pages.ptr<uint8_t>() + page * layer_.pages.stride[0];
+    uint8_t* values = keys + kInt4PageSize * head_dim_ / 2;
+    if (layer_.value_pages) {
+      values = layer_.value_pages.ptr<uint8_t>() + page * layer_.value_pages.stride[0];
+    }
+    quantise_page_(entries, next, static_cast<int>(head_dim_), key_dims_,
+                   {keys, values, at(layer_.key_scales), at(layer_.value_scales)});
   }
 
  private:
@@ -53,6 +58,7 @@ class TailWriter {
 
   const LayerView& layer_;
   int64_t head_dim_, entry_bytes_;
+  KeyDims key_dims_;
   QuantisePage quantise_page_;
 };
 

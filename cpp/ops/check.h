@@ -63,7 +63,7 @@ class Checker {
   void device(const char* name, const TensorView& view);
 
   const char* verb_;
-  Dim dims_[16];  // more than the names of any verb
+  Dim dims_[24];  // more than the names of any verb
   int num_dims_ = 0;
   const char* first_float_ = nullptr;
   const char* first_tensor_ = nullptr;

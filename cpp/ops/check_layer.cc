@@ -27,13 +27,32 @@ void check_page_parts(const Checker& check, const char* name, const TensorView& 
                 " elements and a multiple of 16 bytes apart, got ", view.stride[0], " elements");
 }
 
+// Keys of which not all dimensions have 4 bits, and values beside them.
+void check_mixed(Checker& check, const LayerView& layer) {
+  const int64_t d = check.size("D");
+  check.floats("key_scales", layer.key_scales, "N 2 D4");
+  check.tensor("value_pages", layer.value_pages, "N 1 P D/2", DType::kUInt8);
+  const KeyDims dims = layer.key_dims();
+  check.require(
+      2 * check.size("D/2") == d && dims.in_16 >= 0 && dims.in_16 % 4 == 0 && dims.in_2 >= 0 &&
+          dims.in_2 % 8 == 0 && dims.in_16 < d && dims.in_2 <= d - dims.in_16,
+      "pages, value_pages and key_scales must be [N, 1, P, C], [N, 1, P, ", d / 2, "] and [N, 2, ",
+      d, " - n] for mixed keys, a multiple n of 4 dimensions in 16 bits ",
+      "and one of 8 in 2, got ", layer.pages.shape_string(), ", ", layer.value_pages.shape_string(),
+      " and ", layer.key_scales.shape_string());
+}
+
 void check_int4(Checker& check, const LayerView& layer) {
   check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
                 " for int4 pages, got ", check.size("P"));
   const int64_t width = num_scales(PageFormat::kInt4, check.size("D"));
-  check.require(2 * check.size("D/2") == check.size("D"), "pages must be [N, 2, P, ",
-                check.size("D") / 2, "] for int4, got ", layer.pages.shape_string());
-  check.floats("key_scales", layer.key_scales, "N 2 D");
+  if (layer.value_pages) {
+    check_mixed(check, layer);
+  } else {
+    check.require(2 * check.size("D/2") == check.size("D"), "pages must be [N, 2, P, ",
+                  check.size("D") / 2, "] for int4, got ", layer.pages.shape_string());
+    check.floats("key_scales", layer.key_scales, "N 2 D");
+  }
   check.floats("value_scales", layer.value_scales, "N P 2Z");
   check.require(check.size("2Z") == width, "value_scales must have ", width,
                 " numbers for each entry, got ", layer.value_scales.shape_string());
@@ -66,9 +85,10 @@ void check_quantised(Checker& check, const LayerView& layer) {
 // Values that are as wide as keys lie in the pages themselves.
 void check_values(Checker& check, const LayerView& layer) {
   if (!layer.value_pages) return;
-  check.require(!layer.tails, "value_pages must be left out for a layer of int4");
-  check.tensor("value_pages", layer.value_pages, "N 1 P Dv", layer.pages.dtype);
-  check_width(check, "value dim Dv", check.size("Dv"));
+  if (!layer.tails) {
+    check.tensor("value_pages", layer.value_pages, "N 1 P Dv", layer.pages.dtype);
+    check_width(check, "value dim Dv", check.size("Dv"));
+  }
   check_page_parts(check, "pages", layer.pages);
   check_page_parts(check, "value_pages", layer.value_pages);
   check.require(layer.pages.shape[0] <= 1 || layer.value_pages.stride[0] == layer.pages.stride[0],
@@ -101,7 +121,7 @@ void check_head_dim(const Checker& check) {
 }
 
 const char* value_dims(const LayerView& layer, const char* same, const char* own) {
-  return layer.value_pages ? own : same;
+  return layer.value_pages && !layer.tails ? own : same;
 }
 
 void check_layer(Checker& check, const LayerView& layer) {
@@ -112,7 +132,7 @@ void check_layer(Checker& check, const LayerView& layer) {
                   "key_scales and value_scales must be left out for pages of ",
                   dtype_name(layer.pages.dtype));
   } else if (format == PageFormat::kInt4) {
-    check.tensor("pages", layer.pages, "N 2 P D/2", DType::kUInt8);
+    check.tensor("pages", layer.pages, layer.value_pages ? "N 1 P C" : "N 2 P D/2", DType::kUInt8);
   } else {
     check.tensor("pages", layer.pages, dims_of_pages(layer), layer.pages.dtype);
   }

@@ -11,6 +11,9 @@
 // zero for the 32 entries of a page, chosen when they are all there. Their spread may be more than
 // float32 has: so both sides of its divisions are taken half, which changes no bit else.
 //
+// Of such keys the last dimensions may have codes of 2 bits, 3 in the place of 15, and the first ones
+// may be stored as they are (KeyDims); of a key that is not finite these are stored as 0.
+//
 // With scale 0 (a group of equal numbers, or of zeros) all codes are 0. A group that holds NaN or
 // infinities, or whose range is more than float32 has, gets scale NaN, codes 0 and zero 0: it reads as
 // NaN, and only it. An int4 entry whose key holds NaN or infinities is treated so in all groups of its
@@ -29,6 +32,7 @@ namespace adakv {
 constexpr uint16_t kNaN16 = 0x7fff;  // NaN as float16 and as bfloat16
 constexpr float kLargestInt8 = 255;  // code
 constexpr float kLargestInt4 = 15;   // code
+constexpr float kLargestInt2 = 3;    // code
 constexpr float kLargestFp8 = 448;   // number of float8_e4m3fn
 
 namespace detail {

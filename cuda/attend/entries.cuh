@@ -99,8 +99,8 @@ struct CodedEntry {
   }
 };
 
-/// The same of int4, whose last entries are in the row's tail.
-template <typename Element>
+/// The same of int4, whose last entries are in the row's tail; or with mixed KeyDims.
+template <typename Element, bool kMixed = false>
 struct Int4Entry {
   static constexpr int kLoads = 8;
 
@@ -125,10 +125,21 @@ struct Int4Entry {
 
   __device__ float key(const LayerRows& layer, int32_t d) const {
     if (tail) return to_float(reinterpret_cast<const Element*>(tail)[d]);
-    const auto number = [&](int32_t row) {
-      return to_float(reinterpret_cast<const Element*>(layer.key_scales.at(page, row))[d]);
+    const char* key = layer.key(page, slot);
+    const auto number = [&](int32_t row, int32_t i) {
+      return to_float(reinterpret_cast<const Element*>(layer.key_scales.at(page, row))[i]);
     };
-    return number(0) * code(layer.key(page, slot), d) + number(1);
+    if constexpr (kMixed) {
+      const int32_t in_16 = layer.key_dims.in_16, i = d - in_16;
+      if (i < 0) return to_float(reinterpret_cast<const Element*>(key)[d]);
+      const int32_t in_4 = layer.head_dim - in_16 - layer.key_dims.in_2, j = i - in_4;
+      const char* codes = key + 2 * in_16;
+      const float x =
+          j < 0 ? code(codes, i)
+                : reinterpret_cast<const uint8_t*>(codes)[in_4 / 2 + j / 4] >> j % 4 * 2 & 3;
+      return number(0, i) * x + number(1, i);
+    }
+    return number(0, d) * code(key, d) + number(1, d);
   }
 
   __device__ float value(const LayerRows& layer, int32_t d) const {
@@ -173,7 +184,11 @@ void dispatch_entries(const AttendArgs& args, int64_t width, const Body& body) {
       using Element = typename decltype(element)::type;
       using Format = typename decltype(codes)::type;
       if constexpr (std::is_same_v<Format, Int4>) {
-        run(element, TypeTag<Int4Entry<Element>>{});
+        if (args.layer.key_dims().are_mixed()) {
+          run(element, TypeTag<Int4Entry<Element, true>>{});
+        } else {
+          run(element, TypeTag<Int4Entry<Element>>{});
+        }
       } else {
         run(element, TypeTag<CodedEntry<Element, Format>>{});
       }

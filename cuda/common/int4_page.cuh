@@ -62,8 +62,48 @@ __device__ inline uint32_t find_finite(int32_t head_dim, const Load& load) {
   return __ballot_sync(kFullWarp, (bits_of(sum) & 0x7fff7fff) == 0);
 }
 
+/// Stores eight dimensions of a key from one on, as mixed KeyDims have them, and their scales and zeros
+/// by two lanes; lane i has entry i. `words` are the dimensions as they are, `codes` four bits of each.
+/// Keys begin at even addresses.
+__device__ inline void store_mixed_keys(const LayerRows& layer,
+                                        int32_t page,
+                                        int32_t element,
+                                        const uint32_t (&words)[4],
+                                        uint32_t codes,
+                                        const uint32_t (&numbers)[4]) {
+  const int32_t lane = threadIdx.x % kWarpSize, in_16 = layer.key_dims.in_16;
+  const int32_t in_4_end = layer.head_dim - layer.key_dims.in_2;
+  uint16_t* key = reinterpret_cast<uint16_t*>(layer.key(page, lane));
+  uint16_t* of_codes = key + in_16;
+  if (element >= in_4_end) {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) packed |= (codes >> 4 * i & 3) << 2 * i;
+    of_codes[(in_4_end - in_16) / 4 + (element - in_4_end) / 8] = static_cast<uint16_t>(packed);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunkElements; i += 4) {
+      const int32_t d = element + i;
+      if (d < in_16) {
+        for (int j = 0; j < 4; ++j) {
+          key[d + j] = static_cast<uint16_t>(words[(i + j) / 2] >> 16 * (j % 2));
+        }
+      } else {
+        of_codes[(d - in_16) / 4] = static_cast<uint16_t>(codes >> 4 * i);
+      }
+    }
+  }
+  if (lane > 1) return;
+  uint16_t* scales = reinterpret_cast<uint16_t*>(layer.key_scales.at(page, lane));
+#pragma unroll
+  for (int i = 0; i < kChunkElements; ++i) {
+    const int32_t d = element + i - in_16;
+    if (d >= 0) scales[d] = static_cast<uint16_t>(numbers[i / 2] >> 16 * (i % 2));
+  }
+}
+
 /// Codes and scales of eight dimensions of a page's keys; lane i has entry i.
-template <typename Element, typename Load>
+template <typename Element, bool kMixed, typename Load>
 __device__ inline void quantise_keys(
     const LayerRows& layer, int32_t page, int32_t element, uint32_t finite, const Load& load) {
   constexpr uint32_t kInfinities = std::is_same_v<Element, __half> ? 0x7c007c00 : 0x7f807f80;
@@ -85,39 +125,51 @@ __device__ inline void quantise_keys(
     if (finite == 0) most[i] = least[i] = 0;
   }
   uint32_t scales[4] = {}, codes = 0;
+  const bool has_two_bits = kMixed && element >= layer.head_dim - layer.key_dims.in_2;
+  const float most_code = has_two_bits ? 3.f : Int4::kMostCode;
+  const float steps = most_code / 2;  // halves, because all of a range may be too much
+  const float step = has_two_bits ? 1 / 1.5f : 1 / (Int4::kMostCode / 2);
 #pragma unroll
   for (int i = 0; i < kChunkElements; ++i) {
     const int shift = 16 * (i % 2);
     const float low = bits_to_float<Element>(least[i / 2] >> shift);
     const float high = bits_to_float<Element>(most[i / 2] >> shift);
-    constexpr float kSteps = Int4::kMostCode / 2;  // halves, because all of a range may be too much
     const float range = high / 2 - low / 2, range_unit = unit_of(range);
     const Element scale =
-        round_up<Element>(divide(range * range_unit, kSteps, 1 / kSteps) * (1 / range_unit));
+        round_up<Element>(divide(range * range_unit, steps, step) * (1 / range_unit));
     scales[i / 2] |= uint32_t{reinterpret_cast<const uint16_t&>(scale)} << shift;
     const float half = to_float(scale) / 2, unit = unit_of(half), divisor = half * unit;
     const float x = bits_to_float<Element>(words[i / 2] >> shift) / 2 - low / 2;
     const float ratio = divide(x * unit, divisor, __frcp_rn(divisor));
-    const float code = divisor > 0 ? fminf(fmaxf(ratio, 0.f), Int4::kMostCode) : 0.f;
+    const float code = divisor > 0 ? fminf(fmaxf(ratio, 0.f), most_code) : 0.f;
     codes |= static_cast<uint32_t>(__float2int_rn(code)) << 4 * i;
+  }
+  const uint32_t(&numbers)[4] = lane == 0 ? scales : least;
+  if constexpr (kMixed) {
+    for (uint32_t& word : words) word = is_finite ? word : 0;
+    store_mixed_keys(layer, page, element, words, is_finite ? codes : 0, numbers);
+    return;
   }
   *reinterpret_cast<uint32_t*>(layer.key(page, lane) + element / 2) = is_finite ? codes : 0;
   if (lane > 1) return;
-  const uint32_t(&numbers)[4] = lane == 0 ? scales : least;
   *reinterpret_cast<uint4*>(layer.key_scales.at(page, lane) + element * 2) =
       make_uint4(numbers[0], numbers[1], numbers[2], numbers[3]);
 }
 
 /// Codes and scales of a page, by warps: `warp` of `num_warps`. load(is_value, slot, element) gives
 /// eight elements of an entry.
-template <typename Element, typename Load>
+template <typename Element, bool kMayBeMixed = true, typename Load>
 __device__ inline void quantise_page(
     const LayerRows& layer, int32_t page, const Load& load, int32_t warp, int32_t num_warps) {
   const uint32_t finite = find_finite<Element>(layer.head_dim, load);
 #pragma unroll 1
   for (int32_t element = warp * kChunkElements; element < layer.head_dim;
        element += num_warps * kChunkElements) {
-    quantise_keys<Element>(layer, page, element, finite, load);
+    if (kMayBeMixed && layer.key_dims.are_mixed()) {
+      quantise_keys<Element, true>(layer, page, element, finite, load);
+    } else {
+      quantise_keys<Element, false>(layer, page, element, finite, load);
+    }
   }
   const PageLane lane(layer.head_dim);
   const Element none = from_float<Element>(NAN);

@@ -26,7 +26,7 @@ from torch import Tensor
 from adakv import _C
 from adakv.errors import integer
 from adakv.fork import fill
-from adakv.formats import check_kv_dtype, check_page_size, device_of, page_size_for
+from adakv.formats import check_kv_dtype, check_page_size, core_format, device_of, page_size_for
 from adakv.ops import Layer
 from adakv.tensors import SHARED
 
@@ -53,10 +53,10 @@ class KVCache:
         A block table has no more columns than the pool has pages, so a large number costs nothing.
     page_size : int, optional
         Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32. In int4
-        always 32.
+        and mixed always 32.
     dtype, device
         Of keys and values.
-    kv_dtype : "auto", "int8", "fp8" or "int4"
+    kv_dtype : "auto", "int8", "fp8", "int4" or as "mixed3"
         How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
         float16 or bfloat16.
     has_biases : bool
@@ -124,7 +124,7 @@ class KVCache:
             num_pages=num_pages,
             max_row_pages=max_row_pages,
             dtype=str(dtype).removeprefix("torch."),
-            kv_dtype=kv_dtype,
+            **core_format(kv_dtype, head_dim),
             has_biases=has_biases,
             value_dim=value_dim,
             device_type=device.type,

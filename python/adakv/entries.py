@@ -432,6 +432,8 @@ def keys_of_pages(view: Layer, pages: Tensor, dtype: torch.dtype) -> Tensor:
         return held
     if view.tails is None:
         return dequantised(held, view.key_scales[pages], dtype)
+    if view.value_pages is not None:
+        raise ValueError("layer: mixed keys can't be read out of their pages again")
     return int4_keys(held, view.key_scales[pages], dtype)
 
 

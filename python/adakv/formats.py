@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 import torch
 
 from adakv.errors import integer
 
-#: How pages hold entries: as they are, or quantised (docs/bits.md).
+#: How pages hold entries: as they are, or quantised (docs/bits.md). Beside these there are pages as
+#: those of int4 whose keys are mixed, "mixed3": numbers of 16, 4 and 2 bits, of 3 on average.
 KV_DTYPES = ("auto", "int8", "fp8", "int4")
+
+_MIXED = re.compile(r"mixed(\d(?:\.\d{1,2})?)")
 
 #: Dimensions of a head that share a scale in quantised pages.
 SCALE_GROUP = 64
@@ -24,8 +29,8 @@ def page_size_for(kv_dtype: str, page_size: int | None) -> int:
     if page_size is None:
         return 16 if kv_dtype == "auto" else 32  # on CUDA a tile of codes is 32 entries
     size = check_page_size(page_size)
-    if kv_dtype == "int4" and size != 32:
-        raise ValueError(f"page_size must be 32 for pages of int4, got {size}")
+    if has_tails(kv_dtype) and size != 32:
+        raise ValueError(f"page_size must be 32 for pages of {kv_dtype}, got {size}")
     return size
 
 
@@ -33,6 +38,47 @@ def format_of(tier: str) -> str:
     """The format of a tier as "int8:1/4", "int8/rank=1/4:3/4" or "rank=1/4", which is "auto"."""
     name, has_width, _ = tier.partition(":")[0].partition("=")
     return (name.rpartition("/")[0].strip() or "auto") if has_width else name.strip()
+
+
+def bits_of_keys(kv_dtype: str) -> float | None:
+    """Of a format whose keys are mixed: the bits that their numbers have on average. None for
+    others. Raises ``ValueError`` unless they lie in 2 .. 8."""
+    found = _MIXED.fullmatch(kv_dtype)
+    if found is None:
+        return None
+    bits = float(found[1])
+    if not 2 <= bits <= 8:
+        raise ValueError(f"kv_dtype: mixed keys must have 2 to 8 bits, got {kv_dtype!r}")
+    return bits
+
+
+def has_tails(kv_dtype: str) -> bool:
+    """Whether the keys of a page share scales, so that a row's newest entries wait in 16 bits."""
+    return kv_dtype == "int4" or bits_of_keys(kv_dtype) is not None
+
+
+def key_dims(bits: float, head_dim: int) -> tuple[int, int]:
+    """How many dimensions of mixed keys have 16 bits, and how many 2; the others have 4.
+
+    Of the bits above 2 about half go to dimensions in 16 bits, the rest to those in 4. Pages hold a
+    multiple of 4 dimensions in 16 bits and one of 8 in 2, so that there may be a little less than
+    was asked for.
+    """
+    above = (bits - 2) * head_dim
+    least = math.floor((bits - 4) * head_dim / 48)  # where no dimension has 2
+    most = max(math.floor((above - 8) / 56), 0)  # 4 of them may need 4 others in 4 bits
+    in_16 = 4 * max(min(round(above / 112), most), least)
+    others = head_dim - in_16
+    in_2 = max(others - math.floor((above - 14 * in_16) / 2), 0)
+    return in_16, min(-(-in_2 // 8) * 8, others // 8 * 8)
+
+
+def core_format(kv_dtype: str, head_dim: int) -> dict[str, Any]:
+    """A format as the C++ core has it: that of mixed keys is int4 with so many dimensions."""
+    bits = bits_of_keys(kv_dtype)
+    in_16, in_2 = (0, 0) if bits is None else key_dims(bits, head_dim)
+    name = kv_dtype if bits is None else "int4"
+    return {"kv_dtype": name, "key_dims_16": in_16, "key_dims_2": in_2}
 
 
 def check_page_size(page_size: int) -> int:
@@ -52,9 +98,10 @@ def check_kv_dtype(
 ) -> str:
     """The same; raises ``ValueError`` unless it is a format of pages, takes ``dtype``, keys and
     values of so many ``dims``, and has biases of entries if they are asked for."""
-    if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
+    is_one = isinstance(kv_dtype, str) and (kv_dtype in KV_DTYPES or has_tails(kv_dtype))
+    if not is_one:
         names = ", ".join(map(repr, KV_DTYPES))
-        raise ValueError(f"kv_dtype must be one of {names}, got {kv_dtype!r}")
+        raise ValueError(f"kv_dtype must be one of {names} or as 'mixed3', got {kv_dtype!r}")
     if has_biases and kv_dtype != "auto":
         raise ValueError(
             f"kv_dtype: pages of {kv_dtype} have no biases of entries, which Folded() and "
@@ -65,10 +112,10 @@ def check_kv_dtype(
             f"kv_dtype: pages of {kv_dtype} take float16 and bfloat16, got keys and values in "
             "float32; load the model in one of them, or take kv_dtype='auto'"
         )
-    if kv_dtype == "int4" and dims is not None and dims[0] != dims[1]:
+    if has_tails(kv_dtype) and dims is not None and dims[0] != dims[1]:
         raise ValueError(
-            f"kv_dtype: pages of int4 take values that are as wide as keys, got {dims[1]} and "
-            f"{dims[0]} numbers; take 'auto', 'int8' or 'fp8'"
+            f"kv_dtype: pages of {kv_dtype} take values that are as wide as keys, got {dims[1]} "
+            f"and {dims[0]} numbers; take 'auto', 'int8' or 'fp8'"
         )
     return kv_dtype
 

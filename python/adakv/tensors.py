@@ -46,7 +46,9 @@ class Layer(NamedTuple):
     ``page_biases`` ``[N, P]`` float16, only of a cache that has biases: what attend adds to the
     logit of each slot's entry; shared.
     ``value_pages`` ``[N, 1, P, Dv]``, only where values have a width Dv of their own: then
-    ``pages`` are ``[N, 1, P, D]``, keys alone; shared.
+    ``pages`` are ``[N, 1, P, D]``, keys alone; shared. For int4 ``[N, 1, P, D / 2]``, only where
+    keys are mixed: dimensions in 16 bits, then in 4, then in 2, four in a byte. Then ``key_scales``
+    are those of the dimensions that have codes.
     """
 
     pages: Tensor
@@ -66,6 +68,13 @@ class Layer(NamedTuple):
         """``[N, P, Dv]``, the values or their codes in the slots of pages; their keys are
         ``pages[:, 0]``."""
         return self.pages[:, 1] if self.value_pages is None else self.value_pages[:, 0]
+
+    @property
+    def value_dim(self) -> int | None:
+        """Dv, where values have a width of their own; else None."""
+        if self.value_pages is None or self.tails is not None:
+            return None
+        return self.value_pages.shape[3]
 
 
 class Source(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 import reference
 from accumulated import accumulate
 from adakv import ops
-from cases import FORMATS, INT4, copied, int32, noncontiguous, paged_layer
+from cases import FORMATS, TAILED, copied, int32, noncontiguous, paged_layer
 from ops.test_attend import Case, layer_of, options_of, random_queries, schedule_of
 from tolerance import assert_close
 
@@ -69,7 +69,7 @@ def assert_last(actual: Tensor, *args: Any, threshold: float, **options: Any) ->
     assert int((high != low)[held].sum()) <= held.sum() * 0.1  # the test says something
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + INT4, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + TAILED, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accumulated_equals_definition(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device
@@ -123,7 +123,7 @@ def test_without_a_threshold_it_is_what_equal_attention_would_give(device: torch
     assert torch.equal(accumulated, expected)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + INT4, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + TAILED, ids=str)
 @pytest.mark.parametrize("new_tokens", [1, 3])
 def test_accumulated_over_many_steps(
     dtype: torch.dtype, kv_dtype: str, new_tokens: int, device: torch.device

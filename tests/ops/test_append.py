@@ -51,8 +51,8 @@ CASES = [
         )
     ),
     *(
-        replace(case, dtype=dtype, kv_dtype="int4", page_size=32)
-        for dtype, _ in cases.INT4
+        replace(case, dtype=dtype, kv_dtype=kv_dtype, page_size=32)
+        for dtype, kv_dtype in cases.TAILED
         for case in (
             Case(columns=1, head_dim=80),
             Case(columns=3, head_dim=8),

@@ -15,7 +15,7 @@ from adakv import ops
 from cases import (
     DTYPES,
     FORMATS,
-    INT4,
+    TAILED,
     copied,
     int32,
     noncontiguous,
@@ -88,7 +88,7 @@ UNEVEN = [
 ]
 #: With the formats of pages.
 FORMATTED = [
-    *((case, *of) for case in CASES for of in FORMATS + INT4),
+    *((case, *of) for case in CASES for of in FORMATS + TAILED),
     *((case, *of) for case in UNEVEN for of in FORMATS),
 ]
 

@@ -45,8 +45,8 @@ CASES = [
     ),
     Case(length=32, most=32, head_dim=256, dtype=torch.float16, kv_dtype="int8"),
     *(
-        replace(case, dtype=dtype, kv_dtype="int4", page_size=32)
-        for dtype, _ in cases.INT4
+        replace(case, dtype=dtype, kv_dtype=kv_dtype, page_size=32)
+        for dtype, kv_dtype in cases.TAILED
         for case in (
             Case(),
             Case(head_dim=96, seq_lens=(100, 17)),

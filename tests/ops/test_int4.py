@@ -21,7 +21,9 @@ from tolerance import assert_close
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
-def written(x: Tensor, device: torch.device, values: Tensor | None = None) -> ops.Layer:
+def written(
+    x: Tensor, device: torch.device, values: Tensor | None = None, kv_dtype: str = "int4"
+) -> ops.Layer:
     """A layer whose one row was given entries ``[n, D]``: keys, and values, else those negated."""
     keys, values = (
         x[None, None].to(device),
@@ -32,7 +34,7 @@ def written(x: Tensor, device: torch.device, values: Tensor | None = None) -> op
         head_dim=x.shape[-1],
         dtype=x.dtype,
         new_tokens=len(x),
-        kv_dtype="int4",
+        kv_dtype=kv_dtype,
         device=device,
     )
     expected = cases.copied(layer)
@@ -237,7 +239,7 @@ def test_bytes_of_a_cache_have_its_tails() -> None:
 class History:
     """A cache and, beside it, what the definition makes of the same calls."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, kv_dtype: str, device: torch.device) -> None:
         self.device = device
         self.random = random.Random(seed)
         torch.manual_seed(seed)
@@ -251,7 +253,7 @@ class History:
             num_pages=200,
             max_row_pages=12,
             dtype=self.dtype,
-            kv_dtype="int4",
+            kv_dtype=kv_dtype,
             device=device,
         )
         self.live: set[int] = set()
@@ -260,7 +262,7 @@ class History:
 
     def _share(self) -> None:
         """The definition's layers have one pool, too."""
-        shared = ("pages", "page_positions", "key_scales", "value_scales")
+        shared = ("pages", "value_pages", "page_positions", "key_scales", "value_scales")
         first = {name: getattr(self.expected[0], name) for name in shared}
         self.expected = [layer._replace(**first) for layer in self.expected]
 
@@ -354,9 +356,10 @@ def rows_of(layer: ops.Layer, b: int) -> ops.Layer:
     return layer._replace(**{name: getattr(layer, name)[b : b + 1] for name in names})
 
 
+@pytest.mark.parametrize("kv_dtype", ["int4", "mixed3"])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_histories(seed: int, device: torch.device) -> None:
-    history = History(seed, device)
+def test_random_histories(seed: int, kv_dtype: str, device: torch.device) -> None:
+    history = History(seed, kv_dtype, device)
     for _ in range(25):
         action = history.random.choice(
             [history.begin, history.begin, history.remove, *[history.decode] * 6]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from adakv import ops
-from cases import FORMATS, INT4, copied, int32, noncontiguous, paged_layer, with_biases
+from cases import FORMATS, TAILED, copied, int32, noncontiguous, paged_layer, with_biases
 from tolerance import assert_close
 
 
@@ -65,7 +65,7 @@ def others_of(queries: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + INT4, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS + TAILED, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend_goes_on_from_others_as_defined(
     case: Case, dtype: torch.dtype, kv_dtype: str, device: torch.device

@@ -98,6 +98,7 @@ typedef struct AdakvCacheConfig {
   AdakvPageFormat format; /* 0: plain pages */
   int32_t has_biases;     /* 0; whether entries have a bias each, in plain pages */
   int32_t value_dim;      /* of values, as head_dim, not of int4; 0: the same */
+  int32_t key_dims[2];    /* 0; of int4: how many of a key have 16 bits, and 2 (KeyDims) */
 } AdakvCacheConfig;
 
 /** Memory of your own for a cache to live in. Called from the functions below, in their thread, and
@@ -137,8 +138,7 @@ typedef struct AdakvMemory {
                    void* stream);
 } AdakvMemory;
 
-/** The tensors of one layer; they belong to the cache and live as long. adakv_cache_reserve() changes
- * where they point to. */
+/** The tensors of one layer, the cache's own; adakv_cache_reserve() changes where they point to. */
 typedef struct AdakvLayer {
   const AdakvTensor* pages;          /* [N, 2, P, D], or codes: uint8, float8_e4m3fn; int4 D / 2 */
   const AdakvTensor* page_positions; /* [N, P] int32 */

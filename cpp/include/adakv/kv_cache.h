@@ -56,6 +56,20 @@ constexpr int64_t num_scales(PageFormat format, int64_t width) {
   return format == PageFormat::kPlain ? 0 : format == PageFormat::kFp8 ? groups : 2 * groups;
 }
 
+/// How many dimensions of keys in pages of kInt4 have other bits than 4: the first `in_16` are stored
+/// as they are, the last `in_2` are codes 0 .. 3. Multiples of 4 and of 8.
+struct KeyDims {
+  int32_t in_16 = 0, in_2 = 0;
+
+  /// Whether any have.
+  constexpr bool are_mixed() const { return in_16 > 0 || in_2 > 0; }
+
+  /// Bytes of a key, without scales.
+  constexpr int64_t bytes(int64_t head_dim) const {
+    return 2 * in_16 + (head_dim - in_16 - in_2) / 2 + in_2 / 4;
+  }
+};
+
 /// Sizes of a cache; all memory follows from them. KVCache::reserve() raises num_pages and
 /// max_row_pages.
 struct CacheConfig {
@@ -70,6 +84,7 @@ struct CacheConfig {
   PageFormat format = PageFormat::kPlain;  // of the pages
   bool has_biases = false;                 // one for each entry; only in plain pages
   int32_t value_dim = 0;                   // of values, as head_dim; 0: the same. Not of kInt4
+  KeyDims key_dims = {};                   // of kInt4
   Device device = {};                      // where the tensors live: that of the Memory
 };
 
@@ -79,7 +94,8 @@ struct CacheConfig {
 struct LayerView {
   /// [N, 2, P, D]  keys, then values, of one row each: of the dtype of keys and values, or their
   /// codes, uint8 (int8) or float8 (fp8). [N, 2, P, D / 2] uint8 (int4): two codes a byte, that of
-  /// the dimension before in the low half. [N, 1, P, D] keys alone, where there are value_pages
+  /// the dimension before in the low half. [N, 1, P, D] keys alone, where there are value_pages; of
+  /// int4 with mixed KeyDims bytes of keys: dimensions in 16 bits, in 4, and four in a byte in 2
   TensorView pages;
   /// [N, P] int32  where the entry of each slot stood in its sequence
   TensorView page_positions;
@@ -94,7 +110,7 @@ struct LayerView {
   TensorView fresh_pages;
   /// [N, P, 2 Z] (int8: scale and zero of group 0, of group 1, ...) or [N, P, Z] (fp8: scales), of the
   /// dtype of keys and values; not given for plain pages. [N, 2, D] (int4): the scale of each
-  /// dimension of the page's keys, then the zeros
+  /// dimension of the page's keys, then the zeros; of mixed KeyDims not of those in 16 bits
   TensorView key_scales;
   /// The same for values; int4 as int8.
   TensorView value_scales;
@@ -105,11 +121,20 @@ struct LayerView {
   /// [N, P] float16  what attend adds to the logit of each slot's entry, a finite number; only where
   /// the config has_biases
   TensorView page_biases;
-  /// [N, 1, P, Dv]  values, of the dtype of pages and as far apart; only where Dv isn't D
+  /// [N, 1, P, Dv]  values, of the dtype of pages and as far apart; only where Dv isn't D. Of int4
+  /// [N, 1, P, D / 2], where KeyDims are mixed
   TensorView value_pages;
 
   /// [N, 1, P, Dv]  values, or their codes, wherever they lie.
   TensorView values() const { return value_pages ? value_pages : pages.narrow(1, 1, 1); }
+
+  /// Of int4: which dimensions of keys have which bits, as the widths of the tensors say.
+  KeyDims key_dims() const {
+    if (!tails || !value_pages) return {};
+    const int64_t in_16 = tails.shape[3] - key_scales.shape[2];
+    const int64_t others = tails.shape[3] - in_16, width = pages.shape[3];
+    return {static_cast<int32_t>(in_16), static_cast<int32_t>(8 * in_16 + 2 * others - 4 * width)};
+  }
 
   /// What the pages hold, which their dtype says, and whether there are tails.
   PageFormat format() const {
