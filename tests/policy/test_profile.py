@@ -82,6 +82,7 @@ def test_profile_is_read_from_a_file(tmp_path, text, group, expected):
         ("[[1,", "file must hold numbers of heads"),
         ("[" * 100_000, "file must hold numbers of heads"),
         ("{}", "file must hold numbers of heads"),
+        ('{"version": 2, "shares": [[1]]}', "its version must be 1, got 2"),
         ('{"0-0": []}', "file must hold numbers of heads"),
         ('{"0": 1}', "file must hold numbers of heads"),
         ('{"0-0": 1, "1-1": 1}', "it lacks '0-1'"),

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
-
 import click
-import torch
 
 from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, read_text, refusals
 from adakv.cli.options import Place, place_options
 from adakv.cli.types import FILE
-
-#: Times that a layer's largest number is that of the layer before, where sinks emerge.
-_JUMP = 4.0
-
-
-class Outlier(NamedTuple):
-    """Where tokens stand out."""
-
-    layer: int  #: the first one whose input has them
-    channel: int  #: of the hidden states
-    tokens: tuple[int, ...]  #: the 5 that stand out most, by position
-    largest: tuple[float, ...]  #: number in the input of each layer
-
-
-def outlier_of(model: Any, ids: torch.Tensor) -> Outlier:
-    """The layer in which the largest number of the hidden states grows most, and its channel, for
-    tokens ``[T]`` int64. Raises ``ValueError`` if it grows nowhere by a factor of four."""
-    with torch.no_grad():
-        states = model(ids[None].to(model.device), output_hidden_states=True).hidden_states
-    sizes = [state[0].float().abs() for state in states[:-1]]  # [T, E], the input of each layer
-    largest = [float(size.max()) for size in sizes]
-    jumps = [b / a for a, b in itertools.pairwise(largest)]
-    if not jumps or max(jumps) < _JUMP:
-        raise ValueError(
-            f"model: no token stands out: no layer's largest hidden number is {_JUMP:g} times that "
-            "of the layer before"
-        )
-    layer = jumps.index(max(jumps)) + 1
-    channel = int(sizes[layer].amax(0).argmax())
-    tokens = sizes[layer][:, channel].topk(min(5, len(ids))).indices.tolist()
-    return Outlier(layer, channel, tuple(tokens), tuple(largest))
+from adakv.eval import calibration
 
 
 @click.command(short_help="Find what policies have to know of MODEL, by reading a text.")
@@ -56,12 +22,21 @@ def outlier_of(model: Any, ids: torch.Tensor) -> Outlier:
     show_default=True,
     help="Read so many tokens of it at most.",
 )
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+    default=0.25,
+    show_default=True,
+    help="Share of the entries that the shares of kv heads are measured for.",
+)
 @place_options
-def calibrate(model: str, text_path: str, tokens: int, place: Place) -> None:
+def calibrate(model: str, text_path: str, tokens: int, ratio: float, place: Place) -> None:
     """Find the channel in which attention sinks of MODEL stand out, and from which layer on.
 
     The result is a scorer, as HiddenOutlier(channel=1, layer=2), for policies that keep sinks in
-    16 bits; with --json a file with its numbers.
+    16 bits. With --json it is a file, which also says how much of its entries each kv head needs,
+    for Profile(file=...), and how large queries and keys are in each channel.
     """
     if place.plot_path:
         raise InputError("--plot must not be given to calibrate, which draws nothing")
@@ -70,10 +45,15 @@ def calibrate(model: str, text_path: str, tokens: int, place: Place) -> None:
     network, tokenizer = place.load(model, "auto")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :tokens]
     with refusals():
-        found = outlier_of(network, ids)
-    if place.json_path:
-        told = {"model": model, "tokens": len(ids), "outlier": found._asdict()}
-        output.write_json(place.json_path, told)
-    click.echo(f"HiddenOutlier(channel={found.channel}, layer={found.layer})")
-    places = ", ".join(map(str, found.tokens))
+        if place.json_path:
+            told = calibration.calibration(network, ids, ratio, name=model)
+            output.write_json(place.json_path, told)
+            found = told["outlier"]
+        else:
+            found = calibration.outlier_of(network, ids)._asdict()
+    if found is None:
+        click.echo("no token stands out", err=True)
+        return
+    click.echo("HiddenOutlier(channel={channel}, layer={layer})".format_map(found))
+    places = ", ".join(map(str, found["tokens"]))
     click.echo(f"largest at tokens {places} of {len(ids)}", err=True)

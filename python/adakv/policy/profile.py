@@ -32,6 +32,7 @@ class Profile:
     Instead of ``shares`` there may be a ``file`` in UTF-8, which is read at once and holds
 
     * JSON lists, one for each layer, of a number for each head,
+    * the JSON object that ``adakv calibrate --json`` writes, with ``"shares"`` of kv heads,
     * a JSON object of ``"layer-head"`` and a number, or a list of them, of which the mean counts:
       what is published for Retrieval Head (arXiv 2404.15574), of q heads, or
     * lines of numbers between tabs or spaces, one for each layer: the ``full_attention_heads.tsv``
@@ -161,10 +162,17 @@ def _read(path: str) -> Table:
         if text.lstrip()[:1] not in ("[", "{"):
             return tuple(tuple(map(float, line.split())) for line in text.splitlines() if line)
         table: Any = json.loads(text)
-        rows = _by_layers(table) if isinstance(table, dict) else table
-        return tuple(tuple(map(float, row)) for row in rows)
+        if isinstance(table, dict):
+            table = _calibrated(table) if "shares" in table else _by_layers(table)
+        return tuple(tuple(map(float, row)) for row in table)
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"file must hold numbers of heads, got {path!r}: {error}") from None
+
+
+def _calibrated(file: dict[str, Any]) -> Any:
+    if file.get("version") != 1:
+        raise ValueError(f"its version must be 1, got {file.get('version')!r}")
+    return file["shares"]
 
 
 def _by_layers(table: dict[str, Any]) -> list[list[float]]:
