@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import codes
-from adakv.formats import bits_of_keys, has_tails, key_dims
+from adakv.formats import bits_of_keys, key_dims
 from adakv.ops import Layer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,7 +23,20 @@ FORMATS = (
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
 #: The same where rows have tails and pages 32 entries: int4, and with mixed keys.
-TAILED = tuple((dtype, kv_dtype) for kv_dtype in ("int4", "mixed3") for dtype in DTYPES[1:])
+TAILED = tuple((dtype, kv_dtype) for kv_dtype in ("int4", "mixed") for dtype in DTYPES[1:])
+
+
+def mixed_dims(kv_dtype: str, head_dim: int) -> tuple[int, int]:
+    """Dimensions of mixed keys in 16 bits and in 2: of "mixed" some of each, if there are so many,
+    else those of a format."""
+    if kv_dtype == "mixed":
+        return 4, (head_dim - 8) // 16 * 8
+    return key_dims(bits_of_keys(kv_dtype) or 4, head_dim)
+
+
+def has_tails(kv_dtype: str) -> bool:
+    """Whether rows have tails."""
+    return kv_dtype == "int4" or kv_dtype.startswith("mixed")
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -191,9 +204,8 @@ def held_as(
         return _held_apart(pages, kv_dtype, device, widths)
     if kv_dtype == "auto":
         return {"pages": pages.to(device)}
-    bits = bits_of_keys(kv_dtype)
-    if bits is not None:
-        return _held_mixed(pages, key_dims(bits, pages.shape[3]), device)
+    if kv_dtype.startswith("mixed"):
+        return _held_mixed(pages, mixed_dims(kv_dtype, pages.shape[3]), device)
     if kv_dtype == "int4":
         parts = [codes.quantise_page(*page) for page in pages]
         names = ("pages", "key_scales", "value_scales")

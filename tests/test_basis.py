@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adakv.basis import Basis, along, in_order, width_of
+from adakv.basis import Basis, along, by_error, in_order, mean_size, width_of
 from tolerance import assert_close
 
 B, HKV, GROUP, D, N = 2, 3, 2, 16, 5
@@ -92,3 +92,36 @@ def test_rows_and_layers_of_a_basis_are_its_tensors() -> None:
 )
 def test_widths_are_multiples_of_eight(dim: int, share: float, width: int) -> None:
     assert width_of(dim, Fraction(str(share))) == width
+
+
+def test_the_order_of_channels_is_mixkvqs() -> None:
+    """A channel with a large range that queries hardly look at comes behind one with a small range
+    that they look at."""
+    queries = torch.tensor([[2, 0.1, 1], [-2, 0.1, 3]])[None, None]
+    keys = torch.tensor([[0, -3, 1], [3, 3, 1.25]])[None, None]
+    sizes = mean_size(queries, 1)
+    torch.testing.assert_close(sizes[0, 0], torch.tensor([2, 0.1, 2]))
+    assert by_error(sizes, keys, torch.ones(1, 1, 2, dtype=torch.bool)).tolist() == [[[0, 1, 2]]]
+
+
+def test_ranges_are_those_of_pages_of_held_keys(device: torch.device) -> None:
+    """Of the first 32 keys that are held, the next 32, and so on; a mean over these pages."""
+    batch, heads, count, dim = 2, 3, 150, 16
+    keys = torch.randn(batch, heads, count, dim) * torch.rand(dim).exp()
+    held = torch.rand(batch, heads, count) < 0.6
+    held[1, 2] = False  # a row of nothing, which has some order
+    sizes = torch.rand(batch, heads, dim)
+    got = by_error(sizes.to(device), keys.to(device), held.to(device)).cpu()
+    for b, h in product(range(batch), range(heads)):
+        pages = keys[b, h][held[b, h]].split(32)
+        ranges = [page.amax(0) - page.amin(0) for page in pages if len(page)]
+        errors = sizes[b, h] * torch.stack(ranges or [torch.zeros(dim)]).sum(0)
+        assert got[b, h].equal(errors.argsort(descending=True, stable=True))
+
+
+def test_sizes_of_queries_are_means_over_the_group() -> None:
+    queries = torch.randn(B, HKV * GROUP, N, D)
+    sizes = mean_size(queries, HKV)
+    for b, h, d in product(range(B), range(HKV), range(D)):
+        group = queries[b, h * GROUP : (h + 1) * GROUP, :, d].abs().mean()
+        torch.testing.assert_close(sizes[b, h, d], group)

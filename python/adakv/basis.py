@@ -19,7 +19,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+#: Keys whose codes share a scale in each channel.
+PAGE = 32
 
 #: Pages hold a multiple of so many dimensions.
 MULTIPLE = 8
@@ -132,6 +136,49 @@ def channels(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
     weight = held.float()[:, :, None]  # [B, Hkv, 1, T]
     squares = (weight @ keys.float().square())[:, :, 0]  # their number is the same in all channels
     return (asked * squares).argsort(dim=2, descending=True, stable=True)
+
+
+def mean_size(queries: Tensor, num_kv_heads: int) -> Tensor:
+    """``[B, Hkv, D]`` float32: the mean of ``|q|`` of queries ``[B, Hq, W, D]``, and of the q heads
+    of a group."""
+    sizes = queries.float().abs().mean(2)
+    return sizes.view(len(queries), num_kv_heads, -1, queries.shape[3]).mean(2)
+
+
+def by_error(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
+    """The channels of a row's keys, those first whose codes would change its logits most (MixKVQ,
+    arXiv 2512.19206): the mean of ``|q[d]|`` times the step of a code, which is in proportion to
+    the range of ``k[d]``.
+
+    Codes have their steps page by page, so the range is that of 32 keys which are held side by
+    side, and its mean over these pages. Equal ones: lower channel first.
+
+    Parameters
+    ----------
+    asked : ``[B, Hkv, D]`` float32
+        :func:`mean_size` of the queries.
+    keys : ``[B, Hkv, T, D]``
+    held : ``[B, Hkv, T]`` bool
+        Which of them count.
+
+    Returns
+    -------
+    channels : ``[B, Hkv, D]`` int64
+    """
+    places = (~held).int().argsort(dim=2, stable=True)  # those that are held first, in order
+    places = F.pad(places, (0, -places.shape[2] % PAGE))
+    is_held = torch.arange(places.shape[2], device=held.device) < held.sum(2)[..., None]
+    pages = keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[3]))
+    pages, is_held = pages.float().unflatten(2, (-1, PAGE)), is_held.unflatten(2, (-1, PAGE))
+    low = pages.masked_fill(~is_held[..., None], torch.inf).amin(3)
+    high = pages.masked_fill(~is_held[..., None], -torch.inf).amax(3)
+    ranges = (high - low).clamp(min=0).sum(2)  # their number is the same in all channels
+    return (asked * ranges).argsort(dim=2, descending=True, stable=True)
+
+
+#: How channels of a row's keys are put in order: what is asked of queries, and the order by that.
+#: "channels" is ThinK's, for those that are left out, "order" MixKVQ's, for those with fewer bits.
+ORDERS = {"channels": (mean_square, channels), "order": (mean_size, by_error)}
 
 
 def directions(x: Tensor, held: Tensor) -> Tensor:

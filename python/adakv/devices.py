@@ -206,9 +206,16 @@ def grow_step(
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
     if isinstance(kv, TieredCache):
-        others = _planned_behind(_behind(kv, slots))
+        (_, basis), *behind = _of_tiers(kv, slots)
+        others = _planned_behind(behind)
         return PlannedStep.grow(
-            kv.first, num_new, columns, watcher=watcher, others=others, slots=slots
+            kv.first,
+            num_new,
+            columns,
+            watcher=watcher,
+            others=others,
+            basis=basis,
+            slots=slots,
         )
     kv._make_room(num_new)
     steps = [PlannedStep.grow(part, num_new, columns) for part in kv.parts]
@@ -221,11 +228,11 @@ def _of_slots(kv: KVCache, slots: slice) -> _Rows:
     return tuple(sequences(x, slots) for x in kv.layers), (lengths, block_table, fresh_pages)
 
 
-def _behind(kv: TieredCache, slots: slice) -> list[tuple[_Rows, Basis | None]]:
-    """Rows of some sequences in the tiers behind the first one, and what they hold of entries."""
+def _of_tiers(kv: TieredCache, slots: slice) -> list[tuple[_Rows, Basis | None]]:
+    """Rows of some sequences in each tier, and what they hold of entries."""
     return [
         (_of_slots(cache, slots), None if basis is None else basis.of((slice(None), slots)))
-        for cache, basis in zip(kv.caches[1:], kv.bases[1:], strict=True)
+        for cache, basis in zip(kv.caches, kv.bases, strict=True)
     ]
 
 
@@ -240,7 +247,7 @@ class FirstSlots:
     def __init__(self, kv: AnyCache, count: int) -> None:
         self._kv, slots = kv, slice(0, count)
         self._parts = [(part.device, *_of_slots(part, slots)) for part in kv.parts]
-        self._behind = _behind(kv, slots) if isinstance(kv, TieredCache) else []
+        self._tiers = _of_tiers(kv, slots) if isinstance(kv, TieredCache) else []
 
     def plan(
         self, num_new: Tensor, watcher: Watcher | None, reader: PageReader | None = None
@@ -251,9 +258,9 @@ class FirstSlots:
             ((_, layers, tables),) = self._parts
             return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher, reader=reader)
         if isinstance(self._kv, TieredCache):
-            ((_, layers, tables),) = self._parts
-            others = _planned_behind(self._behind)
-            return PlannedStep.plan(layers, tables, num_new=num_new, others=others)
+            (rows, basis), *behind = self._tiers
+            others = _planned_behind(behind)
+            return PlannedStep.plan(*rows, num_new=num_new, others=others, basis=basis)
         steps = [
             PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))
             for device, layers, tables in self._parts

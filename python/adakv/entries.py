@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adakv import ops
-from adakv.basis import energies, mean_square
+from adakv.basis import energies
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
@@ -86,7 +86,7 @@ class Whole(NamedTuple):
     budgets: Sequence[LayerBudget]  #: of each of them
     scores: Tensor | None  #: [B, Hkv, T], if there are any before the policy's turn
     folding: Folding | None = None  #: of what leaves, if it is
-    squares: Tensor | None = None  #: [B, Hkv, D] float32, of the newest queries, if tiers ask
+    sizes: Tensor | None = None  #: [B, Hkv, D] float32, of the newest queries, if tiers ask
 
     def scored(self, policy: Policy) -> Whole:
         """With scores, unless all of it is kept; without the queries, which are done with."""
@@ -118,7 +118,7 @@ class Whole(NamedTuple):
         """With what folds that which leaves, or finds the channels that matter, by the newest
         queries of the same prompts."""
         if isinstance(rule, Tiers):
-            return self._replace(squares=mean_square(asked.queries, asked.num_kv_heads))
+            return self._replace(sizes=rule.sizes_of(asked.queries, asked.num_kv_heads))
         if self.budgets[0].keeps_everything:
             return self
         return self._replace(folding=Folding(rule, rule.masses(asked)))
@@ -149,7 +149,7 @@ class Reserve(NamedTuple):
     keys: Tensor  #: [K, D]
     values: Tensor  #: [K, D]
     places: Tensor  #: [B, Hkv, T] int32, where an entry lies among keys and values; -1 if dropped
-    squares: Tensor | None = None  #: as those of the :class:`Whole`
+    sizes: Tensor | None = None  #: as those of the :class:`Whole`
 
     @classmethod
     def take(cls, policy: Policy, whole: Whole) -> Reserve:
@@ -159,14 +159,14 @@ class Reserve(NamedTuple):
         row = kept.rows(len(scores) * heads)
         where = row // heads, row % heads, kept.positions.long()
         entries = inputs.keys[where], inputs.values[where]
-        hollow, squares = inputs.without_entries(), whole.squares
-        return cls(hollow, whole.budgets, scores, *entries, places, squares)
+        hollow, sizes = inputs.without_entries(), whole.sizes
+        return cls(hollow, whole.budgets, scores, *entries, places, sizes)
 
     def whole(self) -> Whole:
         """With keys and values at their places; where nothing is left stands something else."""
         places = self.places.clamp(min=0).long()
         inputs = replace(self.inputs, keys=self.keys[places], values=self.values[places])
-        return Whole(inputs, self.budgets, self.scores, squares=self.squares)
+        return Whole(inputs, self.budgets, self.scores, sizes=self.sizes)
 
     def pinned(self, policy: Policy) -> Tensor:
         """Its scores, ``+inf`` for what always stays."""
@@ -199,24 +199,24 @@ class Chosen(NamedTuple):
             parts = kv.tiers.split(self.kept, scores, window)
             return [self._replace(kept=part) for part in parts]
         whole, held = self.entries.whole(), self.kept.mask(scores.shape)
-        held[:, :, before:] = False
+        if kv.tiers.kind != "order":  # the window is whole
+            held[:, :, before:] = False
         keys, values = whole.inputs.keys, whole.inputs.values
-        basis = kv.tiers.basis_of(keys, values, held, whole.squares)
+        basis = kv.tiers.basis_of(keys, values, held, whole.sizes)
         kv.basis.of((layer, slots)).of(self.prompts).fill(basis)
-        wide = basis.of_entries(keys, values)
-        entries = [(keys, values)]
-        for width, cache in zip(kv.tiers.widths[1:], kv.caches[1:], strict=True):
+        wide, entries = basis.of_entries(keys, values), []
+        for width, cache in zip(kv.tiers.widths, kv.caches, strict=True):
             narrow = wide[0][..., : cache.head_dim], wide[1][..., : cache.value_dim]
-            entries.append(entries[0] if width is None else narrow)
+            entries.append((keys, values) if width is None else narrow)
         if kv.tiers.mean is None:
             parts = kv.tiers.split(self.kept, scores, window)
         else:
             costs = [cache.page_bytes for cache in kv.caches]
             parts = kv.tiers.mixed(self.kept, scores, window, energies(entries, held), costs)
-        chosen = [self._replace(kept=parts[0])]
-        for part, (k, v) in zip(parts[1:], entries[1:], strict=True):
+        chosen = []
+        for part, width, (k, v) in zip(parts, kv.tiers.widths, entries, strict=True):
             of_tier = whole._replace(inputs=replace(whole.inputs, keys=k, values=v))
-            chosen.append(Chosen(self.prompts, part, of_tier))
+            chosen.append(Chosen(self.prompts, part, self.entries if width is None else of_tier))
         return chosen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -60,17 +59,14 @@ def has_tails(kv_dtype: str) -> bool:
 def key_dims(bits: float, head_dim: int) -> tuple[int, int]:
     """How many dimensions of mixed keys have 16 bits, and how many 2; the others have 4.
 
-    Of the bits above 2 about half go to dimensions in 16 bits, the rest to those in 4. Pages hold a
-    multiple of 4 dimensions in 16 bits and one of 8 in 2, so that there may be a little less than
-    was asked for.
+    Up to 4 bits on average none has 16, from there on none has 2: that is where the bits are worth
+    most (docs/bits.md). Pages hold a multiple of 4 dimensions in 16 bits and one of 8 in 2, so that
+    there may be a little less than was asked for.
     """
-    above = (bits - 2) * head_dim
-    least = math.floor((bits - 4) * head_dim / 48)  # where no dimension has 2
-    most = max(math.floor((above - 8) / 56), 0)  # 4 of them may need 4 others in 4 bits
-    in_16 = 4 * max(min(round(above / 112), most), least)
-    others = head_dim - in_16
-    in_2 = max(others - math.floor((above - 14 * in_16) / 2), 0)
-    return in_16, min(-(-in_2 // 8) * 8, others // 8 * 8)
+    hundredths = round(100 * bits)
+    if bits > 4:
+        return 4 * ((hundredths - 400) * head_dim // 4800), 0
+    return 0, head_dim - 8 * ((hundredths - 200) * head_dim // 1600)
 
 
 def core_format(kv_dtype: str, head_dim: int) -> dict[str, Any]:

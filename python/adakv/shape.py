@@ -55,7 +55,7 @@ class Shape:
     ) -> AnyCache:
         """The same with so many pages of each tier (:class:`adakv.tiers.Tiers`), on one device."""
         tiers = Tiers.given(self.kv_dtype)
-        if len(tiers.formats) == 1:
+        if tiers.is_one:
             return self.cache(num_sequences, num_pages[0], max_row_pages, page_size)
         caches = [
             shape._cache(num_sequences, pages, max_row_pages, page_size)
@@ -187,15 +187,17 @@ class Footprint:
     def bytes_of(self, totals: Sequence[int]) -> int:
         """Pages, tails and tables of a sequence whose layers keep ``totals`` ``[L]`` entries of its
         prompt, all their kv heads together; with a text at its most."""
-        tiers = Tiers.given(self.shape.kv_dtype)
-        if len(tiers.formats) > 1:
-            heads, model_wide = self.shape.num_kv_heads, self.model_wide
-            layers = [[n] for n in totals]
-            of_tiers = tiers.for_bytes.totals(layers, heads, self.window, model_wide=model_wide)
-            return self.shape.basis_bytes + sum(
-                replace(self, shape=shape).bytes_of([n for (n,) in of_tier])
-                for shape, of_tier in zip(self.shape.of_tiers, of_tiers, strict=True)
-            )
+        tiers, heads = Tiers.given(self.shape.kv_dtype), self.shape.num_kv_heads
+        of_tiers = tiers.for_bytes.totals(
+            [[n] for n in totals], heads, self.window, model_wide=self.model_wide
+        )
+        return self.shape.basis_bytes + sum(
+            replace(self, shape=shape)._bytes_of_one([n for (n,) in of_tier])
+            for shape, of_tier in zip(self.shape.of_tiers, of_tiers, strict=True)
+        )
+
+    def _bytes_of_one(self, totals: Sequence[int]) -> int:
+        """The same of one tier."""
         unit = unit_bytes(self.shape, self.page_size)
         heads = self.shape.num_kv_heads
         pages = self._pages(totals, 0)

@@ -120,7 +120,8 @@ class PlannedStep:
         Over entries of the same rows that lie elsewhere, in other tiers, to which nothing is
         appended: each planned with ``new_tokens=0``.
     basis : :class:`adakv.basis.Basis`, optional
-        Of all layers: what the rows of such other entries hold of each.
+        Of all layers: what the rows hold of each entry. Those that tokens are appended to have all
+        channels, in an order of their own.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class PlannedStep:
         watcher: Watcher | None = None,
         reader: PageReader | None = None,
         others: Sequence[PlannedStep] = (),
+        basis: Basis | None = None,
         slots: slice = slice(None),
     ) -> PlannedStep:
         """Makes room for a step in all layers of a cache, and plans it.
@@ -190,6 +192,8 @@ class PlannedStep:
             they are more than the fresh pages of a row take, they are appended in pieces.
         columns : int
             S, padding included.
+        basis : :class:`adakv.basis.Basis`, optional
+            Of all layers and the sequences of the step.
         slots : slice, optional
             Where the sequences lie in a cache that others share; their step leaves these alone.
 
@@ -218,9 +222,10 @@ class PlannedStep:
                 pieces.append(_Piece(slice(start, start + now), fresh, counts))
             left -= now
         of_step = _on_device(num_new, columns, kv)
+        heard: dict[str, Any] = {"watcher": watcher, "others": others, "basis": basis}
         if pieces:
-            return cls(layers, (), of_step, watcher=watcher, others=others, _pieces=pieces)
-        heard: dict[str, Any] = {"watcher": watcher, "reader": reader, "others": others}
+            return cls(layers, (), of_step, _pieces=pieces, **heard)
+        heard["reader"] = reader
         return cls.plan(layers, tables, new_tokens=columns, num_new=of_step, **heard)
 
     def attend(
@@ -232,7 +237,10 @@ class PlannedStep:
         """
         if self._watcher is not None:
             self._watcher.put(layer, queries)
-        view, schedule, is_listed = self._layers[layer], None, False
+        view, schedule, is_listed, asked = self._layers[layer], None, False, queries
+        if self._basis is not None:
+            basis = self._basis.of(layer)
+            asked, (keys, values) = basis.of_queries(queries), basis.of_entries(keys, values)
         if self._pieces:
             self._append_pieces(layer, keys, values)
         elif self._reader is not None and self._reader.reads_some(layer):
@@ -244,7 +252,7 @@ class PlannedStep:
             schedule = self.schedules[layer]
         is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
         out, lse = ops.attend(
-            queries,
+            asked,
             view,
             planned(view) if schedule is None else schedule,
             keys=keys if is_planned else None,

@@ -4,11 +4,13 @@
     tiers = Tiers.given("auto:1/4 + rank=1/4:3/4")  some of their dimensions (adakv.basis)
     tiers = Tiers.given("channels=.6")              of all but the window, as ThinK
     tiers = Tiers.given("auto | rank=1/4 : 1/8")    whole, a quarter or nothing, in an eighth
+    tiers = Tiers.given("mixed3")                   keys in an order of their channels, as MixKVQ
     kv = TieredCache(tiers, parts)      a cache for each tier, with pages of its format
     tiers.split(kept, scores, window)   what is kept, shared out among them
 
 Attention over disjoint sets of entries is joined exactly by log-sum-exps, so a step attends to one
-tier after the other (:class:`adakv.step.PlannedStep`). New tokens go to the first one.
+tier after the other (:class:`adakv.step.PlannedStep`). New tokens go to the first one. One tier is
+a :class:`TieredCache`, too, if its rows have an order of channels each.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
-from adakv.basis import Basis, channels, directions, levels, width_of
+from adakv.basis import ORDERS, Basis, directions, levels, width_of
 from adakv.cache import KVCache
 from adakv.errors import short
-from adakv.formats import check_kv_dtype, format_of
+from adakv.formats import bits_of_keys, check_kv_dtype, format_of
 from adakv.ops import Kept, Layer
 from adakv.room import enlarge
 
@@ -38,7 +40,8 @@ class Width(NamedTuple):
 
     ``"channels"``: those channels of the keys that weigh most in their row, and whole values
     (ThinK, arXiv 2407.21018). ``"rank"``: coordinates of keys and values along the directions in
-    which those of their row are largest.
+    which those of their row are largest. ``"order"``: all of them, channels of the keys in the
+    order of what their codes would change (MixKVQ), for formats whose keys are mixed.
     """
 
     kind: str
@@ -49,6 +52,8 @@ class Width(NamedTuple):
 
     def dims(self, dims: tuple[int, int]) -> tuple[int, int]:
         """Numbers of a key and of a value, of so many."""
+        if self.kind == "order":
+            return dims
         key, value = (width_of(dim, self.share) for dim in dims)
         return key, value if self.kind == "rank" else dims[1]
 
@@ -79,7 +84,7 @@ class Tiers(NamedTuple):
         if isinstance(kv_dtype, str) and "|" in kv_dtype:
             return cls._mixed(kv_dtype)
         if not isinstance(kv_dtype, str) or not set(":=") & set(kv_dtype):
-            return cls((check_kv_dtype(kv_dtype),), (Fraction(1),))
+            return cls((check_kv_dtype(kv_dtype),), (Fraction(1),), (_width_of(kv_dtype),))
         parts = [part.partition(":") for part in kv_dtype.split("+")]
         names = [name.strip() for name, _, _ in parts]
         widths = tuple(_width_of(name) for name in names)
@@ -93,13 +98,14 @@ class Tiers(NamedTuple):
                 "kv_dtype: tiers must have shares above 0 that sum to 1, as "
                 f"'auto:1/4 + int4:3/4', got {short(kv_dtype)}"
             )
-        if widths[0] is not None:
+        if widths[0] is not None and widths[0].kind != "order":
             raise ValueError(
                 f"kv_dtype: the first tier must have whole entries, got {short(kv_dtype)}"
             )
         if len({width.kind for width in widths if width is not None}) > 1:
             raise ValueError(
-                f"kv_dtype: tiers must have ranks or channels, not both, got {short(kv_dtype)}"
+                "kv_dtype: tiers must have ranks or channels, not both, nor mixed keys beside "
+                f"them, got {short(kv_dtype)}"
             )
         return cls(formats, tuple(found), widths)
 
@@ -131,8 +137,7 @@ class Tiers(NamedTuple):
     def names(self) -> list[str]:
         """The format and the width of each, as :meth:`given` reads them."""
         return [
-            name if width is None else str(width) if name == "auto" else f"{name}/{width}"
-            for name, width in zip(self.formats, self.widths, strict=True)
+            _name_of(name, width) for name, width in zip(self.formats, self.widths, strict=True)
         ]
 
     def __str__(self) -> str:
@@ -154,6 +159,17 @@ class Tiers(NamedTuple):
         """What its widths are of, if there are any."""
         return next((width.kind for width in self.widths if width is not None), None)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one format, as one :class:`adakv.cache.KVCache` has it."""
+        return len(self.formats) == 1 and self.kind is None
+
+    def sizes_of(self, queries: Tensor, num_kv_heads: int) -> Tensor:
+        """How large the newest queries ``[B, Hq, W, D]`` are in each channel, ``[B, Hkv, D]``
+        float32, as :meth:`basis_of` takes it."""
+        size, _ = ORDERS.get(self.kind or "", ORDERS["channels"])
+        return size(queries, num_kv_heads)
+
     def widest(self, dims: tuple[int, int]) -> tuple[int, int]:
         """The largest of these that are those of a width."""
         widths = [width.dims(dims) for width in self.widths if width is not None]
@@ -165,7 +181,7 @@ class Tiers(NamedTuple):
         joined = queries if before is None else torch.cat([before, queries], 2)
         return joined[:, :, -_LAST_QUERIES:].clone()
 
-    def basis_of(self, keys: Tensor, values: Tensor, held: Tensor, squares: Tensor | None) -> Basis:
+    def basis_of(self, keys: Tensor, values: Tensor, held: Tensor, sizes: Tensor | None) -> Basis:
         """That of the widest tier, for rows of a layer.
 
         Parameters
@@ -173,13 +189,13 @@ class Tiers(NamedTuple):
         keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``
         held : ``[B, Hkv, T]`` bool
             Which of them count.
-        squares : ``[B, Hkv, D]`` float32, optional
-            :func:`adakv.basis.mean_square` of the newest queries, for channels.
+        sizes : ``[B, Hkv, D]`` float32, optional
+            :meth:`sizes_of` the newest queries; not needed for ranks.
         """
         key, value = self.widest((keys.shape[3], values.shape[3]))
-        if self.kind == "channels":
-            assert squares is not None
-            return Basis(channels(squares, keys, held)[..., :key])
+        if self.kind in ORDERS:
+            assert sizes is not None
+            return Basis(ORDERS[self.kind][1](sizes, keys, held)[..., :key])
         return Basis(directions(keys, held)[..., :key], directions(values, held)[..., :value])
 
     def basis_bytes(self, dims: tuple[int, int], itemsize: int) -> int:
@@ -187,7 +203,7 @@ class Tiers(NamedTuple):
         if self.kind is None:
             return 0
         key, value = self.widest(dims)
-        return 8 * key if self.kind == "channels" else (key * dims[0] + value * dims[1]) * itemsize
+        return 8 * key if self.kind != "rank" else (key * dims[0] + value * dims[1]) * itemsize
 
     def check(
         self,
@@ -431,8 +447,11 @@ def _kept(mask: Tensor) -> Kept:
 def _width_of(name: str) -> Width | None:
     """That of a tier such as ``"int8/rank=1/4"``."""
     before, is_there, share = name.partition("=")
+    is_mixed = bits_of_keys(format_of(name)) is not None
     if not is_there:
-        return None
+        return Width("order", Fraction(1)) if is_mixed else None
+    if is_mixed:
+        raise ValueError(f"kv_dtype: mixed keys have all of their channels, got {short(name)}")
     kind = before.rpartition("/")[2].strip()
     found = _number(share, name)
     if kind not in ("channels", "rank") or found is None or not 0 < found <= 1:
@@ -441,6 +460,13 @@ def _width_of(name: str) -> Width | None:
             f"as 'rank=1/4', got {short(name)}"
         )
     return Width(kind, found)
+
+
+def _name_of(name: str, width: Width | None) -> str:
+    """A tier as :meth:`Tiers.given` reads it."""
+    if width is None or width.kind == "order":
+        return name
+    return str(width) if name == "auto" else f"{name}/{width}"
 
 
 def _number(share: str, kv_dtype: str) -> Fraction | None:
@@ -461,7 +487,7 @@ def _no_basis(tiers: Tiers, first: KVCache) -> Basis:
     dims = first.head_dim, first.value_dim
     key, value = tiers.widest(dims)
     rows = first.num_layers, first.num_sequences, first.num_kv_heads
-    if tiers.kind == "channels":
+    if tiers.kind != "rank":
         return Basis(torch.zeros(*rows, key, dtype=torch.int64, device=first.device))
     keys, values = (
         torch.zeros(*rows, dim, width, dtype=first.dtype, device=first.device)

@@ -356,8 +356,8 @@ def rows_of(layer: ops.Layer, b: int) -> ops.Layer:
     return layer._replace(**{name: getattr(layer, name)[b : b + 1] for name in names})
 
 
-@pytest.mark.parametrize("kv_dtype", ["int4", "mixed3"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kv_dtype", ["int4", "mixed3", "mixed6"])
+@pytest.mark.parametrize("seed", range(4))
 def test_random_histories(seed: int, kv_dtype: str, device: torch.device) -> None:
     history = History(seed, kv_dtype, device)
     for _ in range(25):

@@ -24,12 +24,14 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
     ("bits", "head_dim", "dims"),
     [
         (2, 64, (0, 64)),
-        (2.5, 64, (0, 48)),  # 16 in 4 bits
-        (3, 64, (4, 56)),
-        (4, 64, (4, 24)),
-        (3, 128, (4, 88)),
+        (2.5, 64, (0, 48)),
+        (3, 64, (0, 32)),
+        (4, 64, (0, 0)),
+        (5, 64, (4, 0)),  # 4.75
         (6, 96, (16, 0)),
-        (3, 8, (0, 8)),  # less than asked for
+        (3, 80, (0, 40)),
+        (3, 72, (0, 40)),  # less than asked for
+        (8, 256, (84, 0)),
     ],
 )
 def test_bits_become_dimensions(bits: float, head_dim: int, dims: tuple[int, int]) -> None:
@@ -44,7 +46,7 @@ def test_dimensions_have_no_more_bits_than_asked_for(head_dim: int) -> None:
         assert in_16 % 4 == in_4 % 4 == in_2 % 8 == 0
         assert min(in_16, in_4, in_2) >= 0
         given = 16 * in_16 + 4 * in_4 + 2 * in_2
-        assert tenths / 10 * head_dim - 8 * 14 < given <= tenths / 10 * head_dim + 1e-9
+        assert tenths / 10 * head_dim - 48 < given <= tenths / 10 * head_dim + 1e-9
 
 
 @pytest.mark.parametrize("kv_dtype", ["mixed", "mixed1.9", "mixed9", "mixed3.123", "mixed-3"])
@@ -61,7 +63,7 @@ def test_codes_are_packed_from_the_lowest_bits_on() -> None:
     assert codes.unpacked(codes.packed(four, 2), 2).equal(four)
 
 
-@pytest.mark.parametrize("kv_dtype", ["mixed2", "mixed3", "mixed5"])
+@pytest.mark.parametrize("kv_dtype", ["mixed", "mixed2", "mixed3"])
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 256])
 @DTYPES
 def test_what_is_read_is_within_half_a_step(
@@ -70,7 +72,7 @@ def test_what_is_read_is_within_half_a_step(
     """Of each dimension's range over the 32 keys of a page: a 15th, a third, or nothing."""
     x = whole_pages(hostile(head_dim, dtype))
     keys, values = reference.row_of(written(x, device, kv_dtype=kv_dtype), 0, 0)
-    in_16, in_2 = key_dims(bits_of_keys(kv_dtype) or 0, head_dim)
+    in_16, in_2 = cases.mixed_dims(kv_dtype, head_dim)
     steps = torch.full((head_dim,), 15.0).double()
     steps[head_dim - in_2 :] = 3
     exact = x.double().unflatten(0, (-1, 32))
@@ -91,15 +93,15 @@ def test_what_is_not_finite_stays_in_its_entry(
     bad: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     x = torch.randn(64, 80).to(dtype)
-    clean = reference.row_of(written(x, device, kv_dtype="mixed3"), 0, 0)
+    clean = reference.row_of(written(x, device, kv_dtype="mixed"), 0, 0)
     broken = x.clone()
     broken[5, 0] = broken[40, 79] = bad  # in 16 bits, and in 2
-    keys, values = reference.row_of(written(broken, device, -x, kv_dtype="mixed3"), 0, 0)
+    keys, values = reference.row_of(written(broken, device, -x, kv_dtype="mixed"), 0, 0)
     others = [i for i in range(64) if i not in (5, 40)]
     assert keys.isfinite().all()
     assert values[[5, 40]].isnan().all()
     assert torch.equal(values[others], clean[1][others])
-    in_16, _ = key_dims(3, 80)
+    in_16, _ = cases.mixed_dims("mixed", 80)
     assert torch.equal(keys[others, :in_16], clean[0][others, :in_16])
     assert (keys[[5, 40], :in_16] == 0).all()
 
@@ -107,7 +109,7 @@ def test_what_is_not_finite_stays_in_its_entry(
 @DTYPES
 def test_a_page_without_a_finite_key(dtype: torch.dtype, device: torch.device) -> None:
     page = torch.full((32, 24), float("nan"), dtype=dtype)
-    keys, values = reference.row_of(written(page, device, kv_dtype="mixed3"), 0, 0)
+    keys, values = reference.row_of(written(page, device, kv_dtype="mixed"), 0, 0)
     assert (keys == 0).all() and values.isnan().all()
 
 
@@ -134,7 +136,7 @@ def test_keys_of_pages_are_not_read_out(device: torch.device) -> None:
 
 
 def layer_of(**changes: Tensor | None) -> ops.Layer:
-    layer = cases.paged_layer([[3, 5]], new_tokens=1, dtype=torch.float16, kv_dtype="mixed3")
+    layer = cases.paged_layer([[3, 5]], new_tokens=1, dtype=torch.float16, kv_dtype="mixed")
     return layer._replace(**changes)
 
 

@@ -87,13 +87,13 @@ class Allocation:
 
     @property
     def tiers(self) -> Tiers | None:
-        """The formats of rows, if they have several."""
+        """The formats of rows, if they have several, or an order of channels."""
         tiers = None if self.kv_dtype is None else Tiers.given(self.kv_dtype)
-        return tiers if tiers is not None and len(tiers.formats) > 1 else None
+        return None if tiers is None or tiers.is_one else tiers
 
     @property
     def has_tiers(self) -> bool:
-        """Whether rows have several formats."""
+        """Whether there are such."""
         return self.tiers is not None
 
     def check_together(
@@ -103,15 +103,16 @@ class Allocation:
         from texts or read some pages, by their names, layers on several devices can do none, and
         several tiers neither these nor ``keep_scores``."""
         check_together(groups, next((x for x in text.values() if x is not None), None))
-        if not self.has_tiers:
+        if self.tiers is None:
             return
+        what = "several tiers" if len(self.tiers.formats) > 1 else "mixed keys"
         if groups:
-            raise ValueError("kv_dtype: several tiers need all layers on one device")
+            raise ValueError(f"kv_dtype: {what} need all layers on one device")
         for name, value in {**text, "keep_scores": keep_scores or None}.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} must be left out with several tiers, got kv_dtype={self.kv_dtype!r}: "
-                    "entries stay in the tier that they are in"
+                    f"{name} must be left out with {what}, got kv_dtype={self.kv_dtype!r}: "
+                    "entries stay where they are"
                 )
 
     def check_keys(self, dtype: torch.dtype, dims: tuple[int, int]) -> None:

@@ -289,7 +289,8 @@ def check_crop(cache: Any, count: int, columns: int) -> None:
             )
     if cache._kv.layers[0].tails is not None:
         raise ValueError(
-            "crop: tokens can't be taken back in kv_dtype='int4', whose keys share scales"
+            f"crop: tokens can't be taken back in kv_dtype={cache._kv.kv_dtype!r}, whose keys "
+            "share scales"
         )
 
 

@@ -57,6 +57,11 @@ def from_entries(
     rows = [_rows(name, x, sizes) for name, x in given.items() if name != "bias" or x is not None]
     shape = replace(_shape_of(cache, rows[0]), has_biases=bias is not None)
     check_kv_dtype(settings.get("kv_dtype") or "auto", has_biases=shape.has_biases)
+    if cache._allocation.has_tiers:
+        raise ValueError(
+            "kv_dtype: mixed keys are ordered by a prompt's queries, which entries don't tell, got "
+            f"{cache._allocation.kv_dtype!r}"
+        )
     parts = [
         _layer(index, [x[index] for x in rows], counts, shape) for index in range(len(rows[0]))
     ]

@@ -230,7 +230,7 @@ def cache_for(
         cache_bytes = _free_bytes(model, longest, waiting, shape)
     if cache_bytes is not None:
         pages = min(pages, max(cache_bytes - slots * unit.tails, 0) // unit.page)
-    if needs[0].others:
+    if not Tiers.given(shape.kv_dtype).is_one:
         return _tiered_cache(needs, shape, slots, cache_bytes, page_size)
     for index, need in enumerate(needs):
         if need.pages + spare > pages:
