@@ -208,8 +208,7 @@ AdakvStatus adakv_cache_begin_again(AdakvCache* cache,
                                     const int64_t* longest_row,
                                     AdakvPageList* pages);
 
-/** Makes room for new tokens in all layers; `columns` of them, from the left, may be appended now.
- * num_new: [num_sequences of the config]. */
+/** Makes room for num_new [num_sequences] tokens; `columns` from the left may be appended now. */
 AdakvStatus adakv_cache_grow(
     AdakvCache* cache, const int32_t* num_new, int32_t num_columns, void* stream, int32_t* columns);
 
