@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -119,3 +120,31 @@ def test_a_pool_of_few_pages_moves_into_one_with_more_columns() -> None:
     for layer in range(4):
         for rows in zip(small.positions(layer), large.positions(layer), strict=True):
             assert all(torch.equal(*pair) for pair in zip(*rows, strict=True))
+
+
+def test_a_cache_moves_while_the_model_writes_with_another(device: torch.device) -> None:
+    """In a thread of its own; on a GPU in a stream of its own, too."""
+    model = LLAMA.model().to(device)
+    tokens = ids(40)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def there_and_back(cache: Any) -> None:
+        with torch.cuda.stream(stream):
+            for place in 4 * [torch.device("cpu"), device]:
+                move(cache, place)
+            if stream is not None:
+                stream.synchronize()
+
+    with adakv.attach(model), ThreadPoolExecutor(1) as pool:
+        moving, writing = (adakv.Cache(model, budget=40) for _ in "ab")
+        for cache in (moving, writing):
+            logits(model, ids(90), cache)
+        waiting, alone = moving.fork()[0], writing.fork()[0]
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        moved_on = pool.submit(there_and_back, moving)
+        beside = [logits(model, tokens[:, i : i + 1], writing) for i in range(40)]
+        moved_on.result()
+        for i, found in enumerate(beside):
+            assert torch.equal(found, logits(model, tokens[:, i : i + 1], alone))
+        assert_go_on_alike(model, 1, moving, waiting)
