@@ -95,20 +95,20 @@ def score(
     Parameters
     ----------
     queries : ``[B, Hq, W, D]``
-        Of each sequence's last W positions, or of every ``stride``-th one, its last one among them;
-        after RoPE. Those for positions before the first are not looked at.
+        The queries, after RoPE, of each sequence's last W positions, or of every ``stride``-th one
+        up to the last. Queries for positions before the first are not looked at.
     keys : ``[B, Hkv, T, D]``, optional
         Prompt keys, after RoPE.
     layer, length : :class:`Layer` and int, optional
-        In the place of keys: those that the layer's rows hold, read where they lie; T is
+        Instead of ``keys``: the keys that the layer's rows hold, read where they lie; T is
         ``length``, at least that of the longest row. Each row has a window of its own, its last
-        entries. Not of int4.
+        entries. Pages of int4 are refused.
     seq_lens : ``[B]`` int32, optional
         Prompt lengths, 0 to T. Default: all T, or what rows hold.
     sink_logits : ``[Hq]`` float32, optional
         Logits that join each softmax and attend to nothing (gpt-oss).
     lse : ``[B, Hq, W]`` float32, optional
-        Log-sum-exp of z (natural log, sinks included), if attention gave it: saves a pass of keys.
+        Log-sum-exp of z (natural log, sinks included), if attention gave it; spares a key pass.
     scale, softcap : float, optional
         Default: ``1 / sqrt(D)``, and no cap.
     window_reduce, group_reduce : "mean", "max" or "sum"
@@ -117,11 +117,11 @@ def score(
     pool, pool_width : "max", "avg" or "none", and an odd width
         "max" ignores what is outside of the candidates, "avg" counts it as 0 (as torch does).
     window : int, optional
-        Last positions, which don't compete. Default: W.
+        How many of the last positions don't compete. Default: W.
     stride : int
         Positions from one query to the next.
     distance : int
-        Positions that a query must be behind an entry to count for it, in a mean as well; else 0.
+        A query counts only for entries at least so many positions before it, in a mean as well.
 
     Returns
     -------
@@ -266,10 +266,10 @@ def select(
 ) -> Kept:
     """Which positions each row keeps: its window and its best candidates.
 
-    Without ``norms`` the best by score. With ``norms`` in two stages (CriticalKV, arXiv 2502.03805,
-    Algorithm 1): of a row's ``count = budget - window`` candidates the first ``int(first * count)``
-    by score, the rest by ``(score + eps) * norm``. A score of ``+inf`` pins an entry. Equal values:
-    lower position first. NaN ranks last.
+    Without ``norms`` a row keeps the best by score. With ``norms`` it takes its ``count = budget -
+    window`` candidates in two stages (CriticalKV, arXiv 2502.03805, Algorithm 1): ``int(first *
+    count)`` by score, the rest by ``(score + eps) * norm``. A score of ``+inf`` pins an entry.
+    Equal values: lower position first. NaN ranks last.
 
     Parameters
     ----------
@@ -281,7 +281,7 @@ def select(
     norms : ``[B, Hkv, T]`` float32, optional
     first : float, 0 to 1
     eps : float
-        Against scores of zero; scores are means, so that 1e-4 means something.
+        What is added to scores, so that the norm decides where they are 0.
     total : int, optional
         Size of ``Kept.positions``, at least the sum of the (clamped) budgets. Default: that sum,
         for which a CUDA device has to be waited for.
@@ -323,7 +323,7 @@ def compact(
     ----------
     keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, optional
         Without them the entries are those that the layer's rows hold, positions are slots of the
-        rows, and everything stays in its place that can. Not of int4.
+        rows, and everything that can stays in its place. Pages of int4 are refused.
     kept : :class:`Kept`
     layer : :class:`Layer`
         Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from
@@ -336,7 +336,7 @@ def compact(
         Where kept entries lie among keys and values; needs ``seq_lens``. Default: ``positions``.
     seq_lens : ``[B]`` int32, optional
     biases : ``[B, Hkv, T]`` float16, optional
-        Of the entries, for a layer with ``page_biases``. Default: 0, and in place what they have.
+        Biases of entries, for a layer with ``page_biases``. Default: 0, or what they have already.
     """
     _C.compact(keys, values, *kept, places, seq_lens, page_ids, page_indptr, biases, layer)
 
@@ -455,9 +455,9 @@ def attend(
         Changed: what each slot of a row was given by the queries since its entry came, T at least
         ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.
     accumulate : "sum", "max" or "last"
-        A token gives a slot the probabilities ``exp(z - lse)`` of its q heads, as one: added to the
-        sum so far times ``decay``; the largest; or the number of the last token, from 1, that gave
-        ``threshold`` or more (0: 1 / its number).
+        How a token's probability ``exp(z - lse)``, one for a group, joins: it is added to the sum
+        so far times ``decay``; the largest stays; or the slot has the number of the last token,
+        from 1, that gave ``threshold`` or more (0: 1 / its number).
     group_reduce : "mean", "max" or "sum"
         Over the q heads of a group.
     decay, threshold : float

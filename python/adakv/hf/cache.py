@@ -67,24 +67,25 @@ class Cache(ShownCache):
     budget : int, optional
         Mean entries to keep per kv head, the policy's window included.
     ratio : float in (0, 1], optional
-        Instead of ``budget``: the share of each prompt's tokens.
+        Instead of ``budget``: the share of each prompt's tokens that is kept.
     budget_bytes : int or str, optional
         Instead of ``budget``: what one sequence may take in all layers, as ``"512MiB"``, or as
         ``"10%"`` of its full cache's bytes (docs/bits.md, Budgets in bytes). Without ``kv_dtype``
         the cache takes fewer bits before it evicts.
     max_new_tokens : int
-        Tokens after the prompt that the pages are made for, up to 4096. A longer text has the
-        cache grow. CPU memory is taken when it is used.
+        Tokens after the prompt that the pages are made for, up to 4096. For a longer text the cache
+        grows. CPU memory is taken when it is used.
     chunked_prefill : bool
         The prompt comes in several forwards (``generate(prefill_chunk_size=...)``): its keys and
         values are kept until the first forward of one token, and compressed then; a last chunk of
         one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, of codes 32; of int4 always.
+        Entries of a page: a power of two from 8 to 256. Default: 16, or 32 with codes; int4 takes
+        no other than 32.
     kv_dtype : "auto", "int8", "fp8" or "int4", optional
-        How pages hold keys and values: as the model has them, the default, or in about half of
-        their bytes, in int4 30 %; or tiers, as "auto:1/4 + int4:3/4" (docs/bits.md).
+        How pages hold keys and values: as the model has them, the default, or as codes in about
+        half of the bytes, with int4 in 30 %; or tiers, as "auto:1/4 + int4:3/4" (docs/bits.md).
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     classes : dict, optional
@@ -96,7 +97,7 @@ class Cache(ShownCache):
         Mean entries to keep per kv head of the tokens after the prompt, which are evicted while
         they are written (docs/texts.md). Default: all stay.
     decode_policy : str or :class:`adakv.Policy`, optional
-        Which of them. Default: as ``policy``.
+        What chooses those that stay. Default: ``policy``.
     every : int, optional
         Tokens from one choice to the next, 128 unless the policy says another number: heads hold up
         to ``decode_budget + every`` entries of the text.
@@ -104,10 +105,10 @@ class Cache(ShownCache):
         Whether what was kept of the prompt stays, beside ``decode_budget``. Else it competes with
         the text for as many entries as both have together.
     keep_scores : bool
-        Whether what its entries scored stays beside them, 4 bytes each, for :meth:`shrink`.
+        Whether entries keep their scores beside them, 4 bytes each, for :meth:`shrink`.
     read : str or :class:`adakv.policy.Read`, optional
         Which part of what a head holds a step reads, as ``"Quest(share=0.25)"`` (docs/reads.md).
-        Default: all of them.
+        Default: all of it.
     """
 
     reading: Reader | None
@@ -178,7 +179,7 @@ class Cache(ShownCache):
         self._begin()
 
     def _begin(self) -> None:
-        """Holds nothing."""
+        """Sets what belongs to the texts it holds to that of an empty cache."""
         self._repetition = Repetition(self, is_needed="repeat" in self.budget.policy.needs)
         ask = self._repetition.read_behind
         self.eviction = Eviction(self.budget, self._chunk_budget, self._rule, ask)
@@ -191,8 +192,8 @@ class Cache(ShownCache):
             tiers=self._allocation.tiers,
         )
         self.kept_scores: list[Tensor] | None = None
-        """What the entries of prompts scored, slot by slot, ``[B, Hkv, M]`` float32 of each layer:
-        ``+inf`` of those that always stay, ``-inf`` where none is."""
+        """The scores of prompts' entries, slot by slot, ``[B, Hkv, M]`` float32 for each layer:
+        ``+inf`` for entries that always stay, ``-inf`` in empty slots."""
         self._reader = None if self.read is None else reader_of(self.read, self)
         self.step: PlannedStep | SplitStep | None = None  # that is running
         self.padding = Padding()
@@ -244,7 +245,7 @@ class Cache(ShownCache):
 
     @property
     def seen(self) -> list[int]:
-        """Tokens of each sequence, without padding."""
+        """How many tokens each sequence has seen, without padding."""
         return list(self._seen if self.reading is None else self.reading.lengths or self._seen)
 
     @torch.no_grad()
@@ -262,8 +263,8 @@ class Cache(ShownCache):
         Raises
         ------
         ValueError
-            If the policy is another, the prompts are of unequal length, or the model has layers
-            with a sliding window. The cache is as it was.
+            If the policy has another scorer, the prompts are of unequal length, or the model has
+            layers with a sliding window. The cache is as it was.
         adakv.Error
             If there is no prompt that waits for it.
         """
@@ -347,7 +348,7 @@ class Cache(ShownCache):
             self._end_prompt()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included."""
+        """How many tokens were seen, padding included."""
         self._was_asked = True
         return int(super().get_seq_length(layer_idx))
 

@@ -60,17 +60,17 @@ class BatchOptions:
     stop_strings : str or strings
         Strings that end a text; they need a tokenizer.
     max_batch : int
-        Most sequences at a time.
+        The most sequences that run at a time.
     cache_bytes : int, optional
-        Most bytes of pages. Default: what ``max_batch`` sequences need; on CUDA at most what is
-        free beside the prefill of the longest prompt.
+        The most bytes that pages take. Default: what ``max_batch`` sequences need; on CUDA at most
+        what is free beside the prefill of the longest prompt.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32.
+        As in :class:`adakv.Cache`.
     park : str or torch.device, optional
         Where sequences wait when the pages don't suffice for what all of them write, as ``"cpu"``:
         prompts join when there are pages for their first tokens, else for all that they may write.
-    read : str or :class:`adakv.policy.Quest`, optional
-        Which pages of what a head holds a step reads, as in :class:`adakv.Cache`.
+    read : str or :class:`adakv.policy.Read`, optional
+        Which part of what a head holds a step reads, as in :class:`adakv.Cache`.
     cuda_graph : bool
         On CUDA, record a step once and replay it, which spares the host nearly all of its work.
     compile : bool
@@ -115,19 +115,19 @@ class BatchOptions:
 class BatchResult:
     """What was written after one prompt."""
 
-    index: int  #: of the prompt
-    prompt_tokens: int
-    tokens: list[int]  #: with the one that ended the text
-    text: str | None  #: of the tokens, if there was a tokenizer; special ones left out
-    end: End  #: "eos", "stop_string" or "length"
+    index: int  #: number of the prompt, from 0
+    prompt_tokens: int  #: how many tokens the prompt has
+    tokens: list[int]  #: what was written, with the token that ended the text
+    text: str | None  #: the same as a string, without special tokens; None without a tokenizer
+    end: End  #: what ended it: "eos", "stop_string" or "length"
 
 
 @dataclass(frozen=True)
 class NewToken:
     """A token of :func:`generate_stream`."""
 
-    index: int  #: of the prompt
-    token: int
+    index: int  #: number of the prompt, from 0
+    token: int  #: its id
     result: BatchResult | None  #: all of the text, if this was its last token
 
 
@@ -171,7 +171,7 @@ def generate_batch(
     tokenizer: Any = None,
     options: BatchOptions | None = None,
 ) -> list[BatchResult]:
-    """Goes on writing after many prompts, all in one compressed cache.
+    """Writes a text behind each of many prompts, all in one compressed cache.
 
     Prompts are read one by one and decoded together; when one is done its pages go back and the
     next joins. Each text is what its prompt gets alone, up to the rounding of sums.
@@ -185,8 +185,8 @@ def generate_batch(
         Strings need a tokenizer. A mapping is what the model's processor gave for one prompt, such
         as ``input_ids`` and ``pixel_values``; others may stand beside it.
     policy, budget, ratio, budget_bytes, kv_dtype
-        As in :class:`adakv.Cache`. ``budget_bytes`` is for each sequence; all have one format, by
-        which the prompts with all of their entries fit, if there is one.
+        As in :class:`adakv.Cache`. ``budget_bytes`` is for each sequence; all have one format, the
+        first in which every prompt fits with all of its entries, if there is one (docs/bits.md).
     decode_budget, decode_policy, every, pin_prompt
         As in :class:`adakv.Cache`.
     protect : spans, masks or a list of them, optional
@@ -197,13 +197,13 @@ def generate_batch(
         As in :class:`adakv.Cache`, of all prompts or of each. Default: for policies that ask, what
         :func:`adakv.classes_of` finds in each.
     prefix : as a prompt, optional
-        What all prompts begin with, each of which is then what comes behind it (a string without
-        special tokens). It is read once, budget and ``protect`` are for it, and what is kept of it
-        is stored once; all of a prompt behind it stays. Not with ``decode_budget``.
+        The text that all prompts begin with; ``prompts`` are then what comes behind it (strings
+        get no special tokens there). It is read once, budget and ``protect`` are for it, and what
+        is kept of it is stored once; prompts behind it stay whole. Not with ``decode_budget``.
     max_new_tokens : int or ints
-        Most tokens to write, for all prompts or for each.
+        The most tokens to write, for all prompts or for each.
     tokenizer : optional
-        Of transformers.
+        A tokenizer of transformers; prompts that are strings and ``stop_strings`` need it.
     options : :class:`BatchOptions`, optional
 
     Returns
