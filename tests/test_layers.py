@@ -8,7 +8,7 @@
                            beside,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
                            python/adakv/{moving,formats,cache_file,cache,room,basis,tiers,devices,
-                           shape,step}.py
+                           shape,shortlist,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/

@@ -140,13 +140,15 @@ def generate(
     GGUF file or a name on the Hugging Face hub.
 
     With --prompts many texts are read and decoded together. Each line of the file has either
-    "prompt", "messages" (for the chat template) or "input_ids", and "max_new_tokens" if it isn't
-    the common one. Results are written as they are done, and are in the order of prompts in the
-    end: "index", "prompt_tokens", "tokens", "text", "end", and what they were made of,
-    "prompt_sha256" and "settings". What --out holds of an earlier run is not done again; if its
-    prompts or settings were others, it is refused. --overwrite does all anew. With --out - results
-    go to standard output. With --prefix each line is what comes behind that text, "prompt" or
-    "input_ids"; budget and --protect are for the text, of which the rest is stored once.
+    "prompt", "messages" (for the chat template) or "input_ids", and "max_new_tokens" where it
+    differs from the option. Results are written as they are done; at the end they stand in the
+    order of the prompts. Each has "index", "prompt_tokens", "tokens", "text", "end", and what it
+    was made from, "prompt_sha256" and "settings". Results that --out holds of an earlier run are
+    not made again; if that run had other prompts or settings, the file is refused. --overwrite
+    makes all of them anew. With --out - results go to standard output.
+
+    With --prefix that text is read first, and each line's "prompt" or "input_ids" comes behind it.
+    Budget and --protect are for the text, and what is kept of it is stored once.
     """
     check_outputs([model, text], place.outputs)
     content = read_text(text)

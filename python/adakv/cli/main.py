@@ -98,7 +98,10 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(adakv.__version__, prog_name="adakv")
 def cli() -> None:
-    """Head-wise KV cache eviction: keep the entries that matter, decode from what is kept."""
+    """A smaller KV cache: keep the entries that matter, and write from what is kept.
+
+    An entry is the key and the value of one token in one kv head.
+    """
 
 
 _READING = (demo, generate, compress, shrink, ask, evaluate, report, bench, calibrate)

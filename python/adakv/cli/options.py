@@ -226,9 +226,9 @@ def _checked_policy(
 #: Which pages a step reads.
 read_option = click.option(
     "--read",
-    metavar="QUEST",
+    metavar="READ",
     callback=_checked_read,
-    help='Let each step read some pages of what is kept, as "Quest(share=0.125)".  [default: all]',
+    help='Let each step read a part of what is kept, as "Quest(share=0.125)".  [default: all]',
 )
 
 
