@@ -214,9 +214,9 @@ class KVCache {
   /// Makes room for at least `num_pages` pages in the pool and `max_row_pages` in a row, and keeps
   /// what the cache holds. What has to grow is copied to new memory in `stream`, pages that were
   /// never taken excepted: the pool takes twice its memory for a moment. Views from before are
-  /// stale: of what is [N, ...] if the pool grew, of `block_table` if rows did; the
-  /// other tensors stay where they are. Forks have one pool, which grows for all. Throws InvalidArgument for sizes that make no sense and
-  /// Error if the memory can't be had; then nothing changes.
+  /// stale: those of what is [N, ...] if the pool grew, those of `block_table` if rows did; the other
+  /// tensors stay where they are. Forks have one pool, which grows for all. Throws InvalidArgument for
+  /// sizes that make no sense and Error if the memory can't be had; then nothing changes.
   void reserve(int32_t num_pages, int32_t max_row_pages, Stream stream = nullptr);
 
   /// The memory of the tensors as they are now. Who holds it may use them after a reserve(), which

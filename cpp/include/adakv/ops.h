@@ -12,11 +12,11 @@
 // unless said.
 //
 // Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads,
-// Hkv kv heads, G = Hq / Hkv, D dimensions of a query and a key, Dv of a value (multiples of 8, at most
-// 256; D unless the layer has value_pages), E model width, P page size, N pages in the pool, M most pages of a row, F fresh pages of a row, K kept entries of the
-// whole batch, L layers, Z = ceil(D / 64) scale groups of an entry in quantised pages. A row is one
-// (sequence, kv head) pair. The last dimension of every tensor is contiguous; other strides are
-// free.
+// Hkv kv heads, G = Hq / Hkv, D dimensions of a query and a key, Dv of a value (multiples of 8, at
+// most 256; D unless the layer has value_pages), E model width, P page size, N pages in the pool, M
+// most pages of a row, F fresh pages of a row, K kept entries of the whole batch, L layers, Z =
+// ceil(D / 64) scale groups of an entry in quantised pages. A row is one (sequence, kv head) pair.
+// The last dimension of every tensor is contiguous; other strides are free.
 //
 // Threads and streams: verbs may run at the same time as long as none writes a tensor that another
 // one uses. attend writes its schedule (and leaves it as it was): two launches that may overlap need
@@ -55,7 +55,7 @@ enum class Accumulate : uint8_t { kSum, kMax, kLast };
 /// to position(w) - distance; a mean is over the queries that count, 0 if there are none. All in
 /// float32. Max-pooling ignores what lies outside the candidates 0 .. n-1, n = seq_len - window;
 /// average pooling counts it as zero.
-/// With a layer in the place of keys, the keys are those that its rows hold, read where they lie: row
+/// With a layer instead of keys, the keys are those that its rows hold, read where they lie: row
 /// (b, h) has entries 0 .. lengths[b, h] - 1, of which the last ones are its window, and n differs
 /// from row to row. Of quantised pages, a key is what codes and scale say, rounded to the dtype of the
 /// queries; not of int4, and not of a layer with page_biases.
@@ -158,7 +158,7 @@ void select(const SelectArgs& args);
 /// the row's tail.
 ///
 /// Without keys and values, the entries are those that the layer's rows hold, positions are slots of
-/// the row, and everything stays in its place that can (KVCache::begin_again):
+/// the row, and everything that can stays in its place (KVCache::begin_again):
 ///   slot i  <-  slot positions[indptr[b * Hkv + h] + i], codes, scales, position and bias as they are
 /// A row keeps its first ceil(length / P) pages, but for those that page_ids does not name. These are
 /// replaced, row by row, by pages of page_ids that no row has kept, in their order; the next ones of
@@ -207,8 +207,8 @@ void fork(const ForkArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
-/// padding is never stored). A new entry's bias is 0. Quantised pages as in compact; in int4 entries go to the row's tail,
-/// which becomes codes as soon as it is full.
+/// padding is never stored). A new entry's bias is 0. Quantised pages get codes as in compact; in int4
+/// entries go to the row's tail, which becomes codes as soon as it is full.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
   TensorView values;        // [B, Hkv, S, Dv]
