@@ -37,7 +37,6 @@ from adakv.policy import (
     Protection,
     TokenClasses,
 )
-from adakv.policy.folded import Folded
 from adakv.policy.protection import mask_of
 from adakv.tiers import TieredCache, Tiers
 
@@ -104,7 +103,9 @@ class Reader:
         """Layers that are in pages."""
         self.kept_scores = KeptScores() if keeps_scores else None
         """What the entries scored that stay."""
-        self._scores_all, self._tiers = keeps_scores or tiers is not None, tiers
+        self._scores_all = keeps_scores or tiers is not None
+        # Tiers of channels look at the prompts' newest queries, as folding does.
+        self._tiers = tiers if tiers is not None and tiers.kind == "channels" else None
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group
@@ -195,7 +196,7 @@ class Reader:
         else afterwards.
         """
         before = self._observed[layer] or _Observed(part)
-        asks = self._asks
+        asks = self.policy.fold or self._tiers
         last = None if asks is None else asks.newest(part.queries, before.last)
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
         if "hidden" not in self.policy.needs:
@@ -337,12 +338,6 @@ class Reader:
         return self._budgets
 
     @property
-    def _asks(self) -> Folded | Tiers | None:
-        """What looks at the prompts' newest queries, beside the scorer."""
-        has_channels = self._tiers is not None and self._tiers.kind == "channels"
-        return self.policy.fold or (self._tiers if has_channels else None)
-
-    @property
     def _is_long(self) -> bool:
         """Whether not all that came of the prompts will be kept."""
         return any(n > self._budget.of(n) for n in self.lengths)
@@ -375,7 +370,7 @@ class Reader:
             inputs = self._with_protected(inputs, self._protection)
         budgets = self.budgets(inputs[0].num_kv_heads)[layer]
         wholes = [Whole(x, budgets[g], None) for x, g in zip(inputs, self._groups, strict=True)]
-        asks = self._asks
+        asks = self.policy.fold or self._tiers
         if asks is not None and observed.last is not None:
             asked = self._inputs(layer, part, asks.newest(observed.last), None)
             wholes = [x.asked(asks, of) for x, of in zip(wholes, asked, strict=True)]
