@@ -92,8 +92,8 @@ __device__ Chunk read_once(const Chunk* from, uint64_t) {
 struct Part {
   const char* from;  // [T, D], entry_stride bytes from one to the next
   int64_t entry_stride;
-  int32_t place;     // in lane i, of entry i
-  int32_t count;     // of entries
+  int32_t place;  // in lane i, of entry i
+  int32_t count;  // of entries
   int32_t page, slot;
   bool is_value;
 };
@@ -210,8 +210,7 @@ __device__ void fill_pages(const CompactParams& p, int32_t b, int32_t job, int32
       }
     }
     const EntryRows& entries = is_value ? p.values : p.keys;
-    Fill::run(p,
-              {entries.at(b, row.head, 0), entries.stride[2], place, count, id, slot, is_value});
+    Fill::run(p, {entries.at(b, row.head, 0), entries.stride[2], place, count, id, slot, is_value});
     job += step;
   }
 }

@@ -55,9 +55,9 @@ std::vector<int64_t> deal_pages(const CompactArgs& args) {
                 next - page_indptr[b], " pages, got ", page_indptr[b + 1] - page_indptr[b]);
   }
   for (int32_t i = indptr[0]; i < indptr[batch * heads]; ++i) {
-    ADAKV_CHECK(places[i] >= 0 && places[i] < length, "compact: ",
-                args.places ? "places" : "positions", " must lie in 0 .. ", length - 1, ", got ",
-                places[i]);
+    ADAKV_CHECK(places[i] >= 0 && places[i] < length,
+                "compact: ", args.places ? "places" : "positions", " must lie in 0 .. ", length - 1,
+                ", got ", places[i]);
     ADAKV_CHECK(positions[i] >= 0, "compact: positions must not be negative, got ", positions[i]);
   }
   for (int32_t i = page_indptr[0]; i < page_indptr[batch]; ++i) {

@@ -169,9 +169,10 @@ def by_error(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
     places = F.pad(places, (0, -places.shape[2] % PAGE))
     is_held = torch.arange(places.shape[2], device=held.device) < held.sum(2)[..., None]
     pages = keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[3]))
-    pages, is_held = pages.float().unflatten(2, (-1, PAGE)), is_held.unflatten(2, (-1, PAGE))
-    low = pages.masked_fill(~is_held[..., None], torch.inf).amin(3)
-    high = pages.masked_fill(~is_held[..., None], -torch.inf).amax(3)
+    pages = pages.float().view(*held.shape[:2], -1, PAGE, keys.shape[3])
+    is_held = is_held.view(*held.shape[:2], -1, PAGE, 1)
+    low = pages.masked_fill(~is_held, torch.inf).amin(3)
+    high = pages.masked_fill(~is_held, -torch.inf).amax(3)
     ranges = (high - low).clamp(min=0).sum(2)  # their number is the same in all channels
     return (asked * ranges).argsort(dim=2, descending=True, stable=True)
 

@@ -177,7 +177,7 @@ class Reserve(NamedTuple):
         batch, heads, length = self.places.shape
         index = kept.rows(batch * heads) * length + kept.positions.clamp(min=0)
         places, seen = self.places.flatten()[index], torch.full_like(view.seen, length)
-        compact_rows(self.keys, self.values, places, kept, seen, view, page_ids, page_indptr)
+        compact_rows(self.keys, self.values, places, kept, view, page_ids, page_indptr, seen=seen)
 
 
 class Chosen(NamedTuple):
@@ -244,11 +244,11 @@ def compact_rows(
     values: Tensor,
     places: Tensor,
     kept: Kept,
-    seen: Tensor,
     view: Layer,
     page_ids: Tensor,
     page_indptr: Tensor,
     *,
+    seen: Tensor,
     biases: Tensor | None = None,
 ) -> None:
     """:func:`adakv.ops.compact` of entries ``[E, D]`` of all rows one behind the other, with biases

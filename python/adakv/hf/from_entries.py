@@ -153,5 +153,5 @@ def _fill(kv: KVCache, parts: Sequence[_Given], seen: Sequence[int]) -> None:
         kept = Kept(part.positions, ends.to(view.seen.device))
         places = torch.arange(len(part.keys), dtype=torch.int32, device=view.seen.device)
         tokens = torch.tensor(seen, dtype=torch.int32, device=view.seen.device)
-        entries = part.keys, part.values, places, kept, tokens
-        compact_rows(*entries, view, *pages, biases=part.biases)
+        entries = part.keys, part.values, places, kept
+        compact_rows(*entries, view, *pages, seen=tokens, biases=part.biases)

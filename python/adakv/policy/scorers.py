@@ -192,10 +192,11 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
         return rows @ matrix.float()
     high = rows.bfloat16()
     parts = torch.cat([high, (rows - high).bfloat16()], 2)
-    products = [
-        torch.bmm(x, y, out_dtype=torch.float32) for x, y in zip(parts, matrix, strict=True)
-    ]
-    return torch.stack(products).unflatten(2, (2, -1)).sum(2)
+    products = torch.stack(
+        [torch.bmm(x, y, out_dtype=torch.float32) for x, y in zip(parts, matrix, strict=True)]
+    )
+    of_high, of_low = products.chunk(2, 2)
+    return of_high + of_low
 
 
 @dataclass(frozen=True)
