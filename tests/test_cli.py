@@ -237,6 +237,7 @@ def test_demo_asks_another_question(model: str, tmp_path: Path, capsys):
         (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
         (["--dtype", "int8"], "'int8' is not one of"),
         (["--kv-dtype", "int3"], "'int3' is not one of"),
+        (["--kv-dtype", "mixed9"], "mixed keys must have 2 to 8 bits, got 'mixed9'"),
         (["--kv-dtype", "auto:1/4+int4:1/4"], "tiers must have shares above 0 that sum to 1"),
         (["--kv-dtype", "ranks=1/4"], "a tier's width must be rank= or channels= and a share"),
         (["--kv-dtype", "fp8", "--dtype", "float32"], "take float16 and bfloat16, got"),

@@ -167,7 +167,7 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     metavar="FORMATS",
     help=f"Measure every policy in these formats of pages, of {', '.join(KV_DTYPES)}, "
-    "or tiers, as auto:1/4+int4:3/4 or channels=.6.",
+    "or tiers, as auto:1/4+int4:3/4 or channels=.6, or mixed keys, as mixed3.",
 )
 @click.option(
     "--shares",

@@ -155,7 +155,8 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     bits_help = (
         "Hold entries as the model has them (auto), in half or a third of the bytes, or in tiers, "
-        "as auto:1/4+int4:3/4, with fewer dimensions as channels=.6.  "
+        "as auto:1/4+int4:3/4, with fewer dimensions as channels=.6, or with keys of 3 bits on "
+        "average as mixed3.  "
         "[default: auto; with --budget-bytes what fits]"
     )
     for option in (

@@ -42,10 +42,11 @@ class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 class _Formats(click.Choice):  # type: ignore[type-arg,unused-ignore]
-    """A format of pages, or tiers of several."""
+    """A format of pages, also of mixed keys, or tiers of several."""
 
     def convert(self, value: Any, param: Any, context: Any) -> str:
-        if not set(":=") & set(str(value)):
+        is_one = not set(":=") & set(str(value)) and not str(value).startswith("mixed")
+        if is_one:
             return str(super().convert(value, param, context))
         try:
             return str(Tiers.given(str(value)))
