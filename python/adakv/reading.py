@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adakv.basis import ORDERS
 from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Chosen as Chosen
@@ -104,8 +105,8 @@ class Reader:
         self.kept_scores = KeptScores() if keeps_scores else None
         """What the entries scored that stay."""
         self._scores_all = keeps_scores or tiers is not None
-        # Tiers of channels look at the prompts' newest queries, as folding does.
-        self._tiers = tiers if tiers is not None and tiers.kind == "channels" else None
+        # Tiers whose channels have an order look at the prompts' newest queries, as folding does.
+        self._tiers = tiers if tiers is not None and tiers.kind in ORDERS else None
         self._budget, self._holds_entries = budget, holds_entries
         self._protection = protection or None
         self._protected: list[Tensor] = []  # [B, T] bool of each group

@@ -167,8 +167,8 @@ class Tiers(NamedTuple):
     def sizes_of(self, queries: Tensor, num_kv_heads: int) -> Tensor:
         """How large the newest queries ``[B, Hq, W, D]`` are in each channel, ``[B, Hkv, D]``
         float32, as :meth:`basis_of` takes it."""
-        size, _ = ORDERS.get(self.kind or "", ORDERS["channels"])
-        return size(queries, num_kv_heads)
+        assert self.kind is not None
+        return ORDERS[self.kind][0](queries, num_kv_heads)
 
     def widest(self, dims: tuple[int, int]) -> tuple[int, int]:
         """The largest of these that are those of a width."""
