@@ -12,7 +12,7 @@ prompt. Give texts like those that the model will read, and no text that quality
 
 Differences to the paper: the target is KVzip's score itself, without the sizes of values and hidden
 states (KVzip+); the prompt is repeated without an instruction, as ``adakv eval`` does; the loss
-knows shares; and there are tens or hundreds of thousands of tokens in the place of a million.
+knows shares; and there are tens or hundreds of thousands of tokens instead of a million.
 """
 
 from __future__ import annotations

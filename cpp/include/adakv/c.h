@@ -272,7 +272,7 @@ typedef enum AdakvAccumulate { ADAKV_KEEP_SUM, ADAKV_KEEP_MAX, ADAKV_KEEP_LAST }
 typedef struct AdakvScoreArgs {
   const AdakvTensor* queries;     /* [B, Hq, W, D] */
   const AdakvTensor* keys;        /* [B, Hkv, T, D]; NULL: those of the layer */
-  AdakvLayer layer;               /* in the place of keys; all NULL if these are given */
+  AdakvLayer layer;               /* instead of keys; all NULL if these are given */
   const AdakvTensor* seq_lens;    /* [B] int32, optional; NULL with a layer */
   const AdakvTensor* sink_logits; /* [Hq] float32, optional */
   const AdakvTensor* lse;         /* [B, Hq, W] float32, optional */

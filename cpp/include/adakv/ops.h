@@ -328,7 +328,7 @@ struct ShortlistArgs {
   TensorView workspace;       // [workspace_bytes(args) / 4] int32
   Stream stream = nullptr;    // where CUDA work is put
 };
-/// Writes args.listed and args.listed_lengths: with them in the place of its table and lengths, plan
+/// Writes args.listed and args.listed_lengths: with them instead of its table and lengths, plan
 /// and attend take a layer as one that holds just these pages.
 void shortlist(const ShortlistArgs& args);
 

@@ -1,6 +1,6 @@
 """Prompts that are read twice: what the model looks at while it repeats them says what stays.
 
-Behind the chunks of a prompt an instruction is read in the place of a repetition.
+Behind the chunks of a prompt an instruction is read instead of a repetition.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Competing(NamedTuple):
         return (shares + self.pinned).minimum(self.ends)
 
     def pick(self, policy: Policy, inputs: LayerInputs, shares: Tensor, total: int) -> Kept:
-        """Which entries stay, places in the rows in the place of positions; at most ``total`` of
+        """Which entries stay, places in the rows instead of positions; at most ``total`` of
         all sequences and kv heads together."""
         return policy.selector.select(self.scores, shares, inputs, window=0, total=total)
 

@@ -118,7 +118,7 @@ class Adaptive:
     the paper's alpha, is the share that is given evenly; ``safeguard`` says how
     (:func:`adakv.ops.allocate`). 1 is SnapKV, 0 the bare Algorithm 1.
 
-    ``budgets_from="critical"`` compares ``(score + 1e-4) * norm`` in the place of scores.
+    ``budgets_from="critical"`` compares ``(score + 1e-4) * norm`` instead of scores.
     For parity: ``weigh_heads`` multiplies each head's scores by the share of them in its own top b
     (KVCache-Factory); ``counts_window`` lets the window fill the floor first (kvpress).
     """
@@ -220,7 +220,7 @@ class ModelWide:
     """One top-k over the kv heads of all layers, as Layer-DefensiveKV (arXiv 2510.13334) and KVzip
     (arXiv 2505.23416) spend their budgets.
 
-    Ada-KV's Algorithm 1 with the ``L * Hkv`` heads of a model in the place of a layer's. The total,
+    Ada-KV's Algorithm 1 with the ``L * Hkv`` heads of a model instead of a layer's. The total,
     ``L * Hkv * budget``, is exact; ``floor`` of the even budget is given to every head of every
     layer, by ``safeguard`` (:func:`adakv.ops.allocate`). Equal scores: lower position first, then
     lower layer, then lower head.

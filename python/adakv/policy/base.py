@@ -81,7 +81,7 @@ class Scorer(Protocol):
 
         Of a text that is chosen from again (``inputs.positions`` is there) a scorer with an
         attribute ``carries`` that is true is handed all new queries. Its method ``carry(inputs)``
-        is called in the place of this one, and gives the scores and what it wants to be handed the
+        is called instead of this one, and gives the scores and what it wants to be handed the
         next time, ``[B, Hkv, T, ...]`` float32: ``inputs.carried``.
         """
         ...
@@ -288,7 +288,7 @@ class Policy:
             Mean entries per kv head over all layers, at least the window and the pinned entries; or
             what :meth:`layer_budgets` made of it.
         scores : ``[B, Hkv, T]`` floating point, optional
-            Scores from elsewhere, taken in the place of the scorer's; ``+inf`` pins an entry.
+            Scores from elsewhere, taken instead of the scorer's; ``+inf`` pins an entry.
 
         Returns
         -------

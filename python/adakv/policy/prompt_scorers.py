@@ -420,7 +420,7 @@ class RepeatAttention:
     in pieces of 2000 tokens and leaves the other pieces out of the softmax.)
 
     What the model needs in order to say its prompt again it may need for any question about it.
-    Costs a second prefill: :meth:`adakv.Cache.repeat`. If an instruction is read in the place of
+    Costs a second prefill: :meth:`adakv.Cache.repeat`. If an instruction is read instead of
     the repetition, and its ``reduce`` is ``"mean"``, what the instruction looks at stays (CItruS,
     arXiv 2406.12018). ``all_heads`` gives all kv heads of the layer the mean of their scores.
     """

@@ -90,7 +90,7 @@ class LargestValue(WindowAttention):
 
 @dataclass(frozen=True)
 class Defensive:
-    """The worst case in the place of the mean (DefensiveKV, arXiv 2510.13334).
+    """The worst case instead of the mean (DefensiveKV, arXiv 2510.13334).
 
     ``R[h, t] = max(max over the window and the group of p, its mean over the head's candidates)``,
     then ``S = R * N``, where p are the rows of the window's attention, each mean-pooled over

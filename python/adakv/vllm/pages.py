@@ -234,7 +234,7 @@ class OwnPages:
         Parameters
         ----------
         kept : one :class:`adakv.ops.Kept` for each layer
-            Places in the rows in the place of positions.
+            Places in the rows instead of positions.
         most : int
             At least as many as are kept in all.
         positions : ``[N, P]``
