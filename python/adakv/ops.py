@@ -396,7 +396,7 @@ def _attended(queries: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     """The output ``[B, Hq, S, Dv]``, in memory ``[B, S, Hq, Dv]``, and its lse ``[B, Hq, S]``."""
     try:
         batch, heads, tokens, dim = queries.shape
-        dim = layer.value_dim or dim
+        dim = dim if layer.value_pages is None else layer.value_dim or dim
         out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
         return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
     except (AttributeError, ValueError):
