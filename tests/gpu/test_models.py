@@ -41,11 +41,11 @@ def both(family: Family) -> dict[str, Any]:
     return {"cpu": model, "cuda": copy.deepcopy(model).cuda()}
 
 
-#: Those that read prompts once, and take models in float32.
+#: Those that read prompts once, take models in float32, and have pages enough in a budget of 70.
 ONE_PASS = [
     name
     for name in adakv.policies()
-    if "repeat" not in adakv.policy.get(name).needs and name != "mikv"
+    if "repeat" not in adakv.policy.get(name).needs and name not in ("mikv", "think")
 ]
 
 

@@ -4,6 +4,7 @@ float32, with and without CUDA graphs."""
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -86,3 +87,27 @@ def test_recorded_loops_equal_the_cpu(policy: str) -> None:
                 )
         written[device] = ids.cpu()
     assert written["cuda"].equal(written["cpu"])
+
+
+def test_a_cache_that_becomes_garbage_ends_no_recording() -> None:
+    """Its memory is freed by the driver, which no recording survives."""
+    prompt, model = torch.randint(3, VOCAB, (2, 70)).cuda(), both()["cuda"]
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        with adakv.attach(model):
+            for _ in range(3):
+                cache = evicting(model, REPEATABLE[0])
+                cache.itself = cache  # a cycle, which only the collector ends
+                ids = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    past_key_values=cache,
+                    custom_generate=adakv.cuda_graph_sample,
+                    max_new_tokens=70,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
+                assert ids.shape == (2, 140)
+    finally:
+        gc.set_threshold(*before)

@@ -189,7 +189,9 @@ def test_a_batch_writes_what_each_prompt_gets_alone(dtype: torch.dtype, kv_dtype
 
 def test_formats_are_refused_before_anything_is_changed() -> None:
     model = LLAMA.model()
-    with pytest.raises(ValueError, match="one of 'auto', 'int8', 'fp8', 'int4' or as 'mixed3', got 8"):
+    with pytest.raises(
+        ValueError, match="one of 'auto', 'int8', 'fp8', 'int4' or as 'mixed3', got 8"
+    ):
         adakv.Cache(model, budget=40, kv_dtype=8)  # type: ignore[arg-type]
     cache = adakv.Cache(model, budget=40, kv_dtype="int8")
     with pytest.raises(ValueError, match=r"int8 take float16 and bfloat16, got .* in float32"):
