@@ -7,8 +7,8 @@
                            reselection,page_bounds,page_history,
                            beside,kept_scores,shrinking}.py
 3  torch ops, cache, step  python/adakv/{errors,shown,_register,_schedules,tensors,ops,fork}.py,
-                           python/adakv/{moving,formats,cache_file,cache,room,basis,tiers,devices,
-                           shape,shortlist,step}.py
+                           python/adakv/{moving,formats,cache_file,cache,room,basis,tiers,
+                           tiered_cache,devices,shape,shortlist,step}.py
 2  bindings: Python, C     bindings/, cpp/capi/
 1  kernels, one interface  cpp/ops/, cpp/cpu/, cuda/
 0  types and cache memory  cpp/include/adakv/, cpp/cache/
@@ -62,6 +62,7 @@ FLOORS = {
     "shape": 3,
     "basis": 3,
     "tiers": 3,
+    "tiered_cache": 3,
     "step": 3,
     "shortlist": 3,
     "policy": 4,

@@ -16,7 +16,8 @@ from adakv.cache import KVCache
 from adakv.devices import FirstSlots, grow_step
 from adakv.ops import Kept
 from adakv.step import Attention
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiered_cache import TieredCache
+from adakv.tiers import Tiers
 from cases import int32
 from tolerance import assert_close
 

@@ -22,7 +22,7 @@ from adakv.ops import Layer
 from adakv.room import make_room
 from adakv.step import Attention, PageReader, PlannedStep, Watcher
 from adakv.tensors import on_device
-from adakv.tiers import TieredCache
+from adakv.tiered_cache import TieredCache
 
 
 class Group(NamedTuple):

@@ -20,7 +20,8 @@ from adakv.policy.base import needs_of
 from adakv.policy.folded import Folded, Folding
 from adakv.policy.inputs import scaled
 from adakv.step import Attention
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiered_cache import TieredCache
+from adakv.tiers import Tiers
 
 
 class Part(NamedTuple):

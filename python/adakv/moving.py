@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adakv.cache import KVCache, sequences
 from adakv.tensors import SHARED
-from adakv.tiers import TieredCache
+from adakv.tiered_cache import TieredCache
 
 
 def moved_tiers(kv: TieredCache, device: torch.device, new_tokens: int) -> TieredCache:

@@ -39,7 +39,8 @@ from adakv.policy import (
     TokenClasses,
 )
 from adakv.policy.protection import mask_of
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiered_cache import TieredCache
+from adakv.tiers import Tiers
 
 
 class _Observed(NamedTuple):

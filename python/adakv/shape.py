@@ -12,7 +12,8 @@ import torch
 from adakv.cache import KVCache
 from adakv.devices import AnyCache, Group, SplitCache
 from adakv.formats import check_kv_dtype, page_size_for
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiered_cache import TieredCache
+from adakv.tiers import Tiers
 
 #: Formats of pages from the most bits to the fewest, in which a budget in bytes tries them.
 FROM_MANY_BITS = ("auto", "int8", "int4")

@@ -25,7 +25,7 @@ from adakv.hf.notices import Notices
 from adakv.hf.repetition import Repetition
 from adakv.moving import moved, moved_tiers
 from adakv.policy import Budget
-from adakv.tiers import TieredCache
+from adakv.tiered_cache import TieredCache
 
 Self = TypeVar("Self", bound="BranchingCache")
 

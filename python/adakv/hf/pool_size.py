@@ -22,7 +22,8 @@ from adakv.policy import Budget, ByteBudget
 from adakv.reading import Reader
 from adakv.reselection import Rule
 from adakv.shape import Footprint, Shape, unit_bytes
-from adakv.tiers import TieredCache, Tiers
+from adakv.tiered_cache import TieredCache
+from adakv.tiers import Tiers
 
 #: Tokens after a prompt that pages are made for at first; a longer text has its cache grow.
 FIRST_TOKENS = 4096

@@ -12,7 +12,7 @@ from adakv.moving import moved
 from adakv.policy import Budget
 from adakv.shrinking import check_shrinks, shrunk
 from adakv.step import Attention
-from adakv.tiers import TieredCache
+from adakv.tiered_cache import TieredCache
 
 
 def shrink(cache: Any, smaller: Budget) -> None:

@@ -16,7 +16,7 @@ from adakv.hf.branches import BranchingCache, check_branches
 from adakv.hf.layers import FullAttentionLayer
 from adakv.hf.pool_size import pages_of
 from adakv.shape import Shape
-from adakv.tiers import TieredCache
+from adakv.tiered_cache import TieredCache
 
 Self = TypeVar("Self", bound="StoredCache")
 
