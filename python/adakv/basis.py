@@ -110,8 +110,7 @@ class Basis(NamedTuple):
 
 def mean_square(queries: Tensor, num_kv_heads: int) -> Tensor:
     """``[B, Hkv, D]`` float32: of queries ``[B, Hq, W, D]``, and of the q heads of a group."""
-    squares = queries.float().square().mean(2)
-    return squares.view(len(queries), num_kv_heads, -1, queries.shape[3]).mean(2)
+    return _of_groups(queries.float().square(), num_kv_heads)
 
 
 def channels(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
@@ -141,8 +140,12 @@ def channels(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:
 def mean_size(queries: Tensor, num_kv_heads: int) -> Tensor:
     """``[B, Hkv, D]`` float32: the mean of ``|q|`` of queries ``[B, Hq, W, D]``, and of the q heads
     of a group."""
-    sizes = queries.float().abs().mean(2)
-    return sizes.view(len(queries), num_kv_heads, -1, queries.shape[3]).mean(2)
+    return _of_groups(queries.float().abs(), num_kv_heads)
+
+
+def _of_groups(x: Tensor, num_kv_heads: int) -> Tensor:
+    """``[B, Hkv, D]``: means of ``[B, Hq, W, D]`` over the W, and over the q heads of a group."""
+    return x.mean(2).view(len(x), num_kv_heads, -1, x.shape[3]).mean(2)
 
 
 def by_error(asked: Tensor, keys: Tensor, held: Tensor) -> Tensor:

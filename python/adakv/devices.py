@@ -206,14 +206,13 @@ def grow_step(
     if isinstance(kv, KVCache):
         return PlannedStep.grow(kv, num_new, columns, watcher=watcher, reader=reader, slots=slots)
     if isinstance(kv, TieredCache):
-        (_, basis), *behind = _of_tiers(kv, slots)
-        others = _planned_behind(behind)
+        basis, behind = _of_tiers(kv, slots)
         return PlannedStep.grow(
             kv.first,
             num_new,
             columns,
             watcher=watcher,
-            others=others,
+            others=_planned_behind(behind),
             basis=basis,
             slots=slots,
         )
@@ -228,12 +227,16 @@ def _of_slots(kv: KVCache, slots: slice) -> _Rows:
     return tuple(sequences(x, slots) for x in kv.layers), (lengths, block_table, fresh_pages)
 
 
-def _of_tiers(kv: TieredCache, slots: slice) -> list[tuple[_Rows, Basis | None]]:
-    """Rows of some sequences in each tier, and what they hold of entries."""
-    return [
-        (_of_slots(cache, slots), None if basis is None else basis.of((slice(None), slots)))
-        for cache, basis in zip(kv.caches, kv.bases, strict=True)
-    ]
+def _of_tiers(
+    kv: TieredCache, slots: slice
+) -> tuple[Basis | None, list[tuple[_Rows, Basis | None]]]:
+    """What rows of some sequences hold of entries in the first tier; in each of those behind it the
+    rows, and what they hold."""
+    first, *behind = (
+        None if basis is None else basis.of((slice(None), slots)) for basis in kv.bases
+    )
+    rows = (_of_slots(cache, slots) for cache in kv.caches[1:])
+    return first, list(zip(rows, behind, strict=True))
 
 
 def _planned_behind(tiers: Iterable[tuple[_Rows, Basis | None]]) -> list[PlannedStep]:
@@ -247,7 +250,10 @@ class FirstSlots:
     def __init__(self, kv: AnyCache, count: int) -> None:
         self._kv, slots = kv, slice(0, count)
         self._parts = [(part.device, *_of_slots(part, slots)) for part in kv.parts]
-        self._tiers = _of_tiers(kv, slots) if isinstance(kv, TieredCache) else []
+        self._basis: Basis | None = None
+        self._behind: list[tuple[_Rows, Basis | None]] = []
+        if isinstance(kv, TieredCache):
+            self._basis, self._behind = _of_tiers(kv, slots)
 
     def plan(
         self, num_new: Tensor, watcher: Watcher | None, reader: PageReader | None = None
@@ -258,9 +264,11 @@ class FirstSlots:
             ((_, layers, tables),) = self._parts
             return PlannedStep.plan(layers, tables, num_new=num_new, watcher=watcher, reader=reader)
         if isinstance(self._kv, TieredCache):
-            (rows, basis), *behind = self._tiers
-            others = _planned_behind(behind)
-            return PlannedStep.plan(*rows, num_new=num_new, others=others, basis=basis)
+            ((_, layers, tables),) = self._parts
+            others = _planned_behind(self._behind)
+            return PlannedStep.plan(
+                layers, tables, num_new=num_new, others=others, basis=self._basis
+            )
         steps = [
             PlannedStep.plan(layers, tables, num_new=on_device(num_new, device))
             for device, layers, tables in self._parts

@@ -40,8 +40,8 @@ def format_of(tier: str) -> str:
 
 
 def bits_of_keys(kv_dtype: str) -> float | None:
-    """Of a format whose keys are mixed: the bits that their numbers have on average. None for
-    others. Raises ``ValueError`` unless they lie in 2 .. 8."""
+    """How many bits the numbers of keys have on average, in a format whose keys are mixed; None for
+    other formats. Raises ``ValueError`` unless they are 2 to 8."""
     found = _MIXED.fullmatch(kv_dtype)
     if found is None:
         return None

@@ -292,15 +292,12 @@ class Reader:
         tiers: Sequence[Sequence[Chosen]] = ()
         caches: Sequence[KVCache | SplitCache]
         if isinstance(kv, TieredCache):
-            heads, window, model_wide = (
-                kv.num_kv_heads,
-                self.policy.window,
-                self.policy.is_model_wide,
-            )
+            heads, window = kv.num_kv_heads, self.policy.window
             if is_mixed:
                 tiers = of_tiers(chosen[layers[0]], self.policy, kv, layers[0], slots)
                 of_caches = [[counts(x, heads)] for x in tiers]
             else:
+                model_wide = self.policy.is_model_wide
                 of_caches = kv.tiers.totals(totals, heads, window, model_wide=model_wide)
             caches, pages = kv.caches, kv.begin_layers(layers, of_caches, self.lengths, **where)
         else:

@@ -120,7 +120,7 @@ def test_many_questions_about_one_image(name: str) -> None:
 
 
 def test_classes_by_hand() -> None:
-    """Of each prompt, or one for all; they need not be where the model's config says."""
+    """Spans are given for each prompt, or for all; they need not be where the config says."""
     model, texts = LLAMA.model(), [words(70), words(61)]
     settings = {"policy": "csp", "budget": 40}
     spans = [[(3, 40)], [(20, 25), (30, 41)]]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import adakv
+from adakv.basis import mean_size
 from adakv.hf.attachment import CACHE
 from adakv.policy import LayerInputs, MassShare, Need, Policy, PromptAttention, TopScore
+from adakv.policy.profile import CALIBRATION_VERSION
 
-#: What a file says of itself. Another version is one that an older reader would misread.
-KIND, VERSION = "adakv calibration", 1
+KIND = "adakv calibration"  # what a file says of itself
 
 #: Times that a layer's largest number is that of the layer before, where sinks emerge.
 _JUMP = 4.0
@@ -66,8 +67,7 @@ class _Watching:
         self.range: list[Tensor] = []
 
     def score(self, inputs: LayerInputs) -> Tensor:
-        sizes = inputs.queries[0].float().abs().mean(1)  # [Hq, D]
-        self.query.append(sizes.unflatten(0, (inputs.num_kv_heads, -1)).mean(1).cpu())
+        self.query.append(mean_size(inputs.queries, inputs.num_kv_heads)[0].cpu())
         keys = inputs.keys[0].float()
         self.range.append((keys.amax(1) - keys.amin(1)).cpu())
         return self._scorer.score(inputs)
@@ -102,7 +102,7 @@ def calibration(model: Any, ids: Tensor, ratio: float, *, name: str = "") -> dic
     channels, shares = channels_and_shares(model, ids, ratio)
     return {
         "kind": KIND,
-        "version": VERSION,
+        "version": CALIBRATION_VERSION,
         "model": name,
         "tokens": len(ids),
         "ratio": ratio,

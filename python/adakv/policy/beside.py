@@ -172,7 +172,7 @@ def top_p(weights: Tensor, mass: float) -> Tensor:
 
 
 def layer_map(cost: Tensor) -> tuple[int, ...]:
-    """Of each row of ``cost`` ``[L, L']`` a column, none before that of the row above, so that
+    """A column for each row of ``cost`` ``[L, L']``, none before that of the row above, so that
     their sum is the least: by dynamic programming (SpecAttn, arXiv 2510.27641)."""
     best, came = cost[0], []
     for row in cost[1:]:

@@ -19,6 +19,9 @@ from adakv.policy.inputs import LayerInputs, check_range
 
 Table = tuple[tuple[float, ...], ...]  # [layers][heads]
 
+#: Of what ``adakv calibrate --json`` writes. An older reader would misread another one.
+CALIBRATION_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -170,8 +173,9 @@ def _read(path: str) -> Table:
 
 
 def _calibrated(file: dict[str, Any]) -> Any:
-    if file.get("version") != 1:
-        raise ValueError(f"its version must be 1, got {file.get('version')!r}")
+    version = file.get("version")
+    if version != CALIBRATION_VERSION:
+        raise ValueError(f"its version must be {CALIBRATION_VERSION}, got {version!r}")
     return file["shares"]
 
 

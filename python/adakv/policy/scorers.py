@@ -124,7 +124,7 @@ class Defensive:
             pooled = self._pooled(p).masked_fill(~candidates[:, :, None, None], 0)
             pooled *= p.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=1e-30)
             risk = risk.maximum(pooled.amax((2, 3)))
-        floor = risk.sum(-1, keepdim=True) / candidates.sum(-1, keepdim=True)
+        floor = inputs.mean(risk, self.window)
         norms = inputs.norms().masked_fill(~candidates, 0)
         if self.norm_share != "none":
             norms = norms / norms.sum(-1 if self.norm_share == "entries" else 1, keepdim=True)
