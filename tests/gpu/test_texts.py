@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import adakv
 from hf.families import LLAMA, VOCAB
@@ -68,6 +69,20 @@ def test_quantised_pages_are_evicted_from(policy: str, kv_dtype: str) -> None:
     assert cache.seen == [149, 149]
 
 
+def recorded(model: Any, cache: adakv.Cache, ids: Tensor) -> Tensor:
+    """Texts ``[B, T]``, gone on with by 70 tokens each in recorded steps."""
+    written: Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        custom_generate=adakv.cuda_graph_sample,
+        max_new_tokens=70,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return written
+
+
 @pytest.mark.parametrize("policy", REPEATABLE)
 def test_recorded_loops_equal_the_cpu(policy: str) -> None:
     """Choices lie between replays; and the pool may grow, which has the step recorded anew."""
@@ -76,15 +91,7 @@ def test_recorded_loops_equal_the_cpu(policy: str) -> None:
         cache, ids = evicting(model, policy), prompt.to(device)
         with adakv.attach(model):
             for _ in range(2):
-                ids = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    past_key_values=cache,
-                    custom_generate=adakv.cuda_graph_sample,
-                    max_new_tokens=70,
-                    do_sample=False,
-                    eos_token_id=None,
-                )
+                ids = recorded(model, cache, ids)
         written[device] = ids.cpu()
     assert written["cuda"].equal(written["cpu"])
 
@@ -99,15 +106,6 @@ def test_a_cache_that_becomes_garbage_ends_no_recording() -> None:
             for _ in range(3):
                 cache = evicting(model, REPEATABLE[0])
                 cache.itself = cache  # a cycle, which only the collector ends
-                ids = model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    past_key_values=cache,
-                    custom_generate=adakv.cuda_graph_sample,
-                    max_new_tokens=70,
-                    do_sample=False,
-                    eos_token_id=None,
-                )
-                assert ids.shape == (2, 140)
+                assert recorded(model, cache, prompt).shape == (2, 140)
     finally:
         gc.set_threshold(*before)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adakv
-from hf.families import VOCAB
+from hf import tiered
 from hf.test_bits import divergence, llama, logits
 from hf.test_hf import GREEDY, captured, prompts
 from hf.test_tiers import POLICIES
@@ -82,54 +82,27 @@ def test_channels_lie_in_the_order_of_what_their_codes_would_change(
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_the_loop_of_slots_writes_the_same_text(kind: str) -> None:
-    model, texts = llama(torch.bfloat16), []
-    batch = prompts(150, (0, 33))
-    with adakv.attach(model):
-        for loop in ({}, {"custom_generate": adakv.cuda_graph_sample}):
-            cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind)
-            given = {"past_key_values": cache, **GREEDY, "max_new_tokens": 40}
-            texts.append(model.generate(**batch, **given, **loop))
-    assert torch.equal(*texts)
+    assert torch.equal(*tiered.texts_of_loops(llama(torch.bfloat16), kind))
 
 
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str, kind: str) -> None:
     model = llama(torch.bfloat16)
-    given = [torch.randint(3, VOCAB, (length,)) for length in (170, 60, 140, 90, 40)]
-    settings: dict[str, Any] = {"policy": policy, "budget": 64, "max_new_tokens": 40}
-    settings["kv_dtype"] = kind
+    given, settings = tiered.given_to_batches(policy, kind)
     options = adakv.BatchOptions(max_batch=3, eos_token_id=())
     results = adakv.generate_batch(model, given, options=options, **settings)
     for prompt, result in zip(given, results, strict=True):
-        with adakv.attach(model):
-            alone = model.generate(
-                prompt[None],
-                attention_mask=torch.ones_like(prompt[None]),
-                past_key_values=adakv.Cache(model, **settings),
-                **GREEDY | {"max_new_tokens": 40},
-            )
-        assert result.tokens == alone[0, len(prompt) :].tolist()
+        assert result.tokens == tiered.written_alone(model, prompt, settings)
 
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_forks_and_moves_have_the_orders_of_their_sequences(kind: str) -> None:
     model = llama(torch.bfloat16)
-    batch = prompts(150, (0, 33))
     with adakv.attach(model), torch.no_grad():
-        cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind)
-        model(**batch, past_key_values=cache)
-        fork, moved = cache.fork(2)
-        moved.move_to("cpu")
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, 5, dtype=torch.int64)], 1)
-        turn = torch.randint(3, VOCAB, (2, 5))
-        given: dict[str, Any] = {"attention_mask": mask}
-        outs = [model(turn, past_key_values=x, **given).logits for x in (cache, fork, moved)]
-        beams = model.generate(
-            **batch,
-            past_key_values=adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind),
-            **{**GREEDY, "num_beams": 3},
-        )
+        of = tiered.Branched(model, kind)
+        outs = [of.logits(x) for x in (of.cache, of.fork, of.moved)]
+        beams = of.beams()
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
     assert beams.shape == (2, 162)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import adakv
-from hf.families import LLAMA, VOCAB
+from hf import tiered
+from hf.families import LLAMA
 from hf.test_bits import divergence, llama, logits
 from hf.test_hf import GREEDY, captured, prompts
 from hf.test_tiers import POLICIES
@@ -71,58 +72,35 @@ def test_channels_are_those_of_the_newest_queries_and_of_the_keys_that_stay(
 
 @pytest.mark.parametrize("kind", NARROW)
 def test_the_loop_of_slots_writes_the_same_text(kind: str) -> None:
-    model, texts = LLAMA.model(), []
-    batch = prompts(150, (0, 33))
-    with adakv.attach(model):
-        for loop in ({}, {"custom_generate": adakv.cuda_graph_sample}):
-            cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind)
-            given = {"past_key_values": cache, **GREEDY, "max_new_tokens": 40}
-            texts.append(model.generate(**batch, **given, **loop))
-    assert torch.equal(*texts)
+    assert torch.equal(*tiered.texts_of_loops(LLAMA.model(), kind))
 
 
 @pytest.mark.parametrize("kind", NARROW)
 @pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str, kind: str) -> None:
     model = LLAMA.model()
-    given = [torch.randint(3, VOCAB, (length,)) for length in (170, 60, 140, 90, 40)]
-    settings: dict[str, Any] = {"policy": policy, "budget": 64, "max_new_tokens": 40}
-    settings["kv_dtype"] = kind
+    given, settings = tiered.given_to_batches(policy, kind)
     options = adakv.BatchOptions(max_batch=3, eos_token_id=())
     results = adakv.generate_batch(model, given, options=options, **settings)
     for prompt, result in zip(given, results, strict=True):
-        with adakv.attach(model):
-            alone = model.generate(
-                prompt[None],
-                attention_mask=torch.ones_like(prompt[None]),
-                past_key_values=adakv.Cache(model, **settings),
-                **GREEDY | {"max_new_tokens": 40},
-            )
-        assert result.tokens == alone[0, len(prompt) :].tolist()
+        assert result.tokens == tiered.written_alone(model, prompt, settings)
 
 
 @pytest.mark.parametrize("kind", NARROW)
 def test_forks_moves_and_second_turns_have_the_bases_of_their_sequences(kind: str) -> None:
     model = LLAMA.model()
-    batch = prompts(150, (0, 33))
     with adakv.attach(model), torch.no_grad():
-        cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind)
-        model(**batch, past_key_values=cache)
-        fork, moved = cache.fork(2)
-        moved.move_to("cpu")
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, 5, dtype=torch.int64)], 1)
-        turn = torch.randint(3, VOCAB, (2, 5))
-        given: dict[str, Any] = {"attention_mask": mask}
-        outs = [model(turn, past_key_values=x, **given).logits for x in (fork, moved)]
+        of = tiered.Branched(model, kind)
+        outs = [of.logits(x) for x in (of.fork, of.moved)]
         one_by_one = [
-            model(turn[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : 151 + i])
+            model(
+                of.turn[:, i : i + 1],
+                past_key_values=of.cache,
+                attention_mask=of.mask[:, : 151 + i],
+            )
             for i in range(5)
         ]
-        beams = model.generate(
-            **batch,
-            past_key_values=adakv.Cache(model, "snapkv", budget=64, kv_dtype=kind),
-            **{**GREEDY, "num_beams": 3},
-        )
+        beams = of.beams()
     assert torch.equal(*outs)
     last = one_by_one[-1].logits[:, -1]
     assert (outs[0][:, -1] - last).abs().max() < 1e-4 * last.abs().max()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import adakv
-from hf.families import LLAMA, VOCAB
+from hf import tiered
+from hf.families import LLAMA
 from hf.test_bits import divergence, llama, logits
 from hf.test_hf import GREEDY, prompts
 
@@ -39,36 +40,20 @@ def test_tiers_of_one_format_are_one_cache(policy: str) -> None:
 
 
 def test_the_loop_of_slots_writes_the_same_text() -> None:
-    model, texts = llama(torch.bfloat16), []
-    batch = prompts(150, (0, 33))
-    with adakv.attach(model):
-        for loop in ({}, {"custom_generate": adakv.cuda_graph_sample}):
-            cache = adakv.Cache(model, "snapkv", budget=64, kv_dtype="auto:1/4 + int8:3/4")
-            given = {"past_key_values": cache, **GREEDY, "max_new_tokens": 40}
-            texts.append(model.generate(**batch, **given, **loop))
-    assert torch.equal(*texts)
+    assert torch.equal(*tiered.texts_of_loops(llama(torch.bfloat16), "auto:1/4 + int8:3/4"))
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
 def test_a_batch_writes_what_each_prompt_gets_alone(policy: str) -> None:
     model = llama(torch.bfloat16)
-    given = [torch.randint(3, VOCAB, (length,)) for length in (170, 60, 140, 90, 40)]
-    settings: dict[str, Any] = {"policy": policy, "budget": 64, "max_new_tokens": 40}
-    settings["kv_dtype"] = "auto:1/4 + int8:3/4"
+    given, settings = tiered.given_to_batches(policy, "auto:1/4 + int8:3/4")
     options = adakv.BatchOptions(max_batch=3, eos_token_id=())
     results = adakv.generate_batch(model, given, options=options, **settings)
     few = adakv.BatchOptions(max_batch=3, eos_token_id=(), cache_bytes=400_000)
     fewer = adakv.generate_batch(model, given, options=few, **settings)
     for prompt, result, other in zip(given, results, fewer, strict=True):
-        with adakv.attach(model):
-            cache = adakv.Cache(model, **settings)
-            alone = model.generate(
-                prompt[None],
-                attention_mask=torch.ones_like(prompt[None]),
-                past_key_values=cache,
-                **GREEDY | {"max_new_tokens": 40},
-            )
-        assert result.tokens == other.tokens == alone[0, len(prompt) :].tolist()
+        alone = tiered.written_alone(model, prompt, settings)
+        assert result.tokens == other.tokens == alone
     with pytest.raises(adakv.Error, match=r"prompts can never fit, .*1000"):
         none = adakv.BatchOptions(cache_bytes=1000)
         adakv.generate_batch(model, given, options=none, **settings)
