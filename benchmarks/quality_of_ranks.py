@@ -40,8 +40,11 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument("--shares", default="0.25,0.125")
     options.add_argument("--policies", default="ada_snapkv,model_column_max")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--device", default="cpu")
     given = options.parse_args()
-    model, tokenizer = load_model(given.model, dtype=torch.float32, device=torch.device("cpu"))
+    dtype, device = getattr(torch, given.dtype), torch.device(given.device)
+    model, tokenizer = load_model(given.model, dtype=dtype, device=device)
     size = data.Size(given.tokens, given.prompts, 2)
     tasks = {
         "questions": data.questions(given.qa, tokenizer, size, aware=False),
