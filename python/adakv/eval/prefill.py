@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicLayer
 import adakv
 from adakv import policy as policies
 from adakv.hf import Cache, hidden
-from adakv.hf.attachment import CACHE, AttendingLayer, cache_layers, decoder_of
-from adakv.hf.layers import attend_to_prompt
+from adakv.hf.attachment import CACHE, cache_layers, decoder_of
+from adakv.hf.layers import AttendingLayer, attend_to_prompt
 from adakv.hf.looking import read_beside
 from adakv.policy import Need, Policy
 from adakv.reading import Part

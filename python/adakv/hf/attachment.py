@@ -1,107 +1,32 @@
 """Lets a transformers model run with adakv's caches, through its public extension points.
 
-An attached model has an attention function that looks for a tag on the keys it is given. Keys with
-a tag come from a cache of ours, and the layer that put the tag there attends to them; all others
-get the attention the model had before. Nothing is patched and nothing is kept on the model.
+An attached model has an attention function (:func:`adakv.hf.layers.attention`) that looks for a tag
+on the keys it is given. Keys with a tag come from a cache of ours, and the layer that put the tag
+there attends to them; all others get the attention the model had before. Nothing is patched and
+nothing is kept on the model.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 import weakref
-from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
-from adakv.hf import families, long_rope
+from adakv.hf import families
+from adakv.hf.layers import attention
 from adakv.hf.wrappers import unwrapped
-from adakv.step import Attention
 
 _arguments = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 #: The argument by which models and ``generate`` take a cache: its name is another since 5.24.
 CACHE = "cache" if "cache" in _arguments else "past_key_values"
 
-TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
 _PREFIX = "adakv_"  # of the attention's name in an attached model
-
-
-@functools.partial(
-    torch.compiler.disable,
-    reason="adakv.Cache runs between the graphs of a compiled model, so fullgraph must be False",
-)
-def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls ``function`` outside of the graph that torch.compile makes of a model: caches count
-    tokens and make room on the host."""
-    return function(*args, **kwargs)
-
-
-class AttendingLayer(CacheLayerMixin):
-    """A layer of a cache of ours: it tags new keys, and attends to them itself."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
-
-    hidden: Tensor | None = None
-    """``[B, S, E]``, what its attention module was fed, until the layer attends: see
-    :mod:`adakv.hf.hidden`."""
-
-    def lazy_initialization(self, *args: Any) -> None:
-        """Nothing to do: pages are made elsewhere."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The new keys and values, tagged."""
-        setattr(key_states, TAG, self)
-        return key_states, value_states
-
-    @abstractmethod
-    def attend(
-        self,
-        inner: str,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the attention function of a model that had ``inner`` does with tagged keys.
-
-        Query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` as :meth:`update` gave them; the
-        result ``[B, S, Hq, D]``, and attention weights where ``inner`` gives any.
-        """
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: what positions and masks are made from."""
-        return 0
-
-    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
-        """Length and offset of the mask, from the number of queries or (4.57) their positions."""
-        columns = queries if isinstance(queries, int) else queries.shape[0]
-        return self.get_seq_length() + columns, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in 4.57
-
-
-#: Arguments of attention functions that depend on keys which may be evicted.
-_UNHEEDED = ("position_bias", "indices", "block_indices", "sinks")
 
 #: How many hold each attached decoder, and the attention that a name of ours stands for.
 _holders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
@@ -194,7 +119,7 @@ def _install(decoder: PreTrainedModel) -> None:
     # transformers takes every name with "flash" in it for one of its own.
     name = _PREFIX + inner.replace("flash_attention", "fa")
     _inners[name] = inner
-    AttentionInterface.register(name, functools.partial(_attention, inner))
+    AttentionInterface.register(name, functools.partial(attention, inner))
     AttentionMaskInterface.register(name, masks[inner])
     decoder.set_attn_implementation(name)
     if decoder.config._attn_implementation != name:
@@ -229,49 +154,3 @@ def cache_layers(decoder: PreTrainedModel) -> list[Any]:
 def own_layers(decoder: PreTrainedModel) -> list[Any]:
     """New layers as transformers' own cache has them."""
     return list(DynamicCache(config=decoder.config).layers)
-
-
-def _attention(
-    inner: str,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function of models that had ``inner`` before they were attached."""
-    layer = getattr(key, TAG, None)
-    if layer is None and not torch.compiler.is_compiling():
-        long_rope.check_dropped(module, query)
-    attend = inner_attention if layer is None else layer.attend
-    return attend(inner, module, query, key, value, attention_mask, **kwargs)
-
-
-#: How a layer attends that no forward has told of, as its entries come from a file.
-UNKNOWN = Attention()
-
-
-def attention_of(options: dict[str, Any]) -> Attention:
-    """How a layer attends, from the keyword arguments of its attention function.
-
-    Raises ``ValueError`` for arguments that say more than a step over kept entries can heed.
-    """
-    for name in _UNHEEDED:
-        if options.get(name) is not None:
-            raise ValueError(f"model: its attention takes {name}, which adakv.Cache can't heed")
-    sink_logits = options.get("s_aux")
-    return Attention(
-        options.get("scaling"),
-        options.get("softcap"),
-        None if sink_logits is None else sink_logits.detach().float(),
-    )
-
-
-def inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the model's attention was before it was attached."""
-    if inner == "eager":  # every modeling file has its own
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = AttentionInterface()[inner]
-    return attend(module, *args, **kwargs)

@@ -26,10 +26,10 @@ from adakv.devices import AnyCache, SplitStep, groups_of, grow_step
 from adakv.errors import Error
 from adakv.hf import families, hidden, long_rope, pool_size
 from adakv.hf.allocation import Allocation
-from adakv.hf.attachment import cache_layers, decoder_of, eagerly, is_attached, own_layers
+from adakv.hf.attachment import cache_layers, decoder_of, is_attached, own_layers
 from adakv.hf.eviction import Eviction, check_chunks
 from adakv.hf.hybrid import States, full_attention_layer, has_keys
-from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer
+from adakv.hf.layers import LAST_TOKEN_COMES_ALONE, FullAttentionLayer, eagerly
 from adakv.hf.looking import reader_of
 from adakv.hf.notices import Notices
 from adakv.hf.padding import Padding

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 
 from adakv.hf import families
-from adakv.hf.attachment import AttendingLayer, eagerly
+from adakv.hf.layers import AttendingLayer, eagerly
 from adakv.policy import Need
 
 

@@ -1,25 +1,22 @@
-"""Layers of :class:`adakv.Cache`: how a model's attention meets prompts and steps."""
+"""Layers of caches, and the attention function that meets them: it looks for the tag that a layer
+put on its keys, and has the layer attend to prompts and steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
 from adakv.devices import AnyCache
-from adakv.hf import families
-from adakv.hf.attachment import (
-    TAG,
-    UNKNOWN,
-    AttendingLayer,
-    attention_of,
-    eagerly,
-    inner_attention,
-)
+from adakv.hf import families, long_rope
 from adakv.hf.log_sum_exp import with_log_sum_exp
 from adakv.hf.padding import align, restore
 from adakv.reading import Part
@@ -34,6 +31,96 @@ LAST_TOKEN_COMES_ALONE = hasattr(GenerationMixin, "_prefill_chunking")
 #: Arguments of attention functions that change logits or add some: then torch's log-sum-exp, if
 #: there is one, may be another than that of the scores.
 _MORE_LOGITS = ("softcap", "s_aux", "position_bias")
+
+#: Arguments of attention functions that depend on keys which may be evicted.
+_UNHEEDED = ("position_bias", "indices", "block_indices", "sinks")
+
+TAG = "adakv_layer"  # attribute of keys: the cache layer that attends to them
+
+#: How a layer attends that no forward has told of, as its entries come from a file.
+UNKNOWN = Attention()
+
+
+@partial(
+    torch.compiler.disable,
+    reason="adakv.Cache runs between the graphs of a compiled model, so fullgraph must be False",
+)
+def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function`` outside of the graph that torch.compile makes of a model: caches count
+    tokens and make room on the host."""
+    return function(*args, **kwargs)
+
+
+def attention(
+    inner: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of models that had ``inner`` before they were attached."""
+    layer = getattr(key, TAG, None)
+    if layer is None and not torch.compiler.is_compiling():
+        long_rope.check_dropped(module, query)
+    attend = inner_attention if layer is None else layer.attend
+    return attend(inner, module, query, key, value, attention_mask, **kwargs)
+
+
+class AttendingLayer(CacheLayerMixin):
+    """A layer of a cache of ours: it tags new keys, and attends to them itself."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    hidden: Tensor | None = None
+    """``[B, S, E]``, what its attention module was fed, until the layer attends: see
+    :mod:`adakv.hf.hidden`."""
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: pages are made elsewhere."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values, tagged."""
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    @abstractmethod
+    def attend(
+        self,
+        inner: str,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the attention function of a model that had ``inner`` does with tagged keys.
+
+        Query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` as :meth:`update` gave them; the
+        result ``[B, S, Hq, D]``, and attention weights where ``inner`` gives any.
+        """
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what positions and masks are made from."""
+        return 0
+
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
+        """Length and offset of the mask, from the number of queries or (4.57) their positions."""
+        columns = queries if isinstance(queries, int) else queries.shape[0]
+        return self.get_seq_length() + columns, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in 4.57
 
 
 class FullAttentionLayer(AttendingLayer):
@@ -189,6 +276,31 @@ def attend_to_prompt(
     width = query.shape[1] * value.shape[3]
     w_o = partial(families.output_projection, module, width, value.new_empty(0))
     return result, Part(query, lambda: (key, value), attention_of(kwargs), w_o, lse)
+
+
+def attention_of(options: dict[str, Any]) -> Attention:
+    """How a layer attends, from the keyword arguments of its attention function.
+
+    Raises ``ValueError`` for arguments that say more than a step over kept entries can heed.
+    """
+    for name in _UNHEEDED:
+        if options.get(name) is not None:
+            raise ValueError(f"model: its attention takes {name}, which adakv.Cache can't heed")
+    sink_logits = options.get("s_aux")
+    return Attention(
+        options.get("scaling"),
+        options.get("softcap"),
+        None if sink_logits is None else sink_logits.detach().float(),
+    )
+
+
+def inner_attention(inner: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the model's attention was before it was attached."""
+    if inner == "eager":  # every modeling file has its own
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = AttentionInterface()[inner]
+    return attend(module, *args, **kwargs)
 
 
 def _aligned(part: Part, order: Tensor) -> Part:

@@ -21,16 +21,8 @@ from adakv.beside import DraftPages, Look, SmallEntries
 from adakv.cache import KVCache
 from adakv.entries import GrowingEntries
 from adakv.hf import families
-from adakv.hf.attachment import (
-    CACHE,
-    TAG,
-    AttendingLayer,
-    attach,
-    attention_of,
-    cache_layers,
-    decoder_of,
-    eagerly,
-)
+from adakv.hf.attachment import CACHE, attach, cache_layers, decoder_of
+from adakv.hf.layers import TAG, AttendingLayer, attention_of, eagerly
 from adakv.moving import moved
 from adakv.page_history import reader_of as page_reader_of
 from adakv.policy import LayerInputs, Read

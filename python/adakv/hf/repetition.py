@@ -15,7 +15,8 @@ from transformers import Cache as TransformersCache
 from adakv.cache import KVCache, sequences
 from adakv.entries import Held, HeldInputs
 from adakv.errors import Error
-from adakv.hf.attachment import CACHE, TAG, AttendingLayer, attention_of, eagerly, inner_attention
+from adakv.hf.attachment import CACHE
+from adakv.hf.layers import TAG, AttendingLayer, attention_of, eagerly, inner_attention
 from adakv.policy.attention import attention
 
 if TYPE_CHECKING:

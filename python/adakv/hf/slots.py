@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from adakv.cache import KVCache
 from adakv.devices import AnyCache, FirstSlots, SplitStep
 from adakv.errors import Error
-from adakv.hf.attachment import CACHE, AttendingLayer, attention_of
+from adakv.hf.attachment import CACHE
+from adakv.hf.layers import AttendingLayer, attention_of
 from adakv.hf.sampling import Chooser
 from adakv.page_history import recorded_reader_of
 from adakv.policy.reads import Read

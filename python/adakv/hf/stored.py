@@ -11,9 +11,8 @@ from torch import Tensor
 from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.hf import from_entries, saving
-from adakv.hf.attachment import UNKNOWN
 from adakv.hf.branches import BranchingCache, check_branches
-from adakv.hf.layers import FullAttentionLayer
+from adakv.hf.layers import UNKNOWN, FullAttentionLayer
 from adakv.hf.pool_size import pages_of
 from adakv.shape import Shape
 from adakv.tiered_cache import TieredCache
