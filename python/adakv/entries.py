@@ -404,9 +404,9 @@ class HeldInputs(LayerInputs):
             return super().attended(count, gain=gain, **how)
         if self.queries.shape[2] != count:
             self.check_window(count)
-        held, logits = self.held, self.attention.logits
+        held = self.held
         queries = self.queries if gain is None else scaled(self.queries, gain)
-        return ops.score(queries, None, held.view, held.longest, **logits, **how)
+        return ops.score(queries, None, held.view, held.longest, **self.logits, **how)
 
 
 def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

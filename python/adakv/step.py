@@ -36,15 +36,6 @@ class Attention(NamedTuple):
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     w_o: Callable[[], Tensor] | None = None
 
-    @property
-    def logits(self) -> dict[str, Any]:
-        """What :func:`adakv.ops.score` and :func:`adakv.ops.attend` have to know of it."""
-        return {
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sink_logits": self.sink_logits,
-        }
-
 
 class _Piece(NamedTuple):
     """Columns of a step that :meth:`KVCache.grow` made room for in one go."""

@@ -151,6 +151,12 @@ class LayerInputs:
         """T, the padded length of the prompts."""
         return self.keys.shape[2]
 
+    @cached_property
+    def logits(self) -> dict[str, Any]:
+        """What :func:`adakv.ops.score` has to know of the model's attention."""
+        of = self.attention
+        return {"scale": of.scale, "softcap": of.softcap, "sink_logits": of.sink_logits}
+
     def norms(self, norm: ops.Norm = "l1") -> Tensor:
         """``[B, Hkv, T]`` float32, :func:`adakv.ops.value_norm`; computed when first asked for."""
         if norm not in self._norms:
@@ -182,12 +188,10 @@ class LayerInputs:
             self.check_window(count)
         queries = self.queries if gain is None else scaled(self.queries, gain)
         if self.seq_lens is self.sequence_lens:
-            return ops.score(
-                queries, self.keys, seq_lens=self.seq_lens, **self.attention.logits, **how
-            )
+            return ops.score(queries, self.keys, seq_lens=self.seq_lens, **self.logits, **how)
         heads, sinks = self.num_kv_heads, self.attention.sink_logits
         queries = queries.view(len(queries), heads, -1, *queries.shape[2:])
-        lens, logits = self.seq_lens, self.attention.logits
+        lens, logits = self.seq_lens, self.logits
         assert lens is not None
         if sinks is None:  # a row is as good as a sequence
             keys = self.keys.flatten(0, 1)[:, None]

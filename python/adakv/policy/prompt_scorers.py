@@ -173,7 +173,7 @@ class PromptAttention:
         return ops.score(
             queries,
             keys,
-            **inputs.attention.logits,
+            **inputs.logits,
             lse=lse,
             window_reduce=reduce,
             group_reduce=self.group_reduce,
@@ -264,7 +264,7 @@ class ColumnMax:
             prompt.last,
             inputs.keys,
             seq_lens=inputs.seq_lens,
-            **inputs.attention.logits,
+            **inputs.logits,
             window_reduce="max",
             group_reduce="max",
         )
@@ -462,7 +462,7 @@ class RepeatAttention:
         scores = ops.score(
             queries[one],
             torch.cat([inputs.keys[one, :, :length], more[one]], 2),
-            **inputs.attention.logits,
+            **inputs.logits,
             **self._how,
         )
         return scores[0, :, :length]
