@@ -24,6 +24,7 @@ from adakv.policy.base import (
     Policy,
     Scorer,
     Selector,
+    TopScore,
 )
 from adakv.policy.beside import SmallKV, SpecAttn
 from adakv.policy.budget import Budget, ByteBudget
@@ -58,7 +59,7 @@ from adakv.policy.scorers import (
     Recency,
     WindowAttention,
 )
-from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.selectors import TwoStage
 from adakv.policy.text_scorers import (
     RKV,
     AhaKV,

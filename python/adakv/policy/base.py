@@ -42,6 +42,7 @@ __all__ = [
     "Policy",
     "Scorer",
     "Selector",
+    "TopScore",
     "needs_of",
 ]
 
@@ -155,6 +156,17 @@ class Selector(Protocol):
     ) -> Kept:
         """The kept positions; ``total`` is at least the sum of the budgets."""
         ...
+
+
+@dataclass(frozen=True)
+class TopScore:
+    """The highest scores."""
+
+    def select(
+        self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
+    ) -> Kept:
+        seq_lens = inputs.sequence_lens
+        return ops.select(scores, budgets, window=window, seq_lens=seq_lens, total=total)
 
 
 class LayerBudget(NamedTuple):

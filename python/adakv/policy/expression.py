@@ -26,7 +26,7 @@ from adakv.policy import (
     selectors,
     text_scorers,
 )
-from adakv.policy.base import EveryTokens, Policy
+from adakv.policy.base import EveryTokens, Policy, TopScore
 from adakv.policy.folded import Folded
 from adakv.policy.inputs import did_you_mean
 from adakv.policy.more_tokens import MoreTokens
@@ -55,7 +55,7 @@ _PARTS = {
     if isinstance(part, type) and part.__module__ == module.__name__ and not name.startswith("_")
     if part is not reads.PageRead  # what reads have in common
 }
-_PARTS |= {"EveryTokens": EveryTokens, "MoreTokens": MoreTokens, "Folded": Folded}
+_PARTS |= {part.__name__: part for part in (TopScore, EveryTokens, MoreTokens, Folded)}
 
 #: What may follow scorer, allocator and selector, in any order, and what tells it from other parts;
 #: as :class:`Policy` has them.

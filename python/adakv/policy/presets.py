@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from adakv.errors import short
 from adakv.policy.allocators import Adaptive, Capped, Everything, ModelWide, Pyramid, Uniform
-from adakv.policy.base import Policy
+from adakv.policy.base import Policy, TopScore
 from adakv.policy.class_scorers import ClassAttention, ClassQuotas, DualThreshold, EliteQueries
 from adakv.policy.expression import parse, parse_read
 from adakv.policy.fusion import RankFusion
@@ -33,7 +33,7 @@ from adakv.policy.scorers import (
     Recency,
     WindowAttention,
 )
-from adakv.policy.selectors import TopScore, TwoStage
+from adakv.policy.selectors import TwoStage
 from adakv.policy.text_scorers import (
     RKV,
     AhaKV,

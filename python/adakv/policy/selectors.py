@@ -1,4 +1,7 @@
-"""Which entries a kv head keeps within its budget; the window is always among them."""
+"""Which entries a kv head keeps within its budget, by more than their scores.
+
+By their scores alone: :class:`adakv.policy.base.TopScore`. The window is always among them.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,6 @@ from torch import Tensor
 from adakv import ops
 from adakv.policy.base import Kept, Need
 from adakv.policy.inputs import LayerInputs, check_choice, check_range, check_settings
-
-
-@dataclass(frozen=True)
-class TopScore:
-    """The highest scores."""
-
-    def select(
-        self, scores: Tensor, budgets: Tensor, inputs: LayerInputs, *, window: int, total: int
-    ) -> Kept:
-        return ops.select(
-            scores, budgets, window=window, seq_lens=inputs.sequence_lens, total=total
-        )
 
 
 @dataclass(frozen=True)
