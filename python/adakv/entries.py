@@ -38,11 +38,37 @@ class Part(NamedTuple):
     lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse
     hidden: Tensor | None = None  # [B, S, E], as LayerInputs.hidden
 
+    def copied(self) -> Part:
+        """With what belongs to its queries in memory of its own."""
+        lse, hidden = (None if x is None else x.clone() for x in (self.lse, self.hidden))
+        return self._replace(queries=self.queries.clone(), lse=lse, hidden=hidden)
+
 
 def all_hidden(parts: Sequence[Part]) -> Tensor | None:
     """A copy of the hidden states ``[B, n, E]`` of all parts, if all of them have some."""
     known = [part.hidden for part in parts if part.hidden is not None]
     return torch.cat(known, 1) if len(known) == len(parts) > 0 else None
+
+
+class Observed(NamedTuple):
+    """What a layer remembers of the parts that it took."""
+
+    newest: Part  # without its queries, unless it is the only one
+    parts: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
+    taken: tuple[Any, ...] = ()  # of each group
+    last: Tensor | None = None  # [B, Hq, W, D], the newest queries, for Policy.fold
+
+    def joined(self) -> Part:
+        """The newest part, with all queries and hidden states that are there, and with the queries'
+        log-sum-exp if that of all is known."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        known = [part.lse for part in self.parts if part.lse is not None]
+        return self.newest._replace(
+            queries=torch.cat([part.queries for part in self.parts], 2),
+            lse=torch.cat(known, 2) if len(known) == len(self.parts) else None,
+            hidden=all_hidden(self.parts),
+        )
 
 
 class GrowingEntries:
@@ -133,13 +159,6 @@ class Whole(NamedTuple):
         """The same."""
         return self
 
-    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
-        """:func:`adakv.ops.compact` of some of the entries, with what is folded into them."""
-        keys, values, biases = self.inputs.keys, self.inputs.values, None
-        if self.folding is not None:
-            values, biases = self.folding.fold(keys, values, kept)
-        ops.compact(keys, values, kept, view, page_ids, page_indptr, biases=biases)
-
 
 class Reserve(NamedTuple):
     """Those entries of a :class:`Whole` that may still be kept, one behind the other."""
@@ -173,12 +192,11 @@ class Reserve(NamedTuple):
         """Its scores, ``+inf`` for what always stays."""
         return _pinned(policy, self.inputs, self.scores)
 
-    def compact(self, kept: Kept, view: Layer, page_ids: Tensor, page_indptr: Tensor) -> None:
-        """:func:`adakv.ops.compact` of some of its entries."""
+    def places_of(self, kept: Kept) -> Tensor:
+        """``[K]`` int32: where some of its entries lie among keys and values."""
         batch, heads, length = self.places.shape
         index = kept.rows(batch * heads) * length + kept.positions.clamp(min=0)
-        places, seen = self.places.flatten()[index], torch.full_like(view.seen, length)
-        compact_rows(self.keys, self.values, places, kept, view, page_ids, page_indptr, seen=seen)
+        return self.places.flatten()[index]
 
 
 class Chosen(NamedTuple):

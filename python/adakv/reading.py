@@ -17,16 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adakv import ops
 from adakv.basis import ORDERS
 from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Chosen as Chosen
-from adakv.entries import GrowingEntries, Reserve, Whole, all_hidden, counts, of_tiers
+from adakv.entries import (
+    GrowingEntries,
+    Observed,
+    Reserve,
+    Whole,
+    all_hidden,
+    compact_rows,
+    counts,
+    of_tiers,
+)
 from adakv.entries import Part as Part
 from adakv.errors import Error
 from adakv.kept_scores import KeptScores
@@ -41,27 +51,6 @@ from adakv.policy import (
 from adakv.policy.protection import mask_of
 from adakv.tiered_cache import TieredCache
 from adakv.tiers import Tiers
-
-
-class _Observed(NamedTuple):
-    """What a layer remembers of the parts that it took."""
-
-    newest: Part  # without its queries, unless it is the only one
-    parts: tuple[Part, ...] = ()  # those whose queries are still there, or some of them
-    taken: tuple[Any, ...] = ()  # of each group
-    last: Tensor | None = None  # [B, Hq, W, D], the newest queries, for Policy.fold
-
-    def joined(self) -> Part:
-        """The newest part, with all queries and hidden states that are there, and with the queries'
-        log-sum-exp if that of all is known."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        known = [part.lse for part in self.parts if part.lse is not None]
-        return self.newest._replace(
-            queries=torch.cat([part.queries for part in self.parts], 2),
-            lse=torch.cat(known, 2) if len(known) == len(self.parts) else None,
-            hidden=all_hidden(self.parts),
-        )
 
 
 class Reader:
@@ -117,7 +106,7 @@ class Reader:
         scorer = self.policy.scorer
         self._partwise = scorer if isinstance(scorer, PartwiseScorer) else None
         self._groups: list[slice] = []  # prompts of one length, which are worked on together
-        self._observed: list[_Observed | None] = [None] * num_layers
+        self._observed: list[Observed | None] = [None] * num_layers
         self._joined: dict[int, GrowingEntries] = {}
         self.waiting: list[list[Whole | Reserve]] = []
         """What the layers of a model-wide policy hold until the last one has finished."""
@@ -197,7 +186,7 @@ class Reader:
         its budget, so that short ones don't pay for it. The part's memory may be used for something
         else afterwards.
         """
-        before = self._observed[layer] or _Observed(part)
+        before = self._observed[layer] or Observed(part)
         asks = self.policy.fold or self._tiers
         last = None if asks is None else asks.newest(part.queries, before.last)
         newest = part._replace(queries=part.queries[:, :, :0].clone(), lse=None, hidden=None)
@@ -205,17 +194,15 @@ class Reader:
             part = part._replace(hidden=None)
         parts: tuple[Part, ...] = (*before.parts, part)
         if self._partwise is not None and self._groups and self._is_long:
-            observed = _Observed(newest, parts, before.taken, last)
+            observed = Observed(newest, parts, before.taken, last)
             self._observed[layer] = self._take_parts(layer, observed)
             return
         if self._partwise is None and "all_queries" not in self.policy.needs:
             window = self._asked(torch.cat([self._asked(x.queries) for x in parts], 2)).clone()
             parts = (newest._replace(queries=window, hidden=all_hidden(parts)),)
         else:
-            lse, hidden = (None if x is None else x.clone() for x in (part.lse, part.hidden))
-            kept = part._replace(queries=part.queries.clone(), lse=lse, hidden=hidden)
-            parts = (*before.parts, kept)
-        self._observed[layer] = _Observed(newest, parts, before.taken, last)
+            parts = (*before.parts, part.copied())
+        self._observed[layer] = Observed(newest, parts, before.taken, last)
 
     def finish(
         self,
@@ -248,7 +235,7 @@ class Reader:
         if part is not None and self._observed[layer] is not None:
             self.take(layer, part)
             part = None
-        observed = self._observed[layer] if part is None else _Observed(part, last=part.queries)
+        observed = self._observed[layer] if part is None else Observed(part, last=part.queries)
         if layer != self._num_finished or observed is None:
             raise Error("an earlier forward stopped midway: reset() the cache")
         wholes = self._wholes(layer, observed, repeat)
@@ -317,7 +304,7 @@ class Reader:
                 for prompts, kept, entries in of_tier:
                     starts = next_page[prompts.start : prompts.stop + 1]
                     rows = view if len(self._groups) == 1 else sequences(view, prompts)
-                    entries.compact(kept, rows, page_ids, starts)
+                    compact(kept, entries, rows, page_ids, starts)
                 if chosen and isinstance(cache, KVCache):
                     cache.advance_pages(next_page, view.lengths)
         self.num_compacted += len(layers)
@@ -341,7 +328,7 @@ class Reader:
         """Whether not all that came of the prompts will be kept."""
         return any(n > self._budget.of(n) for n in self.lengths)
 
-    def _take_parts(self, layer: int, observed: _Observed) -> _Observed:
+    def _take_parts(self, layer: int, observed: Observed) -> Observed:
         """With all queries taken."""
         assert self._partwise is not None
         part = observed.joined()
@@ -351,7 +338,7 @@ class Reader:
         return observed._replace(parts=(), taken=taken)
 
     def _wholes(
-        self, layer: int, observed: _Observed, repeat: tuple[Tensor, Tensor] | None
+        self, layer: int, observed: Observed, repeat: tuple[Tensor, Tensor] | None
     ) -> list[Whole]:
         """A layer's prompts, group by group, with scores if queries were taken."""
         if observed.taken and observed.parts:
@@ -492,3 +479,18 @@ class Reader:
             ]
             for layer, layers in enumerate(finished)
         }
+
+
+def compact(
+    kept: ops.Kept, entries: Whole | Reserve, rows: ops.Layer, page_ids: Tensor, page_indptr: Tensor
+) -> None:
+    """:func:`adakv.ops.compact` of what is kept of some prompts' entries in a layer."""
+    if isinstance(entries, Reserve):  # the entries of all rows lie one behind the other
+        places, seen = entries.places_of(kept), torch.full_like(rows.seen, entries.inputs.length)
+        pages = page_ids, page_indptr
+        compact_rows(entries.keys, entries.values, places, kept, rows, *pages, seen=seen)
+        return
+    keys, values, biases = entries.inputs.keys, entries.inputs.values, None
+    if entries.folding is not None:  # what leaves becomes a part of what stays
+        values, biases = entries.folding.fold(keys, values, kept)
+    ops.compact(keys, values, kept, rows, page_ids, page_indptr, biases=biases)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from adakv.ops import Layer, append
 from adakv.policy import PartwiseScorer, Policy, Protection
-from adakv.reading import Part, Reader
+from adakv.reading import Part, Reader, compact
 from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
@@ -426,7 +426,7 @@ class EngineCache:
             )
             tail = None if tails is None else tails[layer]
             rows = self.pages[layer].layer(self._rows.positions, *tables, tails=tail)
-            chosen.entries.compact(chosen.kept, rows, usable, starts)
+            compact(chosen.kept, chosen.entries, rows, usable, starts)
         return lengths
 
     def _written(self, prompt: Prompt, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
