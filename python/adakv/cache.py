@@ -137,7 +137,7 @@ class KVCache:
         self.all_layers = Layer._make(self._cache.all_layers())
         # What all layers share is one tensor: compiled graphs take two for different memory.
         shared = {name: getattr(self.all_layers, name) for name in SHARED}
-        self._layers = tuple(
+        self.layers = tuple(
             Layer._make(self._cache.layer(layer))._replace(**shared)
             for layer in range(self.num_layers)
         )
@@ -145,14 +145,12 @@ class KVCache:
     all_layers: Layer
     """The tensors of all layers, with a leading L on all but those that are shared."""
 
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The tensors of each layer, as the verbs take them."""
-        return self._layers
+    layers: tuple[Layer, ...]
+    """The tensors of each layer, as the verbs take them."""
 
     def layer(self, layer: int) -> Layer:
         """The tensors of one layer."""
-        return self._layers[layer]
+        return self.layers[layer]
 
     @property
     def plan_inputs(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,9 +49,9 @@ def calls_of_layer(policy: str, num_layers: int) -> dict[str, list[tuple[str, st
 @pytest.mark.parametrize(
     ("policy", "what", "most", "most_files"),
     [
-        ("ada_snapkv", "prefill", 44, 9),
+        ("ada_snapkv", "prefill", 43, 9),
         ("ada_snapkv", "step", 7, 4),
-        ("model_column_max", "prefill", 86, 12),
+        ("model_column_max", "prefill", 82, 12),
     ],
 )
 def test_a_layer_is_few_calls_in_few_files(
