@@ -20,7 +20,8 @@ from adakv.reselection import Rule
 from adakv.step import Attention
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
-from adakv.vllm.pages import Pages, entry_bytes, spans_layers
+from adakv.vllm.page_memory import Pages, entry_bytes
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, Plan, Scheduler, plan
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.steps import Step

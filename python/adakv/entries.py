@@ -23,6 +23,9 @@ from adakv.step import Attention
 from adakv.tiered_cache import TieredCache
 from adakv.tiers import Tiers
 
+#: Gives keys and values ``[B, Hkv, T, D]``.
+Entries = Callable[[], tuple[Tensor, Tensor]]
+
 
 class Part(NamedTuple):
     """What a layer hands over of its prompts: new queries, and all entries so far.
@@ -32,7 +35,7 @@ class Part(NamedTuple):
     """
 
     queries: Tensor  # [B, Hq, S, D], those of the last S columns
-    entries: Callable[[], tuple[Tensor, Tensor]]
+    entries: Entries
     attention: Attention = Attention()
     w_o: Callable[[], Tensor] | None = None
     lse: Tensor | None = None  # [B, Hq, S] float32, as LayerInputs.lse

@@ -28,6 +28,7 @@ from adakv.cache import KVCache, sequences
 from adakv.devices import AnyCache, SplitCache
 from adakv.entries import Chosen as Chosen
 from adakv.entries import (
+    Entries,
     GrowingEntries,
     Observed,
     Reserve,
@@ -161,21 +162,10 @@ class Reader:
         stays = (self._protection or Protection()).spans(lengths)
         self._classes.check(self._budget, lengths, self.num_layers, stays)
 
-    def join(
-        self, layer: int, keys: Tensor, values: Tensor, *, start: int
-    ) -> tuple[Tensor, Tensor]:
-        """Puts a part's keys and values ``[B, Hkv, S, D]`` behind the ``start`` columns before.
-
-        For adapters whose attention wants a prompt's entries side by side. The result, all of them,
-        are views of memory that the reader holds until the layer finishes.
-        """
-        if layer not in self._joined:
-            self._joined[layer] = GrowingEntries()
-        return self._joined[layer].put(keys, values, start)
-
-    def joined(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What the newest :meth:`join` gave."""
-        return self._joined[layer].view()
+    def side_by_side(self, layer: int) -> GrowingEntries:
+        """Where adapters whose attention wants a prompt's entries in one piece put those of a
+        layer's parts; until the layer finishes."""
+        return self._joined.setdefault(layer, GrowingEntries())
 
     def take(self, layer: int, part: Part) -> None:
         """Remembers what the policy will have to know of a part's queries.
@@ -251,6 +241,20 @@ class Reader:
             return {layer: list(map(Chosen, self._groups, kept, wholes))}
         self.waiting.append(list(map(self._held, wholes)))
         return {} if self._num_finished < self.num_layers else self._choose_all()
+
+    def finish_alike(self, layers: range, entries: Entries) -> list[Chosen]:
+        """:meth:`finish` of several layers of a prompt, as of as many prompts ``[n]`` of one layer.
+
+        For layers that attend alike, and policies that neither span layers nor need anything.
+        """
+        parts = [x.joined() for x in self._observed[layers.start : layers.stop] if x is not None]
+        assert layers.start == self._num_finished and len(parts) == len(layers)
+        self._observed[layers.start : layers.stop] = [None] * len(layers)
+        self._num_finished = layers.stop
+        alike = Reader(self._budget, 1, holds_entries=False, protection=self._protection)
+        alike.begin(self.lengths * len(layers), *self.lengths)
+        queries = torch.cat([part.queries for part in parts])
+        return alike.finish(0, parts[0]._replace(queries=queries, entries=entries))[0]
 
     def compact(
         self, chosen: dict[int, list[Chosen]], kv: AnyCache, *, first_sequence: int = 0

@@ -32,7 +32,7 @@ def check_shrinks(policy: Policy) -> None:
             "can't choose again for another one"
         )
     for part in (policy.allocator, policy.selector):
-        if missing := needs_of(part) - {"w_o"}:
+        if missing := needs_of(part) - {"w_o", "layer"}:
             raise ValueError(
                 f"policy: {type(part).__name__} needs {', '.join(sorted(missing))}, which are "
                 "there while a prompt is read: it can't choose again later"

@@ -58,5 +58,5 @@ def test_outliers_name_what_is_wrong(device: torch.device) -> None:
 def test_outliers_are_written_down() -> None:
     text = "HiddenOutlier(channel=507, layer=12) * Uniform() * TopScore()"
     policy = get(text)
-    assert policy.needs == {"hidden"}
+    assert policy.needs == {"hidden", "layer"}
     assert get(str(policy)) == policy

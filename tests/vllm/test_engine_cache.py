@@ -15,7 +15,7 @@ from adakv.step import Attention
 from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
-from adakv.vllm.pages import Pages, entry_bytes, num_scales
+from adakv.vllm.page_memory import Pages, entry_bytes, num_scales
 from adakv.vllm.plan import Order
 from adakv.vllm.prompt_attention import FlashAttention
 from engine_steps import (

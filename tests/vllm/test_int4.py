@@ -11,7 +11,7 @@ from adakv.cache import KVCache
 from adakv.errors import Error
 from adakv.vllm.config import Settings
 from adakv.vllm.metadata import batch_of
-from adakv.vllm.pages import Pages, entry_bytes
+from adakv.vllm.page_memory import Pages, entry_bytes
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.tails import Tails
 from engine_steps import BUDGET, LAYERS, NUM_BLOCKS, run_step

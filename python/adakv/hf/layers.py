@@ -150,9 +150,8 @@ class FullAttentionLayer(AttendingLayer):
         if cache.handed_out:
             cache.check_attended()
         if cache.reading is not None and cache.waits:
-            key_states, value_states = cache.reading.join(
-                self.index, key_states, value_states, start=self.num_seen
-            )
+            side_by_side = cache.reading.side_by_side(self.index)
+            key_states, value_states = side_by_side.put(key_states, value_states, self.num_seen)
         cache.handed_out = True
         setattr(key_states, TAG, self)
         return key_states, value_states
@@ -224,8 +223,8 @@ class FullAttentionLayer(AttendingLayer):
         if not cache.waits:
             cache.finish(self.index, part)
         else:
-            joined = partial(reader.joined, self.index)
-            reader.take(self.index, part._replace(entries=joined, lse=None))
+            entries = reader.side_by_side(self.index).view
+            reader.take(self.index, part._replace(entries=entries, lse=None))
             if columns == 1 and LAST_TOKEN_COMES_ALONE:
                 cache.finish(self.index)
         self.num_seen += columns

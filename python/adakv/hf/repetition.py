@@ -129,7 +129,7 @@ class RepeatLayer(AttendingLayer):
         if torch.compiler.is_compiling():
             return eagerly(self.update, key_states, value_states, *args, **kwargs)
         assert self._cache.reading is not None
-        keys, values = self._cache.reading.joined(self._index)
+        keys, values = self._cache.reading.side_by_side(self._index).view()
         new_keys, new_values = key_states.to(keys.dtype), value_states.to(values.dtype)
         return super().update(torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2))
 

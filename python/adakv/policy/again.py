@@ -30,7 +30,7 @@ def check_unfolded(policy: Policy, name: str) -> None:
 def check_chooses_again(policy: Policy, name: str = "decode_budget") -> None:
     """Raises ``ValueError`` if a policy can't choose again, as ``name`` wants it to."""
     check_unfolded(policy, name)
-    there = {"w_o", "budget", "queries", *(("all_queries",) if carries(policy) else ())}
+    there = {"w_o", "budget", "queries", "layer", *(("all_queries",) if carries(policy) else ())}
     if name == "chunk_budget":  # an instruction is read behind every chunk
         there.add("repeat")
     if missing := policy.needs - there:

@@ -51,9 +51,11 @@ __all__ = [
 #: "all_queries": those of all positions; "rotate": the model's RoPE; "repeat": queries and keys of
 #: a repetition; "budget": how many entries stay; "classes": which tokens are of an image, or of
 #: what else; "hidden": what the layer's attention is fed; "queries", of an allocator or a selector:
-#: those of the window, which else the scorer alone reads. An allocator that is model-wide needs
-#: nothing.
-Need = Literal["w_o", "all_queries", "rotate", "repeat", "budget", "classes", "hidden", "queries"]
+#: those of the window, which else the scorer alone reads; "layer": which layer it is, without which
+#: layers may come as prompts of one. An allocator that is model-wide needs nothing.
+Need = Literal[
+    "w_o", "all_queries", "rotate", "repeat", "budget", "classes", "hidden", "queries", "layer"
+]
 
 
 def needs_of(*parts: object) -> frozenset[Need]:

@@ -184,7 +184,7 @@ class DualThreshold:
     most: float = 0.001
     window: int = 1
     pinned: int = 0
-    needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "classes"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"all_queries", "classes", "layer"})
     evicts: ClassVar[str] = "image"
     of_first_layer: ClassVar[bool] = True
 

@@ -41,7 +41,7 @@ class Gate:
     window: int = 32
     pinned: int = 4
     threshold: float | None = None
-    needs: ClassVar[frozenset[Need]] = frozenset({"hidden"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"hidden", "layer"})
 
     def __post_init__(self) -> None:
         check_scorer(self)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakv.policy.attention import attention
+from adakv.policy.base import Need
 from adakv.policy.inputs import LayerInputs, check_range, check_settings, pin_first
 from adakv.policy.weights import Weights, read, set_file
 
@@ -44,6 +45,7 @@ class LearnedScorer:
 
     file: str
     pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"layer"})
     carries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class HiddenOutlier:
     layer: int = 0
     window: int = 32
     pinned: int = 0
-    needs: ClassVar[frozenset[Need]] = frozenset({"hidden"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"hidden", "layer"})
 
     def __post_init__(self) -> None:
         check_scorer(self)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adakv.policy.base import LayerSchedule
+from adakv.policy.base import LayerSchedule, Need
 from adakv.policy.inputs import LayerInputs, check_range
 
 Table = tuple[tuple[float, ...], ...]  # [layers][heads]
@@ -48,6 +48,7 @@ class Profile:
     shares: Table = ()
     file: str | None = None
     group: int = 1
+    needs: ClassVar[frozenset[Need]] = frozenset({"layer"})
     is_model_wide: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

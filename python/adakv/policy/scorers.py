@@ -250,6 +250,7 @@ class Random:
     seed: int = 0
     window: int = 32
     pinned: int = 0
+    needs: ClassVar[frozenset[Need]] = frozenset({"layer"})
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -36,15 +36,16 @@ from adakv.reading import Part, Reader, compact
 from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
-from adakv.vllm.pages import Pages, SharedPages, kept_of_all, spans_layers
+from adakv.vllm.page_memory import Pages, entries_of
+from adakv.vllm.pages import SharedPages, kept_of, kept_of_all, spans_layers
 from adakv.vllm.plan import Plan, Scheduler
 from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
     READ_BY_TORCH,
     BlockBudget,
     Prompt,
+    are_alike,
     classes_of,
-    entries_of,
     is_plain,
     read_by_torch,
 )
@@ -62,7 +63,7 @@ class EngineCache:
     policy : :class:`adakv.policy.Policy`
     budget : int
         Mean entries per kv head.
-    pages : one :class:`adakv.vllm.pages.Pages` for each layer
+    pages : one :class:`adakv.vllm.page_memory.Pages` for each layer
         The engine's memory, ``N = num_blocks * num_kv_heads``; one memory, if the policy's layers
         keep unequally much (see pages.py).
     num_kv_heads : int
@@ -104,13 +105,11 @@ class EngineCache:
         self.boundaries, self.lengths = self._rows.boundaries, self._rows.lengths
         self._has_codes, is_int4 = pages[0].key_scales is not None, pages[0].is_int4
         self._tails = Tails(num_requests, pages, num_kv_heads) if is_int4 else None
-        # Where entries are moved as they are, with their scales.
-        moves = self._has_codes and not is_int4
-        self._alone = [SharedPages([x], num_kv_heads) for x in pages if moves]
         self._budget = BlockBudget(
             policy, budget, block_size=self.block_size, num_kv_heads=num_kv_heads
         )
         self._attentions, self._w_o = attentions, w_o
+        self._are_alike = are_alike(policy, attentions)
         self._takes_parts = isinstance(policy.scorer, PartwiseScorer)
         self._torch_is_faster = (
             self.device.type == "cpu"
@@ -383,7 +382,8 @@ class EngineCache:
         if isinstance(self._pages, SharedPages):
             most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
             if self._tails is None:
-                lengths = self._pages.compact(kept_of_all(reader), page_ids, most)
+                everything = range(self.num_layers), kept_of_all(reader)
+                lengths = self._pages.compact(*everything, page_ids, most)
             else:
                 lengths = self._pages.quantise(
                     kept_of_all(reader),
@@ -393,11 +393,13 @@ class EngineCache:
                     self._rows.positions,
                     self._tails.joined(self._tails.place(prompt.request)),
                 )
-        elif self._alone:
-            totals = reader.totals(self.num_kv_heads)
-            kept = (reader.finish(layer)[layer][0].kept for layer in range(self.num_layers))
-            moves = zip(self._alone, kept, totals, strict=True)
-            lengths = torch.cat([x.compact([of], page_ids, sum(most)) for x, of, most in moves])
+        elif tails is None:
+            totals, moved = reader.totals(self.num_kv_heads), []
+            for layers in self._pages.together(boundary):
+                kept = kept_of(layers, reader, self._pages, page_ids, self._are_alike)
+                most = sum(sum(totals[layer]) for layer in layers)
+                moved.append(self._pages.compact(layers, kept, page_ids, most))
+            lengths = torch.cat(moved)
         else:
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1], tails)
         if computed > boundary and tails is None:
@@ -408,8 +410,9 @@ class EngineCache:
         entries = self.num_layers * self.num_kv_heads * boundary
         self._kept.append((entries, Later(lengths.sum()[None])))
 
-    def _compact(self, reader: Reader, page_ids: Tensor, tails: Sequence[Tensor] | None) -> Tensor:
-        """Moves what each layer keeps into its pages ``[Hkv, blocks]``; ``[L, Hkv]`` lengths."""
+    def _compact(self, reader: Reader, page_ids: Tensor, tails: Sequence[Tensor]) -> Tensor:
+        """Quantises what each layer keeps into its pages of int4 ``[Hkv, blocks]``; ``[L, Hkv]``
+        lengths."""
         heads = self.num_kv_heads
         # compact() also wants a page per row to go on in: the last block's, though rows go on in
         # the blocks from `tail` on.
@@ -424,8 +427,7 @@ class EngineCache:
                 self._integers(1, heads, 1),
                 self._integers(1),
             )
-            tail = None if tails is None else tails[layer]
-            rows = self.pages[layer].layer(self._rows.positions, *tables, tails=tail)
+            rows = self.pages[layer].layer(self._rows.positions, *tables, tails=tails[layer])
             compact(chosen.kept, chosen.entries, rows, usable, starts)
         return lengths
 

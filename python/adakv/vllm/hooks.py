@@ -34,7 +34,8 @@ from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.ledger import Ledger, ledger_name
-from adakv.vllm.pages import Pages, entry_bytes, spans_layers
+from adakv.vllm.page_memory import Pages, entry_bytes
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention
 from adakv.vllm.rotation import rotation

@@ -5,26 +5,21 @@ of its first blocks row by row. Where every layer keeps equally much, a layer's 
 that layer. Where it doesn't, only the sum over the layers is known beforehand: then the pages of
 all layers, block by block, are one list, of which any row of any layer may have any. For that the
 layers' memory has to be one.
-
-A page holds keys and values, or their codes with the scales behind them (docs/bits.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adakv import ops
-from adakv.entries import dequantised, int4_keys, int4_values
-from adakv.formats import SCALE_GROUP
-from adakv.ops import Kept, Layer
+from adakv.ops import Kept
 from adakv.policy import Flat, Policy
 from adakv.reading import Reader
+from adakv.vllm.page_memory import Pages, entries_of, in_one_memory
 from adakv.vllm.steps import Tables, sent
 
 
@@ -33,116 +28,9 @@ def spans_layers(policy: Policy) -> bool:
     return policy.is_model_wide or not isinstance(policy.allocator.layers, Flat)
 
 
-#: Pages that are dequantised at a time, so that little of it is in float32.
-_AT_ONCE = 4096
-
-
-class Pages(NamedTuple):
-    """Pages of a layer, as :class:`adakv.ops.Layer` has them, without positions."""
-
-    entries: Tensor  # [N, 2, P, D], or their codes
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-
-    @classmethod
-    def within(cls, memory: Tensor, kv_dtype: str, *, head_dim: int, dtype: torch.dtype) -> Pages:
-        """Pages of codes in ``memory`` ``[N, P, entry_bytes(...)]`` uint8: codes of keys, codes of
-        values, scales of keys, scales of values. (Of int4 P is 32.)"""
-        num_pages, page_size, _ = memory.shape
-        bytes_ = memory.view(num_pages, -1)  # fails rather than copies
-        width = head_dim // 2 if kv_dtype == "int4" else head_dim
-        codes, rest = bytes_.tensor_split([2 * page_size * width], 1)
-        if kv_dtype == "fp8":
-            codes = codes.view(torch.float8_e4m3fn)
-        of_entry = page_size, num_scales(kv_dtype, head_dim)
-        of_keys = (2, head_dim) if kv_dtype == "int4" else of_entry
-        scales = rest.view(dtype).tensor_split([math.prod(of_keys)], 1)
-        keys, values = (x.unflatten(1, y) for x, y in zip(scales, (of_keys, of_entry), strict=True))
-        return cls(codes.unflatten(1, (2, page_size, width)), keys, values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of keys and values."""
-        return self.entries.dtype if self.key_scales is None else self.key_scales.dtype
-
-    @property
-    def page_size(self) -> int:
-        """Entries of a page."""
-        return self.entries.shape[2]
-
-    @property
-    def is_int4(self) -> bool:
-        """Whether keys of a page share scales: then entries don't move, they are quantised anew,
-        and the newest ones of a row lie elsewhere (see tails.py)."""
-        return self.key_scales is not None and self.key_scales.shape[1] != self.page_size
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a key."""
-        return self.entries.shape[3] * (2 if self.is_int4 else 1)
-
-    @property
-    def parts(self) -> list[Tensor]:
-        """What an entry consists of, ``[N, P, ...]`` each."""
-        entries = self.entries
-        if entries.dtype == torch.float8_e4m3fn:
-            entries = entries.view(torch.uint8)  # torch moves bytes on every device
-        scales = [x for x in (self.key_scales, self.value_scales) if x is not None]
-        return [entries[:, 0], entries[:, 1], *scales]
-
-    def layer(self, positions: Tensor, *tables: Tensor, tails: Tensor | None = None) -> Layer:
-        """What ``attend`` takes of some rows, with their ``tables``: lengths, block table, fresh
-        pages and tokens seen; and of int4 with their ``tails``."""
-        lengths, block_table, fresh, seen = tables
-        held = self.entries, positions, block_table, lengths, seen, fresh
-        return Layer(*held, self.key_scales, self.value_scales, tails)
-
-    def spread(self, count: int) -> Pages:
-        """The first ``count`` pages from this layer's first one on, as far apart as its own."""
-        entries, *scales = (
-            None if x is None else x.as_strided((count, *x.shape[1:]), x.stride()) for x in self
-        )
-        assert entries is not None
-        return Pages(entries, *scales)
-
-    def move(self, source: Tensor, source_slot: Tensor, to: Tensor, to_slot: Tensor) -> None:
-        """Copies entries in slots of ``source`` pages ``[n]`` to those of others, after all have
-        been read."""
-        if self.key_scales is not None or not self.entries.is_contiguous():
-            for part in self.parts:
-                part[to, to_slot] = part[source, source_slot]
-            return
-        vectors, size = self.entries.view(-1, self.entries.shape[-1]), self.page_size
-        keys_from, keys_to = source * (2 * size) + source_slot, to * (2 * size) + to_slot
-        entries = vectors.index_select(0, torch.cat([keys_from, keys_from + size]))
-        vectors.index_copy_(0, torch.cat([keys_to, keys_to + size]), entries)
-
-    def read(self, page_ids: Tensor) -> Tensor:
-        """Keys and values ``[n, 2, P, D]`` of pages ``[n]``, copied; of int4 those that are
-        full."""
-        if self.key_scales is None or self.value_scales is None:
-            return self.entries[page_ids]
-        shape = len(page_ids), 2, self.page_size, self.head_dim
-        found = torch.empty(shape, dtype=self.dtype, device=page_ids.device)
-        read = (int4_keys, int4_values) if self.is_int4 else (dequantised, dequantised)
-        for into, ids in zip(found.split(_AT_ONCE), page_ids.split(_AT_ONCE), strict=True):
-            for half, scales in enumerate((self.key_scales, self.value_scales)):
-                into[:, half] = read[half](self.entries[ids, half], scales[ids], self.dtype)
-        return found
-
-
-def num_scales(kv_dtype: str, head_dim: int) -> int:
-    """Scales, and zeros, of a key or a value; of int4 of a value."""
-    return -(-head_dim // SCALE_GROUP) * {"int8": 2, "fp8": 1, "int4": 2}[kv_dtype]
-
-
-def entry_bytes(kv_dtype: str, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a key and a value in pages of codes, those of int4 with a 32nd of their page's
-    scales of keys."""
-    if kv_dtype == "int4":
-        of_keys = 2 * head_dim * dtype.itemsize // 32
-        return head_dim + of_keys + num_scales(kv_dtype, head_dim) * dtype.itemsize
-    return 2 * (head_dim + num_scales(kv_dtype, head_dim) * dtype.itemsize)
+#: Slots of a kv head, of all layers together, that are chosen from at a time: as many as a layer of
+#: a long prompt has, as what they hold is copied.
+_SLOTS_AT_ONCE = 32768
 
 
 class OwnPages:
@@ -164,6 +52,7 @@ class OwnPages:
         self._heads, self._device = num_kv_heads, layers[0].entries.device
         self._dealt_of_block = num_kv_heads
         self._own = torch.arange(num_kv_heads, device=self._device)[:, None]
+        self._memory = in_one_memory(layers)
         self._order: Tensor | None = None
         if is_dealt_again:
             num_pages = len(layers[0].entries)
@@ -219,6 +108,60 @@ class OwnPages:
         pages = _of_requests(blocks, number) * self._heads + self._place(in_block)
         is_kept = torch.arange(width, device=self._device) < kept_pages[..., None]
         self._order[torch.where(is_kept, pages + self._begins, -1)] = table
+
+    def together(self, length: int) -> list[range]:
+        """Layers whose requests of ``length`` tokens are compacted at once."""
+        count = len(self.of_layers)
+        most = 1 if self._memory is None else max(_SLOTS_AT_ONCE // length, 1)
+        return [range(i, min(i + most, count)) for i in range(0, count, most)]
+
+    def memory_of(self, layers: range) -> tuple[Pages, Tensor]:
+        """Pages in which those of some layers are found, and the first one of each layer, ``[n]``.
+
+        Raises ``ValueError`` for several layers that are not in one memory.
+        """
+        if self._memory is not None:
+            pages, firsts = self._memory
+            return pages, firsts[layers.start : layers.stop]
+        (layer,) = layers
+        return self.of_layers[layer], self._own.new_zeros(1)
+
+    def compact(self, layers: range, kept: Sequence[Kept], page_ids: Tensor, most: int) -> Tensor:
+        """Moves what is kept of a whole request in some layers into its first blocks.
+
+        Pages may be taken by what another row keeps: first all that is kept is copied.
+
+        Parameters
+        ----------
+        layers : range
+            Of shared pages all.
+        kept : sequence of :class:`adakv.ops.Kept`
+            Of the rows of all these layers, one behind the other.
+        page_ids : ``[Hkv, blocks]``
+            The request's pages in a layer's own memory.
+        most : int
+            At least as many as are kept in all.
+
+        Returns
+        -------
+        lengths : ``[n, Hkv]`` int32
+        """
+        pages, firsts = self.memory_of(layers)
+        size = pages.page_size
+        positions, starts = _joined(kept, most, 1)
+        lengths = starts.diff().view(len(layers), -1)
+        number = torch.arange(most, device=self._device)
+        # Whoever is behind the last entry is the first one again, and is put where that is put.
+        number = number.where(number < starts[-1], 0)
+        row = torch.searchsorted(starts[1:], number, right=True)
+        place, position = number - starts[row], positions[number].long()
+        first, head = firsts[row // self._heads], row % self._heads
+        source = first + page_ids[head, position // size]
+        dealt = self._dealt_before(-(-lengths // size)[:, None]).flatten()[row] + place // size
+        target = page_ids[0, dealt // self._dealt_of_block]
+        target = target + self._place_in_memory(dealt % self._dealt_of_block, first)
+        pages.move(source, position % size, target, place % size)
+        return lengths
 
     def compact_in_place(
         self,
@@ -302,6 +245,10 @@ class OwnPages:
         """Where the pages of a block lie, behind ``block * Hkv``."""
         return in_block
 
+    def _place_in_memory(self, in_block: Tensor, first: Tensor) -> Tensor:
+        """The same in the memory of all layers, in that of a layer whose first page is given."""
+        return first + in_block
+
 
 class SharedPages(OwnPages):
     """Rows of any layer have pages of all layers: ``first[layer] + block * Hkv + head`` in one view
@@ -317,33 +264,22 @@ class SharedPages(OwnPages):
         self, layers: Sequence[Pages], num_kv_heads: int, *, is_dealt_again: bool = False
     ) -> None:
         super().__init__(layers, num_kv_heads)
-        lowest = min(layers, key=lambda pages: pages.entries.data_ptr())
-        first, memory = lowest.entries, lowest.entries.untyped_storage().data_ptr()
-        size = first.stride(0) * first.itemsize
-        apart = [pages.entries.data_ptr() - first.data_ptr() for pages in layers]
-        if any(
-            pages.entries.untyped_storage().data_ptr() != memory
-            or pages.entries.stride() != first.stride()
-            or (pages.key_scales is None and not pages.entries.is_contiguous())
-            or distance % size
-            for pages, distance in zip(layers, apart, strict=True)
-        ):
+        if self._memory is None:
+            entries = [pages.entries for pages in layers]
             raise ValueError(
                 "adakv: a policy whose layers keep unequally much needs the caches of all layers "
-                f"in one memory, whole pages of {size} bytes apart, got strides of "
-                f"{sorted({pages.entries.stride() for pages in layers})} and distances of {apart} "
-                "bytes"
+                f"in one memory, whole pages apart, got strides of "
+                f"{sorted({x.stride() for x in entries})} and addresses of "
+                f"{[x.data_ptr() for x in entries]}"
             )
-        firsts = [distance // size for distance in apart]
-        all_pages = lowest.spread(max(firsts) + len(first))
+        all_pages, firsts = self._memory
         self.of_layers = [all_pages] * len(layers)
         if is_dealt_again:
             self._keep_order(len(all_pages.entries))
         self._layers = len(layers)
         self._dealt_of_block = len(layers) * num_kv_heads
-        self._firsts = torch.tensor(firsts, dtype=torch.int32, device=self._device)
         heads = torch.arange(num_kv_heads, dtype=torch.int32, device=self._device)
-        self._places = (self._firsts[:, None] + heads).flatten()
+        self._places = (firsts[:, None] + heads).flatten()
         self._own = torch.arange(self._dealt_of_block, device=self._device)
         self._own = self._own.view(len(layers), 1, num_kv_heads, 1)
 
@@ -371,39 +307,8 @@ class SharedPages(OwnPages):
     def _place(self, in_block: Tensor) -> Tensor:
         return self._places[in_block]
 
-    def compact(self, kept: Sequence[Kept], page_ids: Tensor, most: int) -> Tensor:
-        """Moves what is kept of a whole request into its first blocks.
-
-        A layer's pages may be taken by what another one keeps: first all that is kept is copied.
-
-        Parameters
-        ----------
-        kept : one :class:`adakv.ops.Kept` for each layer
-        page_ids : ``[Hkv, blocks]``
-            The request's pages in a layer's own memory.
-        most : int
-            At least as many as are kept in all.
-
-        Returns
-        -------
-        lengths : ``[L, Hkv]`` int32
-        """
-        page_size = self.of_layers[0].page_size
-        positions, starts = _joined(kept, most, 1)
-        lengths = starts.diff().view(self._layers, -1)
-        number = torch.arange(most, device=self._device)
-        # Whoever is behind the last entry is the first one again, and is put where that is put.
-        number = number.where(number < starts[-1], 0)
-        row = torch.searchsorted(starts[1:], number, right=True)
-        place, position = number - starts[row], positions[number].long()
-        layer, head = row // self._heads, row % self._heads
-        source = self._firsts[layer] + page_ids[head, position // page_size]
-        dealt = self._dealt_before(-(-lengths // page_size)[:, None]).flatten()[row]
-        dealt = dealt + place // page_size
-        target = page_ids[0, dealt // self._dealt_of_block]
-        target = target + self._place(dealt % self._dealt_of_block)
-        self.of_layers[0].move(source, position % page_size, target, place % page_size)
-        return lengths
+    def _place_in_memory(self, in_block: Tensor, first: Tensor) -> Tensor:
+        return self._places[in_block]
 
     def quantise(
         self,
@@ -484,3 +389,22 @@ def kept_of_all(reader: Reader) -> list[Kept]:
         for finished, (chosen,) in reader.finish(layer).items():
             kept[finished] = chosen.kept
     return [kept[layer] for layer in range(reader.num_layers)]
+
+
+def kept_of(
+    layers: range, reader: Reader, pages: OwnPages, page_ids: Tensor, are_alike: bool
+) -> list[Kept]:
+    """What some layers keep of one prompt, whose entries lie in pages ``[Hkv, blocks]`` of each: at
+    once, if they are alike (:meth:`adakv.reading.Reader.finish_alike`)."""
+    if not are_alike or len(layers) == 1:
+        return [reader.finish(layer)[layer][0].kept for layer in layers]
+
+    def entries() -> tuple[Tensor, Tensor]:
+        memory, firsts = pages.memory_of(layers)
+        of_all = (firsts[:, None, None] + page_ids).flatten(0, 1)
+        (length,) = reader.lengths
+        found = entries_of(memory, of_all, length)
+        keys, values = (x[0].unflatten(0, (len(layers), -1)) for x in found)
+        return keys, values
+
+    return [chosen.kept for chosen in reader.finish_alike(layers, entries)]

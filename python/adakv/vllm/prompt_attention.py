@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adakv.ops import Layer, append
 from adakv.step import Attention
-from adakv.vllm.pages import Pages
+from adakv.vllm.page_memory import Pages
 from adakv.vllm.steps import Batch, Run, sent
 
 
@@ -196,7 +196,7 @@ class FlashAttention:
         ----------
         layer : int
         whole : :class:`Whole`
-        pages : :class:`adakv.vllm.pages.Pages`
+        pages : :class:`adakv.vllm.page_memory.Pages`
         keys, values : ``[tokens, Hkv, D]``
             Of the whole step.
 

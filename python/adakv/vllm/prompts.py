@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adakv.policy import Budget, TokenClasses
+from adakv.policy import Budget, Policy, TokenClasses
 from adakv.policy.inputs import CLASSES
 from adakv.reading import Reader
 from adakv.step import Attention
 from adakv.vllm.later import Later
-from adakv.vllm.pages import Pages, spans_layers
+from adakv.vllm.page_memory import Pages, entries_of
+from adakv.vllm.pages import spans_layers
 from adakv.vllm.plan import Order, Plan, plan
 
 #: New tokens of a prompt from which torch's attention is faster than ours, in bfloat16 on a CPU.
@@ -62,25 +64,6 @@ class BlockBudget(Budget):
         return prompt_len if self.plan(prompt_len) is None else super().of(prompt_len)
 
 
-def entries_of(
-    pages: Pages, page_ids: Tensor, length: int, tail: Tensor | None = None, held: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, Hkv, length, D]`` in pages ``[Hkv, blocks]``, copied. Of int4 the rows
-    hold ``held`` entries, the last ones in their ``tail`` ``[1, Hkv, 2 P, D]``."""
-    if pages.key_scales is None:
-        found = [pages.entries[:, i][page_ids] for i in (0, 1)]
-    else:
-        found = list(pages.read(page_ids.flatten()).unflatten(0, page_ids.shape).unbind(2))
-    keys, values = (x.flatten(1, 2)[None, :, :length] for x in found)
-    if tail is not None:
-        size = pages.page_size
-        first = held // size * size
-        count = min(held, length) - first
-        for x, half in zip((keys, values), tail.split(size, 2), strict=True):
-            x[:, :, first:length] = half[:, :, : max(count, 0)]
-    return keys, values
-
-
 def classes_of(order: Order) -> TokenClasses:
     """What the tokens of a request are of; those of one that says nothing are text."""
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in CLASSES[1:]}
@@ -92,6 +75,19 @@ def classes_of(order: Order) -> TokenClasses:
 def is_plain(attention: Attention) -> bool:
     """Whether it has nothing but a scale."""
     return attention.softcap is None and attention.sink_logits is None
+
+
+def are_alike(policy: Policy, attentions: Sequence[Attention]) -> bool:
+    """Whether a policy may choose from several layers of a prompt as from prompts of one: see
+    :meth:`adakv.reading.Reader.finish_alike`."""
+    first = attentions[0]._replace(w_o=None)
+    return (
+        not policy.needs
+        and policy.fold is None
+        and not spans_layers(policy)
+        and first.sink_logits is None
+        and all(attention._replace(w_o=None) == first for attention in attentions)
+    )
 
 
 def read_by_torch(

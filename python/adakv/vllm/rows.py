@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakv.ops import Kept, Layer
-from adakv.vllm.pages import OwnPages, Pages, SharedPages
+from adakv.vllm.page_memory import Pages
+from adakv.vllm.pages import OwnPages, SharedPages
 from adakv.vllm.plan import Plan
 from adakv.vllm.steps import Batch, Tables, sent
 
@@ -24,7 +25,7 @@ class Rows:
 
     Parameters
     ----------
-    pages : one :class:`adakv.vllm.pages.Pages` for each layer
+    pages : one :class:`adakv.vllm.page_memory.Pages` for each layer
     num_kv_heads : int
     spans_layers : bool
         Whether rows have pages of all layers.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adakv.errors import Error
-from adakv.vllm.pages import Pages
+from adakv.vllm.page_memory import Pages
 from adakv.vllm.steps import sent
 
 
@@ -26,7 +26,7 @@ class Tails:
     ----------
     num_places : int
         Requests that the engine runs at most.
-    pages : one :class:`adakv.vllm.pages.Pages` for each layer
+    pages : one :class:`adakv.vllm.page_memory.Pages` for each layer
     num_kv_heads : int
     """
 
