@@ -74,20 +74,6 @@ __device__ FilledRow find_row(const CompactParams& p, int32_t b, int32_t page) {
   return row;
 }
 
-/// Entries are read once: others stay in L2.
-__device__ uint4 read_once(const uint4* from, uint64_t policy) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from), "l"(policy));
-  return x;
-}
-
-template <typename Chunk>
-__device__ Chunk read_once(const Chunk* from, uint64_t) {
-  return __ldg(from);
-}
-
 /// The keys or the values that one warp puts into slots of a page.
 struct Part {
   const char* from;  // [T, D], entry_stride bytes from one to the next

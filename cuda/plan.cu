@@ -6,6 +6,7 @@
 // block waits for another.
 #include <algorithm>
 
+#include "common/async_copy.cuh"
 #include "common/device_guard.h"
 #include "common/divisor.cuh"
 #include "common/launch.cuh"
@@ -286,6 +287,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
                  rows,
                  borders,
                  scratch};
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   plan.find_units();
   plan.find_borders();
   plan.share_rows();
@@ -330,6 +333,7 @@ void CudaBackend::plan(const PlanArgs& args) {
   const int slices = std::min(schedule::ceil_div(args.num_workers, kWarps), kMostSlices);
   shape.grid = dim3(p.shares_rows ? slices : 1, static_cast<uint32_t>(lengths.shape[0]));
   shape.threads = kThreads;
+  shape.early = has_sm90("plan", lengths.device.index);
   launch("plan", plan_kernel, shape, args.stream, p);
 }
 

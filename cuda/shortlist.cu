@@ -1,170 +1,200 @@
-// Pages of each row that a step reads; see ops.h. Two launches:
-//   1. z of every query and page: the bounds of all pages are read once, and that is most of the time
+// Pages of each row that a step reads; see ops.h. Two launches, of which the second begins early:
+//   1. z of every query and page: the bounds of all pages are read once, which is most of the time
 //   2. a block for each row: what the softmax of each query needs, the most weight that any query
-//      gives to a page, the key of the last page that gets in (digit by digit, from histograms), and
+//      gives to a page, the key of the last page that gets in (bins of keys, ever finer ones), and
 //      the pages themselves, ascending
-#include "ops/listing.h"
-
 #include <cfloat>
 
-#include "common/check.cuh"
 #include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/dtype.cuh"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
+#include "common/mma.cuh"
 #include "cuda_backend.h"
+#include "ops/listing.h"
 #include "shortlist_row.cuh"
 
 namespace adakv {
 namespace {
 
-constexpr int kChunk = 8;  // elements that a lane loads at once
-constexpr int kPages = 4;  // that lanes have under way
-constexpr int kProductThreads = 256;
-constexpr int kLeastPages = 64, kMostPages = 256;  // of a block, of them
+constexpr int kChunk = 8;    // elements that a lane loads at once
+constexpr int kTile = 16;    // pages that a warp works on side by side
+constexpr int kColumns = 8;  // queries, too
+constexpr int kProductWarps = 8;
+constexpr int kProductThreads = kProductWarps * kWarpSize;
+constexpr int kRound = kProductWarps * kTile;  // pages that a block works on side by side
+constexpr int kMostPages = 4 * kRound;         // of a block
 
-// kChunk elements as they are in memory.
-template <typename Element>
-struct Piece {
-  static constexpr int kWords = kChunk * sizeof(Element) / sizeof(uint32_t);
-  uint32_t words[kWords];
+/// What one block's products are of.
+struct Products {
+  int32_t row, b, h, first_page, end, first_query, num_queries;
 
-  __device__ void load(const Element* from) {
+  __device__ Products(const ShortlistParams& p)
+      : row(blockIdx.x), b(row / p.heads), h(row % p.heads) {
+    const listing::Row pages = p.row(b, h);
+    first_page = blockIdx.y * p.pages_per_block;
+    end = pages.wanted == 0 || p.lists_all(pages)
+              ? 0
+              : min(first_page + p.pages_per_block, pages.older);
+    first_query = blockIdx.z * kColumns;
+    num_queries = p.group * p.tokens;
+  }
+
+  /// Eight numbers of a query: its positive ones where they meet largest numbers, its negative ones
+  /// where they meet smallest; 0 behind the end. So a bound is one product of length 2 D.
+  template <typename Element>
+  __device__ void load_query(const ShortlistParams& p,
+                             int32_t column,
+                             int32_t chunk,
+                             float (&x)[kChunk]) const {
+    const int32_t query = first_query + column, half = p.dim / kChunk;
+    const bool is_largest = chunk < half, is_there = query < num_queries && chunk < 2 * half;
+    const Element* from = static_cast<const Element*>(p.queries) + b * p.query_stride[0] +
+                          (h * p.group + query / p.tokens) * p.query_stride[1] +
+                          query % p.tokens * p.query_stride[2] +
+                          (is_largest ? chunk : chunk - half) * kChunk;
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
-      words[i] = four.x;
-      words[i + 1] = four.y;
-      words[i + 2] = four.z;
-      words[i + 3] = four.w;
+    for (int d = 0; d < kChunk; ++d) {
+      const float number = is_there ? to_float(from[d]) : 0;
+      x[d] = is_largest ? fmaxf(number, 0.f) : fminf(number, 0.f);
     }
   }
-  __device__ float operator[](int i) const {
-    if constexpr (sizeof(Element) == sizeof(float)) return __uint_as_float(words[i]);
-    return bits_to_float<Element>(static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
+
+  __device__ void write(const ShortlistParams& p, int32_t page, int32_t column, float sum) const {
+    const int32_t query = first_query + column;
+    if (page >= end || query >= num_queries) return;
+    float z = sum * p.scale;
+    if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
+    z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
+    p.z[(int64_t(row) * num_queries + query) * p.z_width + page] = z;
   }
 };
 
-// Sums of 2 * kHalf numbers over the lanes that are up to 2 * kStep - 1 apart, one for each lane: it keeps
-// one half of what it has and gives the other away, so that as many sums take as many exchanges.
-template <int kHalf, int kStep>
-__device__ float exchange(float (&x)[16]) {
-  const bool takes_upper = threadIdx.x & kStep;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const float mine = takes_upper ? x[i + kHalf] : x[i];
-    const float other = takes_upper ? x[i] : x[i + kHalf];
-    x[i] = mine + __shfl_xor_sync(kFullWarp, other, kStep);
-  }
-  if constexpr (kHalf > 1) return exchange<kHalf / 2, kStep / 2>(x);
-  return x[0];
-}
-
-// Sums over kLanes lanes of 16 numbers of each: lane i gets that of number i * 16 / kLanes.
-template <int kLanes>
-__device__ float sum_sixteen(float (&x)[16]) {
-  const float sum = exchange<8, kLanes / 2>(x);
-  return kLanes == 16 ? sum : sum + __shfl_xor_sync(kFullWarp, sum, 1);
-}
-
-// grid: [B * Hkv, ceil(M / pages_per_block), ceil(G * S / kQueries)]; kLanes lanes share a page, kChunks
-// pieces of it each, and have kPages of them under way.
-template <typename Element, int kLanes, int kChunks>
-__global__ void __launch_bounds__(kProductThreads)
+// grid: [B * Hkv, ceil(older pages / pages_per_block), ceil(G * S / kColumns)]. Products by matrix
+// instructions: A is a tile of pages, B the queries. Which number of a page stands in which of their
+// columns is the same for both, so that a lane's are side by side in memory: of each 32 numbers
+// four lanes take 8 each, for two instructions. A tile's pieces give way to the next one's one by
+// one, so that there are always as many under way.
+template <typename Element, int kGroups>
+__global__ void __launch_bounds__(kProductThreads, kGroups <= 8 ? 2 : 1)
     bound_products_kernel(const __grid_constant__ ShortlistParams p) {
-  static_assert(kPages * kQueries == 16, "sum_sixteen");
-  const int32_t r = blockIdx.x, b = r / p.heads, h = r % p.heads;
-  const listing::Row row = p.row(b, h);
-  const int32_t first_page = blockIdx.y * p.pages_per_block;
-  if (first_page >= row.older || row.wanted == 0 || p.lists_all(row)) return;
-  const int32_t lane = threadIdx.x % kLanes, chunks = 2 * p.dim / kChunk;
-  const int32_t num_queries = p.group * p.tokens, first_query = blockIdx.z * kQueries;
-  float q[kChunks][kQueries][kChunk];
+  __shared__ uint4 queries[kGroups][kWarpSize];  // as lanes take them
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int32_t place = lane / 4, chunk = lane % 4, chunks = 2 * p.dim / kChunk;
+  const int32_t* table = p.table(blockIdx.x / p.heads, blockIdx.x % p.heads);
+  int32_t tile = blockIdx.y * p.pages_per_block + warp * kTile;
+  int32_t ids[2];  // pages `place` and place + 8 of the next tile, if they are there
+  const auto look_up = [&](int32_t next) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int32_t chunk = lane + c * kLanes;
-    const bool is_largest = chunk < chunks / 2;
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      const int32_t query = min(first_query + i, num_queries - 1);
-      const Element* from = static_cast<const Element*>(p.queries) + b * p.query_stride[0] +
-                            (h * p.group + query / p.tokens) * p.query_stride[1] +
-                            query % p.tokens * p.query_stride[2] +
-                            (is_largest ? chunk : chunk - chunks / 2) * kChunk;
-#pragma unroll
-      for (int d = 0; d < kChunk; ++d) {
-        const float x = chunk < chunks ? to_float(from[d]) : 0;
-        q[c][i][d] = is_largest ? fmaxf(x, 0.f) : fminf(x, 0.f);
-      }
-    }
-  }
+    for (int i = 0; i < 2; ++i) ids[i] = table[min(next + place + 8 * i, p.width - 1)];
+  };
+  look_up(tile);  // beside the row's length
+  const Products products(p);
+  if (products.first_page >= products.end) return;
 
-  const int32_t* table = p.table(b, h);
-  const int32_t end = min(first_page + p.pages_per_block, row.older);
-  constexpr int kPerRound = kProductThreads / kLanes;  // pages between two of a group of lanes
-  Piece<Element> pieces[kPages][kChunks];
-  // What is behind the last page is the last one once more; what is behind a page's last chunk its
-  // first, times 0.
-  const auto load = [&](int32_t begin) {
+  const uint64_t policy = read_once_policy();
+  const uint4* bounds[2];  // this lane's first chunk of those pages, null behind the last one
+  uint4 a[2][kGroups];
+  const auto find = [&](int32_t next) {
 #pragma unroll
-    for (int k = 0; k < kPages; ++k) {
-      const int32_t page = table[min(begin + k * kPerRound, end - 1)];
-      const auto* bounds = static_cast<const Element*>(p.bounds) + page * p.bounds_stride;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int32_t chunk = lane + c * kLanes;
-        pieces[k][c].load(bounds + (chunk < chunks ? chunk : 0) * kChunk);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const auto* page = static_cast<const Element*>(p.bounds) + ids[i] * p.bounds_stride;
+      const bool is_there = next + place + 8 * i < products.end;
+      bounds[i] = is_there ? reinterpret_cast<const uint4*>(page) + chunk : nullptr;
     }
   };
-  const int32_t mine = threadIdx.x / kLanes;
-  load(first_page + mine);
-  // All lanes of a warp take part in every round.
-  for (int32_t round = first_page; round < end; round += kPages * kPerRound) {
-    const int32_t begin = round + mine;
-    float sums[16] = {};  // page * kQueries + query
+  const auto load = [&](int k) {
 #pragma unroll
-    for (int k = 0; k < kPages; ++k) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const bool is_there = lane + c * kLanes < chunks;
-#pragma unroll
-        for (int d = 0; d < kChunk; ++d) {
-          const float x = is_there ? pieces[k][c][d] : 0;
-#pragma unroll
-          for (int i = 0; i < kQueries; ++i) sums[k * kQueries + i] += q[c][i][d] * x;
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      const bool is_there = bounds[i] && 4 * k + chunk < chunks;
+      a[i][k] = is_there ? read_once(bounds[i] + 4 * k, policy) : uint4{};
     }
-    load(begin + kPages * kPerRound);  // while sums are exchanged
-    float z = sum_sixteen<kLanes>(sums) * p.scale;
-    if (p.softcap > 0) z = p.softcap * tanhf(z / p.softcap);
-    z = z >= -INFINITY ? fminf(z, FLT_MAX) : -INFINITY;  // NaN
-    const int32_t number = lane * 16 / kLanes;
-    const int32_t page = begin + number / kQueries * kPerRound;
-    const int32_t query = first_query + number % kQueries;
-    if (lane * 16 % kLanes == 0 && page < end && query < num_queries) {
-      p.z[(int64_t(r) * num_queries + query) * p.width + page] = z;
+  };
+  find(tile);
+#pragma unroll
+  for (int k = 0; k < kGroups; ++k) load(k);
+  look_up(tile + kRound);
+  for (int32_t i = threadIdx.x; i < kGroups * kWarpSize; i += kProductThreads) {
+    float x[kChunk];
+    products.load_query<Element>(p, i % kWarpSize / 4, i / kWarpSize * 4 + i % 4, x);
+    queries[i / kWarpSize][i % kWarpSize] =
+        make_uint4(pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]),
+                   pack<Element>(x[6], x[7]));
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (; tile < products.end; tile += kRound) {
+    find(tile + kRound);
+    look_up(tile + 2 * kRound);
+    float sums[4] = {};
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const uint4 q = queries[k][lane];
+      mma_16x8x16<Element>(sums, {a[0][k].x, a[1][k].x, a[0][k].y, a[1][k].y}, {q.x, q.y});
+      mma_16x8x16<Element>(sums, {a[0][k].z, a[1][k].z, a[0][k].w, a[1][k].w}, {q.z, q.w});
+      load(k);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      products.write(p, tile + place + i / 2 * 8, chunk * 2 + i % 2, sums[i]);
+    }
+  }
+}
+
+// The same for float32, which has no such instructions: a warp for each page.
+__global__ void __launch_bounds__(kProductThreads)
+    float_products_kernel(const __grid_constant__ ShortlistParams p) {
+  extern __shared__ float queries[];  // [kColumns, 2 D]
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  const Products products(p);
+  if (products.first_page >= products.end) return;
+  const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int32_t numbers = 2 * p.dim, chunks = numbers / kChunk;
+  for (int32_t i = threadIdx.x; i < kColumns * chunks; i += kProductThreads) {
+    float x[kChunk];
+    products.load_query<float>(p, i / chunks, i % chunks, x);
+#pragma unroll
+    for (int d = 0; d < kChunk; ++d) queries[i * kChunk + d] = x[d];
+  }
+  __syncthreads();
+  for (int32_t page = products.first_page + warp; page < products.end; page += kProductWarps) {
+    const float* bounds = static_cast<const float*>(p.bounds) +
+                          p.table(products.b, products.h)[page] * p.bounds_stride;
+    float sums[kColumns] = {};
+    for (int32_t d = lane; d < numbers; d += kWarpSize) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sums[i] += queries[i * numbers + d] * bounds[d];
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float sum = warp_sum(sums[i]);
+      if (lane == 0) products.write(p, page, i, sum);
     }
   }
 }
 
 // grid: [B * Hkv].
+template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(const __grid_constant__ ShortlistParams p) {
-  __shared__ RowChooser::Shared shared;
-  RowChooser(p, blockIdx.x, shared).run();
+  __shared__ typename RowChooser<kThreads>::Shared shared;
+  RowChooser<kThreads> chooser(p, blockIdx.x, shared);
+  chooser.prepare();
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  chooser.run();
 }
 
 /// Numbers of the workspace, of 4 bytes each.
 struct Parts {
-  int64_t z, keys;
+  int64_t width, z, keys;
 
   explicit Parts(const ShortlistArgs& args) {
     const int64_t rows = args.lengths.shape[0] * args.lengths.shape[1];
     const int64_t queries = args.queries.shape[0] * args.queries.shape[1] * args.queries.shape[2];
-    const int64_t width = args.block_table.shape[2];
+    width = (args.block_table.shape[2] + kFour - 1) / kFour * kFour;
     z = queries * width;
     keys = rows * width;
   }
@@ -194,10 +224,22 @@ ShortlistParams params_of(const ShortlistArgs& args) {
   p.tokens = static_cast<int32_t>(args.queries.shape[2]);
   p.dim = static_cast<int32_t>(args.queries.shape[3]);
   p.width = static_cast<int32_t>(args.block_table.shape[2]);
+  p.z_width = static_cast<int32_t>(parts.width);
   p.scale = args.scale != 0 ? args.scale : 1.f / std::sqrt(static_cast<float>(p.dim));
   p.softcap = args.softcap;
   p.mass = static_cast<float>(args.mass);
   return p;
+}
+
+template <typename Element>
+auto products_kernel(int32_t dim) {
+  if constexpr (sizeof(Element) == sizeof(float)) {
+    return float_products_kernel;
+  } else {
+    return dim <= 64    ? bound_products_kernel<Element, 4>
+           : dim <= 128 ? bound_products_kernel<Element, 8>
+                        : bound_products_kernel<Element, 16>;
+  }
 }
 
 }  // namespace
@@ -207,33 +249,31 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
   const uint32_t rows = static_cast<uint32_t>(args.lengths.shape[0] * args.lengths.shape[1]);
   if (rows == 0) return;
   ShortlistParams p = params_of(args);
-  cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
-  const auto blocks = [](int32_t count, int32_t size) {
-    return static_cast<uint32_t>((count + size - 1) / size);
-  };
-  const uint32_t num_parts = blocks(p.group * p.tokens, kQueries);
-  // As many as keep every multiprocessor busy several times.
-  const int sms =
-      device_attribute("shortlist", args.queries.device.index, cudaDevAttrMultiProcessorCount);
-  p.pages_per_block = kMostPages;
-  while (p.pages_per_block > kLeastPages &&
-         int64_t{rows} * num_parts * blocks(p.width, p.pages_per_block) < 4 * sms) {
-    p.pages_per_block /= 2;
+  const int device = args.queries.device.index;
+  const auto blocks = [](int32_t count, int32_t size) { return (count + size - 1) / size; };
+  const int32_t num_parts = blocks(p.group * p.tokens, kColumns);
+  const int32_t older = std::max(p.width - p.rule.newest, 0);  // at most
+  // Few blocks, that have much to do each, but not fewer than multiprocessors.
+  const int sms = device_attribute("shortlist", device, cudaDevAttrMultiProcessorCount);
+  int32_t num_blocks = blocks(older, kMostPages);
+  while (num_blocks < blocks(older, kRound) && int64_t{rows} * num_parts * num_blocks < sms) {
+    num_blocks *= 2;
   }
-  const dim3 grid(rows, blocks(p.width, p.pages_per_block), num_parts);
-  if (grid.y > 0 && grid.z > 0) {
+  const bool early = has_sm90("shortlist", device);
+  if (num_blocks > 0 && num_parts > 0) {
+    p.pages_per_block = blocks(blocks(older, num_blocks), kRound) * kRound;
+    const dim3 grid(rows, blocks(older, p.pages_per_block), num_parts);
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Element = typename decltype(element)::type;
-      const int32_t chunks = 2 * p.dim / kChunk;
-      const auto kernel = chunks <= kWarpSize / 2 ? bound_products_kernel<Element, kWarpSize / 2, 1>
-                          : chunks <= kWarpSize   ? bound_products_kernel<Element, kWarpSize, 1>
-                                                  : bound_products_kernel<Element, kWarpSize, 2>;
-      kernel<<<grid, kProductThreads, 0, stream>>>(p);
+      const size_t shared =
+          sizeof(Element) == sizeof(float) ? sizeof(float) * kColumns * 2 * p.dim : 0;
+      launch("shortlist", products_kernel<Element>(p.dim), {grid, kProductThreads, shared, early},
+             args.stream, p);
     });
-    ADAKV_CUDA_CHECK("shortlist", cudaGetLastError());
   }
-  shortlist_kernel<<<rows, kThreads, 0, stream>>>(p);
-  ADAKV_CUDA_CHECK("shortlist", cudaGetLastError());
+  const bool is_short = older <= 128 * kFour;
+  launch("shortlist", is_short ? shortlist_kernel<128> : shortlist_kernel<512>,
+         {dim3(rows), is_short ? 128 : 512, 0, early}, args.stream, p);
 }
 
 size_t CudaBackend::workspace_bytes(const ShortlistArgs& args) const {

@@ -1,17 +1,18 @@
 // How shortlist.cu chooses from a row whose bounds are there, by one block.
 #pragma once
 
+#include "common/async_copy.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "ops/listing.h"
 
 namespace adakv {
 
-constexpr int kQueries = 4;    // that are worked on side by side
-constexpr int kThreads = 256;  // that choose for a row
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kHeld = 4;  // keys that a thread has in registers
-constexpr int kDigitBits = 8;
-constexpr int kBins = 1 << kDigitBits;
+constexpr int kQueries = 4;  // that are worked on side by side
+constexpr int kFour = 4;     // pages of a thread, one beside the other
+constexpr int kBins = 256;   // that keys are counted in
+constexpr int kFirstShift = 20;
+constexpr uint32_t kHighestKey = 0x3f8fffff;  // weights are at most 1, with some rounding
 
 struct ShortlistParams {
   const void* queries;         // [B, Hq, S, D]
@@ -21,11 +22,12 @@ struct ShortlistParams {
   const int32_t* num_new;      // [B] or null
   int32_t* listed;             // [B, Hkv, X]
   int32_t* listed_lengths;     // [B, Hkv]
-  float* z;                    // [B * Hkv, G * S, M]; query g * S + s
-  uint32_t* keys;              // [B * Hkv, M]
+  float* z;                    // [B * Hkv, G * S, z_width]; query g * S + s
+  uint32_t* keys;              // [B * Hkv, z_width]
   int64_t query_stride[3], bounds_stride, lengths_stride[2], table_stride[2], listed_stride[2],
       listed_lengths_stride[2];
   int32_t heads, group, tokens, dim, width;  // width: M
+  int32_t z_width;                           // that, up to a multiple of kFour
   int32_t pages_per_block;                   // of the first launch
   float scale, softcap, mass;
   listing::Rule rule;
@@ -47,67 +49,114 @@ struct ShortlistParams {
   }
 };
 
-// What one row's block chooses by.
+// What one row's block chooses by. Threads take four pages each, as many such chunks as there are;
+// what is known of the first chunk's is held in registers.
+template <int kThreads>
 class RowChooser {
+  static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr int kChunkPages = kThreads * kFour;
+
+  // The keys up to which all get in, and of those from `low` to `high` the best or first ones.
+  struct Range {
+    uint32_t low, high;
+    int32_t wanted, count;  // of those in it: that are still to be found, that there are
+  };
+
+  struct Pages {
+    float x[kQueries][kFour];  // z of some queries, then its exponential
+    uint32_t keys[kFour];
+  };
+
  public:
   struct Shared {
-    int32_t histogram[kBins];
-    int32_t before[2][kWarps];  // pages of the warps: above the last key, equal to it
+    int32_t bins[kBins];  // of the highest keys first; 0 between searches
     float of_warps[kQueries][kWarps];
-    uint32_t prefix;  // digits of the last key that gets in
-    int32_t wanted;   // pages that are still to be found, of those with this prefix
+    int32_t scratch[kWarps + 1];
+    Range range;
   };
 
   __device__ RowChooser(const ShortlistParams& p, int32_t r, Shared& shared)
       : p_(p),
         shared_(shared),
-        r_(r),
         b_(r / p.heads),
         h_(r % p.heads),
         row_(p.row(b_, h_)),
         warp_(threadIdx.x / kWarpSize),
         lane_(threadIdx.x % kWarpSize),
         num_queries_(p.group * p.tokens),
-        z_(p.z + int64_t(r) * num_queries_ * p.width),
-        keys_(p.keys + int64_t(r) * p.width) {}
+        table_(p.table(b_, h_)),
+        z_(p.z + int64_t(r) * num_queries_ * p.z_width),
+        keys_(p.keys + int64_t(r) * p.z_width) {}
 
+  /// Before what the first launch writes is there, and behind it.
+  __device__ void prepare() {
+    const int32_t first = threadIdx.x * kFour;
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) held_ids_[j] = first + j < p_.width ? table_[first + j] : 0;
+    for (int32_t i = threadIdx.x; i < kBins; i += kThreads) shared_.bins[i] = 0;
+  }
   __device__ void run() {
-    int32_t count = row_.older;
-    uint32_t last = 0;
-    int32_t equal = 0;  // pages with the key `last` that get in, the first ones
-    if (!p_.lists_all(row_)) {
-      const int32_t eligible = row_.wanted > 0 ? make_keys() : 0;
-      count = min(row_.wanted, eligible);
-      if (count == eligible) {
-        last = 1;
-        equal = count;
-      } else {
-        last = find_last(count, equal);
+    const bool lists_all = p_.lists_all(row_);
+    Range range = {1, kHighestKey, row_.older, row_.older};
+    if (!lists_all) {
+      range.wanted = range.count = 0;
+      if (row_.wanted > 0) {
+        make_keys();
+        range = search();
       }
     }
-    write(count, last, equal);
+    write(lists_all, range);
   }
 
  private:
-  /// Visits this thread's older pages, with the keys that they have: visit(page, key).
-  template <typename Visit>
-  __device__ void for_each_page(const Visit& visit) {
-    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+  /// Visits this thread's older pages, four by four: visit(first page, what is known of them).
+  template <bool kChanges, typename Visit>
+  __device__ void for_each(int32_t first_query, const Visit& visit) {
+    const int32_t first = static_cast<int32_t>(threadIdx.x) * kFour;
+    visit(first, held_);
+#pragma unroll 1
+    for (int32_t page = first + kChunkPages; page < row_.older; page += kChunkPages) {
+      Pages pages;
+      load_keys(page, pages);
+      load_queries(first_query, page, pages);
+      visit(page, pages);
+      if (!kChanges) continue;
+      *reinterpret_cast<uint4*>(keys_ + page) =
+          make_uint4(pages.keys[0], pages.keys[1], pages.keys[2], pages.keys[3]);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i * kThreads + thread < row_.older) visit(i * kThreads + thread, held_[i]);
-    }
-    for (int32_t page = kHeld * kThreads + thread; page < row_.older; page += kThreads) {
-      visit(page, keys_[page]);
+      for (int i = 0; i < kQueries; ++i) {
+        if (first_query + i >= num_queries_) break;
+        *z_of(first_query + i, page) =
+            make_float4(pages.x[i][0], pages.x[i][1], pages.x[i][2], pages.x[i][3]);
+      }
     }
   }
 
-  /// The key of this thread's page number i.
-  __device__ uint32_t key_of(int32_t i, int32_t page) const {
-    uint32_t key = i < kHeld ? 0 : keys_[page];
+  /// The keys of this thread's pages of a chunk.
+  __device__ void load_keys(int32_t page, Pages& pages) const {
+    const uint4 keys = *reinterpret_cast<const uint4*>(keys_ + page);
+    pages.keys[0] = keys.x;
+    pages.keys[1] = keys.y;
+    pages.keys[2] = keys.z;
+    pages.keys[3] = keys.w;
+  }
+
+  __device__ float4* z_of(int32_t query, int32_t page) const {
+    return reinterpret_cast<float4*>(z_ + int64_t(query) * p_.z_width + page);
+  }
+
+  /// -inf behind the last of the older pages, and of the last query.
+  __device__ void load_queries(int32_t first_query, int32_t page, Pages& pages) const {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) key = i == k ? held_[k] : key;
-    return key;
+    for (int i = 0; i < kQueries; ++i) {
+      const bool is_there = page < row_.older && first_query + i < num_queries_;
+      const float4 z = is_there ? *z_of(first_query + i, page) : float4{};
+      const float of_pages[kFour] = {z.x, z.y, z.z, z.w};
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        pages.x[i][j] = is_there && page + j < row_.older ? of_pages[j] : -INFINITY;
+      }
+    }
   }
 
   /// The maxima, or the sums, of some numbers over the block, in a fixed order.
@@ -122,86 +171,102 @@ class RowChooser {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      const float other = lane_ < kWarps ? shared_.of_warps[i][lane_] : kIsMax ? -INFINITY : 0.f;
-      x[i] = kIsMax ? warp_max(other) : warp_sum(other);
+      x[i] = shared_.of_warps[i][0];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+        const float other = shared_.of_warps[i][w];
+        x[i] = kIsMax ? fmaxf(x[i], other) : x[i] + other;
+      }
     }
     __syncthreads();
   }
 
-  /// Keys of all older pages: higher for more worth, 0 for those that aren't listed. Gives the number of
-  /// the others.
-  __device__ int32_t make_keys() {
-    for_each_page([](int32_t, uint32_t& key) { key = 0; });
+  /// Keys of all older pages: higher for more worth, 0 for those that aren't listed.
+  __device__ void make_keys() {
+#pragma unroll
+    for (uint32_t& key : held_.keys) key = 0;
+    for (int32_t page = threadIdx.x + kChunkPages; page < p_.z_width; page += kThreads) {
+      keys_[page] = 0;
+    }
+    __syncthreads();
+#pragma unroll 1
     for (int32_t first = 0; first < num_queries_; first += kQueries) weigh(first);
-    int32_t mine = 0;
-    for_each_page([&](int32_t, uint32_t& key) { mine += key != 0; });
-    mine = warp_sum(mine);
-    if (lane_ == 0) shared_.before[0][warp_] = mine;
-    __syncthreads();
-    const int32_t eligible = warp_sum(lane_ < kWarps ? shared_.before[0][lane_] : 0);
-    __syncthreads();
-    return eligible;
   }
 
   /// Raises the keys of pages to what some queries give them.
   __device__ void weigh(int32_t first) {
-    const float* z[kQueries];
     bool counts[kQueries];
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const int32_t query = first + i, token = query % p_.tokens;
       counts[i] = query < num_queries_ &&
                   (!p_.num_new || token >= p_.tokens - p_.num_new[b_]);  // else padding
-      z[i] = z_ + int64_t(min(query, num_queries_ - 1)) * p_.width;
     }
+    load_queries(first, threadIdx.x * kFour, held_);
     float largest[kQueries], sum[kQueries] = {}, least[kQueries] = {};
 #pragma unroll
     for (float& x : largest) x = -INFINITY;
-    for_each_page([&](int32_t page, uint32_t) {
+    for_each<false>(first, [&](int32_t, const Pages& pages) {
 #pragma unroll
-      for (int i = 0; i < kQueries; ++i) largest[i] = fmaxf(largest[i], z[i][page]);
+      for (int i = 0; i < kQueries; ++i) {
+#pragma unroll
+        for (const float x : pages.x[i]) largest[i] = fmaxf(largest[i], x);
+      }
     });
     reduce<true>(largest);
 #pragma unroll
     for (float& x : largest) x = x == -INFINITY ? 0 : x;
-    for_each_page([&](int32_t page, uint32_t) {
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) sum[i] += expf(z[i][page] - largest[i]);
-    });
-    reduce<false>(sum);
-    const auto weight = [&](int i, int32_t page) {
-      return sum[i] > 0 ? expf(z[i][page] - largest[i]) / sum[i] : 0.f;
-    };
-    if (p_.mass < 1) find_least(weight, sum, least);
-    for_each_page([&](int32_t page, uint32_t& key) {
+    for_each<true>(first, [&](int32_t, Pages& pages) {
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
-        const float mine = weight(i, page);
-        if (counts[i] && mine >= least[i]) key = max(key, __float_as_uint(mine) + 1);
+#pragma unroll
+        for (float& x : pages.x[i]) sum[i] += x = expf(x - largest[i]);
+      }
+    });
+    reduce<false>(sum);
+    if (p_.mass < 1) find_least(first, sum, least);
+    for_each<true>(first, [&](int32_t page, Pages& pages) {
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+#pragma unroll
+        for (int j = 0; j < kFour; ++j) {
+          const float mine = weight(pages.x[i][j], sum[i]);
+          const bool raises = counts[i] && page + j < row_.older && mine >= least[i];
+          if (raises) pages.keys[j] = max(pages.keys[j], __float_as_uint(mine) + 1);
+        }
       }
     });
   }
 
+  /// Nothing for what isn't there.
+  __device__ static float weight(float x, float sum) { return x > 0 ? x / sum : 0.f; }
+
   /// The least weights that count: bisected between 0 and the largest.
-  template <typename Weight>
-  __device__ void find_least(const Weight& weight,
+  __device__ void find_least(int32_t first,
                              const float (&sum)[kQueries],
                              float (&least)[kQueries]) {
     float high[kQueries], all[kQueries] = {};
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) high[i] = sum[i] > 0 ? 1 / sum[i] : 0;
-    for_each_page([&](int32_t page, uint32_t) {
+    for_each<false>(first, [&](int32_t, const Pages& pages) {
 #pragma unroll
-      for (int i = 0; i < kQueries; ++i) all[i] += weight(i, page);
+      for (int i = 0; i < kQueries; ++i) {
+#pragma unroll
+        for (const float x : pages.x[i]) all[i] += weight(x, sum[i]);
+      }
     });
     reduce<false>(all);
+#pragma unroll 1
     for (int round = 0; round < listing::kBisections; ++round) {
       float above[kQueries] = {};
-      for_each_page([&](int32_t page, uint32_t) {
+      for_each<false>(first, [&](int32_t, const Pages& pages) {
 #pragma unroll
         for (int i = 0; i < kQueries; ++i) {
-          const float mine = weight(i, page);
-          above[i] += mine >= (least[i] + high[i]) / 2 ? mine : 0;
+#pragma unroll
+          for (const float x : pages.x[i]) {
+            const float mine = weight(x, sum[i]);
+            above[i] += mine >= (least[i] + high[i]) / 2 ? mine : 0;
+          }
         }
       });
       reduce<false>(above);
@@ -213,93 +278,109 @@ class RowChooser {
     }
   }
 
-  /// The key of the last of `count` pages that get in, and how many of those with this key do.
-  __device__ uint32_t find_last(int32_t count, int32_t& equal) {
-    if (threadIdx.x == 0) {
-      shared_.prefix = 0;
-      shared_.wanted = count;
-    }
-    for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-      for (int32_t i = threadIdx.x; i < kBins; i += kThreads) shared_.histogram[i] = 0;
-      __syncthreads();
-      const uint32_t prefix = shared_.prefix;
-      const uint32_t above = shift + kDigitBits < 32 ? ~0u << (shift + kDigitBits) : 0;
-      for_each_page([&](int32_t, uint32_t key) {
-        if (key == 0 || (key & above) != prefix) return;
-        const uint32_t digit = key >> shift & (kBins - 1);
-        atomicAdd(&shared_.histogram[digit], 1);
-      });
-      __syncthreads();
-      if (warp_ == 0) find_digit(shift);
-      __syncthreads();
-    }
-    equal = shared_.wanted;
-    return shared_.prefix;
-  }
-
-  /// The bin in which the last wanted page is, from the top; a warp.
-  __device__ void find_digit(int shift) const {
-    constexpr int kPerLane = kBins / kWarpSize;
-    // Lane 0 has the highest bins.
-    const int32_t highest = kBins - 1 - lane_ * kPerLane;
-    int32_t mine = 0;
-    for (int i = 0; i < kPerLane; ++i) mine += shared_.histogram[highest - i];
-    int32_t before = warp_inclusive_sum(mine) - mine;
-    const int32_t wanted = shared_.wanted;
-    __syncwarp();
-    if (before >= wanted || before + mine < wanted) return;
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t in_bin = shared_.histogram[highest - i];
-      if (before + in_bin >= wanted) {
-        shared_.prefix |= static_cast<uint32_t>(highest - i) << shift;
-        shared_.wanted = wanted - before;
-        return;
-      }
-      before += in_bin;
-    }
-  }
-
-  /// The pages above `last`, and the first `equal` of those that have it; or all, if `last` is 0.
-  __device__ void write(int32_t count, uint32_t last, int32_t equal) {
-    const int32_t* table = p_.table(b_, h_);
-    int32_t* listed = p_.listed + b_ * p_.listed_stride[0] + h_ * p_.listed_stride[1];
-    const uint32_t lower_lanes = (1u << lane_) - 1;
-    int32_t num_above = 0, num_equal = 0;  // of the pages before
-    for (int32_t begin = 0; begin < row_.older && count > 0; begin += kThreads) {
-      const int32_t page = begin + static_cast<int32_t>(threadIdx.x);
-      const uint32_t key = page >= row_.older ? 0 : last == 0 ? 1 : key_of(begin / kThreads, page);
-      const bool is_above = key > last, is_equal = key == last && key != 0;
-      const uint32_t above = __ballot_sync(kFullWarp, is_above);
-      const uint32_t ties = __ballot_sync(kFullWarp, is_equal);
-      if (lane_ == 0) {
-        shared_.before[0][warp_] = __popc(above);
-        shared_.before[1][warp_] = __popc(ties);
-      }
-      __syncthreads();
-      int32_t all_above = 0, all_ties = 0, above_before = num_above, ties_before = num_equal;
-      for (int i = 0; i < kWarps; ++i) {
-        const int32_t of_above = shared_.before[0][i], of_ties = shared_.before[1][i];
-        if (i < warp_) {
-          above_before += of_above;
-          ties_before += of_ties;
+  /// The range of keys that the last wanted page is in: all of it gets in, or all have one key.
+  __device__ Range search() {
+    Range range = {1, kHighestKey, row_.wanted, 0};
+    int shift = kFirstShift;
+    while (true) {
+      const auto count = [&](const uint32_t(&keys)[kFour]) {
+#pragma unroll
+        for (const uint32_t key : keys) {
+          if (key < range.low || key > range.high) continue;
+          atomicAdd(&shared_.bins[min((range.high - key) >> shift, kBins - 1)], 1);
         }
-        all_above += of_above;
-        all_ties += of_ties;
+      };
+      count(held_.keys);
+      for (int32_t page = threadIdx.x * kFour + kChunkPages; page < row_.older;
+           page += kChunkPages) {
+        Pages pages;
+        load_keys(page, pages);
+        count(pages.keys);
       }
-      above_before += __popc(above & lower_lanes);
-      ties_before += __popc(ties & lower_lanes);
-      if (is_above || (is_equal && ties_before < equal)) {
-        listed[above_before + min(ties_before, equal)] = table[page];
-      }
-      num_above += all_above;
-      num_equal += all_ties;
       __syncthreads();
+      if (warp_ == 0) find_bin(range, shift);
+      __syncthreads();
+      range = shared_.range;
+      if (range.wanted == range.count || range.low == range.high) return range;
+      shift = max(32 - __clz(range.high - range.low) - 8, 0);
     }
+  }
+
+  /// The bin in which the last wanted page is; a warp.
+  __device__ void find_bin(const Range& range, int shift) const {
+    constexpr int kPerLane = kBins / kWarpSize;
+    int32_t bins[kPerLane], mine = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      bins[i] = shared_.bins[lane_ * kPerLane + i];
+      shared_.bins[lane_ * kPerLane + i] = 0;
+      mine += bins[i];
+    }
+    const int32_t up_to = warp_inclusive_sum(mine), all = __shfl_sync(kFullWarp, up_to, 31);
+    if (all < range.wanted) {  // few pages count
+      if (lane_ == 0) shared_.range = {range.low, range.high, all, all};
+      return;
+    }
+    int32_t before = up_to - mine;
+    if (before >= range.wanted || up_to < range.wanted) return;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (before < range.wanted && before + bins[i] >= range.wanted) {
+        const uint32_t bin = lane_ * kPerLane + i, high = range.high - (bin << shift);
+        const uint32_t width = 1u << shift;
+        const bool is_open = bin == kBins - 1 || high - range.low < width;
+        shared_.range = {is_open ? range.low : high - width + 1, high, range.wanted - before,
+                         bins[i]};
+      }
+      before += bins[i];
+    }
+  }
+
+  /// The pages above a range, and those in it, or the first ones that are wanted.
+  __device__ void write(bool lists_all, const Range& range) {
+    int32_t* listed = p_.listed + b_ * p_.listed_stride[0] + h_ * p_.listed_stride[1];
+    const int32_t thread = threadIdx.x;
+    int32_t num_above = 0, num_equal = 0;  // of the pages before
+    const int32_t end = lists_all || row_.wanted > 0 ? row_.older : 0;
+#pragma unroll 1
+    for (int32_t begin = 0; begin < end; begin += kChunkPages) {
+      const int32_t first = begin + thread * kFour;
+      Pages pages = held_;
+      if (begin > 0 && first < row_.older && !lists_all) load_keys(first, pages);
+      int32_t mine = 0, before = 0;  // pages above and in the range, in 16 bits each
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        uint32_t& key = pages.keys[j];
+        if (first + j >= row_.older) {
+          key = 0;
+        } else if (lists_all) {
+          key = 1;
+        }
+        mine += key > range.high ? 1 << 16 : key >= range.low;
+      }
+      const int32_t all = block_exclusive_sum<kThreads>(
+          kThreads, [&](int32_t) { return mine; }, [&](int32_t, int32_t sum) { before = sum; },
+          shared_.scratch);
+      int32_t above = num_above + (before >> 16), equal = num_equal + (before & 0xffff);
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        const uint32_t key = pages.keys[j];
+        const bool is_above = key > range.high, is_equal = !is_above && key >= range.low;
+        if (is_above || (is_equal && equal < range.wanted)) {
+          listed[above + min(equal, range.wanted)] = begin == 0 ? held_ids_[j] : table_[first + j];
+        }
+        above += is_above;
+        equal += is_equal;
+      }
+      num_above += all >> 16;
+      num_equal += all & 0xffff;
+    }
+    const int32_t count = num_above + min(num_equal, range.wanted);
     const int32_t newest = row_.total - row_.older;
-    for (int32_t i = threadIdx.x; i < p_.rule.most - count; i += kThreads) {
-      listed[count + i] = i < newest ? table[row_.older + i] : -1;
+    for (int32_t i = thread; i < p_.rule.most - count; i += kThreads) {
+      listed[count + i] = i < newest ? table_[row_.older + i] : -1;
     }
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       p_.listed_lengths[b_ * p_.listed_lengths_stride[0] + h_ * p_.listed_lengths_stride[1]] =
           p_.length(b_, h_) - (row_.older - count) * p_.rule.page_size;
     }
@@ -307,12 +388,14 @@ class RowChooser {
 
   const ShortlistParams& p_;
   Shared& shared_;
-  const int32_t r_, b_, h_;
+  const int32_t b_, h_;
   const listing::Row row_;
   const int32_t warp_, lane_, num_queries_;
-  const float* z_;
+  const int32_t* table_;
+  float* z_;
   uint32_t* keys_;
-  uint32_t held_[kHeld];  // keys of this thread's first pages; others are in memory
+  Pages held_;  // of the first chunk; others are in memory
+  int32_t held_ids_[kFour];
 };
 
 }  // namespace adakv

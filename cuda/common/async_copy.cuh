@@ -30,6 +30,19 @@ __device__ inline uint64_t normal_policy() {
   return policy;
 }
 
+/// What no kernel writes meanwhile; 16 bytes pass by the first cache.
+template <typename Chunk>
+__device__ inline Chunk read_once(const Chunk* from, uint64_t) {
+  return __ldg(from);
+}
+__device__ inline uint4 read_once(const uint4* from, uint64_t policy) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from), "l"(policy));
+  return x;
+}
+
 // --- 16 bytes a thread ----------------------------------------------------------------------
 
 __device__ inline void copy_16_bytes(uint32_t to, const void* from, uint64_t policy) {
