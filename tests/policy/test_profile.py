@@ -56,6 +56,8 @@ def test_profile_keeps_its_proportions(shares, budget, expected):
         ('{"1-0": 0, "0-1": [1, 2], "0-0": [1], "1-1": 4.0}', 1, [[1, 1.5], [0, 4]]),
         ('{"0-0": 1, "0-1": [2, 4], "0-2": 0, "0-3": 0.5}', 2, [[4, 0.5]]),
         ("1.0e+00\t2.5e+00\n0.0e+00\t4.0e+00\n", 1, [[1, 2.5], [0, 4]]),  # DuoAttention
+        # Attention Matching: of kv heads
+        ('{"L0H0": 1e-3, "L0H1": 0.0025, "L1H1": 0.004, "L1H0": 0}', 1, [[1, 2.5], [0, 4]]),
     ],
 )
 def test_profile_is_read_from_a_file(tmp_path, text, group, expected):
@@ -85,6 +87,8 @@ def test_profile_is_read_from_a_file(tmp_path, text, group, expected):
         ('{"version": 2, "shares": [[1]]}', "its version must be 1, got 2"),
         ('{"0-0": []}', "file must hold numbers of heads"),
         ('{"0": 1}', "file must hold numbers of heads"),
+        ('{"L0": 1}', "its names must be 'layer-head' or 'L0H0', got 'L0'"),
+        ('{"0--1": 1}', "its names must be 'layer-head' or 'L0H0', got '0--1'"),
         ('{"0-0": 1, "1-1": 1}', "it lacks '0-1'"),
         ("[[1, 2, 3]]", "group must divide the 3 heads of a layer, got 2"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from adakv.errors import short
 from adakv.policy.base import LayerSchedule, Need
 from adakv.policy.inputs import LayerInputs, check_range
 
@@ -37,7 +39,9 @@ class Profile:
     * JSON lists, one for each layer, of a number for each head,
     * the JSON object that ``adakv calibrate --json`` writes, with ``"shares"`` of kv heads,
     * a JSON object of ``"layer-head"`` and a number, or a list of them, of which the mean counts:
-      what is published for Retrieval Head (arXiv 2404.15574), of q heads, or
+      what is published for Retrieval Head (arXiv 2404.15574), of q heads,
+    * the same with names as ``"L0H0"``: what is published for Attention Matching (arXiv
+      2602.16284), of kv heads, or
     * lines of numbers between tabs or spaces, one for each layer: the ``full_attention_heads.tsv``
       of DuoAttention (arXiv 2410.10819), of kv heads.
 
@@ -183,7 +187,10 @@ def _calibrated(file: dict[str, Any]) -> Any:
 def _by_layers(table: dict[str, Any]) -> list[list[float]]:
     numbers: dict[tuple[int, int], float] = {}
     for name, given in table.items():
-        layer, head = map(int, name.split("-"))
+        place = re.fullmatch(r"(\d+)-(\d+)|L(\d+)H(\d+)", name, re.ASCII)
+        if place is None:
+            raise ValueError(f"its names must be 'layer-head' or 'L0H0', got {short(name)}")
+        layer, head = (int(number) for number in place.groups() if number is not None)
         numbers[layer, head] = statistics.fmean(given) if isinstance(given, list) else given
     layers, heads = (max(place) + 1 for place in zip(*numbers, strict=True))
     places = ((layer, head) for layer in range(layers) for head in range(heads))
