@@ -13,7 +13,8 @@ import torch
 import adakv
 from adakv.cli.inputs import InputError, load_model
 from adakv.cli.main import run_command_line
-from adakv.cli.protect import system_spans
+from adakv.cli.protect import system_spans, tokens_with
+from adakv.eval import data
 from test_cli import assert_refused
 
 CPU = torch.device("cpu")
@@ -66,8 +67,10 @@ def test_generate_protects_what_it_is_told(chat: str, tmp_path: Path):
     content = f"{LONG}\n\n{question}".strip()
     framed = f"system: Be kind.|user: {content}|model: "
     command, options = ["generate", chat, str(text)], ["--protect", "3:9", "--protect", "70:80"]
+    commas = [(i, i + 1) for i, character in enumerate(LONG) if character in ",."]
     for words, prompt, spans in (
         ([], LONG, [(3, 9), (70, 80)]),
+        (["--protect-tokens", ",", "--protect-tokens", "."], LONG, [(3, 9), (70, 80), *commas]),
         (["--question", question, "--protect-system"], framed, [(3, 9), (70, 80), (0, before)]),
     ):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -90,6 +93,8 @@ def test_generate_protects_what_it_is_told(chat: str, tmp_path: Path):
             ["--protect", "0:40"],
             "72 must stay in every kv head, and one of layer 0 has room",
         ),
+        (["--protect-tokens", ""], "a text must not be empty"),
+        (["--protect-tokens", "t"], "has 48 protected tokens"),
         (["--protect-system"], "--protect-system needs --question and a chat template"),
         (["--protect", "0:10", "--protect-system", "--question", "Who?"], None),
         (["--protect", "20:50", "--protect-system", "--question", "Who?"], "has 50 protected tok"),
@@ -124,9 +129,11 @@ def test_many_prompts_protect_each_its_own(
     options = ["--policy", "ada_snapkv", "--budget", "80", "--dtype", "float32"]
     command = ["generate", chat, "--prompts", str(prompts), "--out", str(out), *options]
     command += ["--max-new-tokens", "5", "--protect", "40:46", "--protect-system"]
+    command += ["--protect-tokens", "m"]
     assert run_command_line(command) == 0
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert results[0]["settings"]["protect"] == ["40:46"]
+    assert results[0]["settings"]["protect_tokens"] == ["m"]
     assert results[0]["settings"]["protect_system"] is True
     assert run_command_line(command) == 0  # they are known again
     network, tokenizer = load_model(chat, dtype=torch.float32, device=CPU)
@@ -135,7 +142,8 @@ def test_many_prompts_protect_each_its_own(
         ids = tokenizer(f"{before}{LONG.strip()}|model: ")["input_ids"]
         spans = [(40, 46), (0, len(before))]
         given: dict[str, Any] = {"policy": "ada_snapkv", "budget": 80, "max_new_tokens": 5}
-        (alone,) = adakv.generate_batch(network, [ids], protect=spans, **given)
+        given |= {"protect": spans, "protect_tokens": tokenizer("m")["input_ids"]}
+        (alone,) = adakv.generate_batch(network, [ids], **given)
         assert result["tokens"] == alone.tokens
     capsys.readouterr()
     prompts.write_text(json.dumps({"prompt": LONG}))
@@ -154,3 +162,38 @@ def test_eval_protects_in_every_prompt(
     capsys.readouterr()
     message = "protect: sequence 0 has 60 protected tokens; with the policy's window of 32 entries"
     assert_refused([*command, "--protect", "0:60"], message, capsys)
+    message = "--protect-tokens doesn't go with --written"
+    assert_refused([*command, "--protect-tokens", ".", "--written", "8"], message, capsys)
+
+
+def test_eval_protects_tokens_by_their_text(
+    model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Spans of the spaces of the one prompt, found here, are the same."""
+    command = ["eval", model, "--text", text, "--tokens", "300", "--prompts", "1"]
+    command += ["--policies", "streaming", "--shares", "1/2"]
+    records, kl = tmp_path / "records", []
+    _, tokenizer = load_model(model, dtype=torch.float32, device=CPU)
+    (item,) = data.continuations(text, tokenizer, data.Size(300, 1, 1))[:1]
+    (space,) = tokenizer(" ")["input_ids"]
+    spans = [f"{i}:{i + 1}" for i, token in enumerate(item.prompt) if token == space]
+    assert spans
+    for options in (
+        [],
+        ["--protect-tokens", " "],
+        [x for span in spans for x in ("--protect", span)],
+    ):
+        records.unlink(missing_ok=True)
+        assert run_command_line([*command, *options, "--records", str(records)]) == 0
+        about, *found = map(json.loads, records.read_text().splitlines())
+        assert about.get("protect_tokens") == ([" "] if "--protect-tokens" in options else None)
+        kl.append([record["kl"] for record in found])
+    assert kl[1] == kl[2] != kl[0]
+
+
+def test_tokens_are_known_by_a_text_in_them(model: str):
+    _, tokenizer = load_model(model, dtype=torch.float32, device=CPU)
+    prompts = [tokenizer(x)["input_ids"] for x in ("a, b\n", "c; a\n\n")]
+    wanted = {*tokenizer("\n,")["input_ids"]}
+    assert {*tokens_with(tokenizer, ["\n", ",", "d"], prompts)} == wanted
+    assert tokens_with(tokenizer, [], prompts) == []

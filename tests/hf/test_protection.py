@@ -65,6 +65,21 @@ def test_tokens_are_found_by_their_ids() -> None:
         assert all(row >= {*range(100 - padding, 110 - padding)} for row in sequence)
 
 
+def test_separators_and_the_last_line_are_all_that_stays() -> None:
+    """What a model with anchors would be left with, where they have the budget."""
+    model, batch = LLAMA.model(), prompts(LENGTH)
+    lines, separators = 11, {*range(10, 150, 13)}
+    ids = batch["input_ids"][:1]
+    ids[ids == 7] = 8
+    ids[0, sorted(separators)] = 7
+    last = {*range(150 - lines, 150)}
+    policy, budget = "Recency(pinned=0) * Uniform() * TopScore()", len(separators | last)
+    with torch.no_grad(), adakv.attach(model):
+        cache = adakv.Cache(model, policy, budget, protect=adakv.spans_of(ids, [7]))
+        model(ids, past_key_values=cache)
+    assert all(row == separators | last for row in rows(cache)[0])
+
+
 @pytest.mark.parametrize(
     ("protect", "message"),
     [

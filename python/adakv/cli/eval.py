@@ -20,11 +20,11 @@ from adakv.cli import output
 from adakv.cli.inputs import InputError, check_outputs, dtype_name, refusals
 from adakv.cli.options import Place, every_option, file_option, place_options, read_option
 from adakv.cli.progress import progress_bar
-from adakv.cli.protect import Span, protect_option
+from adakv.cli.protect import Span, protect_option, protect_tokens_option, tokens_with
 from adakv.cli.types import FILE
 from adakv.eval import data, plot, summary
 from adakv.eval.metrics import Item
-from adakv.eval.records import Record, RecordFile
+from adakv.eval.records import Key, Record, RecordFile
 from adakv.formats import KV_DTYPES
 from adakv.policy import MoreTokens, Policy
 from adakv.tiers import Tiers
@@ -129,8 +129,9 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         if written is None and (every is not None or evict_prompt):
             raise InputError("--every and --evict-prompt go only with --written")
-        if written is not None and rest["protect"]:
-            raise InputError("--protect doesn't go with --written")
+        for name in ("protect", "protect_tokens"):
+            if written is not None and rest[name]:
+                raise InputError(f"--{name.replace('_', '-')} doesn't go with --written")
         every = every or adakv.policy.EveryTokens.every
         given = {"prompt": written, "every": every, "pin_prompt": not evict_prompt}
         command(written={} if written is None else given, **rest)
@@ -183,6 +184,7 @@ def written_options(command: Callable[..., None]) -> Callable[..., None]:
     "keep as many entries as have room.",
 )
 @protect_option
+@protect_tokens_option
 @written_options
 @read_option
 @click.option(
@@ -205,6 +207,7 @@ def evaluate(
     shares: str,
     equal_bytes: bool,
     protect: tuple[Span, ...],
+    protect_tokens: tuple[str, ...],
     written: dict[str, Any],
     read: str | None,
     processes: int,
@@ -226,14 +229,14 @@ def evaluate(
     formats = labelled(check_policies(policies), pages)
     names, kept = list(formats), check_shares(shares)
     if written and (equal_bytes or read):
-        name = "--equal-bytes" if equal_bytes else "--read"
-        raise InputError(f"{name} doesn't go with --written")
+        raise InputError(f"--{'equal-bytes' if equal_bytes else 'read'} doesn't go with --written")
     chosen = chosen_policies(formats, equal_bytes=equal_bytes)
     outputs = {"--records": records, "--markdown": markdown, **place.outputs}
     check_outputs([model, sources.qa, sources.text, sources.needles], outputs)
     network, tokenizer = place.load(model, *pages)
     others: dict[str, Any] = {"protect": [f"{begin}:{end}" for begin, end in protect]}
-    others |= {"written": written, "equal_bytes": equal_bytes, "read": read}
+    others |= {"protect_tokens": [*protect_tokens], "written": written}
+    others |= {"equal_bytes": equal_bytes, "read": read}
     with refusals():
         tasks = sources.tasks(tokenizer)
         about = {
@@ -251,11 +254,11 @@ def evaluate(
     if processes > 1:
         measure = shared_out(processes, place, model, *pages)
     given = {"written": Written(**written) if written else None, "read": read}
-    measure = functools.partial(measure, protect=protect, **given)
+    prompts = (item.prompt for items in tasks.values() for item in items)
+    stay = tokens_with(tokenizer, protect_tokens, prompts)
+    measure = functools.partial(measure, protect=protect, protect_tokens=stay, **given)
     run_all(measure, file, tasks, chosen, kept)
-    places = {key: place for place, key in enumerate(runner.missing(tasks, names, kept, ()))}
-    wanted = [record for record in file.records if record.key in places]
-    wanted.sort(key=lambda record: places[record.key])
+    wanted = in_order(file.records, runner.missing(tasks, names, kept, ()))
     cells = summary.summarize(wanted)
     tables = summary.tables(cells)
     tables += [summary.depth_table(wanted, name) for name in tasks if name.startswith("needles")]
@@ -265,6 +268,12 @@ def evaluate(
     if markdown:
         output.write_text(markdown, "\n".join(table.markdown() for table in tables))
     save(place, about, cells)
+
+
+def in_order(records: Sequence[Record], keys: Sequence[Key]) -> list[Record]:
+    """Those of the keys, as the keys are in order."""
+    places = {key: place for place, key in enumerate(keys)}
+    return sorted((x for x in records if x.key in places), key=lambda x: places[x.key])
 
 
 def save(place: Place, about: dict[str, Any], cells: Sequence[summary.Cell]) -> None:

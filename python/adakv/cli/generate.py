@@ -34,7 +34,7 @@ from adakv.cli.options import (
 )
 from adakv.cli.progress import progress_bar
 from adakv.cli.prompts import read_prompts
-from adakv.cli.protect import protect_options, system_spans
+from adakv.cli.protect import protect_options, system_spans, tokens_with
 from adakv.cli.results import ResultFile, prompt_digest
 from adakv.cli.types import FILE
 from adakv.eval.chat import encode_prompt, messages_of
@@ -148,7 +148,7 @@ def generate(
     makes all of them anew. With --out - results go to standard output.
 
     With --prefix that text is read first, and each line's "prompt" or "input_ids" comes behind it.
-    Budget and --protect are for the text, and what is kept of it is stored once.
+    Budget, --protect and --protect-tokens are for the text, and what is kept of it is stored once.
     """
     check_outputs([model, text], place.outputs)
     content = read_text(text)
@@ -159,6 +159,9 @@ def generate(
             raise InputError("--protect-system needs --question and a chat template")
         spans = system_spans(tokenizer, messages_of(content, question))
         setting = replace(setting, protect=(*setting.protect, *spans))
+    stay = tokens_with(tokenizer, setting.protect_tokens, prompt.tolist())
+    spans = adakv.spans_of(prompt[0], stay)
+    setting = replace(setting, protect=(*setting.protect, *spans))
     full = [FULL] if compare_full else []
     runs = run_all(
         network, tokenizer, prompt, [*full, setting], max_new_tokens, on_text=output.write_piece
@@ -201,6 +204,11 @@ def generate_many(
                 [ids[index] for index in todo],
                 **setting.arguments,
                 protect=protect if prefix is not None else [protect[index] for index in todo],
+                protect_tokens=tokens_with(
+                    tokenizer,
+                    setting.protect_tokens,
+                    (x.tolist() for x in (ids if prefix is None else [prefix])),
+                ),
                 prefix=prefix,
                 max_new_tokens=[counts[index] for index in todo],
                 tokenizer=tokenizer,
@@ -251,4 +259,6 @@ def settings_of(setting: Setting, source: str, model: Any) -> dict[str, Any]:
     }
     if "protect" in made_of:
         made_of["protect"] = [f"{begin}:{end}" for begin, end in setting.protect]
+    if "protect_tokens" in made_of:
+        made_of["protect_tokens"] = [*setting.protect_tokens]
     return about | made_of

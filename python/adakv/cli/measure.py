@@ -94,6 +94,7 @@ class Setting:
     pin_prompt: bool = True
     read: str | None = None
     protect: tuple[tuple[int, int], ...] = ()  #: spans of tokens that stay of every prompt
+    protect_tokens: tuple[str, ...] = ()  #: texts whose tokens stay, too
     protect_system: bool = False  #: whether a system prompt stays, too
 
     @property
@@ -101,7 +102,7 @@ class Setting:
         """Those of :class:`adakv.Cache` and :func:`adakv.generate_stream`: not what is protected,
         and not what steps read, which is a cache's alone."""
         given = asdict(self)
-        others = ("protect", "protect_system", "read")
+        others = ("protect", "protect_tokens", "protect_system", "read")
         return {name: value for name, value in given.items() if name not in others}
 
     @property

@@ -1,9 +1,10 @@
-"""What must stay of a prompt, as options: spans, and what a chat template says first."""
+"""What must stay of a prompt, as options: spans, tokens by their text, and what a chat template
+says first."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -29,12 +30,31 @@ class _Span(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
         return int(begin), int(end)
 
 
+class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """What tokens are known by."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, context: Any) -> str:
+        if not value:
+            self.fail("a text must not be empty", param, context)
+        return str(value).replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 protect_option = click.option(
     "--protect",
     type=_Span(),
     metavar="BEGIN:END",
     multiple=True,
     help="Keep these tokens of every prompt, whatever they score; may be given many times.",
+)
+protect_tokens_option = click.option(
+    "--protect-tokens",
+    type=_Text(),
+    metavar="TEXT",
+    multiple=True,
+    help=r"Keep every token of a prompt that has this text in it, such as \n or <ANCHOR>; may be "
+    "given many times.",
 )
 
 
@@ -43,18 +63,36 @@ def protect_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_protection(
-        *, setting: Setting, protect: tuple[Span, ...], protect_system: bool, **rest: Any
+        *,
+        setting: Setting,
+        protect: tuple[Span, ...],
+        protect_tokens: tuple[str, ...],
+        protect_system: bool,
+        **rest: Any,
     ) -> None:
-        setting = replace(setting, protect=protect, protect_system=protect_system)
-        command(setting=setting, **rest)
+        setting = replace(setting, protect=protect, protect_tokens=protect_tokens)
+        command(setting=replace(setting, protect_system=protect_system), **rest)
 
     system_help = "Keep all tokens that the chat template has before the user's first word."
     for option in (
         click.option("--protect-system", is_flag=True, help=system_help),
+        protect_tokens_option,
         protect_option,
     ):
         with_protection = option(with_protection)
     return with_protection
+
+
+def tokens_with(
+    tokenizer: Any, texts: Iterable[str], prompts: Iterable[Iterable[int]]
+) -> list[int]:
+    """The ids of all tokens of some prompts that have one of the texts in them."""
+    wanted = tuple(texts)
+    if not wanted:
+        return []
+    ids = sorted({token for prompt in prompts for token in prompt})
+    shown = ((token, tokenizer.decode([token])) for token in ids)
+    return [token for token, text in shown if any(x in text for x in wanted)]
 
 
 def system_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Span]:

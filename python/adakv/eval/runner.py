@@ -43,7 +43,8 @@ def run(
     done: Collection[Key] = (),
     kv_dtypes: Mapping[str, str | None] | None = None,
     *,
-    protect: Any = None,
+    protect: Sequence[tuple[int, int]] = (),
+    protect_tokens: Collection[int] = (),
     written: Written | None = None,
     read: str | None = None,
 ) -> Iterator[Record]:
@@ -60,8 +61,10 @@ def run(
     done : collection of :class:`Key`, optional
     kv_dtypes : formats of pages by names of ``policies``, optional
         Default: "auto".
-    protect : spans or masks, optional
+    protect : spans, optional
         Tokens of every prompt that stay, as :class:`adakv.Cache` takes them.
+    protect_tokens : ids of tokens, optional
+        Which stay, wherever in a prompt they stand.
     written : :class:`adakv.eval.written.Written`, optional
         Has policies choose from prompts as if they were texts being written.
     read : str, optional
@@ -95,6 +98,7 @@ def run(
                 if not todo:
                     continue
                 prefill = Prefill(model, torch.tensor([prompt]), needs=needs)
+                stays = [*protect, *adakv.spans_of(prompt, protect_tokens)]
                 for item, pairs in groupby(todo, key=lambda pair: pair[0]):
                     full = answer_logits(model, prefill.full_cache(), item)
                     for _, key in pairs:
@@ -104,7 +108,7 @@ def run(
                             cache = written.cache(model, prompt, policy, key.share, kv_dtype)
                         else:
                             new = len(item.query) + len(item.answer)
-                            given = {"kv_dtype": kv_dtype, "protect": protect}
+                            given: dict[str, Any] = {"kv_dtype": kv_dtype, "protect": stays}
                             given |= {"ratio": key.share, "max_new_tokens": new, "read": read}
                             cache = prefill.cache(policy, **given)
                         stats = cache.stats()
