@@ -6,14 +6,16 @@
 `collect` takes the prompts that all policies of a task have in common, so that a run may have been
 stopped, and writes a line for each task and policy, with a list over shares of each number: the
 mean of KL over prompts, its standard error, p of the paired test against the default, the share of
-tokens that agree and that of bytes. With --formats p is against the same policy in 16 bits. `show`
-prints a table for each task, policies by shares; those come first whose geometric mean over all is
-lowest. Bold is the lowest of those that read a prompt once, and a dagger marks p below .05, a
-difference from the default in either direction that chance rarely gives. With --formats bold is
-better than 16 bits by p below .05. With --compare one table has the geometric mean over shares of
-what each KL is of the default's, and in how many tasks and shares it is better and worse by p below
-.05. With --agreement one table has the share of tokens that the full cache would have chosen, too;
-with --agreement-by-kl it is that share of all cells of like KL, whatever their policy.
+tokens that agree and that of bytes. The shares and the number of prompts that most lines have are
+in the first line, as "lines", and left out of theirs. With --formats p is against the same policy
+in 16 bits. `show` prints a table for each task, policies by shares; those come first whose
+geometric mean over all is lowest. Bold is the lowest of those that read a prompt once, and a dagger
+marks p below .05, a difference from the default in either direction that chance rarely gives. With
+--formats bold is better than 16 bits by p below .05. With --compare one table has the geometric
+mean over shares of what each KL is of the default's, and in how many tasks and shares it is better
+and worse by p below .05. With --agreement one table has the share of tokens that the full cache
+would have chosen, too; with --agreement-by-kl it is that share of all cells of like KL, whatever
+their policy.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ RARELY = 0.05  # p below which a difference is named
 STEPS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # nats, between the rows of :func:`agreement_by_kl`
 
 OF_LINE = ("task", "policy", "texts")  # what is the same for all shares
+OF_MOST = ("share", "texts")  # what most lines have alike, and the first line says
 
 Cell = dict[str, Any]  # task, policy, share, texts, kl, error, and where they are known more
 Values = dict[tuple[str, float], dict[str, float]]  # KL by prompt, by policy and share
@@ -92,6 +95,16 @@ def packed(found: list[Cell]) -> list[Cell]:
     ]
 
 
+def written(first: dict[str, Any], lines: list[Cell]) -> list[dict[str, Any]]:
+    """What a file of results holds: what most lines have alike is said once."""
+    alike = {}
+    for name in OF_MOST:
+        counts = Counter(json.dumps(line[name]) for line in lines)
+        alike[name] = json.loads(counts.most_common(1)[0][0])
+    own = [{x: line[x] for x in line if x not in alike or line[x] != alike[x]} for line in lines]
+    return [first | {"lines": alike}, *own]
+
+
 def unpacked(lines: list[Cell]) -> list[Cell]:
     """The cells of such lines."""
     return [
@@ -108,7 +121,8 @@ def unpacked(lines: list[Cell]) -> list[Cell]:
 
 def read(results: Path) -> list[Cell]:
     """The cells of a file of results."""
-    return unpacked([json.loads(line) for line in results.read_text().splitlines()[1:]])
+    first, *lines = map(json.loads, results.read_text().splitlines())
+    return unpacked([first.get("lines", {}) | line for line in lines])
 
 
 def rounded(value: float) -> float:
@@ -261,8 +275,8 @@ def main() -> None:
     first, *lines = map(json.loads, given.records.read_text().splitlines())
     records = [Record.from_dict(line) for line in lines]
     found_cells = cells(records, formats=given.formats, default=given.default)
-    written = [first | given.about, *packed(found_cells)]
-    compact = (json.dumps(line, separators=(",", ":")) for line in written)
+    kept = written(first | given.about, packed(found_cells))
+    compact = (json.dumps(line, separators=(",", ":")) for line in kept)
     given.results.write_text("\n".join(compact) + "\n")
 
 

@@ -61,8 +61,9 @@ def collected(
     about = ("--about", '{"machine": "this"}')
     run(script, monkeypatch, "collect", str(records), str(results), *about, *more)
     first, *lines = map(json.loads, results.read_text().splitlines())
-    assert first == {"model": "m", "machine": "this"}
-    assert len(lines) == len(kl)
+    alike = {"share": [0.25], "texts": min(map(len, kl.values()))}
+    assert first == {"model": "m", "machine": "this", "lines": alike}
+    assert len(lines) == len(kl) and not any({*alike} & {*line} for line in lines)
     cells: list[dict[str, Any]] = script.read(results)
     return cells
 
@@ -77,6 +78,19 @@ def test_quality_tables_take_what_all_policies_have(
     about = {"task": "qa", "share": 0.25, "texts": 2, "agreement": 1.0, "bytes_share": 0.25}
     assert default == about | {"policy": "model_rank_fusion", "kl": 1.5, "error": 0.5}
     assert snapkv == about | {"policy": "snapkv", "kl": 3.5, "error": 1.5, "p": 0.5}
+
+
+def test_quality_tables_say_once_what_most_lines_have(script: ModuleType, tmp_path: Path):
+    lines = [
+        {"task": "qa", "policy": name, "texts": texts, "share": share, "kl": [1.0] * len(share)}
+        for name, texts, share in (("a", 8, [0.5, 0.25]), ("b", 7, [0.5, 0.25]), ("c", 8, [0.5]))
+    ]
+    first, *own = script.written({"model": "m"}, lines)
+    assert first == {"model": "m", "lines": {"share": [0.5, 0.25], "texts": 8}}
+    assert [{*line} - {"task", "policy", "kl"} for line in own] == [set(), {"texts"}, {"share"}]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(map(json.dumps, [first, *own])))
+    assert script.read(path) == script.unpacked(lines)
 
 
 def test_quality_tables_of_formats_compare_with_16_bits(
