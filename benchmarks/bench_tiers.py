@@ -84,6 +84,7 @@ CPU_CASES = [Case(), Case(kv_dtype="int8")]
 CUDA_CASES = [
     Case(batch=32, held=4096, layers=16),
     Case(batch=32, held=4096, layers=16, kv_dtype="int8"),
+    Case(batch=32, held=4096, layers=16, kv_dtype="int2"),
     Case(batch=8, held=8192, layers=16),
     Case(batch=8, held=1024, layers=32),
 ]

@@ -236,7 +236,7 @@ void launch_append(const AppendArgs& args, FullTails full) {
     dispatch_codes(args.keys.dtype, format, [&](auto element, auto codes) {
       using Element = typename decltype(element)::type;
       using Format = typename decltype(codes)::type;
-      if constexpr (std::is_same_v<Format, Int4>) {
+      if constexpr (Format::kHasTails) {
         run(TypeTag<AppendToTails<Element>>{});
       } else {
         run(TypeTag<AppendByTokens<CodeBatch<Element, Format, kRows>>>{});

@@ -290,7 +290,7 @@ class PageEntries {
 /// One block quantises page `page` of sequence b; entries that fill no page go to the row's tail.
 /// Returns whether there is such a page.
 template <typename Element>
-__device__ bool fill_int4_page(const CompactParams& p, int32_t b, int32_t page) {
+__device__ bool fill_tailed_page(const CompactParams& p, int32_t b, int32_t page) {
   const LayerRows& layer = p.layer;
   const FilledRow row = find_row(p, b, page);
   if (row.head == layer.num_heads) return false;
@@ -327,7 +327,7 @@ __device__ bool fill_int4_page(const CompactParams& p, int32_t b, int32_t page) 
 // the others fills pages.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4)
-    compact_int4_kernel(const __grid_constant__ CompactParams p) {
+    compact_tailed_kernel(const __grid_constant__ CompactParams p) {
   const int32_t b = blockIdx.y, num_writers = p.layer.num_heads * p.num_spans;
   const int32_t writer_blocks = (num_writers + kWarps - 1) / kWarps;
   const int32_t page = blockIdx.x - writer_blocks;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   const int32_t step = gridDim.x - writer_blocks;
 #pragma unroll 1
-  for (int32_t i = page; fill_int4_page<Element>(p, b, i);) i += step;
+  for (int32_t i = page; fill_tailed_page<Element>(p, b, i);) i += step;
 }
 
 }  // namespace
@@ -374,7 +374,7 @@ void CudaBackend::compact(const CompactArgs& args) {
                           rows_are_aligned(args.layer.pages, 16) &&
                           rows_are_aligned(args.layer.values(), 16);
   const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
-  // A warp for each part, if kept entries are spread evenly over the sequences; in int4 a block for
+  // A warp for each part, if kept entries are spread evenly over the sequences; with tails a block for
   // each page.
   const int64_t pages = args.positions.shape[0] / p.layer.page_size / batch + num_heads;
   const int64_t writers = num_heads * p.num_spans;
@@ -398,9 +398,10 @@ void CudaBackend::compact(const CompactArgs& args) {
     dispatch_codes(args.keys.dtype, format, [&](auto element, auto codes) {
       using Element = typename decltype(element)::type;
       using Format = typename decltype(codes)::type;
-      if constexpr (std::is_same_v<Format, Int4>) {
-        compact_int4_kernel<Element><<<grid((writers + kWarps - 1) / kWarps + pages), kThreads,
-                                       PageEntries<Element>::bytes(p.layer.head_dim), stream>>>(p);
+      if constexpr (Format::kHasTails) {
+        compact_tailed_kernel<Element>
+            <<<grid((writers + kWarps - 1) / kWarps + pages), kThreads,
+               PageEntries<Element>::bytes(p.layer.head_dim), stream>>>(p);
       } else {
         run(TypeTag<QuantiseEntries<Element, Format>>{});
       }

@@ -22,8 +22,8 @@ FORMATS = (
     *((dtype, "auto") for dtype in DTYPES),
     *((dtype, kv_dtype) for kv_dtype in ("int8", "fp8") for dtype in DTYPES[1:]),
 )
-#: The same where rows have tails and pages 32 entries: int4, and with mixed keys.
-TAILED = tuple((dtype, kv_dtype) for kv_dtype in ("int4", "mixed") for dtype in DTYPES[1:])
+#: The same where rows have tails and pages 32 entries: int4, int2, and with mixed keys.
+TAILED = tuple((dtype, kv_dtype) for kv_dtype in ("int4", "int2", "mixed") for dtype in DTYPES[1:])
 
 
 def mixed_dims(kv_dtype: str, head_dim: int) -> tuple[int, int]:
@@ -36,7 +36,7 @@ def mixed_dims(kv_dtype: str, head_dim: int) -> tuple[int, int]:
 
 def has_tails(kv_dtype: str) -> bool:
     """Whether rows have tails."""
-    return kv_dtype == "int4" or kv_dtype.startswith("mixed")
+    return kv_dtype in ("int4", "int2") or kv_dtype.startswith("mixed")
 
 
 def noncontiguous(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def paged_layer(
     """A layer whose rows hold random entries, with fresh pages for ``new_tokens`` more.
 
     Pages are shuffled over a pool twice as large as needed; all slots without an entry hold NaN.
-    Pages of int4 have 32 entries, whatever ``page_size`` says.
+    Pages with tails have 32 entries, whatever ``page_size`` says.
     """
     page_size = 32 if has_tails(kv_dtype) else page_size
     held = int32(lengths)  # [B, Hkv]
@@ -206,8 +206,8 @@ def held_as(
         return {"pages": pages.to(device)}
     if kv_dtype.startswith("mixed"):
         return _held_mixed(pages, mixed_dims(kv_dtype, pages.shape[3]), device)
-    if kv_dtype == "int4":
-        parts = [codes.quantise_page(*page) for page in pages]
+    if has_tails(kv_dtype):
+        parts = [codes.quantise_page(*page, kv_dtype) for page in pages]
         names = ("pages", "key_scales", "value_scales")
         return {
             name: apart(torch.stack(x).to(device))

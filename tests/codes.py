@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 INF = float("inf")
+#: The largest code of a format that has zeros; float8 has none.
+MOST = {"int8": 255, "int4": 15, "int2": 3}
+#: Dimensions that share a scale, if they are not 64.
+GROUP = {"int2": 32}
 
 
 def _up(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -16,12 +20,12 @@ def _up(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
-    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, and values in int4, with zeros) or
-    ``[..., Z]`` (fp8) of 16-bit entries ``[..., D]``; each group of 64 dimensions by itself, in
-    float32."""
+    """Codes ``[..., D]`` and scales ``[..., 2 Z]`` (int8, and values in int4 and int2, with zeros)
+    or ``[..., Z]`` (fp8) of 16-bit entries ``[..., D]``; each group of 64 dimensions (int2: 32) by
+    itself, in float32."""
     codes, scales = [], []
-    most = {"int8": 255, "int4": 15}.get(kv_dtype, 0)
-    for group in x.float().split(64, -1):
+    most = MOST.get(kv_dtype, 0)
+    for group in x.float().split(GROUP.get(kv_dtype, 64), -1):
         if most:
             zero = group.amin(-1, keepdim=True)
             spread, steps = group.amax(-1, keepdim=True) - zero, most
@@ -41,12 +45,16 @@ def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
     return torch.cat(codes, -1), torch.cat(scales, -1)
 
 
-def quantise_page(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What an int4 page gets of its entries ``[P, D]``, of 16 bits: codes ``[2, P, D / 2]``, scales
-    and zeros of the keys' dimensions ``[2, D]``, and of the values' groups ``[P, 2 Z]``."""
-    key_codes, key_scales = _quantise_dims(keys, torch.full(keys.shape[1:], 15.0))
-    value_codes, value_scales = _quantise_values(keys, values)
-    return packed(torch.stack([key_codes, value_codes]), 4), key_scales, value_scales
+def quantise_page(
+    keys: Tensor, values: Tensor, kv_dtype: str = "int4"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a page of int4 or int2 gets of its entries ``[P, D]``, of 16 bits: codes ``[2, P, C]``,
+    where C is ``D / 2`` or ``D / 4``, scales and zeros of the keys' dimensions ``[2, D]``, and of
+    the values' groups ``[P, 2 Z]``."""
+    key_codes, key_scales = _quantise_dims(keys, torch.full(keys.shape[1:], float(MOST[kv_dtype])))
+    value_codes, value_scales = _quantise_values(keys, values, kv_dtype)
+    bits = MOST[kv_dtype].bit_length()
+    return packed(torch.stack([key_codes, value_codes]), bits), key_scales, value_scales
 
 
 def quantise_mixed_page(
@@ -94,10 +102,10 @@ def _quantise_dims(keys: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.stack([scale, low]).to(keys.dtype)
 
 
-def _quantise_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes ``[P, D]`` and scales of an int4 page's values."""
+def _quantise_values(keys: Tensor, values: Tensor, kv_dtype: str = "int4") -> tuple[Tensor, Tensor]:
+    """Codes ``[P, D]`` and scales of an int4 or int2 page's values."""
     finite = keys.isfinite().all(-1, keepdim=True)
-    codes, scales = quantise(values, "int4")
+    codes, scales = quantise(values, kv_dtype)
     nothing = torch.tensor([torch.nan, 0], dtype=values.dtype).repeat(scales.shape[1] // 2)
     return codes.where(finite, 0), scales.where(finite, nothing)
 
@@ -105,11 +113,13 @@ def _quantise_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise_page(
     codes: Tensor, key_scales: Tensor, value_scales: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Keys and values ``[2, P, D]`` that an int4 page stands for."""
-    key_codes, value_codes = unpacked(codes, 4)
+    """Keys and values ``[2, P, D]`` that an int4 or int2 page stands for."""
+    bits = 8 * codes.shape[-1] // key_scales.shape[-1]
+    key_codes, value_codes = unpacked(codes, bits)
     scale, zero = key_scales.to(dtype)
     keys = key_codes.to(dtype) * scale + zero
-    return torch.stack([keys, dequantise(value_codes, value_scales, dtype)])
+    group = GROUP["int2"] if bits == 2 else 64
+    return torch.stack([keys, dequantise(value_codes, value_scales, dtype, group)])
 
 
 def dequantise_mixed_page(
@@ -131,10 +141,12 @@ def dequantise_mixed_page(
     return torch.stack([both, dequantise(value_codes, value_scales, dtype)])
 
 
-def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def dequantise(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float64, group: int = 64
+) -> Tensor:
     """``scale * code + zero`` (int8) or ``scale * code`` (fp8), ``[..., D]``."""
     has_zero = codes.dtype == torch.uint8
-    groups = codes.to(dtype).split(64, -1)
+    groups = codes.to(dtype).split(group, -1)
     columns = scales.to(dtype).split(2 if has_zero else 1, -1)
     return torch.cat(
         [

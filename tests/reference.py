@@ -304,12 +304,13 @@ def _store(
     layer.page_positions[page, slot % page_size] = position
     if layer.page_biases is not None:
         layer.page_biases[page, slot % page_size] = 0
-    if kv_dtype == "int4":
+    if layer.tails is not None:
         tail = layer.tails[b, h].unflatten(0, (2, page_size))
         tail[0, slot % page_size], tail[1, slot % page_size] = key, value
         if slot % page_size == page_size - 1:
             parts = whole_parts(layer)
-            made = quantise_page(*tail) if layer.value_pages is None else _mixed_page(layer, *tail)
+            is_mixed = layer.value_pages is not None
+            made = _mixed_page(layer, *tail) if is_mixed else quantise_page(*tail, kv_dtype)
             for part, x in zip(parts, made, strict=True):
                 part[page] = x
         return

@@ -12,12 +12,13 @@ from codes import dequantise, dequantise_mixed_page, dequantise_page
 
 def kv_dtype_of(layer: Any) -> str:
     if layer.tails is not None:
-        return "int4"
+        is_int2 = layer.value_pages is None and 4 * layer.pages.shape[3] == layer.tails.shape[3]
+        return "int2" if is_int2 else "int4"
     return {torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}.get(layer.pages.dtype, "auto")
 
 
 def whole_parts(layer: Any) -> tuple[Tensor, ...]:
-    """What an int4 layer's pages get at once: codes and scales."""
+    """What the pages of a layer with tails get at once: codes and scales."""
     if layer.value_pages is None:
         return layer.pages, layer.key_scales, layer.value_scales
     return layer.pages[:, 0], layer.value_pages[:, 0], layer.key_scales, layer.value_scales
@@ -47,7 +48,7 @@ def entries_of(
 def row_of(
     layer: Any, b: int, h: int, dtype: torch.dtype = torch.float64, *, just_filled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Keys ``[length, D]`` and values ``[length, Dv]`` of a row; a last int4 page that was
+    """Keys ``[length, D]`` and values ``[length, Dv]`` of a row; a last page with a tail that was
     ``just_filled`` as its tail has it."""
     length, page_size = int(layer.lengths[b, h]), layer.pages.shape[2]
     pages = layer.block_table[b, h, : -(-length // page_size)].long()

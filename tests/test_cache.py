@@ -287,11 +287,18 @@ def test_reserve_refuses_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("kv_dtype", "factor"),
-    [("auto", 1.0), ("int8", 16 / 8.5), ("fp8", 16 / 8.25), ("int4", 2 * 16 / (4.5 + 5))],
+    [
+        ("auto", 1.0),
+        ("int8", 16 / 8.5),
+        ("fp8", 16 / 8.25),
+        ("int4", 2 * 16 / (4.5 + 5)),
+        ("int2", 16 / 3),
+    ],
 )
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_entries_in_the_bytes_of_one_in_16_bits(kv_dtype: str, factor: float, head_dim: int):
-    """As codes and 16-bit scales and zeros of 64 numbers count; keys of int4 have them for 32."""
+    """As codes and 16-bit scales and zeros of 64 numbers count; keys of int4 and int2, and
+    values of int2 have them for 32."""
     sizes = {
         kind: KVCache(
             num_layers=1,

@@ -15,6 +15,7 @@ from adakv.cli.inputs import InputError, load_model
 from adakv.cli.main import cli, run_command_line
 from adakv.cli.measure import Setting, run_all
 from adakv.cli.prompts import read_prompts
+from adakv.formats import has_tails
 from small_model import LIMIT
 
 
@@ -133,7 +134,7 @@ def test_generate_with_everything_kept_agrees_with_the_full_cache(
     assert kept["same_start"] == 6
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4", "int2"])
 def test_generate_in_half_of_the_bytes(model: str, text: str, tmp_path: Path, kv_dtype: str):
     runs = []
     for kind in ("auto", kv_dtype):
@@ -143,8 +144,9 @@ def test_generate_in_half_of_the_bytes(model: str, text: str, tmp_path: Path, kv
         runs += json.loads(path.read_text())["runs"]
     assert runs[1]["title"] == f"{runs[0]['title']}, {kv_dtype}"
     plain, quantised = 2 * 16 * 2 + 4, 2 * (16 + (4 if kv_dtype == "int8" else 2)) + 4
-    if kv_dtype == "int4":  # the prompt is short: most of it are the tails
-        quantised = (16 * 32 + 16 * 4 + 32 * 8) / 32 + 4
+    if has_tails(kv_dtype):  # the prompt is short: most of it are the tails
+        codes = 2 * 16 * (4 if kv_dtype == "int4" else 2) // 8
+        quantised = (codes * 32 + 16 * 4 + 32 * 8) / 32 + 4
     share = runs[1]["cache_bytes"] / runs[0]["cache_bytes"]  # pages are twice as long
     assert 1 <= share / (quantised / plain) < 1.1
     many, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"

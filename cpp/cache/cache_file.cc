@@ -108,15 +108,16 @@ void CacheFile::read_texts() {
   }
   int32_t dtype = 0, format = 0;
   while (dtype < kFloats && text("dtype") != dtype_name(static_cast<DType>(dtype))) ++dtype;
-  while (format < 4 && text("kv_dtype") != kFormatNames[format]) ++format;
+  while (format < kNumFormats && text("kv_dtype") != kFormats[format].name) ++format;
   config_.dtype = static_cast<DType>(dtype), config_.format = static_cast<PageFormat>(format);
-  if (dtype == kFloats || format == 4 || (format > 0 && config_.dtype == DType::kFloat32)) {
+  if (dtype == kFloats || format == kNumFormats ||
+      (format > 0 && config_.dtype == DType::kFloat32)) {
     fail("its dtype " + text("dtype") + " or kv_dtype " + text("kv_dtype") + " makes no sense");
   }
   seen_ = numbers("seen", config_.num_sequences, kMostTokens);
   config_.has_biases = bool(file_.tensor(kFirstBiases));
-  if (config_.format == PageFormat::kInt4 && config_.value_dim != config_.head_dim) {
-    fail("its values of int4 have another head dim than its keys");
+  if (facts_of(config_.format).has_tails && config_.value_dim != config_.head_dim) {
+    fail("its values of " + text("kv_dtype") + " have another head dim than its keys");
   }
   if (config_.has_biases && format > 0) fail("it has biases in pages of " + text("kv_dtype"));
 }
@@ -192,7 +193,7 @@ void CacheFile::check_cache(const KVCache& cache, int32_t first_sequence) const 
     const bool is_even = c.value_dim == c.head_dim;
     return detail::concat(c.num_layers, " layers of ", c.num_kv_heads, " kv heads of ", c.head_dim,
                           is_even ? "" : detail::concat(" and ", c.value_dim), " ",
-                          dtype_name(c.dtype), ", ", kFormatNames[static_cast<int>(c.format)],
+                          dtype_name(c.dtype), ", ", facts_of(c.format).name,
                           c.has_biases ? " with biases" : "");
   };
   ADAKV_CHECK(shape(c) == shape(config_), "load: the cache must have ", shape(config_), ", got ",

@@ -46,6 +46,9 @@ CacheConfig checked(CacheConfig c) {
               kMostColumns / rows, " for ", rows, " rows, got ", c.max_row_pages);
   ADAKV_CHECK(c.dtype < DType::kInt32, "KVCache: dtype must be float32, float16 or bfloat16, got ",
               dtype_name(c.dtype));
+  ADAKV_CHECK(static_cast<int>(c.format) < kNumFormats,
+              "KVCache: format must be plain, int8, fp8, int4 or int2, got ",
+              static_cast<int>(c.format));
   ADAKV_CHECK(c.format == PageFormat::kInt4 || !c.key_dims.are_mixed(),
               "KVCache: key_dims are of int4 pages alone, got ", c.key_dims.in_16, " and ",
               c.key_dims.in_2, " for others");
@@ -55,17 +58,16 @@ CacheConfig checked(CacheConfig c) {
               "KVCache: key_dims must be a multiple of 4 in 16 bits and one of 8 in 2, of ",
               c.head_dim, " in all and not all of them in 16, got ", c.key_dims.in_16, " and ",
               c.key_dims.in_2);
-  ADAKV_CHECK(c.format <= PageFormat::kInt4,
-              "KVCache: format must be plain, int8, fp8 or int4, got ", static_cast<int>(c.format));
   if (c.format == PageFormat::kPlain) return c;
   ADAKV_CHECK(!c.has_biases, "KVCache: has_biases must be false for quantised pages");
   ADAKV_CHECK(c.dtype != DType::kFloat32,
               "KVCache: quantised pages need dtype float16 or bfloat16, got float32");
-  ADAKV_CHECK(c.format != PageFormat::kInt4 || c.page_size == kInt4PageSize,
-              "KVCache: page_size must be ", kInt4PageSize, " for int4 pages, got ", c.page_size);
-  ADAKV_CHECK(c.format != PageFormat::kInt4 || c.value_dim == c.head_dim,
-              "KVCache: value_dim must be head_dim = ", c.head_dim, " for int4 pages, got ",
-              c.value_dim);
+  const FormatFacts& facts = facts_of(c.format);
+  ADAKV_CHECK(!facts.has_tails || c.page_size == kTailedPageSize, "KVCache: page_size must be ",
+              kTailedPageSize, " for ", facts.name, " pages, got ", c.page_size);
+  ADAKV_CHECK(!facts.has_tails || c.value_dim == c.head_dim,
+              "KVCache: value_dim must be head_dim = ", c.head_dim, " for ", facts.name,
+              " pages, got ", c.value_dim);
   return c;
 }
 

@@ -8,14 +8,13 @@ std::vector<FilePart> parts_of(const CacheConfig& config,
                                int32_t layer,
                                const int32_t* lengths,
                                int64_t num_rows) {
-  constexpr int64_t kFull = kInt4PageSize;
+  constexpr int64_t kFull = kTailedPageSize;
   int64_t entries = 0, full_pages = 0;
   for (int64_t r = 0; r < num_rows; ++r) {
     entries += lengths[r];
     full_pages += lengths[r] / kFull;
   }
   const int64_t dim = config.head_dim, value_dim = config.value_dim;
-  const int64_t groups = (dim + kScaleGroup - 1) / kScaleGroup;
   const auto size = static_cast<int64_t>(dtype_size(config.dtype));
   const std::string prefix = "layers." + std::to_string(layer) + ".";
   std::vector<FilePart> parts;
@@ -27,14 +26,15 @@ std::vector<FilePart> parts_of(const CacheConfig& config,
                      static_cast<size_t>(file_offset)});
   };
   add("positions", {entries}, DType::kInt32, &LayerView::page_positions, 4);
-  if (config.format == PageFormat::kInt4) {
-    const int64_t tail = entries - full_pages * kFull;
-    add("pages", {full_pages, 2, kFull, dim / 2}, DType::kUInt8, &LayerView::pages, dim, 0,
+  if (const FormatFacts& facts = facts_of(config.format); facts.has_tails) {
+    const int64_t tail = entries - full_pages * kFull, width = dim * facts.code_bits / 8;
+    const int64_t numbers = num_scales(config.format, dim);
+    add("pages", {full_pages, 2, kFull, width}, DType::kUInt8, &LayerView::pages, 2 * width, 0,
         Which::kFull);
     add("key_scales", {full_pages, 2, dim}, config.dtype, &LayerView::key_scales,
         2 * dim * size / kFull, 0, Which::kFull);
-    add("value_scales", {full_pages, kFull, 2 * groups}, config.dtype, &LayerView::value_scales,
-        2 * groups * size, 0, Which::kFull);
+    add("value_scales", {full_pages, kFull, numbers}, config.dtype, &LayerView::value_scales,
+        numbers * size, 0, Which::kFull);
     for (int64_t half = 0; half < 2; ++half) {
       add("tails", {2, tail, dim}, config.dtype, &LayerView::tails, dim * size,
           half * kFull * dim * size, Which::kTail, half * tail * dim * size);

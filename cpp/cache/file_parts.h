@@ -15,14 +15,13 @@ namespace adakv {
 constexpr const char* kFileKind = "adakv cache";
 constexpr const char* kFileVersion = "2";
 constexpr const char* kFirstBiases = "layers.0.biases";  // there if entries have biases
-constexpr const char* kFormatNames[] = {"auto", "int8", "fp8", "int4"};  // of PageFormat
 
 /// Whether a tensor has its name from the format, not from who gave it beside the cache.
 inline bool is_files_own(const std::string& name) {
   return name == "lengths" || name == "checksums" || name.rfind("layers.", 0) == 0;
 }
 
-/// Which entries of a row a part has: in int4 those of full pages are codes, the others 16 bits.
+/// Which entries of a row a part has: with tails those of full pages are codes, the others 16 bits.
 enum class Which : uint8_t { kAll, kFull, kTail };
 
 /// A tensor of a layer in the file, or a half of one, whose numbers are those of entries one behind

@@ -40,8 +40,8 @@ void KVCache::check_fork(const std::vector<int32_t>& sources,
   }
   for (const int32_t count : back) {
     ADAKV_CHECK(count >= 0, "fork: back must not be negative, got ", count);
-    ADAKV_CHECK(count == 0 || config_.format != PageFormat::kInt4,
-                "fork: back must be 0 for int4 pages, whose keys share scales, got ", count);
+    ADAKV_CHECK(count == 0 || !facts_of(config_.format).has_tails, "fork: back must be 0 for ",
+                facts_of(config_.format).name, " pages, whose keys share scales, got ", count);
   }
 }
 

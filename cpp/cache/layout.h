@@ -13,10 +13,10 @@ namespace adakv {
 // The parts of a page, in bytes; in quantised pages they lie one behind the other in this order.
 struct PageParts {
   explicit PageParts(const CacheConfig& c)
-      : keys(c.format == PageFormat::kInt4 ? c.page_size * c.key_dims.bytes(c.head_dim)
-                                           : code_bytes(c, c.head_dim)),
-        values(code_bytes(c, c.value_dim)),
-        key_scales(c.format == PageFormat::kInt4
+      : keys(c.page_size *
+             (c.key_dims.are_mixed() ? c.key_dims.bytes(c.head_dim) : entry_bytes(c, c.head_dim))),
+        values(c.page_size * entry_bytes(c, c.value_dim)),
+        key_scales(facts_of(c.format).has_tails
                        ? 2 * (c.head_dim - c.key_dims.in_16) * sizeof(uint16_t)
                        : scale_bytes(c, c.head_dim)),
         value_scales(scale_bytes(c, c.value_dim)),
@@ -31,9 +31,9 @@ struct PageParts {
   int64_t biases;
 
  private:
-  static int64_t code_bytes(const CacheConfig& c, int64_t width) {
-    const int64_t bytes = c.format == PageFormat::kPlain ? dtype_size(c.dtype) : 1;
-    return c.page_size * width * bytes / (c.format == PageFormat::kInt4 ? 2 : 1);
+  static int64_t entry_bytes(const CacheConfig& c, int64_t width) {
+    const int64_t bits = facts_of(c.format).code_bits;
+    return bits == 0 ? width * static_cast<int64_t>(dtype_size(c.dtype)) : width * bits / 8;
   }
 
   static int64_t scale_bytes(const CacheConfig& c, int64_t width) {
@@ -65,7 +65,7 @@ class Layout {
 
 inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) {
   const PageParts parts(c);
-  const bool is_plain = c.format == PageFormat::kPlain, is_int4 = c.format == PageFormat::kInt4;
+  const bool is_plain = c.format == PageFormat::kPlain, has_tails = facts_of(c.format).has_tails;
   // Of plain pages, positions and biases lie elsewhere.
   const int64_t page_bytes = is_plain ? parts.keys + parts.values : parts.bytes();
   const TensorView whole = layout.add({c.num_pages, page_bytes}, DType::kUInt8);
@@ -77,8 +77,9 @@ inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) 
   const DType codes = is_plain                       ? c.dtype
                       : c.format == PageFormat::kFp8 ? DType::kFloat8
                                                      : DType::kUInt8;
-  const int64_t width = is_int4 ? c.key_dims.bytes(c.head_dim) : c.head_dim;
-  const int64_t value_width = is_int4 ? c.value_dim / 2 : c.value_dim;
+  const auto size = static_cast<int64_t>(dtype_size(codes));
+  const int64_t width = parts.keys / (c.page_size * size);
+  const int64_t value_width = parts.values / (c.page_size * size);
   view.pages = part(0, {c.num_pages, 2, c.page_size, width}, codes);
   if (c.value_dim != c.head_dim || c.key_dims.are_mixed()) {
     view.pages = view.pages.narrow(1, 0, 1);
@@ -94,7 +95,7 @@ inline void lay_out_pool(Layout& layout, const CacheConfig& c, LayerView& view) 
   const int64_t key_scales = parts.keys + parts.values,
                 value_scales = key_scales + parts.key_scales;
   const auto scales = [&](int64_t dim) { return num_scales(c.format, dim); };
-  view.key_scales = is_int4
+  view.key_scales = has_tails
                         ? part(key_scales, {c.num_pages, 2, c.head_dim - c.key_dims.in_16}, c.dtype)
                         : part(key_scales, {c.num_pages, c.page_size, scales(c.head_dim)}, c.dtype);
   view.value_scales = part(value_scales, {c.num_pages, c.page_size, scales(c.value_dim)}, c.dtype);
@@ -120,7 +121,7 @@ inline void lay_out_rows(Layout& layout, const CacheConfig& c, LayerView& view) 
       {c.num_sequences, c.num_layers, c.num_kv_heads, KVCache::kFreshColumns}, DType::kInt32);
   std::swap(view.fresh_pages.shape[0], view.fresh_pages.shape[1]);
   std::swap(view.fresh_pages.stride[0], view.fresh_pages.stride[1]);
-  if (c.format == PageFormat::kInt4) {
+  if (facts_of(c.format).has_tails) {
     view.tails = layout.add(
         {int64_t{c.num_layers} * c.num_sequences, c.num_kv_heads, 2 * c.page_size, c.head_dim},
         c.dtype);

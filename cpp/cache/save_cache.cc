@@ -158,13 +158,12 @@ class Writer {
     ADAKV_CHECK(!c.key_dims.are_mixed(), "save_cache: a file has keys of one format, got ",
                 c.key_dims.in_16, " dimensions in 16 bits and ", c.key_dims.in_2, " in 2");
     if (c.value_dim != c.head_dim) shape.push_back(c.value_dim);
-    const std::pair<const char*, std::string> own[] = {
-        {"kind", kFileKind},
-        {"version", kFileVersion},
-        {"dtype", dtype_name(c.dtype)},
-        {"kv_dtype", kFormatNames[static_cast<int>(c.format)]},
-        {"shape", list(shape)},
-        {"seen", list(seen_)}};
+    const std::pair<const char*, std::string> own[] = {{"kind", kFileKind},
+                                                       {"version", kFileVersion},
+                                                       {"dtype", dtype_name(c.dtype)},
+                                                       {"kv_dtype", facts_of(c.format).name},
+                                                       {"shape", list(shape)},
+                                                       {"seen", list(seen_)}};
     for (const auto& [name, text] : texts) {
       ADAKV_CHECK(is_utf8(name) && is_utf8(text), "save_cache: texts must be UTF-8");
     }

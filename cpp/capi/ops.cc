@@ -15,6 +15,7 @@ static_assert(static_cast<int>(Safeguard::kNone) == ADAKV_NO_SAFEGUARD);
 static_assert(static_cast<int>(Norm::kL2Gram) == ADAKV_L2_GRAM);
 static_assert(static_cast<int>(Accumulate::kLast) == ADAKV_KEEP_LAST);
 static_assert(static_cast<int>(PageFormat::kInt4) == ADAKV_INT4_PAGES);
+static_assert(static_cast<int>(PageFormat::kInt2) == ADAKV_INT2_PAGES);
 
 template <typename Args>
 using CArgsOf = typename MembersOf<Args>::C;

@@ -79,7 +79,7 @@ void append_row(const AppendArgs& args, int64_t b, int64_t h, int32_t count, Ful
     const TailWriter tails(args.layer);
     append_row(args, b, h, count, [&](int64_t page, int32_t slot, const char* k, const char* v) {
       tails.write(b, h, slot, k, v);
-      if (slot == kInt4PageSize - 1 && full == FullTails::kQuantise) tails.quantise(b, h, page);
+      if (slot == kTailedPageSize - 1 && full == FullTails::kQuantise) tails.quantise(b, h, page);
     });
     return;
   }

@@ -72,8 +72,8 @@ void quantise_filled(const AttendArgs& args) {
       return x.ptr<int32_t>() + b * x.stride[0] + h * x.stride[1];
     };
     const int32_t length = *at(layer.lengths);
-    if (num_new(args, b) != 1 || length % kInt4PageSize != 0) return;
-    tails.quantise(b, h, at(layer.block_table)[length / kInt4PageSize - 1]);
+    if (num_new(args, b) != 1 || length % kTailedPageSize != 0) return;
+    tails.quantise(b, h, at(layer.block_table)[length / kTailedPageSize - 1]);
   });
 }
 
@@ -91,7 +91,7 @@ class Attention {
         workers_(args.schedule.ptr<const schedule::Worker>()),
         rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
         key_dims_(args.layer.key_dims()),
-        attend_span_((key_dims_.are_mixed()
+        attend_span_((args.layer.tails && args.layer.value_pages
                           ? kernels().attend_mixed
                           : kernels().attend_span[static_cast<int>(
                                 args.layer.format())])[static_cast<int>(args.queries.dtype)]) {}
@@ -301,10 +301,10 @@ class Attention {
     attend_span_(span);
   }
 
-  /// The first slot of a row that is read from its tail, of int4.
+  /// The first slot of a row that is read from its tail, if it has one.
   int tail_begin(int64_t b, int length) const {
     const int read = reads_filled_tails(args_) && num_new(args_, b) == 1 ? length - 1 : length;
-    return read / kInt4PageSize * kInt4PageSize;
+    return read / kTailedPageSize * kTailedPageSize;
   }
 
   /// Adds up the partial results of a row, in slot order.

@@ -120,16 +120,16 @@ void write_biases(const CompactArgs& args,
   std::transform(begin, end, out, [&](int32_t place) { return biases[place]; });
 }
 
-// The same of the whole pages of a row (b, h) in int4; what is behind them goes to the row's tail.
-void write_int4_row(const TailWriter& writer,
-                    const Row& keys,
-                    const Row& values,
-                    int64_t b,
-                    int64_t h,
-                    const int32_t* pages,
-                    const int32_t* begin,
-                    const int32_t* end) {
-  constexpr int kSize = kInt4PageSize;
+// The same of the whole pages of a row (b, h) with a tail; what is behind them goes to the row's tail.
+void write_tailed_row(const TailWriter& writer,
+                      const Row& keys,
+                      const Row& values,
+                      int64_t b,
+                      int64_t h,
+                      const int32_t* pages,
+                      const int32_t* begin,
+                      const int32_t* end) {
+  constexpr int kSize = kTailedPageSize;
   const void* entries[2][2 * kSize];  // of a page, and of the one behind it
   const auto look_up = [&](const int32_t* first, const void** of_page) {
     for (int i = 0; i < kSize; ++i) {
@@ -182,7 +182,7 @@ void CpuBackend::compact(const CompactArgs& args) {
       if (layer.page_biases) write_biases(args, b, h, pages[i], begin, end);
     }
     if (layer.tails) {
-      write_int4_row(tails, keys, values, b, h, pages, places, places + kept);
+      write_tailed_row(tails, keys, values, b, h, pages, places, places + kept);
     }
     int32_t* table = row_of(layer.block_table);
     std::copy(pages, pages + num_pages, table);

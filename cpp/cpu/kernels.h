@@ -19,9 +19,9 @@ struct AttendSpan {
   const void* values;       // [N, P, Dv]
   int64_t page_stride;      // in elements, of both
   const void* scales[2];    // [N, P, num_scales] of keys and of values, for quantised pages; of
-                            // int4 keys [N, 2, D]
+                            // int4 and int2 keys [N, 2, D]
   int64_t scale_stride[2];  // in elements, from page to page
-  const void* tail;         // [2 P, D] of int4: keys and values of the slots from tail_begin on
+  const void* tail;         // [2 P, D] with tails: keys and values of the slots from tail_begin on
   int tail_begin;           // a multiple of the page size
   KeyDims key_dims;         // of int4
   const void* biases;       // [N, P] float16 of plain pages, added to logits; null: none
@@ -143,19 +143,20 @@ struct GramNormSpan {
 /// Makes codes [D] and scales of an entry [D] as ops/quantise.h says.
 using QuantiseEntry = void (*)(const void* entry, int head_dim, uint8_t* codes, uint16_t* scales);
 
-/// Where an int4 page's codes and scales go.
+/// Where the codes and scales of a page of int4 or int2 go.
 struct PageCodes {
-  uint8_t* keys;           // [P, D / 2], or as mixed KeyDims have them
-  uint8_t* values;         // [P, D / 2]
+  uint8_t* keys;           // [P, D / 2], or as KeyDims have them
+  uint8_t* values;         // [P, D / 2], or int2 [P, D / 4]
   uint16_t* key_scales;    // [2, D], or those of the dimensions that have some
   uint16_t* value_scales;  // [P, 2 Z]
 };
 
-/// Makes an int4 page of the P keys and then P values that `entries` points to, as ops/quantise.h says;
+/// Makes a page of int4 or int2 of the P keys and then P values that `entries` points to, as ops/quantise.h says;
 /// fetches those of `next`, unless it is null.
 using QuantisePage = void (*)(const void* const* entries,
                               const void* const* next,
                               int head_dim,
+                              PageFormat format,
                               KeyDims key_dims,
                               const PageCodes& to);
 
@@ -165,11 +166,11 @@ using PerDType = void (*[3])(const Span&);
 
 struct Kernels {
   const char* isa;
-  PerDType<AttendSpan> attend_span[4];  // by PageFormat; quantised pages have no float32
-  PerDType<AttendSpan> attend_mixed;    // of int4 with mixed KeyDims
+  PerDType<AttendSpan> attend_span[kNumFormats];  // by PageFormat; quantised pages: no float32
+  PerDType<AttendSpan> attend_mixed;              // of int4 with mixed KeyDims
   void (*accumulate_span)(const AccumulateSpan&);
-  QuantiseEntry quantise[4][3];   // by PageFormat and DType, where entries are quantised
-  QuantisePage quantise_page[3];  // by DType
+  QuantiseEntry quantise[kNumFormats][3];  // by PageFormat and DType, where entries are quantised
+  QuantisePage quantise_page[3];           // by DType
   PerDType<ScoreSpan> score_sums;
   PerDType<ScoreSpan> score_window;
   PerDType<ValueNormSpan> value_norm_span;

@@ -211,7 +211,7 @@ inline void add_values(const Pages& row,
   for (int first = 0; first < value_dim; first += Pages::kStretch) {
     const int next = first + Pages::kStretch < value_dim ? first + Pages::kStretch : value_dim;
     if constexpr (Pages::kHasScales) {
-      const float* numbers = scales + first / kScaleGroup * Pages::kNumbers * kBlockSlots;
+      const float* numbers = scales + first / Pages::kStretch * Pages::kNumbers * kBlockSlots;
       scale_weights<kRows, Pages>(numbers, end - begin, weights, scaled, zeros);
     }
     int d = first;
@@ -382,7 +382,8 @@ inline void attend_tail(const AttendSpan& span, const float* queries, float* acc
   const int32_t page_id = 0;
   AttendSpan of_tail = span;
   of_tail.keys = span.tail;
-  of_tail.values = static_cast<const uint16_t*>(span.tail) + int64_t{kInt4PageSize} * span.head_dim;
+  of_tail.values =
+      static_cast<const uint16_t*>(span.tail) + int64_t{kTailedPageSize} * span.head_dim;
   of_tail.page_stride = 0;
   of_tail.page_ids = &page_id;
   of_tail.first_visible -= span.tail_begin;

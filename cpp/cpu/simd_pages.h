@@ -97,21 +97,21 @@ struct PlainPages : RowPages<Element> {
   static F32Pair number(F32Pair pair, Numbers) { return pair; }
 };
 
-/// Pages of codes: x = scale * code + zero, or scale * code.
-template <typename Element, typename Scale>
+/// Pages of codes: x = scale * code + zero, or scale * code; kGroup dimensions of a value share them.
+template <typename Element, typename Scale, int kGroup = kScaleGroup>
 struct CodePages : RowPages<Element> {
   using Code = Element;
   using Input = Scale;
   using Query = float;
   static constexpr int kNumbers = std::is_same_v<Code, Float8> ? 1 : 2;
   static constexpr float kUnit = kNumbers == 2 ? 1.f : 0x1p8f;  // of load_pair(const Code*)
-  static constexpr int kMaxWidth = kNumbers * kMaxHeadDim / kScaleGroup;
+  static constexpr int kMaxWidth = kNumbers * kMaxHeadDim / kGroup;
   struct Scales {
     alignas(64) float keys[kBlockSlots * kMaxWidth];
     alignas(64) float values[kBlockSlots * kMaxWidth];
   };
 
-  static constexpr int kStretch = kScaleGroup;
+  static constexpr int kStretch = kGroup;
   static constexpr int kLine = 64;
   static constexpr bool kHasScales = true, kHasZero = kNumbers == 2, kIsInt4 = false;
   struct Numbers {
@@ -124,8 +124,8 @@ struct CodePages : RowPages<Element> {
   explicit CodePages(const AttendSpan& span)
       : RowPages<Element>(span),
         span(span),
-        width((span.head_dim + kScaleGroup - 1) / kScaleGroup * kNumbers),
-        value_width((span.value_dim + kScaleGroup - 1) / kScaleGroup * kNumbers) {}
+        width((span.head_dim + kGroup - 1) / kGroup * kNumbers),
+        value_width((span.value_dim + kGroup - 1) / kGroup * kNumbers) {}
 
   /// Widens the numbers of the slots [begin, end), and of those that fill up a group of slots;
   /// fetches the numbers of the block behind, up to `last`.
@@ -169,7 +169,7 @@ struct CodePages : RowPages<Element> {
   }
 
   static Numbers numbers(const float* scales, int d) {
-    const float* group = scales + d / kScaleGroup * kNumbers;
+    const float* group = scales + d / kGroup * kNumbers;
     return {broadcast(group[0]), broadcast(group[kNumbers - 1])};
   }
 
@@ -182,19 +182,20 @@ struct CodePages : RowPages<Element> {
 /// Pages of int4, which are blocks: the scales of a page's keys become factors of the queries, the
 /// zeros a part of all their logits. The slots from span.tail_begin on lie in a tail. A page has few
 /// bytes, so that what is fetched is always a whole page ahead.
-template <typename Scale>
-struct Int4Pages : CodePages<Int4Codes, Scale> {
+template <typename Scale, int kGroup = kScaleGroup>
+struct Int4Pages : CodePages<Int4Codes, Scale, kGroup> {
+  using Base = CodePages<Int4Codes, Scale, kGroup>;
   using Input = EvenOdd<Scale>;
   using Query = Input;
   using Tail = PlainPages<Input>;
   static constexpr bool kIsInt4 = true;
   struct Scales {
     alignas(64) float keys[2 * kMaxHeadDim];  // scales, then zeros, in the order of queries
-    alignas(64) float values[kBlockSlots * CodePages<Int4Codes, Scale>::kMaxWidth];
+    alignas(64) float values[kBlockSlots * Base::kMaxWidth];
   };
   struct Numbers {};
 
-  using CodePages<Int4Codes, Scale>::CodePages;
+  using Base::Base;
 
   void fill(Scales& scales, int begin, int, int last) const {
     fetch_scales(begin + kBlockSlots, last);
@@ -218,7 +219,7 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
 
   /// The numbers of a page's values, [P, groups, scale and zero], as [groups, scale and zero, P].
   void fill_values(float* out, int begin) const {
-    alignas(64) float both[2][kBlockSlots * kMaxHeadDim / kScaleGroup];  // scales, zeros
+    alignas(64) float both[2][kBlockSlots * kMaxHeadDim / kGroup];  // scales, zeros
     const int groups = this->width / 2;
     const auto* from = reinterpret_cast<const Input*>(this->in_memory(1, begin));
     for (int i = 0; i < kBlockSlots * groups; i += kLanes) {
@@ -232,6 +233,11 @@ struct Int4Pages : CodePages<Int4Codes, Scale> {
       if (groups == 2) spread<2>(to, both[which]);
       if (groups == 3) spread<3>(to, both[which]);
       if (groups == 4) spread<4>(to, both[which]);
+      for (int j = 0; groups > 4 && j < groups; ++j) {
+        for (int i = 0; i < kBlockSlots; ++i) {
+          to[j * 2 * kBlockSlots + i] = both[which][i * groups + j];
+        }
+      }
     }
   }
 
@@ -292,9 +298,9 @@ struct CodeTable {
 
 /// Pages of int4 whose keys have dimensions in 16, in 4 and in 2 bits. Those of a page are widened once
 /// for all queries, to numbers of which the first ones have scale 1 and zero 0.
-template <typename Scale>
-struct MixedPages : Int4Pages<Scale> {
-  using Base = Int4Pages<Scale>;
+template <typename Scale, int kGroup = kScaleGroup>
+struct MixedPages : Int4Pages<Scale, kGroup> {
+  using Base = Int4Pages<Scale, kGroup>;
   using Input = typename Base::Input;
   using Scales = typename Base::Scales;
   using Key = Input;
@@ -355,6 +361,41 @@ struct MixedPages : Int4Pages<Scale> {
     for (int d = 0; d < count; d += kCodes, to += kCodes) {
       __builtin_memcpy(to, kTable.numbers[*from++], kCodes * sizeof(Input));
     }
+  }
+};
+
+/// Pages of int2: keys as those of mixed pages that have all dimensions in 2 bits, and values whose
+/// codes become those of int4, a page at a time.
+template <typename Scale>
+struct Int2Pages : MixedPages<Scale, facts_of(PageFormat::kInt2).group> {
+  using Base = MixedPages<Scale, facts_of(PageFormat::kInt2).group>;
+  using Scales = typename Base::Scales;
+
+  alignas(64) mutable Int4Codes codes[kBlockSlots * kMaxHeadDim / 2];  // values of the page
+
+  using Base::Base;
+
+  void fill(Scales& scales, int begin, int end, int last) const {
+    Base::fill(scales, begin, end, last);
+    const int bytes = kBlockSlots * this->value_dim / 4;
+    const uint8_t* from = page_values(begin);
+    for (int i = 0; i < bytes; ++i) {
+      const unsigned four = from[i], two = (four | four << 4) & 0x0f0f;  // in each of two bytes
+      const auto one = static_cast<uint16_t>((two | two << 2) & 0x3333);
+      __builtin_memcpy(codes + 2 * i, &one, sizeof one);
+    }
+    if (begin + kBlockSlots >= last) return;
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(page_values(begin + kBlockSlots) + i);
+  }
+
+  const Int4Codes* value(int slot) const { return codes + this->in_page(slot) * this->value_pitch; }
+  const Int4Codes* ahead(int slot) const { return value(slot); }
+  const Int4Codes* behind_values(int slot) const { return value(slot); }
+
+ private:
+  const uint8_t* page_values(int slot) const {
+    return reinterpret_cast<const uint8_t*>(this->values) +
+           this->page_ids[slot >> this->log_page_size] * this->page_stride;
   }
 };
 

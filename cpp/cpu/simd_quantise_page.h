@@ -1,4 +1,4 @@
-// quantise_page: codes and scales of an int4 page, as ops/quantise.h says. Lanes are dimensions where
+// quantise_page: codes and scales of a page of int4 or int2, as ops/quantise.h says. Lanes are dimensions where
 // the keys' scales are found, entries where the values' are: few steps wait for one another.
 #pragma once
 
@@ -60,7 +60,7 @@ inline void store_bytes(uint8_t* out, U32 lanes, int count) {
   __builtin_memcpy(out, bytes, count);
 }
 
-/// An int4 page's entries, P keys and then P values, and where their codes go.
+/// A page's entries, P keys and then P values, and where their codes go.
 template <typename Element>
 struct PageEntries {
   using Pairs = EvenOdd<Element>;
@@ -111,7 +111,7 @@ inline bool is_finite(const Element* entry, int head_dim) {
 template <typename Element>
 inline uint32_t finite_keys(const PageEntries<Element>& page) {
   uint32_t finite = 0;
-  for (int i = 0; i < kInt4PageSize; ++i) {
+  for (int i = 0; i < kTailedPageSize; ++i) {
     page.fetch(i);
     const auto* key = static_cast<const Element*>(page.entries[i]);
     finite |= uint32_t{is_finite(key, page.head_dim)} << i;
@@ -144,7 +144,7 @@ inline void quantise_channels(const PageEntries<Element>& page,
     return page.template pair<kWhole>(static_cast<const EvenOdd<Element>*>(keys[i]), d, count);
   };
   F32Pair low = {broadcast(kInfinity), broadcast(kInfinity)}, high = {-low.first, -low.first};
-  for (int i = 0; i < kInt4PageSize; ++i) {
+  for (int i = 0; i < kTailedPageSize; ++i) {
     if (!kAllFinite && !(finite >> i & 1)) continue;
     const F32Pair x = element(i);
     low = {x.first < low.first ? x.first : low.first,
@@ -168,7 +168,7 @@ inline void quantise_channels(const PageEntries<Element>& page,
   };
   const F32Pair half_scale = {half(even), half(odd)};
   const F32Pair half_zero = {low.first * 0.5f, low.second * 0.5f};
-  for (int i = 0; i < kInt4PageSize; ++i) {
+  for (int i = 0; i < kTailedPageSize; ++i) {
     const F32Pair x = element(i);
     const F32Pair half_x = {x.first * 0.5f, x.second * 0.5f};
     const bool is_there = kAllFinite || finite >> i & 1;
@@ -204,8 +204,16 @@ inline void quantise_keys(const PageEntries<Element>& page,
   } else if (finite != 0) {
     quantise_keys<false>(page, finite, most, codes, scales);
   } else {
-    __builtin_memset(codes, 0, kInt4PageSize * page.head_dim / 2);
+    __builtin_memset(codes, 0, kTailedPageSize * page.head_dim / 2);
     __builtin_memset(scales, 0, 2 * page.head_dim * sizeof(uint16_t));
+  }
+}
+
+/// Codes of 4 bits of which none is above 3, as codes of 2 bits, `count` bytes of them.
+inline void halve_codes(const uint8_t* from, int count, uint8_t* to) {
+  for (int j = 0; j < count; ++j) {
+    const int low = from[2 * j], high = from[2 * j + 1];
+    to[j] = static_cast<uint8_t>((low & 3) | low >> 4 << 2 | (high & 3) << 4 | high >> 4 << 6);
   }
 }
 
@@ -217,7 +225,7 @@ inline void quantise_mixed_keys(const PageEntries<Element>& page,
                                 KeyDims dims,
                                 uint8_t* codes,
                                 uint16_t* scales) {
-  uint8_t of_page[kInt4PageSize * kMaxHeadDim / 2];
+  uint8_t of_page[kTailedPageSize * kMaxHeadDim / 2];
   uint16_t of_dims[2 * kMaxHeadDim];
   const int head_dim = page.head_dim, in_4_end = head_dim - dims.in_2;
   const auto most = [&](int d) {
@@ -228,7 +236,7 @@ inline void quantise_mixed_keys(const PageEntries<Element>& page,
   };
   quantise_keys(page, finite, most, of_page, of_dims);
   const int width = static_cast<int>(dims.bytes(head_dim)), in_4 = in_4_end - dims.in_16;
-  for (int i = 0; i < kInt4PageSize; ++i) {
+  for (int i = 0; i < kTailedPageSize; ++i) {
     uint8_t* to = codes + i * width;
     const uint8_t* from = of_page + (i * head_dim + dims.in_16) / 2;
     if (finite >> i & 1) {
@@ -238,12 +246,7 @@ inline void quantise_mixed_keys(const PageEntries<Element>& page,
     }
     to += 2 * dims.in_16;
     __builtin_memcpy(to, from, in_4 / 2);
-    to += in_4 / 2;
-    from += in_4 / 2;
-    for (int j = 0; j < dims.in_2 / 4; ++j) {
-      const int low = from[2 * j], high = from[2 * j + 1];
-      to[j] = static_cast<uint8_t>((low & 3) | low >> 4 << 2 | (high & 3) << 4 | high >> 4 << 6);
-    }
+    halve_codes(from + in_4 / 2, dims.in_2 / 4, to + in_4 / 2);
   }
   const int with_codes = head_dim - dims.in_16;
   for (int half = 0; half < 2; ++half) {
@@ -252,22 +255,24 @@ inline void quantise_mixed_keys(const PageEntries<Element>& page,
   }
 }
 
-/// The group of dimensions from `begin` on, a whole one or what is left, of kLanes values from `first` on, of the page's keys those
-/// that are `finite`.
-template <bool kWhole, typename Element>
-inline void quantise_values(const PageEntries<Element>& page,
-                            uint32_t finite,
-                            int first,
-                            int begin,
-                            uint8_t* codes,
-                            uint16_t* scales,
-                            int width) {
+/// Codes, in 4 bits each, and scales of a group of dimensions from `begin` on, a whole one or what is
+/// left, of kLanes values from `first` on, of the page's keys those that are `finite`.
+template <PageFormat kFormat, bool kWhole, typename Element>
+inline void quantise_group(const PageEntries<Element>& page,
+                           uint32_t finite,
+                           int first,
+                           int begin,
+                           uint8_t* codes,
+                           uint16_t* scales,
+                           int width) {
   constexpr const Element* kType = nullptr;
-  const int head_dim = page.head_dim, count = kWhole ? kScaleGroup : head_dim - begin;
+  constexpr int kGroup = facts_of(kFormat).group;
+  constexpr float kLargest = kFormat == PageFormat::kInt2 ? kLargestInt2 : kLargestInt4;
+  const int head_dim = page.head_dim, count = kWhole ? kGroup : head_dim - begin;
   F32 lows[kLanes], highs[kLanes], checks[kLanes];  // lows: negated
   for (int i = 0; i < kLanes; ++i) {
-    const auto* value = page.at(kInt4PageSize + first + i) + begin;
-    if (begin == 0) page.fetch(kInt4PageSize + first + i);
+    const auto* value = page.at(kTailedPageSize + first + i) + begin;
+    if (begin == 0) page.fetch(kTailedPageSize + first + i);
     Extremes of = {broadcast(kInfinity), broadcast(-kInfinity), F32{}};
     for (int d = 0; d < count; d += kPair) {
       typename PageEntries<Element>::Pairs part[kPair];
@@ -286,7 +291,7 @@ inline void quantise_values(const PageEntries<Element>& page,
   const F32 zero = -max_each(lows), spread = max_each(highs) - zero;
   const F32 check = sum_each(checks) + spread * 0.0f;
   const I32 is_finite = check == check;
-  const U32 scale = round_up(spread / kLargestInt4, kType);
+  const U32 scale = round_up(spread / kLargest, kType);
   const U32 zero_bits = (U32)is_finite & bits_of_elements(zero, kType);
   uint32_t numbers[kLanes], has_codes[kLanes];
   float scale_of[kLanes], zero_of[kLanes];
@@ -300,13 +305,13 @@ inline void quantise_values(const PageEntries<Element>& page,
     const int at = first + i;
     const bool counts = finite >> at & 1;
     const uint32_t number = counts ? numbers[i] : kNaN16;
-    __builtin_memcpy(scales + at * width + begin / kScaleGroup * 2, &number, sizeof number);
+    __builtin_memcpy(scales + at * width + begin / kGroup * 2, &number, sizeof number);
     uint8_t* out = codes + (at * head_dim + begin) / 2;
     if (!counts || has_codes[i] == 0) {
       __builtin_memset(out, 0, count / 2);
       continue;
     }
-    const auto* value = page.at(kInt4PageSize + at) + begin;
+    const auto* value = page.at(kTailedPageSize + at) + begin;
     const F32 zeros = broadcast(zero_of[i]), scales_of = broadcast(scale_of[i]);
     const auto store_codes = [&](int d, F32Pair x) {
       store_bytes(out + d / 2, codes_of(x, {zeros, zeros}, {scales_of, scales_of}),
@@ -319,10 +324,30 @@ inline void quantise_values(const PageEntries<Element>& page,
   }
 }
 
+/// All values of a page, codes [P, D / 2] and scales [P, 2 Z].
+template <PageFormat kFormat, typename Element>
+inline void quantise_values(const PageEntries<Element>& page,
+                            uint32_t finite,
+                            uint8_t* codes,
+                            uint16_t* scales) {
+  constexpr int kGroup = facts_of(kFormat).group;
+  const int head_dim = page.head_dim, width = (head_dim + kGroup - 1) / kGroup * 2;
+  for (int first = 0; first < kTailedPageSize; first += kLanes) {
+    int begin = 0;
+    for (; begin + kGroup <= head_dim; begin += kGroup) {
+      quantise_group<kFormat, true>(page, finite, first, begin, codes, scales, width);
+    }
+    if (begin < head_dim) {
+      quantise_group<kFormat, false>(page, finite, first, begin, codes, scales, width);
+    }
+  }
+}
+
 template <typename Element>
 void quantise_page(const void* const* entries,
                    const void* const* next,
                    int head_dim,
+                   PageFormat format,
                    KeyDims key_dims,
                    const PageCodes& to) {
   const PageEntries<Element> page = {entries, next, head_dim};
@@ -333,15 +358,12 @@ void quantise_page(const void* const* entries,
     const auto most = [](int) { return F32Pair{broadcast(kLargestInt4), broadcast(kLargestInt4)}; };
     quantise_keys(page, finite, most, to.keys, to.key_scales);
   }
-  const int width = (head_dim + kScaleGroup - 1) / kScaleGroup * 2;
-  for (int first = 0; first < kInt4PageSize; first += kLanes) {
-    int begin = 0;
-    for (; begin + kScaleGroup <= head_dim; begin += kScaleGroup) {
-      quantise_values<true>(page, finite, first, begin, to.values, to.value_scales, width);
-    }
-    if (begin < head_dim) {
-      quantise_values<false>(page, finite, first, begin, to.values, to.value_scales, width);
-    }
+  if (format == PageFormat::kInt2) {
+    uint8_t codes[kTailedPageSize * kMaxHeadDim / 2];
+    quantise_values<PageFormat::kInt2>(page, finite, codes, to.value_scales);
+    halve_codes(codes, kTailedPageSize * head_dim / 4, to.values);
+  } else {
+    quantise_values<PageFormat::kInt4>(page, finite, to.values, to.value_scales);
   }
 }
 

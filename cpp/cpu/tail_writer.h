@@ -1,4 +1,4 @@
-// Writes entries of int4: to the tails of rows, and whole pages of them as codes.
+// Writes entries of int4 and int2: to the tails of rows, and whole pages of them as codes.
 #pragma once
 
 #include <cstring>
@@ -19,6 +19,7 @@ class TailWriter {
       : layer_(layer),
         head_dim_(layer.tails.shape[3]),
         entry_bytes_(head_dim_ * static_cast<int64_t>(dtype_size(layer.tails.dtype))),
+        format_(layer.format()),
         key_dims_(layer.key_dims()),
         quantise_page_(kernels().quantise_page[static_cast<int>(layer.tails.dtype)]) {}
 
@@ -26,13 +27,13 @@ class TailWriter {
   void write(int64_t b, int64_t h, int64_t slot, const char* key, const char* value) const {
     char* tail = tail_of(b, h) + slot * entry_bytes_;
     std::memcpy(tail, key, entry_bytes_);
-    std::memcpy(tail + kInt4PageSize * entry_bytes_, value, entry_bytes_);
+    std::memcpy(tail + kTailedPageSize * entry_bytes_, value, entry_bytes_);
   }
 
   /// Writes the codes of a full tail to a page.
   void quantise(int64_t b, int64_t h, int64_t page) const {
-    const void* entries[2 * kInt4PageSize];
-    for (int i = 0; i < 2 * kInt4PageSize; ++i) entries[i] = tail_of(b, h) + i * entry_bytes_;
+    const void* entries[2 * kTailedPageSize];
+    for (int i = 0; i < 2 * kTailedPageSize; ++i) entries[i] = tail_of(b, h) + i * entry_bytes_;
     quantise(entries, nullptr, page);
   }
 
@@ -40,13 +41,10 @@ class TailWriter {
   /// unless it is null.
   void quantise(const void* const* entries, const void* const* next, int64_t page) const {
     const auto at = [&](const TensorView& x) { return x.ptr<uint16_t>() + page * x.stride[0]; };
-    uint8_t* keys = layer_.pages.ptr<uint8_t>() + page * layer_.pages.stride[0];
-    uint8_t* values = keys + kInt4PageSize * head_dim_ / 2;
-    if (layer_.value_pages) {
-      values = layer_.value_pages.ptr<uint8_t>() + page * layer_.value_pages.stride[0];
-    }
-    quantise_page_(entries, next, static_cast<int>(head_dim_), key_dims_,
-                   {keys, values, at(layer_.key_scales), at(layer_.value_scales)});
+    const auto codes = [&](const TensorView& x) { return x.ptr<uint8_t>() + page * x.stride[0]; };
+    quantise_page_(entries, next, static_cast<int>(head_dim_), format_, key_dims_,
+                   {codes(layer_.pages), codes(layer_.values()), at(layer_.key_scales),
+                    at(layer_.value_scales)});
   }
 
  private:
@@ -58,6 +56,7 @@ class TailWriter {
 
   const LayerView& layer_;
   int64_t head_dim_, entry_bytes_;
+  PageFormat format_;
   KeyDims key_dims_;
   QuantisePage quantise_page_;
 };

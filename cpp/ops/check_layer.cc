@@ -42,15 +42,17 @@ void check_mixed(Checker& check, const LayerView& layer) {
       " and ", layer.key_scales.shape_string());
 }
 
-void check_int4(Checker& check, const LayerView& layer) {
-  check.require(check.size("P") == kInt4PageSize, "page size P must be ", kInt4PageSize,
-                " for int4 pages, got ", check.size("P"));
-  const int64_t width = num_scales(PageFormat::kInt4, check.size("D"));
+void check_tailed(Checker& check, const LayerView& layer) {
+  const FormatFacts& facts = facts_of(layer.format());
+  check.require(check.size("P") == kTailedPageSize, "page size P must be ", kTailedPageSize,
+                " for ", facts.name, " pages, got ", check.size("P"));
+  const int64_t width = num_scales(layer.format(), check.size("D"));
   if (layer.value_pages) {
     check_mixed(check, layer);
   } else {
-    check.require(2 * check.size("D/2") == check.size("D"), "pages must be [N, 2, P, ",
-                  check.size("D") / 2, "] for int4, got ", layer.pages.shape_string());
+    check.require(2 * check.size("C") == check.size("D") || facts.code_bits == 2,
+                  "pages must be [N, 2, P, ", check.size("D") / 2, "] for int4, or [N, 2, P, ",
+                  check.size("D") / 4, "] for int2, got ", layer.pages.shape_string());
     check.floats("key_scales", layer.key_scales, "N 2 D");
   }
   check.floats("value_scales", layer.value_scales, "N P 2Z");
@@ -66,7 +68,7 @@ void check_quantised(Checker& check, const LayerView& layer) {
   check.require(check.float_dtype() != DType::kFloat32, "pages of ", dtype_name(layer.pages.dtype),
                 " need keys, values and queries in float16 or bfloat16, got float32");
   const PageFormat format = layer.format();
-  if (format == PageFormat::kInt4) return check_int4(check, layer);
+  if (facts_of(format).has_tails) return check_tailed(check, layer);
   check_page_parts(check, "pages", layer.pages);
   const auto check_scales = [&](const char* name, const TensorView& view, const char* dims,
                                 int64_t dim) {
@@ -131,8 +133,8 @@ void check_layer(Checker& check, const LayerView& layer) {
     check.require(!layer.key_scales && !layer.value_scales,
                   "key_scales and value_scales must be left out for pages of ",
                   dtype_name(layer.pages.dtype));
-  } else if (format == PageFormat::kInt4) {
-    check.tensor("pages", layer.pages, layer.value_pages ? "N 1 P C" : "N 2 P D/2", DType::kUInt8);
+  } else if (layer.tails) {
+    check.tensor("pages", layer.pages, layer.value_pages ? "N 1 P C" : "N 2 P C", DType::kUInt8);
   } else {
     check.tensor("pages", layer.pages, dims_of_pages(layer), layer.pages.dtype);
   }
@@ -176,7 +178,7 @@ void check_held_layer(Checker& check, const LayerView& layer) {
 }
 
 void check_any_layer(Checker& check, const LayerView& layer) {
-  if (layer.format() != PageFormat::kInt4) return check_held_layer(check, layer);
+  if (!layer.tails) return check_held_layer(check, layer);
   check.floats("tails", layer.tails, "B Hkv 2P D");
   check_head_dim(check);
   check_layer(check, layer);

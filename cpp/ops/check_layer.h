@@ -13,13 +13,13 @@ void check_head_dim(const Checker& check);
 /// keys, or `own`.
 const char* value_dims(const LayerView& layer, const char* same, const char* own);
 
-/// Tails of int4, [B, Hkv, 2 P, D] or of other rows.
+/// Tails of int4 and int2, [B, Hkv, 2 P, D] or of other rows.
 void check_tails(Checker& check, const char* name, const TensorView& tails, const char* dims);
 
 /// A layer, behind the checks of D and of the dtype of keys or queries.
 void check_layer(Checker& check, const LayerView& layer);
 
-/// A layer that no keys or queries come with: D is that of its pages. Not of int4.
+/// A layer that no keys or queries come with: D is that of its pages. Not of a layer with tails.
 void check_held_layer(Checker& check, const LayerView& layer);
 
 /// The same of any format.

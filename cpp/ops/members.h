@@ -29,7 +29,8 @@ inline constexpr std::array<const char*, 2> kWords<Norm> = {"l1", "l2_gram"};
 template <>
 inline constexpr std::array<const char*, 3> kWords<Accumulate> = {"sum", "max", "last"};
 template <>
-inline constexpr std::array<const char*, 4> kWords<PageFormat> = {"auto", "int8", "fp8", "int4"};
+inline constexpr std::array<const char*, 5> kWords<PageFormat> = {"auto", "int8", "fp8", "int4",
+                                                                  "int2"};
 
 /// A member's name and place, in the struct of C++ and in that of C.
 template <typename CppMember, typename CMember>

@@ -26,6 +26,10 @@ void check_group(const Checker& check) {
                 "q heads must be 1 to 16 times the kv heads, got Hq = ", hq, " and Hkv = ", hkv);
 }
 
+const char* name_of(const LayerView& layer) {
+  return facts_of(layer.format()).name;
+}
+
 // Far more than any prompt has, and small enough to count with in int32.
 constexpr int64_t kMostPositions = int64_t{1} << 26;
 
@@ -82,7 +86,7 @@ Backend& checked(const ScoreArgs& args) {
   } else {
     check.require(static_cast<bool>(args.layer.pages), "keys or a layer must be given");
     check.require(!args.seq_lens, "seq_lens must be left out with a layer, which has lengths");
-    check.require(!args.layer.tails, "layer must not be of int4");
+    check.require(!args.layer.tails, "layer must not be of ", name_of(args.layer));
     check.require(!args.layer.page_biases, "layer must be without page_biases");
     check_head_dim(check);
     check_layer(check, args.layer);
@@ -162,7 +166,8 @@ Backend& checked(const CompactArgs& args) {
     check.require(!args.seq_lens, "seq_lens must be left out where keys are");
     check.require(!args.places, "places must be left out where keys are");
     check.require(!args.biases, "biases must be left out where keys are: entries keep theirs");
-    check.require(!args.layer.tails, "keys and values must be given for a layer of int4");
+    check.require(!args.layer.tails, "keys and values must be given for a layer of ",
+                  name_of(args.layer));
     check_held_layer(check, args.layer);
   }
   check.tensor("positions", args.positions, "K", DType::kInt32);
@@ -204,7 +209,8 @@ Backend& checked(const ForkArgs& args) {
   check.tensor("source_lengths", args.source_lengths, "A Hkv", DType::kInt32);
   check.tensor("source_seen", args.source_seen, "A", DType::kInt32);
   if (args.layer.tails) {
-    check.require(!args.back, "back must be left out for int4 pages, whose keys share scales");
+    check.require(!args.back, "back must be left out for ", name_of(args.layer),
+                  " pages, whose keys share scales");
     check_tails(check, "source_tails", args.source_tails, "A Hkv 2P D");
   } else {
     check.require(!args.source_tails, "source_tails must be left out for pages without tails");

@@ -6,17 +6,18 @@
 //   fp8    scale = largest |x| / 448, rounded up to 16 bits
 //          code = x / scale to the nearest float8_e4m3fn, halves to the even one
 //   int4   as int8 with 15 in the place of 255
+//   int2   with 3, and groups of 32 dimensions
 //
-// In pages of int4 only values have groups of their dimensions. A key's dimension has one scale and
+// In pages of int4 and int2 only values have groups of their dimensions. A key's dimension has one scale and
 // zero for the 32 entries of a page, chosen when they are all there. Their spread may be more than
 // float32 has: so both sides of its divisions are taken half, which changes no bit else.
 //
-// Of such keys the last dimensions may have codes of 2 bits, 3 in the place of 15, and the first ones
+// Of keys in int4 the last dimensions may have codes of 2 bits, 3 in the place of 15, and the first ones
 // may be stored as they are (KeyDims); of a key that is not finite these are stored as 0.
 //
 // With scale 0 (a group of equal numbers, or of zeros) all codes are 0. A group that holds NaN or
 // infinities, or whose range is more than float32 has, gets scale NaN, codes 0 and zero 0: it reads as
-// NaN, and only it. An int4 entry whose key holds NaN or infinities is treated so in all groups of its
+// NaN, and only it. An int4 or int2 entry whose key holds NaN or infinities is treated so in all groups of its
 // value, gets codes 0 in its key, and takes no part in its page's scales; where no entry of a page
 // does, their scales and zeros are 0.
 //

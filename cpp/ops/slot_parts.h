@@ -1,5 +1,5 @@
 // What a page has for each of its slots, part by part, so that entries can be moved without asking for
-// their format. Not of int4, where a page's keys share scales.
+// their format. Not of a layer with tails, where a page's keys share scales.
 #pragma once
 
 #include <cstdint>

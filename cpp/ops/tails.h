@@ -1,4 +1,4 @@
-// What int4 does with the tails of rows.
+// What int4 and int2 do with the tails of rows.
 #pragma once
 
 #include <cstdint>

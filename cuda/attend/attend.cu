@@ -26,7 +26,7 @@ bool leaves_full_tails(const AttendArgs& args) {
 template <typename Body>
 bool dispatch_fast(const AttendArgs& args, const Body& body) {
   const int64_t head_dim = args.queries.shape[3];
-  if (is_coded(args) && !has_code_kernel(head_dim)) return false;
+  if (is_coded(args) && !has_code_kernel(args.layer.format(), head_dim)) return false;
   return dispatch_head_dim(head_dim, body);
 }
 
@@ -120,7 +120,7 @@ void fast_attend(const AttendArgs& args, const AttendParams& p) {
       dispatch_fast(args, [&](auto head_dim) {
         dispatch_format(args.layer.format(), [&](auto format) {
           using Format = typename decltype(format)::type;
-          if constexpr (Format::kScales == 0 || has_code_kernel(head_dim)) {
+          if constexpr (Format::kScales == 0 || has_code_kernel(Format::kFormat, head_dim)) {
             launch_attend<Element, Format, head_dim>(p, num_pages,
                                                      static_cast<cudaStream_t>(args.stream));
           }

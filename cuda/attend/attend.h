@@ -55,16 +55,17 @@ struct AttendParams {
     return *reinterpret_cast<const float*>(others_lse.at(b, head, token));
   }
 
-  /// Where the entries of a row of int4 begin that are read from its tail.
+  /// Where the entries of a row begin that are read from its tail.
   __device__ int32_t tail_begin(int32_t b, int32_t length) const {
     const int32_t coded = length - (leaves_full_tails ? new_tokens(b) : 0);
     return coded / kPageSlots * kPageSlots;
   }
 };
 
-/// Whether there are fast kernels for codes of this head dim: for 80 and 96 there are not.
-constexpr bool has_code_kernel(int64_t head_dim) {
-  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+/// Whether there are fast kernels for codes of this head dim: for 80 and 96, and for int2 there are
+/// not.
+constexpr bool has_code_kernel(PageFormat format, int64_t head_dim) {
+  return format != PageFormat::kInt2 && (head_dim == 64 || head_dim == 128 || head_dim == 256);
 }
 
 /// Slots that a warp takes at a time: with codes two products' rows, where registers allow, so that

@@ -99,23 +99,23 @@ struct CodedEntry {
   }
 };
 
-/// The same of int4, whose last entries are in the row's tail; or with mixed KeyDims.
-template <typename Element, bool kMixed = false>
-struct Int4Entry {
+/// The same of formats whose last entries are in the row's tail; kMixed: keys as KeyDims say.
+template <typename Element, typename Format, bool kMixed>
+struct TailedEntry {
   static constexpr int kLoads = 8;
 
   const char* tail = nullptr;  // the key, if it is in the tail
   int32_t page = 0, slot = 0;
 
-  Int4Entry() = default;
-  __device__ Int4Entry(const AttendParams& p, const Query& query, int32_t slot)
+  TailedEntry() = default;
+  __device__ TailedEntry(const AttendParams& p, const Query& query, int32_t slot)
       : page(query.page(p.layer, slot)), slot(slot % kPageSlots) {
     if (slot < p.tail_begin(query.b, query.length)) return;
     tail = p.layer.tail(query.b, query.h, false, slot % kPageSlots, 0);
   }
 
-  __device__ Int4Entry of_lane(int32_t lane) const {
-    Int4Entry entry;
+  __device__ TailedEntry of_lane(int32_t lane) const {
+    TailedEntry entry;
     const uint64_t address = reinterpret_cast<uint64_t>(tail);
     entry.tail = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, address, lane));
     entry.page = __shfl_sync(kFullWarp, page, lane);
@@ -134,12 +134,10 @@ struct Int4Entry {
       if (i < 0) return to_float(reinterpret_cast<const Element*>(key)[d]);
       const int32_t in_4 = layer.head_dim - in_16 - layer.key_dims.in_2, j = i - in_4;
       const char* codes = key + 2 * in_16;
-      const float x =
-          j < 0 ? code(codes, i)
-                : reinterpret_cast<const uint8_t*>(codes)[in_4 / 2 + j / 4] >> j % 4 * 2 & 3;
+      const float x = j < 0 ? code<4>(codes, i) : code<2>(codes + in_4 / 2, j);
       return number(0, i) * x + number(1, i);
     }
-    return number(0, d) * code(key, d) + number(1, d);
+    return number(0, d) * code<4>(key, d) + number(1, d);
   }
 
   __device__ float value(const LayerRows& layer, int32_t d) const {
@@ -147,14 +145,17 @@ struct Int4Entry {
       return to_float(reinterpret_cast<const Element*>(tail)[kPageSlots * layer.head_dim + d]);
     }
     const Element* scale = reinterpret_cast<const Element*>(layer.value_scales.at(page, slot)) +
-                           d / kGroupSize * Int4::kScales;
-    const float x = code(layer.value(page, slot), d);
+                           d / Format::kGroup * Format::kScales;
+    const float x = code<Format::kBits>(layer.value(page, slot), d);
     return to_float(scale[0]) * x + to_float(scale[1]);
   }
 
  private:
+  template <int kBits>
   static __device__ float code(const char* codes, int32_t d) {
-    return reinterpret_cast<const uint8_t*>(codes)[d / 2] >> d % 2 * 4 & 15;
+    constexpr int kCodes = 8 / kBits;
+    const uint8_t byte = reinterpret_cast<const uint8_t*>(codes)[d / kCodes];
+    return byte >> d % kCodes * kBits & ((1 << kBits) - 1);
   }
 };
 
@@ -183,11 +184,13 @@ void dispatch_entries(const AttendArgs& args, int64_t width, const Body& body) {
     dispatch_codes(args.queries.dtype, format, [&](auto element, auto codes) {
       using Element = typename decltype(element)::type;
       using Format = typename decltype(codes)::type;
-      if constexpr (std::is_same_v<Format, Int4>) {
+      if constexpr (std::is_same_v<Format, Int2>) {
+        run(element, TypeTag<TailedEntry<Element, Int2, true>>{});
+      } else if constexpr (std::is_same_v<Format, Int4>) {
         if (args.layer.key_dims().are_mixed()) {
-          run(element, TypeTag<Int4Entry<Element, true>>{});
+          run(element, TypeTag<TailedEntry<Element, Int4, true>>{});
         } else {
-          run(element, TypeTag<Int4Entry<Element>>{});
+          run(element, TypeTag<TailedEntry<Element, Int4, false>>{});
         }
       } else {
         run(element, TypeTag<CodedEntry<Element, Format>>{});

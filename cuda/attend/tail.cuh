@@ -87,7 +87,7 @@ class TailReader {
     const auto load = [&](bool is_value, int32_t slot, int32_t element) {
       return load_shared_16_bytes(tiles + offset(is_value, slot, element / 8));
     };
-    quantise_page<Element, false>(p.layer, page, load, threadIdx.x / kWarpSize, Config::kAllWarps);
+    quantise_page<Element, true>(p.layer, page, load, threadIdx.x / kWarpSize, Config::kAllWarps);
   }
 
   const AttendParams& p_;

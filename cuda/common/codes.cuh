@@ -1,10 +1,12 @@
-// How pages hold entries: as they come, or as codes of 8 or 4 bits. A group is 64 elements of a key or
-// value along the head dim (the last one may be shorter); it has a scale, and a zero but in fp8.
+// How pages hold entries: as they come, or as codes of 8, 4 or 2 bits. A group is 64 elements of a key
+// or value along the head dim, in int2 32 (the last one may be shorter); it has a scale, and a zero but
+// in fp8.
 //
 //   int8:  x = scale * code + zero   zero: the least element; scale: the range / 255, rounded up
 //   fp8:   x = scale * code          code: e4m3; scale: the largest magnitude / 448, rounded up
 //   int4:  x = scale * code + zero   scale: the range / 15, rounded up; keys have their scales and
 //                                    zeros by dimension instead (int4_page.cuh)
+//   int2:  as int4                   scale: the range / 3, rounded up
 //
 // Scales and zeros have the dtype of keys. A group that is not finite has scale NaN and codes 0.
 #pragma once
@@ -21,35 +23,40 @@
 
 namespace adakv {
 
-constexpr int kGroupSize = kScaleGroup;  // elements that share a scale
+constexpr int kGroupSize = kScaleGroup;  // elements that share a scale, but for int2
 constexpr int kChunkElements = 8;        // that a lane quantises
-constexpr int kGroupLanes = kGroupSize / kChunkElements;
 
-/// Pages of elements as they come.
-struct Plain {
-  static constexpr PageFormat kFormat = PageFormat::kPlain;
-  static constexpr int kBits = 16, kScales = 0;
+/// What a page format tells kernels.
+template <PageFormat kOf>
+struct FormatOf {
+  static constexpr PageFormat kFormat = kOf;
+  static constexpr int kScales = facts_of(kOf).num_scales;  // of a group: scale and zero
+  static constexpr int kBits = kScales > 0 ? facts_of(kOf).code_bits : 16;
+  static constexpr int kGroup = facts_of(kOf).group;  // elements that share a scale
+  static constexpr bool kHasTails = facts_of(kOf).has_tails;
 };
 
+/// Pages of elements as they come.
+struct Plain : FormatOf<PageFormat::kPlain> {};
+
 /// Pages of codes 0 .. 255.
-struct Int8 {
-  static constexpr PageFormat kFormat = PageFormat::kInt8;
-  static constexpr int kBits = 8, kScales = 2;  // of a group: scale and zero
+struct Int8 : FormatOf<PageFormat::kInt8> {
   static constexpr float kMostCode = 255;
 };
 
 /// Pages of float8 e4m3.
-struct Fp8 {
-  static constexpr PageFormat kFormat = PageFormat::kFp8;
-  static constexpr int kBits = 8, kScales = 1;
+struct Fp8 : FormatOf<PageFormat::kFp8> {
   static constexpr float kMostCode = 448;
 };
 
 /// Pages of codes 0 .. 15, two in a byte: that of the dimension before in the low half.
-struct Int4 {
-  static constexpr PageFormat kFormat = PageFormat::kInt4;
-  static constexpr int kBits = 4, kScales = 2;
+struct Int4 : FormatOf<PageFormat::kInt4> {
   static constexpr float kMostCode = 15;
+};
+
+/// Pages of codes 0 .. 3, four in a byte: the first in the lowest bits.
+struct Int2 : FormatOf<PageFormat::kInt2> {
+  static constexpr float kMostCode = 3;
 };
 
 /// The head dim as groups fill it.
@@ -70,7 +77,7 @@ __device__ inline __nv_bfloat16 round_up<__nv_bfloat16>(float x) {
 
 /// Eight elements of a group as codes.
 struct CodedChunk {
-  uint2 codes;           // in int4 only x
+  uint2 codes;           // in int4 and int2 only x
   uint16_t scale, zero;  // of the group, as bits of its dtype
 };
 
@@ -88,10 +95,10 @@ __device__ inline float unit_of(float x) {
 
 /// Extremes over the lanes of a group, of several groups at once: shuffles of one needn't wait for
 /// those of another.
-template <int kCount>
+template <int kLanes, int kCount>
 __device__ inline void group_max(float (&x)[kCount]) {
 #pragma unroll
-  for (int step = 1; step < kGroupLanes; step *= 2) {
+  for (int step = 1; step < kLanes; step *= 2) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(kFullWarp, x[i], step));
   }
@@ -104,15 +111,15 @@ __device__ inline float element(const uint4& chunk, int i) {
   return bits_to_float<Element>(words[i / 2] >> 16 * (i % 2));
 }
 
-/// Quantises groups: each of kGroupLanes adjacent lanes has eight elements of a group, or none. By
-/// whole warps.
+/// Quantises groups: each of the adjacent lanes that a group takes has eight elements of it, or none.
+/// By whole warps.
 template <typename Format, typename Element, int kCount>
 __device__ inline void quantise(const uint4 (&data)[kCount],
                                 bool has_elements,
                                 CodedChunk (&chunks)[kCount]) {
   constexpr bool kHasZero = Format::kScales == 2;
   constexpr float kMostCode = Format::kMostCode;
-  constexpr int kCodesOfWord = 32 / Format::kBits;
+  constexpr int kCodesOfWord = 32 / Format::kBits, kGroupLanes = Format::kGroup / kChunkElements;
   float most[kCount], least[kCount];  // the least with the other sign
   uint32_t bad_lanes[kCount];
 #pragma unroll
@@ -129,8 +136,8 @@ __device__ inline void quantise(const uint4 (&data)[kCount],
     if (!has_elements) most[k] = least[k] = -INFINITY;
     bad_lanes[k] = __ballot_sync(kFullWarp, has_elements && excess != 0);
   }
-  group_max(most);
-  group_max(least);
+  group_max<kGroupLanes>(most);
+  group_max<kGroupLanes>(least);
   const int first_lane = threadIdx.x % kWarpSize / kGroupLanes * kGroupLanes;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
@@ -219,15 +226,17 @@ __device__ inline void store_chunk(const LayerRows& layer,
                                    const CodedChunk& chunk) {
   if (!part.is_there) return;
   char* codes = part.is_value ? layer.value(page, slot) : layer.key(page, slot);
-  if constexpr (Format::kBits == 4) {
+  if constexpr (Format::kBits == 2) {
+    *reinterpret_cast<uint16_t*>(codes + part.element / 4) = static_cast<uint16_t>(chunk.codes.x);
+  } else if constexpr (Format::kBits == 4) {
     *reinterpret_cast<uint32_t*>(codes + part.element / 2) = chunk.codes.x;
   } else {
     *reinterpret_cast<uint2*>(codes + part.element) = chunk.codes;
   }
-  if (part.element % kGroupSize > 0) return;
+  if (part.element % Format::kGroup > 0) return;
   const ScaleRows& rows = part.is_value ? layer.value_scales : layer.key_scales;
   uint16_t* scales = reinterpret_cast<uint16_t*>(rows.at(page, slot)) +
-                     part.element / kGroupSize * Format::kScales;
+                     part.element / Format::kGroup * Format::kScales;
   scales[0] = chunk.scale;
   if constexpr (Format::kScales == 2) scales[1] = chunk.zero;
 }
@@ -235,6 +244,7 @@ __device__ inline void store_chunk(const LayerRows& layer,
 /// Calls the body with a page format.
 template <typename Body>
 void dispatch_format(PageFormat format, const Body& body) {
+  if (format == PageFormat::kInt2) return body(TypeTag<Int2>{});
   if (format == PageFormat::kInt4) return body(TypeTag<Int4>{});
   if (format == PageFormat::kFp8) return body(TypeTag<Fp8>{});
   if (format == PageFormat::kInt8) return body(TypeTag<Int8>{});

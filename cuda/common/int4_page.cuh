@@ -1,4 +1,4 @@
-// How an int4 page gets its codes, all at once: keys by dimension over the page's 32 entries, values by
+// How a page of int4 or int2 gets its codes, all at once: keys by dimension over the page's 32 entries, values by
 // groups (codes.cuh). What is not a whole page waits in 16 bits, in the row's tail.
 //
 // A key that is not finite takes no part in the scales, and its value is read as NaN.
@@ -156,32 +156,47 @@ __device__ inline void quantise_keys(
       make_uint4(numbers[0], numbers[1], numbers[2], numbers[3]);
 }
 
-/// Codes and scales of a page, by warps: `warp` of `num_warps`. load(is_value, slot, element) gives
-/// eight elements of an entry.
-template <typename Element, bool kMayBeMixed = true, typename Load>
-__device__ inline void quantise_page(
-    const LayerRows& layer, int32_t page, const Load& load, int32_t warp, int32_t num_warps) {
-  const uint32_t finite = find_finite<Element>(layer.head_dim, load);
-#pragma unroll 1
-  for (int32_t element = warp * kChunkElements; element < layer.head_dim;
-       element += num_warps * kChunkElements) {
-    if (kMayBeMixed && layer.key_dims.are_mixed()) {
-      quantise_keys<Element, true>(layer, page, element, finite, load);
-    } else {
-      quantise_keys<Element, false>(layer, page, element, finite, load);
-    }
-  }
+/// Codes and scales of a page's values, by warps: `warp` of `num_warps`; of those whose key is `finite`.
+template <typename Format, typename Element, typename Load>
+__device__ inline void quantise_values(const LayerRows& layer,
+                                       int32_t page,
+                                       uint32_t finite,
+                                       const Load& load,
+                                       int32_t warp,
+                                       int32_t num_warps) {
   const PageLane lane(layer.head_dim);
   const Element none = from_float<Element>(NAN);
 #pragma unroll 1
   for (int32_t first = warp * lane.at_once; first < kPageSlots; first += num_warps * lane.at_once) {
     const int32_t slot = first + lane.entry;
     CodedChunk chunks[1];
-    quantise<Int4, Element>({load(true, slot, lane.element)}, lane.has_elements, chunks);
+    quantise<Format, Element>({load(true, slot, lane.element)}, lane.has_elements, chunks);
     if (!(finite >> slot & 1)) {
       chunks[0] = {make_uint2(0, 0), reinterpret_cast<const uint16_t&>(none), 0};
     }
-    store_chunk<Int4>(layer, page, slot, {lane.element, true, lane.has_elements}, chunks[0]);
+    store_chunk<Format>(layer, page, slot, {lane.element, true, lane.has_elements}, chunks[0]);
+  }
+}
+
+/// Codes and scales of a page, by warps: `warp` of `num_warps`. load(is_value, slot, element) gives
+/// eight elements of an entry.
+template <typename Element, bool kIsInt4 = false, typename Load>
+__device__ inline void quantise_page(
+    const LayerRows& layer, int32_t page, const Load& load, int32_t warp, int32_t num_warps) {
+  const uint32_t finite = find_finite<Element>(layer.head_dim, load);
+#pragma unroll 1
+  for (int32_t element = warp * kChunkElements; element < layer.head_dim;
+       element += num_warps * kChunkElements) {
+    if (!kIsInt4 && layer.key_dims.are_mixed()) {
+      quantise_keys<Element, true>(layer, page, element, finite, load);
+    } else {
+      quantise_keys<Element, false>(layer, page, element, finite, load);
+    }
+  }
+  if (!kIsInt4 && layer.value_bytes * 4 == layer.head_dim) {
+    quantise_values<Int2, Element>(layer, page, finite, load, warp, num_warps);
+  } else {
+    quantise_values<Int4, Element>(layer, page, finite, load, warp, num_warps);
   }
 }
 

@@ -74,9 +74,9 @@ struct LayerRows {
   int32_t entry_bytes, value_bytes;  // of a key and of a value in a page
   int32_t page_shift;                // page_size is 1 << page_shift
   // What plain pages don't need comes last: parameters come from memory a line at a time.
-  ScaleRows key_scales, value_scales;  // of codes; keys' in int4: [N, 2, D]
-  EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none: only int4 has them
-  KeyDims key_dims;                    // of int4
+  ScaleRows key_scales, value_scales;  // of codes; keys' with tails: [N, 2, D]
+  EntryRows tails;                     // [B, Hkv, 2 P, D], 16 bits, or none
+  KeyDims key_dims;                    // with tails
   uint16_t* page_biases;               // [N, P] float16, or null
   int64_t biases_stride;               // of a page
 
@@ -126,8 +126,9 @@ inline LayerRows layer_rows(const LayerView& layer) {
   const int32_t bytes = static_cast<int32_t>(dtype_size(values.dtype));
   const int32_t key_size = static_cast<int32_t>(layer.pages.shape[3]);
   const int32_t value_size = static_cast<int32_t>(values.shape[3]);
-  rows.head_dim = layer.tails ? 2 * value_size : key_size;
-  rows.value_dim = layer.tails ? 2 * value_size : value_size;
+  const int32_t tail_size = static_cast<int32_t>(layer.tails.shape[3]);
+  rows.head_dim = layer.tails ? tail_size : key_size;
+  rows.value_dim = layer.tails ? tail_size : value_size;
   rows.key_dims = layer.key_dims();
   rows.entry_bytes = key_size * bytes;
   rows.value_bytes = value_size * bytes;

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adakv import ops
 from adakv.basis import energies
-from adakv.formats import SCALE_GROUP
+from adakv.formats import SCALE_GROUP, VALUE_GROUPS
 from adakv.ops import Kept, Layer
 from adakv.policy import LayerBudget, LayerInputs, Policy
 from adakv.policy.base import needs_of
@@ -316,14 +316,14 @@ class Held:
     @cached_property
     def keys(self) -> Tensor:
         """``[B, Hkv, T, D]``, a copy."""
-        if self.is_int4:
+        if self.has_tails:
             return self._entries[0]
         return self._side_by_side(self.view.pages[:, 0], self.view.key_scales)
 
     @cached_property
     def values(self) -> Tensor:
         """``[B, Hkv, T, Dv]``, a copy."""
-        if self.is_int4:
+        if self.has_tails:
             return self._entries[1]
         return self._side_by_side(self.view.values, self.view.value_scales)
 
@@ -338,13 +338,13 @@ class Held:
         return self.view.lengths
 
     @property
-    def is_int4(self) -> bool:
+    def has_tails(self) -> bool:
         """Whether keys of a page share scales: then entries don't move, they are quantised anew."""
         return self.view.tails is not None
 
     @cached_property
     def _entries(self) -> tuple[Tensor, Tensor]:
-        return _int4_entries(self.view, self._pages, self._dtype)
+        return _tailed_entries(self.view, self._pages, self._dtype)
 
     def _side_by_side(self, held: Tensor, scales: Tensor | None) -> Tensor:
         entries = held[self._pages]  # [B, Hkv, m, P, D]
@@ -353,9 +353,9 @@ class Held:
         return entries.flatten(2, 3)
 
     def compact(self, kept: Kept, page_ids: Tensor, page_indptr: Tensor) -> None:
-        """Some of the entries stay: :func:`adakv.ops.compact` in place, or of copies in int4."""
+        """Some of the entries stay: :func:`adakv.ops.compact` in place, or of copies with tails."""
         view = self.view
-        if not self.is_int4:
+        if not self.has_tails:
             ops.compact(None, None, kept, view, page_ids, page_indptr)
             return
         held, places = self.positions.flatten(0, 1), kept.positions
@@ -421,7 +421,7 @@ class HeldInputs(LayerInputs):
         return self.held.positions
 
     def attended(self, count: int, *, gain: Tensor | None = None, **how: Any) -> Tensor:
-        if self.held.is_int4:
+        if self.held.has_tails:
             return super().attended(count, gain=gain, **how)
         if self.queries.shape[2] != count:
             self.check_window(count)
@@ -430,12 +430,14 @@ class HeldInputs(LayerInputs):
         return ops.score(queries, None, held.view, held.longest, **self.logits, **how)
 
 
-def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, Hkv, m * P, D]`` of int4 pages ``[B, Hkv, m]``, and of the tails behind
-    them (docs/bits.md)."""
+def _tailed_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, Hkv, m * P, D]`` of pages ``[B, Hkv, m]``, and of the tails behind them
+    (docs/bits.md)."""
     assert view.tails is not None and view.key_scales is not None and view.value_scales is not None
     keys = keys_of_pages(view, pages, dtype)
-    values = int4_values(view.pages[pages, 1], view.value_scales[pages], dtype)
+    codes = view.pages[pages, 1]
+    bits = 8 * codes.shape[-1] // keys.shape[-1]
+    values = tailed_values(codes, view.value_scales[pages], dtype, bits)
     page_size = keys.shape[3]
     in_tail = view.lengths % page_size  # [B, Hkv]
     last = view.lengths // page_size * (in_tail > 0)
@@ -448,7 +450,7 @@ def _int4_entries(view: Layer, pages: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def keys_of_pages(view: Layer, pages: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., P, D]`` in the slots of pages ``[...]`` int64, which int4 has when they are full."""
+    """``[..., P, D]`` in the slots of pages ``[...]`` int64; with tails, in those that are full."""
     held = view.pages[pages, 0]
     if view.key_scales is None:
         return held
@@ -456,33 +458,39 @@ def keys_of_pages(view: Layer, pages: Tensor, dtype: torch.dtype) -> Tensor:
         return dequantised(held, view.key_scales[pages], dtype)
     if view.value_pages is not None:
         raise ValueError("layer: mixed keys can't be read out of their pages again")
-    return int4_keys(held, view.key_scales[pages], dtype)
+    return tailed_keys(held, view.key_scales[pages], dtype)
 
 
-def int4_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., P, D]`` of int4 codes ``[..., P, D / 2]`` and scales ``[..., 2, D]`` of keys."""
+def tailed_keys(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[..., P, D]`` of codes ``[..., P, D / 2]`` (int2: ``D / 4``) and scales ``[..., 2, D]`` of
+    keys."""
     scale, zero = scales.float()[..., None, :].unbind(-3)  # [..., 1, D] each
-    return (_halves(codes).float() * scale + zero).to(dtype)
+    bits = 8 * codes.shape[-1] // scales.shape[-1]
+    return (_unpacked(codes, bits).float() * scale + zero).to(dtype)
 
 
-def int4_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., P, D]`` of int4 codes ``[..., P, D / 2]`` and scales ``[..., P, 2 Z]`` of values."""
-    return dequantised(_halves(codes), scales, dtype)
+def tailed_values(codes: Tensor, scales: Tensor, dtype: torch.dtype, bits: int = 4) -> Tensor:
+    """``[..., P, D]`` of codes of 4 or 2 ``bits`` ``[..., P, D * bits / 8]`` and scales
+    ``[..., P, 2 Z]`` of values."""
+    return dequantised(_unpacked(codes, bits), scales, dtype, VALUE_GROUPS[bits])
 
 
-def _halves(held: Tensor) -> Tensor:
-    """``[..., D]`` codes of ``[..., D / 2]`` bytes."""
-    return torch.stack([held & 15, held >> 4], -1).flatten(-2)
+def _unpacked(held: Tensor, bits: int) -> Tensor:
+    """``[..., D]`` codes of ``[..., D * bits / 8]`` bytes, the first in a byte's lowest bits."""
+    parts = [held >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
 
 
-def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[..., P, D]`` of codes and their scales (docs/bits.md)."""
+def dequantised(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, group: int = SCALE_GROUP
+) -> Tensor:
+    """``[..., P, D]`` of codes and the scales of groups of dimensions (docs/bits.md)."""
     head_dim = codes.shape[-1]
     if codes.dtype is torch.uint8:
         scale, zero = (
-            part.repeat_interleave(SCALE_GROUP, -1)[..., :head_dim].float()
+            part.repeat_interleave(group, -1)[..., :head_dim].float()
             for part in (scales[..., ::2], scales[..., 1::2])
         )
         return (codes.float() * scale + zero).to(dtype)
-    scale = scales.repeat_interleave(SCALE_GROUP, -1)[..., :head_dim].float()
+    scale = scales.repeat_interleave(group, -1)[..., :head_dim].float()
     return (codes.float() * scale).to(dtype)

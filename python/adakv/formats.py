@@ -11,12 +11,15 @@ from adakv.errors import integer
 
 #: How pages hold entries: as they are, or quantised (docs/bits.md). Beside these there are pages as
 #: those of int4 whose keys are mixed, "mixed3": numbers of 16, 4 and 2 bits, of 3 on average.
-KV_DTYPES = ("auto", "int8", "fp8", "int4")
+KV_DTYPES = ("auto", "int8", "fp8", "int4", "int2")
 
 _MIXED = re.compile(r"mixed(\d(?:\.\d{1,2})?)")
 
-#: Dimensions of a head that share a scale in quantised pages.
+#: Dimensions of a head that share a scale in quantised pages, but for values in int2.
 SCALE_GROUP = 64
+
+#: Those of a value in pages with tails, by the bits of its codes.
+VALUE_GROUPS = {4: SCALE_GROUP, 2: 32}
 
 
 def page_size_for(kv_dtype: str, page_size: int | None) -> int:
@@ -53,7 +56,7 @@ def bits_of_keys(kv_dtype: str) -> float | None:
 
 def has_tails(kv_dtype: str) -> bool:
     """Whether the keys of a page share scales, so that a row's newest entries wait in 16 bits."""
-    return kv_dtype == "int4" or bits_of_keys(kv_dtype) is not None
+    return kv_dtype in ("int4", "int2") or bits_of_keys(kv_dtype) is not None
 
 
 def key_dims(bits: float, head_dim: int) -> tuple[int, int]:

@@ -314,22 +314,24 @@ TEST(CFace, QuantisedPagesHaveScales) {
     EXPECT_EQ(layer.value_scales->shape[2], format == ADAKV_INT8_PAGES ? 2 : 1);
     adakv_cache_destroy(cache);
   }
-  config.format = ADAKV_INT4_PAGES;
-  config.page_size = 32;
-  ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);
-  ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
-  EXPECT_EQ(layer.pages->shape[3] * 2, config.head_dim);
-  EXPECT_EQ(layer.key_scales->shape[2], config.head_dim);
-  ASSERT_NE(layer.tails, nullptr);
-  EXPECT_EQ(layer.tails->shape[2], 64);
-  EXPECT_EQ(adakv_cache_tail_bytes(cache),
-            2u * 64 * config.head_dim * config.num_kv_heads * config.num_layers);
-  EXPECT_EQ(adakv_cache_bytes_used(cache), 0u);
-  adakv_cache_destroy(cache);
+  for (const AdakvPageFormat format : {ADAKV_INT4_PAGES, ADAKV_INT2_PAGES}) {
+    config.format = format;
+    config.page_size = 32;
+    ASSERT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_OK);
+    ASSERT_EQ(adakv_cache_layer(cache, 0, &layer), ADAKV_OK);
+    EXPECT_EQ(layer.pages->shape[3] * (format == ADAKV_INT4_PAGES ? 2 : 4), config.head_dim);
+    EXPECT_EQ(layer.key_scales->shape[2], config.head_dim);
+    ASSERT_NE(layer.tails, nullptr);
+    EXPECT_EQ(layer.tails->shape[2], 64);
+    EXPECT_EQ(adakv_cache_tail_bytes(cache),
+              2u * 64 * config.head_dim * config.num_kv_heads * config.num_layers);
+    EXPECT_EQ(adakv_cache_bytes_used(cache), 0u);
+    adakv_cache_destroy(cache);
+  }
   const int wild = 7;
   std::memcpy(&config.format, &wild, sizeof wild);
   EXPECT_EQ(adakv_cache_create(&config, nullptr, nullptr, &cache), ADAKV_INVALID_ARGUMENT);
-  EXPECT_STREQ(adakv_last_error(), "config.format must be 0 to 3, got 7");
+  EXPECT_STREQ(adakv_last_error(), "config.format must be 0 to 4, got 7");
 }
 
 TEST(CFace, HasTheDefaultsOfCxx) {

@@ -112,7 +112,7 @@ TEST_P(CacheFileOf, HoldsWhatTheCacheDid) {
   ASSERT_EQ(file.others(), std::vector<std::string>{"scores.0"});
   EXPECT_EQ(std::memcmp(file.other("scores.0").data, saved.beside.view.data, 12), 0);
   for (const int page_size : {0, 8, 64}) {
-    if (format == PageFormat::kInt4 && page_size != 0) continue;
+    if (facts_of(format).has_tails && page_size != 0) continue;
     CacheConfig config = file.config(5, page_size);
     EXPECT_EQ(config.value_dim, value_dim);
     config.num_sequences = 4, config.num_pages += 200;
@@ -174,6 +174,7 @@ INSTANTIATE_TEST_SUITE_P(Formats,
                                          Kind{PageFormat::kInt8},
                                          Kind{PageFormat::kFp8},
                                          Kind{PageFormat::kInt4},
+                                         Kind{PageFormat::kInt2},
                                          Kind{PageFormat::kPlain, 8},
                                          Kind{PageFormat::kInt8, 72}));
 

@@ -21,10 +21,13 @@ namespace adakv::fuzz {
 namespace {
 
 /// A format, and the width of values beside keys of Saved::kDim.
-constexpr std::pair<PageFormat, int32_t> kKinds[] = {
-    {PageFormat::kPlain, Saved::kDim}, {PageFormat::kInt8, Saved::kDim},
-    {PageFormat::kFp8, Saved::kDim},   {PageFormat::kInt4, Saved::kDim},
-    {PageFormat::kPlain, 8},           {PageFormat::kInt8, 72}};
+constexpr std::pair<PageFormat, int32_t> kKinds[] = {{PageFormat::kPlain, Saved::kDim},
+                                                     {PageFormat::kInt8, Saved::kDim},
+                                                     {PageFormat::kFp8, Saved::kDim},
+                                                     {PageFormat::kInt4, Saved::kDim},
+                                                     {PageFormat::kInt2, Saved::kDim},
+                                                     {PageFormat::kPlain, 8},
+                                                     {PageFormat::kInt8, 72}};
 
 // Files as they are written, of each kind, with something beside them.
 const std::vector<std::string>& whole_files() {

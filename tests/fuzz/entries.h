@@ -23,11 +23,11 @@ inline CacheConfig config_from(Input& input) {
   config.page_size = 8 << input.range(0, 1);
   config.num_pages = input.range(1, 300);
   config.max_row_pages = input.range(1, 40);
-  config.format = static_cast<PageFormat>(input.range(0, 3));
+  config.format = static_cast<PageFormat>(input.range(0, kNumFormats - 1));
   if (config.format == PageFormat::kFp8) config.format = PageFormat::kPlain;
   config.dtype = config.format == PageFormat::kPlain ? DType::kFloat32 : DType::kBFloat16;
-  if (config.format == PageFormat::kInt4) {
-    config.page_size = kInt4PageSize;
+  if (facts_of(config.format).has_tails) {
+    config.page_size = kTailedPageSize;
   } else if (input.one_in(2)) {
     config.head_dim = 8 * input.range(1, 3);
     config.value_dim = 8 * input.range(1, 3);
@@ -136,11 +136,12 @@ inline Held held(const LayerView& view,
     return {from_bfloat16(tail[(half * size + in_page) * dim + d]), 0};
   }
   const uint8_t* codes = view.pages.ptr<uint8_t>() + page * view.pages.stride[0];
-  const uint8_t both = codes[(half * size + in_page) * (dim / 2) + d / 2];
+  const int bits = facts_of(view.format()).code_bits, in_byte = 8 / bits;
+  const uint8_t byte = codes[(half * size + in_page) * (dim / in_byte) + d / in_byte];
   const uint16_t* numbers = scales.ptr<uint16_t>() + page * scales.stride[0];
   const float scale = from_bfloat16(half == 0 ? numbers[d] : numbers[in_page * 2]);
   const float zero = from_bfloat16(half == 0 ? numbers[dim + d] : numbers[in_page * 2 + 1]);
-  const int code = d % 2 == 0 ? both & 15 : both >> 4;
+  const int code = byte >> d % in_byte * bits & ((1 << bits) - 1);
   return {scale * static_cast<float>(code) + zero, scale * 0.50001f};
 }
 

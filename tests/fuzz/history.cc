@@ -10,8 +10,9 @@
 //   * a row's pages belong to its sequence, and the block table holds -1 behind them
 //   * what fails with an error changes nothing
 //   * forks of the cache, which share pages with it, hold their own entries and no other's
-// Pages are plain, of float32, or int8 or int4, of bfloat16: then what is held may be half a step away.
-// Values are as wide as keys or, but for int4, not.
+// Pages are plain, of float32, or int8, int4 or int2, of bfloat16: then what is held may be half a step
+// away.
+// Values are as wide as keys or, but for int4 and int2, not.
 #include <adakv/adakv.h>
 #include <adakv/c.h>
 
@@ -101,7 +102,7 @@ class History {
       SequenceModel text = model()[sources[i]];
       int64_t shortest = text.is_begun ? text.seen : 0;
       for (const auto& row : text.rows) shortest = std::min<int64_t>(shortest, row.size());
-      const bool goes_back = config_.format != PageFormat::kInt4 && input_.one_in(3);
+      const bool goes_back = !facts_of(config_.format).has_tails && input_.one_in(3);
       const auto taken = goes_back ? input_.range(0, static_cast<int>(shortest)) : 0;
       back.push_back(taken);
       text.fork(taken, whole, page_size(), num_heads());
@@ -226,7 +227,7 @@ class History {
   /// A sequence keeps some of what it holds, in place.
   void shrink() {
     const int b = input_.range(0, config_.num_sequences - 1);
-    if (!model()[b].is_begun || config_.format == PageFormat::kInt4) return;
+    if (!model()[b].is_begun || facts_of(config_.format).has_tails) return;
     SequenceModel text = model()[b];
     Chosen chosen = choose_again(input_, text, config_);
     const int32_t free_before = cache().pool().num_free();

@@ -58,7 +58,7 @@ def test_batches_equal_the_cpu(policy: str, cuda_graph: bool) -> None:
     assert texts["cuda"] == texts["cpu"]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4", "int2"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_quantised_pages_are_evicted_from(policy: str, kv_dtype: str) -> None:
     model = both()["cuda"].bfloat16()

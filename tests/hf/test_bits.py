@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import adakv
 import codes
+from adakv.formats import has_tails
 from hf.families import LLAMA, VOCAB
 from hf.test_hf import GREEDY, prompts
 from hf.test_model_wide import held
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.model
 FORMATS = pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
     [
-        *((torch.bfloat16, kind) for kind in ("int8", "fp8", "int4")),
+        *((torch.bfloat16, kind) for kind in ("int8", "fp8", "int4", "int2")),
         *((torch.float16, kind) for kind in ("int8", "int4")),
     ],
     ids=str,
@@ -66,8 +67,9 @@ class RoundTrip(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
     ) -> Any:
         new = (key_states, value_states)
-        if self.kv_dtype == "int4":
-            held = pages_read_back(*super().update(*new, layer_idx, *args, **more))
+        if has_tails(self.kv_dtype):
+            held = super().update(*new, layer_idx, *args, **more)
+            held = pages_read_back(*held, self.kv_dtype)
         else:
             held = super().update(*map(self._read_back, new), layer_idx, *args, **more)
         return held if key_states.shape[2] == 1 else new
@@ -76,15 +78,15 @@ class RoundTrip(DynamicCache):
         return codes.dequantise(*codes.quantise(x, self.kv_dtype)).to(x.dtype)
 
 
-def pages_read_back(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, Hkv, T, D]`` behind the padding as int4 pages of 32 have them, but the
-    last one, full or not."""
+def pages_read_back(keys: Tensor, values: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, Hkv, T, D]`` behind the padding as int4 or int2 pages of 32 have them,
+    but the last one, full or not."""
     keys, values = keys.clone(), values.clone()
     for b, start in enumerate(PADDING):
         for page in range(start, keys.shape[2] - 32, 32):
             for h in range(keys.shape[1]):
                 at = b, h, slice(page, page + 32)
-                read = codes.dequantise_page(*codes.quantise_page(keys[at], values[at]))
+                read = codes.dequantise_page(*codes.quantise_page(keys[at], values[at], kv_dtype))
                 keys[at], values[at] = read.to(keys.dtype)
     return keys, values
 
@@ -99,9 +101,9 @@ def test_with_room_for_everything_it_is_a_full_cache_of_codes(
     cache = adakv.Cache(model, budget=500, kv_dtype=kv_dtype)
     got = logits(model, cache)
     plain = logits(model, adakv.Cache(model, budget=500))
-    flipped = divergence(rounded, full) / 50 if kv_dtype == "int4" else 0  # codes, by rounding
+    flipped = divergence(rounded, full) / 50 if has_tails(kv_dtype) else 0  # codes, by rounding
     assert divergence(got, rounded) < 3 * divergence(plain, full) + flipped
-    assert divergence(got, full) < {"int8": 0.02, "fp8": 0.5, "int4": 1}[kv_dtype]
+    assert divergence(got, full) < {"int8": 0.02, "fp8": 0.5, "int4": 1, "int2": 4}[kv_dtype]
     assert cache.pages is not None and cache.pages.kv_dtype == kv_dtype
 
 
@@ -122,14 +124,15 @@ def test_bytes_are_those_of_the_pages(kv_dtype: str, numbers: int) -> None:
     assert kv.num_pages * kv.page_bytes == sum(x.nbytes for x in parts if x is not None)
 
 
-def test_bytes_of_int4_have_the_tails() -> None:
+@pytest.mark.parametrize(("kv_dtype", "bits", "group"), [("int4", 4, 64), ("int2", 2, 32)])
+def test_bytes_have_the_tails(kv_dtype: str, bits: int, group: int) -> None:
     model = llama(torch.bfloat16)
-    cache = adakv.Cache(model, budget=40, kv_dtype="int4")
+    cache = adakv.Cache(model, budget=40, kv_dtype=kv_dtype)
     logits(model, cache)
     stats, kv = cache.stats(), cache.pages
     assert kv is not None
-    d, groups = kv.head_dim, -(-kv.head_dim // 64)
-    page = 32 * d + 4 * d + 32 * (4 * groups + 4)
+    d, groups = kv.head_dim, -(-kv.head_dim // group)
+    page = 2 * 32 * d * bits // 8 + 4 * d + 32 * (4 * groups + 4)
     tails = kv.num_layers * len(PADDING) * kv.num_kv_heads * 2 * 32 * d * 2
     assert kv.page_bytes == page and kv.tail_bytes * len(PADDING) == tails
     assert stats["bytes"] == stats["pages_used"] * page + tails
@@ -190,7 +193,7 @@ def test_a_batch_writes_what_each_prompt_gets_alone(dtype: torch.dtype, kv_dtype
 def test_formats_are_refused_before_anything_is_changed() -> None:
     model = LLAMA.model()
     with pytest.raises(
-        ValueError, match="one of 'auto', 'int8', 'fp8', 'int4' or as 'mixed3', got 8"
+        ValueError, match="one of 'auto', 'int8', 'fp8', 'int4', 'int2' or as 'mixed3', got 8"
     ):
         adakv.Cache(model, budget=40, kv_dtype=8)  # type: ignore[arg-type]
     cache = adakv.Cache(model, budget=40, kv_dtype="int8")

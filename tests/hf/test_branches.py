@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import adakv
+from adakv.formats import has_tails
 from adakv.hf.attachment import CACHE
 from hf.families import FAMILIES, HYBRIDS, LLAMA, Family
 from hf.forwards import ids, logits
@@ -265,7 +266,7 @@ def test_random_histories_of_branches(budget: int, batch: int) -> None:
         assert pages.num_free == pages.num_pages
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "int2"])
 def test_forks_of_quantised_pages(kv_dtype: str) -> None:
     model, prompt = LLAMA.model().bfloat16(), ids(70)
     with adakv.attach(model):
@@ -277,8 +278,8 @@ def test_forks_of_quantised_pages(kv_dtype: str) -> None:
         for each in (branch, second):
             got = torch.cat([logits(model, steps[:, i : i + 1], each) for i in range(40)])
             assert torch.equal(got, expected)
-        if kv_dtype == "int4":
-            with pytest.raises(ValueError, match="int4"):
+        if has_tails(kv_dtype):
+            with pytest.raises(ValueError, match=kv_dtype):
                 second.crop(-1)
         else:
             second.crop(-3)

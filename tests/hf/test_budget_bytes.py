@@ -72,7 +72,7 @@ def test_where_tails_take_too_much_int8_holds_more_than_int4() -> None:
 
 
 @POLICIES
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4", "int2"])
 def test_as_many_entries_as_fit(policy: str, kv_dtype: str) -> None:
     """Never more bytes than asked for, and one entry more in each head is too much."""
     model, ids = llama(), tokens(300)

@@ -35,7 +35,7 @@ def chosen(full: DynamicCache, kept: Any) -> tuple[Any, Any, Any]:
     return keys, values, [[[torch.tensor(x) for x in rows] for rows in of] for of in kept]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4", "int2"])
 def test_it_is_the_cache_that_kept_them(kv_dtype: str) -> None:
     model, prompt = LLAMA.model(), ids(120, batch=2)
     model = model if kv_dtype == "auto" else model.bfloat16()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import adakv
+from adakv.formats import has_tails
 from adakv.hf.attachment import CACHE
 from adakv.hf.branches import move
 from adakv.moving import moved
@@ -35,7 +36,7 @@ def assert_go_on_alike(model: PreTrainedModel, batch: int, *caches: Any, count: 
         assert torch.equal(*both)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8", "int4", "int2"])
 def test_what_was_moved_goes_on_alike(kv_dtype: str, device: torch.device) -> None:
     """There and back, and to where it is: in all cases into pages of its own."""
     model, prompt = LLAMA.model().to(device), ids(90, batch=2)
@@ -53,7 +54,7 @@ def test_what_was_moved_goes_on_alike(kv_dtype: str, device: torch.device) -> No
         assert torch.equal(cache.stats()["lengths"], other.stats()["lengths"])
         assert cache.move_to(device) is cache
         assert_go_on_alike(model, 2, cache, other)
-        if kv_dtype != "int4":
+        if not has_tails(kv_dtype):
             for each in (cache, other):
                 each.crop(-7)
             assert_go_on_alike(model, 2, cache, other, count=3)

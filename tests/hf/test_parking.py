@@ -69,7 +69,7 @@ def test_texts_are_the_same_with_parking(settings: dict[str, Any], device: torch
     assert not none and waited and most >= few
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "int2"])
 def test_quantised_texts_are_the_same_with_parking(kv_dtype: str, device: torch.device) -> None:
     model = LLAMA.model(num_hidden_layers=2).bfloat16().to(device)
     expected, _, _ = written(model, None, 400_000, budget=40, kv_dtype=kv_dtype)

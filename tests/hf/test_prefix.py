@@ -72,7 +72,7 @@ def test_texts_are_those_of_forks_of_one_cache(settings: dict[str, Any], max_bat
     assert [result.prompt_tokens for result in results] == list(LENGTHS)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "int2"])
 def test_quantised_pages_are_shared(kv_dtype: str) -> None:
     model = LLAMA.model(num_hidden_layers=2).bfloat16()
     prefix, prompts = ids(150), [ids(n) for n in LENGTHS]

@@ -167,7 +167,7 @@ def test_a_policy_says_how_often():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4", "int2"])
 def test_quantised_pages_are_evicted_from(kv_dtype: str):
     model = LLAMA.model().bfloat16()
     prompt = torch.randint(3, VOCAB, (2, 70))

@@ -118,7 +118,7 @@ def test_more_bits_are_nearer_to_the_full_cache() -> None:
     full = logits(model, adakv.Cache(model, "full"))
     lost = [
         divergence(logits(model, adakv.Cache(model, "snapkv", budget=500, kv_dtype=kind)), full)
-        for kind in ("auto:1/2 + int8:1/2", "int8:1/2 + int4:1/2", "int4")
+        for kind in ("auto:1/2 + int8:1/2", "int8:1/2 + int4:1/2", "int4", "int2")
     ]
     assert lost == sorted(lost)
     assert lost[0] < lost[2] / 4

@@ -148,7 +148,7 @@ def test_biases_take_16_bits_an_entry_and_nothing_without(device: torch.device) 
     assert full.bytes_used == full.pages_used * with_.page_bytes
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4", "int2"])
 def test_quantised_pages_have_no_biases(kv_dtype: str) -> None:
     sizes = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 1, "head_dim": 64}
     with pytest.raises(ValueError, match=f"pages of {kv_dtype} have no biases"):

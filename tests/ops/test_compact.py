@@ -297,6 +297,7 @@ def test_compact_in_place_refuses_what_is_wrong() -> None:
                 given["page_indptr"],
             )
         cases.assert_same_layer(layer, before)
-    int4 = cases.paged_layer([[20, 30]], dtype=torch.bfloat16, kv_dtype="int4")
-    with pytest.raises(ValueError, match="must be given for a layer of int4"):
-        ops.compact(None, None, kept, int4, pages, both)
+    for kind in ("int4", "int2"):
+        tailed = cases.paged_layer([[20, 30]], dtype=torch.bfloat16, kv_dtype=kind)
+        with pytest.raises(ValueError, match=f"must be given for a layer of {kind}"):
+            ops.compact(None, None, kept, tailed, pages, both)

@@ -221,13 +221,21 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("kv_dtype", "value_dim"),
-    [("auto", 16), ("int8", 16), ("fp8", 16), ("int4", 16), ("auto", 8), ("int8", 72)],
+    [
+        ("auto", 16),
+        ("int8", 16),
+        ("fp8", 16),
+        ("int4", 16),
+        ("int2", 16),
+        ("auto", 8),
+        ("int8", 72),
+    ],
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fork_equals_the_definition(
     case: Case, kv_dtype: str, value_dim: int, device: torch.device
 ) -> None:
-    if kv_dtype == "int4" and case.back:
+    if cases.has_tails(kv_dtype) and case.back:
         pytest.skip("its keys share scales")
     dtype = torch.float32 if kv_dtype == "auto" else torch.bfloat16
     lengths, sources = [[17, 40, 24], [16, 32, 19], [0, 9, 1]], [1, 0, 1, 2]
@@ -264,7 +272,7 @@ def test_fork_equals_the_definition(
     cases.assert_same_layer(source, before)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int4", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int4", "int2", "int8"])
 @pytest.mark.parametrize("seed", range(4))
 def test_branches_of_random_histories_hold_their_own_tokens(
     kv_dtype: str, seed: int, device: torch.device
@@ -283,7 +291,7 @@ def test_branches_of_random_histories_hold_their_own_tokens(
         elif choice < 7 and len(branches) < 5:
             count = int(torch.randint(1, 4, ()))
             sources = torch.randint(batch, (count,)).tolist()
-            back = [] if kv_dtype == "int4" else [0] * count
+            back = [] if cases.has_tails(kv_dtype) else [0] * count
             if back and choice == 6:
                 held = [min(len(r) for rows in now.texts[b].rows for r in rows) for b in sources]
                 back = [min(int(torch.randint(20, ())), most) for most in held]
@@ -292,7 +300,7 @@ def test_branches_of_random_histories_hold_their_own_tokens(
             branches.append(now.fork(sources, back, whole=choice == 5))
         elif choice == 7 and len(branches) > 1:
             branches.remove(now)
-        elif choice == 8 and kv_dtype != "int4":
+        elif choice == 8 and not cases.has_tails(kv_dtype):
             if any(now.cache.shares_pages(b) for b in range(batch)):
                 with pytest.raises(ValueError, match="fork"):
                     now.cache.begin_again([[9] * batch] * LAYERS, [9] * batch)

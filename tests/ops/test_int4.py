@@ -1,5 +1,5 @@
-"""int4 pages with 16-bit tails: codes of whole pages, what is read before its page is full, and
-what becomes of entries that no code can hold."""
+"""int4 and int2 pages with 16-bit tails: codes of whole pages, what is read before its page is
+full, and what becomes of entries that no code can hold."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ops.test_attend import schedule_of
 from ops.test_quantised import DIMS, hostile
 from tolerance import assert_close
 
+KINDS = pytest.mark.parametrize("kv_dtype", ["int4", "int2"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
@@ -51,77 +52,98 @@ def whole_pages(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("head_dim", DIMS)
 @DTYPES
+@KINDS
 def test_what_is_read_is_within_half_a_step(
-    head_dim: int, dtype: torch.dtype, device: torch.device
+    kv_dtype: str, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A step is the range / 15, rounded up to 16 bits: of a dimension over the 32 keys of a page,
-    of 64 dimensions of a value."""
+    """A step is the range / 15, in int2 / 3, rounded up to 16 bits: of a dimension over the 32 keys
+    of a page, of 64 dimensions of a value, in int2 32."""
+    most, group_dims = {"int4": (15, 64), "int2": (3, 32)}[kv_dtype]
     x = whole_pages(hostile(head_dim, dtype))
-    keys, values = reference.row_of(written(x, device), 0, 0)
+    keys, values = reference.row_of(written(x, device, kv_dtype=kv_dtype), 0, 0)
     exact = x.double().unflatten(0, (-1, 32))
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     spread = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
-    step = spread / 15 * (1 + torch.finfo(dtype).eps) + smallest
+    step = spread / most * (1 + torch.finfo(dtype).eps) + smallest
     error = (keys.unflatten(0, (-1, 32)) - exact).abs()
     assert (error <= step / 2 * (1 + 1e-6)).all()
     assert (error[(spread == 0).expand_as(error)] == 0).all()
-    for part, group in zip(values.split(64, -1), (-x.double()).split(64, -1), strict=True):
+    for part, group in zip(
+        values.split(group_dims, -1), (-x.double()).split(group_dims, -1), strict=True
+    ):
         spread = group.amax(-1, keepdim=True) - group.amin(-1, keepdim=True)
-        step = spread / 15 * (1 + torch.finfo(dtype).eps) + smallest
+        step = spread / most * (1 + torch.finfo(dtype).eps) + smallest
         fits = (spread <= torch.finfo(torch.float32).max).expand_as(part)
         assert ((part - group).abs() <= step / 2 * (1 + 1e-6))[fits].all()
         assert part[~fits].isnan().all()
 
 
 @DTYPES
-def test_every_code_is_the_nearest(dtype: torch.dtype, device: torch.device) -> None:
-    """All 16-bit numbers from 0 to 15, where the scale is 1."""
+@KINDS
+def test_every_code_is_the_nearest(kv_dtype: str, dtype: torch.dtype, device: torch.device) -> None:
+    """All 16-bit numbers from 0 to the largest code, where the scale is 1."""
+    largest, group_dims = {"int4": (15, 64), "int2": (3, 32)}[kv_dtype]
     every = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[every.float() <= 15]
-    x = every[: len(every) // 186 * 186].view(-1, 62)  # of a value, and of 3 pages of keys each
-    ends = torch.tensor([0.0, 15.0], dtype=dtype)
+    every = every[every.float() <= largest]
+    of_value = group_dims - 2
+    x = every[: len(every) // (3 * of_value) * 3 * of_value].view(-1, of_value)
+    ends = torch.tensor([0.0, largest], dtype=dtype)
     rows = whole_pages(torch.cat([ends.expand(len(x), 2), x], 1))
-    values = reference.row_of(written(rows, device, rows), 0, 0)[1]
+    values = reference.row_of(written(rows, device, rows, kv_dtype), 0, 0)[1]
     assert values[: len(x), 2:].equal(x.double().round())
     column = every[: len(every) // 30 * 30].view(-1, 30, 1)  # of 30 keys
     column = torch.cat([ends[None, :, None].expand(len(column), 2, 1), column], 1).flatten(0, 1)
-    keys = reference.row_of(written(column.expand(-1, 8).contiguous(), device), 0, 0)[0]
+    keys = reference.row_of(
+        written(column.expand(-1, 8).contiguous(), device, kv_dtype=kv_dtype), 0, 0
+    )[0]
     assert keys.equal(column.double().round().expand(-1, 8))
 
 
 @DTYPES
+@KINDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_entry(
-    bad: float, dtype: torch.dtype, device: torch.device
+    bad: float, kv_dtype: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     x = torch.randn(64, 80).to(dtype)
-    clean = reference.row_of(written(x, device), 0, 0)
+    clean = reference.row_of(written(x, device, kv_dtype=kv_dtype), 0, 0)
     for half in range(2):
         both = torch.stack([x, -x])
         both[half, 5, 70] = both[half, 40, 3] = bad
-        keys, values = reference.row_of(written(both[0], device, both[1]), 0, 0)
+        keys, values = reference.row_of(written(both[0], device, both[1], kv_dtype), 0, 0)
         others = [i for i in range(64) if i not in (5, 40)]
         assert torch.equal(values[others], clean[1][others])
         assert keys.isfinite().all()
         if half == 0:
             assert values[[5, 40]].isnan().all()
         else:  # a value's group by itself
-            assert values[5, 64:].isnan().all() and values[40, :64].isnan().all()
-            assert torch.equal(values[5, :64], clean[1][5, :64])
+            size = {"int4": 64, "int2": 32}[kv_dtype]
+            first = 70 // size * size
+            assert values[5, first : first + size].isnan().all() and values[40, :size].isnan().all()
+            assert torch.equal(values[5, :first], clean[1][5, :first])
+            assert torch.equal(values[40, size:], clean[1][40, size:])
             assert torch.equal(keys, clean[0])
 
 
 @DTYPES
-def test_a_page_without_a_finite_key(dtype: torch.dtype, device: torch.device) -> None:
+@KINDS
+def test_a_page_without_a_finite_key(
+    kv_dtype: str, dtype: torch.dtype, device: torch.device
+) -> None:
     page = torch.full((32, 24), float("nan"), dtype=dtype)
-    keys, values = reference.row_of(written(page, device), 0, 0)
+    keys, values = reference.row_of(written(page, device, kv_dtype=kv_dtype), 0, 0)
     assert (keys == 0).all() and values.isnan().all()
 
 
 @DTYPES
-def test_attend_gives_nan_where_the_entry_counts(dtype: torch.dtype, device: torch.device) -> None:
+@KINDS
+def test_attend_gives_nan_where_the_entry_counts(
+    kv_dtype: str, dtype: torch.dtype, device: torch.device
+) -> None:
     """In the row that has it, for the queries that see it."""
-    layer = cases.paged_layer([[61, 61]], dtype=dtype, new_tokens=8, kv_dtype="int4", device=device)
+    layer = cases.paged_layer(
+        [[61, 61]], dtype=dtype, new_tokens=8, kv_dtype=kv_dtype, device=device
+    )
     keys, values = torch.randn(2, 1, 2, 8, 64).to(device, dtype)
     keys[0, 1, 1, 7] = float("inf")  # fills no page of its own, but is the 63rd of its row
     schedule = schedule_of(layer, new_tokens=8)
@@ -132,12 +154,14 @@ def test_attend_gives_nan_where_the_entry_counts(dtype: torch.dtype, device: tor
 
 
 @DTYPES
+@KINDS
 @pytest.mark.parametrize("head_dim", [8, 64, 120, 256])
 @pytest.mark.parametrize(("columns", "num_new"), [(1, None), (1, (1, 0)), (3, (3, 1)), (40, None)])
 def test_attend_reads_a_page_before_one_token_fills_it(
     columns: int,
     num_new: tuple[int, ...] | None,
     head_dim: int,
+    kv_dtype: str,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -147,7 +171,7 @@ def test_attend_reads_a_page_before_one_token_fills_it(
         new_tokens=columns,
         head_dim=head_dim,
         dtype=dtype,
-        kv_dtype="int4",
+        kv_dtype=kv_dtype,
         device=device,
     )
     by_hand = cases.copied(layer)
@@ -167,9 +191,12 @@ def test_attend_reads_a_page_before_one_token_fills_it(
 
 
 @DTYPES
-def test_entries_are_read_out_of_pages_and_tails(dtype: torch.dtype, device: torch.device) -> None:
+@KINDS
+def test_entries_are_read_out_of_pages_and_tails(
+    kv_dtype: str, dtype: torch.dtype, device: torch.device
+) -> None:
     lengths = [[5, 64, 0], [95, 32, 200]]
-    layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype="int4", device=device)
+    layer = cases.paged_layer(lengths, head_dim=72, dtype=dtype, kv_dtype=kv_dtype, device=device)
     held = Held(layer, 200, dtype)
     for b, row in enumerate(lengths):
         for h, length in enumerate(row):
@@ -196,7 +223,8 @@ def test_verbs_name_what_is_wrong_with_int4_pages(device: torch.device) -> None:
         (layer._replace(key_scales=None), "key_scales is missing"),
         (layer._replace(key_scales=scales[:, :, :8].clone()), "key_scales must be"),
         (layer._replace(value_scales=layer.value_scales[..., :0].clone()), "must have 2 numbers"),
-        (layer._replace(pages=pages[..., :16].clone()), r"pages must be \[N, 2, P, 32\] for int4"),
+        (layer._replace(pages=pages[..., :24].clone()), r"pages must be \[N, 2, P, 32\] for int4"),
+        (layer._replace(pages=pages[..., :16].clone()), "value_scales must have 4 numbers"),  # int2
         (layer._replace(pages=pages.half()), "pages must be uint8"),
         (layer._replace(pages=pages[:, :, :16], page_positions=layer.page_positions[:, :16]), "32"),
     ]:
@@ -205,16 +233,18 @@ def test_verbs_name_what_is_wrong_with_int4_pages(device: torch.device) -> None:
     cases.assert_same_layer(layer, before)
 
 
-def test_caches_refuse_what_int4_is_not_for() -> None:
+@KINDS
+def test_caches_refuse_what_tails_are_not_for(kv_dtype: str) -> None:
     sizes = {"num_layers": 1, "num_sequences": 1, "num_kv_heads": 1, "head_dim": 64}
     sizes |= {"num_pages": 4, "max_row_pages": 4}
-    with pytest.raises(ValueError, match="page_size must be 32 for pages of int4, got 16"):
-        KVCache(**sizes, kv_dtype="int4", page_size=16)
+    with pytest.raises(ValueError, match=f"page_size must be 32 for pages of {kv_dtype}, got 16"):
+        KVCache(**sizes, kv_dtype=kv_dtype, page_size=16)
     with pytest.raises(ValueError, match="float16 and bfloat16, got keys and values in float32"):
-        KVCache(**sizes, kv_dtype="int4", dtype=torch.float32)
+        KVCache(**sizes, kv_dtype=kv_dtype, dtype=torch.float32)
 
 
-def test_bytes_of_a_cache_have_its_tails() -> None:
+@pytest.mark.parametrize(("kv_dtype", "entry_bytes"), [("int4", 80 + 2 * 4), ("int2", 40 + 3 * 4)])
+def test_bytes_of_a_cache_have_its_tails(kv_dtype: str, entry_bytes: int) -> None:
     cache = KVCache(
         num_layers=3,
         num_sequences=2,
@@ -222,10 +252,10 @@ def test_bytes_of_a_cache_have_its_tails() -> None:
         head_dim=80,
         num_pages=40,
         max_row_pages=4,
-        kv_dtype="int4",
+        kv_dtype=kv_dtype,
     )
     assert cache.page_size == 32
-    assert cache.page_bytes == 32 * 80 + 2 * 80 * 2 + 32 * 4 * 2 + 32 * 4
+    assert cache.page_bytes == 32 * entry_bytes + 2 * 80 * 2 + 32 * 4
     assert cache.tail_bytes == 3 * 5 * 2 * 32 * 80 * 2
     assert cache.bytes_used == 0
     cache.begin(0, [40], [40])
@@ -356,7 +386,7 @@ def rows_of(layer: ops.Layer, b: int) -> ops.Layer:
     return layer._replace(**{name: getattr(layer, name)[b : b + 1] for name in names})
 
 
-@pytest.mark.parametrize("kv_dtype", ["int4", "mixed3", "mixed6"])
+@pytest.mark.parametrize("kv_dtype", ["int4", "int2", "mixed3", "mixed6"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_histories(seed: int, kv_dtype: str, device: torch.device) -> None:
     history = History(seed, kv_dtype, device)

@@ -57,7 +57,7 @@ def test_every_preset_can_be_written(name: str) -> None:
         ("Adaptive() * Adaptive() * TopScore()", r"Adaptive\(\) must be one of .*KeyDiff"),
         (
             "KeyDiff() * Adaptive() * TopScore() * MoreTokens(kv_dtype='int3')",
-            "'int4' or as 'mixed3', got 'int3'",
+            "'int4', 'int2' or as 'mixed3', got 'int3'",
         ),
         ("KeyDiff() * MoreTokens() * TopScore()", r"MoreTokens\(\) must be one of"),
         ("KeyDiff(4) * Adaptive() * TopScore()", r"KeyDiff\(4\) must be one of"),

@@ -81,7 +81,8 @@ typedef enum AdakvPageFormat {
   ADAKV_PLAIN_PAGES, /* as they are */
   ADAKV_INT8_PAGES,  /* 8 bits, with scale and zero of 64 dimensions */
   ADAKV_FP8_PAGES,   /* float8_e4m3fn, with the scale of 64 dimensions */
-  ADAKV_INT4_PAGES /* 4 bits, pages of 32 entries, on the CPU; the last page of a row in 16 bits */
+  ADAKV_INT4_PAGES,  /* 4 bits, pages of 32 entries; the last page of a row in 16 bits */
+  ADAKV_INT2_PAGES   /* 2 bits, the same otherwise */
 } AdakvPageFormat;
 
 /** Sizes of a cache. adakv_cache_reserve() raises num_pages and max_row_pages. */
@@ -97,7 +98,7 @@ typedef struct AdakvCacheConfig {
   AdakvDevice device;     /* of all tensors */
   AdakvPageFormat format; /* 0: plain pages */
   int32_t has_biases;     /* 0; whether entries have a bias each, in plain pages */
-  int32_t value_dim;      /* of values, as head_dim, not of int4; 0: the same */
+  int32_t value_dim;      /* of values, as head_dim, not with tails; 0: the same */
   int32_t key_dims[2];    /* 0; of int4: how many of a key have 16 bits, and 2 (KeyDims) */
 } AdakvCacheConfig;
 
@@ -140,15 +141,16 @@ typedef struct AdakvMemory {
 
 /** The tensors of one layer, the cache's own; adakv_cache_reserve() changes where they point to. */
 typedef struct AdakvLayer {
-  const AdakvTensor* pages;          /* [N, 2, P, D], or codes: uint8, float8_e4m3fn; int4 D / 2 */
+  const AdakvTensor* pages; /* [N, 2, P, D], or codes: uint8, float8; int4 D / 2, int2 D / 4 */
   const AdakvTensor* page_positions; /* [N, P] int32 */
   const AdakvTensor* block_table;    /* [B, Hkv, M] int32 */
   const AdakvTensor* lengths;        /* [B, Hkv] int32 */
   const AdakvTensor* seen;           /* [B] int32 */
   const AdakvTensor* fresh_pages;    /* [B, Hkv, F] int32 */
-  const AdakvTensor* key_scales;   /* [N, P, 2 Z] int8, [N, P, Z] fp8, [N, 2, D] int4, else NULL */
-  const AdakvTensor* value_scales; /* the same for values, int4 as int8 */
-  const AdakvTensor* tails;        /* [B, Hkv, 2 P, D] int4 (all layers: L * B), else NULL */
+  const AdakvTensor*
+      key_scales; /* [N, P, 2 Z] int8, [N, P, Z] fp8, [N, 2, D] with tails, or NULL */
+  const AdakvTensor* value_scales; /* the same for values, with tails as int8 */
+  const AdakvTensor* tails;        /* [B, Hkv, 2 P, D] int4, int2 (all layers: L * B), else NULL */
   const AdakvTensor* page_biases;  /* [N, P] float16, if the cache has biases, else NULL */
   const AdakvTensor* value_pages;  /* [N, 1, P, Dv] beside pages [N, 1, P, D], or NULL: Dv is D */
 } AdakvLayer;
@@ -237,7 +239,7 @@ int32_t adakv_cache_num_free(const AdakvCache* cache);
 /** Bytes of one page; 0 for NULL. */
 size_t adakv_cache_page_bytes(const AdakvCache* cache);
 
-/** Bytes that a sequence takes beside its pages: the tails of int4; 0 for NULL. */
+/** Bytes that a sequence takes beside its pages: its tails, if it has any; 0 for NULL. */
 size_t adakv_cache_tail_bytes(const AdakvCache* cache);
 
 /** Bytes of what sequences own, pages and tails; 0 for NULL. */

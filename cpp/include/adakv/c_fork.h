@@ -45,7 +45,7 @@ typedef struct AdakvForkArgs {
   const AdakvTensor* source_table;   /* [A, Hkv, M] int32 */
   const AdakvTensor* source_lengths; /* [A, Hkv] int32 */
   const AdakvTensor* source_seen;    /* [A] int32 */
-  const AdakvTensor* source_tails;   /* [A, Hkv, 2 P, D] int4, else NULL */
+  const AdakvTensor* source_tails;   /* [A, Hkv, 2 P, D] int4, int2, else NULL */
   const AdakvTensor* sources;        /* [B] int32 */
   const AdakvTensor* stretch;        /* [B] int32, of adakv_cache_fork() */
   const AdakvTensor* back;           /* [B] int32, optional */

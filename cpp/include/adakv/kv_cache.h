@@ -39,21 +39,44 @@ namespace adakv {
 ///   kInt8   x = scale * code + zero, code 0 .. 255
 ///   kFp8    x = scale * code, code float8_e4m3fn
 ///   kInt4   x = scale * code + zero, code 0 .. 15
-/// Quantised entries have their own scale (and zero) for each group of 64 dimensions of the key, and
-/// of the value; in kInt4 a dimension of the keys has one for all 32 entries of a page, and a row's
-/// last page stays in 16 bits until it is full. ops/quantise.h says which codes and scales they get.
-enum class PageFormat : uint8_t { kPlain, kInt8, kFp8, kInt4 };
+///   kInt2   x = scale * code + zero, code 0 .. 3
+/// Quantised entries have their own scale (and zero) for each group of dimensions of the key, and of
+/// the value. In kInt4 and kInt2, which have tails, a dimension of the keys has one for all 32 entries
+/// of a page instead, and a row's last page stays in 16 bits until it is full. ops/quantise.h says
+/// which codes and scales they get.
+enum class PageFormat : uint8_t { kPlain, kInt8, kFp8, kInt4, kInt2 };
 
-/// Dimensions of a head that share a scale.
+/// Dimensions of a head that share a scale, but for values in kInt2.
 constexpr int32_t kScaleGroup = 64;
 
-/// Entries of a page of kInt4.
-constexpr int32_t kInt4PageSize = 32;
+/// Entries of a page of a format with tails.
+constexpr int32_t kTailedPageSize = 32;
 
-/// 16-bit numbers that a value has beside its codes, and but for kInt4 a key.
+/// What tells a format from the others.
+struct FormatFacts {
+  const char* name;    // what files and Python call it
+  int32_t code_bits;   // of a number; 0: it is no code
+  int32_t group;       // dimensions of a value that share a scale, and without tails of a key
+  int32_t num_scales;  // 16-bit numbers of a group: its scale, and its zero
+  bool has_tails;
+};
+
+/// Those of each PageFormat.
+inline constexpr FormatFacts kFormats[] = {
+    {"auto", 0, 1, 0, false},          {"int8", 8, kScaleGroup, 2, false},
+    {"fp8", 8, kScaleGroup, 1, false}, {"int4", 4, kScaleGroup, 2, true},
+    {"int2", 2, 32, 2, true},
+};
+inline constexpr int32_t kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
+
+constexpr const FormatFacts& facts_of(PageFormat format) {
+  return kFormats[static_cast<int32_t>(format)];
+}
+
+/// 16-bit numbers that a value has beside its codes, and without tails a key.
 constexpr int64_t num_scales(PageFormat format, int64_t width) {
-  const int64_t groups = (width + kScaleGroup - 1) / kScaleGroup;
-  return format == PageFormat::kPlain ? 0 : format == PageFormat::kFp8 ? groups : 2 * groups;
+  const FormatFacts& facts = facts_of(format);
+  return (width + facts.group - 1) / facts.group * facts.num_scales;
 }
 
 /// How many dimensions of keys in pages of kInt4 have other bits than 4: the first `in_16` are stored
@@ -77,13 +100,13 @@ struct CacheConfig {
   int32_t num_sequences = 0;       // most sequences at a time
   int32_t num_kv_heads = 0;        // of each layer
   int32_t head_dim = 0;            // of queries and keys: a multiple of 8, at most 256
-  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256; of kInt4 32
+  int32_t page_size = 16;          // entries of a page: a power of two, 8 to 256; with tails 32
   int32_t num_pages = 0;           // pages of the pool, over all layers
   int32_t max_row_pages = 0;       // most pages of one row
   DType dtype = DType::kBFloat16;  // of keys and values; kFloat32 only in plain pages
   PageFormat format = PageFormat::kPlain;  // of the pages
   bool has_biases = false;                 // one for each entry; only in plain pages
-  int32_t value_dim = 0;                   // of values, as head_dim; 0: the same. Not of kInt4
+  int32_t value_dim = 0;                   // of values, as head_dim; 0: the same. Not with tails
   KeyDims key_dims = {};                   // of kInt4
   Device device = {};                      // where the tensors live: that of the Memory
 };
@@ -94,8 +117,9 @@ struct CacheConfig {
 struct LayerView {
   /// [N, 2, P, D]  keys, then values, of one row each: of the dtype of keys and values, or their
   /// codes, uint8 (int8) or float8 (fp8). [N, 2, P, D / 2] uint8 (int4): two codes a byte, that of
-  /// the dimension before in the low half. [N, 1, P, D] keys alone, where there are value_pages; of
-  /// int4 with mixed KeyDims bytes of keys: dimensions in 16 bits, in 4, and four in a byte in 2
+  /// the dimension before in the low half; [N, 2, P, D / 4] (int2): four, the first in the lowest
+  /// bits. [N, 1, P, D] keys alone, where there are value_pages; of int4 with mixed KeyDims bytes of
+  /// keys: dimensions in 16 bits, in 4, and four in a byte in 2
   TensorView pages;
   /// [N, P] int32  where the entry of each slot stood in its sequence
   TensorView page_positions;
@@ -109,14 +133,14 @@ struct LayerView {
   /// within one append is fresh_pages[b, h, k]
   TensorView fresh_pages;
   /// [N, P, 2 Z] (int8: scale and zero of group 0, of group 1, ...) or [N, P, Z] (fp8: scales), of the
-  /// dtype of keys and values; not given for plain pages. [N, 2, D] (int4): the scale of each
+  /// dtype of keys and values; not given for plain pages. [N, 2, D] (int4, int2): the scale of each
   /// dimension of the page's keys, then the zeros; of mixed KeyDims not of those in 16 bits
   TensorView key_scales;
-  /// The same for values; int4 as int8.
+  /// The same for values; int4 as int8, int2 with groups of 32 dimensions.
   TensorView value_scales;
-  /// [B, Hkv, 2 P, D]  of the dtype of keys and values; only of int4: the last lengths % P entries of
-  /// each row, P keys, then P values. Their page has their positions, and gets their codes when it is
-  /// full. With all layers [L * B, Hkv, 2 P, D]
+  /// [B, Hkv, 2 P, D]  of the dtype of keys and values; only of int4 and int2: the last lengths % P
+  /// entries of each row, P keys, then P values. Their page has their positions, and gets their codes
+  /// when it is full. With all layers [L * B, Hkv, 2 P, D]
   TensorView tails;
   /// [N, P] float16  what attend adds to the logit of each slot's entry, a finite number; only where
   /// the config has_biases
@@ -128,17 +152,21 @@ struct LayerView {
   /// [N, 1, P, Dv]  values, or their codes, wherever they lie.
   TensorView values() const { return value_pages ? value_pages : pages.narrow(1, 1, 1); }
 
-  /// Of int4: which dimensions of keys have which bits, as the widths of the tensors say.
+  /// With tails: which dimensions of keys have other bits than 4, as the widths of the tensors say;
+  /// of int2 all of them.
   KeyDims key_dims() const {
+    if (format() == PageFormat::kInt2) return {0, static_cast<int32_t>(tails.shape[3])};
     if (!tails || !value_pages) return {};
     const int64_t in_16 = tails.shape[3] - key_scales.shape[2];
     const int64_t others = tails.shape[3] - in_16, width = pages.shape[3];
     return {static_cast<int32_t>(in_16), static_cast<int32_t>(8 * in_16 + 2 * others - 4 * width)};
   }
 
-  /// What the pages hold, which their dtype says, and whether there are tails.
+  /// What the pages hold, which their dtype says, and whether there are tails; then their width.
   PageFormat format() const {
-    return tails                           ? PageFormat::kInt4
+    const bool is_int2 = tails && !value_pages && 4 * pages.shape[3] == tails.shape[3];
+    return is_int2                         ? PageFormat::kInt2
+           : tails                         ? PageFormat::kInt4
            : pages.dtype == DType::kUInt8  ? PageFormat::kInt8
            : pages.dtype == DType::kFloat8 ? PageFormat::kFp8
                                            : PageFormat::kPlain;
@@ -189,7 +217,7 @@ class KVCache {
   /// Bytes of one page: keys, values and positions, scales and biases if there are any.
   size_t page_bytes() const;
 
-  /// Bytes that a sequence takes beside its pages: in int4 the tails of all its rows, else 0.
+  /// Bytes that a sequence takes beside its pages: the tails of all its rows, if it has any, or 0.
   size_t tail_bytes() const;
 
   /// Bytes of what sequences own: their pages, and the tails of those that hold anything; those of
@@ -269,7 +297,7 @@ class KVCache {
   /// A cache of the sequences `sources` of this one, which may name some several times, some not at
   /// all: branches of their texts. They share their pages, but for those that a row may still write
   /// to, its last one and its fresh one, which come from the pool; with `whole` all of them do.
-  /// back[i] newest tokens of a sequence stay behind, none if `back` isn't given; not in int4. The
+  /// back[i] newest tokens of a sequence stay behind, none if `back` isn't given; not with tails. The
   /// fork's rows are empty until the verb fork() has filled those of every layer: call it before
   /// anything else is done with either cache. Both have one pool, and one thread at a time; each may
   /// be destroyed first. Throws Error if too few pages are free or memory can't be had, and

@@ -58,7 +58,7 @@ enum class Accumulate : uint8_t { kSum, kMax, kLast };
 /// With a layer instead of keys, the keys are those that its rows hold, read where they lie: row
 /// (b, h) has entries 0 .. lengths[b, h] - 1, of which the last ones are its window, and n differs
 /// from row to row. Of quantised pages, a key is what codes and scale say, rounded to the dtype of the
-/// queries; not of int4, and not of a layer with page_biases.
+/// queries; not of a layer with tails, and not of a layer with page_biases.
 struct ScoreArgs {
   TensorView queries;   // [B, Hq, W, D]   of each sequence's last positions, after RoPE
   TensorView keys;      // [B, Hkv, T, D]  prompt keys, after RoPE; not given: those of the layer
@@ -154,7 +154,7 @@ void select(const SelectArgs& args);
 /// then.
 /// In a layer with page_biases the entry has the bias that stands beside it, or 0. Quantised pages
 /// get the codes and scales of ops/quantise.h. An entry that isn't finite makes its own scale NaN and
-/// no other. They take float16 and bfloat16, no float32. In int4 what does not fill a page goes to
+/// no other. They take float16 and bfloat16, no float32. With tails what does not fill a page goes to
 /// the row's tail.
 ///
 /// Without keys and values, the entries are those that the layer's rows hold, positions are slots of
@@ -162,7 +162,7 @@ void select(const SelectArgs& args);
 ///   slot i  <-  slot positions[indptr[b * Hkv + h] + i], codes, scales, position and bias as they are
 /// A row keeps its first ceil(length / P) pages, but for those that page_ids does not name. These are
 /// replaced, row by row, by pages of page_ids that no row has kept, in their order; the next ones of
-/// them are the fresh pages. seen stays as it is. Not of int4, where a page's keys share scales.
+/// them are the fresh pages. seen stays as it is. Not of a layer with tails, where a page's keys share scales.
 struct CompactArgs {
   TensorView keys;         // [B, Hkv, T, D]  optional, with values
   TensorView values;       // [B, Hkv, T, Dv]
@@ -192,10 +192,10 @@ struct ForkArgs {
   TensorView source_table;    // [A, Hkv, M] int32
   TensorView source_lengths;  // [A, Hkv] int32
   TensorView source_seen;     // [A] int32
-  TensorView source_tails;    // [A, Hkv, 2 P, D]  only of int4
+  TensorView source_tails;    // [A, Hkv, 2 P, D]  only of int4 and int2
   TensorView sources;         // [B] int32, 0 .. A - 1
   TensorView stretch;         // [B] int32, 0 .. P: Fork::stretch
-  TensorView back;            // [B] int32, 0 .. what each row holds; not given: 0. Not of int4
+  TensorView back;            // [B] int32, 0 .. what each row holds; not given: 0. Not with tails
   TensorView page_ids;     // [Q] int32   sequence b: page_ids[page_indptr[b] .. page_indptr[b + 1])
   TensorView page_indptr;  // [B + 1] int32
   bool whole = false;      // whether rows share nothing
@@ -207,7 +207,7 @@ void fork(const ForkArgs& args);
 
 /// Adds S new tokens of each sequence to all of its rows. The caller has made room with
 /// KVCache::grow. Right-aligned: of the S columns, the last num_new[b] belong to sequence b (left
-/// padding is never stored). A new entry's bias is 0. Quantised pages get codes as in compact; in int4
+/// padding is never stored). A new entry's bias is 0. Quantised pages get codes as in compact; with tails
 /// entries go to the row's tail, which becomes codes as soon as it is full.
 struct AppendArgs {
   TensorView keys;          // [B, Hkv, S, D]  after RoPE
@@ -251,7 +251,7 @@ int default_num_workers(Device device);
 ///   z = softcap * tanh(q . k * scale / softcap) + bias, if the layer has page_biases
 ///   out = sum of softmax(z, with the head's sink logit) * v
 /// With keys and values given, they are appended first, in the same launch (see append). Of quantised
-/// pages, k and v are what codes and scales say, also for the newest entries; in int4 the last lengths
+/// pages, k and v are what codes and scales say, also for the newest entries; with tails the last lengths
 /// % P of a row are what its tail says, and where S = 1 and keys are given, a page that the new entry
 /// fills is quantised after it was read.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adakv.entries import dequantised, int4_keys, int4_values
+from adakv.entries import dequantised, tailed_keys, tailed_values
 from adakv.formats import SCALE_GROUP
 from adakv.ops import Layer
 
@@ -107,7 +107,7 @@ class Pages(NamedTuple):
             return self.entries[page_ids]
         shape = len(page_ids), 2, self.page_size, self.head_dim
         found = torch.empty(shape, dtype=self.dtype, device=page_ids.device)
-        read = (int4_keys, int4_values) if self.is_int4 else (dequantised, dequantised)
+        read = (tailed_keys, tailed_values) if self.is_int4 else (dequantised, dequantised)
         for into, ids in zip(found.split(_AT_ONCE), page_ids.split(_AT_ONCE), strict=True):
             for half, scales in enumerate((self.key_scales, self.value_scales)):
                 into[:, half] = read[half](self.entries[ids, half], scales[ids], self.dtype)
