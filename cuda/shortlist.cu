@@ -21,8 +21,9 @@ constexpr int kTile = 16;    // pages that a warp works on side by side
 constexpr int kColumns = 8;  // queries, too
 constexpr int kProductWarps = 8;
 constexpr int kProductThreads = kProductWarps * kWarpSize;
-constexpr int kRound = kProductWarps * kTile;  // pages that a block works on side by side
-constexpr int kMostPages = 4 * kRound;         // of a block
+constexpr int kRound = kProductWarps * kTile;         // pages that a block works on side by side
+constexpr int kMostPages = 4 * kRound;                // of a block
+constexpr int kFewThreads = 128, kManyThreads = 512;  // that choose from a row
 
 /// What one block's products are of.
 struct Products {
@@ -70,10 +71,10 @@ struct Products {
 };
 
 // grid: [B * Hkv, ceil(older pages / pages_per_block), ceil(G * S / kColumns)]. Products by matrix
-// instructions: A is a tile of pages, B the queries. Which number of a page stands in which of their
-// columns is the same for both, so that a lane's are side by side in memory: of each 32 numbers
-// four lanes take 8 each, for two instructions. A tile's pieces give way to the next one's one by
-// one, so that there are always as many under way.
+// instructions: A is a tile of pages, B the queries. Both have a page's numbers in the same order,
+// by which a lane's are side by side in memory: of each 32 numbers four lanes take 8 each, for two
+// instructions. A tile's pieces give way to the next one's one by one, so that there are always as
+// many under way.
 template <typename Element, int kGroups>
 __global__ void __launch_bounds__(kProductThreads, kGroups <= 8 ? 2 : 1)
     bound_products_kernel(const __grid_constant__ ShortlistParams p) {
@@ -176,11 +177,12 @@ __global__ void __launch_bounds__(kProductThreads)
 }
 
 // grid: [B * Hkv].
-template <int kThreads>
+template <int kThreads, bool kIsLong>
 __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(const __grid_constant__ ShortlistParams p) {
-  __shared__ typename RowChooser<kThreads>::Shared shared;
-  RowChooser<kThreads> chooser(p, blockIdx.x, shared);
+  using Chooser = RowChooser<kThreads, kIsLong>;
+  __shared__ typename Chooser::Shared shared;
+  Chooser chooser(p, blockIdx.x, shared);
   chooser.prepare();
   wait_for_previous_kernel();
   let_next_kernel_begin();
@@ -271,9 +273,12 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
              args.stream, p);
     });
   }
-  const bool is_short = older <= 128 * kFour;
-  launch("shortlist", is_short ? shortlist_kernel<128> : shortlist_kernel<512>,
-         {dim3(rows), is_short ? 128 : 512, 0, early}, args.stream, p);
+  const bool is_short = older <= kFewThreads * kFour, is_long = older > kManyThreads * kFour;
+  launch("shortlist",
+         is_short  ? shortlist_kernel<kFewThreads, false>
+         : is_long ? shortlist_kernel<kManyThreads, true>
+                   : shortlist_kernel<kManyThreads, false>,
+         {dim3(rows), is_short ? kFewThreads : kManyThreads, 0, early}, args.stream, p);
 }
 
 size_t CudaBackend::workspace_bytes(const ShortlistArgs& args) const {

@@ -50,8 +50,9 @@ struct ShortlistParams {
 };
 
 // What one row's block chooses by. Threads take four pages each, as many such chunks as there are;
-// what is known of the first chunk's is held in registers.
-template <int kThreads>
+// what is known of the first chunk's is held in registers. Most rows have one, for which less code
+// is fetched; kIsLong: some may have more.
+template <int kThreads, bool kIsLong>
 class RowChooser {
   static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr int kChunkPages = kThreads * kFour;
@@ -114,21 +115,26 @@ class RowChooser {
   __device__ void for_each(int32_t first_query, const Visit& visit) {
     const int32_t first = static_cast<int32_t>(threadIdx.x) * kFour;
     visit(first, held_);
+    if constexpr (kIsLong) {
 #pragma unroll 1
-    for (int32_t page = first + kChunkPages; page < row_.older; page += kChunkPages) {
-      Pages pages;
-      load_keys(page, pages);
-      load_queries(first_query, page, pages);
-      visit(page, pages);
-      if (!kChanges) continue;
-      *reinterpret_cast<uint4*>(keys_ + page) =
-          make_uint4(pages.keys[0], pages.keys[1], pages.keys[2], pages.keys[3]);
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        if (first_query + i >= num_queries_) break;
-        *z_of(first_query + i, page) =
-            make_float4(pages.x[i][0], pages.x[i][1], pages.x[i][2], pages.x[i][3]);
+      for (int32_t page = first + kChunkPages; page < row_.older; page += kChunkPages) {
+        Pages pages;
+        load_keys(page, pages);
+        load_queries(first_query, page, pages);
+        visit(page, pages);
+        if (kChanges) store(first_query, page, pages);
       }
+    }
+  }
+
+  __device__ void store(int32_t first_query, int32_t page, const Pages& pages) const {
+    *reinterpret_cast<uint4*>(keys_ + page) =
+        make_uint4(pages.keys[0], pages.keys[1], pages.keys[2], pages.keys[3]);
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      if (first_query + i >= num_queries_) break;
+      *z_of(first_query + i, page) =
+          make_float4(pages.x[i][0], pages.x[i][1], pages.x[i][2], pages.x[i][3]);
     }
   }
 
@@ -171,10 +177,10 @@ class RowChooser {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      x[i] = shared_.of_warps[i][0];
+      x[i] = shared_.of_warps[i][lane_ % kWarps];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) {
-        const float other = shared_.of_warps[i][w];
+      for (int step = kWarps / 2; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(kFullWarp, x[i], step);
         x[i] = kIsMax ? fmaxf(x[i], other) : x[i] + other;
       }
     }
@@ -185,10 +191,12 @@ class RowChooser {
   __device__ void make_keys() {
 #pragma unroll
     for (uint32_t& key : held_.keys) key = 0;
-    for (int32_t page = threadIdx.x + kChunkPages; page < p_.z_width; page += kThreads) {
-      keys_[page] = 0;
+    if constexpr (kIsLong) {
+      for (int32_t page = threadIdx.x + kChunkPages; page < p_.z_width; page += kThreads) {
+        keys_[page] = 0;
+      }
+      __syncthreads();
     }
-    __syncthreads();
 #pragma unroll 1
     for (int32_t first = 0; first < num_queries_; first += kQueries) weigh(first);
   }
@@ -203,7 +211,7 @@ class RowChooser {
                   (!p_.num_new || token >= p_.tokens - p_.num_new[b_]);  // else padding
     }
     load_queries(first, threadIdx.x * kFour, held_);
-    float largest[kQueries], sum[kQueries] = {}, least[kQueries] = {};
+    float largest[kQueries], share[kQueries] = {}, least[kQueries] = {};
 #pragma unroll
     for (float& x : largest) x = -INFINITY;
     for_each<false>(first, [&](int32_t, const Pages& pages) {
@@ -220,17 +228,19 @@ class RowChooser {
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
-        for (float& x : pages.x[i]) sum[i] += x = expf(x - largest[i]);
+        for (float& x : pages.x[i]) share[i] += x = expf(x - largest[i]);
       }
     });
-    reduce<false>(sum);
-    if (p_.mass < 1) find_least(first, sum, least);
+    reduce<false>(share);
+#pragma unroll
+    for (float& x : share) x = x > 0 ? 1 / x : 0;  // of the sum
+    if (p_.mass < 1) find_least(first, share, least);
     for_each<true>(first, [&](int32_t page, Pages& pages) {
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
         for (int j = 0; j < kFour; ++j) {
-          const float mine = weight(pages.x[i][j], sum[i]);
+          const float mine = weight(pages.x[i][j], share[i]);
           const bool raises = counts[i] && page + j < row_.older && mine >= least[i];
           if (raises) pages.keys[j] = max(pages.keys[j], __float_as_uint(mine) + 1);
         }
@@ -239,20 +249,20 @@ class RowChooser {
   }
 
   /// Nothing for what isn't there.
-  __device__ static float weight(float x, float sum) { return x > 0 ? x / sum : 0.f; }
+  __device__ static float weight(float x, float share) { return x > 0 ? x * share : 0.f; }
 
   /// The least weights that count: bisected between 0 and the largest.
   __device__ void find_least(int32_t first,
-                             const float (&sum)[kQueries],
+                             const float (&share)[kQueries],
                              float (&least)[kQueries]) {
     float high[kQueries], all[kQueries] = {};
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) high[i] = sum[i] > 0 ? 1 / sum[i] : 0;
+    for (int i = 0; i < kQueries; ++i) high[i] = share[i];
     for_each<false>(first, [&](int32_t, const Pages& pages) {
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
-        for (const float x : pages.x[i]) all[i] += weight(x, sum[i]);
+        for (const float x : pages.x[i]) all[i] += weight(x, share[i]);
       }
     });
     reduce<false>(all);
@@ -264,7 +274,7 @@ class RowChooser {
         for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
           for (const float x : pages.x[i]) {
-            const float mine = weight(x, sum[i]);
+            const float mine = weight(x, share[i]);
             above[i] += mine >= (least[i] + high[i]) / 2 ? mine : 0;
           }
         }
@@ -291,11 +301,13 @@ class RowChooser {
         }
       };
       count(held_.keys);
-      for (int32_t page = threadIdx.x * kFour + kChunkPages; page < row_.older;
-           page += kChunkPages) {
-        Pages pages;
-        load_keys(page, pages);
-        count(pages.keys);
+      if constexpr (kIsLong) {
+        const int32_t first = static_cast<int32_t>(threadIdx.x) * kFour;
+        for (int32_t page = first + kChunkPages; page < row_.older; page += kChunkPages) {
+          Pages pages;
+          load_keys(page, pages);
+          count(pages.keys);
+        }
       }
       __syncthreads();
       if (warp_ == 0) find_bin(range, shift);
@@ -346,7 +358,7 @@ class RowChooser {
     for (int32_t begin = 0; begin < end; begin += kChunkPages) {
       const int32_t first = begin + thread * kFour;
       Pages pages = held_;
-      if (begin > 0 && first < row_.older && !lists_all) load_keys(first, pages);
+      if (kIsLong && begin > 0 && first < row_.older && !lists_all) load_keys(first, pages);
       int32_t mine = 0, before = 0;  // pages above and in the range, in 16 bits each
 #pragma unroll
       for (int j = 0; j < kFour; ++j) {
