@@ -43,7 +43,7 @@ def texts(tmp_path: Path) -> Path:
 
 def train(trainer: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     """Calls a trainer as a command with these arguments."""
-    monkeypatch.setattr(sys, "argv", [trainer.__file__, *map(str, arguments), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", [trainer.__file__, *map(str, arguments)])
     trainer.main()
 
 
@@ -131,14 +131,15 @@ def test_a_gate_runs_on_the_command_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     width: int,
+    device: torch.device,
 ) -> None:
-    out = tmp_path / "gate.safetensors"
+    out, place = tmp_path / "gate.safetensors", ("--device", str(device))
     sizes = ("--prompts", 2, "--length", 100, "--per-prompt", 80, "--epochs", 1, "--width", width)
     sizes += ("--seconds", 60)
-    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes)
+    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes, *place)
     policy = f"{Gate(str(out))} * ModelWide() * TopScore()"
     command = ["generate", model, str(texts / "numbers.txt"), "--policy", policy, "--budget", "48"]
-    assert run_command_line([*command, "--max-new-tokens", "3"]) == 0
+    assert run_command_line([*command, "--max-new-tokens", "3", *place]) == 0
 
 
 @trains("train_learned")
@@ -195,15 +196,20 @@ def test_what_tells_is_learnt(trainer: Any) -> None:
 @pytest.mark.model
 @pytest.mark.usefixtures("one_thread")
 def test_a_learned_scorer_runs_on_the_command_line(
-    trainer: Any, model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Any,
+    model: str,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    out = tmp_path / "learned.safetensors"
+    out, place = tmp_path / "learned.safetensors", ("--device", str(device))
     sizes = ("--prompts", 2, "--length", 160, "--per-choice", 8, "--steps", 3)
-    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes)
+    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes, *place)
     policy = f"{LearnedScorer(str(out))} * Uniform() * TopScore() * EveryTokens(every=8)"
     command = ["generate", model, str(texts / "numbers.txt"), "--decode-policy", policy]
     command += ["--decode-budget", "40", "--max-new-tokens", "60", "--policy", "full"]
-    assert run_command_line(command) == 0
+    assert run_command_line([*command, *place]) == 0
 
 
 @trains("train_predictor")
@@ -234,11 +240,16 @@ def test_a_habit_is_learnt(trainer: Any) -> None:
 @pytest.mark.model
 @pytest.mark.usefixtures("one_thread")
 def test_a_predictor_runs_on_the_command_line(
-    trainer: Any, model: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Any,
+    model: str,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
-    out = tmp_path / "predictor.safetensors"
+    out, place = tmp_path / "predictor.safetensors", ("--device", str(device))
     sizes = ("--prompts", 2, "--length", 250, "--steps", 2, "--batch", 4, "--history", 4)
-    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes)
+    train(trainer, monkeypatch, model, "--texts", texts, "--out", out, *sizes, *place)
     read = f"AttentionPredictor(file={str(out)!r}, history=4)"
     command = ["generate", model, str(texts / "numbers.txt"), "--policy", "full", "--read", read]
-    assert run_command_line([*command, "--max-new-tokens", "12"]) == 0
+    assert run_command_line([*command, "--max-new-tokens", "12", *place]) == 0
