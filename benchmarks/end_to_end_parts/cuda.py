@@ -55,7 +55,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-dtype",
-        choices=["auto", "int8", "fp8", "int4"],
+        choices=["auto", "int8", "fp8", "int4", "int2"],
         default="auto",
         help="of the part step",
     )

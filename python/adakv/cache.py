@@ -52,17 +52,17 @@ class KVCache:
         Most pages of one row: ``ceil(longest / page_size)`` for rows of up to ``longest`` entries.
         A block table has no more columns than the pool has pages, so a large number costs nothing.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32. In int4
-        and mixed always 32.
+        Entries of a page: a power of two from 8 to 256. Default: 16, in int8 and fp8 32. In
+        int4, int2 and mixed always 32.
     dtype, device
         Of keys and values.
-    kv_dtype : "auto", "int8", "fp8", "int4" or as "mixed3"
+    kv_dtype : "auto", "int8", "fp8", "int4", "int2" or as "mixed3"
         How pages hold them: as they are, or quantised (docs/bits.md), for which ``dtype`` must be
         float16 or bfloat16.
     has_biases : bool
         Whether each entry has a bias, which attend adds to its logit; only with "auto".
     value_dim : int, optional
-        Width of the values, if it is another one than that of keys; not in int4.
+        Width of the values, if it is another one than that of keys; not in int4 and int2.
 
     Raises
     ------
@@ -350,7 +350,7 @@ class KVCache:
         sources : ints
             A sequence may be named several times, or not at all.
         back : ints, optional
-            Newest tokens of each of them that stay behind; not in int4.
+            Newest tokens of each of them that stay behind; not in int4 and int2.
         whole : bool
             All pages are copied, and nothing is shared; which :meth:`begin_again` needs.
 
@@ -463,7 +463,8 @@ class KVCache:
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes that a sequence takes beside its pages: in int4 the 16-bit tails of its rows."""
+        """Bytes that a sequence takes beside its pages: the 16-bit tails of its rows in int4 and
+        int2."""
         return int(self._cache.tail_bytes)
 
     @property

@@ -102,7 +102,7 @@ def score(
     layer, length : :class:`Layer` and int, optional
         Instead of ``keys``: the keys that the layer's rows hold, read where they lie; T is
         ``length``, at least that of the longest row. Each row has a window of its own, its last
-        entries. Pages of int4 are refused.
+        entries. Pages of int4 and int2 are refused.
     seq_lens : ``[B]`` int32, optional
         Prompt lengths, 0 to T. Default: all T, or what rows hold.
     sink_logits : ``[Hq]`` float32, optional
@@ -323,7 +323,7 @@ def compact(
     ----------
     keys, values : ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, optional
         Without them the entries are those that the layer's rows hold, positions are slots of the
-        rows, and everything that can stays in its place. Pages of int4 are refused.
+        rows, and everything that can stays in its place. Pages of int4 and int2 are refused.
     kept : :class:`Kept`
     layer : :class:`Layer`
         Its B sequences; everything in it is written: lengths from ``kept``, ``seen`` from

@@ -87,6 +87,7 @@ def test_settings_are_none_without_an_entry():
         ({"decode_policy": "r_kv"}, "adakv: decode_budget must be given if a text is to be chosen"),
         ({"every": 64}, "adakv: decode_budget must be given if a text is to be chosen"),
         ({"kv_dtype": "mixed3"}, r"kv_dtype must be one of .*'int4'\), got 'mixed3'"),
+        ({"kv_dtype": "int2"}, r"kv_dtype must be one of .*'int4'\), got 'int2'"),
         ({"decode_budget": 64, "kv_dtype": "int4"}, "decode_budget must not be given with blocks"),
         ({"decode_budget": 64, "policy": "ada_column_max"}, "decode_budget: ColumnMax needs"),
         ({"decode_budget": 64, "decode_policy": "h2o"}, "'h2o' can't run .* sums over all queries"),

@@ -179,7 +179,7 @@ class BranchingCache(TransformersCache):
         Raises
         ------
         ValueError
-            If that isn't so, pages are of int4, or texts are evicted from. Nothing changes.
+            If that isn't so, pages are of int4 or int2, or texts are evicted from. Nothing changes.
         """
         cache: Any = self
         given = integer("tokens_to_remove", tokens_to_remove, -(2**31))

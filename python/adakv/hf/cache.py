@@ -81,11 +81,11 @@ class Cache(ShownCache):
         one token is not taken for a part of the prompt. Without ``chunked_prefill`` a second
         forward of several tokens is a second turn, from which nothing is evicted.
     page_size : int, optional
-        Entries of a page: a power of two from 8 to 256. Default: 16, or 32 with codes; int4 takes
-        no other than 32.
-    kv_dtype : "auto", "int8", "fp8" or "int4", optional
+        Entries of a page: a power of two from 8 to 256. Default: 16, or 32 with codes; int4 and
+        int2 take no other than 32.
+    kv_dtype : "auto", "int8", "fp8", "int4" or "int2", optional
         How pages hold keys and values: as the model has them, the default, or as codes in about
-        half of the bytes, with int4 in 30 %; or tiers, as "auto:1/4 + int4:3/4", or mixed keys, as
+        half of the bytes, with int4 in 30 % and with int2 in 20 %; or tiers, as "auto:1/4 + int4:3/4", or mixed keys, as
         "mixed3" (docs/bits.md).
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.

@@ -27,7 +27,7 @@ class DraftModel:
         As of :class:`adakv.Cache`.
     options
         Its other options. Those by which tokens can't be taken back (``decode_budget``,
-        ``kv_dtype="int4"``) fail with the first refused guess.
+        ``kv_dtype="int4"`` or ``"int2"``) fail with the first refused guess.
 
     Raises
     ------
