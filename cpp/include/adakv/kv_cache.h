@@ -63,9 +63,11 @@ struct FormatFacts {
 
 /// Those of each PageFormat.
 inline constexpr FormatFacts kFormats[] = {
-    {"auto", 0, 1, 0, false},          {"int8", 8, kScaleGroup, 2, false},
-    {"fp8", 8, kScaleGroup, 1, false}, {"int4", 4, kScaleGroup, 2, true},
-    {"int2", 2, 32, 2, true},
+    {"auto", 0, 1, 0, false},            // kPlain
+    {"int8", 8, kScaleGroup, 2, false},  // kInt8
+    {"fp8", 8, kScaleGroup, 1, false},   // kFp8
+    {"int4", 4, kScaleGroup, 2, true},   // kInt4
+    {"int2", 2, 32, 2, true},            // kInt2
 };
 inline constexpr int32_t kNumFormats = sizeof(kFormats) / sizeof(kFormats[0]);
 
