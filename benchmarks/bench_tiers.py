@@ -1,6 +1,6 @@
 """A step over rows of two formats, against each of the two alone: the entries that matter most in
-16 bits, the others as codes; attend goes from one to the other. In several layers in turn, on a GPU
-in a graph of all of them.
+16 bits or int8, the others as codes; attend takes both in one call. In several layers in turn, on a
+GPU in a graph of all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Case:
     batch: int = 1
     held: int = 8192
     kv_dtype: str = "int4"  # of three quarters of the entries
+    first: str = "auto"  # of the others
     layers: int = 4
     kv_heads: int = 8
     group: int = 4
@@ -31,7 +32,7 @@ class Case:
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.held}-{self.kv_dtype}"
+        return f"{self.batch}x{self.held}-{self.first}+{self.kv_dtype}-G{self.group}"
 
 
 def planned(kv: KVCache) -> list[Tensor]:
@@ -40,7 +41,7 @@ def planned(kv: KVCache) -> list[Tensor]:
 
 
 def run(case: Case, options: argparse.Namespace) -> None:
-    first = filled(replace(case, held=case.held // 4, kv_dtype="auto"), options.device)
+    first = filled(replace(case, held=case.held // 4, kv_dtype=case.first), options.device)
     second = filled(replace(case, held=3 * case.held // 4), options.device)
     plans = planned(first), planned(second)
     shape = case.layers, case.batch, case.kv_heads * case.group, 1, case.head_dim
@@ -53,15 +54,8 @@ def run(case: Case, options: argparse.Namespace) -> None:
         return ops.attend(queries[layer], second.layers[layer], plans[1][layer])
 
     def of_both(layer: int) -> tuple[Tensor, Tensor]:
-        out, lse = of_first(layer)
-        return ops.attend(
-            queries[layer],
-            second.layers[layer],
-            plans[1][layer],
-            prefetch=True,
-            others_out=out,
-            others_lse=lse,
-        )
+        tier = ops.Tier(second.layers[layer], plans[1][layer])
+        return ops.attend(queries[layer], first.layers[layer], plans[0][layer], [tier])
 
     variants = {"first": of_first, "second": of_second, "both": of_both}
     if options.device == "cuda":
@@ -83,10 +77,15 @@ def run(case: Case, options: argparse.Namespace) -> None:
 CPU_CASES = [Case(), Case(kv_dtype="int8")]
 CUDA_CASES = [
     Case(batch=32, held=4096, layers=16),
+    Case(batch=32, held=4096, layers=16, group=8),
     Case(batch=32, held=4096, layers=16, kv_dtype="int8"),
     Case(batch=32, held=4096, layers=16, kv_dtype="int2"),
+    Case(batch=32, held=4096, layers=16, first="int8"),
+    Case(batch=32, held=4096, layers=16, head_dim=64),
     Case(batch=8, held=8192, layers=16),
     Case(batch=8, held=1024, layers=32),
+    Case(batch=1, held=8192, layers=32),
+    Case(batch=32, held=4096, layers=16, kv_dtype="fp8"),  # a launch for each tier
 ]
 
 

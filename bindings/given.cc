@@ -82,4 +82,25 @@ void take(const char* name, py::handle given, LayerView& to) {
   });
 }
 
+void take(const char* name, py::handle given, std::vector<Tier>& to) {
+  constexpr size_t kNumMembers = std::tuple_size_v<decltype(MembersOf<Tier>::kAll)>;
+  const auto is_list = [](py::handle x) { return PyTuple_Check(x.ptr()) || PyList_Check(x.ptr()); };
+  if (!is_list(given)) {
+    throw InvalidArgument(
+        detail::concat(name, " must be a sequence of adakv.ops.Tier, got ", description(given)));
+  }
+  for (const py::handle tuple : py::reinterpret_borrow<py::sequence>(given)) {
+    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kNumMembers) {
+      throw InvalidArgument(detail::concat(name,
+                                           " must be a sequence of adakv.ops.Tier, tuples of ",
+                                           kNumMembers, ", got one of ", description(tuple)));
+    }
+    Tier& tier = to.emplace_back();
+    Py_ssize_t i = 0;
+    for_each_member<Tier>([&](const auto& member) {
+      take(member.name, py::handle(PyTuple_GET_ITEM(tuple.ptr(), i++)), tier.*member.cpp);
+    });
+  }
+}
+
 }  // namespace adakv

@@ -36,6 +36,8 @@ void take(const char* name, py::handle given, bool& to);
 void take(const char* name, py::handle given, const char*& to);
 /// The same for a layer, a tuple of its tensors.
 void take(const char* name, py::handle given, LayerView& to);
+/// The same for tiers, each a tuple of its members.
+void take(const char* name, py::handle given, std::vector<Tier>& to);
 
 /// The same for words of an enumeration.
 template <typename Enum>
@@ -81,6 +83,8 @@ constexpr auto python_name() {
     return const_name("torch.Tensor | None");
   } else if constexpr (std::is_same_v<T, LayerView>) {
     return const_name("tuple[torch.Tensor | None, ...] | None");
+  } else if constexpr (std::is_same_v<T, std::vector<Tier>>) {
+    return const_name("collections.abc.Sequence[tuple[object, ...]]");
   } else if constexpr (std::is_same_v<T, bool>) {
     return const_name("bool");
   } else if constexpr (std::is_integral_v<T>) {

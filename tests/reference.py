@@ -7,6 +7,7 @@ are what a user of plain torch would get, which is the yardstick of ``tolerance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -429,43 +430,65 @@ def plan(
 def attend(
     queries: Tensor,
     layer: Any,
+    others: Sequence[Any] = (),
     *,
     num_new: Tensor | None = None,
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     appends: bool = False,
-    others: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest S tokens (appended already) over slots ``0 .. length - S + s``.
 
     With ``appends`` as by the call that appends them: one that fills a page of int4 reads it first.
-    With the out and lse of ``others`` the rows hold none of these tokens, and every query sees all
-    slots, and one more, whose logit is that lse and whose value is that out.
+    Of the tiers ``others`` every query sees all slots, by queries of the tier if it has some, and
+    the softmax is over all of them. What it gives values of a tier comes to the output's columns
+    from the tier's on.
     """
     batch, num_heads, num_columns, head_dim = queries.shape
     group = num_heads // layer.lengths.shape[1]
-    width = layer.value_dim or head_dim
-    out = torch.zeros(batch, num_heads, num_columns, width, dtype=dtype)
+    scale = scale or head_dim**-0.5
+    out = torch.zeros(batch, num_heads, num_columns, _columns(queries, layer, others), dtype=dtype)
     lse = torch.full((batch, num_heads, num_columns), -INF, dtype=dtype)
     for b, count in enumerate(_lengths(num_new, batch, num_columns)):
         just_filled = appends and num_columns == count == 1
         for h in range(num_heads // group):
-            length = int(layer.lengths[b, h])
-            keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
-            biases = biases_of(layer, b, h).to(dtype)
+            rows = [(queries, 0, _entries(layer, b, h, dtype, just_filled))]
+            for tier in others:
+                asked = queries if tier.queries is None else tier.queries
+                rows.append((asked, tier.column, _entries(tier.layer, b, h, dtype, False)))
             columns = range(num_columns - count, num_columns)
             for q, s in product(range(h * group, h * group + group), columns):
-                seen = length if others else length - num_columns + s + 1
-                z = keys[:seen] @ queries[b, q, s].cpu().to(dtype) * (scale or head_dim**-0.5)
-                z, v = _capped(z, softcap) + biases[:seen], values[:seen]
-                if others is not None:
-                    before, logit = (x[b, q, s].cpu().to(dtype) for x in others)
-                    z, v = torch.cat([z, logit[None]]), torch.cat([v, before[None]])
+                logits, values = [], []
+                for i, (asked, column, (keys, held, biases)) in enumerate(rows):
+                    hidden = num_columns - s - 1 if i == 0 else 0  # newest ones
+                    seen = max(len(keys) - hidden, 0)
+                    z = keys[:seen] @ asked[b, q, s].cpu().to(dtype) * scale
+                    logits.append(_capped(z, softcap) + biases[:seen])
+                    behind = out.shape[3] - column - held.shape[1]
+                    values.append(F.pad(held[:seen], (column, behind)))
+                z, v = torch.cat(logits), torch.cat(values)
                 if sink_logits is not None:
                     z = torch.cat([z, sink_logits[q : q + 1].cpu().to(dtype)])
                 if not z.isneginf().all():
                     lse[b, q, s] = z.logsumexp(0)
                     out[b, q, s] = z.softmax(0)[: len(v)] @ v
     return out, lse
+
+
+def _columns(queries: Tensor, layer: Any, others: Sequence[Any]) -> int:
+    """Columns of attend's output: the last one of any tier."""
+    ends = [layer.value_dim or queries.shape[3]]
+    for tier in others:
+        asked = queries if tier.queries is None else tier.queries
+        ends.append(tier.column + (tier.layer.value_dim or asked.shape[3]))
+    return max(ends)
+
+
+def _entries(
+    layer: Any, b: int, h: int, dtype: torch.dtype, just_filled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and biases of a row."""
+    keys, values = row_of(layer, b, h, dtype, just_filled=just_filled)
+    return keys, values, biases_of(layer, b, h).to(dtype)

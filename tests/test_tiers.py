@@ -44,6 +44,8 @@ def test_tiers_are_read(given: str, formats: tuple[str, ...], shares: tuple[obje
         ("auto:1/0 + int4:1", "shares above 0 that sum to 1"),
         ("auto:nan + int4:1", "shares above 0 that sum to 1"),
         ("auto:0.00000001 + int4:0.99999999", "at most 6 digits"),
+        ("+".join(["auto:1/9"] * 9), "tiers must be at most 8"),
+        ("auto" + "|rank=1/2" * 8 + ":1/2", "tiers must be at most 8"),
         (3, "kv_dtype must be one of"),
     ],
 )

@@ -1,6 +1,7 @@
 // The ten verbs for C. Nothing is checked or computed here: that is in cpp/ops and behind it.
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "capi/convert.h"
 #include "ops/members.h"
@@ -29,12 +30,24 @@ void take(const char*, const AdakvLayer& given, LayerView& member) {
   for_each_member<LayerView>([&](const auto& m) { take(m.name, given.*m.c, member.*m.cpp); });
 }
 
+void take(const char* name, const AdakvTiers& given, std::vector<Tier>& member);
+
 template <typename Given, typename T>
 void take(const char* name, const Given& given, T& member) {
   if constexpr (std::is_enum_v<T>) {
     member = enumerator<T>(name, given);
   } else {
     member = given;
+  }
+}
+
+void take(const char* name, const AdakvTiers& given, std::vector<Tier>& member) {
+  ADAKV_CHECK(given.count >= 0 && given.count <= kMostOthers, name, " must be 0 to ", kMostOthers,
+              " tiers, got ", given.count);
+  ADAKV_CHECK(given.count == 0 || given.tiers != nullptr, name, " must not be NULL");
+  for (int32_t i = 0; i < given.count; ++i) {
+    Tier& tier = member.emplace_back();
+    for_each_member<Tier>([&](const auto& m) { take(m.name, given.tiers[i].*m.c, tier.*m.cpp); });
   }
 }
 

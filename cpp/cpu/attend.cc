@@ -5,12 +5,15 @@
 // With more queries per row than one span takes (a chunk of a prompt), there is work enough without
 // cutting rows: then an item is one block of queries of one row, and nothing is merged.
 //
+// Where the entries of a row lie in several tiers, each of them is a tier's share of the work, by its own
+// schedule, and all of their results are partial ones.
+//
 // What is accumulated waits for lse, which is known when the whole row has been read. So the products
 // with keys are kept, 4 G bytes an entry beside the 4 D or so that it is read for, and gone through
 // once more.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <vector>
 
 #include "cpu/attend_checks.h"
 #include "cpu/cpu_backend.h"
@@ -19,6 +22,7 @@
 #include "cpu/page_check.h"
 #include "cpu/parallel.h"
 #include "cpu/tail_writer.h"
+#include "cpu/tier_work.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -45,10 +49,10 @@ struct Logits {
   int64_t stride = 0;
 };
 
-/// A Partial on the stack.
+/// A Partial on the stack, of all columns of out.
 struct LocalPartial : Partial {
   explicit LocalPartial(int64_t num_queries) : Partial(data, num_queries) {}
-  float data[kMaxSpanQueries * (2 + kMaxHeadDim)];
+  float data[kMaxSpanQueries * (2 + 2 * kMaxHeadDim)];
 };
 
 int64_t num_new(const AttendArgs& args, int64_t b) {
@@ -85,16 +89,25 @@ class Attention {
         num_rows_(args.layer.lengths.shape[0] * num_kv_heads_),
         group_(num_kv_heads_ > 0 ? args.queries.shape[1] / num_kv_heads_ : 0),
         num_tokens_(args.queries.shape[2]),
-        head_dim_(args.queries.shape[3]),
-        value_dim_(args.out.shape[3]),
-        values_(args.layer.values()),
-        workers_(args.schedule.ptr<const schedule::Worker>()),
-        rows_(reinterpret_cast<const schedule::RowFacts*>(workers_ + args.num_workers)),
-        key_dims_(args.layer.key_dims()),
-        attend_span_((args.layer.tails && args.layer.value_pages
-                          ? kernels().attend_mixed
-                          : kernels().attend_span[static_cast<int>(
-                                args.layer.format())])[static_cast<int>(args.queries.dtype)]) {}
+        width_(args.out.shape[3]) {
+    tiers_.reserve(num_tiers(args));
+    float* partials = args.workspace.ptr<float>();
+    for (size_t i = 0; i < num_tiers(args); ++i) {
+      tiers_.emplace_back(args, i).partials = partials;
+      if (is_split(args)) partials += num_floats(args, tiers_.back().value_dim);
+    }
+    logits_ = partials;
+  }
+
+  /// Floats that the partial results of a tier take. With others all results are partial, also those
+  /// of rows that one worker does.
+  static int64_t num_floats(const AttendArgs& args, int64_t value_dim) {
+    const int64_t num_queries =
+        args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
+    const int64_t whole_rows = args.others.empty() ? 0 : args.layer.lengths.size();
+    return (schedule::max_partials(args.num_workers) + whole_rows) *
+           Partial::num_floats(num_queries, value_dim);
+  }
 
   /// Floats that all rows' Logits take.
   static int64_t num_logits(const AttendArgs& args) {
@@ -109,11 +122,17 @@ class Attention {
   }
 
   void run_by_pages() const {
-    parallel_for(args_.num_workers, [&](int64_t worker) { run_worker(worker); });
-    const auto needs_merge = [](const schedule::RowFacts& row) { return row.num_partials != 1; };
-    if (!std::any_of(rows_, rows_ + num_rows_, needs_merge)) return;
+    const auto count = static_cast<int64_t>(tiers_.size());
+    parallel_for(count * args_.num_workers, [&](int64_t item) {
+      run_worker(tiers_[item / args_.num_workers], item % args_.num_workers);
+    });
+    const auto needs_merge = [&](const schedule::RowFacts& row) {
+      return row.num_partials != 1 || !is_alone();
+    };
+    const schedule::RowFacts* rows = tiers_[0].rows;
+    if (!std::any_of(rows, rows + num_rows_, needs_merge)) return;
     parallel_for(num_rows_, [&](int64_t row) {
-      if (needs_merge(rows_[row])) merge(row);
+      if (needs_merge(rows[row])) merge(row);
     });
   }
 
@@ -125,8 +144,16 @@ class Attention {
       const int64_t first = item % blocks * kMaxSpanQueries;
       const int64_t count = std::min<int64_t>(kMaxSpanQueries, num_queries - first);
       LocalPartial result(count);
-      attend_slots(row, 0, rows_[row].length, first, count, result);
-      finish(row, first, count, result);
+      attend_slots(tiers_[0], row, 0, tiers_[0].rows[row].length, first, count, result);
+      if (is_alone()) return finish(row, first, count, result);
+      LocalPartial total(count);
+      clear(total, count);
+      join(tiers_[0], result, count, total);
+      for (size_t i = 1; i < tiers_.size(); ++i) {
+        attend_slots(tiers_[i], row, 0, tiers_[i].rows[row].length, first, count, result);
+        join(tiers_[i], result, count, total);
+      }
+      finish(row, first, count, total);
     });
   }
 
@@ -138,7 +165,8 @@ class Attention {
     const bool are_kept = is_split(args_);
     parallel_for(num_rows_ * blocks, [&](int64_t item) {
       const int64_t row = item / blocks;
-      const int length = rows_[row].length, begin = static_cast<int>(item % blocks * kBlock);
+      const int length = tiers_[0].rows[row].length,
+                begin = static_cast<int>(item % blocks * kBlock);
       const int end = std::min(begin + kBlock, length);
       if (begin >= end) return;
       const int num_new = static_cast<int>(adakv::num_new(args_, row / num_kv_heads_));
@@ -155,7 +183,7 @@ class Attention {
           float memory[kMaxSpanQueries * kBlock];
           LocalPartial unused(count * group_);
           const Logits made = {memory, kBlock};
-          attend_slots(row, begin, end, s * group_, count * group_, unused, made);
+          attend_slots(tiers_[0], row, begin, end, s * group_, count * group_, unused, made);
           add(row, begin, end, s, count, made);
         }
       }
@@ -176,8 +204,7 @@ class Attention {
   Logits logits(int64_t row, int slot) const {
     if (!args_.accumulated) return {};
     const int64_t stride = logits_stride(args_), num_queries = group_ * num_tokens_;
-    const int64_t partials = schedule::max_partials(args_.num_workers);
-    return {partial(partials).max + row * num_queries * stride + slot, stride};
+    return {logits_ + row * num_queries * stride + slot, stride};
   }
 
   float* accumulated(int64_t row) const {
@@ -193,7 +220,7 @@ class Attention {
     AccumulateSpan span = {};
     span.logits_stride = from.stride;
     span.group = static_cast<int>(group_);
-    span.scale = scale();
+    span.scale = scale_of(args_);
     span.softcap = args_.softcap;
     span.accumulate = args_.accumulate;
     span.group_reduce = args_.group_reduce;
@@ -205,7 +232,7 @@ class Attention {
     const TensorView &of_lse = args_.lse, &seen = args_.layer.seen;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = first + i, behind = num_tokens_ - 1 - s;
-      const int visible = rows_[row].length - static_cast<int>(behind);
+      const int visible = tiers_[0].rows[row].length - static_cast<int>(behind);
       span.num_slots = std::min(end, visible) - begin;
       span.number = static_cast<float>(seen.ptr<int32_t>()[b * seen.stride[0]] - behind);
       span.logits = from.data + i * group_ * from.stride;
@@ -217,40 +244,46 @@ class Attention {
     }
   }
 
-  float scale() const {
-    return args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(head_dim_));
-  }
+  bool is_alone() const { return tiers_.size() == 1; }
 
-  /// The worker's pages, row by row.
-  void run_worker(int64_t worker) const {
-    const schedule::Worker& w = workers_[worker];
+  /// The worker's pages of a tier, row by row.
+  void run_worker(const TierWork& tier, int64_t worker) const {
+    const schedule::Worker& w = tier.workers[worker];
     const int64_t num_queries = group_ * num_tokens_;
-    const int page_size = static_cast<int>(args_.layer.pages.shape[2]);
+    const int page_size = static_cast<int>(tier.args.layer.pages.shape[2]);
     for (int32_t unit = w.begin, row = w.row; unit < w.end; ++row) {
-      const schedule::RowFacts& facts = rows_[row];
+      const schedule::RowFacts& facts = tier.rows[row];
       const int32_t end = std::min(w.end, facts.end);
       if (end <= unit) continue;
       const int begin_slot = (unit - facts.begin) * page_size;
       const int end_slot = std::min((end - facts.begin) * page_size, facts.length);
-      if (facts.num_partials > 1) {
-        const Partial shared = partial(facts.first_partial + worker - facts.first_worker);
-        attend_slots(row, begin_slot, end_slot, 0, num_queries, shared, logits(row, begin_slot));
+      const Logits kept = logits(row, begin_slot);
+      if (facts.num_partials > 1 || !is_alone()) {
+        const int64_t index = static_cast<int64_t>(worker) - facts.first_worker;
+        attend_slots(tier, row, begin_slot, end_slot, 0, num_queries, partial(tier, row, index),
+                     kept);
       } else {
         LocalPartial whole(num_queries);
-        attend_slots(row, begin_slot, end_slot, 0, num_queries, whole, logits(row, begin_slot));
+        attend_slots(tier, row, begin_slot, end_slot, 0, num_queries, whole, kept);
         finish(row, 0, num_queries, whole);
       }
       unit = end;
     }
   }
 
-  Partial partial(int64_t index) const {
+  /// What the index-th of the workers that share a row gives. Those of rows that are not shared lie
+  /// behind the others.
+  Partial partial(const TierWork& tier, int64_t row, int64_t index) const {
     const int64_t num_queries = group_ * num_tokens_;
-    return {args_.workspace.ptr<float>() + index * Partial::num_floats(num_queries, value_dim_),
+    const schedule::RowFacts& facts = tier.rows[row];
+    const int64_t first = facts.num_partials > 1 ? facts.first_partial
+                                                 : schedule::max_partials(args_.num_workers) + row;
+    return {tier.partials + (first + index) * Partial::num_floats(num_queries, tier.value_dim),
             num_queries};
   }
 
-  void attend_slots(int64_t row,
+  void attend_slots(const TierWork& tier,
+                    int64_t row,
                     int begin,
                     int end,
                     int64_t first_query,
@@ -258,28 +291,29 @@ class Attention {
                     const Partial& out,
                     const Logits& logits = {}) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
-    const TensorView& q = args_.queries;
-    const TensorView& table = args_.layer.block_table;
+    const LayerView& layer = tier.args.layer;
+    const TensorView& q = tier.args.queries;
+    const TensorView& table = layer.block_table;
     AttendSpan span;
-    span.keys = args_.layer.pages.data;
-    span.values = values_.data;
-    span.page_stride = args_.layer.pages.stride[0];
+    span.keys = layer.pages.data;
+    span.values = tier.values.data;
+    span.page_stride = layer.pages.stride[0];
     for (int i = 0; i < 2; ++i) {
-      const TensorView& scales = i == 0 ? args_.layer.key_scales : args_.layer.value_scales;
+      const TensorView& scales = i == 0 ? layer.key_scales : layer.value_scales;
       span.scales[i] = scales.data;
       span.scale_stride[i] = scales.stride[0];
     }
-    span.biases = args_.layer.page_biases.data;
-    span.bias_stride = args_.layer.page_biases.stride[0];
-    span.key_dims = key_dims_;
-    span.tail_begin = tail_begin(b, rows_[row].length);
-    span.tail = args_.layer.tails.ptr<const char>() +
-                (b * args_.layer.tails.stride[0] + h * args_.layer.tails.stride[1]) *
-                    static_cast<int64_t>(sizeof(uint16_t));
+    span.biases = layer.page_biases.data;
+    span.bias_stride = layer.page_biases.stride[0];
+    span.key_dims = tier.key_dims;
+    span.tail_begin = tail_begin(tier, b, tier.rows[row].length);
+    span.tail =
+        layer.tails.ptr<const char>() + (b * layer.tails.stride[0] + h * layer.tails.stride[1]) *
+                                            static_cast<int64_t>(sizeof(uint16_t));
     span.page_ids = table.ptr<const int32_t>() + b * table.stride[0] + h * table.stride[1];
-    span.page_size = static_cast<int>(args_.layer.pages.shape[2]);
-    span.head_dim = static_cast<int>(head_dim_);
-    span.value_dim = static_cast<int>(value_dim_);
+    span.page_size = static_cast<int>(layer.pages.shape[2]);
+    span.head_dim = static_cast<int>(tier.head_dim);
+    span.value_dim = static_cast<int>(tier.value_dim);
     span.group = static_cast<int>(group_);
     span.begin_slot = begin;
     span.end_slot = end;
@@ -289,51 +323,71 @@ class Attention {
     span.query_token_stride = q.stride[2];
     span.first_query = static_cast<int>(first_query);
     span.num_queries = static_cast<int>(num_queries);
-    const int64_t hidden = args_.others_out ? 0 : num_tokens_ - 1;  // to the first query
-    span.first_visible = rows_[row].length - static_cast<int>(hidden);
-    span.scale = scale();
+    span.first_visible = tier.rows[row].length - static_cast<int>(tier.num_hidden);
+    span.scale = tier.args.scale;
     span.softcap = args_.softcap;
     span.max = out.max;
     span.sum = out.sum;
     span.acc = out.acc;
     span.logits = logits.data;
     span.logits_stride = logits.stride;
-    attend_span_(span);
+    tier.attend_span(span);
   }
 
   /// The first slot of a row that is read from its tail, if it has one.
-  int tail_begin(int64_t b, int length) const {
-    const int read = reads_filled_tails(args_) && num_new(args_, b) == 1 ? length - 1 : length;
+  int tail_begin(const TierWork& tier, int64_t b, int length) const {
+    const int read = reads_filled_tails(tier.args) && num_new(args_, b) == 1 ? length - 1 : length;
     return read / kTailedPageSize * kTailedPageSize;
   }
 
-  /// Adds up the partial results of a row, in slot order.
+  /// Adds up the partial results of a row, tier by tier in slot order.
   void merge(int64_t row) const {
-    const schedule::RowFacts& facts = rows_[row];
     const int64_t num_queries = group_ * num_tokens_;
     LocalPartial total(num_queries);
-    std::fill_n(total.max, num_queries, -INFINITY);
-    std::fill_n(total.sum, num_queries, 0.f);
-    std::fill_n(total.acc, num_queries * value_dim_, 0.f);
-    for (int i = 0; i < facts.num_partials; ++i) {
-      const Partial part = partial(facts.first_partial + i);
-      for (int64_t r = 0; r < num_queries; ++r) total.max[r] = std::max(total.max[r], part.max[r]);
-    }
-    for (int i = 0; i < facts.num_partials; ++i) {
-      const Partial part = partial(facts.first_partial + i);
-      for (int64_t r = 0; r < num_queries; ++r) {
-        if (part.max[r] == -INFINITY) continue;
-        const float factor = std::exp(part.max[r] - total.max[r]);
-        total.sum[r] += factor * part.sum[r];
-        for (int64_t d = 0; d < value_dim_; ++d)
-          total.acc[r * value_dim_ + d] += factor * part.acc[r * value_dim_ + d];
+    clear(total, num_queries);
+    for (const TierWork& tier : tiers_) {
+      for (int i = 0; i < tier.rows[row].num_partials; ++i) {
+        const Partial part = partial(tier, row, i);
+        for (int64_t r = 0; r < num_queries; ++r)
+          total.max[r] = std::max(total.max[r], part.max[r]);
       }
+    }
+    for (const TierWork& tier : tiers_) {
+      for (int i = 0; i < tier.rows[row].num_partials; ++i)
+        join(tier, partial(tier, row, i), num_queries, total);
     }
     finish(row, 0, num_queries, total);
   }
 
-  /// Divides by the sum, the shares of the sink and of other entries included, and stores out and
-  /// lse.
+  /// Nothing in all columns of out.
+  void clear(const Partial& total, int64_t num_queries) const {
+    std::fill_n(total.max, num_queries, -INFINITY);
+    std::fill_n(total.sum, num_queries, 0.f);
+    std::fill_n(total.acc, num_queries * width_, 0.f);
+  }
+
+  /// Adds what a span of a tier gave.
+  void join(const TierWork& tier,
+            const Partial& part,
+            int64_t num_queries,
+            const Partial& total) const {
+    for (int64_t r = 0; r < num_queries; ++r) {
+      if (part.max[r] == -INFINITY) continue;
+      if (part.max[r] > total.max[r]) {
+        const float shrunk = std::exp(total.max[r] - part.max[r]);
+        total.max[r] = part.max[r];
+        total.sum[r] *= shrunk;
+        for (int64_t d = 0; d < width_; ++d) total.acc[r * width_ + d] *= shrunk;
+      }
+      const float factor = std::exp(part.max[r] - total.max[r]);
+      total.sum[r] += factor * part.sum[r];
+      float* to = total.acc + r * width_ + tier.column;
+      const float* from = part.acc + r * tier.value_dim;
+      for (int64_t d = 0; d < tier.value_dim; ++d) to[d] += factor * from[d];
+    }
+  }
+
+  /// Divides by the sum, the share of the sink included, and stores out and lse.
   void finish(int64_t row, int64_t first_query, int64_t num_queries, const Partial& result) const {
     const int64_t b = row / num_kv_heads_, h = row % num_kv_heads_;
     const int64_t num_new = adakv::num_new(args_, b);
@@ -341,7 +395,6 @@ class Attention {
       const int64_t s = (first_query + r) / group_;
       const int64_t q = h * group_ + (first_query + r) % group_;
       float factor = 0, lse = -INFINITY;
-      if (args_.others_out) add_others(b, q, s, r, result);
       if (s >= num_tokens_ - num_new && result.max[r] != -INFINITY) {
         float max = result.max[r], sum = result.sum[r];
         if (args_.sink_logits) {
@@ -352,38 +405,12 @@ class Attention {
         factor = std::exp(result.max[r] - max) / sum;
         lse = max + std::log(sum);
       }
-      store_out(args_.out, b, q, s, result.acc + r * value_dim_, factor);
+      store_out(args_.out, b, q, s, result.acc + r * width_, factor);
       if (args_.lse) {
         const TensorView& view = args_.lse;
         view.ptr<float>()[b * view.stride[0] + q * view.stride[1] + s * view.stride[2]] = lse;
       }
     }
-  }
-
-  /// Adds what a query was given by other entries to its result: their lse is the logarithm of a sum.
-  void add_others(int64_t b, int64_t q, int64_t s, int64_t r, const Partial& result) const {
-    const TensorView &out = args_.others_out, &lses = args_.others_lse;
-    const float lse =
-        lses.ptr<const float>()[b * lses.stride[0] + q * lses.stride[1] + s * lses.stride[2]];
-    if (lse == -INFINITY) return;
-    const float max = std::max(result.max[r], lse);
-    const float mine = std::exp(result.max[r] - max), theirs = std::exp(lse - max);
-    float* acc = result.acc + r * value_dim_;
-    for (int64_t d = 0; d < value_dim_; ++d) acc[d] = mine != 0 ? acc[d] * mine : 0.f;
-    const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
-    if (out.dtype == DType::kFloat32)
-      add_scaled(out.ptr<float>() + offset, value_dim_, theirs, acc);
-    if (out.dtype == DType::kFloat16)
-      add_scaled(out.ptr<Float16>() + offset, value_dim_, theirs, acc);
-    if (out.dtype == DType::kBFloat16)
-      add_scaled(out.ptr<BFloat16>() + offset, value_dim_, theirs, acc);
-    result.max[r] = max;
-    result.sum[r] = (mine != 0 ? result.sum[r] * mine : 0.f) + theirs;
-  }
-
-  template <typename Element>
-  static void add_scaled(const Element* from, int64_t count, float factor, float* acc) {
-    for (int64_t d = 0; d < count; ++d) acc[d] += factor * to_float(from[d]);
   }
 
   template <typename Element>
@@ -398,29 +425,29 @@ class Attention {
                  const float* acc,
                  float factor) const {
     const int64_t offset = b * out.stride[0] + q * out.stride[1] + s * out.stride[2];
-    if (out.dtype == DType::kFloat32)
-      store_scaled(out.ptr<float>() + offset, acc, value_dim_, factor);
+    if (out.dtype == DType::kFloat32) store_scaled(out.ptr<float>() + offset, acc, width_, factor);
     if (out.dtype == DType::kFloat16)
-      store_scaled(out.ptr<Float16>() + offset, acc, value_dim_, factor);
+      store_scaled(out.ptr<Float16>() + offset, acc, width_, factor);
     if (out.dtype == DType::kBFloat16)
-      store_scaled(out.ptr<BFloat16>() + offset, acc, value_dim_, factor);
+      store_scaled(out.ptr<BFloat16>() + offset, acc, width_, factor);
   }
 
   const AttendArgs& args_;
-  const int64_t num_kv_heads_, num_rows_, group_, num_tokens_, head_dim_, value_dim_;
-  const TensorView values_;
-  const schedule::Worker* workers_;  // [num_workers]
-  const schedule::RowFacts* rows_;   // [num_rows]
-  const KeyDims key_dims_;
-  void (*attend_span_)(const AttendSpan&);
+  const int64_t num_kv_heads_, num_rows_, group_, num_tokens_;
+  const int64_t width_;  // columns of out
+  std::vector<TierWork> tiers_;
+  float* logits_;
 };
 
 }  // namespace
 
 void CpuBackend::attend(const AttendArgs& args) {
-  check_pages("attend", args.layer.block_table, args.layer.lengths, args.layer.pages.shape[0],
-              static_cast<int32_t>(args.layer.pages.shape[2]));
-  ScheduleCheck(args).run();
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    const AttendArgs tier = tier_args(args, i);
+    check_pages("attend", tier.layer.block_table, tier.layer.lengths, tier.layer.pages.shape[0],
+                static_cast<int32_t>(tier.layer.pages.shape[2]));
+    ScheduleCheck(tier).run();
+  }
   const FullTails full = reads_filled_tails(args) ? FullTails::kLeave : FullTails::kQuantise;
   if (args.keys) {
     append_entries({args.keys, args.values, args.num_new, args.layer, args.stream}, full);
@@ -437,11 +464,11 @@ void CpuBackend::attend(const AttendArgs& args) {
 
 size_t CpuBackend::workspace_bytes(const AttendArgs& args) const {
   if (!Attention::is_split(args)) return 0;
-  const int64_t num_queries =
-      args.queries.shape[1] / args.layer.lengths.shape[1] * args.queries.shape[2];
-  const int64_t floats = Partial::num_floats(num_queries, args.out.shape[3]);
-  const int64_t partials = schedule::max_partials(args.num_workers) * floats;
-  return static_cast<size_t>(partials + Attention::num_logits(args)) * sizeof(float);
+  int64_t floats = Attention::num_logits(args);
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    floats += Attention::num_floats(args, TierWork::value_dim_of(tier_args(args, i)));
+  }
+  return static_cast<size_t>(floats) * sizeof(float);
 }
 
 }  // namespace adakv

@@ -167,17 +167,29 @@ struct MembersOf<ShortlistArgs> {
 };
 
 template <>
+struct MembersOf<Tier> {
+  using Cpp = Tier;
+  using C = AdakvTier;
+  static constexpr std::tuple kAll = {
+      ADAKV_MEMBER(layer),
+      ADAKV_MEMBER(schedule),
+      ADAKV_MEMBER(queries),
+      ADAKV_MEMBER(column),
+  };
+};
+
+template <>
 struct MembersOf<AttendArgs> {
   using Cpp = AttendArgs;
   using C = AdakvAttendArgs;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(queries),     ADAKV_MEMBER(layer),       ADAKV_MEMBER(schedule),
-      ADAKV_MEMBER(keys),        ADAKV_MEMBER(values),      ADAKV_MEMBER(num_new),
-      ADAKV_MEMBER(sink_logits), ADAKV_MEMBER(others_out),  ADAKV_MEMBER(others_lse),
-      ADAKV_MEMBER(scale),       ADAKV_MEMBER(softcap),     ADAKV_MEMBER(num_workers),
-      ADAKV_MEMBER(prefetch),    ADAKV_MEMBER(accumulate),  ADAKV_MEMBER(group_reduce),
-      ADAKV_MEMBER(decay),       ADAKV_MEMBER(threshold),   ADAKV_MEMBER(out),
-      ADAKV_MEMBER(lse),         ADAKV_MEMBER(accumulated),
+      ADAKV_MEMBER(queries),     ADAKV_MEMBER(layer),        ADAKV_MEMBER(schedule),
+      ADAKV_MEMBER(keys),        ADAKV_MEMBER(values),       ADAKV_MEMBER(num_new),
+      ADAKV_MEMBER(sink_logits), ADAKV_MEMBER(others),       ADAKV_MEMBER(scale),
+      ADAKV_MEMBER(softcap),     ADAKV_MEMBER(num_workers),  ADAKV_MEMBER(prefetch),
+      ADAKV_MEMBER(accumulate),  ADAKV_MEMBER(group_reduce), ADAKV_MEMBER(decay),
+      ADAKV_MEMBER(threshold),   ADAKV_MEMBER(out),          ADAKV_MEMBER(lse),
+      ADAKV_MEMBER(accumulated),
   };
 };
 

@@ -6,8 +6,10 @@
 // costs nothing.
 #include "adakv/ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "adakv/error.h"
 #include "ops/backend.h"
@@ -29,6 +31,9 @@ void check_group(const Checker& check) {
 const char* name_of(const LayerView& layer) {
   return facts_of(layer.format()).name;
 }
+
+// Of attend's out: values of two kinds side by side.
+constexpr int64_t kMostColumns = 512;
 
 // Far more than any prompt has, and small enough to count with in int32.
 constexpr int64_t kMostPositions = int64_t{1} << 26;
@@ -265,14 +270,41 @@ void check_accumulated(Checker& check, const AttendArgs& args) {
                 "threshold must be 0 (1 / number of tokens) or more, got ", args.threshold);
 }
 
+void check_schedule(Checker& check, const TensorView& schedule, int num_workers) {
+  check.tensor("schedule", schedule, "X", DType::kInt32);
+  const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), num_workers);
+  check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ",
+                schedule.shape_string());
+  check.aligned("schedule", schedule);
+}
+
+// One of the tiers that a call has beside its layer. Returns where its columns of out end.
+int64_t check_tier(const AttendArgs& args, size_t index) {
+  const std::string verb = detail::concat("attend: others[", index, "]");
+  Checker check(verb.c_str());
+  const Tier& tier = args.others[index];
+  check.floats("out", args.out, "B Hq S O");  // what was checked already binds the sizes
+  check.tensor("layer.lengths", args.layer.lengths, "B Hkv", DType::kInt32);
+  check.floats("queries", tier.queries ? tier.queries : args.queries, "B Hq S D");
+  check_head_dim(check);
+  check_layer(check, tier.layer);
+  check_schedule(check, tier.schedule, args.num_workers);
+  check.require(tier.column >= 0, "column must not be negative, got ", tier.column);
+  const LayerView& layer = tier.layer;
+  return tier.column + (layer.value_pages && !layer.tails ? check.size("Dv") : check.size("D"));
+}
+
+// The tiers beside the layer, and the width of out, which holds the columns of all of them.
 void check_others(Checker& check, const AttendArgs& args) {
-  check.require(static_cast<bool>(args.others_out) == static_cast<bool>(args.others_lse),
-                "others_out and others_lse must be given together");
-  if (!args.others_out) return;
-  check.floats("others_out", args.others_out, value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
-  check.tensor("others_lse", args.others_lse, "B Hq S", DType::kFloat32);
-  check.require(!args.keys && !args.sink_logits && !args.accumulated,
-                "keys, values, sink_logits and accumulated must be left out with others_out");
+  check.require(args.others.size() <= kMostOthers, "others must be at most ", kMostOthers, ", got ",
+                args.others.size());
+  check.require(!args.accumulated, "accumulated must be left out with others");
+  check.floats("out", args.out, "B Hq S O");
+  int64_t width = args.layer.value_pages && !args.layer.tails ? check.size("Dv") : check.size("D");
+  for (size_t i = 0; i < args.others.size(); ++i) width = std::max(width, check_tier(args, i));
+  check.require(check.size("O") == width && width <= kMostColumns, "out must be [B, Hq, S, ", width,
+                "], the columns of all tiers, at most ", kMostColumns, ", got ",
+                args.out.shape_string());
 }
 
 Backend& checked(const AttendArgs& args) {
@@ -282,11 +314,7 @@ Backend& checked(const AttendArgs& args) {
   check_layer(check, args.layer);
   check_group(check);
   check_num_workers(check, args.num_workers);
-  check.tensor("schedule", args.schedule, "X", DType::kInt32);
-  const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
-  check.require(check.size("X") == wanted, "schedule must be [", wanted, "], got ",
-                args.schedule.shape_string());
-  check.aligned("schedule", args.schedule);
+  check_schedule(check, args.schedule, args.num_workers);
   check.require(static_cast<bool>(args.keys) == static_cast<bool>(args.values),
                 "keys and values must be given together");
   if (args.keys) {
@@ -297,10 +325,13 @@ Backend& checked(const AttendArgs& args) {
   check_counts(check, "num_new", args.num_new, check.size("S"));
   check.optional("sink_logits", args.sink_logits, "Hq", DType::kFloat32);
   check_options(check, args.scale, args.softcap);
-  check.floats("out", args.out, value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
   check.optional("lse", args.lse, "B Hq S", DType::kFloat32);
-  check_accumulated(check, args);
-  check_others(check, args);
+  if (args.others.empty()) {
+    check.floats("out", args.out, value_dims(args.layer, "B Hq S D", "B Hq S Dv"));
+    check_accumulated(check, args);
+  } else {
+    check_others(check, args);
+  }
   return backend(args.queries.device.type);
 }
 

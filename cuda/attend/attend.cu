@@ -1,7 +1,9 @@
 // attend: the launcher. Decode over pages of 16 slots or a multiple, 16-bit elements and head dims
 // 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), and pages of codes where there is the
 // bulk copy engine, for some head dims and whole tiles; all else to any.cu, and with that biases of
-// entries, and values of another width than keys.
+// entries, and values of another width than keys. Tiers go to one launch of the fast kernels, or one
+// after the other to those, in float32 between them, or to one launch of any.cu.
+#include <algorithm>
 #include <cmath>
 
 #include "attend/attend.h"
@@ -9,6 +11,7 @@
 #include "common/dispatch.cuh"
 #include "common/dtype.cuh"
 #include "cuda_backend.h"
+#include "ops/tiers.h"
 
 namespace adakv {
 namespace {
@@ -41,9 +44,9 @@ bool has_fast_kernel(const AttendArgs& args) {
   const bool fits_tiles = page_size % tile_slots(args.layer.format(), head_dim) == 0 &&
                           args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
   const size_t query_alignment = args.layer.tails ? 16 : is_coded(args) ? 8 : 4;
-  const bool is_aligned =
-      rows_are_aligned(args.layer.pages, 16) && rows_are_aligned(args.queries, query_alignment) &&
-      rows_are_aligned(args.out, 8) && (!args.others_out || rows_are_aligned(args.others_out, 8));
+  const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
+                          rows_are_aligned(args.queries, query_alignment) &&
+                          rows_are_aligned(args.out, 8);
   if (!is_coded(args)) return fits_tiles && is_aligned;
   return fits_tiles && is_aligned && scales_are_aligned(args.layer.key_scales) &&
          scales_are_aligned(args.layer.value_scales) && device_copies_boxes();
@@ -89,8 +92,6 @@ AttendParams attend_params(const AttendArgs& args) {
   p.queries = entry_rows(args.queries);
   p.out = entry_rows(args.out);
   p.lse = entry_rows(args.lse);
-  p.others_out = entry_rows(args.others_out);
-  p.others_lse = entry_rows(args.others_lse);
   p.num_new = args.num_new ? args.num_new.ptr<int32_t>() : nullptr;
   p.sink_logits = args.sink_logits ? args.sink_logits.ptr<float>() : nullptr;
   p.partials = args.workspace.ptr<float>();
@@ -130,6 +131,107 @@ void fast_attend(const AttendArgs& args, const AttendParams& p) {
   });
 }
 
+/// Whether each tier has a fast kernel, and values that go to the same columns.
+bool are_fast(const AttendArgs& args) {
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    const AttendArgs tier = tier_args(args, i);
+    if (tier_column(args, i) != 0 || tier.queries.shape[3] != args.queries.shape[3] ||
+        !has_fast_kernel(tier)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// Whether one launch of the fast kernels takes all tiers.
+bool have_tiers_kernel(const AttendArgs& args) {
+  if (num_tiers(args) > kMostFastTiers || !are_fast(args)) return false;
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    const PageFormat format = tier_args(args, i).layer.format();
+    if (!has_tiers_kernel(format, args.queries.shape[3], num_queries(args))) return false;
+  }
+  return device_copies_boxes();
+}
+
+size_t tiers_partial_bytes(const AttendArgs& args) {
+  const size_t slots = schedule::max_partials(args.num_workers) + args.layer.lengths.size();
+  return num_tiers(args) * slots * padded_queries(num_queries(args)) * (args.queries.shape[3] + 2) *
+         sizeof(float);
+}
+
+/// All tiers in one launch; `first` is the first one, perhaps with what it appends.
+void attend_tiers(const AttendArgs& args, const AttendParams& first) {
+  AttendTiersParams p = {};
+  int64_t num_pages[kMostFastTiers] = {};
+  p.num_tiers = static_cast<int32_t>(num_tiers(args));
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    const AttendArgs tier = tier_args(args, i);
+    p.tiers[i] = i == 0 ? first : attend_params(tier);
+    p.tiers[i].sees_all = i > 0;
+    p.formats[i] = tier.layer.format();
+    num_pages[i] = tier.layer.pages.shape[0];
+  }
+  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+    using Element = typename decltype(tag)::type;
+    if constexpr (!std::is_same_v<Element, float>) {
+      const auto stream = static_cast<cudaStream_t>(args.stream);
+      if (args.queries.shape[3] == 64) {
+        launch_attend_tiers<Element, 64>(p, num_pages, stream);
+      } else {
+        launch_attend_tiers<Element, 128>(p, num_pages, stream);
+      }
+    }
+  });
+}
+
+/// Float32 memory for what a tier gave, out and lse.
+struct Between {
+  TensorView out, lse;
+
+  static size_t num_bytes(const AttendArgs& args) {
+    return (args.out.size() + args.out.size() / args.out.shape[3] * 4) * sizeof(float);
+  }
+
+  Between(const AttendArgs& args, char* memory) {
+    const int64_t* n = args.out.shape;
+    out = TensorView(memory, {n[0], n[1], n[2], n[3]}, DType::kFloat32, args.out.device);
+    lse = TensorView(out.ptr<float>() + args.out.size(), {n[0], n[1], n[2]}, DType::kFloat32,
+                     args.out.device);
+  }
+};
+
+size_t tier_by_tier_bytes(const AttendArgs& args) {
+  size_t most = 0;
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    most = std::max(most, partial_bytes(tier_args(args, i)));
+  }
+  return most + 2 * Between::num_bytes(args);
+}
+
+/// One launch a tier; each goes on from what those before it gave.
+void attend_tier_by_tier(const AttendArgs& args, const AttendParams& first) {
+  char* memory = args.workspace.ptr<char>() + tier_by_tier_bytes(args);
+  const Between between[] = {{args, memory - Between::num_bytes(args)},
+                             {args, memory - 2 * Between::num_bytes(args)}};
+  for (size_t i = 0; i < num_tiers(args); ++i) {
+    AttendArgs tier = tier_args(args, i);
+    tier.prefetch = i > 0 || args.prefetch;  // the launch before writes to other pages
+    AttendParams p = i == 0 ? first : attend_params(tier);
+    p.sees_all = i > 0;
+    if (i > 0) {
+      p.sink_logits = nullptr;
+      p.before_out = entry_rows(between[i % 2].out);
+      p.before_lse = entry_rows(between[i % 2].lse);
+    }
+    p.writes_floats = i + 1 < num_tiers(args);
+    if (p.writes_floats) {
+      p.out = entry_rows(between[(i + 1) % 2].out);
+      p.lse = entry_rows(between[(i + 1) % 2].lse);
+    }
+    fast_attend(tier, p);
+  }
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------
@@ -139,15 +241,21 @@ void CudaBackend::attend(const AttendArgs& args) {
   const DeviceGuard guard(args.queries.device);
   AttendParams p = attend_params(args);
   const bool leaves = p.leaves_full_tails;
-  const bool appends_along = args.keys && cuts_rows(args) && rows_are_aligned(args.keys, 16) &&
-                             rows_are_aligned(args.values, 16) && (!args.layer.tails || leaves);
+  const bool has_others = !args.others.empty(), is_any = has_others && !are_fast(args);
+  const bool appends_along = args.keys && !is_any && cuts_rows(args) &&
+                             rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
+                             (!args.layer.tails || leaves);
   const AppendArgs to_append = {args.keys, args.values, args.num_new, args.layer, args.stream};
   if (appends_along) {
     p.append = append_params(args.layer, args.keys, args.values, args.num_new);
   } else if (args.keys) {
     launch_append(to_append, leaves ? FullTails::kLeave : FullTails::kQuantise);
   }
-  if (has_fast_kernel(args)) {
+  if (has_others && have_tiers_kernel(args)) {
+    attend_tiers(args, p);
+  } else if (has_others && !is_any) {
+    attend_tier_by_tier(args, p);
+  } else if (!is_any && has_fast_kernel(args)) {
     fast_attend(args, p);
   } else {
     any_attend(args, p);
@@ -163,6 +271,12 @@ void CudaBackend::attend(const AttendArgs& args) {
 }
 
 size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {
+  if (!args.others.empty()) {
+    if (args.queries.size() == 0) return 0;
+    const DeviceGuard guard(args.queries.device);
+    if (!are_fast(args)) return 0;
+    return have_tiers_kernel(args) ? tiers_partial_bytes(args) : tier_by_tier_bytes(args);
+  }
   if (!args.accumulated) return partial_bytes(args);
   const DeviceGuard guard(args.queries.device);  // which may store logits, whatever others do
   size_t bytes = partial_bytes(args);

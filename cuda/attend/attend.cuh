@@ -20,27 +20,38 @@
 
 namespace adakv {
 
-/// Rows without entries have no worker: out is 0, lse -inf, or what other entries gave. By one warp of
-/// each block.
-template <typename Config>
-__device__ inline void clear_empty_rows(const AttendParams& p, bool cuts_rows) {
+/// Rows without entries have no worker: out is 0, lse -inf, or what tiers before this one gave. By one
+/// warp of each block of several.
+template <typename Config, typename PartsOf>
+__device__ inline void clear_empty_rows(const PartsOf& parts_of,
+                                        const AttendParams& p,
+                                        int32_t block,
+                                        int32_t num_blocks,
+                                        bool cuts_rows) {
+  constexpr bool kGoesOn = PartsOf::Parts::kGoesOn;
   const int32_t lane = threadIdx.x % kWarpSize;
-  const int32_t end = cuts_rows ? p.num_rows : blockIdx.x + 1;
+  const int32_t end = cuts_rows ? p.num_rows : block + 1;
 #pragma unroll 1
-  for (int32_t r = blockIdx.x + lane * gridDim.x; r < end; r += kWarpSize * gridDim.x) {
-    if (p.rows[r].begin < p.rows[r].end) continue;
+  for (int32_t r = block + lane * num_blocks; r < end; r += kWarpSize * num_blocks) {
+    if (!parts_of.is_empty(r)) continue;
     const RowContext row = row_context<Config>(p, r, 0);
 #pragma unroll 1
     for (int i = 0; i < row.num_queries * Config::kHeadDim; ++i) {
       const int32_t query = row.first_query + i / Config::kHeadDim, column = i % Config::kHeadDim;
       const int32_t head = row.h * p.group.value + p.group.remainder(query);
       const int32_t token = p.group.quotient(query);
-      const float lse = p.others_of(row.b, head, token);
-      uint16_t bits = 0;
+      const float lse = kGoesOn ? p.before_of(row.b, head, token) : -INFINITY;
+      float x = 0;
       if (lse != -INFINITY) {
-        bits = reinterpret_cast<const uint16_t*>(p.others_out.at(row.b, head, token))[column];
+        x = reinterpret_cast<const float*>(p.before_out.at(row.b, head, token))[column];
       }
-      reinterpret_cast<uint16_t*>(p.out.at(row.b, head, token))[column] = bits;
+      char* out = p.out.at(row.b, head, token);
+      if (kGoesOn && p.writes_floats) {
+        reinterpret_cast<float*>(out)[column] = x;
+      } else {
+        using Element = typename Config::Element;
+        reinterpret_cast<Element*>(out)[column] = from_float<Element>(x);
+      }
       if (column > 0 || !p.lse.data) continue;
       *reinterpret_cast<float*>(p.lse.at(row.b, head, token)) = lse;
     }
@@ -72,15 +83,18 @@ using AppendBatch = std::conditional_t<
                        CodeBatch<typename Config::Element, typename Config::Format, 4>,
                        EntryBatch<uint4, 8>>>;
 
-// grid: [num_workers] if rows are cut, else [num_rows, blocks of queries]; one block: the units of
-// a worker, or of a row. The warp behind kAllWarps, if there is one, appends.
-template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
-    attend_kernel(const __grid_constant__ AttendParams p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
+/// What a block does: the units of a worker if rows are cut, else of a row. It is one of num_blocks that
+/// have the same parameters. The warp behind kAllWarps, if there is one, appends.
+template <typename Config, typename PartsOf>
+__device__ __forceinline__ void attend_block(const AttendParams& p,
+                                             int32_t block,
+                                             int32_t num_blocks,
+                                             bool cuts_rows,
+                                             const PartsOf& parts_of,
+                                             uint8_t* memory) {
+  using Parts = typename PartsOf::Parts;
   AttendShared<Config>& shared = *reinterpret_cast<AttendShared<Config>*>(memory);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const bool cuts_rows = gridDim.y == 1;
   if (warp < Config::kWarps && Config::kCopiesBoxes) {
     if (lane == 0) prefetch_map(&p.page_map);
     if (lane < Config::kStages) init_barrier(shared_address(&shared.barriers[warp][lane]));
@@ -92,7 +106,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   if (!p.prefetches || warp == Config::kAllWarps) wait_for_previous_kernel();
   if (warp == Config::kAllWarps) {
 #pragma unroll 1
-    for (int32_t b = blockIdx.x; b < p.append.batch; b += gridDim.x) {
+    for (int32_t b = block; b < p.append.batch; b += num_blocks) {
       append_entries<AppendBatch<Config>>(p.append, b, {0, 1, 0, 1});
       __syncwarp();
       count_appended(p.append, b, lane, kWarpSize);
@@ -104,7 +118,7 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   range.page_shift = p.layer.page_shift - Config::kTileShift;
   schedule::RowFacts facts;
   if (cuts_rows) {
-    const schedule::Worker* worker = p.workers + blockIdx.x;
+    const schedule::Worker* worker = p.workers + block;
     const int4 header = __ldg(reinterpret_cast<const int4*>(worker));
     facts = load_facts(&worker->facts);
     range.begin = header.x;
@@ -113,10 +127,10 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     range.listed = worker->pages;
     range.num_listed = schedule::kWorkerPages;
   } else {
-    facts = load_facts(p.rows + blockIdx.x);
+    facts = load_facts(p.rows + block);
     range.begin = facts.begin;
     range.end = facts.end;
-    range.row = blockIdx.x;
+    range.row = block;
     const int32_t b = p.num_heads.quotient(range.row), h = p.num_heads.remainder(range.row);
     range.listed = p.layer.block_table.at(b, h);
     range.num_listed = facts.end - facts.begin;
@@ -127,7 +141,9 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
   if (takes_tails && facts.end <= range.end) tails.start(range.row, facts.length);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  if (warp == Config::kWarps - 1) clear_empty_rows<Config>(p, cuts_rows);
+  if (warp == Config::kWarps - 1 && parts_of.clears_rows()) {
+    clear_empty_rows<Config, PartsOf>(parts_of, p, block, num_blocks, cuts_rows);
+  }
 
   int32_t row_index = range.row, tile = 0, image = 0;
   int32_t end = range.begin;
@@ -160,8 +176,9 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
       }
       state.store(shared.image[image][warp], shared.max_sum[image][warp]);
     }
-    RowEnd<Config> row_end(p, row, shared, image);
-    row_end.run(facts, row_index, cuts_rows);
+    const Parts parts = parts_of(row_index, facts);
+    RowEnd<Config, Parts> row_end(p, row, parts, shared, image);
+    row_end.run(facts, block, cuts_rows);
     tails.end(row, facts.end == end);
     if (!has_more) return;
     // With two images in turn, nobody can still read the one that is written next.
@@ -172,6 +189,27 @@ __global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
     for (++row_index; facts.begin == facts.end;) facts = load_facts(p.rows + ++row_index);
     if (takes_tails && facts.end <= range.end) tails.start(row_index, facts.length);
   }
+}
+
+/// Parts of rows whose entries lie in one tier.
+struct PartsOfOneTier {
+  using Parts = OneTier;
+  const AttendParams& p;
+
+  __device__ OneTier operator()(int32_t row, const schedule::RowFacts& facts) const {
+    return OneTier(p, row, facts);
+  }
+  /// Whether this block clears rows without entries.
+  __device__ bool clears_rows() const { return true; }
+  __device__ bool is_empty(int32_t row) const { return p.rows[row].begin >= p.rows[row].end; }
+};
+
+// grid: [num_workers] if rows are cut, else [num_rows, blocks of queries].
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads + kWarpSize, 1)
+    attend_kernel(const __grid_constant__ AttendParams p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  attend_block<Config>(p, blockIdx.x, gridDim.x, gridDim.y == 1, PartsOfOneTier{p}, memory);
 }
 
 template <typename Config>
@@ -205,12 +243,12 @@ void launch_for_queries(const AttendParams& p, cudaStream_t stream) {
   }
 }
 
+/// The map of the pages, which the copy engine needs.
 template <typename Element, typename Format, int kHeadDim>
-void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream) {
+void encode_pages(AttendParams& p, int64_t num_pages) {
   using Config = AttendConfig<Element, Format, kHeadDim, 4, true>;
   constexpr uint32_t kColumns = Config::kBoxColumns, kBoxes = Config::kRowColumns / kColumns;
-  const uint64_t half_bytes = uint64_t(params.layer.page_size) * Config::kEntryBytes;
-  AttendParams p = params;
+  const uint64_t half_bytes = uint64_t(p.layer.page_size) * Config::kEntryBytes;
   if constexpr (Config::kIsCoded) {
     const ScaleRows &keys = p.layer.key_scales, &values = p.layer.value_scales;
     p.scales_adjoin = p.layer.page_size == Config::kTileSlots &&
@@ -223,9 +261,6 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
          {Config::kEntryBytes, kColumns * 2, half_bytes, uint64_t(p.layer.page_stride)},
          {kColumns, Config::kTileSlots, kBoxes, 2, 1}});
   } else {
-    if (!device_copies_boxes()) {
-      return launch_for_queries<Element, Format, kHeadDim, false>(params, stream);
-    }
     // Columns of a box, slots of all pages, boxes side by side, keys and values.
     p.page_map =
         encode_tensor_map<4>("attend", p.layer.pages,
@@ -233,6 +268,17 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
                               {Config::kEntryBytes, kColumns * 2, half_bytes},
                               {kColumns, Config::kTileSlots, kBoxes, 2}});
   }
+}
+
+template <typename Element, typename Format, int kHeadDim>
+void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream) {
+  if constexpr (Format::kScales == 0) {
+    if (!device_copies_boxes()) {
+      return launch_for_queries<Element, Format, kHeadDim, false>(params, stream);
+    }
+  }
+  AttendParams p = params;
+  encode_pages<Element, Format, kHeadDim>(p, num_pages);
   launch_for_queries<Element, Format, kHeadDim, true>(p, stream);
 }
 

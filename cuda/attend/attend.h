@@ -25,8 +25,8 @@ struct AttendParams {
   EntryRows queries;         // [B, Hq, S, D]
   EntryRows out;             // [B, Hq, S, Dv]
   EntryRows lse;             // [B, Hq, S] float32, or none
-  EntryRows others_out;      // [B, Hq, S, D], or none
-  EntryRows others_lse;      // [B, Hq, S] float32, or none
+  EntryRows before_out;      // [B, Hq, S, D] float32: what tiers before this one gave, or none
+  EntryRows before_lse;      // [B, Hq, S] float32, or none
   AppendParams append;       // keys.data is null: nothing to append
   const int32_t* num_new;    // [B] or null
   const float* sink_logits;  // [Hq] or null
@@ -34,6 +34,8 @@ struct AttendParams {
   int32_t num_rows, num_workers, max_partials;
   int32_t num_tokens;        // S
   Divisor group, num_heads;  // G, Hkv
+  bool sees_all;             // no slot holds a token of this step
+  bool writes_floats;        // out is float32, for the next tier
   bool prefetches;           // pages and schedule are read before the previous kernel has ended
   bool leaves_full_tails;    // those that one new token fills have no codes yet
   bool scales_adjoin;        // a tile's scales of values lie right behind those of its keys
@@ -46,13 +48,13 @@ struct AttendParams {
 
   /// Newest slots of a row that a token doesn't see.
   __device__ int32_t num_hidden(int32_t token) const {
-    return others_lse.data ? 0 : num_tokens - 1 - token;
+    return sees_all ? 0 : num_tokens - 1 - token;
   }
 
-  /// The lse of what other entries gave a query: -inf if there are none, and of padding.
-  __device__ float others_of(int32_t b, int32_t head, int32_t token) const {
-    if (!others_lse.data || token < num_tokens - new_tokens(b)) return -INFINITY;
-    return *reinterpret_cast<const float*>(others_lse.at(b, head, token));
+  /// The lse of what tiers before this one gave a query: -inf if there are none, and of padding.
+  __device__ float before_of(int32_t b, int32_t head, int32_t token) const {
+    if (!before_lse.data || token < num_tokens - new_tokens(b)) return -INFINITY;
+    return *reinterpret_cast<const float*>(before_lse.at(b, head, token));
   }
 
   /// Where the entries of a row begin that are read from its tail.
@@ -104,6 +106,35 @@ inline bool device_copies_boxes() {
 template <typename Element, typename Format, int kHeadDim>
 void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t stream);
 
+/// Tiers that the fast kernels take in one launch, at most.
+constexpr int kMostFastTiers = 3;
+
+/// The tiers of a row, each with what its format's kernel is given; `arrived` of the first one's rows
+/// counts the blocks of all. Partial results lie tier by tier: those of rows that workers share, and
+/// one for each row.
+struct AttendTiersParams {
+  AttendParams tiers[kMostFastTiers];
+  PageFormat formats[kMostFastTiers];
+  int32_t num_tiers;
+
+  __host__ __device__ int64_t partials_of_tier() const {
+    return int64_t{tiers[0].max_partials} + tiers[0].num_rows;
+  }
+};
+static_assert(sizeof(AttendTiersParams) <= 4096, "no more parameters fit");
+
+/// Whether there is a fast kernel for several tiers: for what most models have. Others take tier by tier.
+constexpr bool has_tiers_kernel(PageFormat format, int64_t head_dim, int64_t num_queries) {
+  return format != PageFormat::kFp8 && format != PageFormat::kInt2 &&
+         (head_dim == 64 || head_dim == 128) && num_queries <= 8;
+}
+
+/// The fast kernel for several tiers, where rows are cut and boxes are copied.
+template <typename Element, int kHeadDim>
+void launch_attend_tiers(const AttendTiersParams& params,
+                         const int64_t* num_pages,
+                         cudaStream_t stream);
+
 /// Adds what one query of each q head gave to each slot, of which p.logits has the logits, to what is
 /// accumulated (accumulate.cu). Starts early.
 void accumulate_logits(const AttendArgs& args, const AttendParams& p);
@@ -111,7 +142,8 @@ void accumulate_logits(const AttendArgs& args, const AttendParams& p);
 /// The same for any queries, whose logits are made again from the keys.
 void accumulate_keys(const AttendArgs& args, const AttendParams& p);
 
-/// The kernel for everything else (any.cu). It does each row in one piece and appends nothing.
+/// The kernel for everything else (any.cu), all tiers in one launch. It does each row in one piece and
+/// appends nothing.
 void any_attend(const AttendArgs& args, const AttendParams& params);
 
 }  // namespace adakv

@@ -1,4 +1,5 @@
-// Entries of a row one by one, of any dtype and format: for kernels that take whatever comes.
+// Entries of a row one by one, of any dtype and format: for kernels that take whatever comes. What
+// they are made of has a layer, and says where tails begin.
 #pragma once
 
 #include "attend/attend.h"
@@ -28,7 +29,8 @@ struct Entry {
   int64_t to_value = 0;  // from the key, in bytes
 
   Entry() = default;
-  __device__ Entry(const AttendParams& p, const Query& query, int32_t slot) {
+  template <typename Params>
+  __device__ Entry(const Params& p, const Query& query, int32_t slot) {
     const int32_t page = query.page(p.layer, slot), in_page = slot % p.layer.page_size;
     at = p.layer.key(page, in_page);
     to_value = p.layer.value(page, in_page) - at;
@@ -57,7 +59,8 @@ struct BiasedEntry : Entry<Element> {
   float bias = 0;
 
   BiasedEntry() = default;
-  __device__ BiasedEntry(const AttendParams& p, const Query& query, int32_t slot)
+  template <typename Params>
+  __device__ BiasedEntry(const Params& p, const Query& query, int32_t slot)
       : Entry<Element>(p, query, slot) {
     const int64_t page = query.page(p.layer, slot) * p.layer.biases_stride;
     bias = bits_to_float<__half>(p.layer.page_biases[page + slot % p.layer.page_size]);
@@ -72,7 +75,8 @@ struct CodedEntry {
   int32_t page = 0, slot = 0;
 
   CodedEntry() = default;
-  __device__ CodedEntry(const AttendParams& p, const Query& query, int32_t slot)
+  template <typename Params>
+  __device__ CodedEntry(const Params& p, const Query& query, int32_t slot)
       : page(query.page(p.layer, slot)), slot(slot % p.layer.page_size) {}
 
   __device__ CodedEntry of_lane(int32_t lane) const {
@@ -108,7 +112,8 @@ struct TailedEntry {
   int32_t page = 0, slot = 0;
 
   TailedEntry() = default;
-  __device__ TailedEntry(const AttendParams& p, const Query& query, int32_t slot)
+  template <typename Params>
+  __device__ TailedEntry(const Params& p, const Query& query, int32_t slot)
       : page(query.page(p.layer, slot)), slot(slot % kPageSlots) {
     if (slot < p.tail_begin(query.b, query.length)) return;
     tail = p.layer.tail(query.b, query.h, false, slot % kPageSlots, 0);

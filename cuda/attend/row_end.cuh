@@ -29,8 +29,37 @@ struct Part {
   }
 };
 
-/// The end of a row: brings together what warps and workers found out about it.
-template <typename Config>
+/// The partial results of a row whose entries lie in one tier: those of the workers that share it.
+class OneTier {
+ public:
+  static constexpr bool kGoesOn = true;  // perhaps from what tiers before this one gave
+  static constexpr int kAtOnce = 4;      // that a warp reads at a time
+  static constexpr int kMostWarps =
+      16;  // that add them up; their number decides about the last bits
+
+  __device__ OneTier(const AttendParams& p, int32_t row, const schedule::RowFacts& facts)
+      : p_(p), row_(row), first_(facts.first_partial), num_(facts.num_partials) {}
+
+  /// How many there are; if it is one, nobody shares the row.
+  __device__ int32_t count() const { return num_; }
+  /// Where the one of this block's worker lies, and the i-th of all.
+  __device__ int32_t mine(const schedule::RowFacts& facts, int32_t worker) const {
+    return first_ + worker - facts.first_worker;
+  }
+  __device__ int32_t slot(int32_t i) const { return first_ + i; }
+  /// Places for partial results of all rows.
+  __device__ int64_t num_slots() const { return p_.max_partials; }
+  /// What counts the workers that are done.
+  __device__ int32_t* arrived() const { return &p_.rows[row_].arrived; }
+
+ private:
+  const AttendParams& p_;
+  int32_t row_, first_, num_;
+};
+
+/// The end of a row: brings together what warps and workers found out about it. Parts is OneTier or the
+/// like.
+template <typename Config, typename Parts = OneTier>
 class RowEnd {
  public:
   static constexpr int kQuads = Config::kHeadDim / 4;          // columns by four
@@ -38,17 +67,19 @@ class RowEnd {
 
   __device__ RowEnd(const AttendParams& p,
                     const RowContext& row,
+                    const Parts& parts,
                     AttendShared<Config>& shared,
                     int image)
       : p_(p),
         row_(row),
+        parts_(parts),
         image_(shared.image[image]),
         max_sum_(shared.max_sum[image]),
         is_last_(shared.is_last) {}
 
   /// All warps have stored their results, or are about to: barrier first.
-  __device__ void run(const schedule::RowFacts& facts, int32_t row_index, bool cuts_rows) {
-    bool is_whole = !cuts_rows || facts.num_partials <= 1;
+  __device__ void run(const schedule::RowFacts& facts, int32_t worker, bool cuts_rows) {
+    bool is_whole = !cuts_rows || parts_.count() <= 1;
     wait_for_warps();
 #pragma unroll 1
     while (true) {  // at most twice: the same code adds up warps and workers, and stays small
@@ -60,15 +91,15 @@ class RowEnd {
         if (is_whole) {
           finish(query, column, part);
         } else {
-          publish(facts.first_partial + blockIdx.x - facts.first_worker, i, part);
+          publish(parts_.mine(facts, worker), i, part);
         }
       }
       if (is_whole) return;
       wait_for_warps();
-      if (threadIdx.x == 0) is_last_ = arrive(row_index, facts.num_partials);
+      if (threadIdx.x == 0) is_last_ = arrive();
       wait_for_warps();
       if (!is_last_) return;
-      gather(facts.first_partial, facts.num_partials);
+      gather();
       wait_for_warps();
       is_whole = true;
     }
@@ -84,7 +115,7 @@ class RowEnd {
     const int32_t number = row_.first_query + query, token = p_.group.quotient(number);
     const int32_t head = row_.h * p_.group.value + p_.group.remainder(number);
     float factor = 0, lse = -INFINITY;
-    if (p_.others_lse.data) add_others(head, token, column, part);
+    if (Parts::kGoesOn && p_.before_lse.data) add_before(head, token, column, part);
     if (token >= p_.num_tokens - p_.new_tokens(row_.b) && part.max != -INFINITY) {
       const float sink = p_.sink_logits ? p_.sink_logits[head] * kLog2e : -INFINITY;
       const float most = fmaxf(part.max, sink), share = fast_exp2(part.max - most);
@@ -94,28 +125,31 @@ class RowEnd {
     }
     using Element = typename Config::Element;
     const float4 x = part.out;
-    uint2 packed = make_uint2(0, 0);
-    if (factor != 0) {
-      packed.x = pack<Element>(x.x * factor, x.y * factor);
-      packed.y = pack<Element>(x.z * factor, x.w * factor);
+    char* to = p_.out.at(row_.b, head, token);
+    if (Parts::kGoesOn && p_.writes_floats) {
+      float4 out = make_float4(0, 0, 0, 0);
+      if (factor != 0) out = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+      *reinterpret_cast<float4*>(to + column * 4) = out;
+    } else {
+      uint2 packed = make_uint2(0, 0);
+      if (factor != 0) {
+        packed.x = pack<Element>(x.x * factor, x.y * factor);
+        packed.y = pack<Element>(x.z * factor, x.w * factor);
+      }
+      *reinterpret_cast<uint2*>(to + column * 2) = packed;
     }
-    char* to = p_.out.at(row_.b, head, token) + column * 2;
-    *reinterpret_cast<uint2*>(to) = packed;
     if (column == 0 && p_.lse.data) {
       *reinterpret_cast<float*>(p_.lse.at(row_.b, head, token)) = lse;
     }
   }
 
  private:
-  /// Adds four columns of what other entries gave to a query's result.
-  __device__ void add_others(int32_t head, int32_t token, int column, Part& part) const {
-    using Element = typename Config::Element;
-    const float lse = p_.others_of(row_.b, head, token);
+  /// Adds four columns of what tiers before this one gave to a query's result.
+  __device__ void add_before(int32_t head, int32_t token, int column, Part& part) const {
+    const float lse = p_.before_of(row_.b, head, token);
     if (lse == -INFINITY) return;
-    const char* from = p_.others_out.at(row_.b, head, token) + column * 2;
-    const uint2 packed = *reinterpret_cast<const uint2*>(from);
-    const float2 low = unpack<Element>(packed.x), high = unpack<Element>(packed.y);
-    part.add({lse * kLog2e, 1, make_float4(low.x, low.y, high.x, high.y)});
+    const char* from = p_.before_out.at(row_.b, head, token) + column * 4;
+    part.add({lse * kLog2e, 1, *reinterpret_cast<const float4*>(from)});
   }
 
   __device__ Part add_warps(int query, int column) const {
@@ -137,12 +171,12 @@ class RowEnd {
     return part;
   }
 
-  __device__ float4* partial_out(int32_t slot) const {
-    return reinterpret_cast<float4*>(p_.partials) + int64_t{slot} * kAllQuads;
+  __device__ float4* partial_out(int64_t slot) const {
+    return reinterpret_cast<float4*>(p_.partials) + slot * kAllQuads;
   }
 
   __device__ float2* partial_max_sum(int32_t slot) const {
-    return reinterpret_cast<float2*>(partial_out(p_.max_partials)) + slot * Config::kQueries;
+    return reinterpret_cast<float2*>(partial_out(parts_.num_slots())) + slot * Config::kQueries;
   }
 
   __device__ void publish(int32_t slot, int quad, const Part& part) const {
@@ -153,21 +187,24 @@ class RowEnd {
   }
 
   /// Counts this worker in; true for the last one, to whom all partial results are visible then.
-  __device__ bool arrive(int32_t row_index, int32_t num_partials) const {
-    int32_t* counter = &p_.rows[row_index].arrived;
+  __device__ bool arrive() const {
+    int32_t* counter = parts_.arrived();
     int32_t before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
                  : "=r"(before)
                  : "l"(counter)
                  : "memory");
-    const bool is_last = before == num_partials - 1;
+    const bool is_last = before == parts_.count() - 1;
     if (is_last) *counter = 0;  // the schedule serves again
     return is_last;
   }
 
-  /// Partial results to images: warp w adds up those of workers w, w + kAllWarps, ...
-  __device__ void gather(int32_t first_partial, int32_t num_partials) {
-    constexpr int kPerLane = std::min(4, (kAllQuads + kWarpSize - 1) / kWarpSize), kAtOnce = 4;
+  /// Partial results to images: warp w of those that add adds up the w-th, and each kAdders-th from there.
+  __device__ void gather() {
+    const int32_t num_partials = parts_.count();
+    constexpr int kPerLane = std::min(4, (kAllQuads + kWarpSize - 1) / kWarpSize);
+    constexpr int kAtOnce = Parts::kAtOnce,
+                  kAdders = std::min(Parts::kMostWarps, Config::kAllWarps);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
     for (int block = 0; block < kAllQuads; block += kPerLane * kWarpSize) {
@@ -175,11 +212,11 @@ class RowEnd {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) total[j] = Part::none();
 #pragma unroll 1
-      for (int32_t i = warp; i < num_partials; i += kAtOnce * Config::kAllWarps) {
+      for (int32_t i = warp; i < num_partials && warp < kAdders; i += kAtOnce * kAdders) {
         Part parts[kAtOnce][kPerLane];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          const int32_t slot = first_partial + min(i + k * Config::kAllWarps, num_partials - 1);
+          const int32_t slot = parts_.slot(min(i + k * kAdders, num_partials - 1));
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
             const int quad = min(block + j * kWarpSize + lane, kAllQuads - 1);
@@ -189,7 +226,7 @@ class RowEnd {
         }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          if (i + k * Config::kAllWarps >= num_partials) break;
+          if (i + k * kAdders >= num_partials) break;
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) total[j].add(parts[k][j]);
         }
@@ -206,6 +243,7 @@ class RowEnd {
 
   const AttendParams& p_;
   const RowContext& row_;
+  const Parts& parts_;
   float (&image_)[Config::kAllWarps][Config::kQueries][Config::kImageStride];
   float2 (&max_sum_)[Config::kAllWarps][Config::kQueries];
   int32_t& is_last_;

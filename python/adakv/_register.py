@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -28,7 +28,9 @@ def verb(
 
     The function itself stays as it is, so that a call costs nothing more
     (benchmarks/bench_overhead.py). The operator takes what the function takes, but that schemas
-    know no NamedTuple of tensors: it takes the fields in the tuple's place.
+    know no NamedTuple of tensors: it takes the fields in the tuple's place. In place of a sequence
+    ``x`` of NamedTuples it takes their tensors, one tuple after the other, and as ``x_numbers``
+    their integers.
 
     Parameters
     ----------
@@ -50,14 +52,20 @@ def verb(
         result: Any = signature.return_annotation
         is_named = hasattr(result, "_fields")
 
-        kinds = [_tuple_kind(p.annotation) for p in signature.parameters.values()]
+        kinds = [_kind(p.annotation) for p in _positional(signature)]
+        layouts = [None if kind is None else kind.layout for kind in kinds]
+        names = [p.name for p in _positional(signature)]
+        defaults = [p.default for p in _positional(signature)]
 
         def in_graph(*args: P.args, **kwargs: P.kwargs) -> R:
+            options: dict[str, Any] = dict(kwargs)
+            given_args: list[Any] = list(args)
+            for name, default in zip(names[len(args) :], defaults[len(args) :], strict=True):
+                given_args.append(options.pop(name, default))
             fields: list[Any] = []
-            given_args: tuple[Any, ...] = args
-            for arg, kind in zip(given_args, kinds, strict=False):
-                fields += [arg] if kind is None else [*(arg or (None,) * len(kind._fields))]
-            given = operator(*fields, **kwargs)
+            for arg, layout in zip(given_args, layouts, strict=True):
+                fields += [arg] if layout is None else _fields_of(arg, layout)
+            given = operator(*fields, **options)
             return result(*given) if is_named else given  # type: ignore[no-any-return]
 
         torch.compiler.substitute_in_graph(body, skip_signature_check=True)(in_graph)
@@ -89,10 +97,92 @@ def _put(body: Callable[..., Any], function: Callable[..., Any]) -> None:
         setattr(sys.modules[module], body.__name__, function)
 
 
-def _tuple_kind(annotation: Any) -> Any:
-    """The NamedTuple of tensors that an annotation asks for, or is optional; None for others."""
+def _positional(signature: inspect.Signature) -> list[inspect.Parameter]:
+    return [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+
+
+class _Fields:
+    """A NamedTuple of tensors, as an operator takes it: field by field."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self.count = len(kind._fields)  #: of parameters
+        self.layout = self.count  #: see :func:`_fields_of`
+
+    def parameters(self, given: inspect.Parameter) -> Iterator[inspect.Parameter]:
+        """Those of the operator in place of one of the function."""
+        for field in self._kind._fields:
+            is_given = given.default is not None and field not in self._kind._field_defaults
+            tensor = torch.Tensor if is_given else _Optional
+            yield given.replace(name=field, annotation=tensor)
+
+    def made_of(self, fields: Sequence[Any]) -> Any:
+        """What the function is given; None for a tuple that was left out."""
+        return None if all(x is None for x in fields) else self._kind._make(fields)
+
+
+class _Lists:
+    """A sequence of NamedTuples, as an operator takes it: a list of all their tensors, and one of
+    their integers."""
+
+    count = 2
+
+    def __init__(self, kind: Any) -> None:
+        self._kind, self._hints = kind, [*get_type_hints(kind).values()]
+        #: The places of what is in a tuple, and of what is in tuples in it; what are numbers.
+        self.layout: list[tuple[list[int], bool]] = []
+        for i, hint in enumerate(self._hints):
+            if hasattr(hint, "_fields"):
+                self.layout += [([i, j], False) for j in range(len(hint._fields))]
+            else:
+                self.layout.append(([i], hint is int))
+
+    def parameters(self, given: inspect.Parameter) -> Iterator[inspect.Parameter]:
+        """As :meth:`_Fields.parameters`."""
+        empty = given.empty
+        yield given.replace(annotation=Sequence[_Optional], default=empty)
+        name = f"{given.name}_numbers"
+        yield given.replace(name=name, annotation=Sequence[int], default=empty)
+
+    def made_of(self, fields: Sequence[Any]) -> Any:
+        """As :meth:`_Fields.made_of`."""
+        tensors, numbers = (iter(x) for x in fields)
+        num_tensors = sum(not is_number for _, is_number in self.layout)
+        return [
+            self._kind(
+                *[
+                    hint._make([next(tensors) for _ in hint._fields])
+                    if hasattr(hint, "_fields")
+                    else next(numbers if hint is int else tensors)
+                    for hint in self._hints
+                ]
+            )
+            for _ in range(len(fields[0]) // num_tensors)
+        ]
+
+
+def _fields_of(given: Any, layout: int | list[tuple[list[int], bool]]) -> list[Any]:
+    """What an operator is given in place of a tuple of so many tensors, or of a sequence."""
+    if isinstance(layout, int):
+        return [*(given or (None,) * layout)]
+    tensors: list[Any] = []
+    numbers: list[Any] = []
+    for item in given:
+        for path, is_number in layout:
+            x = item
+            for i in path:
+                x = x[i]
+            (numbers if is_number else tensors).append(x)
+    return [tensors, numbers]
+
+
+def _kind(annotation: Any) -> _Fields | _Lists | None:
+    """How a parameter that is no simple one is taken: NamedTuples of tensors, and sequences of
+    them."""
+    is_sequence = get_origin(annotation) is Sequence
     kinds = [annotation, *get_args(annotation)]
-    return next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+    kind = next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+    return None if kind is None else _Lists(kind) if is_sequence else _Fields(kind)
 
 
 def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:
@@ -100,12 +190,8 @@ def _schema(signature: inspect.Signature, mutates: Iterable[str]) -> str:
         annotation = parameter.annotation
         if get_origin(annotation) is Literal:
             yield parameter.replace(annotation=str)
-        elif (kind := _tuple_kind(annotation)) is not None:
-            is_optional = parameter.default is None
-            for field in kind._fields:
-                is_given = not is_optional and field not in kind._field_defaults
-                tensor = torch.Tensor if is_given else _Optional
-                yield parameter.replace(name=field, annotation=tensor)
+        elif (kind := _kind(annotation)) is not None:
+            yield from kind.parameters(parameter)
         else:
             yield parameter
 
@@ -125,28 +211,18 @@ def _taking_fields(
     function: Callable[..., Any], signature: inspect.Signature
 ) -> Callable[..., Any]:
     """The function as the dispatcher calls it: fields one by one, options by name."""
-    kinds: list[Any] = [
-        _tuple_kind(p.annotation)
-        for p in signature.parameters.values()
-        if p.kind is not p.KEYWORD_ONLY
-    ]
+    kinds = [_kind(p.annotation) for p in _positional(signature)]
     if not any(kinds):
         return function
-    ends = list(accumulate(len(getattr(kind, "_fields", "-")) for kind in kinds))
+    ends = list(accumulate(1 if kind is None else kind.count for kind in kinds))
     parts = list(zip(kinds, [0, *ends], ends, strict=False))
 
     def call(*fields: Any, **options: Any) -> Any:
         args = [
-            fields[start] if kind is None else kind._make(fields[start:end])
+            fields[start] if kind is None else kind.made_of(fields[start:end])
             for kind, start, end in parts
             if start < len(fields)
         ]
-        args = [None if _is_nothing(arg) else arg for arg in args]
         return function(*args, **options)
 
     return call
-
-
-def _is_nothing(arg: Any) -> bool:
-    """Whether it is a tuple of tensors that was left out."""
-    return isinstance(arg, tuple) and all(x is None for x in arg)

@@ -18,6 +18,7 @@ what was expected and what came.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from adakv.shortlist import shortlist as shortlist
 from adakv.tensors import Kept as Kept
 from adakv.tensors import Layer as Layer
 from adakv.tensors import Source as Source
+from adakv.tensors import Tier as Tier
 
 Reduce = Literal["mean", "max", "sum"]
 Pool = Literal["max", "avg", "none"]
@@ -392,11 +394,14 @@ def plan(
     return schedule
 
 
-def _attended(queries: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The output ``[B, Hq, S, Dv]``, in memory ``[B, S, Hq, Dv]``, and its lse ``[B, Hq, S]``."""
+def _attended(queries: Tensor, layer: Layer, others: Sequence[Tier]) -> tuple[Tensor, Tensor]:
+    """The output ``[B, Hq, S, O]``, in memory ``[B, S, Hq, O]``, and its lse ``[B, Hq, S]``."""
     try:
-        batch, heads, tokens, dim = queries.shape
-        dim = dim if layer.value_pages is None else layer.value_dim or dim
+        batch, heads, tokens, whole = queries.shape
+        dim = layer.value_dim or whole
+        for tier in others:
+            asked = whole if tier.queries is None else tier.queries.shape[3]
+            dim = max(dim, tier.column + (tier.layer.value_dim or asked))
         out = queries.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
         return out, queries.new_empty((batch, heads, tokens), dtype=torch.float32)
     except (AttributeError, ValueError):
@@ -404,13 +409,14 @@ def _attended(queries: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 @verb(
-    fake=lambda queries, layer, *_, **_options: _attended(queries, layer),
+    fake=lambda queries, layer, _, others=(), **_options: _attended(queries, layer, others),
     mutates=(*_GROWING, "schedule", "accumulated"),
 )
 def attend(
     queries: Tensor,
     layer: Layer,
     schedule: Tensor,
+    others: Sequence[Tier] = (),
     *,
     keys: Tensor | None = None,
     values: Tensor | None = None,
@@ -424,8 +430,6 @@ def attend(
     group_reduce: Reduce = "mean",
     decay: float = 1.0,
     threshold: float = 0.0,
-    others_out: Tensor | None = None,
-    others_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new queries over what each row holds, causal among the newest S entries.
 
@@ -441,6 +445,9 @@ def attend(
     schedule : ``[X]`` int32
         This layer's part of :func:`plan`'s result. On CUDA the launch counts in it, and leaves it
         as it was: two launches must not use one schedule at the same time.
+    others : :class:`Tier`, at most 7, optional
+        Where else the entries of the rows lie: the softmax is over all of them, and their results
+        meet in float32. Every query sees all slots of these.
     keys, values : ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``, optional
     num_new : ``[B]`` int32, optional
         As in :func:`append`; padding columns give 0.
@@ -451,7 +458,7 @@ def attend(
     prefetch : bool
         On CUDA: pages and schedule may be read while the kernel before this one still runs, which
         must write neither: not right after ``plan``, ``append`` or ``compact``.
-    accumulated : ``[B, Hkv, T]`` float32, optional
+    accumulated : ``[B, Hkv, T]`` float32, optional, not with ``others``
         Changed: what each slot of a row was given by the queries since its entry came, T at least
         ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.
     accumulate : "sum", "max" or "last"
@@ -462,20 +469,18 @@ def attend(
         Over the q heads of a group.
     decay, threshold : float
         From 0 to 1, and 0 or more.
-    others_out, others_lse : ``[B, Hq, S, D]`` and ``[B, Hq, S]`` float32, optional
-        What attention over other entries gave, sink logits included: the result is over both. The
-        rows hold none of the S tokens, and every query sees all of their slots. Without ``keys``.
 
     Returns
     -------
     out : ``[B, Hq, S, Dv]``, in memory ``[B, S, Hq, Dv]``
+        With ``others`` as many columns as all tiers have.
     lse : ``[B, Hq, S]`` float32
         Natural log of the sum of exponentials, sink logits included; ``-inf`` where nothing was
         attended to.
     """
-    out, lse = _attended(queries, layer)
+    out, lse = _attended(queries, layer, others)
     _C.attend(
-        queries, layer, schedule, keys, values, num_new, sink_logits, others_out, others_lse,
+        queries, layer, schedule, keys, values, num_new, sink_logits, others,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
         _schedules.num_workers(getattr(queries, "device", None)), prefetch,
         accumulate, group_reduce, decay, threshold, out, lse, accumulated,

@@ -17,7 +17,7 @@ from torch import Tensor
 from adakv import ops
 from adakv.basis import Basis
 from adakv.cache import KVCache, sequences
-from adakv.ops import Layer
+from adakv.ops import Layer, Tier
 
 
 class Attention(NamedTuple):
@@ -242,10 +242,11 @@ class PlannedStep:
         else:
             schedule = self.schedules[layer]
         is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
-        out, lse = ops.attend(
+        out, _ = ops.attend(
             asked,
             view,
             planned(view) if schedule is None else schedule,
+            self._tiers(layer, queries, values.shape[3]),
             keys=keys if is_planned else None,
             values=values if is_planned else None,
             num_new=self._num_new,
@@ -259,41 +260,28 @@ class PlannedStep:
         if is_listed:
             assert self._reader is not None
             out = self._reader.mixed(layer, out)
-        for step in self._others:
-            out, lse = step._go_on(layer, queries, attention, self._num_new, (out, lse))
+        if out.shape[3] > values.shape[3]:
+            out = self._whole(layer, out, values.shape[3])
         return out.transpose(1, 2)
 
-    def _go_on(
-        self,
-        layer: int,
-        queries: Tensor,
-        attention: Attention,
-        num_new: Tensor | None,
-        others: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Attends to entries of another tier: out and lse over them and over ``others``."""
-        basis = None if self._basis is None else self._basis.of(layer)
-        before, before_lse = others
-        scale, asked, is_whole = attention.scale, queries, basis is None or basis.values is None
-        if basis is not None:
-            scale, asked = scale or queries.shape[3] ** -0.5, basis.of_queries(queries)
-        if not is_whole:  # beside nothing, which weighs as much as the others do
-            before = before.new_zeros((*before.shape[:3], basis.values.shape[3]))  # type: ignore
-        out, lse = ops.attend(
-            asked,
-            self._layers[layer],
-            self.schedules[layer],
-            num_new=num_new,
-            scale=scale,
-            softcap=attention.softcap,
-            prefetch=True,  # the launch before appends to other pages
-            others_out=before,
-            others_lse=before_lse,
-        )
-        if basis is not None and not is_whole:
-            share = (before_lse - lse).nan_to_num(0).exp()  # NaN where neither has anything
-            out = torch.addcmul(basis.whole(out), others[0], share[..., None].to(out.dtype))
-        return out, lse
+    def _tiers(self, layer: int, queries: Tensor, value_dim: int) -> list[Tier]:
+        """The other tiers of a layer, with queries of their own where these see other dimensions.
+        Coordinates of values come behind the ``value_dim`` columns of values."""
+        tiers = []
+        for step in self._others:
+            asked, column = None if self._basis is None else queries, 0
+            if step._basis is not None:
+                basis = step._basis.of(layer)
+                asked, column = basis.of_queries(queries), 0 if basis.values is None else value_dim
+            tiers.append(Tier(step._layers[layer], step.schedules[layer], asked, column))
+        return tiers
+
+    def _whole(self, layer: int, out: Tensor, value_dim: int) -> Tensor:
+        """Values and coordinates ``[B, Hq, S, Dv + Dw]`` together. Those of narrow tiers are the
+        first ones of the widest."""
+        found = [step._basis.of(layer) for step in self._others if step._basis is not None]
+        widest = max(found, key=lambda basis: basis.keys.shape[-1])
+        return out[..., :value_dim] + widest.whole(out[..., value_dim:])
 
     def _append_pieces(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Appends a step that was too wide for one go."""

@@ -79,6 +79,22 @@ class Layer(NamedTuple):
         return self.value_pages.shape[3]
 
 
+class Tier(NamedTuple):
+    """Entries of the same rows that lie elsewhere, as :func:`adakv.ops.attend` takes them.
+
+    ``layer`` holds them, and none of a step's new tokens: ``schedule`` ``[X]`` int32 is planned
+    with ``new_tokens=0``. ``queries`` ``[B, Hq, S, D]``, with the D of the tier, are those that
+    meet its keys; None: those of the step. ``column`` is that of the output to which the first
+    element of its values belongs: 0 for values as they are, a later one for coordinates along other
+    directions.
+    """
+
+    layer: Layer
+    schedule: Tensor
+    queries: Tensor | None = None
+    column: int = 0
+
+
 class Source(NamedTuple):
     """Rows of the A sequences that :func:`adakv.ops.fork` branches from, in one layer: their
     ``block_table`` ``[A, Hkv, M]``, ``lengths`` ``[A, Hkv]``, ``seen`` ``[A]`` and tails."""

@@ -2,9 +2,8 @@
 
     kv = TieredCache(tiers, caches)     new tokens go to the first one
 
-Attention over disjoint sets of entries is joined exactly by log-sum-exps, so a step attends to one
-tier after the other (:class:`adakv.step.PlannedStep`). One tier alone is a :class:`TieredCache`,
-too, if its rows have an order of channels each.
+A step attends to all tiers in one call (:class:`adakv.step.PlannedStep`). One tier alone is a
+:class:`TieredCache`, too, if its rows have an order of channels each.
 """
 
 from __future__ import annotations

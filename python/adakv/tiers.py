@@ -27,6 +27,7 @@ from adakv.formats import bits_of_keys, check_kv_dtype, format_of
 from adakv.ops import Kept
 
 _LAST_QUERIES = 32  # of a prompt, which say what channels are worth
+_MOST_TIERS = 8
 _LARGE = 1e30  # the weight of what must stay
 
 
@@ -80,6 +81,7 @@ class Tiers(NamedTuple):
             return cls._mixed(kv_dtype)
         if not isinstance(kv_dtype, str) or not set(":=") & set(kv_dtype):
             return cls((check_kv_dtype(kv_dtype),), (Fraction(1),), (_width_of(kv_dtype),))
+        _check_count(kv_dtype.split("+"), kv_dtype)
         parts = [part.partition(":") for part in kv_dtype.split("+")]
         names = [name.strip() for name, _, _ in parts]
         widths = tuple(_width_of(name) for name in names)
@@ -109,6 +111,7 @@ class Tiers(NamedTuple):
         names, _, given = kv_dtype.partition(":")
         mean = _number(given, kv_dtype)
         first, *others = [name.strip() for name in names.split("|")]
+        _check_count([first, *others], kv_dtype)
         widths = [_width_of(name) for name in others]
         formats = tuple(check_kv_dtype(format_of(name)) for name in (first, *others))
         ranks = [width.share for width in widths if width is not None and width.kind == "rank"]
@@ -306,6 +309,12 @@ def _kept(mask: Tensor) -> Kept:
     rows = mask.flatten(0, 1)
     ends = F.pad(rows.sum(1).cumsum(0), (1, 0))
     return Kept(rows.nonzero()[:, 1].int(), ends.int())
+
+
+def _check_count(names: Sequence[str], kv_dtype: str) -> None:
+    """What :func:`adakv.ops.attend` takes."""
+    if len(names) > _MOST_TIERS:
+        raise ValueError(f"kv_dtype: tiers must be at most {_MOST_TIERS}, got {short(kv_dtype)}")
 
 
 def _width_of(name: str) -> Width | None:

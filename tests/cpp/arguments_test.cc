@@ -268,9 +268,18 @@ TEST(Arguments, AttendNamesWhatIsWrong) {
                     args.accumulated = TensorView(slots, {2, 2, 32}, DType::kFloat32);
                   }),
             "attend: lse must be given with accumulated");
+  EXPECT_EQ(after(&Right::attend, &attend, [](AttendArgs& args) { args.others.resize(8); }),
+            "attend: others must be at most 7, got 8");
+  EXPECT_EQ(after(&Right::attend, &attend,
+                  [](AttendArgs& args) {
+                    args.others = {{args.layer, args.schedule, TensorView(), -1}};
+                  }),
+            "attend: others[0]: column must not be negative, got -1");
   EXPECT_EQ(
-      after(&Right::attend, &attend, [](AttendArgs& args) { args.others_out = args.queries; }),
-      "attend: others_out and others_lse must be given together");
+      after(&Right::attend, &attend,
+            [](AttendArgs& args) { args.others = {{args.layer, args.schedule, TensorView(), 8}}; }),
+      "attend: out must be [B, Hq, S, 16], the columns of all tiers, at most 512, got "
+      "[2, 4, 3, 8]");
 }
 
 TEST(Arguments, ShortlistNamesWhatIsWrong) {

@@ -90,7 +90,7 @@ class Attending {
     run(&attend, args);
     check(args, queries, out, lse);
     check_accumulated(args, queries, before);
-    if (columns == 1 && !options.has_sinks) check_going_on(args, out, lse);
+    if (columns == 1 && !options.has_sinks) check_twice(args, out, lse);
   }
 
  private:
@@ -142,13 +142,12 @@ class Attending {
     expect_close(lse, lses);
   }
 
-  // Going on over the same entries, each counts twice: the same out, and lse is larger by log 2.
-  void check_going_on(AttendArgs args, const Tensor& out, const Tensor& lse) const {
+  // With the same entries as another tier, each counts twice: the same out, and lse is larger by log 2.
+  void check_twice(AttendArgs args, const Tensor& out, const Tensor& lse) const {
     const Tensor out_of_both({2, 2 * group_, 1, format_.head_dim}, format_.dtype),
         lse_of_both({2, 2 * group_, 1}, DType::kFloat32);
     args.keys = args.values = args.accumulated = TensorView();
-    args.others_out = out.view;
-    args.others_lse = lse.view;
+    args.others = {{args.layer, args.schedule, TensorView(), 0}};
     args.out = out_of_both.view;
     args.lse = lse_of_both.view;
     run(&attend, args);

@@ -415,13 +415,16 @@ class Call {
     plan_args.schedule = one_layer(args.schedule);
     call([&] { plan(plan_args); });
 
-    args.out = floats({B, Hq, S, Dv});
-    if (input_.one_in(2)) args.lse = floats({B, Hq, S}, DType::kFloat32);
-    if (!args.keys && input_.one_in(2)) {
-      args.others_out = floats({B, Hq, S, Dv});
-      args.others_lse = floats({B, Hq, S}, DType::kFloat32);
+    int64_t width = Dv;
+    while (!args.keys && args.others.size() < 8 && input_.one_in(3)) {
+      Tier& tier = args.others.emplace_back(Tier{args.layer, args.schedule, {}, 0});
+      if (input_.one_in(2)) tier.queries = floats({B, Hq, S, D});
+      tier.column = input_.one_in(3) ? 8 * input_.range(-1, 4) : 0;
+      width = std::max<int64_t>(width, tier.column + Dv);
     }
-    if (args.lse && input_.one_in(args.others_out ? 9 : 2)) {
+    args.out = floats({B, Hq, S, width});
+    if (input_.one_in(2)) args.lse = floats({B, Hq, S}, DType::kFloat32);
+    if (args.lse && input_.one_in(args.others.empty() ? 2 : 9)) {
       args.accumulated = floats({B, Hkv, M * P}, DType::kFloat32);
       args.accumulate = static_cast<Accumulate>(input_.range(0, 2));
       args.group_reduce = static_cast<Reduce>(input_.range(0, 2));

@@ -49,20 +49,27 @@ def prefill(
     return scores, norms, budgets, *kept
 
 
-def decode(queries: Tensor, keys: Tensor, values: Tensor, layer: ops.Layer) -> tuple[Tensor, ...]:
-    """A step by append and attend, and one that attend appends itself."""
+def decode(
+    queries: Tensor, keys: Tensor, values: Tensor, layer: ops.Layer, older: ops.Layer
+) -> tuple[Tensor, ...]:
+    """A step by append and attend, and one that attend appends itself, beside another tier."""
     ops.append(keys, values, layer)
     rows = (layer.lengths[None], layer.block_table[None], layer.fresh_pages[None])
     first = ops.attend(queries, layer, ops.plan(*rows, new_tokens=0)[0])
     schedule = ops.plan(*rows, new_tokens=keys.shape[2])
-    return *first, *ops.attend(queries, layer, schedule[0], keys=keys, values=values)
+    rows = (older.lengths[None], older.block_table[None], older.fresh_pages[None])
+    tier = ops.Tier(older, ops.plan(*rows, new_tokens=0)[0], queries[..., ::2].contiguous(), DIM)
+    return *first, *ops.attend(queries, layer, schedule[0], [tier], keys=keys, values=values)
 
 
 def step() -> dict[str, Any]:
     layer = cases.paged_layer([[20, 3], [7, 33]], head_dim=DIM, new_tokens=4)
     layer = layer._replace(pages=layer.pages.nan_to_num())  # NaN is not equal to itself
     new = {"keys": torch.randn(BATCH, HEADS, 2, DIM), "values": torch.randn(BATCH, HEADS, 2, DIM)}
-    return {"queries": torch.randn(BATCH, HEADS * GROUP, 2, DIM), **new, "layer": layer}
+    older = cases.paged_layer([[9, 0], [40, 3]], head_dim=DIM // 2)
+    older = older._replace(pages=older.pages.nan_to_num())
+    queries = torch.randn(BATCH, HEADS * GROUP, 2, DIM)
+    return {"queries": queries, **new, "layer": layer, "older": older}
 
 
 def pages() -> dict[str, Any]:
@@ -95,7 +102,7 @@ def operators(device: torch.device) -> dict[str, tuple[tuple[Any, ...], dict[str
         "append": ((*new.values(), *s["layer"]), {}),
         "plan": (table, {"new_tokens": 2}),
         "attend": (
-            (s["queries"], *s["layer"], schedule),
+            (s["queries"], *s["layer"], schedule, [], []),
             new | {"scale": 0.1, "accumulated": torch.rand(BATCH, HEADS, most)},
         ),
     }
@@ -108,6 +115,24 @@ def test_torch_operator_is_registered_soundly(verb: str, device: torch.device) -
     args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in args)
     options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
     torch.library.opcheck(getattr(torch.ops.adakv, verb).default, args, options)
+
+
+def test_torch_operator_takes_tiers(device: torch.device) -> None:
+    """Their tensors in one list, and their numbers in another."""
+    s = {name: on(device, x) for name, x in step().items()}
+    queries, layer, older = s["queries"], s["layer"], s["older"]
+    schedules = [
+        ops.plan(x.lengths[None], x.block_table[None], x.fresh_pages[None], new_tokens=0)[0]
+        for x in (layer, older)
+    ]
+    tiers = [ops.Tier(older, schedules[1], queries[..., :32], column) for column in (DIM, 0)]
+    tensors = [*older, schedules[1], queries[..., :32]] * 2
+    args = (queries, *layer, schedules[0], tensors, [DIM, 0])
+    torch.library.opcheck(torch.ops.adakv.attend.default, args)
+    for x, y in zip(
+        torch.ops.adakv.attend(*args), ops.attend(queries, layer, schedules[0], tiers), strict=True
+    ):
+        assert torch.equal(x, y)
 
 
 def test_torch_operators_are_seen_by_tracers_without_the_compiler() -> None:
@@ -134,11 +159,15 @@ def test_torch_operator_says_that_attend_counts_in_the_schedule() -> None:
 def test_torch_operator_takes_what_the_function_takes(verb: str) -> None:
     """Same names, order and defaults; a NamedTuple is as many arguments as it has fields."""
     schema = getattr(torch.ops.adakv, verb).default._schema
-    packed = {"kept": ops.Kept._fields, "layer": ops.Layer._fields}
+    packed = {
+        "kept": ops.Kept._fields,
+        "layer": ops.Layer._fields,
+        "others": ("others", "others_numbers"),  # schemas know no defaults of lists
+    }
     parameters = inspect.signature(getattr(ops, verb)).parameters.values()
     names = [x for p in parameters for x in packed.get(p.name, (p.name,))]
     assert [a.name for a in schema.arguments] == names
-    given = [p for p in parameters if p.default is not p.empty]
+    given = [p for p in parameters if p.default not in (p.empty, ())]
     defaults = {x: p.default for p in given for x in packed.get(p.name, (p.name,))}
     assert {a.name: a.default_value for a in schema.arguments if a.has_default_value()} == defaults
 

@@ -375,6 +375,20 @@ typedef struct AdakvPlanArgs {
   void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvPlanArgs;
 
+/** Entries of the same rows that lie elsewhere: Tier of ops.h. */
+typedef struct AdakvTier {
+  AdakvLayer layer;            /* of the same sequences, without the call's new tokens */
+  const AdakvTensor* schedule; /* [X] int32, of this layer: planned with new_tokens = 0 */
+  const AdakvTensor* queries;  /* [B, Hq, S, D] with D of the tier; NULL: those of the call */
+  int32_t column;              /* 0; of out, to which the first element of its values belongs */
+} AdakvTier;
+
+/** Tiers beside a layer. */
+typedef struct AdakvTiers {
+  const AdakvTier* tiers; /* [count] */
+  int32_t count;
+} AdakvTiers;
+
 /** What adakv_attend() takes: AttendArgs of ops.h. */
 typedef struct AdakvAttendArgs {
   const AdakvTensor* queries;     /* [B, Hq, S, D] */
@@ -384,8 +398,7 @@ typedef struct AdakvAttendArgs {
   const AdakvTensor* values;      /* [B, Hkv, S, Dv], optional */
   const AdakvTensor* num_new;     /* [B] int32, optional */
   const AdakvTensor* sink_logits; /* [Hq] float32, optional */
-  const AdakvTensor* others_out;  /* [B, Hq, S, Dv], optional: what other entries gave */
-  const AdakvTensor* others_lse;  /* [B, Hq, S] float32, with it */
+  AdakvTiers others;              /* none: 0; at most 7 */
   float scale;                    /* 0: 1 / sqrt(D) */
   float softcap;                  /* 0: none */
   int32_t num_workers;            /* as given to adakv_plan() */
@@ -394,7 +407,7 @@ typedef struct AdakvAttendArgs {
   AdakvReduce group_reduce;       /* over the q heads of a group, for accumulated */
   float decay;                    /* 1; of a sum, from token to token */
   float threshold;                /* of ADAKV_KEEP_LAST; 0: 1 / number of tokens */
-  const AdakvTensor* out;         /* [B, Hq, S, Dv], out */
+  const AdakvTensor* out;         /* [B, Hq, S, O], out; O: Dv, or the columns of all tiers */
   const AdakvTensor* lse;         /* [B, Hq, S] float32, out, optional without accumulated */
   const AdakvTensor* accumulated; /* [B, Hkv, T] float32, in and out, optional; T >= M * P */
   void* workspace;                /* scratch memory on the tensors' device */

@@ -25,6 +25,7 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "adakv/kv_cache.h"
 #include "adakv/types.h"
@@ -245,6 +246,17 @@ int64_t schedule_size(int64_t num_rows, int num_workers);
 /// not depend on threads).
 int default_num_workers(Device device);
 
+/// Entries of the same rows that lie elsewhere, in another tier.
+struct Tier {
+  LayerView layer;      // of the same B sequences, without the call's new tokens
+  TensorView schedule;  // of this layer: planned with new_tokens = 0 and the call's num_workers
+  TensorView queries;   // [B, Hq, S, D] with D of the tier; not given: those of the call
+  int column = 0;       // of out, to which the first element of its values belongs
+};
+
+/// Tiers that attend takes beside a layer, at most.
+constexpr int kMostOthers = 7;
+
 /// Attention of S new queries over what each row holds. The newest S entries of a row are those of
 /// the S columns, so that
 ///   query s of sequence b sees slots 0 .. lengths[b,h] - S + s
@@ -256,11 +268,13 @@ int default_num_workers(Device device);
 /// fills is quantised after it was read.
 /// Columns that are left padding (num_new) and rows that hold nothing give out = 0 and lse = -inf.
 ///
-/// With others_out and others_lse, the launch goes on from attention over other entries, which gave
-/// them: rows hold none of the S columns, every query sees all of their slots, and one more, with
-///   z = others_lse and v = others_out
-/// So attention over any parts of the entries, one launch a part, is that over all of them. (Sinks
-/// join the first part's softmax alone.)
+/// With others, the entries of a row lie in several tiers, each with pages of its own format: the
+/// softmax is over all of them, and the results of the tiers meet in float32. The newest S entries are
+/// those of `layer`, to which alone keys and values are appended; every query sees all slots of the
+/// others. A tier may hold fewer dimensions of its keys, or others in their place, and has its own
+/// queries then; and values that are coordinates of their own, which come to columns of their own:
+///   z   = softcap * tanh(queries of the tier . k * scale / softcap)
+///   out[column .. column + Dv) += softmax(z) * v of the tier
 ///
 /// With accumulated, each slot of a row keeps what the q heads gave it. For each new token s in turn,
 ///   p[q]    = exp(z[q] - lse[q]) of a slot that s sees, else 0
@@ -269,27 +283,26 @@ int default_num_workers(Device device);
 ///   kMax:   accumulated[b,h,slot] = max(accumulated[b,h,slot], r)
 ///   kLast:  accumulated[b,h,slot] = i if r >= threshold; i: tokens of b up to s, seen - (S - 1 - s)
 /// The slots of the new tokens begin at 0, whatever was there. What lies behind a row is left alone.
-/// Not of a layer with page_biases.
+/// Not of a layer with page_biases, and not with others.
 struct AttendArgs {
-  TensorView queries;      // [B, Hq, S, D]
-  LayerView layer;         // in; in and out if keys are given
-  TensorView schedule;     // [schedule_size(B * Hkv, num_workers)] int32, of this layer
-  TensorView keys;         // [B, Hkv, S, D]  optional: the new tokens' keys
-  TensorView values;       // [B, Hkv, S, Dv]  optional: the new tokens' values
-  TensorView num_new;      // [B] int32, 0 .. S; not given: all S
-  TensorView sink_logits;  // [Hq] float32    optional
-  TensorView others_out;   // [B, Hq, S, Dv] optional, without keys, sink_logits and accumulated
-  TensorView others_lse;   // [B, Hq, S] float32, with others_out
-  float scale = 0.f;       // 0: 1 / sqrt(D)
-  float softcap = 0.f;     // 0: none
-  int num_workers = 0;     // as given to plan
-  bool prefetch = false;   // CUDA: pages and schedule may be read while the kernel before this one
-                           // runs, because it doesn't write them
+  TensorView queries;        // [B, Hq, S, D]
+  LayerView layer;           // in; in and out if keys are given
+  TensorView schedule;       // [schedule_size(B * Hkv, num_workers)] int32, of this layer
+  TensorView keys;           // [B, Hkv, S, D]  optional: the new tokens' keys
+  TensorView values;         // [B, Hkv, S, Dv]  optional: the new tokens' values
+  TensorView num_new;        // [B] int32, 0 .. S; not given: all S
+  TensorView sink_logits;    // [Hq] float32    optional
+  std::vector<Tier> others;  // at most kMostOthers: where else the rows' entries lie
+  float scale = 0.f;         // 0: 1 / sqrt(D)
+  float softcap = 0.f;       // 0: none
+  int num_workers = 0;       // as given to plan
+  bool prefetch = false;  // CUDA: pages and schedule may be read while the kernel before this one
+                          // runs, because it doesn't write them
   Accumulate accumulate = Accumulate::kSum;  // what accumulated keeps
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
   float threshold = 0.f;                     // of kLast; 0: 1 / i
-  TensorView out;                            // [B, Hq, S, Dv], out
+  TensorView out;           // [B, Hq, S, O], out; O: Dv, or where the last tier's columns end
   TensorView lse;           // [B, Hq, S] float32, out, optional without accumulated: natural log
   TensorView accumulated;   // [B, Hkv, T] float32, out and in, optional; T at least M * P
   TensorView workspace;     // [workspace_bytes(args) / 4] int32

@@ -154,7 +154,7 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
         "fewer bits first, unless --kv-dtype is given, then fewer entries."
     )
     bits_help = (
-        "Hold entries as the model has them (auto), in a half to a fifth of the bytes, or in tiers, "
+        "Hold entries as the model has them (auto), in a half to a fifth of the bytes, in tiers, "
         "as auto:1/4+int4:3/4, with fewer dimensions as channels=.6, or with keys of 3 bits on "
         "average as mixed3.  "
         "[default: auto; with --budget-bytes what fits]"

@@ -85,8 +85,8 @@ class Cache(ShownCache):
         int2 take no other than 32.
     kv_dtype : "auto", "int8", "fp8", "int4" or "int2", optional
         How pages hold keys and values: as the model has them, the default, or as codes in about
-        half of the bytes, with int4 in 30 % and with int2 in 20 %; or tiers, as "auto:1/4 + int4:3/4", or mixed keys, as
-        "mixed3" (docs/bits.md).
+        half of the bytes, with int4 in 30 % and with int2 in 20 %; or tiers, as
+        "auto:1/4 + int4:3/4", or mixed keys, as "mixed3" (docs/bits.md).
     protect : spans, masks or a list of them, optional
         Tokens of the prompt that stay: see :meth:`adakv.policy.Protection.given`.
     classes : dict, optional

@@ -1,0 +1,40 @@
+// The tiers of a call of attend, each as a call over that tier alone.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+
+#include "adakv/ops.h"
+
+namespace adakv {
+
+/// What z is multiplied by in all tiers.
+inline float scale_of(const AttendArgs& args) {
+  return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
+}
+
+inline size_t num_tiers(const AttendArgs& args) {
+  return 1 + args.others.size();
+}
+
+/// First column of out for the values of a tier.
+inline int tier_column(const AttendArgs& args, size_t tier) {
+  return tier == 0 ? 0 : args.others[tier - 1].column;
+}
+
+/// A call that attends to one tier, the first one included, without others. Its out is that of all
+/// tiers.
+inline AttendArgs tier_args(const AttendArgs& args, size_t tier) {
+  AttendArgs of_tier = args;
+  of_tier.others.clear();
+  of_tier.scale = scale_of(args);
+  if (tier == 0) return of_tier;
+  const Tier& other = args.others[tier - 1];
+  of_tier.layer = other.layer;
+  of_tier.schedule = other.schedule;
+  if (other.queries) of_tier.queries = other.queries;
+  of_tier.keys = of_tier.values = TensorView();
+  return of_tier;
+}
+
+}  // namespace adakv
