@@ -22,7 +22,7 @@ struct TierWork {
         num_hidden(tier == 0 ? args.queries.shape[2] - 1 : 0),
         workers(this->args.schedule.ptr<const schedule::Worker>()),
         rows(reinterpret_cast<const schedule::RowFacts*>(workers + args.num_workers)),
-        attend_span((key_dims.are_mixed()
+        attend_span((this->args.layer.tails && this->args.layer.value_pages
                          ? kernels().attend_mixed
                          : kernels().attend_span[static_cast<int>(
                                this->args.layer.format())])[static_cast<int>(args.queries.dtype)]) {

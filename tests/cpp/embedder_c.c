@@ -286,7 +286,8 @@ static int compare(int q, int step, const float* query, const float* out, char* 
   return 0;
 }
 
-/* grow, plan, append, attend; every other step appends and attends in one call. */
+/* grow, plan, append, attend; every other step appends and attends in one call. The others attend to
+ * the same entries in a second tier, too: each counts twice, and the output is the same. */
 static int decode(AdakvCache* cache, int step, uint32_t* state, char* message) {
   const int32_t one = 1;
   int32_t columns = 0;
@@ -330,6 +331,8 @@ static int decode(AdakvCache* cache, int step, uint32_t* state, char* message) {
   TRY(adakv_plan(&plan));
   attend.queries = &t_query, attend.schedule = &t_schedule, attend.out = &t_out;
   attend.num_workers = plan.num_workers;
+  const AdakvTier again = {attend.layer, &t_schedule, NULL, 0};
+  attend.others.tiers = &again, attend.others.count = step % 2 ? 0 : 1;
   RUN(attend, attend);
   GET(out, t_out.data);
   for (int q = 0; q < kHq; ++q) {
