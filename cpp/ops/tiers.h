@@ -3,8 +3,11 @@
 
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
+#include <vector>
 
 #include "adakv/ops.h"
+#include "ops/members.h"
 
 namespace adakv {
 
@@ -25,8 +28,13 @@ inline int tier_column(const AttendArgs& args, size_t tier) {
 /// A call that attends to one tier, the first one included, without others. Its out is that of all
 /// tiers.
 inline AttendArgs tier_args(const AttendArgs& args, size_t tier) {
-  AttendArgs of_tier = args;
-  of_tier.others.clear();
+  AttendArgs of_tier;
+  for_each_member<AttendArgs>([&](const auto& m) {
+    using T = std::decay_t<decltype(args.*m.cpp)>;
+    if constexpr (!std::is_same_v<T, std::vector<Tier>>) of_tier.*m.cpp = args.*m.cpp;
+  });
+  of_tier.workspace = args.workspace;
+  of_tier.stream = args.stream;
   of_tier.scale = scale_of(args);
   if (tier == 0) return of_tier;
   const Tier& other = args.others[tier - 1];
