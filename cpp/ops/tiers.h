@@ -45,4 +45,12 @@ inline AttendArgs tier_args(const AttendArgs& args, size_t tier) {
   return of_tier;
 }
 
+/// Those of all tiers.
+inline std::vector<AttendArgs> tiers_of(const AttendArgs& args) {
+  std::vector<AttendArgs> tiers;
+  tiers.reserve(num_tiers(args));
+  for (size_t i = 0; i < num_tiers(args); ++i) tiers.push_back(tier_args(args, i));
+  return tiers;
+}
+
 }  // namespace adakv

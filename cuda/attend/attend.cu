@@ -5,6 +5,7 @@
 // after the other to those, in float32 between them, or to one launch of any.cu.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "attend/attend.h"
 #include "common/device_guard.h"
@@ -131,51 +132,40 @@ void fast_attend(const AttendArgs& args, const AttendParams& p) {
   });
 }
 
-/// Whether each tier has a fast kernel, and values that go to the same columns.
-bool are_fast(const AttendArgs& args) {
-  for (size_t i = 0; i < num_tiers(args); ++i) {
-    const AttendArgs tier = tier_args(args, i);
-    if (tier_column(args, i) != 0 || tier.queries.shape[3] != args.queries.shape[3] ||
-        !has_fast_kernel(tier)) {
-      return false;
+/// How the tiers of a call go to kernels.
+enum class Way { kOneLaunch, kTierByTier, kAny };
+
+Way way_of(const AttendArgs& args, const std::vector<AttendArgs>& tiers) {
+  bool has_kernel = tiers.size() <= kMostFastTiers && device_copies_boxes();
+  for (size_t i = 0; i < tiers.size(); ++i) {
+    const int64_t head_dim = tiers[i].queries.shape[3];
+    if (tier_column(args, i) != 0 || head_dim != args.queries.shape[3] ||
+        !has_fast_kernel(tiers[i])) {
+      return Way::kAny;
     }
+    has_kernel =
+        has_kernel && has_tiers_kernel(tiers[i].layer.format(), head_dim, num_queries(args));
   }
-  return true;
-}
-
-/// Whether one launch of the fast kernels takes all tiers.
-bool have_tiers_kernel(const AttendArgs& args) {
-  if (num_tiers(args) > kMostFastTiers || !are_fast(args)) return false;
-  for (size_t i = 0; i < num_tiers(args); ++i) {
-    const PageFormat format = tier_args(args, i).layer.format();
-    if (!has_tiers_kernel(format, args.queries.shape[3], num_queries(args))) return false;
-  }
-  return device_copies_boxes();
-}
-
-size_t tiers_partial_bytes(const AttendArgs& args) {
-  const size_t slots = schedule::max_partials(args.num_workers) + args.layer.lengths.size();
-  return num_tiers(args) * slots * padded_queries(num_queries(args)) * (args.queries.shape[3] + 2) *
-         sizeof(float);
+  return has_kernel ? Way::kOneLaunch : Way::kTierByTier;
 }
 
 /// All tiers in one launch; `first` is the first one, perhaps with what it appends.
-void attend_tiers(const AttendArgs& args, const AttendParams& first) {
+void attend_tiers(const std::vector<AttendArgs>& tiers, const AttendParams& first) {
   AttendTiersParams p = {};
   int64_t num_pages[kMostFastTiers] = {};
-  p.num_tiers = static_cast<int32_t>(num_tiers(args));
-  for (size_t i = 0; i < num_tiers(args); ++i) {
-    const AttendArgs tier = tier_args(args, i);
-    p.tiers[i] = i == 0 ? first : attend_params(tier);
+  p.num_tiers = static_cast<int32_t>(tiers.size());
+  for (size_t i = 0; i < tiers.size(); ++i) {
+    p.tiers[i] = i == 0 ? first : attend_params(tiers[i]);
     p.tiers[i].sees_all = i > 0;
-    p.formats[i] = tier.layer.format();
-    num_pages[i] = tier.layer.pages.shape[0];
+    p.formats[i] = tiers[i].layer.format();
+    num_pages[i] = tiers[i].layer.pages.shape[0];
   }
-  dispatch_dtype(args.queries.dtype, [&](auto tag) {
+  const TensorView& queries = tiers[0].queries;
+  dispatch_dtype(queries.dtype, [&](auto tag) {
     using Element = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<Element, float>) {
-      const auto stream = static_cast<cudaStream_t>(args.stream);
-      if (args.queries.shape[3] == 64) {
+      const auto stream = static_cast<cudaStream_t>(tiers[0].stream);
+      if (queries.shape[3] == 64) {
         launch_attend_tiers<Element, 64>(p, num_pages, stream);
       } else {
         launch_attend_tiers<Element, 128>(p, num_pages, stream);
@@ -200,36 +190,45 @@ struct Between {
   }
 };
 
-size_t tier_by_tier_bytes(const AttendArgs& args) {
+/// Of the partial results of a tier, which the next one's come to, too.
+size_t most_partial_bytes(const std::vector<AttendArgs>& tiers) {
   size_t most = 0;
-  for (size_t i = 0; i < num_tiers(args); ++i) {
-    most = std::max(most, partial_bytes(tier_args(args, i)));
-  }
-  return most + 2 * Between::num_bytes(args);
+  for (const AttendArgs& tier : tiers) most = std::max(most, partial_bytes(tier));
+  return most;
 }
 
 /// One launch a tier; each goes on from what those before it gave.
-void attend_tier_by_tier(const AttendArgs& args, const AttendParams& first) {
-  char* memory = args.workspace.ptr<char>() + tier_by_tier_bytes(args);
-  const Between between[] = {{args, memory - Between::num_bytes(args)},
-                             {args, memory - 2 * Between::num_bytes(args)}};
-  for (size_t i = 0; i < num_tiers(args); ++i) {
-    AttendArgs tier = tier_args(args, i);
-    tier.prefetch = i > 0 || args.prefetch;  // the launch before writes to other pages
-    AttendParams p = i == 0 ? first : attend_params(tier);
+void attend_tier_by_tier(const std::vector<AttendArgs>& tiers, const AttendParams& first) {
+  char* memory = tiers[0].workspace.ptr<char>() + most_partial_bytes(tiers);
+  const Between between[] = {{tiers[0], memory}, {tiers[0], memory + Between::num_bytes(tiers[0])}};
+  for (size_t i = 0; i < tiers.size(); ++i) {
+    AttendParams p = i == 0 ? first : attend_params(tiers[i]);
     p.sees_all = i > 0;
     if (i > 0) {
+      p.prefetches = cuts_rows(tiers[i]);  // the launch before writes to other pages
       p.sink_logits = nullptr;
       p.before_out = entry_rows(between[i % 2].out);
       p.before_lse = entry_rows(between[i % 2].lse);
     }
-    p.writes_floats = i + 1 < num_tiers(args);
+    p.writes_floats = i + 1 < tiers.size();
     if (p.writes_floats) {
       p.out = entry_rows(between[(i + 1) % 2].out);
       p.lse = entry_rows(between[(i + 1) % 2].lse);
     }
-    fast_attend(tier, p);
+    fast_attend(tiers[i], p);
   }
+}
+
+size_t tiers_workspace_bytes(const AttendArgs& args) {
+  if (args.queries.size() == 0) return 0;
+  const DeviceGuard guard(args.queries.device);
+  const std::vector<AttendArgs> tiers = tiers_of(args);
+  const Way way = way_of(args, tiers);
+  if (way == Way::kAny) return 0;
+  if (way == Way::kTierByTier) return most_partial_bytes(tiers) + 2 * Between::num_bytes(args);
+  const size_t slots = schedule::max_partials(args.num_workers) + args.layer.lengths.size();
+  return tiers.size() * slots * padded_queries(num_queries(args)) * (args.queries.shape[3] + 2) *
+         sizeof(float);
 }
 
 }  // namespace
@@ -241,8 +240,10 @@ void CudaBackend::attend(const AttendArgs& args) {
   const DeviceGuard guard(args.queries.device);
   AttendParams p = attend_params(args);
   const bool leaves = p.leaves_full_tails;
-  const bool has_others = !args.others.empty(), is_any = has_others && !are_fast(args);
-  const bool appends_along = args.keys && !is_any && cuts_rows(args) &&
+  const std::vector<AttendArgs> tiers =
+      args.others.empty() ? std::vector<AttendArgs>() : tiers_of(args);
+  const Way way = tiers.empty() ? Way::kOneLaunch : way_of(args, tiers);
+  const bool appends_along = args.keys && way != Way::kAny && cuts_rows(args) &&
                              rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
                              (!args.layer.tails || leaves);
   const AppendArgs to_append = {args.keys, args.values, args.num_new, args.layer, args.stream};
@@ -251,11 +252,11 @@ void CudaBackend::attend(const AttendArgs& args) {
   } else if (args.keys) {
     launch_append(to_append, leaves ? FullTails::kLeave : FullTails::kQuantise);
   }
-  if (has_others && have_tiers_kernel(args)) {
-    attend_tiers(args, p);
-  } else if (has_others && !is_any) {
-    attend_tier_by_tier(args, p);
-  } else if (!is_any && has_fast_kernel(args)) {
+  if (way == Way::kTierByTier) {
+    attend_tier_by_tier(tiers, p);
+  } else if (way == Way::kOneLaunch && !tiers.empty()) {
+    attend_tiers(tiers, p);
+  } else if (way == Way::kOneLaunch && has_fast_kernel(args)) {
     fast_attend(args, p);
   } else {
     any_attend(args, p);
@@ -271,12 +272,7 @@ void CudaBackend::attend(const AttendArgs& args) {
 }
 
 size_t CudaBackend::workspace_bytes(const AttendArgs& args) const {
-  if (!args.others.empty()) {
-    if (args.queries.size() == 0) return 0;
-    const DeviceGuard guard(args.queries.device);
-    if (!are_fast(args)) return 0;
-    return have_tiers_kernel(args) ? tiers_partial_bytes(args) : tier_by_tier_bytes(args);
-  }
+  if (!args.others.empty()) return tiers_workspace_bytes(args);
   if (!args.accumulated) return partial_bytes(args);
   const DeviceGuard guard(args.queries.device);  // which may store logits, whatever others do
   size_t bytes = partial_bytes(args);
