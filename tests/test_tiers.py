@@ -22,6 +22,7 @@ INF = math.inf
     [
         ("int8", ("int8",), (1,)),
         ("auto:1/4 + int4:3/4", ("auto", "int4"), (Fraction(1, 4), Fraction(3, 4))),
+        ("int8:1/4 + int2:3/4", ("int8", "int2"), (Fraction(1, 4), Fraction(3, 4))),
         ("auto:.3+ int8 :0.3+int4:0.4", ("auto", "int8", "int4"), (".3", ".3", ".4")),
     ],
 )

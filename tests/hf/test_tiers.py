@@ -16,6 +16,7 @@ from hf.test_hf import GREEDY, prompts
 pytestmark = pytest.mark.model
 
 POLICIES = ["snapkv", "ada_snapkv", "critical_ada_snapkv", "model_column_max", "model_rank_fusion"]
+KINDS = pytest.mark.parametrize("kind", ["auto:1/4 + int8:3/4", "int8:1/4 + int2:3/4"])
 SIX = "auto:1/2 + auto:1/3 + auto:1/6"
 
 
@@ -39,8 +40,9 @@ def test_tiers_of_one_format_are_one_cache(policy: str) -> None:
     assert torch.equal(cache.stats()["lengths"], whole.stats()["lengths"])
 
 
-def test_the_loop_of_slots_writes_the_same_text() -> None:
-    assert torch.equal(*tiered.texts_of_loops(llama(torch.bfloat16), "auto:1/4 + int8:3/4"))
+@KINDS
+def test_the_loop_of_slots_writes_the_same_text(kind: str) -> None:
+    assert torch.equal(*tiered.texts_of_loops(llama(torch.bfloat16), kind))
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "model_column_max"])
@@ -124,9 +126,9 @@ def test_more_bits_are_nearer_to_the_full_cache() -> None:
     assert lost[0] < lost[2] / 4
 
 
-def test_forks_and_beams_have_all_tiers() -> None:
+@KINDS
+def test_forks_and_beams_have_all_tiers(kind: str) -> None:
     model = llama(torch.bfloat16)
-    kind = "auto:1/4 + int8:3/4"
     batch = prompts(150, (0, 33))
     with adakv.attach(model):
         tokens = [
@@ -172,7 +174,7 @@ def test_budgets_in_bytes_count_the_pages_of_all_tiers() -> None:
     """As many entries as have room: no more bytes than were given, and not much less."""
     model = llama(torch.bfloat16)
     batch = prompts(1500, (0,))
-    for kind in ("auto:1/4 + int4:3/4", "int8:1/2+int4:1/2"):
+    for kind in ("auto:1/4 + int4:3/4", "int8:1/2+int4:1/2", "auto:1/2 + int2:1/2"):
         for policy in ("snapkv", "model_column_max"):
             cache = adakv.Cache(model, policy, budget_bytes="40%", kv_dtype=kind)
             with adakv.attach(model), torch.no_grad():
