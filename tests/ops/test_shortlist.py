@@ -55,6 +55,8 @@ CASES = [
     Case(group=2, dim=136),
     Case(share=0.125, dim=64, pages=700, page_size=2, dtype=torch.bfloat16),
     Case(share=0.3, mass=0.5, dim=8, pages=1300, page_size=1),
+    Case(share=0.2, mass=0.5, dim=8, pages=2200, page_size=1, tokens=3, group=2),
+    Case(share=0.125, dim=64, pages=2200, page_size=2, dtype=torch.bfloat16),
 ]
 
 
