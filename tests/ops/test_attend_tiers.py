@@ -11,7 +11,7 @@ from torch import Tensor
 
 import reference
 from adakv import ops
-from cases import copied, int32, noncontiguous, paged_layer, row_entries, with_biases
+from cases import copied, int32, mapped, noncontiguous, paged_layer, row_entries, with_biases
 from tolerance import assert_close
 
 
@@ -128,7 +128,7 @@ def test_attend_over_tiers_is_as_defined(
     before = [copied(tier.layer) for tier in others]
     given = {"keys": keys, "values": values}
     for _ in range(2):  # what was counted in is as it was
-        again = copied(layer)
+        again = mapped(layer, torch.clone)
         result = ops.attend(queries, again, schedule, others, **given, **options, prefetch=False)
         check(result, appends=True)
     assert torch.equal(again.lengths, by_hand.lengths)
