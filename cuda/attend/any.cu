@@ -67,12 +67,15 @@ template <int kTiers>
 struct AnyParams {
   EntryRows out;             // [B, Hq, S, O]
   EntryRows lse;             // [B, Hq, S] float32, or none
+  EntryRows before_out;      // [B, Hq, S, O] float32: what tiers with fast kernels gave, or none
+  EntryRows before_lse;      // [B, Hq, S] float32, or none
   const int32_t* num_new;    // [B] or null
   const float* sink_logits;  // [Hq] or null
   int32_t num_tokens;        // S
   Divisor group, num_heads;  // G, Hkv
   float scale, softcap;      // as in AttendParams
   int32_t width, num_tiers;  // O, and how many tiers there are
+  int32_t before_width;      // columns that before_out has, others are 0
   TierParams tiers[kTiers];
 
   __device__ int32_t new_tokens(int32_t b) const { return num_new ? num_new[b] : num_tokens; }
@@ -208,6 +211,17 @@ __global__ void __launch_bounds__(num_threads(Kinds::kTiers, kColumns), 1)
   float most = -INFINITY, total = 0;
   float out[kOuts] = {};  // of columns threadIdx.x + i * kThreads
   bool is_empty = true;
+  if (p.before_lse.data && !is_padding) {
+    most = *reinterpret_cast<const float*>(p.before_lse.at(query.b, query.head, query.token));
+    is_empty = most == -INFINITY;
+    total = is_empty ? 0 : 1;
+    const char* before = p.before_out.at(query.b, query.head, query.token);
+#pragma unroll
+    for (int k = 0; k < kOuts; ++k) {
+      const int32_t d = threadIdx.x + k * kThreads;
+      if (d < p.before_width) out[k] = reinterpret_cast<const float*>(before)[d];
+    }
+  }
 
 #pragma unroll 1
   for (int32_t i = 0; i < (Kinds::kTiers == 1 ? 1 : p.num_tiers); ++i) {
@@ -298,7 +312,7 @@ TierParams tier_params(const AttendArgs& args, size_t index, const AttendParams&
 }
 
 template <typename Element, typename Kinds, int kColumns>
-void launch_any(const AttendArgs& args, const AttendParams& params) {
+void launch_any(const AttendArgs& args, const AttendParams& params, const TierList& tiers) {
   AnyParams<Kinds::kTiers> p = {};
   p.out = params.out;
   p.lse = params.lse;
@@ -310,8 +324,10 @@ void launch_any(const AttendArgs& args, const AttendParams& params) {
   p.scale = params.scale;
   p.softcap = params.softcap;
   p.width = static_cast<int32_t>(args.out.shape[3]);
-  p.num_tiers = static_cast<int32_t>(num_tiers(args));
-  for (size_t i = 0; i < num_tiers(args); ++i) p.tiers[i] = tier_params(args, i, params);
+  p.before_out = params.before_out;
+  p.before_lse = params.before_lse;
+  p.before_width = static_cast<int32_t>(args.queries.shape[3]);
+  for (const size_t tier : tiers) p.tiers[p.num_tiers++] = tier_params(args, tier, params);
   const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
   attend_any_kernel<Element, Kinds, kColumns>
       <<<static_cast<uint32_t>(grid), num_threads(Kinds::kTiers, kColumns), 0,
@@ -320,30 +336,31 @@ void launch_any(const AttendArgs& args, const AttendParams& params) {
 
 }  // namespace
 
-void any_attend(const AttendArgs& args, const AttendParams& params) {
-  int64_t width = args.queries.shape[3];
-  for (size_t i = 0; i < num_tiers(args); ++i) {
+void any_attend(const AttendArgs& args, const AttendParams& params, const TierList& tiers) {
+  int64_t width = 0;
+  for (const size_t i : tiers) {
     const TierParams tier = tier_params(args, i, params);
     width = std::max<int64_t>({width, tier.head_dim, tier.value_dim});
   }
   const auto run = [&](auto element, auto entry, auto columns) {
     launch_any<typename decltype(element)::type, OneKind<typename decltype(entry)::type>, columns>(
-        args, params);
+        args, params, tiers);
   };
-  if (!args.others.empty()) {
+  const AttendArgs first = tier_args(args, tiers[0]);
+  if (tiers.size() > 1) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Element = typename decltype(element)::type;
       dispatch_columns(width, [&](auto columns) {
-        launch_any<Element, AllKinds<Element>, columns>(args, params);
+        launch_any<Element, AllKinds<Element>, columns>(args, params, tiers);
       });
     });
-  } else if (args.layer.page_biases) {
+  } else if (first.layer.page_biases) {
     dispatch_dtype(args.queries.dtype, [&](auto element) {
       using Biased = BiasedEntry<typename decltype(element)::type>;
       dispatch_columns(width, [&](auto columns) { run(element, TypeTag<Biased>{}, columns); });
     });
   } else {
-    dispatch_entries(args, width, run);
+    dispatch_entries(first, width, run);
   }
   ADAKV_CUDA_CHECK("attend", cudaGetLastError());
 }

@@ -2,9 +2,10 @@
 // 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), and pages of codes where there is the
 // bulk copy engine, for some head dims and whole tiles; all else to any.cu, and with that biases of
 // entries, and values of another width than keys. Tiers go to one launch of the fast kernels, or one
-// after the other to those, in float32 between them, or to one launch of any.cu.
+// after the other to those, and what is left to one of any.cu, in float32 between them.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "attend/attend.h"
@@ -132,22 +133,26 @@ void fast_attend(const AttendArgs& args, const AttendParams& p) {
   });
 }
 
-/// How the tiers of a call go to kernels.
-enum class Way { kOneLaunch, kTierByTier, kAny };
+/// The tiers of a call, and which of them have fast kernels.
+struct Tiers {
+  std::vector<AttendArgs> args;
+  TierList fast, others;
+  bool has_kernel;  // whether one launch of the fast kernels takes all
 
-Way way_of(const AttendArgs& args, const std::vector<AttendArgs>& tiers) {
-  bool has_kernel = tiers.size() <= kMostFastTiers && device_copies_boxes();
-  for (size_t i = 0; i < tiers.size(); ++i) {
-    const int64_t head_dim = tiers[i].queries.shape[3];
-    if (tier_column(args, i) != 0 || head_dim != args.queries.shape[3] ||
-        !has_fast_kernel(tiers[i])) {
-      return Way::kAny;
+  explicit Tiers(const AttendArgs& call) : args(tiers_of(call)) {
+    has_kernel = args.size() <= kMostFastTiers && device_copies_boxes();
+    for (size_t i = 0; i < args.size(); ++i) {
+      const int64_t head_dim = args[i].queries.shape[3];
+      const bool is_fast = tier_column(call, i) == 0 && head_dim == call.queries.shape[3] &&
+                           has_fast_kernel(args[i]);
+      (is_fast ? fast : others).push_back(i);
+      has_kernel = has_kernel && is_fast &&
+                   has_tiers_kernel(args[i].layer.format(), head_dim, num_queries(call));
     }
-    has_kernel =
-        has_kernel && has_tiers_kernel(tiers[i].layer.format(), head_dim, num_queries(args));
   }
-  return has_kernel ? Way::kOneLaunch : Way::kTierByTier;
-}
+
+  bool is_first_fast() const { return !fast.empty() && fast[0] == 0; }
+};
 
 /// All tiers in one launch; `first` is the first one, perhaps with what it appends.
 void attend_tiers(const std::vector<AttendArgs>& tiers, const AttendParams& first) {
@@ -191,44 +196,51 @@ struct Between {
 };
 
 /// Of the partial results of a tier, which the next one's come to, too.
-size_t most_partial_bytes(const std::vector<AttendArgs>& tiers) {
+size_t most_partial_bytes(const Tiers& tiers) {
   size_t most = 0;
-  for (const AttendArgs& tier : tiers) most = std::max(most, partial_bytes(tier));
+  for (const size_t i : tiers.fast) most = std::max(most, partial_bytes(tiers.args[i]));
   return most;
 }
 
-/// One launch a tier; each goes on from what those before it gave.
-void attend_tier_by_tier(const std::vector<AttendArgs>& tiers, const AttendParams& first) {
-  char* memory = tiers[0].workspace.ptr<char>() + most_partial_bytes(tiers);
-  const Between between[] = {{tiers[0], memory}, {tiers[0], memory + Between::num_bytes(tiers[0])}};
-  for (size_t i = 0; i < tiers.size(); ++i) {
-    AttendParams p = i == 0 ? first : attend_params(tiers[i]);
-    p.sees_all = i > 0;
-    if (i > 0) {
-      p.prefetches = cuts_rows(tiers[i]);  // the launch before writes to other pages
-      p.sink_logits = nullptr;
-      p.before_out = entry_rows(between[i % 2].out);
-      p.before_lse = entry_rows(between[i % 2].lse);
-    }
-    p.writes_floats = i + 1 < tiers.size();
+/// A launch for each tier that has a fast kernel, and one for all others. Each goes on from what those
+/// before it gave.
+void attend_tier_by_tier(const AttendArgs& args, const Tiers& tiers, const AttendParams& first) {
+  char* memory = args.workspace.ptr<char>() + most_partial_bytes(tiers);
+  const Between between[] = {{args, memory}, {args, memory + Between::num_bytes(args)}};
+  const auto go_on = [&](AttendParams& p, size_t launch) {
+    if (launch == 0) return;
+    p.sink_logits = nullptr;
+    p.before_out = entry_rows(between[launch % 2].out);
+    p.before_lse = entry_rows(between[launch % 2].lse);
+  };
+  for (size_t launch = 0; launch < tiers.fast.size(); ++launch) {
+    const size_t tier = tiers.fast[launch];
+    AttendParams p = tier == 0 ? first : attend_params(tiers.args[tier]);
+    p.sees_all = tier > 0;
+    if (launch > 0) p.prefetches = cuts_rows(tiers.args[tier]);  // nobody writes to its pages
+    go_on(p, launch);
+    p.writes_floats = launch + 1 < tiers.fast.size() || !tiers.others.empty();
     if (p.writes_floats) {
-      p.out = entry_rows(between[(i + 1) % 2].out);
-      p.lse = entry_rows(between[(i + 1) % 2].lse);
+      p.out = entry_rows(between[(launch + 1) % 2].out);
+      p.lse = entry_rows(between[(launch + 1) % 2].lse);
     }
-    fast_attend(tiers[i], p);
+    fast_attend(tiers.args[tier], p);
   }
+  if (tiers.others.empty()) return;
+  AttendParams p = first;
+  go_on(p, tiers.fast.size());
+  any_attend(args, p, tiers.others);
 }
 
 size_t tiers_workspace_bytes(const AttendArgs& args) {
   if (args.queries.size() == 0) return 0;
   const DeviceGuard guard(args.queries.device);
-  const std::vector<AttendArgs> tiers = tiers_of(args);
-  const Way way = way_of(args, tiers);
-  if (way == Way::kAny) return 0;
-  if (way == Way::kTierByTier) return most_partial_bytes(tiers) + 2 * Between::num_bytes(args);
+  const Tiers tiers(args);
+  if (tiers.fast.empty()) return 0;
+  if (!tiers.has_kernel) return most_partial_bytes(tiers) + 2 * Between::num_bytes(args);
   const size_t slots = schedule::max_partials(args.num_workers) + args.layer.lengths.size();
-  return tiers.size() * slots * padded_queries(num_queries(args)) * (args.queries.shape[3] + 2) *
-         sizeof(float);
+  return tiers.args.size() * slots * padded_queries(num_queries(args)) *
+         (args.queries.shape[3] + 2) * sizeof(float);
 }
 
 }  // namespace
@@ -240,10 +252,10 @@ void CudaBackend::attend(const AttendArgs& args) {
   const DeviceGuard guard(args.queries.device);
   AttendParams p = attend_params(args);
   const bool leaves = p.leaves_full_tails;
-  const std::vector<AttendArgs> tiers =
-      args.others.empty() ? std::vector<AttendArgs>() : tiers_of(args);
-  const Way way = tiers.empty() ? Way::kOneLaunch : way_of(args, tiers);
-  const bool appends_along = args.keys && way != Way::kAny && cuts_rows(args) &&
+  std::optional<Tiers> tiers;
+  if (!args.others.empty()) tiers.emplace(args);
+  const bool is_fast = tiers ? tiers->is_first_fast() : has_fast_kernel(args);
+  const bool appends_along = args.keys && is_fast && cuts_rows(args) &&
                              rows_are_aligned(args.keys, 16) && rows_are_aligned(args.values, 16) &&
                              (!args.layer.tails || leaves);
   const AppendArgs to_append = {args.keys, args.values, args.num_new, args.layer, args.stream};
@@ -252,14 +264,14 @@ void CudaBackend::attend(const AttendArgs& args) {
   } else if (args.keys) {
     launch_append(to_append, leaves ? FullTails::kLeave : FullTails::kQuantise);
   }
-  if (way == Way::kTierByTier) {
-    attend_tier_by_tier(tiers, p);
-  } else if (way == Way::kOneLaunch && !tiers.empty()) {
-    attend_tiers(tiers, p);
-  } else if (way == Way::kOneLaunch && has_fast_kernel(args)) {
+  if (tiers && tiers->has_kernel) {
+    attend_tiers(tiers->args, p);
+  } else if (tiers) {
+    attend_tier_by_tier(args, *tiers, p);
+  } else if (is_fast) {
     fast_attend(args, p);
   } else {
-    any_attend(args, p);
+    any_attend(args, p, {0});
   }
   if (args.accumulated) {
     if (p.logits) {

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "adakv/ops.h"
 #include "append.cuh"
@@ -142,8 +143,11 @@ void accumulate_logits(const AttendArgs& args, const AttendParams& p);
 /// The same for any queries, whose logits are made again from the keys.
 void accumulate_keys(const AttendArgs& args, const AttendParams& p);
 
-/// The kernel for everything else (any.cu), all tiers in one launch. It does each row in one piece and
-/// appends nothing.
-void any_attend(const AttendArgs& args, const AttendParams& params);
+/// Numbers of tiers of a call.
+using TierList = std::vector<size_t>;
+
+/// The kernel for everything else (any.cu): some tiers in one launch, which may go on from what others
+/// gave. It does each row in one piece and appends nothing.
+void any_attend(const AttendArgs& args, const AttendParams& params, const TierList& tiers);
 
 }  // namespace adakv
