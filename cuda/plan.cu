@@ -51,6 +51,19 @@ __device__ int32_t first_above(int32_t wanted, int32_t count, const Value& value
   return low;
 }
 
+/// The same of two numbers, side by side.
+template <typename Value>
+__device__ int2 first_above(int2 wanted, int32_t count, const Value& value) {
+  int2 below = {0, 0};
+  for (int32_t step = 1 << (31 - __clz(count | 1)); step > 0; step /= 2) {
+    const int32_t x = below.x + step, y = below.y + step;
+    const int32_t at_x = value(max(min(x, count) - 1, 0)), at_y = value(max(min(y, count) - 1, 0));
+    if (x <= count && at_x <= wanted.x) below.x = x;
+    if (y <= count && at_y <= wanted.y) below.y = y;
+  }
+  return below;
+}
+
 /// One layer, as one block sees it. All its threads call each function.
 struct LayerPlan {
   const PlanParams& p;
@@ -198,24 +211,16 @@ struct LayerPlan {
     __syncthreads();
   }
 
-  /// The worker whose range holds a unit.
-  __device__ int32_t worker_of(int32_t unit) const {
-    return first_above(unit, num_ranges, [&](int32_t k) { return borders[k + 1]; });
-  }
-
-  /// The row that a unit belongs to.
-  __device__ int32_t row_of(int32_t unit) const {
-    return first_above(unit, p.num_rows, [&](int32_t r) { return rows[r].end; });
-  }
-
   __device__ void share_rows() {
     block_exclusive_sum<kThreads>(
         p.num_rows,
         [&](int32_t r) {
           RowFacts& row = rows[r];
           const bool is_empty = row.begin == row.end;
-          row.first_worker = is_empty ? 0 : worker_of(row.begin);
-          row.num_partials = is_empty ? 0 : worker_of(row.end - 1) - row.first_worker + 1;
+          const int2 workers = first_above(make_int2(row.begin, row.end - 1), num_ranges,
+                                           [&](int32_t k) { return borders[k + 1]; });
+          row.first_worker = is_empty ? 0 : workers.x;
+          row.num_partials = is_empty ? 0 : workers.y - workers.x + 1;
           row.arrived = row.unused = 0;
           return row.num_partials > 1 ? row.num_partials : 0;
         },
@@ -228,9 +233,9 @@ struct LayerPlan {
     for (int32_t r = slice * kThreads + threadIdx.x; r < p.num_rows; r += step) to[r] = rows[r];
   }
 
-  /// Page of a unit.
-  __device__ int32_t page_of(int32_t unit) const {
-    const int32_t row = row_of(unit), index = unit - rows[row].begin;
+  /// Page of a unit of a row.
+  __device__ int32_t page_of(int32_t unit, int32_t row) const {
+    const int32_t index = unit - rows[row].begin;
     const int32_t used = num_pages(rows[row].length - new_tokens(row));
     const int32_t* pages = index < used
                                ? p.block_table + row_offset(p.table_stride, row) + index
@@ -247,18 +252,19 @@ struct LayerPlan {
       const int32_t begin = is_idle ? 0 : borders[w], end = is_idle ? 0 : borders[w + 1];
       constexpr int kPerLane = (schedule::kWorkerPages + kWarpSize - 1) / kWarpSize;
       int32_t pages[kPerLane];  // all on their way before the first is written
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int32_t unit = begin + i * kWarpSize + lane;
-        pages[i] = unit < end ? page_of(unit) : 0;
-      }
+      static_assert(kPerLane == 2);
+      const int2 unit = make_int2(begin + lane, begin + kWarpSize + lane);
+      const int2 row_of_unit =
+          first_above(unit, p.num_rows, [&](int32_t r) { return rows[r].end; });
+      pages[0] = unit.x < end ? page_of(unit.x, row_of_unit.x) : 0;
+      pages[1] = unit.y < end ? page_of(unit.y, row_of_unit.y) : 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int32_t k = i * kWarpSize + lane;
         if (k < schedule::kWorkerPages) worker.pages[k] = pages[i];
       }
       if (lane == 0) {
-        const int32_t row = is_idle ? 0 : row_of(begin);
+        const int32_t row = is_idle ? 0 : row_of_unit.x;
         worker.begin = begin;
         worker.end = end;
         worker.row = row;
