@@ -21,9 +21,8 @@ constexpr int kTile = 16;    // pages that a warp works on side by side
 constexpr int kColumns = 8;  // queries, too
 constexpr int kProductWarps = 8;
 constexpr int kProductThreads = kProductWarps * kWarpSize;
-constexpr int kRound = kProductWarps * kTile;         // pages that a block works on side by side
-constexpr int kMostPages = 4 * kRound;                // of a block
-constexpr int kFewThreads = 128, kManyThreads = 512;  // that choose from a row
+constexpr int kRound = kProductWarps * kTile;  // pages that a block works on side by side
+constexpr int kMostPages = 4 * kRound;         // of a block
 
 /// What one block's products are of.
 struct Products {
@@ -273,12 +272,16 @@ void CudaBackend::shortlist(const ShortlistArgs& args) {
              args.stream, p);
     });
   }
-  const bool is_short = older <= kFewThreads * kFour, is_long = older > kManyThreads * kFour;
-  launch("shortlist",
-         is_short  ? shortlist_kernel<kFewThreads, false>
-         : is_long ? shortlist_kernel<kManyThreads, true>
-                   : shortlist_kernel<kManyThreads, false>,
-         {dim3(rows), is_short ? kFewThreads : kManyThreads, 0, early}, args.stream, p);
+  // As many threads as hold what is known of a row, so that many rows are chosen from at once.
+  if (older <= 128 * kFour) {
+    launch("shortlist", shortlist_kernel<128, false>, {dim3(rows), 128, 0, early}, args.stream, p);
+  } else if (older <= 256 * kFour) {
+    launch("shortlist", shortlist_kernel<256, false>, {dim3(rows), 256, 0, early}, args.stream, p);
+  } else {
+    launch("shortlist",
+           older <= 512 * kFour ? shortlist_kernel<512, false> : shortlist_kernel<512, true>,
+           {dim3(rows), 512, 0, early}, args.stream, p);
+  }
 }
 
 size_t CudaBackend::workspace_bytes(const ShortlistArgs& args) const {
