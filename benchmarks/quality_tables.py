@@ -147,12 +147,14 @@ def tables(
         own = {(c["policy"], c["share"]): c for c in results if c["task"] == task}
         shares = sorted({share for _, share in own}, reverse=True)
         policies = [x for x in order(results) if shown_only is None or x in shown_only]
+        policies = [x for x in policies if any(policy == x for policy, _ in own)]
+        is_bold = is_better if formats else is_lowest
         rows = []
         for policy in policies:
-            row = [own[policy, share] for share in shares]
-            is_bold = is_better if formats else is_lowest
-            rows.append((f"`{policy}`", *(shown(x, is_bold(x, own), not formats) for x in row)))
-        prompts = f"`{task}`, {own[policies[0], shares[0]]['texts']} prompts"
+            row = (own.get((policy, share)) for share in shares)
+            found_ones = (x and shown(x, is_bold(x, own), not formats) for x in row)
+            rows.append((f"`{policy}`", *(x or "" for x in found_ones)))
+        prompts = f"`{task}`, {next(iter(own.values()))['texts']} prompts"
         found.append(Table(task, (prompts, *map(share_name, shares)), tuple(rows)))
     return found
 

@@ -129,6 +129,17 @@ def test_quality_tables_name_the_lowest_that_reads_once(script: ModuleType):
     )
 
 
+def test_quality_tables_leave_out_what_was_not_measured(script: ModuleType):
+    keys = [("qa", "a", 0.5), ("qa", "a", 0.25), ("qa", "b", 0.25), ("text", "b", 0.5)]
+    cells = [
+        {"task": task, "policy": policy, "share": share, "texts": 8, "kl": 2.0 + number}
+        for number, (task, policy, share) in enumerate(keys)
+    ]
+    qa, text = script.tables(cells, formats=False)
+    assert qa.rows == (("`a`", "**2.00**", "**3.00**"), ("`b`", "", "4.00"))
+    assert text.rows == (("`b`", "**5.00**"),)
+
+
 def test_quality_tables_compare_with_the_default(script: ModuleType):
     """By geometric means over shares: (2 * 8) ** .5 and 0.5."""
 
