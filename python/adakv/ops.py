@@ -398,7 +398,7 @@ def _attended(queries: Tensor, layer: Layer, others: Sequence[Tier]) -> tuple[Te
     """The output ``[B, Hq, S, O]``, in memory ``[B, S, Hq, O]``, and its lse ``[B, Hq, S]``."""
     try:
         batch, heads, tokens, whole = queries.shape
-        dim = layer.value_dim or whole
+        dim = whole if layer.value_pages is None else layer.value_dim or whole
         for tier in others:
             asked = whole if tier.queries is None else tier.queries.shape[3]
             dim = max(dim, tier.column + (tier.layer.value_dim or asked))

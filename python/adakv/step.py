@@ -246,7 +246,7 @@ class PlannedStep:
             asked,
             view,
             planned(view) if schedule is None else schedule,
-            self._tiers(layer, queries, values.shape[3]),
+            self._tiers(layer, queries, values.shape[3]) if self._others else (),
             keys=keys if is_planned else None,
             values=values if is_planned else None,
             num_new=self._num_new,
