@@ -155,7 +155,7 @@ class Branch:
     def check(self) -> None:
         cache = self.cache
         assert cache.pages_used + cache.num_free == cache.num_pages
-        size, step = cache.page_size, 1 / 15
+        size, step = cache.page_size, 1 / (3 if cache.kv_dtype == "int2" else 15)
         for layer in range(LAYERS):
             view = cases.mapped(cache.layer(layer), Tensor.cpu)
             for b, text in enumerate(self.texts):
