@@ -4,7 +4,6 @@
 // entries, and values of another width than keys. Tiers go to one launch of the fast kernels, or one
 // after the other to those, and what is left to one of any.cu, in float32 between them.
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -105,7 +104,7 @@ AttendParams attend_params(const AttendArgs& args) {
   p.leaves_full_tails = leaves_full_tails(args);
   p.group = Divisor::of(args.queries.shape[1] / p.layer.num_heads);
   p.num_heads = Divisor::of(p.layer.num_heads);
-  p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
+  p.scale = scale_of(args);
   if (args.softcap != 0) p.scale /= args.softcap;
   p.softcap = args.softcap;
   if (stores_logits(args)) {

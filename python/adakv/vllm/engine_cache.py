@@ -37,7 +37,7 @@ from adakv.reselection import Rule
 from adakv.step import Attention, PlannedStep
 from adakv.vllm.later import Later
 from adakv.vllm.page_memory import Pages, entries_of
-from adakv.vllm.pages import SharedPages, kept_of, kept_of_all, spans_layers
+from adakv.vllm.pages import SharedPages, kept_of, kept_of_alike, spans_layers
 from adakv.vllm.plan import Plan, Scheduler
 from adakv.vllm.prompt_attention import Appended, FlashAttention, whole
 from adakv.vllm.prompts import (
@@ -379,28 +379,28 @@ class EngineCache:
         if self._tails is not None:
             tails = self._tails.layers(self._tails.place(prompt.request))
             written = self._written(prompt, blocks) if computed > boundary else []
-        if isinstance(self._pages, SharedPages):
-            most = sum(sum(layer) for layer in reader.totals(self.num_kv_heads))
-            if self._tails is None:
-                everything = range(self.num_layers), kept_of_all(reader)
-                lengths = self._pages.compact(*everything, page_ids, most)
-            else:
-                lengths = self._pages.quantise(
-                    kept_of_all(reader),
-                    lambda layer: self._entries(layer, prompt, page_ids, 0, boundary),
-                    blocks[: planned.kept_blocks + 1],
-                    most,
-                    self._rows.positions,
-                    self._tails.joined(self._tails.place(prompt.request)),
-                )
-        elif tails is None:
-            totals, moved = reader.totals(self.num_kv_heads), []
+        totals = [sum(layer) for layer in reader.totals(self.num_kv_heads)]
+        if self._tails is None:
+            moved = []
             for layers in self._pages.together(boundary):
-                kept = kept_of(layers, reader, self._pages, page_ids, self._are_alike)
-                most = sum(sum(totals[layer]) for layer in layers)
+                if self._are_alike and len(layers) > 1:
+                    kept = kept_of_alike(layers, reader, self._pages, page_ids)
+                else:
+                    kept = kept_of(layers, reader)
+                most = sum(totals[layers.start : layers.stop])
                 moved.append(self._pages.compact(layers, kept, page_ids, most))
             lengths = torch.cat(moved)
+        elif isinstance(self._pages, SharedPages):
+            lengths = self._pages.quantise(
+                kept_of(range(self.num_layers), reader),
+                lambda layer: self._entries(layer, prompt, page_ids, 0, boundary),
+                blocks[: planned.kept_blocks + 1],
+                sum(totals),
+                self._rows.positions,
+                self._tails.joined(self._tails.place(prompt.request)),
+            )
         else:
+            assert tails is not None
             lengths = self._compact(reader, page_ids[:, : planned.kept_blocks + 1], tails)
         if computed > boundary and tails is None:
             self._pages.close_up(blocks, planned.tail, lengths, boundary, computed)

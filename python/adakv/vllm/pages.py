@@ -304,6 +304,9 @@ class SharedPages(OwnPages):
         dealt = by_request.flatten(1).cumsum(-1).view(by_request.shape)
         return dealt.transpose(0, 1) - kept_pages
 
+    def together(self, length: int) -> list[range]:
+        return [range(self._layers)]
+
     def _place(self, in_block: Tensor) -> Tensor:
         return self._places[in_block]
 
@@ -382,22 +385,18 @@ def _joined(kept: Sequence[Kept], most: int, batch: int) -> Kept:
     return Kept(positions, F.pad(ends, (1, 0)).int())
 
 
-def kept_of_all(reader: Reader) -> list[Kept]:
-    """What each layer keeps of one prompt, whose entries stay where they are."""
+def kept_of(layers: range, reader: Reader) -> list[Kept]:
+    """What each of some layers keeps of one prompt, whose entries stay where they are."""
     kept: dict[int, Kept] = {}
-    for layer in range(reader.num_layers):
+    for layer in layers:
         for finished, (chosen,) in reader.finish(layer).items():
             kept[finished] = chosen.kept
-    return [kept[layer] for layer in range(reader.num_layers)]
+    return [kept[layer] for layer in layers]
 
 
-def kept_of(
-    layers: range, reader: Reader, pages: OwnPages, page_ids: Tensor, are_alike: bool
-) -> list[Kept]:
-    """What some layers keep of one prompt, whose entries lie in pages ``[Hkv, blocks]`` of each: at
-    once, if they are alike (:meth:`adakv.reading.Reader.finish_alike`)."""
-    if not are_alike or len(layers) == 1:
-        return [reader.finish(layer)[layer][0].kept for layer in layers]
+def kept_of_alike(layers: range, reader: Reader, pages: OwnPages, page_ids: Tensor) -> list[Kept]:
+    """The same of layers that are alike, whose entries lie in pages ``[Hkv, blocks]`` of each:
+    chosen at once (:meth:`adakv.reading.Reader.finish_alike`)."""
 
     def entries() -> tuple[Tensor, Tensor]:
         memory, firsts = pages.memory_of(layers)
