@@ -98,7 +98,7 @@ class Int4Steps(Steps):
                         into[block * HEADS + head] = x
 
     def _kept(self, request: Request) -> list[list[Tensor]]:
-        """Of what rows hold, which is then quantised anew."""
+        """What is kept of what rows hold, which is then quantised anew."""
         n, rows = request.boundary, self._rows_of(request)
         held = [[row.held(self.dtype) for row in of_layer] for of_layer in rows]
         for layer, of_layer in enumerate(held):

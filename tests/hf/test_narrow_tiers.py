@@ -158,8 +158,8 @@ def test_budgets_in_bytes_count_bases_and_the_pages_of_all_tiers() -> None:
 
 @pytest.mark.parametrize("policy", ["ada_snapkv", "model_rank_fusion"])
 def test_mixed_tiers_take_their_share_of_the_bytes_in_each_layer(policy: str) -> None:
-    """Of what a policy keeps, that of its window aside; some entries go, and all others lie once in
-    a tier, for each prompt of a batch as alone."""
+    """Some of what a policy keeps goes, but for its window, and all the rest lies once in a tier,
+    for each prompt of a batch as alone."""
     model = LLAMA.model(hidden_size=256)
     whole = adakv.Cache(model, policy, budget=100)
     logits(model, whole)

@@ -81,7 +81,7 @@ def has_tiers(policy: str) -> bool:
     "policy", [name for name in names() if name not in REFUSED and not has_tiers(name)]
 )
 def test_it_holds_what_a_small_one_would_have_chosen(policy: str, ratio: float) -> None:
-    """Of each preset; also where all of the prompt was kept, which nobody scores otherwise."""
+    """Every preset does, also where all of the prompt was kept, which nobody scores otherwise."""
     model, prompt = LLAMA.model(), ids(400)
     settings: dict[str, Any] = {}
     if "classes" in get(policy).needs:
