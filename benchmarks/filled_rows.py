@@ -30,22 +30,25 @@ class Sizes(Protocol):
 
 
 def filled(case: Sizes, device: str) -> KVCache:
-    """Rows of one length in all layers, with room for two pages more in each."""
+    """Rows of one length in all layers, with room for two pages more in each. Values are as wide as
+    keys, unless the case has ``dims`` of both."""
     rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
+    key, value = getattr(case, "dims", None) or (case.head_dim, case.head_dim)
     row_pages = -(-case.held // 16) + 2
     kv = KVCache(
         num_layers=case.layers,
         num_sequences=case.batch,
         num_kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
+        head_dim=key,
+        value_dim=value,
         num_pages=case.layers * rows * row_pages,
         max_row_pages=row_pages,
         dtype=dtype,
         kv_dtype=case.kv_dtype,
         device=device,
     )
-    shape = case.batch, case.kv_heads, case.held, case.head_dim
-    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    shape = case.batch, case.kv_heads, case.held
+    keys, values = (torch.randn(*shape, dim, device=device).to(dtype) for dim in (key, value))
     every = torch.arange(case.held, dtype=torch.int32, device=device).repeat(rows)
     ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * case.held
     for layer in range(case.layers):

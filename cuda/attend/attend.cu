@@ -39,11 +39,12 @@ bool scales_are_aligned(const TensorView& scales) {
   return reinterpret_cast<uintptr_t>(scales.data) % 16 == 0 && scales.stride[0] * 2 % 16 == 0;
 }
 
-bool has_fast_kernel(const AttendArgs& args) {
+/// Whether fast kernels of the head dim take the pages, as far as these are concerned.
+bool fits_fast_kernel(const AttendArgs& args) {
   if (args.layer.page_biases || args.layer.value_pages) return false;
   const int64_t page_size = args.layer.pages.shape[2], head_dim = args.queries.shape[3];
   const bool fits_tiles = page_size % tile_slots(args.layer.format(), head_dim) == 0 &&
-                          args.queries.dtype != DType::kFloat32 && dispatch_fast(args, [](auto) {});
+                          args.queries.dtype != DType::kFloat32;
   const size_t query_alignment = args.layer.tails ? 16 : is_coded(args) ? 8 : 4;
   const bool is_aligned = rows_are_aligned(args.layer.pages, 16) &&
                           rows_are_aligned(args.queries, query_alignment) &&
@@ -51,6 +52,10 @@ bool has_fast_kernel(const AttendArgs& args) {
   if (!is_coded(args)) return fits_tiles && is_aligned;
   return fits_tiles && is_aligned && scales_are_aligned(args.layer.key_scales) &&
          scales_are_aligned(args.layer.value_scales) && device_copies_boxes();
+}
+
+bool has_fast_kernel(const AttendArgs& args) {
+  return dispatch_fast(args, [](auto) {}) && fits_fast_kernel(args);
 }
 
 int64_t num_queries(const AttendArgs& args) {
@@ -136,17 +141,26 @@ void fast_attend(const AttendArgs& args, const AttendParams& p) {
 struct Tiers {
   std::vector<AttendArgs> args;
   TierList fast, others;
-  bool has_kernel;  // whether one launch of the fast kernels takes all
+  bool has_kernel = false;  // whether one launch of the fast kernels takes all,
+  int set = 0;              // which set of kTierSets these are,
+  std::vector<int> kinds;   // and which kinds of it
 
   explicit Tiers(const AttendArgs& call) : args(tiers_of(call)) {
-    has_kernel = args.size() <= kMostFastTiers && device_copies_boxes();
+    bool fits = args.size() <= kMostFastTiers && device_copies_boxes() &&
+                has_tiers_kernel(call.queries.shape[3], num_queries(call));
     for (size_t i = 0; i < args.size(); ++i) {
-      const int64_t head_dim = args[i].queries.shape[3];
-      const bool is_fast = tier_column(call, i) == 0 && head_dim == call.queries.shape[3] &&
-                           has_fast_kernel(args[i]);
-      (is_fast ? fast : others).push_back(i);
-      has_kernel = has_kernel && is_fast &&
-                   has_tiers_kernel(args[i].layer.format(), head_dim, num_queries(call));
+      const bool is_like_first =
+          tier_column(call, i) == 0 && args[i].queries.shape[3] == call.queries.shape[3];
+      (is_like_first && has_fast_kernel(args[i]) ? fast : others).push_back(i);
+      fits = fits && fits_fast_kernel(args[i]) && tier_column(call, i) % 4 == 0;
+    }
+    for (set = 0; fits && !has_kernel && set < kNumTierSets; set += !has_kernel) {
+      kinds.clear();
+      for (const AttendArgs& tier : args) {
+        kinds.push_back(
+            tier_kind(set, tier.layer.format(), tier.queries.shape[3], call.queries.shape[3]));
+      }
+      has_kernel = *std::max_element(kinds.begin(), kinds.end()) < kTierKinds;
     }
   }
 
@@ -154,21 +168,25 @@ struct Tiers {
 };
 
 /// All tiers in one launch; `first` is the first one, perhaps with what it appends.
-void attend_tiers(const std::vector<AttendArgs>& tiers, const AttendParams& first) {
+void attend_tiers(const AttendArgs& args, const Tiers& tiers, const AttendParams& first) {
   AttendTiersParams p = {};
   int64_t num_pages[kMostFastTiers] = {};
-  p.num_tiers = static_cast<int32_t>(tiers.size());
-  for (size_t i = 0; i < tiers.size(); ++i) {
-    p.tiers[i] = i == 0 ? first : attend_params(tiers[i]);
+  p.num_tiers = static_cast<int32_t>(tiers.args.size());
+  p.width = static_cast<int32_t>(args.out.shape[3]);
+  p.set = tiers.set;
+  for (size_t i = 0; i < tiers.args.size(); ++i) {
+    p.tiers[i] = i == 0 ? first : attend_params(tiers.args[i]);
     p.tiers[i].sees_all = i > 0;
-    p.formats[i] = tiers[i].layer.format();
-    num_pages[i] = tiers[i].layer.pages.shape[0];
+    p.tiers[i].prefetches = first.prefetches;
+    p.kinds[i] = tiers.kinds[i];
+    p.columns[i] = tier_column(args, i);
+    num_pages[i] = tiers.args[i].layer.pages.shape[0];
   }
-  const TensorView& queries = tiers[0].queries;
+  const TensorView& queries = args.queries;
   dispatch_dtype(queries.dtype, [&](auto tag) {
     using Element = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<Element, float>) {
-      const auto stream = static_cast<cudaStream_t>(tiers[0].stream);
+      const auto stream = static_cast<cudaStream_t>(args.stream);
       if (queries.shape[3] == 64) {
         launch_attend_tiers<Element, 64>(p, num_pages, stream);
       } else {
@@ -264,7 +282,7 @@ void CudaBackend::attend(const AttendArgs& args) {
     launch_append(to_append, leaves ? FullTails::kLeave : FullTails::kQuantise);
   }
   if (tiers && tiers->has_kernel) {
-    attend_tiers(tiers->args, p);
+    attend_tiers(args, *tiers, p);
   } else if (tiers) {
     attend_tier_by_tier(args, *tiers, p);
   } else if (is_fast) {

@@ -31,13 +31,14 @@ __device__ inline void clear_empty_rows(const PartsOf& parts_of,
   constexpr bool kGoesOn = PartsOf::Parts::kGoesOn;
   const int32_t lane = threadIdx.x % kWarpSize;
   const int32_t end = cuts_rows ? p.num_rows : block + 1;
+  const int32_t width = parts_of.width(Config::kHeadDim);
 #pragma unroll 1
   for (int32_t r = block + lane * num_blocks; r < end; r += kWarpSize * num_blocks) {
     if (!parts_of.is_empty(r)) continue;
     const RowContext row = row_context<Config>(p, r, 0);
 #pragma unroll 1
-    for (int i = 0; i < row.num_queries * Config::kHeadDim; ++i) {
-      const int32_t query = row.first_query + i / Config::kHeadDim, column = i % Config::kHeadDim;
+    for (int i = 0; i < row.num_queries * width; ++i) {
+      const int32_t query = row.first_query + i / width, column = i % width;
       const int32_t head = row.h * p.group.value + p.group.remainder(query);
       const int32_t token = p.group.quotient(query);
       const float lse = kGoesOn ? p.before_of(row.b, head, token) : -INFINITY;
@@ -202,6 +203,8 @@ struct PartsOfOneTier {
   /// Whether this block clears rows without entries.
   __device__ bool clears_rows() const { return true; }
   __device__ bool is_empty(int32_t row) const { return p.rows[row].begin >= p.rows[row].end; }
+  /// Columns of out, where the tier has so many.
+  static __device__ constexpr int32_t width(int32_t of_tier) { return of_tier; }
 };
 
 // grid: [num_workers] if rows are cut, else [num_rows, blocks of queries].

@@ -110,13 +110,30 @@ void launch_attend(const AttendParams& params, int64_t num_pages, cudaStream_t s
 /// Tiers that the fast kernels take in one launch, at most.
 constexpr int kMostFastTiers = 3;
 
-/// The tiers of a row, each with what its format's kernel is given; `arrived` of the first one's rows
+/// What a tier may be of which the fast kernel takes several in one launch: a format, and by what the
+/// head dim of the first tier is divided.
+struct TierKind {
+  PageFormat format;
+  int divisor;
+};
+
+constexpr int kNumTierSets = 3, kTierKinds = 3;
+
+/// Those that a kernel has, a row for each kernel: formats of whole entries, and ranks of a half and a
+/// quarter. One kernel of all would be short of registers.
+constexpr TierKind kTierSets[kNumTierSets][kTierKinds] = {
+    {{PageFormat::kPlain, 1}, {PageFormat::kInt8, 1}, {PageFormat::kInt4, 1}},
+    {{PageFormat::kPlain, 1}, {PageFormat::kInt8, 1}, {PageFormat::kFp8, 1}},
+    {{PageFormat::kPlain, 1}, {PageFormat::kPlain, 2}, {PageFormat::kPlain, 4}}};
+
+/// The tiers of a row, each with what its kind's kernel is given; `arrived` of the first one's rows
 /// counts the blocks of all. Partial results lie tier by tier: those of rows that workers share, and
-/// one for each row.
+/// one for each row; each has place for the columns of the first tier.
 struct AttendTiersParams {
   AttendParams tiers[kMostFastTiers];
-  PageFormat formats[kMostFastTiers];
-  int32_t num_tiers;
+  int32_t kinds[kMostFastTiers];    // of the set
+  int32_t columns[kMostFastTiers];  // of out, to which the first element of a value belongs
+  int32_t num_tiers, set, width;    // set: of kTierSets; width: columns of out
 
   __host__ __device__ int64_t partials_of_tier() const {
     return int64_t{tiers[0].max_partials} + tiers[0].num_rows;
@@ -124,13 +141,22 @@ struct AttendTiersParams {
 };
 static_assert(sizeof(AttendTiersParams) <= 4096, "no more parameters fit");
 
-/// Whether there is a fast kernel for several tiers: for what most models have. Others take tier by tier.
-constexpr bool has_tiers_kernel(PageFormat format, int64_t head_dim, int64_t num_queries) {
-  return format != PageFormat::kFp8 && format != PageFormat::kInt2 &&
-         (head_dim == 64 || head_dim == 128) && num_queries <= 8;
+/// Which kind of a set a tier is, beside a first one of head dim `first_dim`; kTierKinds if it is none.
+constexpr int tier_kind(int set, PageFormat format, int64_t head_dim, int64_t first_dim) {
+  int kind = 0;
+  while (kind < kTierKinds && (kTierSets[set][kind].format != format ||
+                               kTierSets[set][kind].divisor * head_dim != first_dim)) {
+    ++kind;
+  }
+  return kind;
 }
 
-/// The fast kernel for several tiers, where rows are cut and boxes are copied.
+/// Whether there are fast kernels for several tiers. Others take tier by tier.
+constexpr bool has_tiers_kernel(int64_t first_dim, int64_t num_queries) {
+  return (first_dim == 64 || first_dim == 128) && num_queries <= 8;
+}
+
+/// The fast kernels for several tiers, where rows are cut and boxes are copied.
 template <typename Element, int kHeadDim>
 void launch_attend_tiers(const AttendTiersParams& params,
                          const int64_t* num_pages,

@@ -29,24 +29,35 @@ struct Part {
   }
 };
 
+/// Where a partial result lies among all, and which columns of out it has, by four.
+struct PartPlace {
+  int32_t slot, first_quad, num_quads;
+};
+
 /// The partial results of a row whose entries lie in one tier: those of the workers that share it.
 class OneTier {
  public:
-  static constexpr bool kGoesOn = true;  // perhaps from what tiers before this one gave
-  static constexpr int kAtOnce = 4;      // that a warp reads at a time
+  static constexpr bool kGoesOn = true;     // perhaps from what tiers before this one gave
+  static constexpr bool kHasParts = false;  // of columns: each partial result has all of them
+  static constexpr int kAtOnce = 4;         // that a warp reads at a time
   static constexpr int kMostWarps =
       16;  // that add them up; their number decides about the last bits
 
   __device__ OneTier(const AttendParams& p, int32_t row, const schedule::RowFacts& facts)
       : p_(p), row_(row), first_(facts.first_partial), num_(facts.num_partials) {}
 
+  template <int kQuads>
+  static constexpr int kPartQuads = kQuads;
+
+  /// Columns of out, by four, where a tier has so many.
+  static __device__ constexpr int32_t num_quads(int32_t of_tier) { return of_tier; }
   /// How many there are; if it is one, nobody shares the row.
   __device__ int32_t count() const { return num_; }
   /// Where the one of this block's worker lies, and the i-th of all.
   __device__ int32_t mine(const schedule::RowFacts& facts, int32_t worker) const {
     return first_ + worker - facts.first_worker;
   }
-  __device__ int32_t slot(int32_t i) const { return first_ + i; }
+  __device__ PartPlace place(int32_t i) const { return {first_ + i, 0, 0}; }
   /// Places for partial results of all rows.
   __device__ int64_t num_slots() const { return p_.max_partials; }
   /// What counts the workers that are done.
@@ -64,6 +75,8 @@ class RowEnd {
  public:
   static constexpr int kQuads = Config::kHeadDim / 4;          // columns by four
   static constexpr int kAllQuads = Config::kQueries * kQuads;  // of all queries
+  // Of a query in a partial result.
+  static constexpr int kPartQuads = Parts::template kPartQuads<kQuads>;
 
   __device__ RowEnd(const AttendParams& p,
                     const RowContext& row,
@@ -79,29 +92,36 @@ class RowEnd {
 
   /// All warps have stored their results, or are about to: barrier first.
   __device__ void run(const schedule::RowFacts& facts, int32_t worker, bool cuts_rows) {
-    bool is_whole = !cuts_rows || parts_.count() <= 1;
+    bool is_whole = !cuts_rows || (parts_.count() <= 1 && parts_.num_quads(kQuads) == kQuads);
+    int32_t first_quad = 0;  // of out, of those that are finished
     wait_for_warps();
 #pragma unroll 1
-    while (true) {  // at most twice: the same code adds up warps and workers, and stays small
+    while (true) {  // the same code adds up warps and workers, and stays small
 #pragma unroll 1
       for (int i = threadIdx.x; i < kAllQuads; i += Config::kThreads) {
-        const int query = i / kQuads, column = i % kQuads * 4;
+        const int query = i / kQuads, quad = i % kQuads;
         if (is_whole && query >= row_.num_queries) break;  // gather() reads the others, too
-        const Part part = add_warps(query, column);
+        if (is_whole && first_quad + quad >= parts_.num_quads(kQuads)) continue;
+        const Part part = add_warps(query, quad * 4);
         if (is_whole) {
-          finish(query, column, part);
+          finish(query, (first_quad + quad) * 4, part);
         } else {
           publish(parts_.mine(facts, worker), i, part);
         }
       }
-      if (is_whole) return;
+      if (is_whole) {
+        first_quad += kQuads;
+        if (!Parts::kHasParts || first_quad >= parts_.num_quads(kQuads)) return;
+        wait_for_warps();
+      } else {
+        wait_for_warps();
+        if (threadIdx.x == 0) is_last_ = arrive();
+        wait_for_warps();
+        if (!is_last_) return;
+        is_whole = true;
+      }
+      gather(first_quad);
       wait_for_warps();
-      if (threadIdx.x == 0) is_last_ = arrive();
-      wait_for_warps();
-      if (!is_last_) return;
-      gather();
-      wait_for_warps();
-      is_whole = true;
     }
   }
 
@@ -172,17 +192,36 @@ class RowEnd {
   }
 
   __device__ float4* partial_out(int64_t slot) const {
-    return reinterpret_cast<float4*>(p_.partials) + slot * kAllQuads;
+    return reinterpret_cast<float4*>(p_.partials) + slot * Config::kQueries * kPartQuads;
   }
 
   __device__ float2* partial_max_sum(int32_t slot) const {
     return reinterpret_cast<float2*>(partial_out(parts_.num_slots())) + slot * Config::kQueries;
   }
 
+  /// Where four columns of a query lie in a partial result.
+  static __device__ int in_part(int query, int quad) { return query * kPartQuads + quad; }
+
   __device__ void publish(int32_t slot, int quad, const Part& part) const {
-    partial_out(slot)[quad] = part.out;
+    partial_out(slot)[in_part(quad / kQuads, quad % kQuads)] = part.out;
     if (quad % kQuads == 0) {
       partial_max_sum(slot)[quad / kQuads] = make_float2(part.max, part.sum);
+    }
+  }
+
+  /// Four columns, counted from first_quad on, of a partial result; 0 where it has none.
+  __device__ Part load(const PartPlace& place, int32_t first_quad, int quad) const {
+    const int query = quad / kQuads;
+    const float2 max_sum = __ldcg(partial_max_sum(place.slot) + query);
+    if constexpr (!Parts::kHasParts) {
+      return {max_sum.x, max_sum.y, __ldcg(partial_out(place.slot) + quad)};
+    } else {
+      Part part = {max_sum.x, max_sum.y, make_float4(0, 0, 0, 0)};
+      const int at = first_quad + quad % kQuads - place.first_quad;
+      if (at >= 0 && at < place.num_quads) {
+        part.out = __ldcg(partial_out(place.slot) + in_part(query, at));
+      }
+      return part;
     }
   }
 
@@ -199,8 +238,9 @@ class RowEnd {
     return is_last;
   }
 
-  /// Partial results to images: warp w of those that add adds up the w-th, and each kAdders-th from there.
-  __device__ void gather() {
+  /// Partial results, of columns from first_quad on, to images: warp w of those that add adds up the
+  /// w-th, and each kAdders-th from there.
+  __device__ void gather(int32_t first_quad) {
     const int32_t num_partials = parts_.count();
     constexpr int kPerLane = std::min(4, (kAllQuads + kWarpSize - 1) / kWarpSize);
     constexpr int kAtOnce = Parts::kAtOnce,
@@ -216,12 +256,11 @@ class RowEnd {
         Part parts[kAtOnce][kPerLane];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          const int32_t slot = parts_.slot(min(i + k * kAdders, num_partials - 1));
+          const PartPlace place = parts_.place(min(i + k * kAdders, num_partials - 1));
 #pragma unroll
           for (int j = 0; j < kPerLane; ++j) {
             const int quad = min(block + j * kWarpSize + lane, kAllQuads - 1);
-            const float2 max_sum = __ldcg(partial_max_sum(slot) + quad / kQuads);
-            parts[k][j] = {max_sum.x, max_sum.y, __ldcg(partial_out(slot) + quad)};
+            parts[k][j] = load(place, first_quad, quad);
           }
         }
 #pragma unroll

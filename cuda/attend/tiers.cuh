@@ -7,10 +7,13 @@
 
 namespace adakv {
 
-/// The partial results of a row in all tiers: tier by tier, in the order of the workers.
+/// The partial results of a row in all tiers: tier by tier, in the order of the workers. Narrow tiers
+/// have some columns of out, or others than the first one.
+template <int kFirstDim>
 class SeveralTiers {
  public:
   static constexpr bool kGoesOn = false;
+  static constexpr bool kHasParts = true;
   static constexpr int kAtOnce = 1;     // registers are short
   static constexpr int kMostWarps = 7;  // blocks of all formats have so many
 
@@ -37,14 +40,22 @@ class SeveralTiers {
     return first_slot(tier_, facts.num_partials, facts.first_partial) + worker - facts.first_worker;
   }
 
-  __device__ int32_t slot(int32_t i) const {
-    int32_t slot = 0;
+  template <int kQuads>
+  static constexpr int kPartQuads = kFirstDim / 4;
+
+  __device__ int32_t num_quads(int32_t) const { return all_.width / 4; }
+
+  __device__ PartPlace place(int32_t i) const {
+    int32_t slot = 0, tier = 0;
 #pragma unroll
     for (int t = 0; t < kMostFastTiers; ++t) {
-      if (i >= 0 && i < num_[t]) slot = first_slot(t, num_[t], first_[t]) + i;
+      if (i >= 0 && i < num_[t]) {
+        slot = first_slot(t, num_[t], first_[t]) + i;
+        tier = t;
+      }
       i -= num_[t];
     }
-    return slot;
+    return {slot, all_.columns[tier] / 4, all_.tiers[tier].layer.head_dim / 4};
   }
 
   __device__ int64_t num_slots() const { return all_.num_tiers * all_.partials_of_tier(); }
@@ -62,14 +73,16 @@ class SeveralTiers {
   int32_t tier_, row_, num_[kMostFastTiers], first_[kMostFastTiers];
 };
 
+template <int kFirstDim>
 struct PartsOfTiers {
-  using Parts = SeveralTiers;
+  using Parts = SeveralTiers<kFirstDim>;
   const AttendTiersParams& all;
   int32_t tier;
 
-  __device__ SeveralTiers operator()(int32_t row, const schedule::RowFacts&) const {
-    return SeveralTiers(all, tier, row);
+  __device__ Parts operator()(int32_t row, const schedule::RowFacts&) const {
+    return Parts(all, tier, row);
   }
+  __device__ int32_t width(int32_t) const { return all.width; }
   __device__ bool clears_rows() const { return tier == 0; }
   __device__ bool is_empty(int32_t row) const {
     bool is_empty = true;
@@ -82,70 +95,85 @@ struct PartsOfTiers {
   }
 };
 
-/// An instance for each format; a block has the warps of the largest.
-template <typename Element, int kHeadDim, int kQueries>
+/// An instance for each kind of a set of tiers; a block has the warps of the largest.
+template <typename Element, int kHeadDim, int kQueries, int kSet>
 struct TiersConfig {
-  using OfPlain = AttendConfig<Element, Plain, kHeadDim, kQueries, true>;
-  using OfInt8 = AttendConfig<Element, Int8, kHeadDim, kQueries, true>;
-  using OfInt4 = AttendConfig<Element, Int4, kHeadDim, kQueries, true>;
-  static_assert(std::min({OfPlain::kAllWarps, OfInt8::kAllWarps, OfInt4::kAllWarps}) >=
-                SeveralTiers::kMostWarps);
+  template <int kKind>
+  using Of = AttendConfig<Element,
+                          FormatFor<kTierSets[kSet][kKind].format>,
+                          kHeadDim / kTierSets[kSet][kKind].divisor,
+                          kQueries,
+                          true>;
+  static_assert(kTierKinds == 3);
+  static_assert(std::min({Of<0>::kAllWarps, Of<1>::kAllWarps, Of<2>::kAllWarps}) >=
+                SeveralTiers<kHeadDim>::kMostWarps);
   static constexpr int kThreads =
-      std::max({OfPlain::kThreads, OfInt8::kThreads, OfInt4::kThreads}) + kWarpSize;
+      std::max({Of<0>::kThreads, Of<1>::kThreads, Of<2>::kThreads}) + kWarpSize;
   static constexpr size_t kSharedBytes = std::max(
-      {sizeof(AttendShared<OfPlain>), sizeof(AttendShared<OfInt8>), sizeof(AttendShared<OfInt4>)});
+      {sizeof(AttendShared<Of<0>>), sizeof(AttendShared<Of<1>>), sizeof(AttendShared<Of<2>>)});
 };
 
 // grid: [num_tiers * num_workers]
-template <typename Element, int kHeadDim, int kQueries>
-__global__ void __launch_bounds__((TiersConfig<Element, kHeadDim, kQueries>::kThreads), 1)
+template <typename Element, int kHeadDim, int kQueries, int kSet>
+__global__ void __launch_bounds__((TiersConfig<Element, kHeadDim, kQueries, kSet>::kThreads), 1)
     attend_tiers_kernel(const __grid_constant__ AttendTiersParams all) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  using Configs = TiersConfig<Element, kHeadDim, kQueries>;
+  using Configs = TiersConfig<Element, kHeadDim, kQueries, kSet>;
   const int32_t num_workers = all.tiers[0].num_workers;
   const int32_t tier = blockIdx.x / num_workers, worker = blockIdx.x - tier * num_workers;
   const auto run = [&](auto config) {
     using Config = typename decltype(config)::type;
     if (threadIdx.x >= Config::kThreads + kWarpSize) return;
-    const PartsOfTiers parts_of = {all, tier};
+    const PartsOfTiers<kHeadDim> parts_of = {all, tier};
     attend_block<Config>(all.tiers[tier], worker, num_workers, true, parts_of, memory);
   };
-  const PageFormat format = all.formats[tier];
-  if (format == PageFormat::kInt4) return run(TypeTag<typename Configs::OfInt4>{});
-  if (format == PageFormat::kInt8) return run(TypeTag<typename Configs::OfInt8>{});
-  run(TypeTag<typename Configs::OfPlain>{});
+  const int32_t kind = all.kinds[tier];
+  if (kind == 2) return run(TypeTag<typename Configs::template Of<2>>{});
+  if (kind == 1) return run(TypeTag<typename Configs::template Of<1>>{});
+  run(TypeTag<typename Configs::template Of<0>>{});
 }
 
-template <typename Element, int kHeadDim, int kQueries>
+template <typename Element, int kHeadDim, int kQueries, int kSet>
 void launch_tiers_instance(const AttendTiersParams& p, cudaStream_t stream) {
-  using Configs = TiersConfig<Element, kHeadDim, kQueries>;
+  using Configs = TiersConfig<Element, kHeadDim, kQueries, kSet>;
   LaunchShape shape;
   shape.grid = dim3(p.num_tiers * p.tiers[0].num_workers);
   shape.threads = Configs::kThreads;
   shape.shared_bytes = Configs::kSharedBytes;
   shape.early = true;
-  launch("attend", attend_tiers_kernel<Element, kHeadDim, kQueries>, shape, stream, p);
+  launch("attend", attend_tiers_kernel<Element, kHeadDim, kQueries, kSet>, shape, stream, p);
+}
+
+/// A launch of the kernel of a set.
+template <typename Element, int kHeadDim, int kSet>
+void launch_tiers_set(AttendTiersParams p, const int64_t* num_pages, cudaStream_t stream) {
+  for (int t = 0; t < p.num_tiers; ++t) {
+    const auto encode = [&](auto kind) {
+      constexpr TierKind kKind = kTierSets[kSet][kind];
+      if (p.kinds[t] != kind) return;
+      encode_pages<Element, FormatFor<kKind.format>, kHeadDim / kKind.divisor>(p.tiers[t],
+                                                                               num_pages[t]);
+    };
+    encode(IntTag<0>{});
+    encode(IntTag<1>{});
+    encode(IntTag<2>{});
+  }
+  const AttendParams& first = p.tiers[0];
+  if (padded_queries(int64_t{first.group.value} * first.num_tokens) == 4) {
+    launch_tiers_instance<Element, kHeadDim, 4, kSet>(p, stream);
+  } else {
+    launch_tiers_instance<Element, kHeadDim, 8, kSet>(p, stream);
+  }
 }
 
 template <typename Element, int kHeadDim>
 void launch_attend_tiers(const AttendTiersParams& params,
                          const int64_t* num_pages,
                          cudaStream_t stream) {
-  AttendTiersParams p = params;
-  for (int t = 0; t < p.num_tiers; ++t) {
-    dispatch_format(p.formats[t], [&](auto format) {
-      using Format = typename decltype(format)::type;
-      if constexpr (has_tiers_kernel(Format::kFormat, kHeadDim, 1)) {
-        encode_pages<Element, Format, kHeadDim>(p.tiers[t], num_pages[t]);
-      }
-    });
-  }
-  const AttendParams& first = p.tiers[0];
-  if (padded_queries(int64_t{first.group.value} * first.num_tokens) == 4) {
-    launch_tiers_instance<Element, kHeadDim, 4>(p, stream);
-  } else {
-    launch_tiers_instance<Element, kHeadDim, 8>(p, stream);
-  }
+  static_assert(kNumTierSets == 3);
+  if (params.set == 0) return launch_tiers_set<Element, kHeadDim, 0>(params, num_pages, stream);
+  if (params.set == 1) return launch_tiers_set<Element, kHeadDim, 1>(params, num_pages, stream);
+  launch_tiers_set<Element, kHeadDim, 2>(params, num_pages, stream);
 }
 
 }  // namespace adakv

@@ -59,6 +59,22 @@ struct Int2 : FormatOf<PageFormat::kInt2> {
   static constexpr float kMostCode = 3;
 };
 
+/// What has the facts of a page format.
+template <PageFormat kOf>
+struct FormatTypeOf;
+template <>
+struct FormatTypeOf<PageFormat::kPlain> : TypeTag<Plain> {};
+template <>
+struct FormatTypeOf<PageFormat::kInt8> : TypeTag<Int8> {};
+template <>
+struct FormatTypeOf<PageFormat::kFp8> : TypeTag<Fp8> {};
+template <>
+struct FormatTypeOf<PageFormat::kInt4> : TypeTag<Int4> {};
+template <>
+struct FormatTypeOf<PageFormat::kInt2> : TypeTag<Int2> {};
+template <PageFormat kOf>
+using FormatFor = typename FormatTypeOf<kOf>::type;
+
 /// The head dim as groups fill it.
 constexpr __host__ __device__ int padded_head_dim(int head_dim) {
   return (head_dim + kGroupSize - 1) / kGroupSize * kGroupSize;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -85,6 +85,19 @@ CASES = [
     Case(others=(Part("auto", dims=(40, 64)), Part("int8", dims=(24, 64), page_size=32))),
     Case(others=(Part("auto", dims=(32, 16), column=64), Part("auto", dims=(16, 8), column=64))),
     Case(others=(Part("int8", dims=(32, 32), column=128), Part("int4")), head_dim=128, tokens=3),
+    # A half and a quarter of the dimensions: a row's workers have different columns of out.
+    Case(Part("auto", LONG), (Part("auto", LARGE, dims=(64, 64), column=128),), head_dim=128),
+    Case(Part("auto", LARGE), (Part("auto", LONG, dims=(32, 32), column=128),), head_dim=128,
+         group=8, has_sinks=True),
+    Case(Part("auto", LONG), (Part("auto", LARGE, 32, dims=(64, 64), column=128),
+                              Part("auto", LONG, dims=(32, 32), column=128)), head_dim=128),
+    Case(Part("auto", LONG), (Part("auto", LARGE, dims=(32, 32), column=64),
+                              Part("auto", LONG, 32, dims=(16, 16), column=64)),
+         has_sinks=True, group=5),
+    Case(Part("auto", LARGE), (Part("auto", LONG), Part("auto", LONG, dims=(32, 32), column=96))),
+    Case(Part("auto", ((3, 700), (70, 2))), (Part("auto", ((0, 0), (900, 0)), dims=(16, 16),
+                                                  column=64),), group=2, tokens=2),
+    Case(Part("int8", LONG, 32), (Part("fp8", LARGE, 32), Part("auto", LONG)), head_dim=128),
 ]  # fmt: skip
 
 
@@ -175,9 +188,10 @@ def test_tiers_meet_in_more_than_16_bits(
     assert error(parts) < 1.2 * error([whole])
 
 
-def test_attend_over_tiers_of_nothing_gives_nothing(device: torch.device) -> None:
+@pytest.mark.parametrize("part", [Part("int4"), Part(dims=(32, 32), column=64)], ids=str)
+def test_attend_over_tiers_of_nothing_gives_nothing(part: Part, device: torch.device) -> None:
     case = Case(first=Part(lengths=((0, 0), (0, 0))))
-    part = Part("int4", lengths=((0, 0), (0, 0)))
+    part = replace(part, lengths=((0, 0), (0, 0)))
     for dtype in (torch.float16, torch.bfloat16):
         layer = case.first.layer(case, dtype, device)
         others = [part.tier(case, dtype, device)]
