@@ -10,7 +10,7 @@
 // grid: [num_rows, blocks]; the threads or warps of a row's blocks take its slots in turn.
 #include <algorithm>
 
-#include "attend/entries.cuh"
+#include "attend/slots.cuh"
 #include "common/async_copy.cuh"
 #include "common/check.cuh"
 #include "common/launch.cuh"
@@ -109,23 +109,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 /// The products of a query with the keys of `count` slots, one in each lane.
-template <typename Entry, int kColumns>
-__device__ float multiply(const AttendParams& p,
-                          const float (&query)[kColumns],
-                          const int32_t (&columns)[kColumns],
-                          const Entry& mine,
-                          int32_t count) {
+template <typename SlotsOf, int kColumns>
+__device__ float multiply(const float (&query)[kColumns], const SlotsOf& slots, int32_t count) {
   const int32_t lane = threadIdx.x % kWarpSize;
   float product = 0;
-#pragma unroll(Entry::kLoads / kColumns)
-  for (int32_t i = 0; i < count; ++i) {
-    const Entry entry = mine.of_lane(i);
-    float dot = 0;
+  slots.visit([&](const auto& reader) {
+#pragma unroll(SlotsOf::kAtOnce)
+    for (int32_t i = 0; i < count; ++i) {
+      float key[kColumns], dot = 0;
+      reader.key(i, key);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) dot += query[j] * entry.key(p.layer, columns[j]);
-    dot = warp_sum(dot);
-    if (lane == i) product = dot;
-  }
+      for (int j = 0; j < kColumns; ++j) dot += query[j] * key[j];
+      dot = warp_sum(dot);
+      if (lane == i) product = dot;
+    }
+  });
   return product;
 }
 
@@ -138,17 +136,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Row row(p, blockIdx.x);
   const Query place = {row.b, row.h, 0, 0, row.length, row.length};
   const int32_t group = p.group.value, num_new = row.length - row.first_new;
-  int32_t columns[kColumns];  // lanes behind the head dim read its last element, times 0
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) columns[j] = min(lane + j * kWarpSize, head_dim - 1);
+  using SlotsOf = Slots<Entry, kColumns>;
 
   for (int32_t first = (blockIdx.y * (kThreads / kWarpSize) + warp) * kWarpSize; first < row.length;
        first += gridDim.y * kThreads) {
     const int32_t slot = first + lane, count = min(kWarpSize, row.length - first);
     float* at = to.row(row.b, row.h) + slot;
     float x = slot < row.first_new ? *at : 0.f;
-    Entry mine;
-    if (lane < count) mine = Entry(p, place, slot);
+    const SlotsOf slots(p, place, first, count);
     for (int32_t s = p.num_tokens - num_new; s < p.num_tokens; ++s) {
       const int32_t behind = p.num_tokens - 1 - s;
       const bool is_seen = slot < row.length - behind;
@@ -159,9 +154,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         float query[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          query[j] = lane + j * kWarpSize < head_dim ? to_float(data[columns[j]]) : 0.f;
+          const int32_t d = SlotsOf::column(j);
+          query[j] = d < head_dim ? to_float(data[d]) : 0.f;
         }
-        float z = multiply<Entry, kColumns>(p, query, columns, mine, count) * p.scale;
+        float z = multiply(query, slots, count) * p.scale;
         if (p.softcap != 0) z = p.softcap * tanhf(z);
         const float probability = expf(z - lse_of(p, row, q, s));
         sum += probability;

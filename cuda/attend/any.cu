@@ -12,7 +12,7 @@
 // the maximum so far; when that grows, what is there is rescaled.
 #include <algorithm>
 
-#include "attend/entries.cuh"
+#include "attend/slots.cuh"
 #include "common/check.cuh"
 #include "ops/tiers.h"
 
@@ -131,7 +131,7 @@ constexpr bool kHasBias = false;
 template <typename Element>
 constexpr bool kHasBias<BiasedEntry<Element>> = true;
 
-/// What a warp has found out; out[j] is column lane + 32 j.
+/// What a warp has found out; out[j] is the j-th column of Slots.
 template <int kColumns>
 struct WarpResult {
   float max = -INFINITY, sum = 0;
@@ -140,8 +140,7 @@ struct WarpResult {
 
 // Takes slots first_slot .. first_slot + 31 of the query's row into a warp's result. For products
 // all lanes read one entry at a time, because that is what lies together, however it is aligned;
-// for the softmax each lane has a slot. A branch around a load would wait for it, so lanes behind
-// the width of keys or values read their last element.
+// for the softmax each lane has a slot.
 template <typename Entry, int kColumns>
 __device__ void add_slots(const TierParams& tier,
                           float scale,
@@ -150,34 +149,26 @@ __device__ void add_slots(const TierParams& tier,
                           const float* q,  // [32 kColumns], 0 from head_dim on
                           int32_t first_slot,
                           WarpResult<kColumns>& result) {
-  const int32_t lane = threadIdx.x % kWarpSize, slot = first_slot + lane;
+  using SlotsOf = Slots<Entry, kColumns>;
+  const int32_t lane = threadIdx.x % kWarpSize;
   const int32_t count = min(kWarpSize, query.visible - first_slot);
-  int32_t key_columns[kColumns], value_columns[kColumns];
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    key_columns[j] = min(lane + j * kWarpSize, tier.head_dim - 1);
-    value_columns[j] = min(lane + j * kWarpSize, tier.value_dim - 1);
-  }
-
-  // Where the entry of this lane's slot lies: the block table has its page.
-  Entry mine;
-  if (lane < count) mine = Entry(tier, query, slot);
+  const SlotsOf slots(tier, query, first_slot, count);
 
   // z of this lane's slot; -inf if it isn't seen.
   float z = -INFINITY;
-#pragma unroll(Entry::kLoads / kColumns)
-  for (int32_t i = 0; i < count; ++i) {
-    const auto entry = mine.of_lane(i);
-    float dot = 0;
+  slots.visit([&](const auto& reader) {
+#pragma unroll(SlotsOf::kAtOnce)
+    for (int32_t i = 0; i < count; ++i) {
+      float key[kColumns], dot = 0;
+      reader.key(i, key);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      dot += q[lane + j * kWarpSize] * entry.key(tier.layer, key_columns[j]);
+      for (int j = 0; j < kColumns; ++j) dot += q[SlotsOf::column(j)] * key[j];
+      dot = warp_sum(dot);
+      if (lane == i) z = dot * scale;
     }
-    dot = warp_sum(dot);
-    if (lane == i) z = dot * scale;
-  }
+  });
   if (softcap != 0 && lane < count) z = softcap * tanhf(z);  // the scale is divided by it
-  if constexpr (kHasBias<Entry>) z += mine.bias;
+  if constexpr (kHasBias<Entry>) z += slots.bias();
 
   // The maximum so far, and by what factor the sum and output so far shrink.
   const float most = fmaxf(result.max, warp_max(z));
@@ -187,13 +178,16 @@ __device__ void add_slots(const TierParams& tier,
 
   // The values, each times its slot's probability.
   float out[kColumns] = {};
-#pragma unroll(Entry::kLoads / kColumns)
-  for (int32_t i = 0; i < count; ++i) {
-    const float share = __shfl_sync(kFullWarp, probability, i);
-    const auto entry = mine.of_lane(i);
+  slots.visit([&](const auto& reader) {
+#pragma unroll(SlotsOf::kAtOnce)
+    for (int32_t i = 0; i < count; ++i) {
+      const float share = __shfl_sync(kFullWarp, probability, i);
+      float value[kColumns];
+      reader.value(i, value);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) out[j] += share * entry.value(tier.layer, value_columns[j]);
-  }
+      for (int j = 0; j < kColumns; ++j) out[j] += share * value[j];
+    }
+  });
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) result.out[j] = result.out[j] * factor + out[j];
 }
@@ -241,13 +235,15 @@ __global__ void __launch_bounds__(num_threads(Kinds::kTiers, kColumns), 1)
     // 2. Each warp takes every kWarps-th run of 32 slots, and leaves its result in shared memory.
     WarpResult<kColumns> result;
     Kinds::with_entries(tier.kind, [&](auto entry) {
+      using Entry = typename decltype(entry)::type;
       for (int32_t first = warp * kWarpSize; first < query.visible; first += kThreads) {
-        add_slots<typename decltype(entry)::type, kColumns>(tier, p.scale, p.softcap, query, q,
-                                                            first, result);
+        add_slots<Entry, kColumns>(tier, p.scale, p.softcap, query, q, first, result);
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        image[warp][Slots<Entry, kColumns>::column(j)] = result.out[j];
       }
     });
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) image[warp][lane + j * kWarpSize] = result.out[j];
     if (lane == 0) {
       max[warp] = result.max;
       sum[warp] = result.sum;

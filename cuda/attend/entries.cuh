@@ -1,5 +1,5 @@
 // Entries of a row one by one, of any dtype and format: for kernels that take whatever comes. What
-// they are made of has a layer, and says where tails begin.
+// they are made of has a layer.
 #pragma once
 
 #include "attend/attend.h"
@@ -103,66 +103,10 @@ struct CodedEntry {
   }
 };
 
-/// The same of formats whose last entries are in the row's tail; kMixed: keys as KeyDims say.
+/// Of formats whose last entries are in the row's tail; kMixed: keys as KeyDims say. They are read page
+/// by page (slots.cuh).
 template <typename Element, typename Format, bool kMixed>
-struct TailedEntry {
-  static constexpr int kLoads = 8;
-
-  const char* tail = nullptr;  // the key, if it is in the tail
-  int32_t page = 0, slot = 0;
-
-  TailedEntry() = default;
-  template <typename Params>
-  __device__ TailedEntry(const Params& p, const Query& query, int32_t slot)
-      : page(query.page(p.layer, slot)), slot(slot % kPageSlots) {
-    if (slot < p.tail_begin(query.b, query.length)) return;
-    tail = p.layer.tail(query.b, query.h, false, slot % kPageSlots, 0);
-  }
-
-  __device__ TailedEntry of_lane(int32_t lane) const {
-    TailedEntry entry;
-    const uint64_t address = reinterpret_cast<uint64_t>(tail);
-    entry.tail = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, address, lane));
-    entry.page = __shfl_sync(kFullWarp, page, lane);
-    entry.slot = __shfl_sync(kFullWarp, slot, lane);
-    return entry;
-  }
-
-  __device__ float key(const LayerRows& layer, int32_t d) const {
-    if (tail) return to_float(reinterpret_cast<const Element*>(tail)[d]);
-    const char* key = layer.key(page, slot);
-    const auto number = [&](int32_t row, int32_t i) {
-      return to_float(reinterpret_cast<const Element*>(layer.key_scales.at(page, row))[i]);
-    };
-    if constexpr (kMixed) {
-      const int32_t in_16 = layer.key_dims.in_16, i = d - in_16;
-      if (i < 0) return to_float(reinterpret_cast<const Element*>(key)[d]);
-      const int32_t in_4 = layer.head_dim - in_16 - layer.key_dims.in_2, j = i - in_4;
-      const char* codes = key + 2 * in_16;
-      const float x = j < 0 ? code<4>(codes, i) : code<2>(codes + in_4 / 2, j);
-      return number(0, i) * x + number(1, i);
-    }
-    return number(0, d) * code<4>(key, d) + number(1, d);
-  }
-
-  __device__ float value(const LayerRows& layer, int32_t d) const {
-    if (tail) {
-      return to_float(reinterpret_cast<const Element*>(tail)[kPageSlots * layer.head_dim + d]);
-    }
-    const Element* scale = reinterpret_cast<const Element*>(layer.value_scales.at(page, slot)) +
-                           d / Format::kGroup * Format::kScales;
-    const float x = code<Format::kBits>(layer.value(page, slot), d);
-    return to_float(scale[0]) * x + to_float(scale[1]);
-  }
-
- private:
-  template <int kBits>
-  static __device__ float code(const char* codes, int32_t d) {
-    constexpr int kCodes = 8 / kBits;
-    const uint8_t byte = reinterpret_cast<const uint8_t*>(codes)[d / kCodes];
-    return byte >> d % kCodes * kBits & ((1 << kBits) - 1);
-  }
-};
+struct TailedEntry {};
 
 /// Calls the body with the columns of a head dim that a lane holds.
 template <typename Body>
