@@ -1,8 +1,9 @@
 // attend: the launcher. Decode over pages of 16 slots or a multiple, 16-bit elements and head dims
 // 64, 80, 96, 128 and 256 go to the fast kernels (attend.cuh), and pages of codes where there is the
 // bulk copy engine, for some head dims and whole tiles; all else to any.cu, and with that biases of
-// entries, and values of another width than keys. Tiers go to one launch of the fast kernels, or one
-// after the other to those, and what is left to one of any.cu, in float32 between them.
+// entries, and values of another width than keys. Tiers, also of some widths, go to one launch of the
+// fast kernels, or one after the other to those, and what is left to one of any.cu, in float32 between
+// them.
 #include <algorithm>
 #include <optional>
 #include <vector>
