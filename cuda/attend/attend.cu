@@ -155,13 +155,15 @@ struct Tiers {
       (is_like_first && has_fast_kernel(args[i]) ? fast : others).push_back(i);
       fits = fits && fits_fast_kernel(args[i]) && tier_column(call, i) % 4 == 0;
     }
+    const bool has_same_columns = call.out.shape[3] == call.queries.shape[3];
     for (set = 0; fits && !has_kernel && set < kNumTierSets; set += !has_kernel) {
       kinds.clear();
       for (const AttendArgs& tier : args) {
         kinds.push_back(
             tier_kind(set, tier.layer.format(), tier.queries.shape[3], call.queries.shape[3]));
       }
-      has_kernel = *std::max_element(kinds.begin(), kinds.end()) < kTierKinds;
+      has_kernel = (has_same_columns || has_narrow_tiers(set)) &&
+                   *std::max_element(kinds.begin(), kinds.end()) < kTierKinds;
     }
   }
 

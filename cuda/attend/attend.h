@@ -126,6 +126,14 @@ constexpr TierKind kTierSets[kNumTierSets][kTierKinds] = {
     {{PageFormat::kPlain, 1}, {PageFormat::kInt8, 1}, {PageFormat::kFp8, 1}},
     {{PageFormat::kPlain, 1}, {PageFormat::kPlain, 2}, {PageFormat::kPlain, 4}}};
 
+/// Whether a set has tiers that are narrower than the first one: then tiers may have any columns of
+/// out, else all have the same.
+constexpr bool has_narrow_tiers(int set) {
+  bool has_narrow = false;
+  for (int kind = 0; kind < kTierKinds; ++kind) has_narrow |= kTierSets[set][kind].divisor > 1;
+  return has_narrow;
+}
+
 /// The tiers of a row, each with what its kind's kernel is given; `arrived` of the first one's rows
 /// counts the blocks of all. Partial results lie tier by tier: those of rows that workers share, and
 /// one for each row; each has place for the columns of the first tier.

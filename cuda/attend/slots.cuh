@@ -62,7 +62,7 @@ class Slots {
 template <typename Element, typename Format, bool kMixed, int kColumns>
 class Slots<TailedEntry<Element, Format, kMixed>, kColumns> {
  public:
-  static constexpr int kAtOnce = kColumns <= 4 ? 8 : 2;  // as registers allow
+  static constexpr int kAtOnce = kColumns <= 4 ? 8 : 1;  // as registers allow
 
   template <typename Params>
   __device__ Slots(const Params& p, const Query& query, int32_t first_slot, int32_t)

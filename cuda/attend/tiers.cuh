@@ -7,13 +7,13 @@
 
 namespace adakv {
 
-/// The partial results of a row in all tiers: tier by tier, in the order of the workers. Narrow tiers
-/// have some columns of out, or others than the first one.
-template <int kFirstDim>
+/// The partial results of a row in all tiers: tier by tier, in the order of the workers. kNarrow: they
+/// have some columns of out, or others than those of the first tier.
+template <int kFirstDim, bool kNarrow>
 class SeveralTiers {
  public:
   static constexpr bool kGoesOn = false;
-  static constexpr bool kHasParts = true;
+  static constexpr bool kHasParts = kNarrow;
   static constexpr int kAtOnce = 1;     // registers are short
   static constexpr int kMostWarps = 7;  // blocks of all formats have so many
 
@@ -43,7 +43,7 @@ class SeveralTiers {
   template <int kQuads>
   static constexpr int kPartQuads = kFirstDim / 4;
 
-  __device__ int32_t num_quads(int32_t) const { return all_.width / 4; }
+  __device__ int32_t num_quads(int32_t of_tier) const { return kNarrow ? all_.width / 4 : of_tier; }
 
   __device__ PartPlace place(int32_t i) const {
     int32_t slot = 0, tier = 0;
@@ -55,6 +55,7 @@ class SeveralTiers {
       }
       i -= num_[t];
     }
+    if (!kNarrow) return {slot, 0, 0};
     return {slot, all_.columns[tier] / 4, all_.tiers[tier].layer.head_dim / 4};
   }
 
@@ -73,16 +74,16 @@ class SeveralTiers {
   int32_t tier_, row_, num_[kMostFastTiers], first_[kMostFastTiers];
 };
 
-template <int kFirstDim>
+template <int kFirstDim, bool kNarrow>
 struct PartsOfTiers {
-  using Parts = SeveralTiers<kFirstDim>;
+  using Parts = SeveralTiers<kFirstDim, kNarrow>;
   const AttendTiersParams& all;
   int32_t tier;
 
   __device__ Parts operator()(int32_t row, const schedule::RowFacts&) const {
     return Parts(all, tier, row);
   }
-  __device__ int32_t width(int32_t) const { return all.width; }
+  __device__ int32_t width(int32_t of_tier) const { return kNarrow ? all.width : of_tier; }
   __device__ bool clears_rows() const { return tier == 0; }
   __device__ bool is_empty(int32_t row) const {
     bool is_empty = true;
@@ -104,9 +105,10 @@ struct TiersConfig {
                           kHeadDim / kTierSets[kSet][kKind].divisor,
                           kQueries,
                           true>;
+  using PartsOf = PartsOfTiers<kHeadDim, has_narrow_tiers(kSet)>;
   static_assert(kTierKinds == 3);
   static_assert(std::min({Of<0>::kAllWarps, Of<1>::kAllWarps, Of<2>::kAllWarps}) >=
-                SeveralTiers<kHeadDim>::kMostWarps);
+                PartsOf::Parts::kMostWarps);
   static constexpr int kThreads =
       std::max({Of<0>::kThreads, Of<1>::kThreads, Of<2>::kThreads}) + kWarpSize;
   static constexpr size_t kSharedBytes = std::max(
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__((TiersConfig<Element, kHeadDim, kQueries, kSet
   const auto run = [&](auto config) {
     using Config = typename decltype(config)::type;
     if (threadIdx.x >= Config::kThreads + kWarpSize) return;
-    const PartsOfTiers<kHeadDim> parts_of = {all, tier};
+    const typename Configs::PartsOf parts_of = {all, tier};
     attend_block<Config>(all.tiers[tier], worker, num_workers, true, parts_of, memory);
   };
   const int32_t kind = all.kinds[tier];
