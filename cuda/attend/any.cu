@@ -22,8 +22,9 @@ namespace {
 constexpr int kMostColumns = 512;  // of out
 
 /// Threads of a CTA: as many as registers allow.
-constexpr int num_threads(int num_tiers, int columns) {
-  return num_tiers > 1 && columns == 8 ? 256 : 512;
+template <typename Kinds>
+constexpr int num_threads(int columns) {
+  return Kinds::kHasTails && columns == 8 ? 256 : 512;
 }
 
 /// Of what kind a tier's entries are.
@@ -96,10 +97,16 @@ __device__ Query find_query(const AnyParams<kTiers>& p) {
   return query;
 }
 
+template <typename Entry>
+constexpr bool kIsTailed = false;
+template <typename Element, typename Format, bool kMixed>
+constexpr bool kIsTailed<TailedEntry<Element, Format, kMixed>> = true;
+
 /// Entries of one kind, which is known.
 template <typename Entry>
 struct OneKind {
   static constexpr int kTiers = 1;
+  static constexpr bool kHasTails = kIsTailed<Entry>;
 
   template <typename Body>
   static __device__ void with_entries(EntryKind, const Body& body) {
@@ -111,6 +118,7 @@ struct OneKind {
 template <typename Element>
 struct AllKinds {
   static constexpr int kTiers = 1 + kMostOthers;
+  static constexpr bool kHasTails = true;
 
   template <typename Body>
   static __device__ void with_entries(EntryKind kind, const Body& body) {
@@ -193,9 +201,9 @@ __device__ void add_slots(const TierParams& tier,
 }
 
 template <typename Element, typename Kinds, int kColumns>
-__global__ void __launch_bounds__(num_threads(Kinds::kTiers, kColumns), 1)
+__global__ void __launch_bounds__(num_threads<Kinds>(kColumns), 1)
     attend_any_kernel(const __grid_constant__ AnyParams<Kinds::kTiers> p) {
-  constexpr int kThreads = num_threads(Kinds::kTiers, kColumns), kWarps = kThreads / kWarpSize;
+  constexpr int kThreads = num_threads<Kinds>(kColumns), kWarps = kThreads / kWarpSize;
   constexpr int kOuts = kMostColumns / kThreads;
   __shared__ float q[kColumns * kWarpSize];
   __shared__ float image[kWarps][kColumns * kWarpSize], max[kWarps], sum[kWarps];
@@ -326,7 +334,7 @@ void launch_any(const AttendArgs& args, const AttendParams& params, const TierLi
   for (const size_t tier : tiers) p.tiers[p.num_tiers++] = tier_params(args, tier, params);
   const int64_t grid = int64_t{params.num_rows} * params.group.value * params.num_tokens;
   attend_any_kernel<Element, Kinds, kColumns>
-      <<<static_cast<uint32_t>(grid), num_threads(Kinds::kTiers, kColumns), 0,
+      <<<static_cast<uint32_t>(grid), num_threads<Kinds>(kColumns), 0,
          static_cast<cudaStream_t>(args.stream)>>>(p);
 }
 
