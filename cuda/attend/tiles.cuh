@@ -34,7 +34,8 @@ struct AttendConfig {
     if (kHasTails && kHeadDim > 128) return kQueries > 4 ? 5 : 6;
     if (kHasTails) return kQueries > 8 ? 6 : 10;
     if (kHeadDim > 128) return kQueries > 8 ? 4 : 7;
-    return kQueries > 4 ? 7 : kHeadDim <= 64 ? 11 : 8;
+    if (kHeadDim <= 64 && kQueries <= 8) return 11;
+    return kQueries > 4 ? 7 : 8;
   }
   // Those that take pages. The appending warp makes it 8 at most where registers are short.
   static constexpr int kWarps = !kCopiesBoxes      ? (kHeadDim > 128 ? 2 : 4)
