@@ -69,7 +69,7 @@ def test_codes_are_packed_from_the_lowest_bits_on() -> None:
 def test_what_is_read_is_within_half_a_step(
     head_dim: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
 ) -> None:
-    """Of each dimension's range over the 32 keys of a page: a 15th, a third, or nothing."""
+    """The step is a 15th or a third of a dimension's range over a page's 32 keys, or nothing."""
     x = whole_pages(hostile(head_dim, dtype))
     keys, values = reference.row_of(written(x, device, kv_dtype=kv_dtype), 0, 0)
     in_16, in_2 = cases.mixed_dims(kv_dtype, head_dim)

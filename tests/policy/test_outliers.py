@@ -22,7 +22,7 @@ def inputs_of(device: torch.device, *, layer: int) -> LayerInputs:
 
 
 def test_outliers_by_hand(device: torch.device) -> None:
-    """Of (1, -7), (2, 3) and (0, 5) the second numbers' sizes, for both kv heads."""
+    """Scores are the sizes of the second numbers of (1, -7), (2, 3), (0, 5), for both kv heads."""
     hidden = torch.tensor([[[1.0, -7], [2, 3], [0, 5]]], device=device).bfloat16()
     entries = torch.zeros(1, 2, 3, 8, device=device)
     inputs = LayerInputs(entries, entries, entries, None, (3,), 2, 4, hidden=hidden)

@@ -29,7 +29,7 @@ def test_sizes_of_the_paper(tmp_path: Path, device: torch.device) -> None:
 
 
 def test_a_network_that_repeats_the_last_steps(tmp_path: Path, device: torch.device) -> None:
-    """Of its channels one passes the history on, so that what is foretold is the mean over steps:
+    """One of its channels passes the history on, so that what is foretold is the mean over steps:
     .3 of page 1, .2 of page 2 and .4 of page 3, which is not read as page 4 has .5."""
     weights = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     for name, place in (("conv1.weight", (0, 0, 1, 1)), ("conv2.weight", (0, 0, 1, 1))):
