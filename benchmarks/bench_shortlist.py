@@ -1,6 +1,8 @@
 """A step that reads some pages of every row, against one that reads them all: choosing the pages by
 their bounds, planning and attending, in several layers in turn, more than the last-level cache
-holds. On a GPU in a graph of all layers.
+holds. On a GPU in a graph of all layers. As in a model's step all layers are planned before the
+first one; "planned alone" plans each for itself, as where it isn't known before how many pages are
+listed.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,15 +47,19 @@ class Rows:
         self.kv, dtype = filled(case, device), getattr(torch, case.dtype)
         shape = case.layers, case.batch, case.kv_heads * case.group, 1, case.head_dim
         self.queries = torch.randn(shape, device=device).to(dtype)
-        self.schedules = ops.plan(
-            *self.kv.plan_inputs, new_tokens=0, page_size=self.kv.page_size
-        ).unbind()
+        self.schedules = self.plan()
         self.bounds = PageBounds(Quest(share=case.share, full_layers=0))
+        self.listed_schedules: tuple[Tensor, ...] = ()
         seen, none = [case.held] * case.batch, [0] * case.batch
         for _ in range(2):  # the second time bounds are known
             self.bounds.begin_step(self.kv, seen, none, 1)
             for layer in range(case.layers):
                 self.listed(layer)
+
+    def plan(self, **listing: Any) -> tuple[Tensor, ...]:
+        """The schedules of all layers."""
+        how = {"new_tokens": 0, "page_size": self.kv.page_size, **listing}
+        return ops.plan(*self.kv.plan_inputs, **how).unbind()
 
     def all_pages(self, layer: int) -> Tensor:
         return ops.attend(self.queries[layer], self.kv.layers[layer], self.schedules[layer])[0]
@@ -62,13 +69,26 @@ class Rows:
         return self.bounds.listed(layer, view, self.queries[layer], Attention(), None)
 
     def some_pages(self, layer: int) -> Tensor:
+        if layer == 0:
+            listing = self.bounds.listing
+            assert listing is not None
+            self.listed_schedules = self.plan(**listing._asdict())
+        view, schedule = self.listed(layer), self.listed_schedules[layer]
+        return ops.attend(self.queries[layer], view, schedule, prefetch=True)[0]
+
+    def planned_alone(self, layer: int) -> Tensor:
         view = self.listed(layer)
         return ops.attend(self.queries[layer], view, planned(view))[0]
 
 
 def run(case: Case, options: argparse.Namespace) -> None:
     rows = Rows(case, options.device)
-    variants = {"all": rows.all_pages, "choosing": rows.listed, "some": rows.some_pages}
+    variants = {
+        "all": rows.all_pages,
+        "choosing": rows.listed,
+        "some": rows.some_pages,
+        "some, planned alone": rows.planned_alone,
+    }
     if options.device == "cuda":
         layers = range(case.layers)
         timings = graph_times(

@@ -7,11 +7,13 @@
 
 #include <algorithm>
 
+#include "common/async_copy.cuh"
 #include "common/check.cuh"
 #include "common/device_guard.h"
 #include "common/dispatch.cuh"
 #include "common/divisor.cuh"
 #include "common/int4_page.cuh"
+#include "common/launch.cuh"
 #include "cuda_backend.h"
 
 namespace adakv {
@@ -157,6 +159,8 @@ struct AppendToTails {
 template <typename Append>
 __global__ void __launch_bounds__(kThreads, 2)
     append_kernel(const __grid_constant__ AppendParams p, Steps steps, FullTails full) {
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   const int32_t b = blockIdx.y;
   const int32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
   const int32_t first_token = steps.heads.quotient(warp);
@@ -220,7 +224,8 @@ void launch_append(const AppendArgs& args, FullTails full) {
   Steps steps = {Divisor::of(std::clamp(p.layer.num_heads, 1, num_warps)), 0};
   steps.tokens = num_warps / steps.heads.value;
   const auto run = [&](auto append) {
-    append_kernel<typename decltype(append)::type><<<grid, kThreads, 0, stream>>>(p, steps, full);
+    launch("append", append_kernel<typename decltype(append)::type>,
+           {grid, kThreads, 0, has_sm90("append", args.keys.device.index)}, stream, p, steps, full);
   };
   const PageFormat format = args.layer.format();
   if (format == PageFormat::kPlain) {

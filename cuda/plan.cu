@@ -12,6 +12,7 @@
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "cuda_backend.h"
+#include "ops/listing.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -33,6 +34,8 @@ struct PlanParams {
   int64_t lengths_stride[3], table_stride[3], fresh_stride[3], schedule_stride;
   int32_t num_rows, num_workers, page_size, page_shift, new_tokens;
   Divisor num_heads;
+  bool lists;  // schedules are for pages that shortlist will list by the rule
+  listing::Rule rule;
   bool shares_rows;  // the facts of all rows fit into shared memory
 };
 
@@ -95,7 +98,10 @@ struct LayerPlan {
     num_units = block_exclusive_sum<kThreads>(
         p.num_rows,
         [&](int32_t r) {
-          rows[r].length = p.lengths[row_offset(p.lengths_stride, r)] + new_tokens(r);
+          const int32_t tokens = new_tokens(r);
+          const int32_t length = p.lengths[row_offset(p.lengths_stride, r)] + tokens;
+          const bool asks = tokens > 0 || p.new_tokens == 0;
+          rows[r].length = p.lists ? p.rule.listed_length(length, asks) : length;
           return num_pages(rows[r].length);
         },
         [&](int32_t r, int32_t before) {
@@ -256,8 +262,8 @@ struct LayerPlan {
       const int2 unit = make_int2(begin + lane, begin + kWarpSize + lane);
       const int2 row_of_unit =
           first_above(unit, p.num_rows, [&](int32_t r) { return rows[r].end; });
-      pages[0] = unit.x < end ? page_of(unit.x, row_of_unit.x) : 0;
-      pages[1] = unit.y < end ? page_of(unit.y, row_of_unit.y) : 0;
+      pages[0] = unit.x < end && !p.lists ? page_of(unit.x, row_of_unit.x) : 0;
+      pages[1] = unit.y < end && !p.lists ? page_of(unit.y, row_of_unit.y) : 0;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int32_t k = i * kWarpSize + lane;
@@ -268,7 +274,7 @@ struct LayerPlan {
         worker.begin = begin;
         worker.end = end;
         worker.row = row;
-        worker.unused = 0;
+        worker.looks_up = p.lists && !is_idle;
         worker.facts = is_idle ? RowFacts{} : rows[row];
       }
     }
@@ -325,6 +331,8 @@ void CudaBackend::plan(const PlanArgs& args) {
   p.page_size = args.page_size;
   while (1 << p.page_shift < p.page_size) ++p.page_shift;
   p.new_tokens = args.new_tokens;
+  p.lists = args.share > 0;
+  p.rule = listing::Rule(args);
   if (lengths.shape[0] == 0) return;
 
   // Beside what the kernel itself declares.

@@ -28,7 +28,8 @@ constexpr int kMostPages = 4 * kRound;         // of a block
 struct Products {
   int32_t row, b, h, first_page, end, first_query, num_queries;
 
-  __device__ Products(const ShortlistParams& p)
+  Products() = default;
+  __device__ explicit Products(const ShortlistParams& p)
       : row(blockIdx.x), b(row / p.heads), h(row % p.heads) {
     const listing::Row pages = p.row(b, h);
     first_page = blockIdx.y * p.pages_per_block;
@@ -78,8 +79,6 @@ template <typename Element, int kGroups>
 __global__ void __launch_bounds__(kProductThreads, kGroups <= 8 ? 2 : 1)
     bound_products_kernel(const __grid_constant__ ShortlistParams p) {
   __shared__ uint4 queries[kGroups][kWarpSize];  // as lanes take them
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
   const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int32_t place = lane / 4, chunk = lane % 4, chunks = 2 * p.dim / kChunk;
   const int32_t* table = p.table(blockIdx.x / p.heads, blockIdx.x % p.heads);
@@ -87,12 +86,9 @@ __global__ void __launch_bounds__(kProductThreads, kGroups <= 8 ? 2 : 1)
   int32_t ids[2];  // pages `place` and place + 8 of the next tile, if they are there
   const auto look_up = [&](int32_t next) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ids[i] = table[min(next + place + 8 * i, p.width - 1)];
+    for (int i = 0; i < 2; ++i) ids[i] = __ldcg(table + min(next + place + 8 * i, p.width - 1));
   };
-  look_up(tile);  // beside the row's length
-  const Products products(p);
-  if (products.first_page >= products.end) return;
-
+  Products products;
   const uint64_t policy = read_once_policy();
   const uint4* bounds[2];  // this lane's first chunk of those pages, null behind the last one
   uint4 a[2][kGroups];
@@ -111,9 +107,24 @@ __global__ void __launch_bounds__(kProductThreads, kGroups <= 8 ? 2 : 1)
       a[i][k] = is_there ? read_once(bounds[i] + 4 * k, policy) : uint4{};
     }
   };
-  find(tile);
+  // With prefetch the first tile is read while the kernel before may still append to the row: whichever
+  // length is found, older pages and their place in the table are settled. With few they become more.
+  int32_t known_end = -1;
+#pragma unroll 1
+  for (bool is_settled = !p.prefetches;; is_settled = true) {
+    if (is_settled) wait_for_previous_kernel();
+    look_up(tile);  // beside the row's length
+    products = Products(p);
+    if (products.end != known_end) {
+      find(tile);
 #pragma unroll
-  for (int k = 0; k < kGroups; ++k) load(k);
+      for (int k = 0; k < kGroups; ++k) load(k);
+    }
+    if (is_settled) break;
+    known_end = products.end;
+  }
+  let_next_kernel_begin();
+  if (products.first_page >= products.end) return;
   look_up(tile + kRound);
   for (int32_t i = threadIdx.x; i < kGroups * kWarpSize; i += kProductThreads) {
     float x[kChunk];
@@ -181,6 +192,7 @@ __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(const __grid_constant__ ShortlistParams p) {
   using Chooser = RowChooser<kThreads, kIsLong>;
   __shared__ typename Chooser::Shared shared;
+  if (p.pages_per_block == 0) wait_for_previous_kernel();  // it is not of this verb
   Chooser chooser(p, blockIdx.x, shared);
   chooser.prepare();
   wait_for_previous_kernel();
@@ -229,6 +241,7 @@ ShortlistParams params_of(const ShortlistArgs& args) {
   p.scale = args.scale != 0 ? args.scale : 1.f / std::sqrt(static_cast<float>(p.dim));
   p.softcap = args.softcap;
   p.mass = static_cast<float>(args.mass);
+  p.prefetches = args.prefetch;
   return p;
 }
 

@@ -28,12 +28,13 @@ struct ShortlistParams {
       listed_lengths_stride[2];
   int32_t heads, group, tokens, dim, width;  // width: M
   int32_t z_width;                           // that, up to a multiple of kFour
-  int32_t pages_per_block;                   // of the first launch
+  int32_t pages_per_block;                   // of the first launch, 0 if there is none
   float scale, softcap, mass;
+  bool prefetches;  // the first bounds are read before the previous kernel has ended
   listing::Rule rule;
 
   __device__ int32_t length(int32_t b, int32_t h) const {
-    return lengths[b * lengths_stride[0] + h * lengths_stride[1]];
+    return __ldcg(lengths + b * lengths_stride[0] + h * lengths_stride[1]);
   }
   __device__ const int32_t* table(int32_t b, int32_t h) const {
     return block_table + b * table_stride[0] + h * table_stride[1];

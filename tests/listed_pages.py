@@ -25,6 +25,18 @@ def top_p(weights: Tensor, mass: float, steps: int = 10) -> float:
     return low
 
 
+def listed_length(
+    length: int, tokens: int, *, page_size: int, share: float, least: int, newest: int, asks: bool
+) -> int:
+    """How many of a row's ``length`` entries lie in pages that a step of ``tokens`` columns lists
+    with a mass of 1; ``asks``: some of these are tokens of the row's sequence."""
+    num_pages = -(-length // page_size)
+    budget = max(-(-num_pages * round(share * 2**20) // 2**20), min(least, num_pages))
+    always = min(newest + -(-(tokens - 1) // page_size), num_pages)
+    count = max(budget, always) if asks or budget >= num_pages else always
+    return length - (num_pages - count) * page_size
+
+
 def listed_pages(
     queries: Tensor,
     keys: Tensor,

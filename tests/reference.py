@@ -8,7 +8,7 @@ are what a user of plain torch would get, which is the yardstick of ``tolerance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from codes import quantise, quantise_mixed_page, quantise_page
 from folded import biases_of as biases_of
 from forked import fork as fork
 from in_place import compact_in_place
+from planned import plan as plan
+from planned import plan_borders as plan_borders
 from ranked import largest_remainder as largest_remainder
 from ranked import ranked
 from rows import entries_of as entries_of
@@ -350,81 +352,6 @@ def append(keys: Tensor, values: Tensor, layer: Any, *, num_new: Tensor | None =
                 _store(layer, b, h, slot, keys[b, h, column], values[b, h, column], position)
                 layer.lengths[b, h] = slot + 1
         layer.seen[b] += count
-
-
-def plan_borders(pages: list[int], num_workers: int, page_size: int = 16) -> list[int]:
-    """Where the workers' ranges begin and end: ascending units from 0 to the sum of ``pages``."""
-    total = sum(pages)
-    workers = max(1, min(total // 8, num_workers))
-    chunk = 1
-    while chunk < max(pages, default=0) and sum(-(-p // chunk) for p in pages) > workers:
-        chunk += 1
-    row_ends = np.cumsum([0, *pages]).tolist()
-    largest = min(7 * total // (5 * workers), total // workers + 256 // page_size)
-    if sum(-(-p // chunk) for p in pages) <= workers and chunk <= largest:
-        borders = [0]  # whole rows in even parts of at most `chunk` pages
-        for begin, p in zip(row_ends, pages, strict=False):
-            parts = -(-p // chunk)
-            borders += [begin + (j + 1) * p // parts for j in range(parts)]
-        return borders
-    # Equal ranges of pages and of what row ends cost; a border near the end of a row moves there.
-    cost = min(256 // page_size, total // (4 * workers))
-    page_of = [0]  # behind each unit of cost, the next page
-    for end, p in zip(row_ends[1:], pages, strict=True):
-        page_of += [*range(end - p + 1, end + 1), *([end] * cost if p else [])]
-    borders = []
-    for k in range(workers + 1):
-        even = page_of[k * (len(page_of) - 1) // workers]
-        nearest = min(row_ends, key=lambda end: (abs(end - even), end))
-        distance = abs(nearest - even)
-        is_near = 5 * distance * workers <= total and distance <= 256 // page_size
-        borders.append(nearest if is_near else even)
-    return borders
-
-
-def plan(
-    lengths: Tensor,
-    block_table: Tensor,
-    fresh_pages: Tensor,
-    *,
-    num_workers: int,
-    new_tokens: int = 1,
-    num_new: Tensor | None = None,
-    page_size: int = 16,
-) -> Tensor:
-    """The schedule of ``cpp/ops/schedule.h``, layer by layer, field by field."""
-    num_layers, batch, num_heads = lengths.shape
-    num_rows = batch * num_heads
-    schedule = torch.zeros(num_layers, num_workers * 64 + num_rows * 8, dtype=torch.int32)
-    new = [n if new_tokens else 0 for n in _lengths(num_new, batch, new_tokens)]
-    for layer in range(num_layers):
-        held = lengths[layer].flatten().tolist()
-        grown = [held[r] + new[r // num_heads] for r in range(num_rows)]
-        pages = [-(-x // page_size) for x in grown]
-        units = []  # page id of each unit
-        for r in range(num_rows):
-            b, h = divmod(r, num_heads)
-            old = -(-held[r] // page_size)
-            units += block_table[layer, b, h, :old].tolist()
-            units += fresh_pages[layer, b, h, : pages[r] - old].tolist()
-        borders = plan_borders(pages, num_workers, page_size)
-        ranges = [(a, z) for a, z in pairwise(borders) if a < z]
-        facts, begin, partials = [], 0, 0
-        for r in range(num_rows):
-            end = begin + pages[r]
-            sharing = [w for w, (a, z) in enumerate(ranges) if max(a, begin) < min(z, end)]
-            shared = len(sharing) if len(sharing) > 1 else 0
-            first = sharing[0] if sharing else 0
-            facts.append([begin, end, grown[r], partials, len(sharing), first, 0, 0])
-            begin, partials = end, partials + shared
-        workers = schedule[layer, : num_workers * 64].view(num_workers, 64)
-        for w, (a, z) in enumerate(ranges):
-            row = next(r for r in range(num_rows) if facts[r][0] <= a < facts[r][1])
-            ids = units[a : min(z, a + 52)]
-            workers[w] = torch.tensor([a, z, row, 0, *facts[row], *ids, *[0] * (52 - len(ids))])
-        if num_rows:
-            schedule[layer, num_workers * 64 :] = torch.tensor(facts).flatten()
-    return schedule
 
 
 def attend(

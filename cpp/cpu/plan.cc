@@ -6,6 +6,7 @@
 #include "adakv/error.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/parallel.h"
+#include "ops/listing.h"
 #include "ops/schedule.h"
 
 namespace adakv {
@@ -99,6 +100,13 @@ struct LayerPlan {
                         : row_of(args.fresh_pages, row)[index - used];
   }
 
+  // Of a row, as attend will see it.
+  int32_t length_then(int64_t row) const {
+    const int32_t length = length_before(row) + num_new(row);
+    if (args.share == 0) return length;
+    return listing::Rule(args).listed_length(length, !args.new_tokens || num_new(row) > 0);
+  }
+
   int32_t num_new(int64_t row) const {
     return args.new_tokens && args.num_new ? args.num_new.ptr<int32_t>()[row / heads]
                                            : args.new_tokens;
@@ -124,7 +132,7 @@ struct LayerPlan {
   void write_rows() {
     int32_t begin = 0;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int32_t length = length_before(r) + num_new(r);
+      const int32_t length = length_then(r);
       const int32_t end = begin + schedule::ceil_div(length, args.page_size);
       rows[r] = {begin, end, length, 0, 0, 0, 0, 0};
       begin = end;
@@ -158,6 +166,8 @@ struct LayerPlan {
       while (rows[row].end <= worker.begin) ++row;
       worker.row = static_cast<int32_t>(row);
       worker.facts = rows[row];
+      worker.looks_up = args.share > 0;
+      if (worker.looks_up) continue;
       int64_t r = row;
       const int32_t listed = std::min<int32_t>(worker.end - worker.begin, schedule::kWorkerPages);
       for (int32_t i = 0; i < listed; ++i) {

@@ -149,7 +149,8 @@ struct MembersOf<PlanArgs> {
   static constexpr std::tuple kAll = {
       ADAKV_MEMBER(lengths),     ADAKV_MEMBER(block_table), ADAKV_MEMBER(fresh_pages),
       ADAKV_MEMBER(num_new),     ADAKV_MEMBER(new_tokens),  ADAKV_MEMBER(page_size),
-      ADAKV_MEMBER(num_workers), ADAKV_MEMBER(schedule),
+      ADAKV_MEMBER(num_workers), ADAKV_MEMBER(share),       ADAKV_MEMBER(least),
+      ADAKV_MEMBER(newest),      ADAKV_MEMBER(schedule),
   };
 };
 
@@ -158,11 +159,11 @@ struct MembersOf<ShortlistArgs> {
   using Cpp = ShortlistArgs;
   using C = AdakvShortlistArgs;
   static constexpr std::tuple kAll = {
-      ADAKV_MEMBER(queries),     ADAKV_MEMBER(bounds),         ADAKV_MEMBER(lengths),
-      ADAKV_MEMBER(block_table), ADAKV_MEMBER(num_new),        ADAKV_MEMBER(scale),
-      ADAKV_MEMBER(softcap),     ADAKV_MEMBER(page_size),      ADAKV_MEMBER(share),
-      ADAKV_MEMBER(mass),        ADAKV_MEMBER(least),          ADAKV_MEMBER(newest),
-      ADAKV_MEMBER(listed),      ADAKV_MEMBER(listed_lengths),
+      ADAKV_MEMBER(queries),     ADAKV_MEMBER(bounds),    ADAKV_MEMBER(lengths),
+      ADAKV_MEMBER(block_table), ADAKV_MEMBER(num_new),   ADAKV_MEMBER(scale),
+      ADAKV_MEMBER(softcap),     ADAKV_MEMBER(page_size), ADAKV_MEMBER(share),
+      ADAKV_MEMBER(mass),        ADAKV_MEMBER(least),     ADAKV_MEMBER(newest),
+      ADAKV_MEMBER(prefetch),    ADAKV_MEMBER(listed),    ADAKV_MEMBER(listed_lengths),
   };
 };
 

@@ -230,6 +230,15 @@ Backend& checked(const ForkArgs& args) {
   return backend(args.layer.pages.device.type);
 }
 
+// How many pages of a row shortlist lists.
+template <typename Args>
+void check_listing(Checker& check, const Args& args) {
+  check.require(args.share > 0 && args.share <= 1, "share must be above 0 and at most 1, got ",
+                args.share);
+  check.require(args.least >= 0, "least must not be negative, got ", args.least);
+  check.require(args.newest >= 1, "newest must be at least 1, got ", args.newest);
+}
+
 Backend& checked(const PlanArgs& args) {
   Checker check("plan");
   check.tensor("lengths", args.lengths, "L B Hkv", DType::kInt32);
@@ -244,6 +253,7 @@ Backend& checked(const PlanArgs& args) {
   check.require(args.new_tokens <= most, "at most F * P = ", most,
                 " tokens can be appended in one piece, got new_tokens = ", args.new_tokens);
   check_num_workers(check, args.num_workers);
+  if (args.share != 0) check_listing(check, args);
   check.tensor("schedule", args.schedule, "L X", DType::kInt32);
   const int64_t wanted = schedule_size(check.size("B") * check.size("Hkv"), args.num_workers);
   check.require(check.size("X") == wanted, "schedule must be [L, ", wanted, "], got ",
@@ -353,12 +363,9 @@ Backend& checked(const ShortlistArgs& args) {
   check.require(args.page_size >= 1 && args.page_size <= 256, "page_size must be 1 to 256, got ",
                 args.page_size);
   check_row_lengths(check, args.lengths, check.size("M") * args.page_size);
-  check.require(args.share > 0 && args.share <= 1, "share must be above 0 and at most 1, got ",
-                args.share);
+  check_listing(check, args);
   check.require(args.mass > 0 && args.mass <= 1, "mass must be above 0 and at most 1, got ",
                 args.mass);
-  check.require(args.least >= 0, "least must not be negative, got ", args.least);
-  check.require(args.newest >= 1, "newest must be at least 1, got ", args.newest);
   check.tensor("listed", args.listed, "B Hkv X", DType::kInt32);
   check.tensor("listed_lengths", args.listed_lengths, "B Hkv", DType::kInt32);
   const int64_t newest = std::min(check.size("M"), listing::newest_pages(args));

@@ -7,7 +7,7 @@
 //            row          the row that unit `begin` belongs to; the worker goes on with row + 1,
 //            ...
 //                         until `end`; rows without units may lie between
-//            0
+//            looks_up     1: no page ids follow, as a listed block table will have them; else 0
 //            row facts    of that row (kRowInts integers, a copy)
 //            page ids     of the first kWorkerPages units of the range (0 behind its end)
 //   row:     begin, end   the units of this row (ceil(length / page_size) of them)
@@ -48,7 +48,7 @@ struct RowFacts {
 static_assert(sizeof(RowFacts) == kRowInts * 4);
 
 struct Worker {
-  int32_t begin, end, row, unused;
+  int32_t begin, end, row, looks_up;
   RowFacts facts;
   int32_t pages[kWorkerPages];
 };

@@ -126,7 +126,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p,
     range.end = header.y;
     range.row = header.z;
     range.listed = worker->pages;
-    range.num_listed = schedule::kWorkerPages;
+    range.num_listed = header.w ? 0 : schedule::kWorkerPages;
   } else {
     facts = load_facts(p.rows + block);
     range.begin = facts.begin;

@@ -124,8 +124,8 @@ struct TileData {
 struct Range {
   int32_t begin, end, row;
   const int32_t* listed;  // page ids of the first units
-  int32_t num_listed;
-  int32_t page_shift;  // a page has 1 << page_shift tiles
+  int32_t num_listed;     // 0: all are looked up
+  int32_t page_shift;     // a page has 1 << page_shift tiles
 };
 
 /// Page ids of a warp's tiles: lane l holds that of tile (i & ~31) + l. The first come with the
@@ -137,6 +137,11 @@ class PageIds {
       : p_(p), range_(range), num_tiles_(num_tiles), row_(range.row) {
     const int32_t offset = unit_offset(0);
     current_ = offset < range.num_listed ? __ldg(range.listed + offset) : 0;
+    if (range.num_listed > 0 || num_tiles == 0) return;
+    facts_ = load_rows();
+    wait_for_previous_kernel();  // which may have written the block table
+    look_up(range.begin + offset, static_cast<int32_t>(threadIdx.x) % kWarpSize < num_tiles,
+            current_);
   }
 
   /// Page of tile i; for i = 0, 1, ... in turn.
@@ -149,6 +154,7 @@ class PageIds {
   /// rows are read, then, when they have arrived, the block tables.
   __device__ void look_ahead(int32_t i) {
     const bool is_first = i < kLead;
+    if (is_first && range_.num_listed == 0) return;
     const int32_t phase = is_first ? i - Config::kStages : i % kWarpSize - kLead;
     if (phase == 0) facts_ = load_rows();
     if (phase != 1) return;

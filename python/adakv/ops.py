@@ -367,6 +367,9 @@ def plan(
     new_tokens: int = 1,
     num_new: Tensor | None = None,
     page_size: int = 16,
+    share: float | None = None,
+    least: int = 8,
+    newest: int = 1,
 ) -> Tensor:
     """Shares the pages of all rows out to workers, for all layers of a step at once; before the
     step's ``append``.
@@ -382,6 +385,9 @@ def plan(
         As in :func:`append`.
     page_size : int
         P, entries of a page.
+    share, least, newest : optional
+        With ``share`` the schedules are for the pages that ``shortlist`` will list by them in this
+        step, with ``mass=1``: how many these are follows from ``lengths``.
 
     Returns
     -------
@@ -390,7 +396,10 @@ def plan(
     """
     schedule = _schedules.schedule(lengths)
     workers = _schedules.num_workers(getattr(lengths, "device", None))
-    _C.plan(lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers, schedule)
+    _C.plan(
+        lengths, block_table, fresh_pages, num_new, new_tokens, page_size, workers,
+        0.0 if share is None else share, least, newest, schedule,
+    )  # fmt: skip
     return schedule
 
 
@@ -457,7 +466,8 @@ def attend(
         Default: ``1 / sqrt(D)``, and no cap.
     prefetch : bool
         On CUDA: pages and schedule may be read while the kernel before this one still runs, which
-        must write neither: not right after ``plan``, ``append`` or ``compact``.
+        must write neither: not right after ``plan``, ``append`` or ``compact``. After
+        ``shortlist`` where the plan has its ``share``: then the schedule alone is.
     accumulated : ``[B, Hkv, T]`` float32, optional, not with ``others``
         Changed: what each slot of a row was given by the queries since its entry came, T at least
         ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.

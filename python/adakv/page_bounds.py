@@ -12,7 +12,7 @@ from adakv.entries import keys_of_pages
 from adakv.ops import Layer
 from adakv.policy import Quest
 from adakv.shortlist import shortlist
-from adakv.step import Attention, PageReader
+from adakv.step import Attention, Listing, PageReader
 
 
 class PageBounds(PageReader):
@@ -62,6 +62,13 @@ class PageBounds(PageReader):
     def reads_some(self, layer: int) -> bool:
         return self._kv is not None and layer >= self.quest.full_layers
 
+    @property
+    def listing(self) -> Listing | None:
+        quest = self.quest
+        if quest.mass < 1:
+            return None
+        return Listing(share=quest.share, least=quest.least, newest=quest.newest)
+
     def listed(
         self,
         layer: int,
@@ -84,6 +91,7 @@ class PageBounds(PageReader):
             mass=quest.mass,
             least=quest.least,
             newest=quest.newest,
+            prefetch=True,  # bounds are as old as the step, and append comes right before
         )
         return view._replace(block_table=pages, lengths=lengths)
 

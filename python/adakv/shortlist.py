@@ -60,6 +60,7 @@ def shortlist(
     mass: float = 1.0,
     least: int = 8,
     newest: int = 1,
+    prefetch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Which pages of what its rows hold a step reads (Quest, arXiv 2406.10774; ``mass`` is the
     top-p of SpecAttn, arXiv 2510.27641).
@@ -94,6 +95,10 @@ def shortlist(
         Rows of up to so many pages are read whole, and no row reads fewer.
     newest : int
         Pages at the end of a row that are read always, besides those of the step's own tokens.
+    prefetch : bool
+        On CUDA: bounds, and what the block table says of pages before the newest, may be read while
+        the kernel before this one still runs, which must not write them. It may be the step's
+        ``append``.
 
     Returns
     -------
@@ -110,6 +115,6 @@ def shortlist(
     _C.shortlist(
         queries, bounds, lengths, block_table, num_new,
         0.0 if scale is None else scale, 0.0 if softcap is None else softcap,
-        page_size, share, mass, least, newest, listed, listed_lengths,
+        page_size, share, mass, least, newest, prefetch, listed, listed_lengths,
     )  # fmt: skip
     return listed, listed_lengths

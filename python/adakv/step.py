@@ -8,7 +8,8 @@ Every adapter decodes through it: nothing else calls ``plan`` or ``attend``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,15 @@ class Watcher(Protocol):
         ...
 
 
+class Listing(NamedTuple):
+    """How many pages of a row ``shortlist`` lists in a step, by its arguments of these names; as
+    :func:`adakv.ops.plan` takes them."""
+
+    share: float
+    least: int
+    newest: int
+
+
 class PageReader(Protocol):
     """What has a step read some pages of a row only, such as
     :class:`adakv.page_bounds.PageBounds`."""
@@ -71,6 +81,12 @@ class PageReader(Protocol):
     def reads_some(self, layer: int) -> bool:
         """Whether not all pages of a layer are read in this step."""
         ...
+
+    @property
+    def listing(self) -> Listing | None:
+        """How many pages of each row of such layers are read, if that is known before the step:
+        then all layers are planned at once. Otherwise each is when its pages are known."""
+        return None
 
     def listed(
         self,
@@ -101,7 +117,8 @@ class PlannedStep:
     layers : one :class:`adakv.ops.Layer` for each layer
         Rows of the B sequences of the step, with room for its tokens.
     schedules : one ``[X]`` for each layer
-        As :func:`adakv.ops.plan` gives them.
+        As :func:`adakv.ops.plan` gives them: by the reader's ``listing``, if it has one, where it
+        reads some pages.
     num_new : ``[B]`` int32, optional
         How many of the step's S columns, counted from the right, are tokens of each sequence.
     watcher : :class:`Watcher`, optional
@@ -153,8 +170,12 @@ class PlannedStep:
         ``[L, B, Hkv, F]`` of the ``layers``, int32. The schedules go into the first columns of
         ``out`` ``[L, X or more]`` if it is given, where a recorded CUDA graph reads them.
         """
-        page_size = layers[0].pages.shape[2]
-        schedules = ops.plan(*tables, new_tokens=new_tokens, num_new=num_new, page_size=page_size)
+        step: dict[str, Any] = {"new_tokens": new_tokens, "num_new": num_new}
+        step["page_size"] = layers[0].pages.shape[2]
+        if reader is None or reader.listing is None:
+            schedules = ops.plan(*tables, **step)
+        else:
+            schedules = _planned_in_runs(tables, step, reader.listing, reader.reads_some)
         if out is not None:
             schedules = out[:, : schedules.shape[1]].copy_(schedules)
         heard: dict[str, Any] = {"watcher": watcher, "reader": reader, "others": others}
@@ -239,23 +260,25 @@ class PlannedStep:
             ops.append(keys.to(place), values.to(place), view, num_new=self._num_new)
             view = self._reader.listed(layer, view, queries, attention, self._num_new)
             is_listed = True
+            if self._reader.listing is not None:
+                schedule = self.schedules[layer]
         else:
             schedule = self.schedules[layer]
-        is_planned = schedule is not None  # otherwise the rows hold the step's tokens already
+        appends = schedule is not None and not is_listed  # else rows hold the step's tokens already
         out, _ = ops.attend(
             asked,
             view,
             planned(view) if schedule is None else schedule,
             self._tiers(layer, queries, values.shape[3]) if self._others else (),
-            keys=keys if is_planned else None,
-            values=values if is_planned else None,
+            keys=keys if appends else None,
+            values=values if appends else None,
             num_new=self._num_new,
             sink_logits=attention.sink_logits,
             scale=attention.scale,
             softcap=attention.softcap,
             # Not right behind the plan, which comes before the first layer. (A compiler may move
             # it, but no further than there.)
-            prefetch=layer > 0 and is_planned,
+            prefetch=schedule is not None and (layer > 0 or is_listed),
         )
         if is_listed:
             assert self._reader is not None
@@ -289,6 +312,23 @@ class PlannedStep:
         for columns, fresh_pages, num_new in self._pieces:
             piece = view._replace(fresh_pages=fresh_pages[layer])
             ops.append(keys[:, :, columns], values[:, :, columns], piece, num_new=num_new)
+
+
+def _planned_in_runs(
+    tables: tuple[Tensor, Tensor, Tensor],
+    step: Mapping[str, Any],
+    listing: Listing,
+    reads_some: Callable[[int], bool],
+) -> Tensor:
+    """The schedules ``[L, X]`` of a step of which some layers read what is listed."""
+    found = []
+    for is_listed, run in itertools.groupby(range(len(tables[0])), reads_some):
+        first, *others = run
+        part = slice(first, first + 1 + len(others))
+        lengths, block_table, fresh_pages = (table[part] for table in tables)
+        how = {**step, **(listing._asdict() if is_listed else {})}
+        found.append(ops.plan(lengths, block_table, fresh_pages, **how))
+    return torch.cat(found)
 
 
 def planned(view: Layer) -> Tensor:

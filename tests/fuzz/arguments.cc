@@ -363,6 +363,9 @@ class Call {
     args.num_workers = input_.range(1, 9);
     args.schedule = schedules({layers, schedule_size(B * Hkv, args.num_workers)});
     args.num_workers = number(args.num_workers);
+    if (input_.range(0, 1)) args.share = option(static_cast<float>(input_.range(1, 10)) / 10);
+    args.least = number(input_.range(0, 4));
+    args.newest = number(input_.range(1, 3));
     call([&] { plan(args); });
   }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import cases
 import reference
 from adakv import _C, ops
+from adakv.shortlist import shortlist
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,18 @@ class Case:
     page_size: int = 16
     has_num_new: bool = False
     skewed: bool = False
+    listing: tuple[float, int, int] | None = None  # share, least, newest
 
     def __str__(self) -> str:
         text = f"{self.layers}x{self.batch}x{self.heads}-len{self.most}-workers{self.workers}"
         text += f"-S{self.new_tokens}-P{self.page_size}"
-        return text + "-num_new" * self.has_num_new + "-skewed" * self.skewed
+        text += "-num_new" * self.has_num_new + "-skewed" * self.skewed
+        return text if self.listing is None else f"{text}-listing{self.listing}"
+
+    def listed(self) -> dict[str, Any]:
+        """As arguments."""
+        names = ("share", "least", "newest")
+        return {} if self.listing is None else dict(zip(names, self.listing, strict=True))
 
     def lengths(self) -> Tensor:
         lengths = torch.randint(self.most + 1, (self.layers, self.batch, self.heads))
@@ -54,6 +63,14 @@ CASES = [
     Case(batch=1, heads=1, most=5000, page_size=32),
     Case(layers=0),
     Case(batch=0),
+]
+LISTED = [
+    Case(most=4000, workers=132, listing=(0.125, 8, 1)),
+    Case(most=4000, new_tokens=0, listing=(0.25, 0, 2)),
+    Case(most=300, new_tokens=40, has_num_new=True, page_size=8, listing=(0.3, 2, 1)),
+    Case(batch=6, new_tokens=1, has_num_new=True, listing=(0.01, 3, 4)),
+    Case(most=200, new_tokens=1, has_num_new=True, listing=(1.0, 0, 1)),
+    Case(batch=0, listing=(0.5, 0, 1)),
 ]
 
 
@@ -85,12 +102,13 @@ def plan(case: Case, device: torch.device, given: tuple[Tensor | None, ...]) -> 
         case.new_tokens,
         case.page_size,
         case.workers,
+        *(case.listing or (0.0, 0, 0)),
         schedule,
     )
     return schedule
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LISTED], ids=str)
 def test_plan_equals_the_definition(case: Case, device: torch.device) -> None:
     given = inputs(case)
     expected = reference.plan(
@@ -99,6 +117,7 @@ def test_plan_equals_the_definition(case: Case, device: torch.device) -> None:
         new_tokens=case.new_tokens,
         num_new=given[3],
         page_size=case.page_size,
+        listing=case.listed(),
     )
     assert torch.equal(plan(case, device, given).cpu(), expected)
 
@@ -156,6 +175,46 @@ def test_plan_is_the_same_before_and_after_append(device: torch.device) -> None:
         layer.lengths[None], layer.block_table[None], layer.fresh_pages[None], new_tokens=0
     )
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("num_new", [None, [1, 0], [3, 2]], ids=str)
+def test_plan_of_what_will_be_listed_is_that_of_what_is(
+    device: torch.device, num_new: list[int] | None
+) -> None:
+    """Before the step's tokens are there, and of a layer with the listed pages."""
+    tokens, how = 3 if num_new == [3, 2] else 1, {"share": 0.25, "least": 2, "newest": 1}
+    layer = cases.paged_layer([[3, 800], [40, 530]], new_tokens=tokens, device=device)
+    counts = None if num_new is None else torch.tensor(num_new, dtype=torch.int32, device=device)
+    tables = layer.lengths, layer.block_table, layer.fresh_pages
+    before = ops.plan(*(x[None] for x in tables), new_tokens=tokens, num_new=counts, **how)
+    keys = torch.randn(2, 2, tokens, 64, device=device)
+    ops.append(keys, keys, layer, num_new=counts)
+    table, lengths = shortlist(
+        torch.randn(2, 6, tokens, 64, device=device),
+        torch.randn(len(layer.pages), 128, device=device),
+        layer.lengths, layer.block_table, num_new=counts, **how,
+    )  # fmt: skip
+    after = ops.plan(lengths[None], table[None], layer.fresh_pages[None], new_tokens=0)
+    workers = (after.shape[1] - 4 * 8) // 64
+    of_workers = after[0, : workers * 64].view(workers, 64)
+    of_workers[:, 3] = of_workers[:, 0] < of_workers[:, 1]
+    of_workers[:, 12:] = 0
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"share": -0.5}, "share must be above 0 and at most 1, got -0.5"),
+        ({"share": 1.5}, "share must be above 0"),
+        ({"least": -1}, "least must not be negative, got -1"),
+        ({"newest": 0}, "newest must be at least 1, got 0"),
+    ],
+)
+def test_plan_names_wrong_listings(changed: dict[str, Any], message: str) -> None:
+    lengths, table, fresh, _ = inputs(Case())
+    with pytest.raises(ValueError, match=f"plan: {message}"):
+        ops.plan(lengths, table, fresh, **{"share": 0.5, **changed})
 
 
 def test_plan_keeps_rows_whole_where_that_is_even() -> None:

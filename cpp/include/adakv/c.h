@@ -371,6 +371,9 @@ typedef struct AdakvPlanArgs {
   int32_t new_tokens;             /* 1; S of the step */
   int32_t page_size;              /* 16 */
   int32_t num_workers;            /* adakv_default_num_workers() */
+  double share;                   /* 0: all pages; else what adakv_shortlist() will list with it */
+  int32_t least;                  /* 8; of adakv_shortlist() */
+  int32_t newest;                 /* 1; of adakv_shortlist() */
   const AdakvTensor* schedule;    /* [L, adakv_schedule_size(B * Hkv, num_workers)] int32, out */
   void* stream;                   /* a cudaStream_t; NULL on the CPU */
 } AdakvPlanArgs;

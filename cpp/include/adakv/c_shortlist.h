@@ -23,6 +23,7 @@ typedef struct AdakvShortlistArgs {
   double mass;                       /* 1 */
   int32_t least;                     /* 8; pages that a row lists at least */
   int32_t newest;                    /* 1; pages at the end, listed always */
+  int32_t prefetch;                  /* 0; see ops.h */
   const AdakvTensor* listed;         /* [B, Hkv, X] int32, out */
   const AdakvTensor* listed_lengths; /* [B, Hkv] int32, out */
   void* workspace;                   /* scratch memory on the tensors' device */

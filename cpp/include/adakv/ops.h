@@ -222,16 +222,22 @@ void append(const AppendArgs& args);
 
 /// Shares the pages of all rows out to workers, so that each has the same work although rows differ
 /// in length. One call serves all layers of a step: the schedule of layer l is schedule[l]. It is
-/// made before append and valid for the one step. The format is in cpp/ops/schedule.h; both
+/// made before append and valid for the one step. How many pages shortlist lists follows from a row's
+/// length while its mass is 1, so that a plan with share is made before the step, too: attend then
+/// finds in the listed block table which ones they are. For new_tokens = 0 it is of one token, which
+/// lengths have already. The format is in cpp/ops/schedule.h; both
 /// backends write the same integers.
 struct PlanArgs {
-  TensorView lengths;       // [L, B, Hkv] int32      before this step's append
-  TensorView block_table;   // [L, B, Hkv, M] int32
-  TensorView fresh_pages;   // [L, B, Hkv, F] int32   pages that this step's append will take
-  TensorView num_new;       // [B] int32; not given: all new_tokens
-  int new_tokens = 1;       // S of this step; 0 if the step's tokens are in lengths already
-  int page_size = 16;       // P
-  int num_workers = 0;      // 1 to 32767, as default_num_workers(device)
+  TensorView lengths;      // [L, B, Hkv] int32      before this step's append
+  TensorView block_table;  // [L, B, Hkv, M] int32
+  TensorView fresh_pages;  // [L, B, Hkv, F] int32   pages that this step's append will take
+  TensorView num_new;      // [B] int32; not given: all new_tokens
+  int new_tokens = 1;      // S of this step; 0 if the step's tokens are in lengths already
+  int page_size = 16;      // P
+  int num_workers = 0;     // 1 to 32767, as default_num_workers(device)
+  double share = 0.;       // 0: for all pages of rows; else for those that shortlist will list with
+  int least = 8;           //   this share, least and newest and a mass of 1 of the step's S tokens
+  int newest = 1;
   TensorView schedule;      // [L, schedule_size(B * Hkv, num_workers)] int32, out
   Stream stream = nullptr;  // where CUDA work is put
 };
@@ -297,7 +303,7 @@ struct AttendArgs {
   float softcap = 0.f;       // 0: none
   int num_workers = 0;       // as given to plan
   bool prefetch = false;  // CUDA: pages and schedule may be read while the kernel before this one
-                          // runs, because it doesn't write them
+      // runs, because it doesn't write them, but not pages if planned with share
   Accumulate accumulate = Accumulate::kSum;  // what accumulated keeps
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
@@ -336,6 +342,9 @@ struct ShortlistArgs {
   double mass = 1.;        // above 0, at most 1
   int least = 8;           // pages that a row lists at least, if it has them
   int newest = 1;          // at least 1
+  bool prefetch = false;   // CUDA: bounds and older pages of the block table may be read while the
+                           // kernel before this one runs, because it writes none of them: it may be
+                           // the step's append
   TensorView listed;  // [B, Hkv, X] int32, out   ascending, then -1; a row lists X pages at most
   TensorView listed_lengths;  // [B, Hkv] int32, out   entries of the listed pages
   TensorView workspace;       // [workspace_bytes(args) / 4] int32
