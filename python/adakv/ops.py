@@ -1,7 +1,7 @@
 """The verbs as torch functions, and as torch operators for compiled graphs.
 
     prefill:  score, value_norm -> allocate -> select -> compact
-    decode:   plan, append -> attend;  sparse reads: append -> shortlist -> plan -> attend
+    decode:   plan, append -> attend;  sparse reads: plan, append -> shortlist -> attend
 
 Letters: B sequences, T prompt length (padded at the end), S new tokens, W window, Hq q heads, Hkv
 kv heads, G = Hq / Hkv, D head dim (a multiple of 8, at most 256), Dv that of values (or D), E model

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import adakv
+import cases
+from adakv import ops
 from adakv.policy import SmallKV, SpecAttn
+from adakv.shortlist import shortlist
 from hf.families import LLAMA, VOCAB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
@@ -39,6 +42,24 @@ def test_texts_equal_the_cpu(read: str) -> None:
         texts += [result.tokens for result in batch]
     of_cpu, of_gpu = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     assert of_gpu == of_cpu and of_cpu[0] == of_cpu[1] == of_cpu[2]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bounds_read_beside_append_list_the_same_pages(dim: int) -> None:
+    """Rows grow by a token each time, and over the end of a page; nothing waits in between."""
+    lengths = torch.randint(100, 900, (16, 4)).tolist()
+    layer = cases.paged_layer(
+        lengths, new_tokens=16, head_dim=dim, dtype=torch.bfloat16, device="cuda"
+    )
+    bounds = torch.randn(len(layer.pages), 2 * dim, device="cuda").to(layer.pages.dtype)
+    queries, new = (torch.randn(16, h, 1, dim, device="cuda").to(bounds.dtype) for h in (16, 4))
+    found = []
+    for _ in range(16):
+        ops.append(new, new, layer)
+        given = queries, bounds, layer.lengths, layer.block_table
+        found += [shortlist(*given, least=2, prefetch=True), shortlist(*given, least=2)]
+    for early, late in zip(found[::2], found[1::2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(early, late, strict=True))
 
 
 @pytest.mark.parametrize(

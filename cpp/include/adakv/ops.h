@@ -2,7 +2,7 @@
 //
 //   prefill:  score, value_norm -> allocate -> select -> compact
 //   decode:   plan, append -> attend
-//   sparse reads, while decoding: append -> shortlist -> plan -> attend
+//   sparse reads, while decoding: plan, append -> shortlist -> attend
 //
 // Each verb is one struct and one function. A struct lists inputs, options, outputs, then scratch
 // memory and the stream. The function checks its arguments (InvalidArgument names the argument,
