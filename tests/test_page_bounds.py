@@ -200,3 +200,21 @@ def test_only_what_is_listed_is_read(device: torch.device) -> None:
     new = (text.random(SEQUENCES, KV_HEADS, 1, DIM) for _ in range(2))
     assert step.attend(0, queries, *new, text.attention).isfinite().all()
     assert int(listed[0].lengths.sum()) < int(text.kv.layer(0).lengths.sum()) / 2
+
+
+def test_a_step_is_planned_and_attends_in_a_compiled_graph(device: torch.device) -> None:
+    quest = Quest(share=0.25, least=2, full_layers=1)
+    text = Text(device, torch.bfloat16, "auto", quest)
+    text.bounds.begin_step(text.kv, text.seen, [1, 1], 1)
+    text.kv.grow([1, 1], 1)
+    new = [text.random(SEQUENCES, heads, 1, DIM) for heads in (KV_HEADS * GROUP, *[KV_HEADS] * 2)]
+
+    def step(*new: Tensor) -> list[Tensor]:
+        planned = PlannedStep.plan(text.kv.layers, text.kv.plan_inputs, reader=text.bounds)
+        return [planned.attend(layer, *new, text.attention) for layer in range(LAYERS)]
+
+    before = text.kv.all_layers.lengths.clone()
+    expected = step(*new)
+    text.kv.all_layers.lengths.copy_(before)
+    found = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")(*new)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -8,7 +8,6 @@ Every adapter decodes through it: nothing else calls ``plan`` or ``attend``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -321,13 +320,14 @@ def _planned_in_runs(
     reads_some: Callable[[int], bool],
 ) -> Tensor:
     """The schedules ``[L, X]`` of a step of which some layers read what is listed."""
-    found = []
-    for is_listed, run in itertools.groupby(range(len(tables[0])), reads_some):
-        first, *others = run
-        part = slice(first, first + 1 + len(others))
-        lengths, block_table, fresh_pages = (table[part] for table in tables)
-        how = {**step, **(listing._asdict() if is_listed else {})}
+    found, begin, lists = [], 0, [reads_some(layer) for layer in range(len(tables[0]))]
+    for end in range(1, len(lists) + 1):
+        if end < len(lists) and lists[end] == lists[begin]:
+            continue
+        lengths, block_table, fresh_pages = (table[begin:end] for table in tables)
+        how = {**step, **(listing._asdict() if lists[begin] else {})}
         found.append(ops.plan(lengths, block_table, fresh_pages, **how))
+        begin = end
     return torch.cat(found)
 
 
