@@ -35,9 +35,11 @@ class Case:
     head_dim: int = 128
     kv_dtype: str = "auto"
     dtype: str = "bfloat16"
+    page_size: int | None = None  # None: as is usual for the pages
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.held}-share{self.share}-{self.kv_dtype}"
+        pages = "" if self.page_size is None else f"-pages{self.page_size}"
+        return f"{self.batch}x{self.held}-share{self.share}-{self.kv_dtype}{pages}"
 
 
 class Rows:
@@ -112,6 +114,7 @@ CPU_CASES = [
 ]
 CUDA_CASES = [
     Case(batch=32, layers=8),
+    Case(batch=32, layers=8, page_size=32),
     Case(batch=32, layers=8, share=0.25),
     Case(batch=32, layers=8, kv_dtype="int8"),
     Case(batch=1, held=32768, layers=32),

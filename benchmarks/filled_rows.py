@@ -31,10 +31,12 @@ class Sizes(Protocol):
 
 def filled(case: Sizes, device: str) -> KVCache:
     """Rows of one length in all layers, with room for two pages more in each. Values are as wide as
-    keys, unless the case has ``dims`` of both."""
+    keys, unless the case has ``dims`` of both, and pages as large as usual, unless it has a
+    ``page_size``."""
     rows, dtype = case.batch * case.kv_heads, getattr(torch, case.dtype)
     key, value = getattr(case, "dims", None) or (case.head_dim, case.head_dim)
-    row_pages = -(-case.held // 16) + 2
+    page_size = getattr(case, "page_size", None)
+    row_pages = -(-case.held // (page_size or 16)) + 2
     kv = KVCache(
         num_layers=case.layers,
         num_sequences=case.batch,
@@ -43,6 +45,7 @@ def filled(case: Sizes, device: str) -> KVCache:
         value_dim=value,
         num_pages=case.layers * rows * row_pages,
         max_row_pages=row_pages,
+        page_size=page_size,
         dtype=dtype,
         kv_dtype=case.kv_dtype,
         device=device,
