@@ -466,8 +466,8 @@ def attend(
         Default: ``1 / sqrt(D)``, and no cap.
     prefetch : bool
         On CUDA: pages and schedule may be read while the kernel before this one still runs, which
-        must write neither: not right after ``plan``, ``append`` or ``compact``. After
-        ``shortlist`` where the plan has its ``share``: then the schedule alone is.
+        must write neither: not right after ``plan``, ``append`` or ``compact``. With a plan for
+        what ``shortlist`` lists, only the schedule is, so that it may be right after ``shortlist``.
     accumulated : ``[B, Hkv, T]`` float32, optional, not with ``others``
         Changed: what each slot of a row was given by the queries since its entry came, T at least
         ``M * P``. A new token's slot begins at 0, and what lies behind a row is left alone.

@@ -225,8 +225,7 @@ void append(const AppendArgs& args);
 /// made before append and valid for the one step. How many pages shortlist lists follows from a row's
 /// length while its mass is 1, so that a plan with share is made before the step, too: attend then
 /// finds in the listed block table which ones they are. For new_tokens = 0 it is of one token, which
-/// lengths have already. The format is in cpp/ops/schedule.h; both
-/// backends write the same integers.
+/// lengths have already. The format is in cpp/ops/schedule.h; both backends write the same integers.
 struct PlanArgs {
   TensorView lengths;      // [L, B, Hkv] int32      before this step's append
   TensorView block_table;  // [L, B, Hkv, M] int32
