@@ -183,6 +183,22 @@ struct LayerPlan {
     }
   }
 
+  /// Whole rows that a worker does, if all have the same units and that is even enough, else 0.
+  __device__ int32_t rows_of_a_worker(int32_t active) const {
+    bool is_same = true;
+#pragma unroll 1
+    for (int32_t r = threadIdx.x; r < p.num_rows; r += kThreads) is_same &= units(r) == units(0);
+    if (!__syncthreads_and(is_same)) return 0;
+    return schedule::whole_rows(p.num_rows, units(0), active, p.page_size);
+  }
+
+  __device__ void cut_after_rows(int32_t whole) {
+    num_ranges = schedule::ceil_div(p.num_rows, whole);
+    for (int32_t k = threadIdx.x; k < num_ranges; k += kThreads) {
+      borders[k + 1] = rows[min((k + 1) * whole, p.num_rows) - 1].end;
+    }
+  }
+
   __device__ void cut_evenly(int32_t active) {
     num_ranges = active;
     const int32_t row_end = schedule::row_end_units(num_units, active, p.page_size);
@@ -210,6 +226,8 @@ struct LayerPlan {
       const int32_t chunk = find_chunk(active);
       if (chunk > 0) {
         cut_rows(chunk);
+      } else if (const int32_t whole = rows_of_a_worker(active)) {
+        cut_after_rows(whole);
       } else {
         cut_evenly(active);
       }

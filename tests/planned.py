@@ -27,8 +27,12 @@ def plan_borders(pages: list[int], num_workers: int, page_size: int = 16) -> lis
             parts = -(-p // chunk)
             borders += [begin + (j + 1) * p // parts for j in range(parts)]
         return borders
-    # Equal ranges of pages and of what row ends cost; a border near the end of a row moves there.
     cost = min(256 // page_size, total // (4 * workers))
+    if len(set(pages)) == 1:  # whole rows, where equal ranges that cut some take no less
+        rows, row = -(-len(pages) // workers), pages[0] + cost
+        if rows * row <= -(-len(pages) * row // workers) + cost:
+            return [*row_ends[:-1:rows], row_ends[-1]]
+    # Equal ranges of pages and of what row ends cost; a border near the end of a row moves there.
     page_of = [0]  # behind each unit of cost, the next page
     for end, p in zip(row_ends[1:], pages, strict=True):
         page_of += [*range(end - p + 1, end + 1), *([end] * cost if p else [])]

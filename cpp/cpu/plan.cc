@@ -24,6 +24,15 @@ bool makes_few_chunks(const RowFacts* rows, int64_t num_rows, int32_t chunk, int
   return chunks <= most;
 }
 
+// Whole rows that a worker does, if all have the same units and that is even enough, else 0.
+int32_t rows_of_a_worker(const RowFacts* rows, int64_t num_rows, int32_t active, int page_size) {
+  const int32_t units = rows[0].end - rows[0].begin;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (rows[r].end - rows[r].begin != units) return 0;
+  }
+  return schedule::whole_rows(static_cast<int32_t>(num_rows), units, active, page_size);
+}
+
 // Where the workers' ranges begin and end: ascending, from 0 to the number of units.
 std::vector<int32_t> find_borders(const RowFacts* rows,
                                   int64_t num_rows,
@@ -50,6 +59,12 @@ std::vector<int32_t> find_borders(const RowFacts* rows,
       for (int32_t j = 1; j <= parts; ++j) {
         borders.push_back(rows[r].begin + schedule::even_border(j, units, parts));
       }
+    }
+    return borders;
+  }
+  if (const int32_t whole = rows_of_a_worker(rows, num_rows, active, page_size)) {
+    for (int64_t r = 0; r < num_rows; r += whole) {
+      borders.push_back(rows[std::min<int64_t>(r + whole, num_rows) - 1].end);
     }
     return borders;
   }

@@ -25,7 +25,9 @@
 //   2. C is the smallest chunk with sum over rows of ceil(units / C) <= N. If C is at most 1.4 P / N
 //      and at most 256 slots above P / N, each row is cut into ceil(units / C) even parts, one worker
 //      each: nobody does two rows.
-//   3. Else every row counts as its units and c more, for what its end costs the worker: as long as
+//   3. Else, if all rows have u units: ceil(rows / N) whole rows a worker take as many times u + c, with
+//      the c of 4. If that is no more than an Nth of all of them and c for a row that is cut, then so.
+//   4. Else every row counts as its units and c more, for what its end costs the worker: as long as
 //      reading 256 slots, but not above P / (4 N). All are cut into N equal ranges; a border in a
 //      row's c lies at its end. A border within 256 slots and a fifth of P / N of the end of a row
 //      moves there (the nearest end, the lower of two).
@@ -93,6 +95,16 @@ ADAKV_HOST_DEVICE inline int32_t row_end_units(int32_t num_units,
                                                int32_t page_size) {
   const int32_t most = num_units / (4 * active), wanted = kRowEndSlots / page_size;
   return wanted < most ? wanted : most;
+}
+
+/// Whole rows of so many units that a worker does, or 0 where equal ranges take less.
+ADAKV_HOST_DEVICE inline int32_t whole_rows(int32_t num_rows,
+                                            int32_t units,
+                                            int32_t active,
+                                            int32_t page_size) {
+  const int32_t row_end = row_end_units(num_rows * units, active, page_size);
+  const int32_t rows = ceil_div(num_rows, active), row = units + row_end;
+  return rows * row <= ceil_div(num_rows * row, active) + row_end ? rows : 0;
 }
 
 /// First unit of part `part` of `num_parts`, of a range of `num_units` units.

@@ -26,12 +26,13 @@ class Case:
     page_size: int = 16
     has_num_new: bool = False
     skewed: bool = False
+    even: bool = False
     listing: tuple[float, int, int] | None = None  # share, least, newest
 
     def __str__(self) -> str:
         text = f"{self.layers}x{self.batch}x{self.heads}-len{self.most}-workers{self.workers}"
         text += f"-S{self.new_tokens}-P{self.page_size}"
-        text += "-num_new" * self.has_num_new + "-skewed" * self.skewed
+        text += "-num_new" * self.has_num_new + "-skewed" * self.skewed + "-even" * self.even
         return text if self.listing is None else f"{text}-listing{self.listing}"
 
     def listed(self) -> dict[str, Any]:
@@ -44,6 +45,8 @@ class Case:
         if self.skewed:  # one row holds nearly everything
             lengths //= 20
             lengths[:, 0, 0] = self.most
+        if self.even:
+            lengths[:] = self.most - self.new_tokens
         return lengths.int()
 
 
@@ -63,6 +66,9 @@ CASES = [
     Case(batch=1, heads=1, most=5000, page_size=32),
     Case(layers=0),
     Case(batch=0),
+    Case(batch=32, heads=8, most=1024, workers=132, even=True),
+    Case(batch=67, heads=3, most=333, workers=100, even=True),
+    Case(batch=16, heads=16, most=8192, workers=132, even=True),
 ]
 LISTED = [
     Case(most=4000, workers=132, listing=(0.125, 8, 1)),
@@ -220,6 +226,14 @@ def test_plan_names_wrong_listings(changed: dict[str, Any], message: str) -> Non
 def test_plan_keeps_rows_whole_where_that_is_even() -> None:
     assert reference.plan_borders([10, 10, 10, 10], 132) == [0, 10, 20, 30, 40]
     assert reference.plan_borders([64] * 8, 16) == list(range(0, 513, 32))
+
+
+def test_plan_gives_whole_rows_where_all_are_as_long() -> None:
+    """With an end of 16 a row: two of 64 take 160, and an equal range 256 * 80 / 132 = 156 and 16
+    more if it cuts a row. Two of 512 take 1,056, and an equal range 1,024 and 16."""
+    assert reference.plan_borders([64] * 256, 132) == list(range(0, 64 * 256 + 1, 128))
+    assert reference.plan_borders([64] * 199, 100) == [*range(0, 64 * 199, 128), 64 * 199]
+    assert reference.plan_borders([512] * 256, 132)[:3] == [0, 1024, 2000]
 
 
 def test_plan_counts_the_ends_of_rows() -> None:
