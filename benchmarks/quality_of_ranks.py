@@ -1,10 +1,12 @@
 """What is lost where each tensor-parallel rank shares its own heads' budget out, as inside vLLM,
-against budgets that cross ranks; emulated in one process.
+against budgets that cross ranks, as inside vLLM and without a limit; emulated in one process.
 
     python benchmarks/quality_of_ranks.py MODEL --qa FILE --text FILE --ranks 2
 
-Rows of the tables: what one rank writes (the policy's name), and what N ranks write ("/ N"). With
-one kv head per rank Ada-KV's budgets are SnapKV's. The figures are those of ``adakv eval``.
+Rows of the tables: what one rank writes (the policy's name), what N ranks write ("/ N"),
+and what they write with budgets that cross ranks, as far as each rank has pages. With one kv head
+per rank Ada-KV's budgets are SnapKV's where they don't cross. The figures are those of ``adakv
+eval``.
 """
 
 from __future__ import annotations
@@ -20,14 +22,20 @@ from adakv.cli.inputs import load_model
 from adakv.eval import data, summary
 from adakv.eval.runner import run
 from adakv.policy import Policy, get
+from adakv.vllm.ranks import can_cross
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from per_rank import PerRank
+from per_rank import AcrossRanks, PerRank
 
 
-def of_ranks(policy: Policy, ranks: int) -> Policy:
+def on_ranks(policy: Policy, ranks: int) -> Policy:
     """The same policy on so many ranks."""
     return replace(policy, allocator=PerRank(policy.allocator, ranks))
+
+
+def across_ranks(policy: Policy, ranks: int, page_size: int) -> Policy:
+    """The same with budgets that cross them."""
+    return replace(policy, allocator=AcrossRanks(policy.allocator, ranks, page_size))
 
 
 def main() -> None:
@@ -40,6 +48,7 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=8)
     options.add_argument("--shares", default="0.25,0.125")
     options.add_argument("--policies", default="ada_snapkv,model_column_max")
+    options.add_argument("--page-size", type=int, default=16)
     options.add_argument("--dtype", default="float32")
     options.add_argument("--device", default="cpu")
     given = options.parse_args()
@@ -52,8 +61,11 @@ def main() -> None:
     }
     policies: dict[str, Policy] = {}
     for name in given.policies.split(","):
-        policies[name] = of_ranks(get(name), 1)
-        policies[f"{name} / {given.ranks}"] = of_ranks(get(name), given.ranks)
+        policies[name] = on_ranks(get(name), 1)
+        policies[f"{name} / {given.ranks}"] = on_ranks(get(name), given.ranks)
+        if can_cross(get(name).allocator):
+            crossing = across_ranks(get(name), given.ranks, given.page_size)
+            policies[f"{name} / {given.ranks}, crossing"] = crossing
     shares = [float(share) for share in given.shares.split(",")]
     records = []
     for record in run(model, tasks, policies, shares):

@@ -100,7 +100,7 @@ class Steps:
     """Requests on one device; their blocks in any order, unused memory full of NaN.
 
     ``kv_dtype``: what pages hold; ``has_places``: the worker has a table of requests, as vLLM's
-    second model runner.
+    second model runner; ``scheduler``: what the cache asks instead of :attr:`told`.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Steps:
         has_places: bool = False,
         kv_dtype: str = "auto",
         rule: Rule | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.has_places, self.kv_dtype, self.flash = has_places, kv_dtype, flash
         self.block_size = 32 if kv_dtype == "int4" else BLOCK
@@ -129,7 +130,7 @@ class Steps:
             num_kv_heads=HEADS,
             attentions=[Attention(scale=SCALE, rotate=rotate)] * LAYERS,
             w_o=self._output_weight,
-            scheduler=self.told,
+            scheduler=scheduler or self.told,
             flash=flash,
             rule=rule,
             num_requests=MOST_REQUESTS,

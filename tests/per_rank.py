@@ -1,14 +1,15 @@
-"""What tensor-parallel ranks keep, in one process: each shares the budget of its own heads out."""
+"""What tensor-parallel ranks keep, in one process."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adakv.policy import Allocator, LayerInputs
+from adakv.policy import Adaptive, Allocator, Flat, LayerInputs
+from adakv.vllm.ranks import Across, AllRanks
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,34 @@ class PerRank:
     def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
         given = {"window": window, "prompt_len": prompt_len, "num_kv_heads": num_kv_heads}
         return self.inner.total(budget, **given)
+
+
+@dataclass(frozen=True)
+class AcrossRanks:
+    """Budgets by ``inner`` over the kv heads of all ranks, each of which keeps what it has room
+    for in pages of ``page_size`` entries; of prompts of one length."""
+
+    inner: Adaptive
+    ranks: int
+    page_size: int
+    layers: ClassVar[Flat] = Flat()
+    is_model_wide: ClassVar[bool] = True
+
+    def allocate(
+        self, scores: Tensor, inputs: LayerInputs, budgets: tuple[int, ...], *, window: int
+    ) -> Tensor:
+        heads = inputs.num_kv_heads // self.ranks
+        of_ranks = scores.unflatten(1, (-1, self.ranks, heads)).permute(2, 0, 1, 3, 4)
+        of_ranks = of_ranks.flatten(2, 3)  # [ranks, B, L * heads, T]
+        own = replace(inputs, keys=inputs.keys[:, :heads], values=inputs.values[:, :heads])
+        shares = []
+        for rank, of_rank in enumerate(of_ranks):
+            allocator = AllRanks(self.inner, self.page_size, Across(rank, lambda _: of_ranks))
+            shares.append(allocator.allocate(of_rank, own, budgets, window=window))
+        joined = torch.stack(shares, 1).unflatten(2, (-1, heads))  # [B, ranks, L, heads]
+        return joined.transpose(1, 2).flatten(1)
+
+    def total(self, budget: int, *, window: int, prompt_len: int, num_kv_heads: int) -> int:
+        given = {"window": window, "prompt_len": prompt_len, "num_kv_heads": num_kv_heads}
+        of_rank = AllRanks(self.inner, self.page_size, Across(0, Tensor.contiguous))
+        return of_rank.total(budget, **given)

@@ -20,13 +20,20 @@ from adakv.policy import (
 )
 from adakv.reselection import Rule
 from adakv.vllm.pages import spans_layers
+from adakv.vllm.ranks import Across, AllRanks, can_cross
 from adakv.vllm.requests import Limits
 
 Mode = Literal["fill", "exact"]
 When = Literal["always", "pressure"]
 Format = Literal["auto", "int8", "fp8", "int4"]
+Budgets = Literal["rank", "all_ranks"]
 
-_CHOICES = {"mode": get_args(Mode), "when": get_args(When), "kv_dtype": get_args(Format)}
+_CHOICES = {
+    "mode": get_args(Mode),
+    "when": get_args(When),
+    "kv_dtype": get_args(Format),
+    "budgets": get_args(Budgets),
+}
 
 #: Versions of vLLM whose hooks this plugin knows: at least the first, below the second.
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))
@@ -58,6 +65,9 @@ class Settings:
     every : int, optional
         Tokens from one choice to the next, at least two blocks. Default: 128, or what the policy
         says.
+    budgets : "rank" or "all_ranks"
+        Whether each tensor-parallel rank shares a layer's budget out among its own kv heads, or all
+        do among those of all ranks.
 
     Raises
     ------
@@ -73,6 +83,7 @@ class Settings:
     decode_budget: int | None = None
     decode_policy: str | None = None
     every: int | None = None
+    budgets: Budgets = "rank"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -83,6 +94,12 @@ class Settings:
             raise ValueError(f"adakv: budget must be an integer, got {self.budget!r}")
         if reason := why_not(self.preset):
             raise ValueError(f"adakv: policy {self.policy!r} can't run inside vLLM: {reason}")
+        if self.budgets == "all_ranks" and not can_cross(self.preset.allocator):
+            raise ValueError(
+                'adakv: budgets can be "all_ranks" of policies that share the same budget for each '
+                "layer out among its kv heads by their scores alone, as ada_snapkv does, got "
+                f"policy {self.policy!r}"
+            )
         if self.budget < self.limits.least:
             raise ValueError(
                 f"adakv: budget must be at least {self.limits.least} entries per kv head (window "
@@ -137,11 +154,29 @@ class Settings:
         """Last tokens of a prompt whose queries the policy hears; None: it hears all."""
         return None if "all_queries" in self.preset.needs else self.preset.window
 
-    def policy_for(self, block_size: int) -> Policy:
-        """The policy, with its budgets rounded up to pages of ``block_size`` in mode "fill"."""
-        if self.mode == "exact":
-            return self.preset
-        return replace(self.preset, allocator=WholePages(self.preset.allocator, block_size))
+    def crosses(self, num_ranks: int) -> bool:
+        """Whether budgets cross so many tensor-parallel ranks."""
+        return self.budgets == "all_ranks" and num_ranks > 1
+
+    def check_ranks(self, config: Any) -> None:
+        """Raises ``ValueError`` if budgets can't cross the ranks of a ``VllmConfig``."""
+        ranks = config.parallel_config.tensor_parallel_size
+        if self.crosses(ranks) and ranks > (heads := config.model_config.get_total_num_kv_heads()):
+            raise ValueError(
+                'adakv: budgets must be "rank" where ranks share kv heads, got "all_ranks" with '
+                f"{ranks} ranks and {heads} kv heads"
+            )
+
+    def policy_for(self, block_size: int, across: Across | None = None) -> Policy:
+        """The policy, with its budgets rounded up to pages of ``block_size`` in mode "fill", of
+        this rank or ``across`` all ranks."""
+        allocator = self.preset.allocator
+        if across is not None:
+            assert isinstance(allocator, Adaptive)
+            allocator = AllRanks(allocator, block_size, across)
+        if self.mode == "fill":
+            allocator = WholePages(allocator, block_size)
+        return replace(self.preset, allocator=allocator)
 
 
 def why_not(policy: Policy) -> str | None:

@@ -117,6 +117,7 @@ class EngineCache:
             and all(map(is_plain, attentions))
         )
         self._scheduler, self._flash = scheduler or Scheduler(), flash
+        self._seen = self._scheduler  # what it had of the prompts when this step began
         self.texts: Texts | None = None
         if rule is not None:
             given = self._rows, self._scheduler, attentions, w_o, pages[0].dtype
@@ -328,9 +329,10 @@ class EngineCache:
         return prompt is not None and not prompt.has_ended and prompt.reader.lengths == [computed]
 
     def _forget_gone(self) -> None:
-        """Forgets prompts that no scheduler has."""
+        """Forgets prompts that no scheduler has, and keeps what it has of the others."""
+        self._seen = self._scheduler.look([x.first_block for x in self.prompts.values()])
         for request, prompt in list(self.prompts.items()):
-            if self._is_gone(prompt.first_block):
+            if not self._seen.is_running(prompt.first_block):
                 del self.prompts[request]
 
     def _is_gone(self, first_block: int) -> bool:
@@ -352,7 +354,7 @@ class EngineCache:
         prompt = self.prompts[request]
         prompt.has_ended, prompt.held = True, computed
         (boundary,) = prompt.reader.lengths
-        order = self._scheduler.order(prompt.first_block, boundary, computed)
+        order = self._seen.order(prompt.first_block, boundary, computed)
         is_for_later = order is not None and order.budget == 0 and not order.due
         if is_for_later or (order is not None and order.at != computed):
             return

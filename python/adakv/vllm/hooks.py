@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vllm.config import (
     get_current_vllm_config_or_none,
     get_layers_from_vllm_config,
 )
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import RowParallelLinear
@@ -33,11 +34,11 @@ from adakv.step import Attention
 from adakv.vllm.admission import set_limits
 from adakv.vllm.config import Settings, check_engine
 from adakv.vllm.engine_cache import EngineCache
-from adakv.vllm.ledger import Ledger, ledger_name
+from adakv.vllm.ledger import Ledger, LedgerScheduler, ledger_name
 from adakv.vllm.page_memory import Pages, entry_bytes
 from adakv.vllm.pages import spans_layers
-from adakv.vllm.plan import Scheduler
 from adakv.vllm.prompt_attention import FlashAttention
+from adakv.vllm.ranks import Across, OneReader
 from adakv.vllm.rotation import rotation
 from adakv.vllm.spec import CompressedSpec
 
@@ -85,6 +86,7 @@ def current_settings() -> Settings | None:
         set_limits(None)
         return None
     check_engine(config)
+    settings.check_ranks(config)
     check_kv_dtype(settings.kv_dtype, config.model_config.dtype)
     if settings.when == "pressure" and config.speculative_config is not None:
         raise ValueError('adakv: drafts need "when": "always", got "pressure"')
@@ -156,6 +158,7 @@ def customized(spec: Any) -> Any:
             "adakv can't compress this model: head size must be a multiple of 8, at most 256, and "
             f"that of values the same, got {spec.head_size} and {spec.head_size_v}"
         )
+    num_ranks = config.parallel_config.tensor_parallel_size
     if settings.kv_dtype == "int4" and spec.block_size != 32:
         raise ValueError(f"adakv: block_size must be 32 for int4, got {spec.block_size}")
     if settings.kv_dtype != "auto":
@@ -177,7 +180,7 @@ def customized(spec: Any) -> Any:
         protects=settings.limits.protects,
         reads_classes=settings.limits.reads_classes,
         window=settings.window,
-        spans_layers=spans_layers(settings.preset),
+        spans_layers=spans_layers(settings.preset) or settings.crosses(num_ranks),
         decode_budget=rule and rule.budget,
         every=0 if rule is None else rule.every,
         decode_window=0 if rule is None else rule.policy.window,
@@ -217,14 +220,21 @@ def make_cache(
             attention._replace(rotate=rotation(_parents[layer](), model_type, device))
             for attention, layer in zip(attentions, layers, strict=True)
         ]
+    group = get_tp_group()
+    scheduler = LedgerScheduler(ledger, counts=group.rank_in_group == 0)
+    across = None
+    if settings.crosses(group.world_size):
+        across = Across(group.rank_in_group, lambda scores: group.all_gather(scores[None], dim=0))
+        tell = partial(torch.distributed.broadcast, src=group.first_rank, group=group.cpu_group)
+        scheduler = OneReader(ledger, reads=group.rank_in_group == 0, tell=tell)
     return EngineCache(
-        settings.policy_for(block),
+        settings.policy_for(block, across),
         settings.budget,
         pages,
         num_kv_heads=heads,
         attentions=attentions,
         w_o=lambda index: _output_weight(layers[index]),
-        scheduler=_Scheduler(ledger, counts=get_tensor_model_parallel_rank() == 0),
+        scheduler=scheduler,
         flash=flash,
         rule=settings.rule,
         num_requests=most_requests(config),
@@ -270,24 +280,6 @@ def begin_group(spec: CompressedSpec, layers: Sequence[AttentionLayer], config: 
             "adakv: a policy whose layers keep unequally much needs all of them in one group of "
             f"the engine's caches, got one of {len(layers)} of {compressed} layers"
         )
-
-
-class _Scheduler(Scheduler):
-    """By way of the ledger."""
-
-    def __init__(self, ledger: Ledger, *, counts: bool) -> None:
-        self._ledger, self._counts = ledger, counts
-        self.order = ledger.order  # type: ignore[method-assign]
-        self.done = ledger.done  # type: ignore[method-assign]
-        self.is_running = ledger.is_running  # type: ignore[method-assign]
-
-    @property
-    def has_orders(self) -> bool:
-        return self._ledger.has_orders
-
-    def compressed(self, entries_read: int, entries_kept: int) -> None:
-        if self._counts:
-            self._ledger.add(entries_read=entries_read, entries_kept=entries_kept)
 
 
 def _attention(impl: Any) -> Attention:

@@ -21,6 +21,7 @@ import fcntl
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from itertools import chain
 from multiprocessing.util import Finalize  # unlike atexit, children of multiprocessing run it
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adakv.errors import Error
-from adakv.vllm.plan import Order
+from adakv.vllm.plan import Order, Scheduler
 from adakv.vllm.requests import MAX_SPANS
 
 
@@ -117,18 +118,13 @@ class Ledger:
         adakv.Error
             If the scheduler thinks that its prompt has another number of tokens.
         """
-        at, planned, budget, due, count, *places = self._orders[first_block].tolist()
-        if at == 0:
-            return None
-        if planned != boundary:
-            raise Error(
-                f"a worker is about to compress {boundary} tokens of the request with first block "
-                f"{first_block}, but the scheduler planned {planned}"
-            )
-        spans = zip(places[:count:2], places[1:count:2], strict=True)
-        classes = places[count + 1 : count + 1 + places[count]]
-        of_classes = zip(classes[::3], classes[1::3], classes[2::3], strict=True)
-        return Order(at, planned, budget, tuple(spans), due, tuple(of_classes))
+        return order_of(self._orders[first_block].tolist(), first_block, boundary)
+
+    def read(self, first_blocks: Sequence[int]) -> np.ndarray:
+        """``[n, 1 + columns]`` int64: whether each request is running, and its newest order, as
+        :func:`order_of` takes it."""
+        running = self._begun[first_blocks] > self._freed[first_blocks]
+        return np.concatenate([running[:, None], self._orders[first_blocks]], 1)
 
     def done(self, first_block: int, boundary: int) -> None:
         """A worker has dealt with the request."""
@@ -166,6 +162,40 @@ class Ledger:
     def counts(self) -> Counts:
         """Since the engine started."""
         return Counts(*map(int, self._counts))
+
+
+def order_of(numbers: Sequence[int], first_block: int, boundary: int) -> Order | None:
+    """The order that a ledger has in ``numbers``; as :meth:`Ledger.order`."""
+    at, planned, budget, due, count, *places = numbers
+    if at == 0:
+        return None
+    if planned != boundary:
+        raise Error(
+            f"a worker is about to compress {boundary} tokens of the request with first block "
+            f"{first_block}, but the scheduler planned {planned}"
+        )
+    spans = zip(places[:count:2], places[1:count:2], strict=True)
+    classes = places[count + 1 : count + 1 + places[count]]
+    of_classes = zip(classes[::3], classes[1::3], classes[2::3], strict=True)
+    return Order(at, planned, budget, tuple(spans), due, tuple(of_classes))
+
+
+class LedgerScheduler(Scheduler):
+    """The engine's scheduler, by way of a ledger. One rank ``counts`` for all."""
+
+    def __init__(self, ledger: Ledger, *, counts: bool) -> None:
+        self._ledger, self._counts = ledger, counts
+        self.order = ledger.order  # type: ignore[method-assign]
+        self.done = ledger.done  # type: ignore[method-assign]
+        self.is_running = ledger.is_running  # type: ignore[method-assign]
+
+    @property
+    def has_orders(self) -> bool:
+        return self._ledger.has_orders
+
+    def compressed(self, entries_read: int, entries_kept: int) -> None:
+        if self._counts:
+            self._ledger.add(entries_read=entries_read, entries_kept=entries_kept)
 
 
 def ledger_name(config: Any, rank: int) -> str:

@@ -18,6 +18,7 @@ of the prompt, in the first blocks that are there, which are the same at every c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -47,6 +48,11 @@ class Scheduler:
     def has_orders(self) -> bool:
         """Whether there may be any for requests whose prompt ended before the last step."""
         return True
+
+    def look(self, first_blocks: Sequence[int]) -> Scheduler:
+        """What answers for some requests whose prompts are not dealt with yet, by their first
+        blocks. Where ranks have to do the same, all look at once, and the answers are the same."""
+        return self
 
     def is_running(self, first_block: int) -> bool:
         """Whether the scheduler has a request with that first block; otherwise it is gone, or one
