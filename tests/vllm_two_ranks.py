@@ -1,7 +1,8 @@
 """A program: an engine of two tensor-parallel ranks, processes of their own that talk over gloo.
 
 Takes a folder with a model, and settings of adakv's, options of the engine, prompts and numbers of
-new tokens as JSON; writes what came of them as JSON, the rows of both ranks side by side. With
+new tokens as JSON; the options' "leave" are pairs of requests and steps before which they are
+aborted; writes what came of them as JSON, the rows of both ranks side by side. With
 ``--killed`` the second rank is killed while it writes, and the error is written.
 """
 
@@ -50,9 +51,10 @@ class Ranks(Engine):
 def main() -> None:
     """Runs the requests."""
     model, settings, options, prompts, counts = sys.argv[1], *map(json.loads, sys.argv[2:6])
+    leave = dict(options.pop("leave", ()))
     options |= {"tensor_parallel_size": 2}
     with engine(model, Settings(**settings), kind=Ranks, **options) as it:
-        run = it.run(prompts, counts)
+        run = it.run(prompts, counts, leave=leave)
         assert it.num_free == it.manager.block_pool.num_gpu_blocks - 1
         it.run([[1] * 20], 2)  # a step in which what is gone is forgotten
         cache = it.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from adakv.vllm.ledger import Ledger, LedgerScheduler, path_of
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.plan import Order, Scheduler, most_kept_blocks
 from adakv.vllm.ranks import Across, AllRanks, OneReader, can_cross, within
-from engine_steps import BLOCK, BUDGET, NUM_BLOCKS, Steps, run_step
+from engine_steps import BLOCK, BUDGET, HEADS, LAYERS, NUM_BLOCKS, Steps, run_step
 from per_rank import AcrossRanks
 
 WINDOW = 8
@@ -218,3 +219,40 @@ def test_ranks_forget_the_same_prompts(device: torch.device):
             played.ledger.begin(first_block)
     finally:
         played.path.unlink()
+
+
+def test_ranks_that_share_kv_heads_are_refused():
+    settings = Settings(budgets="all_ranks")
+    for ranks, heads in ((1, 1), (2, 2), (4, 8)):
+        settings.check_ranks(engine_of(ranks, heads))
+    Settings().check_ranks(engine_of(4, 2))
+    with pytest.raises(ValueError, match='"all_ranks" with 4 ranks and 2 kv heads'):
+        settings.check_ranks(engine_of(4, 2))
+
+
+def engine_of(ranks: int, heads: int) -> SimpleNamespace:
+    """As much of a ``VllmConfig`` as is asked for."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+    )
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("mode", ["fill", "exact"])
+def test_engine_cache_attends_to_what_crosses_ranks(device: torch.device, mode: str, kv_dtype: str):
+    """Also where the other rank's heads get so little that this one's don't fit."""
+    for other in (1.0, 1e-6):
+        across = Across(0, lambda scores, x=other: torch.stack([scores, scores.flip(1) * x]))
+        policy = Settings(budget=BUDGET, mode=mode).policy_for(BLOCK, across)
+        dtype = torch.float32 if kv_dtype == "auto" else torch.float16
+        steps = Steps(policy, device, dtype, kv_dtype=kv_dtype)
+        for prompt in (150, 90, 40):
+            steps.add(prompt)
+        for counts in ([100, 90, 40], [50, 1, 1], [1, 1, 1], [1, 1, 1]):
+            run_step(steps, counts)
+        compressed = steps.requests[:2]
+        pages = [sum(num_pages(len(y), BLOCK) for x in r.kept for y in x) for r in compressed]
+        most = most_kept_blocks(budget=BUDGET, block_size=BLOCK, num_kv_heads=None)
+        room = most * LAYERS * HEADS
+        assert all(n == room if other < 1 else n < room for n in pages)

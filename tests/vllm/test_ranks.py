@@ -22,7 +22,7 @@ from adakv.vllm.config import Settings
 from adakv.vllm.ledger import path_of
 from adakv.vllm.plan import plan
 from per_rank import PerRank
-from vllm_engine import BLOCK, ENVIRONMENT, Compression, random_text, save_llama
+from vllm_engine import BLOCK, ENVIRONMENT, Compression, engine, random_text, save_llama
 from vllm_reference import Reference, comparable
 
 HEADS = 4  # of the model; two on each rank
@@ -80,6 +80,49 @@ def test_each_rank_keeps_the_best_of_its_own_heads(
         compressed = [Compression(b, n, torch.tensor(lengths), at) for b, n, lengths, at in found]
         known = comparable(prompt, written, compressed)
         assert reference.choices(prompt, known, compressed) == known
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "options"),
+    [
+        ("ada_snapkv", "exact", {"enable_prefix_caching": True}),
+        ("critical_ada_snapkv", "fill", {}),
+    ],
+)
+def test_budgets_that_cross_ranks_are_those_of_one_rank(
+    model: str, policy: str, mode: Any, options: dict[str, Any]
+):
+    """Two ranks keep what an engine of one does, where each has room for its share."""
+    settings, prompts = Settings(policy, budget=64, mode=mode, budgets="all_ranks"), texts()
+    new = [40, 30, 50, 20, 35]
+    with engine(model, settings, **options) as it:
+        alone = it.run(prompts, new)
+    tokens, compressions, _, _, counts = ran(model, settings, options, prompts, new)
+    assert counts["requests_compressed"] >= 2
+    for written, found, one_rank in zip(tokens, compressions, alone.compressions, strict=True):
+        assert [x[2] for x in found] == [x.lengths.tolist() for x in one_rank]
+        assert len(written) > 0
+    assert tokens == alone.tokens
+    assert any(
+        len(set(map(sum, layer))) > 1
+        for found in compressions
+        for layer in [[row[:2], row[2:]] for _, _, lengths, _ in found for row in lengths]
+    )
+
+
+@pytest.mark.parametrize("when", ["always", "pressure"])
+def test_ranks_whose_budgets_cross_do_not_wait_for_a_request_that_is_aborted(model: str, when: Any):
+    """Many requests, half of which are aborted at any time, steps in flight: all others write all
+    that they should, and every block is free at the end, which the engine's program checks."""
+    rng = random.Random(0)
+    prompts = [random_text(rng, rng.randint(90, 220)) for _ in range(12)]
+    leave = [(number, rng.randint(1, 20)) for number in range(0, 12, 2)]
+    options = {"leave": leave, "num_gpu_blocks_override": 30, "max_model_len": 640}
+    options |= {"runs_ahead": True, "max_num_batched_tokens": 128}
+    settings = Settings(budget=40, when=when, budgets="all_ranks")
+    tokens, _, _, _, counts = ran(model, settings, options, prompts, 8)
+    assert all(len(text) == 8 for text in tokens[1::2])
+    assert counts["requests_compressed"] >= 2
 
 
 def test_ranks_share_blocks_of_codes(model: str):

@@ -127,7 +127,8 @@ class Ledger:
         return np.concatenate([running[:, None], self._orders[first_blocks]], 1)
 
     def done(self, first_block: int, boundary: int) -> None:
-        """A worker has dealt with the request."""
+        """A worker has dealt with the request: one rank of several, which stands for all, as the
+        output of its step is there only when all have run it."""
         self._done[first_block] = boundary
 
     def check_done(self, first_block: int, boundary: int) -> None:
