@@ -72,6 +72,7 @@ class AllRanks:
 
     It is taken for model-wide, as all of a prompt's layers are asked at once, but each layer has
     its own budget. Equal scores: as ``inner`` has it, in the order of the heads of the whole model.
+    Prompts are of one length.
 
     Parameters
     ----------
