@@ -1,4 +1,8 @@
-"""Small engines in this process, and what happened in them; needs vllm."""
+"""Small engines in this process, and what happened in them; needs vllm.
+
+They run where the installed vLLM does: on a CPU, eagerly, or on a GPU, with CUDA graphs. There
+``VLLM_USE_V2_MODEL_RUNNER`` chooses the model runner, before the process starts.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "TRITON_F32_DEFAULT": "ieee",  # plain vLLM's attention in float32, on a GPU
 }
 
 
@@ -80,6 +85,21 @@ def save_gemma2(folder: Path, layers: str = "sfsf") -> str:
     )
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def is_on_cuda() -> bool:
+    """Whether the installed vLLM is the one for CUDA."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+def of_device(*, is_compressed: bool) -> dict[str, Any]:
+    """Options of small engines on the device of the installed vLLM, beside others on it."""
+    if not is_on_cuda():
+        return {"enforce_eager": True}
+    options = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
+    return options | ({"attention_backend": "CUSTOM"} if is_compressed else {})
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,7 @@ class Engine:
         adakv.vllm.register()  # as vLLM does, where adakv is installed
         given = settings and asdict(settings)
         options = {
-            "enforce_eager": True,
+            **of_device(is_compressed=settings is not None),
             "max_model_len": 2048,
             "max_num_seqs": 16,
             "max_num_batched_tokens": 256,
@@ -247,7 +267,7 @@ class Engine:
                 continue
             first_block = self.manager.req_to_blocks[key][0].block_id
             is_cut = bool(self.cache.boundaries[first_block])
-            lengths = self.cache.lengths[:, first_block] * is_cut
+            lengths = self.cache.lengths[:, first_block].cpu() * is_cut
             if num_outputs >= 0:
                 turns[turn] = -1
                 of_request.append(Compression(boundary, num_outputs, lengths))

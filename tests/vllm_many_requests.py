@@ -1,4 +1,4 @@
-"""A thousand short requests through one engine on the CPU, and what is left of them."""
+"""A thousand short requests through one engine, and what is left of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import random
 from typing import NamedTuple
 
 import psutil
+import torch
 
 from adakv.vllm.config import Settings
 from adakv.vllm.ledger import Counts
-from vllm_engine import Engine, engine, random_text
+from vllm_engine import Engine, engine, is_on_cuda, random_text
 
 ROUNDS, REQUESTS = 10, 100
 
@@ -26,6 +27,7 @@ class Result(NamedTuple):
     num_preemptions: int  # at least
     cached: int  # tokens of prompts
     resident: list[int]  # bytes, after each round
+    on_device: list[int]  # bytes that torch has given out on the GPU, if there is one, likewise
 
 
 def run(model: str) -> Result:
@@ -34,7 +36,9 @@ def run(model: str) -> Result:
     rng, process = random.Random(0), psutil.Process()
     settings = Settings(budget=40, when="pressure")
     options = {"max_model_len": 256, "num_gpu_blocks_override": 24, "enable_prefix_caching": True}
-    cached, num_preemptions, resident = 0, 0, []
+    cached, num_preemptions = 0, 0
+    resident: list[int] = []
+    on_device: list[int] = []
     with engine(model, settings, runs_ahead=True, **options) as it:
         for _ in range(ROUNDS):
             found, most_preempted = _run_some(it, rng)
@@ -45,7 +49,8 @@ def run(model: str) -> Result:
             assert len(it.cache.prompts) <= 16  # those of its last steps
             gc.collect()
             resident.append(process.memory_info().rss)
-        return Result(it.manager._ledger.counts, num_preemptions, cached, resident)
+            on_device.append(torch.cuda.memory_allocated() if is_on_cuda() else 0)
+        return Result(it.manager._ledger.counts, num_preemptions, cached, resident, on_device)
 
 
 def _run_some(it: Engine, rng: random.Random) -> tuple[int, int]:

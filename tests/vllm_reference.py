@@ -30,6 +30,12 @@ def comparable(prompt: list[int], tokens: list[int], compressions: list[Compress
     return tokens[:-1] if may_be_cut else tokens
 
 
+def preferred(logits: Tensor, tokens: list[int]) -> Tensor:
+    """``[n]``: by how much a model that says ``logits`` ``[n, V]`` prefers its own choices to
+    ``tokens``, in nats."""
+    return logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
 #: What float32 may cost a score, relative to it, on the way through some layers.
 ROUNDING = 3e-6
 
@@ -62,11 +68,15 @@ class Reference:
         *,
         protect: tuple[tuple[int, int], ...] = (),
         images: tuple[tuple[int, int], ...] = (),
+        dtype: torch.dtype = torch.float32,
+        engine_dtype: torch.dtype = torch.float32,
     ) -> None:
         # "eager", as transformers' faster attention functions leave capped logits uncapped.
         self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=dtype, attn_implementation="eager"
         ).eval()
+        # In 16 bits rounding decides which head gets how much.
+        self._is_exact = engine_dtype == dtype == torch.float32
         self._policy = policy or settings.policy_for(BLOCK)
         self._budget, rule = settings.budget, settings.rule
         self._text = {} if rule is None else rule.arguments
@@ -97,7 +107,23 @@ class Reference:
     def choices(
         self, prompt: list[int], tokens: list[int], compressions: list[Compression]
     ) -> list[int]:
-        """The model's choice at the place of each of ``tokens``.
+        """The model's choice at the place of each of ``tokens``."""
+        return self.logits(prompt, tokens, compressions).argmax(-1).tolist()
+
+    def differences(
+        self, prompt: list[int], tokens: list[int], compressions: list[Compression]
+    ) -> list[tuple[int, float]]:
+        """Places at which ``tokens`` aren't the model's choices, and by how much it prefers these,
+        in nats."""
+        logits = self.logits(prompt, tokens, compressions)
+        written, gaps = torch.tensor(tokens), preferred(logits, tokens).tolist()
+        places = (logits.argmax(-1) != written).nonzero()[:, 0].tolist()
+        return [(place, gaps[place]) for place in places]
+
+    def logits(
+        self, prompt: list[int], tokens: list[int], compressions: list[Compression]
+    ) -> torch.Tensor:
+        """``[tokens, V]``, float32: what the model says at the place of each of ``tokens``.
 
         A request reads tokens up to its boundary whole, and then those behind it with what was
         kept; from the start again after a preemption. The first token behind a boundary is still
@@ -105,14 +131,13 @@ class Reference:
         """
         text = torch.tensor([prompt + tokens])
         ends = [c.num_outputs for c in compressions[1:]] + [len(tokens)]
-        choices: list[int] = []
+        logits: list[torch.Tensor] = []
+        known = len(prompt) - 1
         for compression, end in zip(compressions, ends, strict=True):
-            boundary = compression.boundary
-            logits = self._read(text[:, : len(prompt) + end - 1], compression)
-            known = len(prompt) + len(choices) - 1
-            choices += logits[known:].argmax(-1).tolist()
-            assert boundary <= len(prompt) + compression.num_outputs
-        return choices
+            assert compression.boundary <= len(prompt) + compression.num_outputs
+            logits.append(self._read(text[:, : len(prompt) + end - 1], compression)[known:])
+            known += len(logits[-1])
+        return torch.cat(logits).float()
 
     @torch.no_grad()
     def _read(self, text: torch.Tensor, compression: Compression) -> torch.Tensor:
@@ -128,7 +153,8 @@ class Reference:
             held = cache.stats()["lengths"][:, 0]
             held = held[[i for i in range(len(held)) if i not in self._sliding]]
             if compression.lengths.any():
-                assert torch.equal(held, compression.lengths)
+                sums = held.sum(1), compression.lengths.sum(1)
+                assert torch.equal(*((held, compression.lengths) if self._is_exact else sums))
             ends = [*compression.choices, text.shape[1]]
             begins = [compression.boundary, *compression.choices]
             for begin, end in zip(begins, ends, strict=True):

@@ -33,13 +33,14 @@ def check_against_reference(
     model: str, settings: Settings, prompts: list[list[int]], run: Run
 ) -> int:
     """How many requests were compressed after they had written something."""
-    reference = Reference(model, settings)
+    reference, found = Reference(model, settings), {}
     for number, (prompt, tokens) in enumerate(zip(prompts, run.tokens, strict=True)):
         compressions = run.compressions[number]
         if not compressions or not tokens:
             continue
         known = comparable(prompt, tokens, compressions)
-        assert reference.choices(prompt, known, compressions) == known, number
+        found[number] = reference.differences(prompt, known, compressions)
+    assert not {i: places for i, places in found.items() if places}
     compressions = [c for cs in run.compressions for c in cs]
     return sum(c.at is not None and c.at > c.boundary for c in compressions)
 

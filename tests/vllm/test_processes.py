@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -32,7 +32,14 @@ import vllm_second_runner
 from adakv.vllm.config import Settings
 from adakv.vllm.ledger import Counts, path_of, remove_unused
 from adakv.vllm.plan import plan
-from vllm_engine import ENVIRONMENT, Compression, save_llama
+from vllm_engine import (
+    ENVIRONMENT,
+    Compression,
+    is_on_cuda,
+    of_device,
+    random_text,
+    save_llama,
+)
 from vllm_reference import Reference, comparable
 
 
@@ -63,9 +70,11 @@ def server(
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "llama"]
-    command += ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32"]
+    command += ["--skip-tokenizer-init", "--dtype", "float32"]
     command += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "8"]
     command += ["--additional-config", json.dumps({"adakv": asdict(settings)})]
+    for name, value in of_device(is_compressed=True).items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command += options
     environment = environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as output:
@@ -160,11 +169,69 @@ def test_server_compresses_under_pressure(tmp_path: Path, environment: dict[str,
     assert counts["preemptions_avoided"] <= counts["requests_compressed"]
 
 
+#: What each of some clients asks for, and what it comes to: budget and protected spans.
+WISHES: list[tuple[dict[str, Any], int, tuple[tuple[int, int], ...]]] = [
+    ({}, 64, ()),
+    ({"budget": 48}, 48, ()),
+    ({"policy": "off"}, 1024, ()),
+    ({"protect_prefix": 20}, 64, ((0, 20),)),
+    ({"budget": 60, "protect": [[100, 110], [200, 205]]}, 60, ((100, 110), (200, 205))),
+    ({"protect_prefix": 10, "protect": [[300, 310]]}, 64, ((0, 10), (300, 310))),
+]
+
+
+def test_clients_of_a_server_get_what_they_ask_for(tmp_path: Path, environment: dict[str, str]):
+    """All at once, twice: the second time their prompts are in the prefix cache."""
+    from openai import OpenAI
+
+    model, rng = save_llama(tmp_path / "model"), random.Random(5)
+    prompts = [random_text(rng, rng.randint(330, 420)) for _ in WISHES]
+    settings = Settings("snapkv", 64, "exact")
+    with server(model, environment, tmp_path / "log", settings=settings) as (address, _):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+
+        def ask(number: int) -> list[int]:
+            body = {"ignore_eos": True, "detokenize": False, "return_token_ids": True}
+            answer = client.completions.create(
+                model="llama",
+                prompt=prompts[number],
+                max_tokens=30,
+                temperature=0,
+                extra_body=body | {"vllm_xargs": {"adakv": json.dumps(WISHES[number][0])}},
+            )
+            tokens: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
+            return tokens
+
+        with ThreadPoolExecutor(len(WISHES)) as clients:
+            written, again = (list(clients.map(ask, range(len(WISHES)))) for _ in range(2))
+        counts = counts_of(address)
+    assert counts["requests_compressed"] == 2 * (len(WISHES) - 1)
+    assert counts["prefix_tokens_found"] >= len(WISHES) * 9 * 32
+    assert again == written
+    found = {}
+    for number, (_, budget, spans) in enumerate(WISHES):
+        kept = torch.full((3, 2), budget if budget < 1024 else 0)
+        compression = Compression(len(prompts[number]), 1, kept)
+        reference = Reference(model, replace(settings, budget=budget), protect=spans)
+        found[number] = reference.differences(prompts[number], written[number], [compression])
+    assert not {number: places for number, places in found.items() if places}
+
+
 def engine_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     """The process of a server's engine."""
     children = psutil.Process(process.pid).children(recursive=True)
     (engine,) = [child for child in children if "EngineCore" in "".join(child.cmdline())]
     return engine
+
+
+def in_shared_memory(process: subprocess.Popen[bytes]) -> set[Path]:
+    """What a server and its processes have there."""
+    server = psutil.Process(process.pid)
+    paths = set()
+    for each in [server, *server.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            paths |= {f.path for f in [*each.open_files(), *each.memory_maps()]}
+    return {Path(path) for path in paths if path.startswith("/dev/shm/") and Path(path).exists()}
 
 
 @pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "engine is killed", "all is killed"])
@@ -175,6 +242,8 @@ def test_server_leaves_no_ledger_behind(tmp_path: Path, environment: dict[str, s
         engine = engine_of(process)
         # Other engines of this machine have some of their own.
         (ledger,) = {f.path for f in engine.open_files() if f.path.startswith(str(path_of("")))}
+        left = in_shared_memory(process)
+        assert Path(ledger) in left
         if "killed" in way:
             if way == "all is killed":
                 process.kill()
@@ -186,6 +255,7 @@ def test_server_leaves_no_ledger_behind(tmp_path: Path, environment: dict[str, s
     if way == "all is killed":
         remove_unused()
     assert not Path(ledger).exists()
+    assert "killed" in way or not [path for path in left if path.exists()]
 
 
 TWO_RANKS = """
@@ -259,6 +329,7 @@ def test_two_ranks_choose_from_texts(tmp_path: Path, environment: dict[str, str]
         assert reference.choices(prompt, tokens, [compression]) == tokens
 
 
+@pytest.mark.skipif(is_on_cuda(), reason="on a GPU all tests have the runner they ask for")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
 @pytest.mark.parametrize(
     ("runs_ahead", "caches", "when"),
