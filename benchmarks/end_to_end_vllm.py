@@ -11,15 +11,22 @@ process of its own, and each load of it in the same engine, whose pool is made a
 asks. All requests of a load come at once, and the engine is stepped by hand, so that after each
 step one can see who runs and what the pool has left. One JSON line for each variant and load;
 ``--plot FILE`` draws both over time for the last load.
+
+What compression costs a request is the time from its arrival to its eighth token, which the step
+that compresses lies in, less that of the same prompt with ``"policy": "off"`` in the same engine,
+in turn; decode steps are taken off both, as they are faster over fewer entries. ``--profile`` adds
+what the GPU did, of the last round of each load, by kinds of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import json
 import multiprocessing
 import os
+import pstats
 import random
 import statistics
 import tempfile
@@ -53,6 +60,7 @@ class Load(NamedTuple):
     rounds: int = 1  # how often it is repeated; the fastest counts
     turns: int = 1  # how often prompts go on by as many tokens, behind what was written
     shared: int = 0  # tokens in front of all prompts
+    compares: bool = False  # with requests that stay whole: what does compression cost?
 
     @property
     def longest(self) -> int:
@@ -65,10 +73,13 @@ LOADS = {
     "cpu": [
         Load("chats", 8, 60, 16, 8, turns=4, shared=1500),
         Load("short_pool", 16, 900, 160, 4),
+        Load("compression", 1, 900, 40, 1, 6, compares=True),
     ],
     "cuda": [
         Load("first_token_8k", 1, 8192, 1, 1, 3),
         Load("first_token_32k", 1, 32768, 1, 1, 3),
+        Load("compression_8k", 1, 8192, 40, 1, 6, compares=True),
+        Load("compression_32k", 1, 32768, 40, 1, 4, compares=True),
         Load("decode_1_x_8k", 1, 8192, 128, 1, 2),
         Load("decode_6_x_8k", 6, 8192, 128, 6, 2),
         Load("chats", 8, 60, 16, 8, turns=4, shared=1500),
@@ -101,6 +112,14 @@ class Outcome:
     steps: list[Step]
     preemptions: int
     prompt_tokens_read: int
+    more: dict[str, float] = dataclasses.field(default_factory=dict)  # that was measured
+
+    @property
+    def reading_seconds(self) -> float:
+        """Until the eighth token, less as many decode steps as the median one behind it."""
+        spans = [span for span, step in zip(self.spans, self.steps, strict=True) if step.tokens > 8]
+        until = next(step.seconds for step in self.steps if step.tokens >= 8)
+        return until - 7 * statistics.median(spans)
 
     @property
     def spans(self) -> list[float]:
@@ -142,6 +161,7 @@ def options() -> argparse.Namespace:
         metavar="N",
         help="ranks, each on a GPU of its own; N times the --fit takes the same bytes of each",
     )
+    parser.add_argument("--profile", action="store_true", help="by torch's profiler, on CUDA")
     parser.add_argument("--save", metavar="NAME", help="append to benchmarks/results/NAME.jsonl")
     parser.add_argument("--plot", metavar="FILE", help="draw requests and blocks over time")
     args = parser.parse_args()
@@ -154,6 +174,8 @@ def options() -> argparse.Namespace:
     given = {k: getattr(args, k) for k in ("requests", "prompt", "new", "fit")}
     given = {k: v for k, v in given.items() if v is not None}
     args.loads = [known[name]._replace(**given) for name in args.loads or known]
+    if args.profile and args.device == "cpu":
+        parser.error("--profile: needs --device cuda")
     if args.model is None and args.device == "cpu":
         parser.error("--model is needed on a CPU")
     return args
@@ -220,14 +242,18 @@ class Engine:
         """That hold the whole requests of a load which shall fit."""
         return load.fit * -(-load.longest // self._block_size)
 
-    def run(self, load: Load, seed: int) -> Outcome:
-        """Reads and writes a load in a pool of its size."""
+    def run(self, load: Load, seed: int, *, is_whole: bool = False) -> Outcome:
+        """Reads and writes a load in a pool of its size; its requests stay whole if they shall."""
         from vllm import SamplingParams
 
         all_free = self._pool.get_num_free_blocks()
         held = self._pool.get_new_blocks(all_free - self._blocks(load))
         params = SamplingParams(
-            max_tokens=load.new, temperature=0, ignore_eos=True, detokenize=False
+            max_tokens=load.new,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"adakv": {"policy": "off"}} if is_whole else None,
         )
         rng = random.Random(seed)
         shared = self._words(rng, load.shared)
@@ -299,11 +325,62 @@ def measure(args: argparse.Namespace, variant: str) -> list[Outcome]:
     outcomes = []
     for load in args.loads:
         engine.run(load._replace(requests=1, new=min(load.new, 8)), 100)  # to warm up
-        rounds = [engine.run(load, seed) for seed in range(load.rounds)]
+        if load.compares and variant != "plain":
+            outcomes.append(compared(engine, load, profiles=args.profile))
+            continue
+        rounds = [engine.run(load, seed) for seed in range(load.rounds - args.profile)]
+        if args.profile:
+            rounds = [*rounds, profiled(engine, load)[0]]
         best = min(rounds, key=lambda outcome: outcome.steps[-1].seconds)
+        best.more.update(rounds[-1].more)
         outcomes.append(best)
         print(f"{variant}: {load.name}: {best.steps[-1].seconds:.3f} s", flush=True)
     return outcomes
+
+
+def profiled(engine: Engine, load: Load, *, is_whole: bool = False) -> tuple[Outcome, float]:
+    """A round with what the GPU did in it, and its seconds but for those of decode steps."""
+    from end_to_end_parts import kernels
+
+    outcome, done = kernels.profiled(lambda: engine.run(load, load.rounds - 1, is_whole=is_whole))
+    seconds = kernels.seconds_by_kind(done)
+    more = {f"device_seconds_{kind}": value for kind, value in seconds.items()}
+    outcome.more |= more | {"device_seconds_of": outcome.steps[-1].seconds}
+    for name, count, value in kernels.most_time(done, 12):
+        print(f"    {1e3 * value:9.2f} ms {count:7} x {name[:110]}")
+    return outcome, sum(value for kind, value in seconds.items() if kind in kernels.KINDS)
+
+
+def compared(engine: Engine, load: Load, *, profiles: bool) -> Outcome:
+    """What it costs to compress a load's only request."""
+    whole, rounds = [], []
+    for seed in range(load.rounds):
+        rounds.append(engine.run(load, seed))
+        whole.append(engine.run(load, seed, is_whole=True))
+    costs = [a.reading_seconds - b.reading_seconds for a, b in zip(rounds, whole, strict=True)]
+    reading = statistics.median(outcome.reading_seconds for outcome in whole)
+    more = {
+        "whole_reading_ms": 1e3 * reading,
+        "compression_ms": 1e3 * statistics.median(costs),
+        "least_compression_ms": 1e3 * min(costs),
+        "most_compression_ms": 1e3 * max(costs),
+        "compression_percent": 100 * statistics.median(costs) / reading,
+    }
+    if profiles:
+        (_, least), (of_it, most) = (
+            profiled(engine, load, is_whole=is_whole) for is_whole in (True, False)
+        )
+        more |= of_it.more
+        more |= {"whole_device_ms": 1e3 * least, "compression_device_ms": 1e3 * (most - least)}
+        with cProfile.Profile() as profile:
+            engine.run(load, 0)
+        found = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+        ours = [times[3] for (file, _, name), times in found if name == "_compress"]
+        more["compression_host_ms"] = 1e3 * sum(ours)
+    print(f"{load.name}: {more}", flush=True)
+    best = min(rounds, key=lambda outcome: outcome.steps[-1].seconds)
+    best.more.update(more)
+    return best
 
 
 def derived(outcome: Outcome) -> dict[str, float]:
@@ -331,6 +408,7 @@ def derived(outcome: Outcome) -> dict[str, float]:
         "preemptions": outcome.preemptions,
         "prompt_tokens_read": outcome.prompt_tokens_read,
         "tokens_per_second": last.tokens / last.seconds,
+        **outcome.more,
     }
 
 

@@ -78,3 +78,20 @@ def test_benchmarks_that_documents_name_are_there(page: Path):
     for name in re.findall(r"benchmarks/[\w/.-]+\.(?:py|jsonl?)\b", page.read_text()):
         if "VERB" not in name and "NAME" not in name:
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_benchmarks_sort_kernels_by_kind(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    kernels = importlib.import_module("end_to_end_parts.kernels")
+    done = [
+        kernels.Kernel("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", 0, 5, 1),
+        kernels.Kernel("nvjet_tst_128x256", 4, 8, 2),
+        kernels.Kernel("void adakv::(anonymous)::score_kernel<128>", 10, 11, 3),
+        kernels.Kernel("void adakv::attend_kernel<128>", 20, 22, 4),
+        kernels.Kernel("triton_poi_fused_mul", 22, 23, 4),
+    ]
+    seconds = kernels.seconds_by_kind(reversed(done))
+    expected = {"attention": 5, "products": 4, "compression": 1, "busy": 12}
+    expected |= {"attention_in_graphs": 2, "rest_in_graphs": 1}
+    assert {kind: round(1e9 * value) for kind, value in seconds.items() if value} == expected
+    assert kernels.most_time(done, 1) == [(done[0].name, 1, 5e-9)]
