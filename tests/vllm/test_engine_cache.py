@@ -16,6 +16,7 @@ from adakv.vllm.config import Settings
 from adakv.vllm.engine_cache import EngineCache
 from adakv.vllm.metadata import batch_of
 from adakv.vllm.page_memory import Pages, entry_bytes, num_scales
+from adakv.vllm.pages import OwnPages
 from adakv.vllm.plan import Order
 from adakv.vllm.prompt_attention import FlashAttention
 from engine_steps import (
@@ -428,3 +429,16 @@ def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(devic
     steps.advance([150])
     steps.cache.begin_step(batch_of(steps.describe([1])))
     assert steps.asked == list(range(LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("length", "layers"),
+    [(700, [32]), (8192, [16, 16]), (32768, [4] * 8), (50000, [2] * 16), (200000, [1] * 32)],
+)
+def test_layers_are_chosen_from_at_once_as_far_as_copies_of_them_are_small(
+    length: int, layers: list[int]
+):
+    """Of an 8B model, whose layers one by one would take the host longer than a step hides."""
+    memory = torch.zeros(32, 16, 2, 16, 128, dtype=torch.bfloat16)
+    pages = OwnPages([Pages(of_layer) for of_layer in memory], num_kv_heads=8)
+    assert [len(of_batch) for of_batch in pages.together(length)] == layers
