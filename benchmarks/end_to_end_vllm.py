@@ -14,19 +14,18 @@ step one can see who runs and what the pool has left. One JSON line for each var
 
 What compression costs a request is the time from its arrival to its eighth token, which the step
 that compresses lies in, less that of the same prompt with ``"policy": "off"`` in the same engine,
-in turn; decode steps are taken off both, as they are faster over fewer entries. ``--profile`` adds
-what the GPU did, of the last round of each load, by kinds of kernels.
+in turn; decode steps are taken off both, as they are faster over fewer entries. That is the GPU's
+work and what it waits for the host. ``--profile`` adds what the GPU did in the last round of each
+load, by kinds of kernels, and so what of that is the GPU's work.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import dataclasses
 import json
 import multiprocessing
 import os
-import pstats
 import random
 import statistics
 import tempfile
@@ -372,11 +371,6 @@ def compared(engine: Engine, load: Load, *, profiles: bool) -> Outcome:
         )
         more |= of_it.more
         more |= {"whole_device_ms": 1e3 * least, "compression_device_ms": 1e3 * (most - least)}
-        with cProfile.Profile() as profile:
-            engine.run(load, 0)
-        found = pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
-        ours = [times[3] for (file, _, name), times in found if name == "_compress"]
-        more["compression_host_ms"] = 1e3 * sum(ours)
     print(f"{load.name}: {more}", flush=True)
     best = min(rounds, key=lambda outcome: outcome.steps[-1].seconds)
     best.more.update(more)
