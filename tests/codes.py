@@ -33,7 +33,9 @@ def quantise(x: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
             zero = torch.zeros_like(group[..., :1])
             spread, steps = group.abs().amax(-1, keepdim=True), 448
         is_finite = spread.isfinite()
-        scale = torch.where(is_finite, _up(spread / steps, x.dtype), torch.nan)
+        # By a tensor: CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+        share = spread / torch.full_like(spread, steps)
+        scale = torch.where(is_finite, _up(share, x.dtype), torch.nan)
         zero = torch.where(is_finite, zero, 0).to(x.dtype)
         code = torch.where(scale > 0, (group - zero.float()) / scale.float(), 0)
         codes.append(

@@ -301,8 +301,9 @@ struct AttendArgs {
   float scale = 0.f;         // 0: 1 / sqrt(D)
   float softcap = 0.f;       // 0: none
   int num_workers = 0;       // as given to plan
-  bool prefetch = false;  // CUDA: pages and schedule may be read while the kernel before this one
-      // runs, because it doesn't write them, but not pages if planned with share
+  bool prefetch = false;     // CUDA: pages and schedule may be read while the kernel before this
+                             // one runs, because it writes neither; planned with share, only the
+                             // schedule is
   Accumulate accumulate = Accumulate::kSum;  // what accumulated keeps
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
   float decay = 1.f;                         // of a sum, from token to token; 0 .. 1
