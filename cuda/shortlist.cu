@@ -11,6 +11,7 @@
 #include "common/mma.cuh"
 #include "cuda_backend.h"
 #include "ops/listing.h"
+#include "ops/scale.h"
 #include "shortlist_row.cuh"
 
 namespace adakv {
@@ -238,7 +239,7 @@ ShortlistParams params_of(const ShortlistArgs& args) {
   p.dim = static_cast<int32_t>(args.queries.shape[3]);
   p.width = static_cast<int32_t>(args.block_table.shape[2]);
   p.z_width = static_cast<int32_t>(parts.width);
-  p.scale = args.scale != 0 ? args.scale : 1.f / std::sqrt(static_cast<float>(p.dim));
+  p.scale = scale_of(args);
   p.softcap = args.softcap;
   p.mass = static_cast<float>(args.mass);
   p.prefetches = args.prefetch;

@@ -11,6 +11,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "ops/scale.h"
 
 namespace adakv {
 namespace {
@@ -165,7 +166,7 @@ class Scoring {
     span.head_dim = static_cast<int>(keys.shape[3]);
     span.stride = args_.stride;
     span.first_visible = static_cast<int>(first_position + 1 - distance - prompt.first);
-    span.scale = args_.scale != 0 ? args_.scale : 1 / std::sqrt(static_cast<float>(keys.shape[3]));
+    span.scale = scale_of(args_);
     span.softcap = args_.softcap;
     span.takes_max = args_.window_reduce == Reduce::kMax;
     return span;

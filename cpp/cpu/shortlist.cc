@@ -14,6 +14,7 @@
 #include "cpu/float16.h"
 #include "cpu/page_check.h"
 #include "cpu/parallel.h"
+#include "ops/scale.h"
 
 namespace adakv {
 namespace {
@@ -92,8 +93,7 @@ class RowPages {
   // z [R, older].
   void bound_products() {
     z_.resize(static_cast<size_t>(num_queries_ * row_.older));
-    const float scale =
-        args_.scale != 0 ? args_.scale : 1.f / std::sqrt(static_cast<float>(width_ / 2));
+    const float scale = scale_of(args_);
     std::vector<float> bounds(static_cast<size_t>(width_));
     for (int32_t p = 0; p < row_.older; ++p) {
       const Element* page = args_.bounds.ptr<Element>() + table_[p] * args_.bounds.stride[0];

@@ -1,20 +1,15 @@
 // The tiers of a call of attend, each as a call over that tier alone.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <type_traits>
 #include <vector>
 
 #include "adakv/ops.h"
 #include "ops/members.h"
+#include "ops/scale.h"
 
 namespace adakv {
-
-/// What z is multiplied by in all tiers.
-inline float scale_of(const AttendArgs& args) {
-  return args.scale != 0 ? args.scale : 1 / std::sqrt(static_cast<float>(args.queries.shape[3]));
-}
 
 inline size_t num_tiers(const AttendArgs& args) {
   return 1 + args.others.size();

@@ -4,12 +4,12 @@
 #include "score/score.cuh"
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/device_guard.h"
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "cuda_backend.h"
+#include "ops/scale.h"
 
 namespace adakv {
 namespace {
@@ -124,8 +124,7 @@ ScoreParams score_inputs(const ScoreArgs& args) {
   params.is_max = args.group_reduce == Reduce::kMax;
   params.tile_step = 1;
   params.is_aligned = rows_are_aligned(args.queries, 16) && rows_are_aligned(args.keys, 16);
-  const float scale =
-      args.scale != 0.f ? args.scale : 1.f / std::sqrt(static_cast<float>(params.head_dim));
+  const float scale = scale_of(args);
   params.softcap = args.softcap;
   params.cap_scale = args.softcap > 0 ? scale / args.softcap : 0.f;
   params.multiplier = args.softcap > 0 ? kLog2e : scale * kLog2e;
