@@ -302,7 +302,7 @@ struct AttendArgs {
   float softcap = 0.f;       // 0: none
   int num_workers = 0;       // as given to plan
   bool prefetch = false;     // CUDA: pages and schedule may be read while the kernel before this
-                             // one runs, because it writes neither; planned with share, only the
+                             // one runs, because it writes neither. Planned with share, only the
                              // schedule is
   Accumulate accumulate = Accumulate::kSum;  // what accumulated keeps
   Reduce group_reduce = Reduce::kMean;       // over the q heads of a group
