@@ -105,7 +105,7 @@ def test_the_order_of_channels_is_mixkvqs() -> None:
 
 
 def test_ranges_are_those_of_pages_of_held_keys(device: torch.device) -> None:
-    """Of the first 32 keys that are held, the next 32, and so on; a mean over these pages."""
+    """A page is the first 32 keys that are held, the next 32, and so on; the mean is over pages."""
     batch, heads, count, dim = 2, 3, 150, 16
     keys = torch.randn(batch, heads, count, dim) * torch.rand(dim).exp()
     held = torch.rand(batch, heads, count) < 0.6

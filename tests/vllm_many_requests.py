@@ -21,7 +21,7 @@ ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "0"
 
 
 class Result(NamedTuple):
-    """Of all rounds."""
+    """What came of all rounds."""
 
     counts: Counts
     num_preemptions: int  # at least

@@ -438,7 +438,7 @@ def test_engine_cache_hands_the_output_projection_to_policies_that_read_it(devic
 def test_layers_are_chosen_from_at_once_as_far_as_copies_of_them_are_small(
     length: int, layers: list[int]
 ):
-    """Of an 8B model, whose layers one by one would take the host longer than a step hides."""
+    """An 8B model's layers, one by one, would take the host longer than a step hides."""
     memory = torch.zeros(32, 16, 2, 16, 128, dtype=torch.bfloat16)
     pages = OwnPages([Pages(of_layer) for of_layer in memory], num_kv_heads=8)
     assert [len(of_batch) for of_batch in pages.together(length)] == layers
